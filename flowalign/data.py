@@ -1,0 +1,85 @@
+"""Prompt sets: where prompts come from, and which of them an iteration uses."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from samplers.noise import generator
+
+
+@dataclass(frozen=True)
+class PromptRecord:
+    """One prompt. `uid` is its row in the set (two rows of equal text stay two prompts); rewards read `metadata`."""
+
+    uid: int
+    prompt: str
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+def load_prompts(source: str) -> list[PromptRecord]:
+    """Reads a prompt set from `file.txt` (a prompt a line), `file.jsonl` (objects with "prompt"; the other keys become
+    metadata) or an import path `package.module:function` of a callable that returns such objects.
+
+    Raises ValueError or FileNotFoundError that names the source and the line."""
+    if source.endswith((".txt", ".jsonl")):
+        rows = _read_rows(Path(source))
+    elif ":" in source:
+        rows = _call(source)
+    else:
+        raise ValueError(
+            f"prompt source {source!r}: expected a .txt file, a .jsonl file, or an import path such as "
+            "'flowalign.glyphs:train_prompts'"
+        )
+    records = []
+    for number, row in enumerate(rows):
+        if not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
+            raise ValueError(f"{source}, row {number + 1}: expected a non-empty text under 'prompt', got {row!r}")
+        records.append(PromptRecord(number, row["prompt"], {k: v for k, v in row.items() if k != "prompt"}))
+    if not records:
+        raise ValueError(f"{source} holds no prompts; expected at least one")
+    return records
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        raise FileNotFoundError(f"prompt file {path} does not exist (working directory: {Path.cwd()})")
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if path.suffix == ".txt":
+        return [{"prompt": line.strip()} for line in lines]
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, row {number}: not JSON ({error})") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, row {number}: expected a JSON object, got {type(row).__name__}")
+        rows.append(row)
+    return rows
+
+
+def _call(source: str) -> list[dict[str, Any]]:
+    module_name, _, name = source.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ValueError(f"prompt source {source!r}: cannot import {module_name!r} ({error})") from error
+    if name not in vars(module):
+        raise ValueError(f"prompt source {source!r}: {module_name} has no function {name!r}")
+    return [dict(row) for row in vars(module)[name]()]
+
+
+def prompts_of_iteration(records: Sequence[PromptRecord], count: int, seed: int, iteration: int) -> list[PromptRecord]:
+    """The `count` prompts of an iteration: the set is walked in an order shuffled anew each epoch, wrapping from one
+    epoch into the next. A function of (seed, iteration) alone, so a resumed run needs no data position."""
+    chosen = []
+    for position in range(iteration * count, (iteration + 1) * count):
+        epoch, place = divmod(position, len(records))
+        order = generator(seed, "data", epoch).permutation(len(records))
+        chosen.append(records[int(order[place])])
+    return chosen

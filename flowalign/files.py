@@ -1,0 +1,40 @@
+"""Files that are whole or absent: written beside their place, fsynced, then renamed into it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def fsync(path: Path) -> None:
+    """Asks the disk to keep `path`, a file or a folder (a folder's own entries, not what its files hold)."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Puts `data` at `path`, making its folder: a crash leaves the former file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_bytes(data)
+    fsync(temporary)
+    temporary.replace(path)
+    fsync(path.parent)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Appends `line` and a newline and waits for the disk; a crash may leave a torn last line, which readers drop.
+
+    Raises ValueError if the file already ends in a torn line, which this call would glue to the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+") as file:
+        if file.seek(0, os.SEEK_END) > 0:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                raise ValueError(f"{path} ends in a torn line (a crash while writing): call cut_back before appending")
+        file.write(line.encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())

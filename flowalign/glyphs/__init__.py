@@ -1,0 +1,21 @@
+"""Glyphs: a tiny text-to-image world, with a real Stable Diffusion 3 pipeline folder, for alignment on a CPU."""
+
+from pathlib import Path
+from typing import Final, TypedDict
+
+from flowalign.glyphs.prompts import held_out_prompts, make_prompt, parse_prompt, train_prompts
+
+__all__ = ["CALL_ARGS", "PIPELINE", "CallArgs", "held_out_prompts", "make_prompt", "parse_prompt", "train_prompts"]
+
+
+class CallArgs(TypedDict):
+    """The arguments that every call of the pipeline needs."""
+
+    height: int
+    width: int
+    max_sequence_length: int
+
+
+PIPELINE: Final = Path(__file__).parent / "pipeline"
+# Without max_sequence_length=0, SD3 would append 256 zero tokens in place of the absent T5.
+CALL_ARGS: Final = CallArgs(height=24, width=48, max_sequence_length=0)

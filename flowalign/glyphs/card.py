@@ -1,0 +1,102 @@
+"""The model card of an exported Glyphs pipeline."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import nn
+
+from flowalign.glyphs.judge import Figures
+from flowalign.glyphs.prompts import INKS, PAPERS, held_out_prompts, train_prompts
+
+_CARD = """\
+---
+license: apache-2.0
+library_name: diffusers
+pipeline_tag: text-to-image
+tags: [stable-diffusion-3, toy, alignment]
+---
+
+# Glyphs
+
+A very small but real `StableDiffusion3Pipeline`: prompts such as `the word "KITE" in red on a yellow background`,
+pictures of 24x48 pixels. It is the base model on which flowalign's methods are tried on a CPU, so it is meant to be
+imperfect: training was stopped where about half of the words are readable.
+
+```python
+import torch
+from diffusers import StableDiffusion3Pipeline
+from flowalign.glyphs import CALL_ARGS, PIPELINE
+
+pipeline = StableDiffusion3Pipeline.from_pretrained(PIPELINE, torch_dtype=torch.float32)
+image = pipeline('the word "KITE" in red on a yellow background', num_inference_steps=6, guidance_scale=1.0,
+                 **CALL_ARGS).images[0]
+```
+
+`CALL_ARGS` is height 24, width 48 and max_sequence_length 0 (there is no T5, and SD3 would append 256 zero tokens).
+The empty prompt was trained too, so guidance works.
+
+## Parts
+
+{parts}
+
+The tokenizer knows the template's words and spells everything else letter by letter: unseen words are spelt, never
+unknown. One-layer CLIP encoders make `hidden_states[-2]`, which SD3 reads, token plus position embedding. The VAE has
+one level, so latents are 24x48 too, of variance 1, close to the pixels; its reconstruction error (mean |difference| on
+[-1, 1]) is {vae_error:.4f}. Weights are stored in fp16 and were trained in fp32. The third text encoder is absent.
+
+## How it was made
+
+`python scripts/pretrain_glyphs.py --output {folder}`, from random weights, on pictures drawn on the fly: four random
+capitals in DejaVu Sans Mono Bold, inks {inks}, papers {papers}, moved by up to one pixel along each axis. The {held_out}
+held-out words never occur in it; the {train} words of the training prompts are for alignment and get no special place.
+{machine}
+
+```json
+{recipe}
+```
+
+## Figures
+
+On the {held_out} held-out prompts, with the shipped scheduler and one fixed noise seed. A word counts as exact if
+RapidOCR's recogniser reads it letter by letter ("0" counts as "O"; ground truth so reads 100 %); letters: right in
+their place; colours: ink and paper both nearest to the named ones. The standard error of a share near one half is 2.2 %.
+
+| steps | guidance | exact | letters | colours |
+|---:|---:|---:|---:|---:|
+{figures}
+
+## Limits
+
+Four capitals and 16 colour pairs are all it can do. Figures depend on the number of sampling steps, as the table shows.
+"""
+
+
+def model_card(
+    parts: Mapping[str, nn.Module],
+    recipe: dict[str, int | float],
+    figures: Mapping[tuple[int, float], Figures],
+    *,
+    vae_error: float,
+    folder: Path,
+    machine: str,
+) -> str:
+    """README.md of the folder: parts, recipe and figures as measured."""
+    return _CARD.format(
+        parts="\n".join(
+            f"- `{name}`: {type(part).__name__}, {sum(value.numel() for value in part.parameters()):,} parameters"
+            for name, part in parts.items()
+        ),
+        vae_error=vae_error,
+        folder=folder.as_posix(),
+        inks=", ".join(INKS),
+        papers=", ".join(PAPERS),
+        held_out=len(held_out_prompts()),
+        train=len(train_prompts()),
+        machine=machine,
+        recipe=json.dumps(recipe, indent=2),
+        figures="\n".join(
+            f"| {steps} | {scale:g} | {row.exact:.1%} | {row.letters:.1%} | {row.colours:.1%} |"
+            for (steps, scale), row in figures.items()
+        ),
+    )

@@ -1,0 +1,105 @@
+"""Figures of a Glyphs pipeline: what RapidOCR reads, and which colours the pixels have.
+
+For the model card and tests. Only RapidOCR's recogniser is used: a picture enlarged twice (nearest) has exactly the
+48 rows the recogniser wants. So read, all ground-truth renders of a sample of 500 were exact once "0" counts as "O".
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+from diffusers import StableDiffusion3Pipeline
+from rapidocr import RapidOCR
+from torch import Tensor
+
+from flowalign.glyphs import CALL_ARGS
+from flowalign.glyphs.prompts import INKS, PAPERS, PromptRecord
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Shares in [0, 1]: words read exactly, letters right in their place, ink and paper both right."""
+
+    exact: float
+    letters: float
+    colours: float
+
+
+def sample_pictures(
+    pipeline: StableDiffusion3Pipeline,
+    prompts: Sequence[str],
+    steps: int,
+    guidance_scale: float,
+    *,
+    seed: int = 0,
+    batch_size: int = 128,
+) -> Tensor:
+    """Pictures [N, 3, 24, 48] in [0, 1], one per prompt; the noise depends on the seed and the place alone."""
+    generator = torch.Generator().manual_seed(seed)
+    pictures = []
+    for start in range(0, len(prompts), batch_size):
+        result = pipeline(
+            prompt=list(prompts[start : start + batch_size]),
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            generator=generator,
+            output_type="pt",
+            **CALL_ARGS,
+        )
+        pictures.append(result.images.float())
+    return torch.cat(pictures)
+
+
+def judge(pictures: Tensor, records: Sequence[PromptRecord]) -> Figures:
+    """Compare pictures with what their prompts ask for."""
+    words = read_words(pictures)
+    targets = [record["target"] for record in records]
+    letters = [
+        sum(a == b for a, b in zip(word, target, strict=False)) / len(target)
+        for word, target in zip(words, targets, strict=True)
+    ]
+    colours = [
+        found == (record["ink"], record["paper"]) for found, record in zip(name_colours(pictures), records, strict=True)
+    ]
+    exact = [word == target for word, target in zip(words, targets, strict=True)]
+    return Figures(float(np.mean(exact)), float(np.mean(letters)), float(np.mean(colours)))
+
+
+def read_words(pictures: Tensor) -> list[str]:
+    """What the recogniser reads, with "0" taken for "O"; "" where it reads nothing."""
+    rgb = (pictures.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    bgr = [np.ascontiguousarray(image[..., ::-1].repeat(2, 0).repeat(2, 1)) for image in rgb]
+    return [text.replace("0", "O") for text in _engine().recognize_txt(bgr).txts]
+
+
+def name_colours(pictures: Tensor) -> list[tuple[str, str]]:
+    """The named ink and paper nearest to each picture's own, among all eight colours.
+
+    Paper is the median of the three top and bottom rows, which no letter reaches; ink is the mean of the tenth of the
+    pixels furthest from it.
+    """
+    names = [*INKS, *PAPERS]
+    palette = torch.tensor([*INKS.values(), *PAPERS.values()], dtype=torch.float32) / 255
+    paper = torch.cat([pictures[:, :, :3], pictures[:, :, -3:]], dim=2).flatten(2).median(dim=-1).values
+    pixels = pictures.flatten(2)
+    distance = (pixels - paper[:, :, None]).square().sum(1)
+    furthest = distance.topk(distance.shape[-1] // 10).indices
+    ink = pixels.gather(2, furthest[:, None, :].expand(-1, 3, -1)).mean(-1)
+    nearest = [torch.cdist(colour, palette).argmin(1).tolist() for colour in (ink, paper)]
+    return [(names[i], names[p]) for i, p in zip(*nearest, strict=True)]
+
+
+@cache
+def _engine() -> RapidOCR:
+    return RapidOCR(
+        params={
+            "Global.use_det": False,
+            "Global.use_cls": False,
+            "Global.log_level": "error",
+            "EngineConfig.onnxruntime.intra_op_num_threads": 1,
+            "EngineConfig.onnxruntime.inter_op_num_threads": 1,
+            "Rec.rec_img_shape": [3, 48, 96],  # the default width, 320, triples the time
+        }
+    )

@@ -1,0 +1,234 @@
+"""Pre-training of the Glyphs pipeline from nothing: first the VAE, then text encoders and transformer together.
+
+The flow model is trained as Stable Diffusion 3 was (rectified flow, Esser et al. 2024, eq. 13-19): x_s = (1-s) x0 + s e,
+target e - x0, s logit-normal. All randomness of a step is keyed by (seed, stage, step), so a resumed run is the run that
+was never stopped, bit for bit, on one machine with one number of threads.
+"""
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusion3Pipeline
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from flowalign.glyphs.parts import TOKENS, build_pipeline
+from flowalign.glyphs.prompts import INKS, LETTERS, PAPERS, WORD_LENGTH, held_out_prompts, make_prompt
+from flowalign.glyphs.renderer import JITTER, draw
+
+TRAINED = ("transformer", "text_encoder", "text_encoder_2")
+Progress = Callable[[str, int, float], None]  # stage, steps done, loss
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """The recipe. The defaults made the shipped pipeline."""
+
+    seed: int = 0
+    batch_size: int = 64
+    vae_steps: int = 200
+    vae_learning_rate: float = 1e-3
+    anchor: float = 1.0  # weight of |mu - pixels|^2: latents stay pictures, so denoising them is as easy
+    kl: float = 1e-6
+    steps: int = 2000  # where training stops: short of perfect, so that alignment has something to improve
+    schedule_steps: int = 2000  # where the cosine ends
+    learning_rate: float = 2e-3
+    warmup: int = 50
+    weight_decay: float = 0.01
+    clip: float = 1.0  # gradient norm
+    prompt_dropout: float = 0.1  # prompts replaced by "", for guidance
+    ema: float = 0.995
+    checkpoint_every: int = 100
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Scenes drawn at random: pictures [N, 3, 24, 48] in [-1, 1] and their prompts."""
+
+    pictures: Tensor
+    prompts: list[str]
+
+
+def pretrain(recipe: Pretraining, folder: Path, progress: Progress) -> StableDiffusion3Pipeline:
+    """Run or resume the recipe with checkpoints in `folder`; the pipeline with averaged weights, fp32."""
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(recipe.seed)  # initial weights
+    pipeline = build_pipeline()
+    train_vae(pipeline.vae, recipe, folder, progress)
+    train_flow(pipeline, recipe, folder, progress)
+    return pipeline
+
+
+def sample_batch(count: int, generator: torch.Generator) -> Batch:
+    """Uniformly random words that are not held out, colours and offsets."""
+    codes = _allowed_codes()
+    code = codes[torch.randint(len(codes), (count,), generator=generator)]
+    letters = torch.stack([code // 26**place % 26 for place in range(WORD_LENGTH)], dim=1)
+    ink = torch.randint(len(INKS), (count,), generator=generator)
+    paper = torch.randint(len(PAPERS), (count,), generator=generator)
+    offsets = torch.randint(-JITTER, JITTER + 1, (count, 2), generator=generator)
+    pictures = draw(letters, _palette(INKS)[ink], _palette(PAPERS)[paper], offsets)
+    inks, papers = list(INKS), list(PAPERS)
+    prompts = [
+        make_prompt("".join(LETTERS[letter] for letter in word), inks[i], papers[p])
+        for word, i, p in zip(letters.tolist(), ink.tolist(), paper.tolist(), strict=True)
+    ]
+    return Batch(pictures * 2 - 1, prompts)
+
+
+def train_vae(vae: AutoencoderKL, recipe: Pretraining, folder: Path, progress: Progress) -> None:
+    """Train the VAE in place, then set scaling and shift so that its latents have mean 0 and variance 1."""
+    saved = folder / "vae.safetensors"
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=recipe.vae_learning_rate, weight_decay=0.0, fused=True)
+    first = _load(saved, vae, None, optimizer) if saved.exists() else 0
+    for step in range(first, recipe.vae_steps):
+        _set_rate(optimizer, recipe.vae_learning_rate, step, recipe.vae_steps, recipe.warmup)
+        generator = _generator(recipe.seed, 0, step)
+        pictures = sample_batch(recipe.batch_size, generator).pictures
+        posterior = vae.encode(pictures).latent_dist
+        decoded = vae.decode(posterior.sample(generator)).sample
+        reconstruction = (decoded - pictures).abs().mean()
+        anchor = (posterior.mean - pictures).square().mean()
+        loss = reconstruction + recipe.anchor * anchor + recipe.kl * posterior.kl().mean()
+        _update(loss, optimizer, recipe.clip)
+        if (step + 1) % recipe.checkpoint_every == 0 or step + 1 == recipe.vae_steps:
+            _save(saved, step + 1, vae, None, optimizer)
+        progress("vae", step + 1, reconstruction.item())
+    vae.requires_grad_(False)
+    latents = _encode_pictures(vae, sample_batch(1024, _generator(recipe.seed, 0, recipe.vae_steps)).pictures)
+    vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
+
+
+def train_flow(pipeline: StableDiffusion3Pipeline, recipe: Pretraining, folder: Path, progress: Progress) -> None:
+    """Train transformer and text encoders in place; on return they hold the averaged weights."""
+    saved = folder / "flow.safetensors"
+    model = nn.ModuleDict({name: pipeline.components[name] for name in TRAINED})
+    average = {name: value.detach().clone() for name, value in model.named_parameters()}
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
+    )
+    first = _load(saved, model, average, optimizer) if saved.exists() else 0
+    for step in range(first, recipe.steps):
+        _set_rate(optimizer, recipe.learning_rate, step, recipe.schedule_steps, recipe.warmup)
+        loss = flow_loss(pipeline, recipe, _generator(recipe.seed, 1, step))
+        _update(loss, optimizer, recipe.clip)
+        decay = min(recipe.ema, (1 + step) / (10 + step))
+        for name, value in model.named_parameters():
+            average[name].lerp_(value.detach(), 1 - decay)
+        if (step + 1) % recipe.checkpoint_every == 0 or step + 1 == recipe.steps:
+            _save(saved, step + 1, model, average, optimizer)
+        progress("flow", step + 1, loss.item())
+    model.load_state_dict(average, strict=False)  # buffers are constants
+
+
+def flow_loss(pipeline: StableDiffusion3Pipeline, recipe: Pretraining, generator: torch.Generator) -> Tensor:
+    """Mean squared error of the velocity on one random batch."""
+    batch = sample_batch(recipe.batch_size, generator)
+    x0 = _scaled_latents(pipeline.vae, batch.pictures)
+    dropped = torch.rand(recipe.batch_size, generator=generator) < recipe.prompt_dropout
+    prompts = ["" if drop else prompt for drop, prompt in zip(dropped.tolist(), batch.prompts, strict=True)]
+    tokens, pooled = encode_text(pipeline, prompts)
+    sigma = torch.randn(recipe.batch_size, generator=generator).sigmoid()
+    noise = torch.randn(x0.shape, generator=generator)
+    noised = torch.lerp(x0, noise, sigma[:, None, None, None])
+    velocity = pipeline.transformer(noised, tokens, pooled, sigma * 1000, return_dict=False)[0]
+    return (velocity - (noise - x0)).square().mean()
+
+
+def encode_text(pipeline: StableDiffusion3Pipeline, prompts: list[str]) -> tuple[Tensor, Tensor]:
+    """What `StableDiffusion3Pipeline.encode_prompt` gives with max_sequence_length=0, but with gradients.
+
+    Token features [N, 16, 128] and pooled features [N, 128].
+    """
+    tokens, pooled = [], []
+    for tokenizer, encoder in (
+        (pipeline.tokenizer, pipeline.text_encoder),
+        (pipeline.tokenizer_2, pipeline.text_encoder_2),
+    ):
+        ids = tokenizer(prompts, padding="max_length", max_length=TOKENS, return_tensors="pt").input_ids
+        encoded = encoder(ids, output_hidden_states=True)
+        tokens.append(encoded.hidden_states[-2])
+        pooled.append(encoded.text_embeds)
+    return torch.cat(tokens, dim=-1), torch.cat(pooled, dim=-1)
+
+
+@torch.no_grad()
+def _encode_pictures(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
+    return vae.encode(pictures).latent_dist.mode()
+
+
+def _scaled_latents(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
+    return (_encode_pictures(vae, pictures) - vae.config.shift_factor) * vae.config.scaling_factor
+
+
+@cache
+def _allowed_codes() -> Tensor:
+    """Every word that is not held out, as its number in base 26, first letter least significant."""
+    codes = torch.ones(26**WORD_LENGTH, dtype=torch.bool)
+    for record in held_out_prompts():
+        codes[sum(LETTERS.index(letter) * 26**place for place, letter in enumerate(record["target"]))] = False
+    return codes.nonzero().squeeze(1)
+
+
+def _palette(colours: dict[str, tuple[int, int, int]]) -> Tensor:
+    return torch.tensor(list(colours.values()), dtype=torch.float32) / 255
+
+
+def _generator(seed: int, stage: int, step: int) -> torch.Generator:
+    """A generator of its own for every step, so that nothing but the step number must be saved."""
+    return torch.Generator().manual_seed((seed << 40) + (stage << 32) + step)
+
+
+def _set_rate(optimizer: torch.optim.Optimizer, peak: float, step: int, end: int, warmup: int) -> None:
+    """Linear warm-up, then a cosine to 0 at step `end`."""
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, step / end)))
+    for group in optimizer.param_groups:
+        group["lr"] = peak * min(1.0, (step + 1) / warmup) * cosine
+
+
+def _update(loss: Tensor, optimizer: torch.optim.Optimizer, clip: float) -> None:
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], clip)
+    optimizer.step()
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
+    for index, state in optimizer.state_dict()["state"].items():
+        for name, value in state.items():
+            yield f"optimizer/{index}/{name}", value
+
+
+def _save(
+    path: Path, step: int, model: nn.Module, average: dict[str, Tensor] | None, optimizer: torch.optim.Optimizer
+) -> None:
+    """Write a checkpoint whole or not at all."""
+    tensors = {"step": torch.tensor(step)}
+    tensors |= {f"model/{name}": value for name, value in model.named_parameters()}
+    tensors |= {f"average/{name}": value for name, value in (average or {}).items()}
+    tensors |= dict(_optimizer_tensors(optimizer))
+    unfinished = path.with_suffix(".tmp")
+    save_file(tensors, unfinished)
+    os.replace(unfinished, path)
+
+
+def _load(path: Path, model: nn.Module, average: dict[str, Tensor] | None, optimizer: torch.optim.Optimizer) -> int:
+    """Restore a checkpoint in place; the number of steps it has done."""
+    tensors = load_file(path)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            value.copy_(tensors[f"model/{name}"])
+        for name, value in (average or {}).items():
+            value.copy_(tensors[f"average/{name}"])
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith("optimizer/"):
+            _, index, name = key.split("/")
+            state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return int(tensors["step"])

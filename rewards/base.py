@@ -1,0 +1,261 @@
+"""What a reward is: a batch of samples in, scores out; and `score`, the guard through which every caller asks.
+
+A sample that cannot be scored is NaN with valid False; a reward that cannot score at all is a RewardError.
+Neither ever becomes 0, -1 or a mid-score.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+
+class RewardError(RuntimeError):
+    """A reward could not score a batch; the message names the reward."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RewardBatch:
+    """N samples to be scored. Every list has N entries, every tensor N rows.
+
+    images [N, 3, H, W]: RGB in [0, 1]; uint8 in 0..255 is converted here, other floats become float32. latents: as the
+    model has them. metadata: what the prompt set says about each prompt (targets, colours, ...); never re-derived from
+    the prompt. sample_ids name samples in messages; group_ids tell which samples answer the same prompt.
+    Without them: 0..N-1, each its own group.
+    """
+
+    prompts: list[str]
+    images: Tensor | None = None
+    latents: Tensor | None = None
+    metadata: list[dict[str, Any]] = field(default_factory=list)
+    sample_ids: list[int] = field(default_factory=list)
+    group_ids: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        count = len(self.prompts)
+        fill = {
+            "metadata": self.metadata or [{} for _ in range(count)],
+            "sample_ids": self.sample_ids or list(range(count)),
+            "group_ids": self.group_ids or list(range(count)),
+            "images": None if self.images is None else _unit_float(self.images),
+        }
+        for name, value in fill.items():
+            object.__setattr__(self, name, value)
+        sizes = {name: len(value) for name, value in vars(self).items() if value is not None}
+        if set(sizes.values()) != {count}:
+            raise ValueError(f"a reward batch needs one entry per sample in every field; got {sizes}")
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def select(self, which: Sequence[int] | Tensor) -> RewardBatch:
+        """The samples of an index (order kept, repeats allowed) or of a boolean mask [N]."""
+        index = torch.as_tensor(which)
+        rows = (index.nonzero().flatten() if index.dtype == torch.bool else index.long()).tolist()
+        return RewardBatch(
+            prompts=[self.prompts[i] for i in rows],
+            images=None if self.images is None else self.images[rows],
+            latents=None if self.latents is None else self.latents[rows],
+            metadata=[self.metadata[i] for i in rows],
+            sample_ids=[self.sample_ids[i] for i in rows],
+            group_ids=[self.group_ids[i] for i in rows],
+        )
+
+    def chunk(self, size: int) -> list[RewardBatch]:
+        """Consecutive batches of at most `size` samples."""
+        if size < 1:
+            raise ValueError(f"chunk size must be at least 1, got {size}")
+        return [self.select(range(start, min(start + size, len(self)))) for start in range(0, len(self), size)]
+
+    def pixels(self) -> Tensor:
+        """images as uint8 [N, 3, H, W] on the CPU, round(255 x) as flow_grpo does (half to even; not truncated).
+
+        ValueError without images, or if a value lies more than 1e-3 outside [0, 1] (a model's [-1, 1], say).
+        """
+        if self.images is None:
+            raise ValueError("this reward needs images, but the batch has none")
+        images = self.images.detach()
+        if images.numel() and not (images.min() >= -1e-3 and images.max() <= 1 + 1e-3):
+            low, high = images.min().item(), images.max().item()
+            raise ValueError(f"images must lie in [0, 1], got {low:.3g}..{high:.3g}: rescale what the decoder returns")
+        return (images.clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+
+
+@dataclass(frozen=True, eq=False)
+class RewardOutput:
+    """Scores of N samples.
+
+    scores float32 [N]; valid bool [N]; components: raw parts by name, float32 [N]; info: per sample, for humans, what
+    was seen or why there is no score (empty list: nothing to say); elapsed: seconds for the batch, measured by `score`.
+    """
+
+    scores: Tensor
+    valid: Tensor
+    components: dict[str, Tensor] = field(default_factory=dict)
+    info: list[str] = field(default_factory=list)
+    elapsed: float = 0.0
+
+
+class Reward(Protocol):
+    """A reward. Construction is cheap; `load` fetches models and starts workers (a first call does it too), `close`
+    frees them. A sample's score does not depend on its batch mates."""
+
+    @property
+    def name(self) -> str: ...
+
+    def __call__(self, batch: RewardBatch) -> RewardOutput: ...
+
+    def load(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def score(
+    reward: Reward,
+    batch: RewardBatch,
+    *,
+    timeout: float | None = None,
+    on_error: Literal["raise", "mask"] = "raise",
+    max_fail_rate: float = 0.5,
+) -> RewardOutput:
+    """Asks a reward, without gradients, and believes nothing: the guard that every caller uses.
+
+    * A sample whose image or latent is not finite is not shown to the reward: invalid.
+    * A non-finite score, or one the reward marks invalid, is NaN with valid False (its components too).
+    * An exception, or no answer within `timeout` seconds, is a RewardError; with on_error="mask" it is logged and
+      every sample of the batch is invalid. An answer of the wrong form (length, dtype) is a RewardError always.
+    * More than `max_fail_rate` of the batch invalid in an answer is a RewardError.
+
+    After a timeout the reward's thread cannot be stopped: it is left behind as a daemon.
+    """
+    if on_error not in ("raise", "mask"):
+        raise ValueError(f"on_error is {on_error!r}; expected 'raise' or 'mask'")
+    started = time.perf_counter()
+    shown = _finite_rows(batch)
+    asked = batch if bool(shown.all()) else batch.select(shown)
+    try:
+        answer = _call(reward, asked, timeout) if len(asked) else _nothing(0)
+    except Exception as error:
+        reason = f"reward {reward.name!r} failed on {len(asked)} samples: {type(error).__name__}: {error}"
+        if on_error == "raise":
+            raise RewardError(reason) from error
+        logger.warning("%s; all its samples are masked", reason)
+        return replace(_nothing(len(batch), reason), elapsed=time.perf_counter() - started)
+    _check_form(reward.name, answer, len(asked))
+    output = _spread(_masked(answer), shown)
+    _check_rate(reward.name, output, batch, max_fail_rate)
+    return replace(output, elapsed=time.perf_counter() - started)
+
+
+def _unit_float(images: Tensor) -> Tensor:
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images must be [N, 3, H, W], got {list(images.shape)}")
+    if images.dtype == torch.uint8:
+        return images.float() / 255
+    if not images.is_floating_point():
+        raise TypeError(f"images must be floats in [0, 1] or uint8, got {images.dtype}")
+    return images.float()
+
+
+def _finite_rows(batch: RewardBatch) -> Tensor:
+    """bool [N] on the CPU: the samples whose tensors are finite everywhere."""
+    finite = torch.ones(len(batch), dtype=torch.bool)
+    for tensor in (batch.images, batch.latents):
+        if tensor is not None:
+            finite &= torch.isfinite(tensor.detach()).flatten(1).all(dim=1).cpu()
+    return finite
+
+
+def _call(reward: Reward, batch: RewardBatch, timeout: float | None) -> RewardOutput:
+    if timeout is None:
+        with torch.no_grad():
+            return reward(batch)
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+    answers: list[RewardOutput] = []
+    errors: list[BaseException] = []
+
+    def work() -> None:  # gradient mode and current device belong to a thread: set them anew
+        if device is not None:
+            torch.cuda.set_device(device)
+        try:
+            with torch.no_grad():
+                answers.append(reward(batch))
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work, name=f"reward {reward.name}", daemon=True)
+    thread.start()
+    thread.join(timeout)
+    if thread.is_alive():
+        raise TimeoutError(f"no answer within {timeout:g} s")
+    if errors:
+        raise errors[0]
+    return answers[0]
+
+
+def _check_form(name: str, answer: RewardOutput, count: int) -> None:
+    if not isinstance(answer, RewardOutput):
+        raise RewardError(f"reward {name!r} returned {type(answer).__name__}; expected a RewardOutput")
+    named = {"scores": answer.scores, **{f"components[{key!r}]": part for key, part in answer.components.items()}}
+    expected = [(key, part, torch.float32) for key, part in named.items()] + [("valid", answer.valid, torch.bool)]
+    for key, part, dtype in expected:
+        if not isinstance(part, Tensor):
+            raise RewardError(f"reward {name!r}: {key} is {type(part).__name__}; expected a tensor")
+        if part.shape != (count,):
+            raise RewardError(
+                f"reward {name!r}: {key} has shape {list(part.shape)}; expected [{count}], one per sample"
+            )
+        if part.dtype != dtype:
+            raise RewardError(f"reward {name!r}: {key} is {part.dtype}; expected {dtype}")
+    if answer.info and len(answer.info) != count:
+        raise RewardError(f"reward {name!r}: info has {len(answer.info)} entries for {count} samples; one per sample")
+
+
+def _masked(answer: RewardOutput) -> RewardOutput:
+    """On the CPU, with NaN wherever there is no score, so that no number can be used by mistake."""
+    scores, said = answer.scores.detach().cpu(), answer.valid.cpu()
+    valid = said & torch.isfinite(scores)
+    info = list(answer.info) or [""] * len(scores)
+    for i in (said & ~valid).nonzero().flatten().tolist():
+        info[i] = f"the score is {scores[i].item()}; {info[i]}".removesuffix("; ")
+    components = {name: part.detach().cpu().masked_fill(~valid, torch.nan) for name, part in answer.components.items()}
+    return RewardOutput(scores.masked_fill(~valid, torch.nan), valid, components, info)
+
+
+def _spread(output: RewardOutput, shown: Tensor) -> RewardOutput:
+    """Back to all samples of the batch; those that were not shown are invalid."""
+    if bool(shown.all()):
+        return output
+    rows = shown.nonzero().flatten()
+    whole = _nothing(len(shown), "its image or latent is not finite")
+    info = list(whole.info)
+    for row, text in zip(rows.tolist(), output.info, strict=True):
+        info[row] = text
+    components = {name: whole.scores.index_copy(0, rows, part) for name, part in output.components.items()}
+    return RewardOutput(
+        whole.scores.index_copy(0, rows, output.scores), whole.valid.index_copy(0, rows, output.valid), components, info
+    )
+
+
+def _nothing(count: int, info: str = "") -> RewardOutput:
+    return RewardOutput(torch.full((count,), torch.nan), torch.zeros(count, dtype=torch.bool), {}, [info] * count)
+
+
+def _check_rate(name: str, output: RewardOutput, batch: RewardBatch, max_fail_rate: float) -> None:
+    failed = (~output.valid).nonzero().flatten().tolist()
+    if len(failed) > max_fail_rate * len(batch):
+        first = failed[0]
+        raise RewardError(
+            f"reward {name!r}: {len(failed)} of {len(batch)} samples have no score, more than max_fail_rate "
+            f"{max_fail_rate:g} allows. The first, sample {batch.sample_ids[first]} "
+            f"(prompt {batch.prompts[first]!r}): {output.info[first] or 'no reason given'}"
+        )

@@ -1,0 +1,99 @@
+"""Exact colour accuracy: is the paper, and is the ink, of the colour that was asked for?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from rewards.base import RewardBatch, RewardOutput
+
+INK_SHARE = 0.05  # of the pixels, the ones farthest from the paper colour, are taken for ink
+NO_INK = 0.1  # ink nearer than this to the paper (RGB in [0, 1], Euclidean) is no ink
+
+Palette = Mapping[str, tuple[int, int, int]]
+
+
+@dataclass(frozen=True)
+class ColourAccuracy:
+    """Share of the two colours, ink and paper, whose nearest palette colour has the name in the metadata: 0, 0.5 or 1.
+
+    Paper is the median of the picture's outermost pixels, channel by channel. Ink is the median of the 5 % of all
+    pixels that lie farthest from the paper (so up to 2.5 % of stray pixels do no harm; text covering less is not seen).
+    Distances are Euclidean in gamma-encoded RGB. A picture without ink has its ink wrong.
+
+    metric: "mean" of the two, or "both" (1 only if both are right). palette: name -> RGB, whole numbers 0..255; None
+    takes `metadata["palette"]`. ink_key, paper_key: where the metadata names the colours. A sample whose metadata lacks
+    them, or names a colour that is not in the palette, is invalid. Components: ink, paper.
+    """
+
+    palette: dict[str, tuple[int, int, int]] | None = None
+    metric: Literal["mean", "both"] = "mean"
+    ink_key: str = "ink"
+    paper_key: str = "paper"
+    name: str = "colour"
+
+    def __post_init__(self) -> None:
+        if self.metric not in ("mean", "both"):
+            raise ValueError(f"metric is {self.metric!r}; expected 'mean' or 'both'")
+        if self.palette is not None:
+            _colours(self.palette)
+
+    def load(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    def __call__(self, batch: RewardBatch) -> RewardOutput:
+        pages = batch.pixels().float() / 255
+        paper = paper_colour(pages)
+        ink, strength = ink_colour(pages, paper)
+        rows = [self._judge(batch.metadata[i], ink[i], paper[i], strength[i].item()) for i in range(len(batch))]
+        parts = torch.tensor([row[:2] for row in rows], dtype=torch.float32).reshape(-1, 2)
+        scores = parts.mean(dim=1) if self.metric == "mean" else parts.amin(dim=1)
+        return RewardOutput(
+            scores, ~scores.isnan(), {"ink": parts[:, 0], "paper": parts[:, 1]}, [row[2] for row in rows]
+        )
+
+    def _judge(self, wanted: dict[str, Any], ink: Tensor, paper: Tensor, strength: float) -> tuple[float, float, str]:
+        """(ink right, paper right, what was seen); NaN where the metadata cannot say."""
+        palette: Palette | None = self.palette if self.palette is not None else wanted.get("palette")
+        if not palette:
+            return torch.nan, torch.nan, "no palette: give one to ColourAccuracy or to the metadata as 'palette'"
+        for key in (self.ink_key, self.paper_key):
+            if wanted.get(key) not in palette:
+                return (
+                    torch.nan,
+                    torch.nan,
+                    f"metadata[{key!r}] is {wanted.get(key)!r}; expected one of {list(palette)}",
+                )
+        names, values = list(palette), _colours(palette)
+        seen_ink = "none" if strength < NO_INK else names[int((values - ink).norm(dim=1).argmin())]
+        seen_paper = names[int((values - paper).norm(dim=1).argmin())]
+        right = seen_ink == wanted[self.ink_key], seen_paper == wanted[self.paper_key]
+        return float(right[0]), float(right[1]), f"{seen_ink} on {seen_paper}"
+
+
+def paper_colour(images: Tensor) -> Tensor:
+    """[N, 3]: median of the outermost pixels of images [N, 3, H, W], each once or, at the corners, twice."""
+    frame = [images[:, :, 0], images[:, :, -1], images[:, :, :, 0], images[:, :, :, -1]]
+    return torch.cat(frame, dim=2).median(dim=2).values
+
+
+def ink_colour(images: Tensor, paper: Tensor) -> tuple[Tensor, Tensor]:
+    """Median colour [N, 3] of the INK_SHARE of pixels farthest from the paper [N, 3], and its distance [N] from it."""
+    pixels = images.flatten(2)
+    distance = (pixels - paper[:, :, None]).norm(dim=1)
+    farthest = distance.topk(max(1, round(INK_SHARE * pixels.shape[2])), dim=1).indices
+    ink = pixels.gather(2, farthest[:, None, :].expand(-1, 3, -1)).median(dim=2).values
+    return ink, (ink - paper).norm(dim=1)
+
+
+def _colours(palette: Palette) -> Tensor:
+    """Palette as [C, 3] in [0, 1]."""
+    for name, colour in palette.items():
+        if len(colour) != 3 or not all(isinstance(part, int) and 0 <= part <= 255 for part in colour):
+            raise ValueError(f"palette colour {name!r} is {colour!r}; expected three whole numbers from 0 to 255")
+    return torch.tensor([list(colour) for colour in palette.values()], dtype=torch.float32) / 255

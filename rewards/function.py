@@ -1,0 +1,139 @@
+"""A user's plain function as a reward: `fn(images, prompts, **metadata) -> scores`, named by file or import path."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from pkgutil import iter_modules
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rewards.base import RewardBatch, RewardOutput
+
+
+@dataclass
+class FunctionReward:
+    """A reward from `./my_rewards.py:shininess`, `package.module:shininess` or `package.module.shininess`.
+
+    The function gets images (float32 [N, 3, H, W] in [0, 1]) and prompts (list of N texts), then by keyword those
+    metadata columns that it names (or all, with **metadata): lists of N, None where a sample lacks the key. It returns
+    N numbers: a tensor, an array or a list, in which NaN or None means "no score for this sample".
+
+    The path's form and the file are checked at construction, the function is imported by `load`. Relative files are
+    looked for in the working directory.
+    """
+
+    path: str
+    name: str = ""
+    _function: Callable[..., Any] | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        place, attribute = split_path(self.path)
+        if place.endswith(".py") and not Path(place).is_file():
+            raise ValueError(f"reward {self.path!r}: there is no file {Path(place).absolute()}")
+        self.name = self.name or attribute
+
+    def load(self) -> None:
+        if self._function is None:
+            self._function = import_function(self.path)
+
+    def close(self) -> None: ...
+
+    def __call__(self, batch: RewardBatch) -> RewardOutput:
+        self.load()
+        assert self._function is not None
+        columns = self._columns(self._function, batch)
+        scores = as_scores(self._function(batch.images, list(batch.prompts), **columns), self.path)
+        return RewardOutput(scores, torch.isfinite(scores))
+
+    def _columns(self, function: Callable[..., Any], batch: RewardBatch) -> dict[str, list[Any]]:
+        """The metadata columns that the function takes."""
+        known = list(dict.fromkeys(key for row in batch.metadata for key in row))
+        parameters = list(inspect.signature(function).parameters.values())[2:]
+        named = [each for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)]
+        for each in named:
+            if each.default is each.empty and each.name not in known:
+                raise ValueError(
+                    f"reward {self.path!r} wants the metadata column {each.name!r}, but the prompts have "
+                    f"{near(each.name, known)}"
+                )
+        takes_all = any(each.kind == each.VAR_KEYWORD for each in parameters)
+        wanted = known if takes_all else [each.name for each in named if each.name in known]
+        return {key: [row.get(key) for row in batch.metadata] for key in wanted}
+
+
+def split_path(path: str) -> tuple[str, str]:
+    """(file or module, function) of a path such as `./my_rewards.py:shininess` or `package.module.shininess`."""
+    place, _, attribute = path.rpartition(":" if ":" in path else ".")
+    if not place or not attribute.isidentifier() or (place.endswith(".py") and ":" not in path) or attribute == "py":
+        raise ValueError(
+            f"reward path {path!r}: expected './my_rewards.py:shininess', 'package.module:shininess' or "
+            "'package.module.shininess'"
+        )
+    return place, attribute
+
+
+def import_function(path: str) -> Callable[..., Any]:
+    """The function behind a path; ValueError with near matches if it, or its module, is not there."""
+    place, attribute = split_path(path)
+    module = _import_file(Path(place)) if place.endswith(".py") else _import_module(path, place)
+    found = vars(module).get(attribute)
+    if not callable(found):
+        kind = "is not a function" if attribute in vars(module) else "does not exist"
+        own = [key for key, value in vars(module).items() if inspect.isfunction(value) and not key.startswith("_")]
+        raise ValueError(f"reward {path!r}: {attribute!r} {kind}; {place} has {near(attribute, own)}")
+    return found
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """`a, b (did you mean 'a'?)`, for messages."""
+    known = list(known)
+    return (", ".join(known) or "none") + _guess(name, known)
+
+
+def _guess(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def as_scores(values: object, path: str) -> Tensor:
+    """float32 from what a function returned; None becomes NaN."""
+    if isinstance(values, (list, tuple)):
+        values = [float("nan") if value is None else value for value in values]
+    try:
+        return torch.as_tensor(values).detach().to("cpu", torch.float32)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"reward {path!r} returned {type(values).__name__}; expected one number per sample") from error
+
+
+def _import_file(path: Path) -> ModuleType:
+    name = f"rewards_user_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path.absolute())
+    assert spec is not None and spec.loader is not None  # it ends in .py
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def _import_module(path: str, name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise  # the module is there, but something that it imports is not
+        parent, _, last = error.name.rpartition(".")
+        folders = vars(sys.modules[parent]).get("__path__", []) if parent else None  # None: all of sys.path
+        raise ValueError(
+            f"reward {path!r}: no module {error.name!r}{_guess(last, [each.name for each in iter_modules(folders)])}; "
+            "for a file in the working directory write './file.py:function'"
+        ) from error

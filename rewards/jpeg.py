@@ -1,0 +1,65 @@
+"""JPEG size as a reward (DDPO, Black et al. 2023): the classic smoke test of a training loop. No weights.
+
+The picture is rounded to 8 bits (round(255 x)), as flow_grpo does, and encoded by Pillow with 4:2:0 chroma, its
+default. Sizes depend on the encoder's version and grow with the resolution: compare only equal ones. Identical inputs
+give identical sizes, so a group of equal pictures has no spread.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from rewards.base import RewardBatch, RewardOutput
+
+
+@dataclass(frozen=True)
+class JPEGIncompressibility:
+    """Size of the JPEG in kB (1000 bytes), larger is better, never 0 or less. Component: kilobytes."""
+
+    quality: int = 95
+    name: str = "jpeg_incompressibility"
+
+    def load(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    def __call__(self, batch: RewardBatch) -> RewardOutput:
+        size = kilobytes(batch, self.quality)
+        return RewardOutput(size, torch.ones(len(size), dtype=torch.bool), {"kilobytes": size})
+
+
+@dataclass(frozen=True)
+class JPEGCompressibility:
+    """-kB / divide_by, below 0, smaller files are better. divide_by: 1 is DDPO's, 500 flow_grpo's. Component:
+    kilobytes."""
+
+    quality: int = 95
+    divide_by: float = 1.0
+    name: str = "jpeg_compressibility"
+
+    def __post_init__(self) -> None:
+        if self.divide_by <= 0:
+            raise ValueError(f"divide_by must be positive, got {self.divide_by}")
+
+    def load(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    def __call__(self, batch: RewardBatch) -> RewardOutput:
+        size = kilobytes(batch, self.quality)
+        return RewardOutput(-size / self.divide_by, torch.ones(len(size), dtype=torch.bool), {"kilobytes": size})
+
+
+def kilobytes(batch: RewardBatch, quality: int) -> Tensor:
+    """float32 [N]: JPEG size of each image in 1000 bytes."""
+    sizes = []
+    for picture in batch.pixels().permute(0, 2, 3, 1).numpy():
+        file = io.BytesIO()
+        Image.fromarray(picture).save(file, format="JPEG", quality=quality)
+        sizes.append(file.tell() / 1000)
+    return torch.tensor(sizes, dtype=torch.float32)

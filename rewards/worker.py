@@ -1,0 +1,63 @@
+"""The child's side of `workers.py`: one process that owns one engine and answers one job after the other.
+
+Run as a script, `python -P worker.py FD PARENT_PID ENGINE_FILE OPTIONS_JSON`, so that it imports neither the caller's
+main module nor torch: it starts in the time its engine takes. Messages are JSON and raw array bytes, never pickles.
+ENGINE_FILE defines `Engine(**options)`, a callable (header, array) -> (header, array).
+"""
+
+import json
+import os
+import runpy
+import signal
+import sys
+import threading
+import time
+import traceback
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+
+
+def send(connection: Connection, header: dict[str, Any], array: np.ndarray) -> None:
+    """One message: a JSON header and an array."""
+    form = {"header": header, "shape": array.shape, "dtype": array.dtype.str}
+    connection.send_bytes(json.dumps(form).encode())
+    connection.send_bytes(np.ascontiguousarray(array).tobytes())
+
+
+def receive(connection: Connection) -> tuple[dict[str, Any], np.ndarray]:
+    """The other end of `send`. EOFError when the other side is gone."""
+    form = json.loads(connection.recv_bytes())
+    array = np.frombuffer(connection.recv_bytes(), dtype=form["dtype"]).reshape(form["shape"])
+    return form["header"], array
+
+
+def leave_with(parent: int) -> None:
+    """Ends this process when its parent is gone, however that died and whatever the engine is doing."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def serve(connection: Connection, engine_file: str, options: dict[str, Any]) -> None:
+    """Builds the engine, says so, then answers until the caller hangs up."""
+    nothing = np.zeros(0, dtype=np.float32)
+    try:
+        engine = runpy.run_path(engine_file)["Engine"](**options)
+        send(connection, {}, nothing)
+        while True:
+            try:
+                header, array = receive(connection)
+            except (EOFError, ConnectionError):
+                return
+            send(connection, *engine(header, array))
+    except Exception:
+        send(connection, {"error": traceback.format_exc()}, nothing)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides when we leave
+    file_descriptor, parent_pid, engine_path, options_json = sys.argv[1:]
+    threading.Thread(target=leave_with, args=(int(parent_pid),), daemon=True).start()
+    serve(Connection(int(file_descriptor)), engine_path, json.loads(options_json))

@@ -1,0 +1,269 @@
+"""What a denoising transition is: an affine mean in (x, v), a Gaussian around it, and the arithmetic all kernels share.
+
+Drawing and measuring are methods of one Gaussian, so rollout and update cannot disagree. Coefficients are computed in
+float64 on the device of the sigmas, then cast to the dtype of the states (at least fp32).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+Reduce = Literal["mean", "sum"]
+Constants = Literal["full", "none"]
+KLForm = Literal["exact", "exact_times_h", "velocity", "mean_sq"]
+
+_HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
+
+
+@dataclass(frozen=True, eq=False)
+class Affine:
+    """One step per row: x' ~ N(alpha·x + slope·v, std²). Each [N], float64; slope is the b of the literature, < 0."""
+
+    alpha: Tensor
+    slope: Tensor
+    std: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Gaussian:
+    """N(mean, std²·I), one per row. Rows with std 0 are deterministic: they can be drawn, but have no density.
+
+    mean [N, *]; std, slope (∂mean/∂v), length (h = σ - σ') [N].
+    reduce: log_prob and kl are the "mean" over the D elements of a row (every reference implementation; clip ranges
+    of 1e-5..1e-3 assume it) or the "sum" (nats). constants "none": log_prob is -reduce((x' - mean)²), without 1/(2 std²)
+    and the normaliser (Flow-CPS), which weights a step by 2·std² and is 0 with zero gradient where std is 0.
+    """
+
+    mean: Tensor
+    std: Tensor
+    slope: Tensor
+    length: Tensor
+    reduce: Reduce = "mean"
+    constants: Constants = "full"
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """mean + std·noise [N, *]; where std is 0 the mean, bit for bit."""
+        _same_shape("noise", noise, self.mean)
+        std = spread(self.std, self.mean)
+        return torch.where(std == 0, self.mean, self.mean + std * noise.to(self.mean.dtype))
+
+    def log_prob(self, x_next: Tensor) -> Tensor:
+        """[N] log density of `x_next` [N, *], reduced over elements. ValueError: full constants where std is 0."""
+        _same_shape("x_next", x_next, self.mean)
+        error = x_next.to(self.mean.dtype) - self.mean
+        if self.constants == "none":
+            return -self._reduce(error.square())
+        self._need_density("log_prob")
+        elements = 1 if self.reduce == "mean" else self.mean[0].numel()
+        quadratic = self._reduce((error / spread(self.std, self.mean)).square())
+        return -0.5 * quadratic - elements * (self.std.log() + _HALF_LOG_2PI)
+
+    def kl(self, other: "Gaussian", form: KLForm = "exact_times_h") -> Tensor:
+        """[N] divergence to `other`, the same step under another velocity; reduced like log_prob.
+
+        exact: Δμ²/(2 std²). exact_times_h: h times that, what flow_grpo's betas are tuned for. velocity: Δv² = (Δμ/b)².
+        mean_sq: Δμ². Gradients reach both sides; detach the reference. Means are subtracted in the states' dtype: in
+        fp32 a Δv near 1e-7·|x|/|b| is rounding.
+        """
+        _same_shape("the other mean", other.mean, self.mean)
+        if not torch.equal(self.std, other.std):
+            raise ValueError("the two Gaussians have different std; expected one step under two velocities: use the "
+                             "same kernel, sigmas and level for both")  # fmt: skip
+        square = self._reduce((self.mean - other.mean).square())
+        if form == "mean_sq":
+            return square
+        if form == "velocity":
+            return square / self.slope.square()
+        if form not in ("exact", "exact_times_h"):
+            raise ValueError(f"kl form {form!r} came; expected 'exact', 'exact_times_h', 'velocity' or 'mean_sq'")
+        self._need_density(f"kl(form={form!r})")
+        exact = square / (2.0 * self.std.square())
+        return exact * self.length if form == "exact_times_h" else exact
+
+    def _reduce(self, values: Tensor) -> Tensor:
+        flat = values.flatten(1)
+        return flat.mean(1) if self.reduce == "mean" else flat.sum(1)
+
+    def _need_density(self, what: str) -> None:
+        if bool((self.std == 0).any()):
+            rows = (self.std == 0).nonzero().flatten().tolist()
+            raise ValueError(
+                f"{what} was asked of deterministic steps (std 0) in rows {rows[:8]}; a density needs std > 0: "
+                "leave these steps out (level 0 in the plan), or use constants='none'"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One transition: `policy` is scored, `behaviour` is drawn from; the same object unless the step is guided.
+
+    carry [N, *]: what a multistep solver hands to the children of these rows (say the previous x̂0); None otherwise.
+    """
+
+    policy: Gaussian
+    behaviour: Gaussian
+    carry: Tensor | None = None
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of the behaviour [N, *]."""
+        return self.behaviour.mean
+
+    @property
+    def std(self) -> Tensor:
+        """Standard deviation of the behaviour [N]."""
+        return self.behaviour.std
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """A draw from the behaviour."""
+        return self.behaviour.sample(noise)
+
+    def log_prob(self, x_next: Tensor) -> Tensor:
+        """Log density of `x_next` under the policy [N]."""
+        return self.policy.log_prob(x_next)
+
+    def kl(self, other: "Step", form: KLForm = "exact_times_h") -> Tensor:
+        """Divergence of this policy from that of the same step under another velocity [N]."""
+        return self.policy.kl(other.policy, form)
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """What a kernel may know of the rows it steps.
+
+    level: [N] or one factor of the kernel's own noise level; 0 = the exact Euler step. rows [N]: condition rows (a
+    tree's roots). nodes [N]: the child nodes. step [N]: grid index left. carry [N, *]: what the parents handed over.
+    """
+
+    level: Tensor | float = 1.0
+    rows: Tensor | None = None
+    nodes: Tensor | None = None
+    step: Tensor | None = None
+    carry: Tensor | None = None
+
+
+DEFAULT_CONTEXT = Context()
+
+
+class Kernel(Protocol):
+    """One denoising transition. A new kernel is a final dataclass; usually `coefficients` and `affine_step` are all."""
+
+    @property
+    def reduce(self) -> Reduce: ...
+
+    @property
+    def constants(self) -> Constants: ...
+
+    def coefficients(self, sigma: Tensor, sigma_next: Tensor, level: Tensor | float = 1.0) -> Affine:
+        """α, b, s [N] in float64 for σ > σ' [N]; level 0 gives (1, -h, 0) exactly."""
+        ...
+
+    def __call__(
+        self,
+        x: Tensor,
+        v: Tensor,
+        sigma: Tensor | float,
+        sigma_next: Tensor | float,
+        ctx: Context = DEFAULT_CONTEXT,
+    ) -> Step:
+        """x, v [N, *] (at least one axis after the rows); σ, σ' one number or [N]."""
+        ...
+
+
+def affine_step(
+    kernel: Kernel, x: Tensor, v: Tensor, sigma: Tensor | float, sigma_next: Tensor | float, ctx: Context
+) -> Step:
+    """The step of an unguided one-step kernel: its coefficients applied to (x, v), in at least fp32."""
+    if x.ndim < 2:
+        raise ValueError(f"x of shape {tuple(x.shape)} came; expected [N, *], rows first: add an axis to flat states")
+    _same_shape("v", v, x)
+    dtype = torch.promote_types(torch.promote_types(x.dtype, v.dtype), torch.float32)
+    x, v = x.to(dtype), v.to(dtype)
+    sigma, sigma_next = _per_row("sigma", sigma, len(x)), _per_row("sigma_next", sigma_next, len(x))
+    level = _per_row("level", ctx.level, len(x))
+    affine = kernel.coefficients(sigma, sigma_next, level)
+    alpha, slope, std, length = (
+        c.to(x.device, dtype) for c in (affine.alpha, affine.slope, affine.std, sigma - sigma_next)
+    )
+    # α is exactly 1 on deterministic rows, so this is diffusers' x + (σ' - σ)·v bit for bit there.
+    mean = spread(alpha, x) * x + spread(slope, x) * v
+    gaussian = Gaussian(mean, std, slope, length, kernel.reduce, kernel.constants)
+    return Step(policy=gaussian, behaviour=gaussian)
+
+
+def step_inputs(sigma: Tensor, sigma_next: Tensor, level: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
+    """(σ, σ', level) in float64, checked: 1 >= σ > σ' >= 0 and level >= 0 in every row."""
+    sigma, sigma_next = torch.as_tensor(sigma, dtype=torch.float64), torch.as_tensor(sigma_next, dtype=torch.float64)
+    level = torch.as_tensor(level, dtype=torch.float64, device=sigma.device)
+    ordered = (sigma <= 1) & (sigma > sigma_next) & (sigma_next >= 0)
+    if not bool(ordered.all()):
+        raise ValueError(
+            f"sigma {_some(sigma)} -> sigma_next {_some(sigma_next)} came; expected 1 >= sigma > sigma_next >= 0 in "
+            "every row: noise levels go down from 1 (noise) to 0 (data)"
+        )
+    if not bool(((level >= 0) & level.isfinite()).all()):
+        raise ValueError(f"level {_some(level)} came; expected finite factors >= 0 of the kernel's own noise level")
+    return sigma, sigma_next, level.expand_as(sigma)
+
+
+def euler_maruyama(g: Tensor, sigma: Tensor, sigma_next: Tensor) -> Affine:
+    """One Euler-Maruyama step of the reverse SDE with diffusion coefficient g; where g is 0, the Euler step.
+
+    Flow-GRPO 2505.05470 eq. 9 in our variables: μ = x - h·v - (h g²/2σ)·ε̂, s = g√h.
+    Not kept: the marginals, which are right to first order in h; the extra noise of a step on point-mass data is
+    (g²h²/σ)(1 + g²/4σ).
+    """
+    h = sigma - sigma_next
+    pull = g.square() * h / (2.0 * sigma)
+    return Affine(alpha=1.0 - pull, slope=-h - pull * (1.0 - sigma), std=g * h.sqrt())
+
+
+def euler_where_silent(affine: Affine, level: Tensor, sigma: Tensor, sigma_next: Tensor) -> Affine:
+    """`affine`, but the exact Euler step (1, -h, 0) in the rows whose level is 0."""
+    silent = level == 0
+    return Affine(
+        alpha=torch.where(silent, torch.ones_like(affine.alpha), affine.alpha),
+        slope=torch.where(silent, sigma_next - sigma, affine.slope),
+        std=torch.where(silent, torch.zeros_like(affine.std), affine.std),
+    )
+
+
+def spread(rows: Tensor, like: Tensor) -> Tensor:
+    """[N] -> [N, 1, …, 1], to broadcast over the elements of `like`."""
+    return rows.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def check_choices(reduce: str, constants: str) -> None:
+    """The two switches every kernel carries."""
+    if reduce not in ("mean", "sum"):
+        raise ValueError(f"reduce={reduce!r} came; expected 'mean' or 'sum'")
+    if constants not in ("full", "none"):
+        raise ValueError(f"constants={constants!r} came; expected 'full' or 'none'")
+
+
+def check_noise_level(noise_level: float, highest: float = math.inf) -> None:
+    """A noise level is a finite number in [0, highest]."""
+    if not (math.isfinite(noise_level) and 0.0 <= noise_level <= highest):
+        raise ValueError(f"noise_level={noise_level} came; expected a finite number from 0 (ODE) to {highest}")
+
+
+def _per_row(name: str, value: Tensor | float, n: int) -> Tensor:
+    rows = torch.as_tensor(value, dtype=torch.float64)
+    if rows.ndim > 1 or (rows.ndim == 1 and len(rows) not in (1, n)):
+        raise ValueError(f"{name} of shape {tuple(rows.shape)} came; expected one number or [{n}], one per row of x")
+    return rows.expand(n)
+
+
+def _same_shape(name: str, came: Tensor, expected: Tensor) -> None:
+    if came.shape != expected.shape:
+        raise ValueError(
+            f"{name} of shape {tuple(came.shape)} came; expected {tuple(expected.shape)}, that of the states: one row "
+            "per step, repeated where several children leave one state"
+        )
+
+
+def _some(rows: Tensor) -> list[float]:
+    return rows.flatten()[:8].tolist()

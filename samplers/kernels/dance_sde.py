@@ -1,0 +1,55 @@
+"""Dance-SDE: the reverse SDE with constant noise (DanceGRPO, arXiv 2505.07818)."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from samplers.kernels.base import (
+    DEFAULT_CONTEXT,
+    Affine,
+    Constants,
+    Context,
+    Reduce,
+    Step,
+    affine_step,
+    check_choices,
+    check_noise_level,
+    euler_maruyama,
+    euler_where_silent,
+    step_inputs,
+)
+
+
+@dataclass(frozen=True)
+class DanceSDE:
+    """Euler-Maruyama with g = η = noise_level·level; h = σ - σ'.
+
+    α = 1 - η²h/(2σ), b = -h(1 + η²(1-σ)/(2σ)), s = η√h.
+    noise_level: 0.3 (FLUX and Wan images), 0.25 (HunyuanVideo). Not kept: the marginals, to first order in h;
+    DanceGRPO itself never lets the noise of the last step reach the reward (a last step of level 0 does the same).
+    """
+
+    noise_level: float = 0.3
+    reduce: Reduce = "mean"
+    constants: Constants = "full"
+
+    def __post_init__(self) -> None:
+        check_noise_level(self.noise_level)
+        check_choices(self.reduce, self.constants)
+
+    def coefficients(self, sigma: Tensor, sigma_next: Tensor, level: Tensor | float = 1.0) -> Affine:
+        """α, b, s [N], float64."""
+        sigma, sigma_next, level = step_inputs(sigma, sigma_next, level)
+        affine = euler_maruyama(self.noise_level * level, sigma, sigma_next)
+        return euler_where_silent(affine, level, sigma, sigma_next)
+
+    def __call__(
+        self,
+        x: Tensor,
+        v: Tensor,
+        sigma: Tensor | float,
+        sigma_next: Tensor | float,
+        ctx: Context = DEFAULT_CONTEXT,
+    ) -> Step:
+        """One Euler-Maruyama step."""
+        return affine_step(self, x, v, sigma, sigma_next, ctx)

@@ -1,0 +1,45 @@
+"""The probability-flow ODE, by Euler: what diffusers' FlowMatchEulerDiscreteScheduler does."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from samplers.kernels.base import (
+    DEFAULT_CONTEXT,
+    Affine,
+    Constants,
+    Context,
+    Reduce,
+    Step,
+    affine_step,
+    check_choices,
+    step_inputs,
+)
+
+
+@dataclass(frozen=True)
+class ODE:
+    """x' = x - h·v, whatever the level. No density: log_prob with constants "none" is 0, with "full" an error."""
+
+    reduce: Reduce = "mean"
+    constants: Constants = "none"
+
+    def __post_init__(self) -> None:
+        check_choices(self.reduce, self.constants)
+
+    def coefficients(self, sigma: Tensor, sigma_next: Tensor, level: Tensor | float = 1.0) -> Affine:
+        """(1, -h, 0)."""
+        sigma, sigma_next, level = step_inputs(sigma, sigma_next, level)
+        return Affine(alpha=torch.ones_like(sigma), slope=sigma_next - sigma, std=torch.zeros_like(sigma))
+
+    def __call__(
+        self,
+        x: Tensor,
+        v: Tensor,
+        sigma: Tensor | float,
+        sigma_next: Tensor | float,
+        ctx: Context = DEFAULT_CONTEXT,
+    ) -> Step:
+        """One Euler step."""
+        return affine_step(self, x, v, sigma, sigma_next, ctx)

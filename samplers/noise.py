@@ -1,0 +1,118 @@
+"""Noise as a function of a key: bit-identical whatever the batch, the micro-batch, the process count or the order.
+
+A 128-bit hash of the key seeds its own counter-based generator (numpy Philox), and each key draws ONE fp32 tensor on
+the CPU. torch's CPU generator would keep only the low 32 bits of a seed and change its values with the size drawn.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from operator import index
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from samplers.trees import Tree
+
+STREAMS = (
+    "start",
+    "step",
+    "branch-common",
+    "branch-own",
+    "renoise",
+    "timestep",
+    "spsa",
+    "select",
+    "data",
+    "augment",
+)
+
+
+def generator(*key: int | str) -> np.random.Generator:
+    """The generator of one key; parts are integers of any size and strings. Different keys: different generators.
+
+    Each part is encoded with its type and length, so ("a", 1), ("a1",) and ("a", "1") are three keys.
+    """
+    if not key:
+        raise ValueError("an empty key came; expected integers and strings, such as (seed, 'select', iteration)")
+    digest = blake2b(b"".join(_encode(part) for part in key), digest_size=16).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
+
+
+def normal(shape: Sequence[int], *key: int | str) -> Tensor:
+    """One fp32 CPU tensor of independent N(0, 1), a function of `key` and `shape` only."""
+    return torch.from_numpy(generator(*key).standard_normal(tuple(shape), dtype=np.float32))
+
+
+@dataclass(frozen=True)
+class KeyedNoise:
+    """The start and step noise of one iteration's rollout.
+
+    uids: prompt uid of each group of the tree, in group order. visits: how many times this prompt came before in this
+    iteration, for each group, so that a prompt seen again gets new noise; by default it is counted within `uids`, which
+    is enough unless one prompt's groups are spread over several rollouts of the same iteration. The key holds the
+    visit, not the group's position: batching and order do not matter.
+    """
+
+    seed: int
+    iteration: int
+    uids: Sequence[int]
+    shape: Sequence[int]
+    device: torch.device | str = "cpu"
+    visits: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.visits is None:
+            return
+        if len(self.visits) != len(self.uids):
+            raise ValueError(f"{len(self.visits)} visits came for {len(self.uids)} uids; expected one per group")
+        if len(set(zip(self.uids, self.visits, strict=True))) < len(self.uids):
+            raise ValueError("two groups have the same (uid, visit); they would get the same noise: count visits up")
+
+    def start(self, tree: Tree) -> Tensor:
+        """[R, *shape], one per root; key (seed, "start", iteration, uid, visit, root's number in its group)."""
+        roots = torch.arange(tree.num_roots)
+        number = torch.zeros_like(roots)
+        for group in range(tree.num_groups):
+            own = tree.group[roots] == group
+            number[own] = torch.arange(int(own.sum()))
+        return self._draw("start", tree, roots, number[:, None])
+
+    def step(self, tree: Tree, nodes: Tensor) -> Tensor:
+        """[n, *shape] for the steps arriving at `nodes`; key (seed, "step", iteration, uid, visit, local, grid step)."""
+        if bool((tree.parent[nodes] < 0).any()):
+            raise ValueError("a root came; expected nodes that a step arrives at: use start(tree) for the roots")
+        return self._draw("step", tree, nodes, torch.stack([tree.local[nodes], tree.index[tree.parent[nodes]]], 1))
+
+    def _draw(self, stream: str, tree: Tree, nodes: Tensor, tails: Tensor) -> Tensor:
+        if tree.num_groups != len(self.uids):
+            raise ValueError(f"{len(self.uids)} uids came for {tree.num_groups} groups; expected one uid per group")
+        visits = self.visits if self.visits is not None else _count(self.uids)
+        out = torch.empty((len(nodes), *self.shape), dtype=torch.float32)
+        for row, (group, tail) in enumerate(zip(tree.group[nodes].tolist(), tails.tolist(), strict=True)):
+            out[row] = normal(self.shape, self.seed, stream, self.iteration, self.uids[group], visits[group], *tail)
+        return out.to(self.device)
+
+
+def _count(uids: Sequence[int]) -> list[int]:
+    """How many times each uid stands earlier in the list."""
+    seen: Counter[int] = Counter()
+    visits = []
+    for uid in uids:
+        visits.append(seen[uid])
+        seen[uid] += 1
+    return visits
+
+
+def _encode(part: int | str) -> bytes:
+    """Type, length, content: no two sequences of parts share an encoding."""
+    if isinstance(part, bool):
+        raise TypeError(f"a key part is {part!r}; expected an integer or a string: write 0 or 1 if that is meant")
+    if isinstance(part, str):
+        kind, body = b"s", part.encode()
+    else:
+        number = index(part)
+        kind, body = b"i", number.to_bytes(number.bit_length() // 8 + 1, "little", signed=True)
+    return kind + len(body).to_bytes(8, "little") + body

@@ -1,0 +1,195 @@
+"""Noising laws x = a(σ)·x0 + b(σ)·ε, and every conversion between x0, noise, score and velocity.
+
+Velocity is the direction c·x0 + d·ε, normalised so that a·d - b·c = 1: ε - x0 for rectified flow, and diffusers'
+"v_prediction" a·ε - b·x0 for variance-preserving models. All tensors [N, *], sigma one number or [N].
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Path(Protocol):
+    """A noising law. `mix(sigma)` gives (a, b, c, d); σ goes from 1 (noise) to 0 (data)."""
+
+    def mix(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
+
+
+def _mix(path: Path, sigma: Tensor | float, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The four coefficients in the dtype of `like`, shaped to broadcast over its elements."""
+    rows = torch.as_tensor(sigma, dtype=torch.float64)
+    if rows.ndim > 1 or (rows.ndim == 1 and len(rows) not in (1, len(like))):
+        raise ValueError(f"sigma of shape {tuple(rows.shape)} came; expected one number or [{len(like)}], one per row")
+    if not bool(((rows >= 0) & (rows <= 1)).all()):
+        raise ValueError(f"sigma {rows.flatten()[:8].tolist()} came; expected levels inside [0, 1], not timesteps")
+    rows = rows.reshape(-1, *[1] * (like.ndim - 1)) if rows.ndim else rows
+    a, b, c, d = (t.to(like.device, like.dtype) for t in path.mix(rows))
+    return a, b, c, d
+
+
+def _add_noise(self: Path, x0: Tensor, eps: Tensor, sigma: Tensor | float) -> Tensor:
+    """a·x0 + b·ε."""
+    a, b, _, _ = _mix(self, sigma, x0)
+    return a * x0 + b * eps
+
+
+def _velocity(self: Path, x0: Tensor, eps: Tensor, sigma: Tensor | float) -> Tensor:
+    """The regression target c·x0 + d·ε."""
+    _, _, c, d = _mix(self, sigma, x0)
+    return c * x0 + d * eps
+
+
+def _x0_from_velocity(self: Path, x: Tensor, v: Tensor, sigma: Tensor | float) -> Tensor:
+    _, b, _, d = _mix(self, sigma, x)
+    return d * x - b * v
+
+
+def _x0_from_noise(self: Path, x: Tensor, eps: Tensor, sigma: Tensor | float) -> Tensor:
+    """Infinite where a = 0."""
+    a, b, _, _ = _mix(self, sigma, x)
+    return (x - b * eps) / a
+
+
+def _x0_from_score(self: Path, x: Tensor, score: Tensor, sigma: Tensor | float) -> Tensor:
+    """Tweedie's formula; infinite where a = 0."""
+    a, b, _, _ = _mix(self, sigma, x)
+    return (x + b.square() * score) / a
+
+
+def _noise_from_velocity(self: Path, x: Tensor, v: Tensor, sigma: Tensor | float) -> Tensor:
+    a, _, c, _ = _mix(self, sigma, x)
+    return a * v - c * x
+
+
+def _noise_from_x0(self: Path, x: Tensor, x0: Tensor, sigma: Tensor | float) -> Tensor:
+    """Infinite where b = 0."""
+    a, b, _, _ = _mix(self, sigma, x)
+    return (x - a * x0) / b
+
+
+def _noise_from_score(self: Path, x: Tensor, score: Tensor, sigma: Tensor | float) -> Tensor:
+    _, b, _, _ = _mix(self, sigma, x)
+    return -b * score
+
+
+def _score_from_velocity(self: Path, x: Tensor, v: Tensor, sigma: Tensor | float) -> Tensor:
+    """Infinite where b = 0."""
+    a, b, c, _ = _mix(self, sigma, x)
+    return (c * x - a * v) / b
+
+
+def _score_from_noise(self: Path, x: Tensor, eps: Tensor, sigma: Tensor | float) -> Tensor:
+    """Infinite where b = 0."""
+    _, b, _, _ = _mix(self, sigma, x)
+    return -eps / b
+
+
+def _score_from_x0(self: Path, x: Tensor, x0: Tensor, sigma: Tensor | float) -> Tensor:
+    """Infinite where b = 0."""
+    a, b, _, _ = _mix(self, sigma, x)
+    return (a * x0 - x) / b.square()
+
+
+def _velocity_from_x0(self: Path, x: Tensor, x0: Tensor, sigma: Tensor | float) -> Tensor:
+    """Infinite where b = 0."""
+    _, b, _, d = _mix(self, sigma, x)
+    return (d * x - x0) / b
+
+
+def _velocity_from_noise(self: Path, x: Tensor, eps: Tensor, sigma: Tensor | float) -> Tensor:
+    """Infinite where a = 0."""
+    a, _, c, _ = _mix(self, sigma, x)
+    return (c * x + eps) / a
+
+
+def _velocity_from_score(self: Path, x: Tensor, score: Tensor, sigma: Tensor | float) -> Tensor:
+    """Infinite where a = 0."""
+    a, b, c, _ = _mix(self, sigma, x)
+    return (c * x - b * score) / a
+
+
+@dataclass(frozen=True)
+class RectifiedFlow:
+    """x = (1-σ)·x0 + σ·ε, v = ε - x0 = dx/dσ."""
+
+    def a(self, sigma: Tensor) -> Tensor:
+        """Coefficient of the data."""
+        return 1.0 - sigma
+
+    def b(self, sigma: Tensor) -> Tensor:
+        """Coefficient of the noise."""
+        return sigma
+
+    def mix(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(1-σ, σ, -1, 1)."""
+        return self.a(sigma), self.b(sigma), -torch.ones_like(sigma), torch.ones_like(sigma)
+
+    add_noise = _add_noise
+    velocity = _velocity
+    x0_from_velocity = _x0_from_velocity
+    x0_from_noise = _x0_from_noise
+    x0_from_score = _x0_from_score
+    noise_from_velocity = _noise_from_velocity
+    noise_from_x0 = _noise_from_x0
+    noise_from_score = _noise_from_score
+    score_from_velocity = _score_from_velocity
+    score_from_noise = _score_from_noise
+    score_from_x0 = _score_from_x0
+    velocity_from_x0 = _velocity_from_x0
+    velocity_from_noise = _velocity_from_noise
+    velocity_from_score = _velocity_from_score
+
+
+@dataclass(frozen=True, eq=False)
+class VariancePreserving:
+    """x = √ᾱ·x0 + √(1-ᾱ)·ε on the discrete levels of an ε- or v-model; v = √ᾱ·ε - √(1-ᾱ)·x0.
+
+    alphas_cumprod [K]: the scheduler's own table. σ names a level: σ = (t+1)/K is timestep t, σ = 0 clean data
+    (ᾱ = 1). Other values of σ are an error: such a model knows no level in between.
+    """
+
+    alphas_cumprod: Tensor
+
+    def __post_init__(self) -> None:
+        table = self.alphas_cumprod
+        if table.ndim != 1 or len(table) < 1 or not bool(((table >= 0) & (table <= 1)).all()):
+            raise ValueError(f"alphas_cumprod of shape {tuple(table.shape)} came; expected [K] numbers inside [0, 1]")
+
+    def alpha_bar(self, sigma: Tensor) -> Tensor:
+        """ᾱ at the levels σ, float64."""
+        steps = len(self.alphas_cumprod)
+        place = sigma.double() * steps
+        if bool(((place - place.round()).abs() > 1e-3).any()):
+            raise ValueError(f"sigma {sigma.flatten()[:8].tolist()} came; expected multiples of 1/{steps}: (t+1)/{steps}")
+        table = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod.double().cpu()])
+        return table[place.round().long().cpu()].to(sigma.device)
+
+    def a(self, sigma: Tensor) -> Tensor:
+        """Coefficient of the data."""
+        return self.alpha_bar(sigma).sqrt()
+
+    def b(self, sigma: Tensor) -> Tensor:
+        """Coefficient of the noise."""
+        return (1.0 - self.alpha_bar(sigma)).sqrt()
+
+    def mix(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(√ᾱ, √(1-ᾱ), -√(1-ᾱ), √ᾱ)."""
+        a, b = self.a(sigma), self.b(sigma)
+        return a, b, -b, a
+
+    add_noise = _add_noise
+    velocity = _velocity
+    x0_from_velocity = _x0_from_velocity
+    x0_from_noise = _x0_from_noise
+    x0_from_score = _x0_from_score
+    noise_from_velocity = _noise_from_velocity
+    noise_from_x0 = _noise_from_x0
+    noise_from_score = _noise_from_score
+    score_from_velocity = _score_from_velocity
+    score_from_noise = _score_from_noise
+    score_from_x0 = _score_from_x0
+    velocity_from_x0 = _velocity_from_x0
+    velocity_from_noise = _velocity_from_noise
+    velocity_from_score = _velocity_from_score

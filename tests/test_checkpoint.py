@@ -1,0 +1,406 @@
+"""Checkpoints: bit-exact round trips, every damage an error, no crash leaves half of one, nothing pickled (I7, I8)."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from flowalign import checkpoint
+from flowalign.checkpoint import CheckpointError, discard_after, latest, load, save
+from flowalign.named_state import pack_optimizer, pack_parameters, restore_optimizer, restore_parameters
+
+
+def content(step):
+    weights = {"a.weight": torch.full((3, 2), float(step)), "b": torch.arange(5, dtype=torch.bfloat16) * step}
+    return {"model": weights, "ema": {"a.weight": torch.full((3, 2), -float(step))}}, {"step": step, "x": 0.1 * step}
+
+
+def assert_is(path, step):
+    tensors, state = load(path)
+    expected, expected_state = content(step)
+    assert state == expected_state
+    assert {s: set(t) for s, t in tensors.items()} == {s: set(t) for s, t in expected.items()}
+    for section, held in expected.items():
+        for name, tensor in held.items():
+            assert tensors[section][name].dtype == tensor.dtype
+            assert torch.equal(tensors[section][name], tensor)
+
+
+def names(run):
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+# ------------------------------------------------------------------------------------------ round trip
+
+
+def test_round_trip_keeps_bits_types_and_views(tmp_path):
+    odd = torch.tensor([float("nan"), -0.0, float("inf"), 1e-42])
+    base = torch.arange(12.0).reshape(3, 4)
+    tensors = {"s": {"odd": odd, "view": base.T, "slice": base[1:], "scalar": torch.tensor(3.5, dtype=torch.float64)}}
+    back, state = load(save(tmp_path, 7, {**tensors, "empty": {}}, {"x": 0.1, "list": [1, None, "σ"]}))
+    assert torch.equal(back["s"]["odd"].view(torch.int32), odd.view(torch.int32))
+    assert torch.equal(back["s"]["view"], base.T) and torch.equal(back["s"]["slice"], base[1:])
+    assert back["s"]["scalar"].dtype == torch.float64 and back["s"]["scalar"].shape == ()
+    assert back["empty"] == {} and state == {"x": 0.1, "list": [1, None, "σ"]}
+
+
+def test_the_last_k_are_kept_and_latest_counts_by_number(tmp_path):
+    assert latest(tmp_path) is None
+    for step in (2, 9, 10, 100):
+        save(tmp_path, step, *content(step), keep=3)
+    assert names(tmp_path) == ["step-10", "step-100", "step-9"]
+    assert latest(tmp_path) == tmp_path / "checkpoints" / "step-100"
+    assert_is(latest(tmp_path), 100)
+
+
+def test_saving_a_step_again_does_nothing_if_equal_and_is_an_error_if_not(tmp_path):
+    first = save(tmp_path, 1, *content(1))
+    born = (first / "manifest.json").stat().st_mtime_ns
+    assert save(tmp_path, 1, *content(1)) == first
+    assert (first / "manifest.json").stat().st_mtime_ns == born
+    with pytest.raises(CheckpointError, match="exists with other content"):
+        save(tmp_path, 1, *content(5))
+    assert_is(first, 1)
+
+
+def test_resuming_from_an_earlier_step_asks_for_the_later_ones_to_go(tmp_path):
+    for step in (1, 2, 3):
+        save(tmp_path, step, *content(step), keep=3)
+    with pytest.raises(CheckpointError, match="already holds step-3; call discard_after"):
+        save(tmp_path, 2, *content(2))
+    discard_after(tmp_path, 1)
+    assert names(tmp_path) == ["step-1"]
+    save(tmp_path, 2, *content(2))
+    assert_is(latest(tmp_path), 2)
+
+
+@pytest.mark.parametrize("state", [{"t": (1, 2)}, {"d": {1: 2}}, {"n": float("nan")}, {"tensor": torch.ones(1)}])
+def test_a_state_that_json_would_change_is_refused(tmp_path, state):
+    with pytest.raises(CheckpointError, match="state"):
+        save(tmp_path, 1, {}, state)
+    assert latest(tmp_path) is None
+
+
+def test_sharded_weights_and_bad_section_names_are_refused_by_name(tmp_path):
+    class DTensor(torch.Tensor):
+        pass
+
+    with pytest.raises(CheckpointError, match=r"model, w: a DTensor .*FSDP2"):
+        save(tmp_path, 1, {"model": {"w": torch.ones(2).as_subclass(DTensor)}}, {})
+    with pytest.raises(CheckpointError, match=r"section '\.\./up'"):
+        save(tmp_path, 1, {"../up": {}}, {})
+
+
+# --------------------------------------------------------------------------------------------- damage
+
+
+@pytest.mark.parametrize("part", ["model.safetensors", "ema.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("damage", ["missing", "cut", "changed"])
+def test_every_damaged_part_is_an_error_that_names_the_file_and_the_way_out(tmp_path, part, damage):
+    save(tmp_path, 1, *content(1))
+    path = save(tmp_path, 2, *content(2))
+    file = path / part
+    data = file.read_bytes()
+    if damage == "missing":
+        file.unlink()
+    elif damage == "cut":
+        file.write_bytes(data[:-3])
+    else:
+        file.write_bytes(data[:-4] + bytes([data[-4] ^ 1]) + data[-3:])
+    with pytest.raises(CheckpointError) as error:
+        load(path)
+    assert str(file) in str(error.value) and "remove" in str(error.value) and str(path) in str(error.value)
+    assert_is(tmp_path / "checkpoints" / "step-1", 1)
+
+
+def test_a_foreign_file_a_renamed_folder_and_another_format_are_errors(tmp_path):
+    path = save(tmp_path, 2, *content(2))
+    (path / "optimizer.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"optimizer\.safetensors is not listed"):
+        load(path)
+    (path / "optimizer.safetensors").unlink()
+    moved = path.rename(path.with_name("step-3"))
+    with pytest.raises(CheckpointError, match="is of step 2, but its folder is step-3"):
+        load(moved)
+    manifest = json.loads((moved / "manifest.json").read_text())
+    (moved / "manifest.json").write_text(json.dumps({**manifest, "format": 99}))
+    with pytest.raises(CheckpointError, match="format 99, expected 1"):
+        load(moved)
+
+
+# ---------------------------------------------------------------------------------------------- kills
+
+# Saves step 2 over step 1 in a forked child that dies at the k-th visit of a point (os._exit: no `finally` runs), then,
+# in "random" runs, saves step after step until it is killed from outside. Forked from a fresh interpreter: no threads.
+KILLER = """
+import os, signal, sys, time
+from pathlib import Path
+import torch
+from flowalign.checkpoint import POINTS, save
+torch.set_num_threads(1)
+sys.path.insert(0, sys.argv[2])
+from test_checkpoint import content
+
+def child(work):
+    pid = os.fork()
+    if pid == 0:
+        work()
+        os._exit(0)
+    return pid
+
+def dying_save(run, point, visit):
+    seen = []
+    def hook(name):
+        seen.append(name)
+        if seen.count(point) == visit:
+            os._exit(17)
+    save(run, 2, *content(2), keep=1, hooks=hook)
+
+for point in POINTS:
+    for visit in ((1, 2) if point == "part_written" else (1,)):
+        run = Path(sys.argv[1]) / f"{point}-{visit}"
+        save(run, 1, *content(1))
+        code = os.waitstatus_to_exitcode(os.waitpid(child(lambda: dying_save(run, point, visit)), 0)[1])
+        assert code == 17, (point, visit, code)
+
+for trial in range(12):
+    run = Path(sys.argv[1]) / f"random-{trial}"
+    save(run, 0, *content(0))
+    pid = child(lambda: [save(run, step, *content(step), keep=2) for step in range(1, 100000)])
+    time.sleep(0.004 + 0.0037 * trial)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+"""
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("killed")
+    here = Path(__file__).parent
+    environment = {**os.environ, "PYTHONPATH": str(here.parent), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", KILLER, str(folder), str(here)], check=True, env=environment, timeout=120)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("point", "survivor"),
+    [
+        ("part_written-1", 1),
+        ("part_written-2", 1),
+        ("before_rename-1", 1),
+        ("after_rename-1", 2),
+        ("before_prune-1", 2),
+    ],
+)
+def test_a_crash_at_a_named_point_leaves_the_former_or_the_new_checkpoint_whole(killed, point, survivor):
+    run = killed / point
+    assert_is(latest(run), survivor)
+    assert any(name.startswith(".tmp-") for name in names(run)) == (survivor == 1)  # the crash did leave litter
+    save(run, 3, *content(3), keep=1)
+    assert names(run) == ["step-3"]  # and the next save cleared it
+    assert_is(latest(run), 3)
+
+
+def test_a_kill_at_any_moment_leaves_only_whole_checkpoints(killed):
+    last = []
+    for run in sorted(killed.glob("random-*")):
+        for path in (run / "checkpoints").glob("step-*"):
+            assert_is(path, checkpoint.step_of(path))
+        last.append(checkpoint.step_of(latest(run)))
+        save(run, 10**6, *content(10**6), keep=1)
+        assert names(run) == ["step-1000000"]
+    assert max(last) > 0  # the kills did fall among saves
+
+
+def test_every_file_and_folder_is_on_the_disk_before_the_rename_and_the_rename_before_the_prune(tmp_path, monkeypatch):
+    events = []
+    monkeypatch.setattr(checkpoint, "fsync", lambda path: events.append(path.name))
+    save(tmp_path, 1, *content(1))
+    events.clear()
+    save(tmp_path, 2, *content(2), keep=1, hooks=events.append)
+    before, after = events[: events.index("before_rename")], events[events.index("before_rename") :]
+    files = {"model.safetensors", "ema.safetensors", "state.json", "manifest.json"}
+    assert files <= set(before) and before[-1] == ".tmp-step-2"  # the folder last: it names its files
+    assert after == ["before_rename", "checkpoints", "after_rename", "before_prune"]
+
+
+def test_a_crash_while_deleting_the_old_one_leaves_no_half_checkpoint(tmp_path, monkeypatch):
+    def half(folder):
+        (folder / "state.json").unlink()
+        raise OSError("killed")
+
+    save(tmp_path, 1, *content(1))
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="killed"):
+        patch.setattr(checkpoint.shutil, "rmtree", half)
+        save(tmp_path, 2, *content(2), keep=1)
+    assert [name for name in names(tmp_path) if name.startswith("step-")] == ["step-2"]
+    assert_is(latest(tmp_path), 2)
+
+
+@pytest.mark.parametrize("point", checkpoint.POINTS)
+def test_an_exception_while_saving_leaves_the_former_or_the_new_checkpoint_whole(tmp_path, point):
+    def hook(name):
+        if name == point:
+            raise OSError("disk full")
+
+    save(tmp_path, 1, *content(1))
+    with pytest.raises(OSError, match="disk full"):
+        save(tmp_path, 2, *content(2), keep=1, hooks=hook)
+    assert_is(latest(tmp_path), 2 if point in ("after_rename", "before_prune") else 1)
+
+
+# --------------------------------------------------------------------------------------------- pickle
+
+
+def test_nothing_is_pickled_or_unpickled(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("pickle was called")
+
+    model, optimizer = trained(3)
+    for module, functions in ((torch, ("load", "save")), (pickle, ("load", "loads", "dump", "dumps", "Unpickler"))):
+        for name in functions:
+            monkeypatch.setattr(module, name, refuse)
+    tensors, state = pack_optimizer(optimizer, model.named_parameters())
+    sections = {"model": pack_parameters(model.named_parameters()), "optimizer": tensors}
+    path = save(tmp_path, 3, sections, {"optimizer": state})
+    back, back_state = load(path)
+    restore_optimizer(optimizer, model.named_parameters(), back["optimizer"], back_state["optimizer"])
+    for file in tmp_path.rglob("*"):
+        if file.is_file():
+            assert file.suffix in (".json", ".safetensors")
+            assert not zipfile.is_zipfile(file) and not file.read_bytes().startswith(b"\x80")
+
+
+# -------------------------------------------------------------------------------------- named state
+
+
+class Net(nn.Module):
+    """Equal weights whatever the order in which its layers are declared: the order of parameters is what varies."""
+
+    def __init__(self, order):
+        super().__init__()
+        for name in order:
+            layer = nn.Linear(3, 3)
+            with torch.no_grad():
+                layer.weight.copy_(torch.arange(9.0).reshape(3, 3).cos() * (ord(name) - 96))
+                layer.bias.copy_(torch.arange(3.0).sin() * (ord(name) - 96))
+            self.add_module(name, layer)
+
+    def forward(self, x):
+        return self.c(torch.tanh(self.b(torch.tanh(self.a(x)))))
+
+
+def adamw(model, lr=0.05, split=True):
+    parameters = dict(model.named_parameters())
+    decayed = [p for n, p in parameters.items() if n.endswith("weight") or not split]
+    plain = [p for n, p in parameters.items() if n.endswith("bias") and split]
+    groups = [{"params": decayed, "weight_decay": 0.1}] + ([{"params": plain, "weight_decay": 0.0}] if split else [])
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.8, 0.95))
+
+
+def train(model, optimizer, steps, start=0):
+    for step in range(start, start + steps):
+        optimizer.zero_grad()
+        x = torch.linspace(-1, 1, 12).reshape(4, 3) * (1 + step)
+        (model(x) - x.flip(1)).square().mean().backward()
+        optimizer.step()
+
+
+def trained(steps, order="abc"):
+    model = Net(order)
+    optimizer = adamw(model)
+    train(model, optimizer, steps)
+    return model, optimizer
+
+
+def test_resume_of_adamw_is_bit_exact_and_free_of_parameter_order(tmp_path):
+    whole, _ = trained(8)
+    model, optimizer = trained(4)
+    optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 0.05 * (1 / 3)  # a scheduler was here
+    tensors, state = pack_optimizer(optimizer, model.named_parameters())
+    path = save(tmp_path, 4, {"model": pack_parameters(model.named_parameters()), "opt": tensors}, {"opt": state})
+    train(model, optimizer, 4, start=4)
+
+    back, back_state = load(path)
+    other = Net("cab")
+    resumed = adamw(other, lr=99.0)
+    resumed.param_groups.reverse()
+    restore_parameters(other.named_parameters(), back["model"])
+    restore_optimizer(resumed, other.named_parameters(), back["opt"], back_state["opt"])
+    assert {g["lr"] for g in resumed.param_groups} == {0.05 * (1 / 3)} and resumed.param_groups[0]["betas"] == (
+        0.8,
+        0.95,
+    )
+    train(other, resumed, 4, start=4)
+    after = dict(other.named_parameters())
+    for name, parameter in model.named_parameters():
+        assert torch.equal(after[name], parameter)
+    assert not torch.equal(after["a.weight"], dict(whole.named_parameters())["a.weight"])  # the changed lr was kept
+
+
+def test_restore_casts_nothing_and_shares_nothing():
+    model, optimizer = trained(2)
+    tensors, state = pack_optimizer(optimizer, model.named_parameters())
+    half = Net("abc").bfloat16()
+    resumed = adamw(half)
+    restore_optimizer(resumed, half.named_parameters(), tensors, state)
+    moments = resumed.state[half.a.weight]
+    assert moments["exp_avg"].dtype == torch.float32  # load_state_dict would have made it bfloat16
+    assert moments["step"].item() == 2 and moments["step"].device.type == "cpu"
+    moments["exp_avg"].zero_()
+    assert tensors["exp_avg/a.weight"].abs().max() > 0
+
+
+def test_a_parameter_that_never_had_a_gradient_stays_without_state():
+    model = Net("abc")
+    model.b.requires_grad_(False)
+    optimizer = adamw(model)
+    train(model, optimizer, 1)
+    tensors, state = pack_optimizer(optimizer, model.named_parameters())
+    assert not any("b." in name for name in tensors)
+    resumed = adamw(model)
+    resumed.state[model.b.weight]["step"] = torch.tensor(9.0)
+    restore_optimizer(resumed, model.named_parameters(), tensors, state)
+    assert model.b.weight not in resumed.state and resumed.state[model.a.weight]["step"].item() == 1
+
+
+def test_mismatches_name_the_parameters_and_leave_the_optimizer_alone():
+    model, optimizer = trained(2)
+    tensors, state = pack_optimizer(optimizer, model.named_parameters())
+
+    def refused(other, other_optimizer, message):
+        with pytest.raises(CheckpointError, match=message):
+            restore_optimizer(other_optimizer, other.named_parameters(), tensors, state)
+        assert not other_optimizer.state
+
+    more = Net("abcd")
+    refused(more, adamw(more), r"lacks 2 \(d.bias, d.weight\)")
+    less = Net("ab")
+    refused(less, adamw(less), r"unknown 2 \(c.bias, c.weight\)")
+    wide = Net("abc")
+    wide.b = nn.Linear(3, 5)
+    refused(wide, adamw(wide), r"b\.weight is \(\(3, 3\).* expected \(\(5, 3\)")
+    one = Net("abc")
+    refused(one, adamw(one, split=False), r"6 \(a.bias, a.weight, b.bias, …\) are one parameter group here")
+    sgd = Net("abc")
+    refused(sgd, torch.optim.SGD(sgd.parameters(), lr=0.1), "of AdamW, expected SGD")
+    with pytest.raises(CheckpointError, match="2 optimizer parameters have no name"):
+        pack_optimizer(optimizer, [(n, p) for n, p in model.named_parameters() if not n.startswith("b")])
+
+
+def test_parameters_of_another_shape_or_type_are_refused_before_any_copy():
+    model = Net("abc")
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    tensors = {name: p + 1 for name, p in before.items()} | {"c.bias": torch.zeros(4)}
+    with pytest.raises(CheckpointError, match=r"c\.bias is"):
+        restore_parameters(model.named_parameters(), tensors)
+    with pytest.raises(CheckpointError, match=r"c\.bias is .*float64"):
+        restore_parameters(model.named_parameters(), {**tensors, "c.bias": torch.zeros(3, dtype=torch.float64)})
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
