@@ -30,13 +30,15 @@ class Pretraining:
     """The recipe. The defaults made the shipped pipeline."""
 
     seed: int = 0
-    batch_size: int = 64
+    batch_size: int = 32
+    vae_batch_size: int = 64
     vae_steps: int = 200
     vae_learning_rate: float = 1e-3
     anchor: float = 1.0  # weight of |mu - pixels|^2: latents stay pictures, so denoising them is as easy
     kl: float = 1e-6
-    steps: int = 2000  # where training stops: short of perfect, so that alignment has something to improve
-    schedule_steps: int = 2000  # where the cosine ends
+    steps: int = 4000  # where training stops: short of perfect, so that alignment has something to improve
+    schedule_steps: int = 4000  # where the cosine ends
+    sigma_logit: float = 1.0  # mean; at 0, as in SD3, letters are learnt far later: only high noise asks for them
     learning_rate: float = 2e-3
     warmup: int = 50
     weight_decay: float = 0.01
@@ -89,7 +91,7 @@ def train_vae(vae: AutoencoderKL, recipe: Pretraining, folder: Path, progress: P
     for step in range(first, recipe.vae_steps):
         _set_rate(optimizer, recipe.vae_learning_rate, step, recipe.vae_steps, recipe.warmup)
         generator = _generator(recipe.seed, 0, step)
-        pictures = sample_batch(recipe.batch_size, generator).pictures
+        pictures = sample_batch(recipe.vae_batch_size, generator).pictures
         posterior = vae.encode(pictures).latent_dist
         decoded = vae.decode(posterior.sample(generator)).sample
         reconstruction = (decoded - pictures).abs().mean()
@@ -133,7 +135,7 @@ def flow_loss(pipeline: StableDiffusion3Pipeline, recipe: Pretraining, generator
     dropped = torch.rand(recipe.batch_size, generator=generator) < recipe.prompt_dropout
     prompts = ["" if drop else prompt for drop, prompt in zip(dropped.tolist(), batch.prompts, strict=True)]
     tokens, pooled = encode_text(pipeline, prompts)
-    sigma = torch.randn(recipe.batch_size, generator=generator).sigmoid()
+    sigma = (torch.randn(recipe.batch_size, generator=generator) + recipe.sigma_logit).sigmoid()
     noise = torch.randn(x0.shape, generator=generator)
     noised = torch.lerp(x0, noise, sigma[:, None, None, None])
     velocity = pipeline.transformer(noised, tokens, pooled, sigma * 1000, return_dict=False)[0]

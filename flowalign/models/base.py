@@ -1,0 +1,81 @@
+"""What every model family offers: the Policy protocol, and the conditions it is evaluated under."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+
+@dataclass(frozen=True, eq=False)
+class Conditions:
+    """Encoded prompts: tensors [P, ...] with one row per prompt, by name."""
+
+    tensors: dict[str, Tensor]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.tensors.values())))
+
+    def rows(self, index: Tensor) -> Conditions:
+        """The rows `index` [n], in that order, repeats allowed."""
+        return Conditions({name: tensor[index.to(tensor.device)] for name, tensor in self.tensors.items()})
+
+    @staticmethod
+    def cat(parts: Sequence[Conditions]) -> Conditions:
+        """All rows of all parts."""
+        return Conditions({name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors})
+
+
+class Policy(Protocol):
+    """A pipeline's parts in the convention of `samplers`: velocities, σ from 1 to 0, fp32 states.
+
+    `evaluations` counts network rows: one per state, two under guidance; recomputation for checkpointing is not counted."""
+
+    evaluations: int
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+        """Shape of one latent for an image of height × width pixels; ValueError if the size does not divide."""
+        ...
+
+    def encode(self, prompts: Sequence[str]) -> Conditions:
+        """One row per prompt. Each distinct text goes through the encoders once per run."""
+        ...
+
+    def sigmas(self, num_inference_steps: int) -> Tensor:
+        """[T+1] fp32 on the CPU, as the pipeline's own scheduler has them."""
+        ...
+
+    def start(self, noise: Tensor) -> Tensor:
+        """The states at the first σ, from unit noise."""
+        ...
+
+    def velocity(self, x: Tensor, sigma: Tensor, conditions: Conditions, *, guidance_scale: float = 1.0) -> Tensor:
+        """v [n, *] fp32 at states x [n, *] with noise levels sigma [n], one condition row per state."""
+        ...
+
+    def decode(self, latents: Tensor, grad: bool = False) -> Tensor:
+        """Images [n, 3, H, W] fp32 in [0, 1]."""
+        ...
+
+    def modules(self) -> dict[str, nn.Module]:
+        """The trained networks by name."""
+        ...
+
+    def trainable_parameters(self) -> list[tuple[str, Parameter]]:
+        """What the optimiser gets, by name, in a fixed order."""
+        ...
+
+    def role(self, name: str) -> AbstractContextManager[None]:
+        """Inside, the network is another role: "policy" (trained) or "reference" (frozen). Restored after, also after an
+        exception; never touches requires_grad."""
+        ...
+
+    def save_lora(self, folder: Path) -> None:
+        """Writes the adapter for diffusers and for PEFT; ValueError if the policy has none."""
+        ...

@@ -1,0 +1,106 @@
+"""LoRA: strict targets, roles that touch nothing but a flag, and an export that keeps alpha.
+
+peft's own switches (set_adapter, enable_adapters, diffusers' disable_adapters) change requires_grad and leave the policy
+silently frozen; here a role flips the layers' disabled flag and puts it back.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+ADAPTER = "default"
+SD3_TARGETS = (
+    "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
+    "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Low-rank adapters; defaults of flow_grpo (rank 32, alpha 64, joint attention, Gaussian init).
+
+    `targets` are module-name suffixes such as "attn.to_q"; one that matches nothing is an error. `dropout` must be 0:
+    it would make the replayed log-prob differ from the stored one."""
+
+    rank: int = 32
+    alpha: float = 64.0
+    targets: tuple[str, ...] = SD3_TARGETS
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or self.alpha <= 0:
+            raise ValueError(f"lora.rank={self.rank}, lora.alpha={self.alpha}: expected a rank of at least 1, alpha > 0")
+        if self.dropout:
+            raise ValueError(
+                f"lora.dropout={self.dropout}: expected 0, since dropout makes the ratio of an unchanged policy differ "
+                "from 1; regularise with kl.beta instead"
+            )
+        if not self.targets:
+            raise ValueError("lora.targets is empty: expected module names such as attn.to_q")
+
+
+def matched_modules(network: nn.Module, targets: Sequence[str]) -> list[str]:
+    """Names of the linear layers that `targets` mean. ValueError that lists the targets that match nothing."""
+    linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+    unmatched = [t for t in targets if not any(name == t or name.endswith("." + t) for name in linear)]
+    if unmatched:
+        tails = sorted({".".join(_without_number(name)) for name in linear})
+        near = {t: difflib.get_close_matches(t, tails, n=2, cutoff=0.5) for t in unmatched}
+        raise ValueError(
+            f"lora.targets {unmatched} match no linear layer of {type(network).__name__}; nearest: {near}; "
+            f"available: {', '.join(tails)}"
+        )
+    return [name for name in linear if any(name == t or name.endswith("." + t) for t in targets)]
+
+
+def _without_number(name: str) -> list[str]:
+    """transformer_blocks.3.attn.to_q -> attn.to_q: what comes after a block's number."""
+    parts = name.split(".")
+    return parts[2:] if len(parts) > 2 and parts[1].isdigit() else parts
+
+
+def add_lora(network: nn.Module, lora: LoRA) -> None:
+    """Puts fp32 adapters on the network; everything else is frozen."""
+    network.requires_grad_(False)
+    modules = matched_modules(network, lora.targets)
+    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=modules, init_lora_weights="gaussian")
+    network.add_adapter(config, adapter_name=ADAPTER)
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+@contextmanager
+def adapters_off(network: nn.Module) -> Iterator[None]:
+    """Inside, the base network answers. Flips only the layers' flag, and restores each to what it was."""
+    layers = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
+    before = [layer._disable_adapters for layer in layers]
+    try:
+        for layer in layers:
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer, flag in zip(layers, before, strict=True):
+            layer._disable_adapters = flag
+
+
+def adapter_state(network: nn.Module) -> dict[str, Tensor]:
+    """The adapter's tensors under peft's names."""
+    state = get_peft_model_state_dict(network, adapter_name=ADAPTER)
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+
+
+def save_peft(network: nn.Module, folder: Path) -> None:
+    """adapter_config.json and adapter_model.safetensors, for PeftModel.from_pretrained(network, folder)."""
+    network.peft_config[ADAPTER].save_pretrained(str(folder))
+    tensors = {f"base_model.model.{name}": tensor for name, tensor in adapter_state(network).items()}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -1,0 +1,112 @@
+"""The trainer contract: what a trainer is given, and what the loop asks of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from flowalign.data import PromptRecord
+from flowalign.models.base import Policy
+from rewards import Reward
+from samplers import Chain, FlowSDE, Kernel, Plan
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One iteration's rollout: `groups` prompts, `group_size` images each, whatever the number of processes.
+
+    guidance_scale 1 is no guidance (one evaluation per state; above 1 two). A guided update inside a window of few steps
+    is refused unless `allow_cfg_update`: peers report collapse with it. `draw`: whether a random plan draws once per
+    group or once per iteration (never inside a group). `micro_batch`: rows per network call."""
+
+    groups: int = 48
+    group_size: int = 24
+    num_inference_steps: int = 10
+    guidance_scale: float = 1.0
+    plan: Plan = field(default_factory=Chain)
+    kernel: Kernel = field(default_factory=FlowSDE)
+    draw: Literal["group", "iteration"] = "group"
+    micro_batch: int = 64
+    allow_cfg_update: bool = False
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """AdamW and its schedule; defaults of flow_grpo for SD3.5 with LoRA (grpo_family §2.11).
+
+    lr rises linearly over `warmup` optimiser steps, then stays. Gradients are clipped to norm `max_grad_norm`."""
+
+    lr: float = 3e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 1e-4
+    eps: float = 1e-8
+    max_grad_norm: float = 1.0
+    warmup: int = 0
+
+    def __post_init__(self) -> None:
+        if not (self.lr > 0 and math.isfinite(self.lr)) or self.max_grad_norm <= 0 or self.warmup < 0:
+            raise ValueError(f"{self} came; expected lr > 0, max_grad_norm > 0 and warmup >= 0")
+
+    def build(self, parameters: Iterable[Parameter]) -> torch.optim.AdamW:
+        # foreach=False: one code path on every device, and the same order of operations after a resume
+        return torch.optim.AdamW(
+            parameters, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay, foreach=False
+        )
+
+    def lr_at(self, step: int) -> float:
+        """The learning rate of optimiser step `step` (0 is the first)."""
+        return self.lr * min(1.0, (step + 1) / (self.warmup + 1))
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """What a trainer works with."""
+
+    policy: Policy
+    reward: Reward
+    rollout: Rollout
+    seed: int
+    height: int
+    width: int
+
+
+@dataclass(frozen=True, eq=False)
+class Update:
+    """One optimiser step. Each micro-batch, when called, returns a loss whose sum over micro-batches is the loss of the
+    step (already divided by the global count). `after` runs once the step is taken and returns metrics."""
+
+    optimiser: torch.optim.Optimizer
+    max_grad_norm: float
+    micro_batches: Sequence[Callable[[], Tensor]]
+    after: Callable[[], dict[str, float]]
+
+
+class Trainer(Protocol):
+    """A kind of trainer. Everything that must survive a resume is in `optimisers` and `state`."""
+
+    @property
+    def optimisers(self) -> dict[str, torch.optim.Optimizer]: ...
+
+    def check(self, rollout: Rollout) -> None:
+        """Raises ValueError for combinations that cannot work; called before any model is loaded."""
+        ...
+
+    def updates_per_iteration(self) -> int: ...
+
+    def prepare(self, task: Task) -> None: ...
+
+    def collect(self, prompts: Sequence[PromptRecord], iteration: int) -> Any:
+        """Rolls out and scores; whatever it returns is passed to `updates`. Has `metrics: dict[str, float]`."""
+        ...
+
+    def updates(self, batch: Any) -> Iterable[Update]: ...
+
+    def state(self) -> dict[str, Any]: ...
+
+    def restore(self, state: dict[str, Any]) -> None: ...

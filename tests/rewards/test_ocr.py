@@ -1,0 +1,211 @@
+"""The OCR reward with a fake recogniser: flow_grpo's table (methods/rewards.md 6.1), variants, failures, batch laws."""
+
+import numpy as np
+import pytest
+import torch
+
+from rewards import OCR, Line, RewardBatch, RewardError, score
+
+
+class Fake:
+    """Reads what is written in the corner: image i of shade k says texts[k]. Counts the pictures it was shown."""
+
+    def __init__(self, *texts, confidence=0.9, posterior=None):
+        self.texts = texts
+        self.confidence = confidence
+        self.posterior = posterior
+        self.shown = 0
+
+    def read(self, images, alphabet):
+        assert images.dtype == np.uint8 and images.shape[-1] == 3
+        self.shown += len(images)
+        posterior = None if self.posterior is None else self.posterior(alphabet)
+        return [
+            [Line(text, self.confidence, posterior=posterior) for text in self.texts[image[0, 0, 0]]]
+            for image in images
+        ]
+
+    def load(self): ...
+
+    def close(self): ...
+
+
+def batch_for(*targets, shades=None):
+    shades = list(range(len(targets))) if shades is None else shades
+    images = torch.tensor(shades, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 4, 4)
+    metadata = [{} if target is None else {"target": target} for target in targets]
+    return RewardBatch(prompts=["p"] * len(targets), images=images, metadata=metadata)
+
+
+def only(target, lines, **options):
+    return OCR(recogniser=Fake(lines), **options)(batch_for(target))
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        (["HELLO", "world"], 1.0),
+        (["HELLO W0RLD"], 0.9),
+        (["xx hello world yy"], 1.0),
+        ([], 0.0),
+        (["z" * 100], 0.0),
+        (["world", "hello"], 0.2),
+    ],
+)
+def test_flow_grpo_table(lines, expected):
+    assert only("Hello World", lines).scores.item() == pytest.approx(expected)
+
+
+def test_without_the_exemption_extra_text_costs():
+    output = only("Hello World", ["xx hello world yy"], substring_exempt=False)
+    assert output.scores.item() == pytest.approx(0.6)
+    assert output.components["edit_exempt"].item() == 1 and output.components["edit"].item() == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize(
+    ("options", "exact"),
+    [
+        ({}, 1.0),
+        ({"normalise": "strict"}, 0.0),
+        ({"normalise": "loose"}, 1.0),
+    ],
+)
+def test_case_and_spaces(options, exact):
+    assert only("Open Now", ["OPEN", " now"], metric="exact", **options).scores.item() == exact
+
+
+def test_punctuation_counts_except_when_loose():
+    assert only("Hi!", ["Hi"], metric="exact").scores.item() == 0
+    assert only("Hi!", ["Hi"], metric="exact", normalise="loose").scores.item() == 1
+
+
+def test_fold_forgives_listed_confusions_only():
+    assert only("LOOK", ["L0OK"], metric="exact").scores.item() == 0
+    assert only("LOOK", ["L0OK"], metric="exact", fold={"0": "O"}).scores.item() == 1
+    assert only("LOOK", ["1OOK"], metric="exact", fold={"0": "O"}).scores.item() == 0
+
+
+def test_exact_is_not_exempt():
+    assert only("KITE", ["KITES"], metric="exact").scores.item() == 0
+
+
+def test_min_confidence_drops_lines():
+    sure = OCR(recogniser=Fake(["KITE"], confidence=0.4), min_confidence=0.5)
+    assert sure(batch_for("KITE")).scores.item() == 0
+    none = OCR(recogniser=Fake(["KITE"], confidence=0.0))  # flow_grpo: confidence > 0
+    assert none(batch_for("KITE")).scores.item() == 0
+
+
+@pytest.mark.parametrize("missing", [None, "", "   ", 7])
+def test_missing_target_is_invalid_not_zero(missing):
+    output = score(OCR(recogniser=Fake(["KITE"], ["KITE"])), batch_for("KITE", missing))
+    assert output.valid.tolist() == [True, False]
+    assert output.scores[0] == 1 and output.scores[1].isnan()
+    assert "metadata['target'] is" in output.info[1] and output.info[0] == "read 'KITE'"
+
+
+def test_most_targets_missing_stops_with_the_reason():
+    with pytest.raises(RewardError, match=r"reward 'ocr'.*metadata\['target'\] is None"):
+        score(OCR(recogniser=Fake(["A"], ["A"], ["A"])), batch_for("A", None, None))
+
+
+def test_target_from_quotes():
+    prompts = ['a sign "Hello" and "World"', "no quotes", 'an open "quote', 'empty ""']
+    batch = RewardBatch(prompts=prompts, images=torch.zeros(4, 3, 4, 4))
+    output = score(OCR(target="quotes", recogniser=Fake(["hello"])), batch, max_fail_rate=1)
+    assert output.valid.tolist() == [True, False, False, False]
+    assert output.scores[0] == 1
+
+
+def test_identical_pictures_are_read_once():
+    fake = Fake(["KITE"], ["KITS"])
+    output = OCR(recogniser=fake)(batch_for("KITE", "KITE", "KITS", "KITS", shades=[0, 1, 0, 1]))
+    assert fake.shown == 2
+    assert output.components["exact"].tolist() == [1, 0, 0, 1]
+
+
+def test_float_and_uint8_agree():
+    levels = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
+    shown = []
+
+    class Spy(Fake):
+        def read(self, images, alphabet):
+            shown.append(images.copy())
+            return [[] for _ in images]
+
+    for images in (levels, levels.float() / 255, levels.double() / 255):
+        OCR(recogniser=Spy())(RewardBatch(prompts=["a", "b"], images=images, metadata=[{"target": "A"}] * 2))
+    assert np.array_equal(shown[0], shown[1]) and np.array_equal(shown[0], shown[2])
+    assert np.array_equal(shown[0], levels.permute(0, 2, 3, 1).numpy())
+
+
+def test_scores_follow_samples_through_permutation_and_chunks():
+    texts = [["KITE"], ["KITS"], [], ["XX"], ["KI", "TE"]]
+    reward = OCR(recogniser=Fake(*texts))
+    batch = batch_for("KITE", "KITE", "SAIL", "XXAB", "KITE")
+    whole = score(reward, batch)
+    order = [3, 0, 4, 2, 1]
+    assert torch.equal(score(reward, batch.select(order)).scores, whole.scores[order])
+    for size in (1, 2, 3):
+        chunks = [score(reward, part).scores for part in batch.chunk(size)]
+        assert torch.equal(torch.cat(chunks), whole.scores)
+
+
+def test_empty_batch():
+    fake = Fake()
+    output = OCR(recogniser=fake)(RewardBatch(prompts=[], images=torch.zeros(0, 3, 4, 4)))
+    assert output.scores.shape == (0,) and output.valid.shape == (0,) and fake.shown == 0
+
+
+def peaks(text, sure):
+    """A CTC posterior over an alphabet: each letter with probability `sure` (rest: blank), blanks between."""
+
+    def posterior(alphabet):
+        rows = np.zeros((2 * len(text), 1 + len(alphabet)), dtype=np.float32)
+        rows[1::2, 0] = 1
+        for i, char in enumerate(text):
+            rows[2 * i, 1 + alphabet.index(char)] = sure
+            rows[2 * i, 0] = 1 - sure
+        return rows
+
+    return posterior
+
+
+def test_soft_is_the_geometric_mean_probability_of_a_letter():
+    for sure in (1.0, 0.5, 0.2):
+        fake = Fake(["KITE"], posterior=peaks("KiTe", sure))  # upper and lower case both count
+        output = OCR(metric="soft", recogniser=fake)(batch_for("kite"))
+        assert output.scores.item() == pytest.approx(sure, rel=1e-6)
+
+
+def test_soft_separates_what_reads_alike():
+    scores = [
+        OCR(metric="soft", recogniser=Fake(["KITE"], posterior=peaks("KITE", p)))(batch_for("KITE")) for p in (0.6, 0.9)
+    ]
+    assert scores[0].components["exact"] == scores[1].components["exact"] == 1
+    assert scores[0].scores < scores[1].scores
+
+
+def test_soft_of_two_lines_keeps_double_letters_apart():
+    fake = Fake(["A", "A"], posterior=lambda alphabet: np.eye(1, 1 + len(alphabet), 1 + alphabet.index("A")))
+    assert OCR(metric="soft", recogniser=fake)(batch_for("AA")).scores.item() == pytest.approx(1)
+
+
+def test_soft_of_nothing_read_is_zero_and_a_reader_without_posterior_is_refused():
+    assert OCR(metric="soft", recogniser=Fake([]))(batch_for("KITE")).scores.item() == 0
+    with pytest.raises(RewardError, match="needs a recogniser with posteriors"):
+        score(OCR(metric="soft", recogniser=Fake(["KITE"])), batch_for("KITE"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"metric": "edt"}, "metric is 'edt'"),
+        ({"target": "prompt"}, "target is 'prompt'"),
+        ({"normalise": "lose"}, "normalise is 'lose'"),
+        ({"fold": {"0": "OO"}}, "one character to one"),
+    ],
+)
+def test_wrong_options_fail_at_construction(options, message):
+    with pytest.raises(ValueError, match=message):
+        OCR(**options)

@@ -1,0 +1,99 @@
+"""RapidOCR itself, on small drawings (the fakes are elsewhere): exact text, blank pictures, uint8 only, no orphans."""
+
+import os
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from rewards import OCR, Line, RapidReader, RewardBatch, score
+
+FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSansMono-Bold.ttf"
+INK, PAPER = (0, 0, 220), (255, 230, 0)
+
+
+def drawing(text, width=48, height=24, size=18, at=(2, 0), ink=INK):
+    picture = Image.new("RGB", (width, height), PAPER)
+    ImageDraw.Draw(picture).text(at, text, fill=ink, font=ImageFont.truetype(str(FONT), size))
+    return np.asarray(picture)
+
+
+@pytest.fixture(scope="module")
+def reader():
+    made = RapidReader(workers=1, timeout=30)
+    yield made
+    made.close()
+
+
+WORDS = ["KITE", "LAMP", "QUIZ", "BSRX"]
+
+
+def batch_of(pictures, words):
+    images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+    return RewardBatch(prompts=["p"] * len(words), images=images, metadata=[{"target": word} for word in words])
+
+
+def test_small_drawings_read_exactly(reader):
+    output = score(
+        OCR(metric="soft", substring_exempt=False, recogniser=reader), batch_of(list(map(drawing, WORDS)), WORDS)
+    )
+    assert output.info == [f"read {word!r}" for word in WORDS]
+    assert output.components["exact"].tolist() == output.components["edit"].tolist() == [1] * 4
+    assert (output.scores > 0.9).all() and (output.scores <= 1).all()
+
+
+def test_wrong_word_and_blank_paper_score_low_but_valid(reader):
+    pictures = [drawing("KITE"), drawing(""), np.zeros((24, 48, 3), dtype=np.uint8)]
+    output = score(OCR(recogniser=reader, substring_exempt=False), batch_of(pictures, ["KIXE", "KITE", "KITE"]))
+    assert output.valid.all() and output.scores.tolist() == [0.75, 0, 0]
+    assert output.components["soft"][1:].max() < 0.1
+
+
+def test_batches_chunks_and_mates_do_not_matter(reader):
+    pictures = [drawing(word) for word in WORDS] + [drawing("")]
+    batch = batch_of(pictures, [*WORDS, "KITE"])
+    reward = OCR(metric="soft", recogniser=reader)
+    whole = score(reward, batch).scores
+    alone = torch.cat([score(reward, part).scores for part in batch.chunk(1)])
+    assert torch.allclose(whole, alone, atol=1e-5)  # onnxruntime rounds otherwise in another batch size
+    order = [4, 2, 0, 1, 3]
+    assert torch.allclose(score(reward, batch.select(order)).scores, whole[order], atol=1e-5)
+
+
+def test_soft_tells_apart_what_reads_alike(reader):
+    """A T turns into an X: the reading jumps once, its likelihood falls all the way."""
+    blends = [((1 - k) * drawing("KITE") + k * drawing("KIXE")).round().astype(np.uint8) for k in (0, 0.4, 0.45, 0.5)]
+    output = score(OCR(metric="soft", recogniser=reader), batch_of(blends, ["KITE"] * 4))
+    assert output.components["edit"].tolist() == [1, 1, 0.75, 0.75]
+    assert (output.scores[:-1] > 1.1 * output.scores[1:]).all() and output.scores[0] > 0.99
+
+
+def test_pictures_are_searched_for_lines(reader):
+    page = Image.fromarray(drawing("Hello World", 320, 160, 30, at=(20, 15)))
+    ImageDraw.Draw(page).text((60, 95), "sale 24", fill=INK, font=ImageFont.truetype(str(FONT), 30))
+    blank = drawing("", 320, 160)
+    lines, nothing = reader.read(np.stack([np.asarray(page), blank]), "H")
+    assert [line.text.replace(" ", "") for line in lines] == ["HelloWorld", "sale24"] and nothing == []
+    first = lines[0]
+    assert isinstance(first, Line) and first.confidence > 0.8
+    assert first.posterior.shape[1] == 2 and first.posterior[:, 1].max() > 0.8  # there is an H
+    corners = np.array(first.box)
+    assert corners.shape == (4, 2) and 10 <= corners[:, 0].min() <= 30 and corners[:, 1].max() < 70
+
+
+def test_only_uint8_reaches_the_engine(reader):
+    with pytest.raises(TypeError, match="uint8"):
+        reader.read(np.zeros((1, 24, 48, 3), dtype=np.float32), "")
+
+
+def test_closing_ends_the_process_and_reading_goes_on_after_it(reader):
+    reader.load()
+    (pid,) = reader.pids()
+    reader.close()
+    assert reader.pids() == []
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    assert reader.read(drawing("LAMP")[None], "")[0][0].text == "LAMP"

@@ -1,0 +1,230 @@
+"""The guard: failures are errors or masked samples, never numbers. And the laws of batches."""
+
+import logging
+import time
+
+import pytest
+import torch
+
+from rewards import JPEGIncompressibility, RewardBatch, RewardError, RewardOutput, score
+
+
+class Plain:
+    """A reward whose answer a test supplies: called with the batch, it returns a RewardOutput, raises or hangs."""
+
+    name = "plain"
+
+    def __init__(self, answer):
+        self.answer = answer
+        self.seen = []
+
+    def __call__(self, batch):
+        self.seen.append(batch)
+        return self.answer(batch)
+
+    def load(self): ...
+
+    def close(self): ...
+
+
+def brightness(batch):
+    scores = batch.images.mean(dim=(1, 2, 3))
+    return RewardOutput(scores, torch.ones(len(batch), dtype=torch.bool), {"red": batch.images[:, 0].mean(dim=(1, 2))})
+
+
+def fixed(scores, valid=None, **parts):
+    scores = torch.tensor(scores)
+    valid = torch.ones(len(scores), dtype=torch.bool) if valid is None else torch.tensor(valid)
+    return Plain(lambda batch: RewardOutput(scores, valid, {key: torch.tensor(part) for key, part in parts.items()}))
+
+
+def batch_of(count, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.rand(count, 3, 8, 8, generator=generator)
+    return RewardBatch(prompts=[f"p{i}" for i in range(count)], images=images)
+
+
+def test_good_answer_passes_unchanged():
+    batch = batch_of(3)
+    output = score(Plain(brightness), batch)
+    assert torch.equal(output.scores, batch.images.mean(dim=(1, 2, 3)))
+    assert output.valid.all() and output.elapsed > 0
+    assert torch.equal(output.components["red"], batch.images[:, 0].mean(dim=(1, 2)))
+
+
+def test_elapsed_is_the_wall_time():
+    def slow(batch):
+        time.sleep(0.05)
+        return brightness(batch)
+
+    assert 0.05 <= score(Plain(slow), batch_of(1)).elapsed < 1
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_non_finite_score_is_masked_alone(bad):
+    output = score(fixed([0.25, bad, 0.5], part=[1.0, 2.0, 3.0]), batch_of(3))
+    assert output.valid.tolist() == [True, False, True]
+    assert output.scores[[0, 2]].tolist() == [0.25, 0.5]
+    assert output.scores[1].isnan() and output.components["part"][1].isnan()
+    assert output.components["part"][2] == 3
+
+
+def test_invalid_sample_keeps_no_number():
+    output = score(fixed([0.25, 0.0], valid=[True, False]), batch_of(2))
+    assert output.scores[0] == 0.25 and output.scores[1].isnan()
+
+
+def test_broken_image_is_not_shown_and_only_it_is_masked():
+    batch = batch_of(4)
+    batch.images[2, 0, 0, 0] = torch.nan
+    reward = Plain(brightness)
+    output = score(reward, batch)
+    assert len(reward.seen[0]) == 3 and reward.seen[0].prompts == ["p0", "p1", "p3"]
+    assert output.valid.tolist() == [True, True, False, True]
+    assert torch.equal(output.scores[[0, 1, 3]], batch.images[[0, 1, 3]].mean(dim=(1, 2, 3)))
+    assert output.scores[2].isnan() and output.components["red"][2].isnan()
+    assert "not finite" in output.info[2]
+
+
+def test_all_images_broken_is_an_error_without_asking():
+    reward = Plain(brightness)
+    batch = RewardBatch(prompts=["a"], images=torch.full((1, 3, 4, 4), torch.nan))
+    with pytest.raises(RewardError, match="not finite"):
+        score(reward, batch)
+    assert reward.seen == []
+
+
+def test_exception_names_the_reward():
+    def fail(batch):
+        raise KeyError("weights")
+
+    with pytest.raises(RewardError, match=r"reward 'plain' failed on 2 samples: KeyError: 'weights'") as caught:
+        score(Plain(fail), batch_of(2))
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_exception_can_mask(caplog):
+    def fail(batch):
+        raise ValueError("boom")
+
+    with caplog.at_level(logging.WARNING):
+        output = score(Plain(fail), batch_of(2), on_error="mask")
+    assert output.valid.tolist() == [False, False] and output.scores.isnan().all()
+    assert "boom" in caplog.text and "boom" in output.info[0]
+
+
+@pytest.mark.parametrize("on_error", ["raise", "mask"])
+def test_hanging_reward_times_out(on_error):
+    def hang(batch):
+        time.sleep(3)
+        return brightness(batch)
+
+    started = time.perf_counter()
+    if on_error == "raise":
+        with pytest.raises(RewardError, match=r"no answer within 0\.2 s"):
+            score(Plain(hang), batch_of(2), timeout=0.2)
+    else:
+        assert not score(Plain(hang), batch_of(2), timeout=0.2, on_error="mask").valid.any()
+    assert time.perf_counter() - started < 2
+
+
+def test_timeout_thread_hands_over_answer_and_exception():
+    batch = batch_of(2)
+    assert torch.equal(score(Plain(brightness), batch, timeout=5).scores, score(Plain(brightness), batch).scores)
+
+    def fail(batch):
+        raise KeyError("weights")
+
+    with pytest.raises(RewardError, match="KeyError"):
+        score(Plain(fail), batch, timeout=5)
+
+
+@pytest.mark.parametrize("timeout", [None, 5.0])
+def test_no_gradients(timeout):
+    batch = RewardBatch(prompts=["a"], images=torch.rand(1, 3, 4, 4, requires_grad=True))
+    output = score(Plain(brightness), batch, timeout=timeout)
+    assert not output.scores.requires_grad and not output.components["red"].requires_grad
+
+
+ok = torch.ones(2, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (RewardOutput(torch.zeros(3), torch.ones(3, dtype=torch.bool)), r"scores has shape \[3\]"),
+        (RewardOutput(torch.zeros(2, 1), ok), r"scores has shape \[2, 1\]"),
+        (RewardOutput(torch.zeros(2, dtype=torch.int64), ok), "scores is torch.int64; expected torch.float32"),
+        (RewardOutput(torch.zeros(2, dtype=torch.float64), ok), "scores is torch.float64"),
+        (RewardOutput([0.0, 1.0], ok), "scores is list"),
+        (RewardOutput(torch.zeros(2), torch.ones(2)), "valid is torch.float32; expected torch.bool"),
+        (RewardOutput(torch.zeros(2), ok[:1]), r"valid has shape \[1\]"),
+        (RewardOutput(torch.zeros(2), ok, {"part": torch.zeros(1)}), r"components\['part'\] has shape"),
+        (RewardOutput(torch.zeros(2), ok, {}, ["one"]), "info has 1 entries"),
+        (torch.zeros(2), "returned Tensor"),
+        (None, "returned NoneType"),
+    ],
+)
+@pytest.mark.parametrize("on_error", ["raise", "mask"])
+def test_answer_of_wrong_form_is_an_error_even_when_masking(answer, message, on_error):
+    with pytest.raises(RewardError, match=message):
+        score(Plain(lambda batch: answer), batch_of(2), on_error=on_error)
+
+
+def test_fail_rate():
+    half = fixed([0.5, torch.nan, 0.5, torch.nan])
+    assert score(half, batch_of(4)).valid.sum() == 2  # exactly half is allowed
+    with pytest.raises(RewardError, match=r"2 of 4 samples have no score.*sample 1 \(prompt 'p1'\)"):
+        score(half, batch_of(4), max_fail_rate=0.49)
+    with pytest.raises(RewardError, match="3 of 4"):
+        score(fixed([torch.nan, torch.nan, 0.5, torch.nan]), batch_of(4))
+
+
+def test_unknown_on_error():
+    with pytest.raises(ValueError, match="expected 'raise' or 'mask'"):
+        score(Plain(brightness), batch_of(1), on_error="ignore")
+
+
+def test_empty_batch():
+    output = score(JPEGIncompressibility(), RewardBatch(prompts=[], images=torch.zeros(0, 3, 8, 8)))
+    assert output.scores.shape == output.valid.shape == (0,)
+    assert JPEGIncompressibility()(RewardBatch(prompts=[], images=torch.zeros(0, 3, 8, 8))).scores.shape == (0,)
+
+
+def test_batch_fields_must_agree():
+    with pytest.raises(ValueError, match="'images': 3"):
+        RewardBatch(prompts=["a"], images=torch.zeros(3, 3, 4, 4))
+    with pytest.raises(ValueError, match="'metadata': 2"):
+        RewardBatch(prompts=["a"], metadata=[{}, {}])
+    with pytest.raises(ValueError, match=r"\[N, 3, H, W\]"):
+        RewardBatch(prompts=["a"], images=torch.zeros(1, 4, 4, 3))
+    with pytest.raises(TypeError, match=r"torch\.int64"):
+        RewardBatch(prompts=["a"], images=torch.zeros(1, 3, 4, 4, dtype=torch.int64))
+
+
+def test_select_and_chunk_keep_rows_together():
+    batch = batch_of(5)
+    batch.metadata[3]["target"] = "D"
+    picked = batch.select([3, 1, 3])
+    assert picked.prompts == ["p3", "p1", "p3"] and picked.sample_ids == [3, 1, 3] and picked.group_ids == [3, 1, 3]
+    assert picked.metadata[0]["target"] == "D" and torch.equal(picked.images, batch.images[[3, 1, 3]])
+    mask = torch.tensor([True, False, False, True, False])
+    assert batch.select(mask).sample_ids == [0, 3]
+    assert [len(part) for part in batch.chunk(2)] == [2, 2, 1]
+    assert [i for part in batch.chunk(2) for i in part.sample_ids] == [0, 1, 2, 3, 4]
+    assert len(batch.select([])) == 0
+
+
+def test_pixels_round_and_refuse_other_ranges():
+    values = torch.tensor([0.0, 0.499 / 255, 0.501 / 255, 254.6 / 255, 1.0])
+    batch = RewardBatch(prompts=["a"], images=values.expand(1, 3, 1, 5))
+    assert batch.pixels()[0, 0, 0].tolist() == [0, 0, 1, 255, 255]
+    with pytest.raises(ValueError, match=r"must lie in \[0, 1\], got -1\.\.1"):
+        RewardBatch(prompts=["a"], images=torch.tensor([-1.0, 1.0]).expand(1, 3, 1, 2)).pixels()
+    with pytest.raises(ValueError, match="needs images"):
+        RewardBatch(prompts=["a"]).pixels()
+
+
+def test_every_uint8_value_survives_the_round_trip():
+    levels = torch.arange(256, dtype=torch.uint8).expand(1, 3, 1, 256)
+    assert torch.equal(RewardBatch(prompts=["a"], images=levels).pixels(), levels)

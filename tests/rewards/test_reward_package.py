@@ -1,0 +1,65 @@
+"""The package from outside: cheap to import, a leaf, and buildable from YAML by import path."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+
+import rewards
+
+
+def test_import_is_cheap_and_points_nowhere():
+    code = "import sys, rewards; print(*sys.modules)"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
+    )
+    heavy = {"cv2", "onnxruntime", "rapidocr", "transformers", "diffusers", "matplotlib", "flowalign", "samplers"}
+    assert heavy & set(result.stdout.split()) == set()
+    assert rewards.PART_OF == "flowalign"
+
+
+def built(text):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--reward", type=rewards.Reward)
+    return parser.instantiate(parser.parse_object({"reward": yaml.safe_load(text)})).reward
+
+
+def test_yaml_builds_rewards_by_import_path(tmp_path):
+    (tmp_path / "my_rewards.py").write_text("def shininess(images, prompts): ...")
+    mix = built(f"""
+class_path: rewards.Mix
+init_args:
+  rewards:
+    - class_path: rewards.OCR
+      init_args:
+        metric: soft
+        fold: {{"0": "O"}}
+        recogniser: {{class_path: rewards.RapidReader, init_args: {{workers: 2}}}}
+    - class_path: rewards.ColourAccuracy
+      init_args: {{palette: {{red: [200, 0, 0], white: [255, 255, 255]}}}}
+    - class_path: rewards.FunctionReward
+      init_args: {{path: "{tmp_path}/my_rewards.py:shininess"}}
+    - class_path: rewards.JPEGCompressibility
+      init_args: {{divide_by: 500}}
+  weights: [1, 0.5, 0.1, 2]
+""")
+    assert [part.name for part in mix.rewards] == ["ocr", "colour", "shininess", "jpeg_compressibility"]
+    assert mix.rewards[0].recogniser.workers == 2 and mix.rewards[0].fold == {"0": "O"}
+    assert mix.rewards[1].palette["red"] == (200, 0, 0) and mix.weights == [1, 0.5, 0.1, 2]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{class_path: rewards.OCR, init_args: {metrc: edit}}", "metrc"),
+        ("{class_path: rewards.OCR, init_args: {metric: edt}}", "edt"),
+        ("{class_path: rewards.Line, init_args: {text: a, confidence: 1}}", "protocol Reward"),
+        ("{class_path: rewards.OCRR}", "OCRR"),
+    ],
+)
+def test_yaml_mistakes_are_errors(text, message):
+    with pytest.raises(ArgumentError, match=message):
+        built(text)
