@@ -1,0 +1,44 @@
+"""The command line: `flowalign train CONFIG [key=value …]`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+USAGE = """usage: flowalign train CONFIG.yaml [key=value ...]
+
+Trains as CONFIG.yaml says; dotted keys override it, for example rollout.group_size=24 run.name=wide.
+On several devices: accelerate launch scripts/train.py CONFIG.yaml [key=value ...]"""
+
+
+def train(arguments: Sequence[str]) -> int:
+    """Exit code: 0 done, 1 stopped by an error in the run, 2 a configuration that cannot work, 130 interrupted."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if arguments else 2
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from flowalign.config import ConfigError, load_config
+    from flowalign.loop import train as run
+
+    try:
+        run(*load_config(arguments[0], arguments[1:]))
+    except ConfigError as error:
+        print(f"configuration error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stop:
+        print(str(stop) or "stopped at once; the last checkpoint stands", file=sys.stderr)
+        return 130
+    return 0
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    if arguments[:1] == ["train"]:
+        sys.exit(train(arguments[1:]))
+    print(USAGE, file=sys.stdout if arguments[:1] in (["-h"], ["--help"]) else sys.stderr)
+    sys.exit(0 if arguments[:1] in (["-h"], ["--help"]) else 2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""Configuration: one YAML plus dotted overrides -> typed objects; everything that can be checked is, before loading."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+
+from flowalign.data import load_prompts
+from flowalign.models.load import check_lora_targets, inspect_checkpoint
+from flowalign.models.lora import LoRA
+from flowalign.trainers import Rollout, Trainer
+from rewards import Reward
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot work; the message names the key, the value and what is allowed."""
+
+
+@dataclass(frozen=True)
+class PolicySettings:
+    """Which model, and which of its weights are trained (see `load_policy`)."""
+
+    path: str = "glyphs"
+    lora: LoRA = field(default_factory=LoRA)
+    trainable: Literal["lora", "full"] = "lora"
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    height: int = 512
+    width: int = 512
+    max_sequence_length: int | None = None
+    negative_prompt: str = ""
+    reference_copy: bool = False
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """A run: its folder `output`/`name`, its length and what it keeps. `resume`: "auto" goes on with an unfinished run
+    of the same configuration, "never" refuses a folder that exists."""
+
+    name: str
+    iterations: int = 100
+    seed: int = 0
+    output: str = "runs"
+    checkpoint_every: int = 10
+    keep_checkpoints: int = 2
+    ema_decay: float | None = None
+    trackers: list[Literal["tensorboard", "wandb"]] = field(default_factory=lambda: ["tensorboard"])
+    resume: Literal["auto", "never"] = "auto"
+    gradient_check: bool = True
+
+    def __post_init__(self) -> None:
+        for key in ("iterations", "checkpoint_every", "keep_checkpoints"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"run.{key}={getattr(self, key)}: expected at least 1")
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
+            raise ValueError(f"run.name={self.name!r}: expected letters, digits, '.', '_' and '-', it names a folder")
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise ValueError(f"run.ema_decay={self.ema_decay}: expected 0 <= decay < 1, or null for none")
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """Base beside tuned on held-out prompts, by the ODE, same seeds. The first reward is the one reported.
+    `every`: also evaluate after so many iterations (null: only before and after the run)."""
+
+    prompts: str
+    rewards: list[Reward]
+    count: int = 256
+    samples_per_prompt: int = 1
+    num_inference_steps: int = 40
+    guidance_scale: float = 1.0
+    seed: int = 1234
+    batch_size: int = 64
+    every: int | None = None
+
+    def __post_init__(self) -> None:
+        for key in ("count", "samples_per_prompt", "num_inference_steps", "batch_size"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"evaluation.{key}={getattr(self, key)}: expected at least 1")
+        if not self.rewards:
+            raise ValueError("evaluation.rewards is empty: expected at least one reward")
+        if self.every is not None and self.every < 1:
+            raise ValueError(f"evaluation.every={self.every}: expected at least 1, or null")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A whole training configuration."""
+
+    run: RunSettings
+    prompts: str
+    reward: Reward
+    trainer: Trainer
+    evaluation: EvaluationSettings
+    policy: PolicySettings = field(default_factory=PolicySettings)
+    rollout: Rollout = field(default_factory=Rollout)
+
+
+def parser() -> ArgumentParser:
+    parser = ArgumentParser(exit_on_error=False, prog="flowalign train")
+    parser.add_argument("--config", action="config")
+    parser.add_class_arguments(TrainConfig, as_group=False, fail_untyped=True)
+    return parser
+
+
+def load_config(path: str, overrides: Sequence[str] = ()) -> tuple[TrainConfig, dict[str, Any]]:
+    """The typed configuration, and as plain data (what is saved and compared on resume).
+
+    Raises ConfigError; no model is loaded."""
+    if not Path(path).is_file():
+        raise ConfigError(f"configuration {path!r} does not exist (working directory: {Path.cwd()})")
+    arguments = ["--config", path]
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals or not key or key.startswith("-"):
+            raise ConfigError(f"override {override!r}: expected key=value, such as rollout.group_size=24")
+        arguments.append(f"--{override}")
+    reader = parser()
+    _check_keys(path)
+    try:
+        namespace = reader.parse_args(arguments)
+        plain = yaml.safe_load(reader.dump(namespace, skip_none=False))
+        objects = reader.instantiate_classes(namespace)
+    except ConfigError:
+        raise
+    except Exception as error:  # jsonargparse raises many kinds; each is a fault of the configuration
+        raise ConfigError(_explain(str(error))) from error
+    plain.pop("config", None)
+    values = objects.as_dict() if isinstance(objects, Namespace) else dict(objects)
+    values.pop("config", None)
+    config = TrainConfig(**values)
+    try:
+        check(config)
+    except ConfigError:
+        raise
+    except (ValueError, OSError) as error:
+        raise ConfigError(str(error)) from error
+    return config, plain
+
+
+def check(config: TrainConfig) -> None:
+    """Everything that can be known before a model is loaded."""
+    rollout, policy = config.rollout, config.policy
+    for key in ("groups", "group_size", "num_inference_steps", "micro_batch"):
+        if getattr(rollout, key) < 1:
+            raise ConfigError(f"rollout.{key}={getattr(rollout, key)}: expected at least 1")
+    config.trainer.check(rollout)
+    inspect_checkpoint(policy.path)
+    if policy.trainable == "lora":
+        check_lora_targets(policy.path, policy.lora.targets)
+    load_prompts(config.prompts)
+    held_out = load_prompts(config.evaluation.prompts)
+    if config.evaluation.count > len(held_out):
+        raise ConfigError(
+            f"evaluation.count={config.evaluation.count}: {config.evaluation.prompts} holds only {len(held_out)} prompts"
+        )
+
+
+KEYS = {
+    "": set(TrainConfig.__dataclass_fields__),
+    "run": set(RunSettings.__dataclass_fields__),
+    "policy": set(PolicySettings.__dataclass_fields__),
+    "rollout": set(Rollout.__dataclass_fields__),
+    "evaluation": set(EvaluationSettings.__dataclass_fields__),
+}
+
+
+def _check_keys(path: str) -> None:
+    """Unknown keys of the fixed sections, with the nearest valid spelling."""
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected sections such as run, policy, rollout; got {type(content).__name__}")
+    for section, known in KEYS.items():
+        given = content.get(section) if section else content
+        for key in given if isinstance(given, dict) else ():
+            if key not in known:
+                raise ConfigError(_unknown(f"{section}.{key}".strip("."), str(key), known))
+
+
+def _unknown(full: str, key: str, known: set[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"unknown key {full!r}: {hint}Allowed here: {', '.join(sorted(known))}"
+
+
+def _explain(message: str) -> str:
+    """The parser's message with the nearest valid spelling, where it names a key it does not know."""
+    names = {f"{section}.{key}".strip(".") for section, keys in KEYS.items() for key in keys}
+    for unknown in re.findall(r"(?:--|[Kk]ey ')([\w.]+)", message):
+        near = difflib.get_close_matches(unknown, names, n=1, cutoff=0.7)
+        if near and unknown not in names:
+            return f"unknown key {unknown!r}: did you mean {near[0]!r}? ({message.strip()})"
+    return message.strip()

@@ -1,0 +1,27 @@
+"""What a run will cost, said before anything is loaded."""
+
+from __future__ import annotations
+
+from flowalign.config import TrainConfig
+
+
+def forecast(config: TrainConfig) -> str:
+    """The batch arithmetic and the network evaluations of one iteration and of the run, in the most expensive case."""
+    rollout, run = config.rollout, config.run
+    cost = rollout.plan.forecast(rollout.num_inference_steps, rollout.group_size)
+    guided = 2 if rollout.guidance_scale != 1 else 1
+    images = rollout.groups * rollout.group_size
+    updates = config.trainer.updates_per_iteration()
+    sample, train = (guided * rollout.groups * rows for rows in (cost.rollout, cost.train))
+    return "\n".join(
+        [
+            f"run {run.name}: {run.iterations} iterations × {rollout.groups} prompts × {rollout.group_size} images = "
+            f"{run.iterations * images:,} images",
+            f"per iteration: {images} images, at most {cost.edges * rollout.groups} trained steps at "
+            f"{cost.train * rollout.groups} distinct states, {updates} optimiser step(s) of "
+            f"{rollout.groups // updates} prompts",
+            f"network evaluations per image: rollout {sample / images:.2f}, update at most {train / images:.2f} "
+            "forward and backward",
+            f"whole run: {run.iterations * sample:,} forwards, at most {run.iterations * train:,} forwards with backward",
+        ]
+    )

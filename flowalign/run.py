@@ -1,0 +1,327 @@
+"""What a run owns: device, folder, progress, metrics, checkpoints, evaluation, and the way back after a stop."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+from flowalign import checkpoint
+from flowalign.config import ConfigError, TrainConfig
+from flowalign.data import PromptRecord, load_prompts, prompts_of_iteration
+from flowalign.ema import EMA
+from flowalign.evaluate import EvaluationResult, append_result, captions, compare, evaluate, summary
+from flowalign.files import write_atomic
+from flowalign.forecast import forecast
+from flowalign.metrics import MetricsLog
+from flowalign.models import load_policy
+from flowalign.named_state import pack_optimizer, pack_parameters, restore_optimizer, restore_parameters
+from flowalign.report import grid, write_report
+from flowalign.stored import load_result, save_result
+from flowalign.trainers import Task, Update
+from flowalign.trainers.collect import Collected
+
+MAY_CHANGE = {"run.iterations", "run.checkpoint_every", "run.keep_checkpoints", "run.trackers", "run.resume"}
+
+
+class Interrupted(KeyboardInterrupt):
+    """The run was asked to stop; everything is saved."""
+
+
+class Run:
+    """A context: entering loads the model and opens the folder, leaving closes workers and trackers."""
+
+    def __init__(self, config: TrainConfig, plain: dict[str, Any]) -> None:
+        self.config, self.plain = config, plain
+        self.folder = Path(config.run.output) / config.run.name
+        self.accelerator = Accelerator(log_with=list(config.run.trackers), project_dir=str(self.folder / "logs"))
+        if self.accelerator.num_processes > 1:
+            raise ConfigError(
+                f"{self.accelerator.num_processes} processes came; this version trains on one: launch with --num_processes 1"
+            )
+        self._stop = False
+        self._first, self._seconds, self._steps_checked = 0, 0.0, False
+        self._totals = {"images": 0, "rollout": 0.0, "update": 0.0, "drift": 0.0}
+        self._pending: dict[str, float] = {}
+
+    # ------------------------------------------------------------------------------------------ begin and end
+
+    def __enter__(self) -> Run:
+        settings = self.config.policy
+        self._open_folder()
+        print(forecast(self.config), flush=True)
+        self.policy = load_policy(
+            settings.path, lora=settings.lora, trainable=settings.trainable, dtype=settings.dtype,
+            max_sequence_length=settings.max_sequence_length, negative_prompt=settings.negative_prompt,
+            reference_copy=settings.reference_copy, device=self.accelerator.device,
+        )  # fmt: skip
+        self.policy.latent_shape(settings.height, settings.width)
+        self._named = self.policy.trainable_parameters()
+        if not self._named:
+            raise ConfigError("policy: no parameter is trainable; check policy.trainable and policy.lora.targets")
+        decay = self.config.run.ema_decay
+        self.ema = EMA(self._named, decay=decay) if decay is not None else None
+        self._train = load_prompts(self.config.prompts)
+        self._held_out = load_prompts(self.config.evaluation.prompts)[: self.config.evaluation.count]
+        self.metrics = MetricsLog(self.folder / "metrics.jsonl")
+        self.task = Task(
+            self.policy, self.config.reward, self.config.rollout, self.config.run.seed, settings.height, settings.width
+        )
+        self.accelerator.init_trackers("flowalign", init_kwargs={"wandb": {"name": self.config.run.name}})
+        self._handlers = {name: signal.signal(name, self._ask_to_stop) for name in (signal.SIGINT, signal.SIGTERM)}
+        self._began = time.monotonic()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for name, handler in self._handlers.items():
+            signal.signal(name, handler)
+        for reward in (self.config.reward, *self.config.evaluation.rewards):
+            reward.close()
+        self.accelerator.end_training()
+
+    def _open_folder(self) -> None:
+        saved = self.folder / "config.yaml"
+        if saved.exists():
+            if self.config.run.resume == "never":
+                raise ConfigError(f"{self.folder} exists and run.resume=never: choose another run.name, or remove it")
+            changed = [k for k in _differences(yaml.safe_load(saved.read_text()), self.plain) if k not in MAY_CHANGE]
+            if changed:
+                raise ConfigError(
+                    f"{self.folder} was made with another configuration; different: {', '.join(changed)}. Choose another "
+                    "run.name, or go back to the saved config.yaml to resume"
+                )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(saved, yaml.safe_dump(self.plain, sort_keys=False).encode())
+        write_atomic(self.folder / "provenance.json", json.dumps(_provenance(), indent=1).encode())
+
+    def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
+        if self._stop:  # the second time: at once; the last checkpoint stands
+            raise KeyboardInterrupt
+        self._stop = True
+        tqdm.write("stopping after this iteration, then saving (again to stop at once)")
+
+    # ------------------------------------------------------------------------------------------ the loop's verbs
+
+    def iterations(self) -> Iterator[int]:
+        """The iterations still to do, with a progress bar."""
+        total = self.config.run.iterations
+        with tqdm(total=total, initial=self._first, desc=self.config.run.name, unit="it", dynamic_ncols=True) as self._bar:
+            for iteration in range(self._first, total):
+                self._iteration_began = time.monotonic()
+                yield iteration
+                self._bar.update()
+                if self._stop and iteration + 1 < total:
+                    self._save(iteration + 1)
+                    raise Interrupted(f"stopped after iteration {iteration + 1}; the same command goes on from there")
+
+    def prompts(self, iteration: int) -> list[PromptRecord]:
+        return prompts_of_iteration(self._train, self.config.rollout.groups, self.config.run.seed, iteration)
+
+    def backward(self, loss: Tensor) -> None:
+        if not bool(torch.isfinite(loss)):
+            raise FloatingPointError(f"loss {float(loss)} is not finite; lower the learning rate or look at the reward")
+        self.accelerator.backward(loss)
+
+    def step(self, update: Update) -> None:
+        """One optimiser step, if there is anything to learn from."""
+        if update.micro_batches:
+            norm = float(torch.nn.utils.clip_grad_norm_([p for _, p in self._named], update.max_grad_norm, foreach=False))
+            self._check_gradient(norm)
+            update.optimiser.step()
+            update.optimiser.zero_grad(set_to_none=True)
+            if self.ema is not None:
+                self.ema.update()
+            self._pending["optim/grad_norm"] = norm
+        for name, value in update.after().items():
+            before = self._pending.get(name, 0.0) if name.startswith(("time/", "cost/", "loss/")) else 0.0
+            self._pending[name] = before + value
+
+    def _check_gradient(self, norm: float) -> None:
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"gradient norm {norm}; lower optimiser.lr, or look at the reward and the log-probs")
+        if not self._steps_checked and self.config.run.gradient_check and norm == 0:
+            raise RuntimeError("the first gradient is exactly 0: the policy is frozen or the loss does not reach it")
+        self._steps_checked = True
+
+    def end(self, iteration: int, batch: Collected) -> None:
+        """Logs the iteration; saves and evaluates when it is time."""
+        step, every = iteration + 1, self.config.evaluation.every
+        row = {**batch.metrics, **self._pending}
+        self._pending = {}
+        backward = 2.0 if self.config.policy.trainable == "lora" else 3.0  # forward equivalents of a trained row
+        row["cost/update_per_image"] = (
+            backward * row.pop("cost/trained_per_image") + row.get("cost/reference_per_image", 0.0)
+        )
+        row["time/iteration"] = time.monotonic() - self._iteration_began
+        self._count(batch.images, row)
+        self._bar.set_postfix_str(
+            f"reward {row['reward/mean']:.3f}, {row['cost/rollout_per_image']:.1f}+{row['cost/update_per_image']:.1f} "
+            f"evals/img, roll {row['time/rollout']:.1f} s, reward {row['time/reward']:.1f} s, "
+            f"update {row['time/update']:.1f} s"
+        )
+        if every is not None and step % every == 0 and step < self.config.run.iterations:
+            row |= {f"eval/{name}": float(s[s.isfinite()].mean()) for name, s in self._evaluate("tuned").scores.items()}
+        self.metrics.append(step, row)
+        self.accelerator.log({k: v for k, v in row.items() if math.isfinite(v)}, step=step)
+        if step % self.config.run.checkpoint_every == 0 or step == self.config.run.iterations:
+            self._save(step)
+
+    def _count(self, images: int, row: dict[str, float]) -> None:
+        total = self._totals
+        total["images"] += images
+        total["rollout"] += images * row["cost/rollout_per_image"]
+        total["update"] += images * row["cost/update_per_image"]
+        total["drift"] = max(total["drift"], row.get("ratio/drift_max", 0.0))
+
+    # ------------------------------------------------------------------------------------------ saving and resuming
+
+    def _save(self, step: int) -> None:
+        tensors = {"parameters": pack_parameters(self._named)}
+        optimisers = {}
+        for name, optimiser in self.config.trainer.optimisers.items():
+            tensors[f"optimiser_{name}"], optimisers[name] = pack_optimizer(optimiser, self._named)
+        if self.ema is not None:
+            tensors["ema"] = self.ema.tensors()
+        state = {
+            "optimisers": optimisers,
+            "ema_steps": self.ema.steps if self.ema is not None else 0,
+            "trainer": self.config.trainer.state(),
+            "totals": dict(self._totals),
+            "time/seconds": self._elapsed(),
+        }
+        checkpoint.save(self.folder, step, tensors, state, keep=self.config.run.keep_checkpoints)
+
+    def resume(self) -> None:
+        """Takes up the latest checkpoint; without one, whatever an earlier start left behind is cut back to nothing."""
+        path = checkpoint.latest(self.folder)
+        self._first = checkpoint.step_of(path) if path is not None else 0
+        self.metrics.cut_back(self._first)
+        MetricsLog(self.folder / "evaluations.jsonl").cut_back(self._first)
+        if path is None:
+            return
+        tensors, state = checkpoint.load(path)
+        restore_parameters(self._named, tensors["parameters"])
+        for name, optimiser in self.config.trainer.optimisers.items():
+            restore_optimizer(optimiser, self._named, tensors[f"optimiser_{name}"], state["optimisers"][name])
+        if self.ema is not None:
+            self.ema.restore(tensors["ema"], state["ema_steps"])
+        self.config.trainer.restore(state["trainer"])
+        self._totals, self._seconds = state["totals"], state["time/seconds"]
+        self._steps_checked = True
+        print(f"resumed {self.folder} after iteration {self._first}", flush=True)
+
+    def _elapsed(self) -> float:
+        return self._seconds + time.monotonic() - self._began
+
+    # ------------------------------------------------------------------------------------------ evaluation
+
+    def evaluate_base(self) -> None:
+        """The model as it came, once per run: kept in the folder, so a resumed run compares with the same figures."""
+        path = self.folder / "evaluation" / "base.safetensors"
+        if path.exists():
+            self.base = load_result(path)
+            return
+        if self._first:
+            raise ConfigError(f"{path} is missing, though the run is at iteration {self._first}: restore it, or start anew")
+        self.base = self._evaluate("base")
+        save_result(path, self.base)
+        append_result(self.folder / "evaluations.jsonl", 0, "base", self.base)
+
+    def _evaluate(self, label: str) -> EvaluationResult:
+        settings, policy = self.config.evaluation, self.config.policy
+        total = len(self._held_out) * settings.samples_per_prompt
+        averaged = self.ema.applied() if self.ema is not None and label == "tuned" else nullcontext()
+        with averaged, tqdm(total=total, desc=f"evaluate {label}", unit="img", leave=False) as bar:
+            return evaluate(
+                self.policy, self._held_out, settings.rewards, num_inference_steps=settings.num_inference_steps,
+                guidance_scale=settings.guidance_scale, seed=settings.seed, batch_size=settings.batch_size,
+                height=policy.height, width=policy.width, samples_per_prompt=settings.samples_per_prompt,
+                progress=bar.update,
+            )  # fmt: skip
+
+    def finish(self) -> dict[str, Any]:
+        """Evaluates the tuned model beside the base; writes LoRA, grid, summary and report."""
+        tuned = self._evaluate("tuned")
+        save_result(self.folder / "evaluation" / "tuned.safetensors", tuned)
+        append_result(self.folder / "evaluations.jsonl", self.config.run.iterations, "tuned", tuned)
+        if self.config.policy.trainable == "lora":
+            with self.ema.applied() if self.ema is not None else nullcontext():
+                self.policy.save_lora(self.folder / "lora")
+        grid(self.base.images, tuned.images, captions(self.base, tuned), self.folder / "grids" / "held_out.png")
+        result = self._summary(tuned)
+        write_atomic(self.folder / "summary.json", json.dumps(result, indent=1).encode())
+        report = write_report(self.folder)
+        reward = self.config.evaluation.rewards[0].name
+        interval = result["gain_ci95"]
+        spread = f" [{interval[0]:+.3f}, {interval[1]:+.3f}]" if interval else ""
+        print(
+            f"held-out {reward}, {len(self._held_out)} prompts: {result['base']:.3f} → {result['tuned']:.3f}, "
+            f"gain {result['gain']:+.3f}{spread} (95 %), {result['seconds']:.0f} s; report: {report}",
+            flush=True,
+        )
+        return result
+
+    def _summary(self, tuned: EvaluationResult) -> dict[str, Any]:
+        whole = summary(compare(self.base, tuned))
+        first, images, policy = self.config.evaluation.rewards[0].name, max(1, self._totals["images"]), self.config.policy
+        return {
+            "reward": first,
+            **{key: whole[key][first] for key in ("base", "tuned", "gain", "gain_ci95", "pairs", "dropped")},
+            "rewards": whole,
+            "seconds": self._elapsed(),
+            "evaluations_per_image": {
+                "rollout": self._totals["rollout"] / images,
+                "update": self._totals["update"] / images,
+                "unit": "forward equivalents: a forward 1, a backward 1 (LoRA) or 2 (full weights), guidance doubles",
+            },
+            "ratio_drift_max": self._totals["drift"],
+            "iterations": self.config.run.iterations,
+            "pipeline": {
+                "path": policy.path,
+                "arguments": {
+                    "num_inference_steps": tuned.num_inference_steps,
+                    "guidance_scale": tuned.guidance_scale,
+                    "height": policy.height,
+                    "width": policy.width,
+                    "max_sequence_length": self.policy.max_sequence_length,
+                },
+            },
+        }
+
+
+def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return [] if old == new else [prefix]
+    return [
+        name
+        for key in sorted(old.keys() | new.keys())
+        for name in _differences(old.get(key), new.get(key), f"{prefix}.{key}".strip("."))
+    ]
+
+
+def _provenance() -> dict[str, Any]:
+    packages = ("flowalign-diffusion", "torch", "diffusers", "transformers", "accelerate", "peft", "rapidocr")
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
+    )
+    return {
+        "git": commit.stdout.strip() or None,
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "versions": {name: version(name) for name in packages},
+    }

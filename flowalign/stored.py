@@ -1,0 +1,34 @@
+"""An evaluation on disk: safetensors with a JSON header, atomic."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save
+
+from flowalign.evaluate import EvaluationResult
+from flowalign.files import write_atomic
+
+_TENSORS = ("scores", "images")
+
+
+def save_result(path: Path, result: EvaluationResult) -> None:
+    """Writes everything of `result`."""
+    tensors = {"images": result.images.contiguous(), **{f"scores/{name}": s for name, s in result.scores.items()}}
+    plain = {field.name: vars(result)[field.name] for field in fields(result) if field.name not in _TENSORS}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, save(tensors, metadata={"result": json.dumps(plain)}))
+
+
+def load_result(path: Path) -> EvaluationResult:
+    """Reads what `save_result` wrote."""
+    with safe_open(str(path), framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        plain = json.loads(file.metadata()["result"])
+    images = tensors.pop("images")
+    return EvaluationResult(
+        scores={name.removeprefix("scores/"): value for name, value in tensors.items()}, images=images, **plain
+    )

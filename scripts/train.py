@@ -1,0 +1,8 @@
+"""accelerate launch scripts/train.py CONFIG.yaml [key=value ...]"""
+
+import sys
+
+from flowalign.cli import train
+
+if __name__ == "__main__":
+    sys.exit(train(sys.argv[1:]))
