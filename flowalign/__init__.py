@@ -1,0 +1,28 @@
+"""flowalign: align diffusion and flow-matching models with rewards. A rollout is a tree; a method is a configuration."""
+
+import importlib
+from typing import Any
+
+for _name in ("samplers", "rewards"):
+    if vars(importlib.import_module(_name)).get("PART_OF") != "flowalign":
+        raise ImportError(
+            f"the module {_name!r} that Python finds ({importlib.import_module(_name).__file__}) is not flowalign's: "
+            f"rename or remove it, or put flowalign's folder first on the path"
+        )
+
+_PUBLIC = {
+    "load_policy": "flowalign.models",
+    "LoRA": "flowalign.models",
+    "evaluate": "flowalign.evaluate",
+    "load_config": "flowalign.config",
+    "train": "flowalign.loop",
+}
+
+__all__ = ["LoRA", "evaluate", "load_config", "load_policy", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    """Public names are imported when first used: `import flowalign` stays cheap."""
+    if name in _PUBLIC:
+        return vars(importlib.import_module(_PUBLIC[name]))[name]
+    raise AttributeError(f"module 'flowalign' has no attribute {name!r}")

@@ -29,7 +29,7 @@ class Advantages:
 
 
 class Advantage(Protocol):
-    def __call__(self, forest: Forest, credit: EdgeValues) -> Advantages: ...
+    def compare(self, forest: Forest, credit: EdgeValues) -> Advantages: ...
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Normalised:
     clip: float = 5.0
     unbiased: bool = False
 
-    def __call__(self, forest: Forest, credit: EdgeValues) -> Advantages:
+    def compare(self, forest: Forest, credit: EdgeValues) -> Advantages:
         keys = set_keys(forest, self.within)
         columns = [self._channel(keys, value, ok) for value, ok in zip(credit.values.T, credit.valid.T, strict=True)]
         values, valid, flat = (list(part) for part in zip(*columns, strict=True))

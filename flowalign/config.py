@@ -98,8 +98,8 @@ class TrainConfig:
     reward: Reward
     trainer: Trainer
     evaluation: EvaluationSettings
+    rollout: Rollout
     policy: PolicySettings = field(default_factory=PolicySettings)
-    rollout: Rollout = field(default_factory=Rollout)
 
 
 def parser() -> ArgumentParser:

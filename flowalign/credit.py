@@ -21,7 +21,7 @@ class EdgeValues:
 
 
 class Credit(Protocol):
-    def __call__(self, forest: Forest, scores: Tensor, valid: Tensor, channels: tuple[str, ...]) -> EdgeValues:
+    def assign(self, forest: Forest, scores: Tensor, valid: Tensor, channels: tuple[str, ...]) -> EdgeValues:
         """`scores` [L, C] and `valid` [L, C] are in the order of `forest.tree.leaves`."""
         ...
 
@@ -31,7 +31,7 @@ class Broadcast:
     """Every edge gets the mean score of the leaves below it: in a chain the terminal reward of its sample (Flow-GRPO,
     DanceGRPO), in a tree the uniform subtree mean. An edge is valid only if every leaf below it is."""
 
-    def __call__(self, forest: Forest, scores: Tensor, valid: Tensor, channels: tuple[str, ...]) -> EdgeValues:
+    def assign(self, forest: Forest, scores: Tensor, valid: Tensor, channels: tuple[str, ...]) -> EdgeValues:
         tree = forest.tree
         nodes = len(tree.parent)
         total = torch.zeros(nodes, scores.shape[1], dtype=torch.float64)

@@ -74,12 +74,13 @@ class RapidReader:
             raise TypeError(f"expected uint8 RGB [N, H, W, 3], got {images.dtype} {list(images.shape)}")
         detect = images.shape[1] > LINE_PICTURE if self.detect is None else self.detect
         header = {"detect": detect, "alphabet": alphabet}
-        share = -(-len(images) // max(1, self._count()))  # a small batch is spread over all workers
+        share = -(-len(images) // max(1, self.count()))  # a small batch is spread over all workers
         size = 1 if detect else max(1, min(self.batch_size, share))
         answers = self._answers([(header, images[i : i + size]) for i in range(0, len(images), size)])
         return [page for answer in answers for page in _pages(answer)]
 
-    def _count(self) -> int:
+    def count(self) -> int:
+        """Number of worker processes."""
         if self.workers is not None:
             return self.workers
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -89,10 +90,10 @@ class RapidReader:
     def _answers(self, jobs: Sequence[Message]) -> list[Message]:
         from rewards import rapid
 
-        if self._count() == 0:
+        if self.count() == 0:
             self._engine = self._engine or rapid.Engine()
             return [self._engine(*job) for job in jobs]
-        self._pool = self._pool or Workers(Path(rapid.__file__), {}, self._count(), self.timeout)
+        self._pool = self._pool or Workers(Path(rapid.__file__), {}, self.count(), self.timeout)
         return self._pool.map(jobs)
 
 

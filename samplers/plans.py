@@ -142,12 +142,13 @@ class Window:
     """`window` as a plan: `size` stochastic steps, all inside low..high-1, at a place given by `position`.
 
     high: None stands for num_steps - 1, which keeps the last step deterministic; num_steps allows it.
+    position: None stands for Random().
     """
 
     size: int = 1
     low: int = 0
     high: int | None = None
-    position: Position = Random()
+    position: Position | None = None
     shared_start: bool = True
 
     def __post_init__(self) -> None:
@@ -156,7 +157,7 @@ class Window:
 
     def tree(self, num_steps: int, group_size: int, iteration: int, rng: np.random.Generator) -> Tree:
         """The window of this iteration."""
-        start = self.position.start(iteration, self.low, self._last(num_steps), rng)
+        start = (self.position or Random()).start(iteration, self.low, self._last(num_steps), rng)
         return window(num_steps, group_size, start, self.size, shared_start=self.shared_start)
 
     def forecast(self, num_steps: int, group_size: int) -> Cost:

@@ -1,11 +1,13 @@
-"""Make the shipped Glyphs pipeline from nothing: `python scripts/pretrain_glyphs.py --output flowalign/glyphs/pipeline`.
+"""Make the shipped Glyphs pipeline from nothing.
+
+`python scripts/pretrain_glyphs.py --output flowalign/glyphs/pipeline`
 
 Two CPU cores need about half an hour. Stop it at any time; the same command goes on from the last checkpoint.
 """
 
 import argparse
+import json
 import os
-import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from tqdm import tqdm
 from flowalign.glyphs import held_out_prompts
 from flowalign.glyphs.card import model_card
 from flowalign.glyphs.judge import Figures, judge, sample_pictures
-from flowalign.glyphs.pretrain import Pretraining, pretrain
+from flowalign.glyphs.pretrain import TRAINED, Pretraining, Progress, pretrain, vae_error
 
 GRID = [(steps, scale) for steps in (6, 8, 40) for scale in (1.0, 1.5, 2.0, 3.0)]
 
@@ -33,16 +35,29 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     recipe = replace(recipe, steps=arguments.steps, seed=arguments.seed)
-    started = time.monotonic()
     pipeline = pretrain(recipe, arguments.checkpoints, progress_bars({"vae": recipe.vae_steps, "flow": recipe.steps}))
-    minutes = (time.monotonic() - started) / 60
-    pipeline.to(dtype=torch.float16).save_pretrained(arguments.output)
-    figures = measure(arguments.output)
-    (arguments.output / "README.md").write_text(model_card(pipeline, asdict(recipe), figures), encoding="utf-8")
-    print(f"trained for {minutes:.1f} minutes in this session; wrote {arguments.output}")
+    export(pipeline, arguments.output)
+    exported = StableDiffusion3Pipeline.from_pretrained(arguments.output, torch_dtype=torch.float32)
+    card = model_card(
+        {name: exported.components[name] for name in (*TRAINED, "vae")},
+        asdict(recipe),
+        measure(exported),
+        vae_error=vae_error(exported),
+    )
+    (arguments.output / "README.md").write_text(card, encoding="utf-8")
 
 
-def progress_bars(totals: dict[str, int]):
+def export(pipeline: StableDiffusion3Pipeline, folder: Path) -> None:
+    """Save the pipeline in fp16; it loads in fp32 unless asked otherwise."""
+    pipeline.to(dtype=torch.float16).save_pretrained(folder)
+    for name in ("text_encoder", "text_encoder_2"):
+        path = folder / name / "config.json"
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config["dtype"] = "float32"  # transformers would load in the dtype written here, diffusers always in fp32
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def progress_bars(totals: dict[str, int]) -> Progress:
     """A callback that shows one bar per stage."""
     bars: dict[str, tqdm] = {}
 
@@ -55,9 +70,8 @@ def progress_bars(totals: dict[str, int]):
     return show
 
 
-def measure(folder: Path) -> dict[tuple[int, float], Figures]:
-    """Figures of the exported folder on every held-out prompt, by (sampling steps, guidance scale)."""
-    pipeline = StableDiffusion3Pipeline.from_pretrained(folder, torch_dtype=torch.float32)
+def measure(pipeline: StableDiffusion3Pipeline) -> dict[tuple[int, float], Figures]:
+    """Figures on every held-out prompt, by (sampling steps, guidance scale)."""
     pipeline.set_progress_bar_config(disable=True)
     records = held_out_prompts()
     figures = {}

@@ -44,9 +44,9 @@ class StraightPolicy:
     def start(self, noise):
         return noise
 
-    def velocity(self, x, sigma, cond, *, guidance_scale=1.0, negative=None, detach_uncond=False):
+    def velocity(self, x, sigma, conditions, *, guidance_scale=1.0):
         self.evaluations += len(x) * (2 if guidance_scale != 1 else 1)
-        return (cond.drift * guidance_scale).view(-1, 1, 1, 1).expand_as(x)
+        return (conditions.drift * guidance_scale).view(-1, 1, 1, 1).expand_as(x)
 
     def decode(self, latents, grad=False):
         return torch.sigmoid(latents)

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 
 from torch import nn
 
@@ -47,10 +46,11 @@ one level, so latents are 24x48 too, of variance 1, close to the pixels; its rec
 
 ## How it was made
 
-`python scripts/pretrain_glyphs.py --output {folder}`, from random weights, on pictures drawn on the fly: four random
-capitals in DejaVu Sans Mono Bold, inks {inks}, papers {papers}, moved by up to one pixel along each axis. The {held_out}
-held-out words never occur in it; the {train} words of the training prompts are for alignment and get no special place.
-{machine}
+`python scripts/pretrain_glyphs.py --output flowalign/glyphs/pipeline`, from random weights, on pictures drawn on the
+fly: four random capitals in DejaVu Sans Mono Bold, inks {inks}, papers {papers}, moved by up to
+one pixel along each axis. The {held_out} held-out words never occur in it; the {train} words of the training prompts
+are for alignment and get no special place.
+It took MINUTES minutes on two CPU cores.
 
 ```json
 {recipe}
@@ -60,7 +60,8 @@ held-out words never occur in it; the {train} words of the training prompts are 
 
 On the {held_out} held-out prompts, with the shipped scheduler and one fixed noise seed. A word counts as exact if
 RapidOCR's recogniser reads it letter by letter ("0" counts as "O"; ground truth so reads 100 %); letters: right in
-their place; colours: ink and paper both nearest to the named ones. The standard error of a share near one half is 2.2 %.
+their place; colours: ink and paper both nearest to the named ones. The standard error of a share near one half is
+2.2 %.
 
 | steps | guidance | exact | letters | colours |
 |---:|---:|---:|---:|---:|
@@ -78,8 +79,6 @@ def model_card(
     figures: Mapping[tuple[int, float], Figures],
     *,
     vae_error: float,
-    folder: Path,
-    machine: str,
 ) -> str:
     """README.md of the folder: parts, recipe and figures as measured."""
     return _CARD.format(
@@ -88,12 +87,10 @@ def model_card(
             for name, part in parts.items()
         ),
         vae_error=vae_error,
-        folder=folder.as_posix(),
         inks=", ".join(INKS),
         papers=", ".join(PAPERS),
         held_out=len(held_out_prompts()),
         train=len(train_prompts()),
-        machine=machine,
         recipe=json.dumps(recipe, indent=2),
         figures="\n".join(
             f"| {steps} | {scale:g} | {row.exact:.1%} | {row.letters:.1%} | {row.colours:.1%} |"

@@ -1,8 +1,8 @@
 """Pre-training of the Glyphs pipeline from nothing: first the VAE, then text encoders and transformer together.
 
-The flow model is trained as Stable Diffusion 3 was (rectified flow, Esser et al. 2024, eq. 13-19): x_s = (1-s) x0 + s e,
-target e - x0, s logit-normal. All randomness of a step is keyed by (seed, stage, step), so a resumed run is the run that
-was never stopped, bit for bit, on one machine with one number of threads.
+The flow model is trained as Stable Diffusion 3 was (rectified flow, Esser et al. 2024, arXiv:2403.03206, section 3):
+x_s = (1-s) x0 + s e, target e - x0, s logit-normal. All randomness of a step is keyed by (seed, stage, step), so a
+resumed run is the run that was never stopped, bit for bit, on one machine with one number of threads.
 """
 
 import math
@@ -87,7 +87,7 @@ def train_vae(vae: AutoencoderKL, recipe: Pretraining, folder: Path, progress: P
     """Train the VAE in place, then set scaling and shift so that its latents have mean 0 and variance 1."""
     saved = folder / "vae.safetensors"
     optimizer = torch.optim.AdamW(vae.parameters(), lr=recipe.vae_learning_rate, weight_decay=0.0, fused=True)
-    first = _load(saved, vae, None, optimizer) if saved.exists() else 0
+    first = _load(saved, vae, None, optimizer, recipe.vae_steps)
     for step in range(first, recipe.vae_steps):
         _set_rate(optimizer, recipe.vae_learning_rate, step, recipe.vae_steps, recipe.warmup)
         generator = _generator(recipe.seed, 0, step)
@@ -114,7 +114,7 @@ def train_flow(pipeline: StableDiffusion3Pipeline, recipe: Pretraining, folder: 
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
     )
-    first = _load(saved, model, average, optimizer) if saved.exists() else 0
+    first = _load(saved, model, average, optimizer, recipe.steps)
     for step in range(first, recipe.steps):
         _set_rate(optimizer, recipe.learning_rate, step, recipe.schedule_steps, recipe.warmup)
         loss = flow_loss(pipeline, recipe, _generator(recipe.seed, 1, step))
@@ -157,6 +157,13 @@ def encode_text(pipeline: StableDiffusion3Pipeline, prompts: list[str]) -> tuple
         tokens.append(encoded.hidden_states[-2])
         pooled.append(encoded.text_embeds)
     return torch.cat(tokens, dim=-1), torch.cat(pooled, dim=-1)
+
+
+@torch.no_grad()
+def vae_error(pipeline: StableDiffusion3Pipeline) -> float:
+    """Mean absolute reconstruction error of the VAE, for pictures in [-1, 1]."""
+    pictures = sample_batch(512, torch.Generator().manual_seed(0)).pictures
+    return (pipeline.vae.decode(_encode_pictures(pipeline.vae, pictures)).sample - pictures).abs().mean().item()
 
 
 @torch.no_grad()
@@ -219,8 +226,12 @@ def _save(
     os.replace(unfinished, path)
 
 
-def _load(path: Path, model: nn.Module, average: dict[str, Tensor] | None, optimizer: torch.optim.Optimizer) -> int:
-    """Restore a checkpoint in place; the number of steps it has done."""
+def _load(
+    path: Path, model: nn.Module, average: dict[str, Tensor] | None, optimizer: torch.optim.Optimizer, steps: int
+) -> int:
+    """Restore a checkpoint of at most `steps` steps in place; the number of steps it has done."""
+    if not path.exists():
+        return 0
     tensors = load_file(path)
     with torch.no_grad():
         for name, value in model.named_parameters():
@@ -232,5 +243,8 @@ def _load(path: Path, model: nn.Module, average: dict[str, Tensor] | None, optim
         if key.startswith("optimizer/"):
             _, index, name = key.split("/")
             state.setdefault(int(index), {})[name] = value
+    step = int(tensors["step"])
+    if step > steps:
+        raise ValueError(f"{path} has done {step} steps; expected at most {steps}: raise the steps or use a new folder")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return int(tensors["step"])
+    return step

@@ -57,9 +57,7 @@ def draw(letters: Tensor, inks: Tensor, papers: Tensor, offsets: Tensor) -> Tens
     return papers[:, :, None, None] * (1 - mask) + inks[:, :, None, None] * mask
 
 
-def render(
-    words: Sequence[str], inks: Sequence[str], papers: Sequence[str], offsets: Tensor | None = None
-) -> Tensor:
+def render(words: Sequence[str], inks: Sequence[str], papers: Sequence[str], offsets: Tensor | None = None) -> Tensor:
     """Pictures [N, 3, HEIGHT, WIDTH] in [0, 1] of words in named colours; without offsets, centred."""
     for word in words:
         if len(word) != WORD_LENGTH or not set(word) <= set(LETTERS):

@@ -12,7 +12,7 @@ from torch import Tensor
 class Objective(Protocol):
     clip_range: float | tuple[float, float]
 
-    def __call__(self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor) -> Tensor:
+    def loss(self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor) -> Tensor:
         """`log_prob`, `old_log_prob` [E]; `advantages` [E, C]. Returns the loss [E], summed over channels."""
         ...
 
@@ -34,7 +34,7 @@ class ClippedRatio:
     def bounds(self) -> tuple[float, float]:
         return self.clip_range if isinstance(self.clip_range, tuple) else (self.clip_range, self.clip_range)
 
-    def __call__(self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor) -> Tensor:
+    def loss(self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor) -> Tensor:
         below, above = self.bounds
         ratio = (log_prob - old_log_prob).exp()[:, None]
         clipped = ratio.clamp(1 - below, 1 + above)

@@ -12,7 +12,7 @@ from samplers import Forest
 
 
 class Selector(Protocol):
-    def __call__(self, forest: Forest, advantages: Advantages) -> Tensor:
+    def choose(self, forest: Forest, advantages: Advantages) -> Tensor:
         """A mask [E] of the edges to train. Invalid edges are dropped by the trainer whatever is returned."""
         ...
 
@@ -21,7 +21,7 @@ class Selector(Protocol):
 class AllEdges:
     """Every valid edge, those with advantage 0 too: they count in the mean and, if a KL is on, are held by it."""
 
-    def __call__(self, forest: Forest, advantages: Advantages) -> Tensor:
+    def choose(self, forest: Forest, advantages: Advantages) -> Tensor:
         return advantages.valid.any(1)
 
 
@@ -29,5 +29,5 @@ class AllEdges:
 class NonZeroAdvantage:
     """Edges with an advantage other than 0: groups in which nothing differs cost no forward or backward."""
 
-    def __call__(self, forest: Forest, advantages: Advantages) -> Tensor:
+    def choose(self, forest: Forest, advantages: Advantages) -> Tensor:
         return (advantages.values != 0).any(1)

@@ -14,7 +14,7 @@ from samplers import Forest, Step
 
 
 class StepWeight(Protocol):
-    def __call__(self, step: Step, forest: Forest) -> Tensor:
+    def weigh(self, step: Step, forest: Forest) -> Tensor:
         """Weights [E] of the transitions in `step`."""
         ...
 
@@ -23,7 +23,7 @@ class StepWeight(Protocol):
 class Uniform:
     """1: gradient scale |b|/s (Flow-GRPO, DanceGRPO, MixGRPO)."""
 
-    def __call__(self, step: Step, forest: Forest) -> Tensor:
+    def weigh(self, step: Step, forest: Forest) -> Tensor:
         return torch.ones_like(step.std)
 
 
@@ -31,7 +31,7 @@ class Uniform:
 class FlatGradient:
     """s/|b|: the same gradient scale at every step, for every kernel (our generic form)."""
 
-    def __call__(self, step: Step, forest: Forest) -> Tensor:
+    def weigh(self, step: Step, forest: Forest) -> Tensor:
         return step.std / step.policy.slope.abs()
 
 
@@ -39,7 +39,7 @@ class FlatGradient:
 class InverseLength:
     """1/h (GRPO-Guard's weight, meant for its normalised ratio)."""
 
-    def __call__(self, step: Step, forest: Forest) -> Tensor:
+    def weigh(self, step: Step, forest: Forest) -> Tensor:
         return 1 / step.policy.length
 
 
@@ -47,7 +47,7 @@ class InverseLength:
 class StdOverMean:
     """s / mean of s over all steps but the last (TempFlow-GRPO's noise-aware weight): gradient scale ∝ |b|."""
 
-    def __call__(self, step: Step, forest: Forest) -> Tensor:
+    def weigh(self, step: Step, forest: Forest) -> Tensor:
         sigmas = forest.sigmas.double()
         coefficients = forest.kernel.coefficients(sigmas[:-2], sigmas[1:-1], torch.ones_like(sigmas[:-2]))
         return step.std / coefficients.std.mean().to(step.std)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
@@ -14,7 +14,7 @@ from torch.nn import Parameter
 from flowalign.data import PromptRecord
 from flowalign.models.base import Policy
 from rewards import Reward
-from samplers import Chain, FlowSDE, Kernel, Plan
+from samplers import Kernel, Plan
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,12 @@ class Rollout:
     is refused unless `allow_cfg_update`: peers report collapse with it. `draw`: whether a random plan draws once per
     group or once per iteration (never inside a group). `micro_batch`: rows per network call."""
 
+    plan: Plan
+    kernel: Kernel
     groups: int = 48
     group_size: int = 24
     num_inference_steps: int = 10
     guidance_scale: float = 1.0
-    plan: Plan = field(default_factory=Chain)
-    kernel: Kernel = field(default_factory=FlowSDE)
     draw: Literal["group", "iteration"] = "group"
     micro_batch: int = 64
     allow_cfg_update: bool = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -11,28 +11,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowalign.advantage import Advantage, Normalised
-from flowalign.credit import Broadcast, Credit
+from flowalign.advantage import Advantage
+from flowalign.credit import Credit
 from flowalign.data import PromptRecord
-from flowalign.objectives import AllEdges, ClippedRatio, KLPenalty, Objective, Selector, StepWeight, Uniform
+from flowalign.objectives import KLPenalty, Objective, Selector, StepWeight
 from flowalign.trainers.base import AdamW, Rollout, Task, Update
 from flowalign.trainers.collect import Collected, collect
 
 
 @dataclass
 class PolicyGradient:
-    """Clipped policy gradient on the stochastic steps of a rollout; the defaults are Flow-GRPO's (2505.05470).
+    """Clipped policy gradient on the stochastic steps of a rollout (Flow-GRPO, 2505.05470).
 
     One forward and backward per distinct parent state serves all its children: their log-probs depend on the network
     only through the same mean, so the gradient is exactly that of one pass per edge. `updates_per_rollout` splits the
     iteration by groups, never the children of one state; from the second on the ratio leaves 1. The reference's
     velocities are evaluated once, at the rollout's states. `micro_batch` counts states."""
 
-    credit: Credit = field(default_factory=Broadcast)
-    advantage: Advantage = field(default_factory=lambda: Normalised(std="batch"))
-    select: Selector = field(default_factory=AllEdges)
-    objective: Objective = field(default_factory=ClippedRatio)
-    step_weight: StepWeight = field(default_factory=Uniform)
+    credit: Credit
+    advantage: Advantage
+    select: Selector
+    objective: Objective
+    step_weight: StepWeight
     kl: KLPenalty = field(default_factory=KLPenalty)
     optimiser: AdamW = field(default_factory=AdamW)
     updates_per_rollout: int = 1
@@ -93,15 +93,17 @@ class PolicyGradient:
     def restore(self, state: dict[str, Any]) -> None:
         self._steps = state["steps"]
 
-    def collect(self, prompts: Sequence[PromptRecord], iteration: int) -> Collected:
+    def collect(self, prompts: Sequence[PromptRecord], iteration: int) -> Any:
         return collect(self._task, prompts, iteration)
 
-    def updates(self, batch: Collected) -> Iterator[Update]:
+    def updates(self, batch: Any) -> Iterable[Update]:
         """The optimiser steps of one rollout."""
         forest, tree = batch.forest, batch.forest.tree
-        advantages = self.advantage(forest, self.credit(forest, batch.scores, batch.valid, batch.channels))
+        advantages = self.advantage.compare(
+            forest, self.credit.assign(forest, batch.scores, batch.valid, batch.channels)
+        )
         batch.metrics["group/zero_std_ratio"] = advantages.zero_std_ratio
-        chosen = self.select(forest, advantages) & advantages.valid.any(1)
+        chosen = self.select.choose(forest, advantages) & advantages.valid.any(1)
         batch.metrics["group/trained_edges"] = int(chosen.sum())
         if self.kl.beta:
             reference = self._reference(batch, tree.edges[chosen])
@@ -148,8 +150,8 @@ class PolicyGradient:
         velocity = self._velocity(batch, parents)
         step = forest.edge_steps(edges, velocity, position)
         log_prob, old = step.log_prob(forest.at(edges)), forest.log_prob[edges]
-        weight = self.step_weight(step, forest)
-        policy = (weight * self.objective(log_prob, old, advantages.to(log_prob))).sum() / count
+        weight = self.step_weight.weigh(step, forest)
+        policy = (weight * self.objective.loss(log_prob, old, advantages.to(log_prob))).sum() / count
         penalty = policy.new_zeros(())
         if self.kl.beta:
             known = torch.stack([reference[node] for node in parents.tolist()])

@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from rewards import OCR, Line, RapidReader, RewardBatch, score
+from rewards import OCR, ColourAccuracy, Line, Mix, RapidReader, RewardBatch, score
+from rewards.rapid import Engine, strip
 
 FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSansMono-Bold.ttf"
 INK, PAPER = (0, 0, 220), (255, 230, 0)
@@ -97,3 +98,57 @@ def test_closing_ends_the_process_and_reading_goes_on_after_it(reader):
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
     assert reader.read(drawing("LAMP")[None], "")[0][0].text == "LAMP"
+
+
+def test_glyphs_ground_truth_scores_one(reader):
+    """The metadata of the embedded world is what the rewards' defaults look for, and its renders are read exactly."""
+    from flowalign.glyphs.prompts import INKS, PAPERS, train_prompts
+    from flowalign.glyphs.renderer import render
+
+    records = train_prompts()[:16]
+    batch = RewardBatch(
+        prompts=[record["prompt"] for record in records],
+        images=render(*([record[key] for record in records] for key in ("target", "ink", "paper"))),
+        metadata=[dict(record) for record in records],
+    )
+    parts = [OCR(metric="exact", fold={"0": "O"}, recogniser=reader), ColourAccuracy(palette=INKS | PAPERS)]
+    assert score(Mix(parts, [0.5, 0.5]), batch).scores.tolist() == [1] * 16
+    quoted = OCR(metric="exact", target="quotes", fold={"0": "O"}, recogniser=reader)
+    assert score(quoted, batch).scores.tolist() == [1] * 16
+
+
+def test_the_engine_sees_bgr_in_minus_one_to_one_enlarged_by_repeating():
+    engine = Engine.__new__(Engine)  # without its models
+    seen = []
+
+    def session(strips):
+        seen.append(strips)
+        return np.eye(3, dtype=np.float32)[[[0, 2, 2, 0, 1]]]
+
+    engine.session, engine.characters, engine.number = session, ["blank", "a", "b"], {"blank": 0, "a": 1, "b": 2}
+    picture = np.zeros((1, 24, 48, 3), dtype=np.uint8)
+    picture[..., 0] = 255  # red
+    picture[0, 3, 5] = (0, 51, 102)
+    header, posteriors = engine({"detect": False, "alphabet": "bx"}, picture)
+    assert seen[0].shape == (1, 3, 48, 96) and seen[0].dtype == np.float32
+    assert np.allclose(seen[0][0, :, 0, 0], [-1, -1, 1])  # blue, green, red
+    assert np.allclose(seen[0][0, :, 6:8, 10:12], np.array([-0.2, -0.6, -1])[:, None, None])
+    assert header == {"lines": [[{"text": "ba", "confidence": 1.0, "box": None, "frames": 5}]]}
+    assert posteriors.tolist() == [[1, 0, 0], [0, 1, 0], [0, 1, 0], [1, 0, 0], [0, 0, 0]]  # blank, b, the unknown x
+
+
+def test_strips_keep_the_aspect_ratio_and_pad_on_the_right():
+    page = strip(np.full((20, 50, 3), 255, dtype=np.uint8), min_width=320)
+    assert page.shape == (3, 48, 320)
+    assert (page[:, :, :120] == 1).all() and (page[:, :, 120:] == 0).all()
+    assert strip(np.zeros((96, 400, 3), dtype=np.uint8), 0).shape == (3, 48, 200)
+
+
+def test_ranks_of_a_machine_share_its_cores(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)), raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 12)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert RapidReader().count() == 3
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "40")
+    assert RapidReader().count() == 1
+    assert RapidReader(workers=5).count() == 5

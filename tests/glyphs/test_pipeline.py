@@ -1,0 +1,63 @@
+"""The shipped folder: loads as Stable Diffusion 3, is small, spells about half of the unseen words."""
+
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+
+from flowalign.glyphs import CALL_ARGS, PIPELINE, held_out_prompts
+from flowalign.glyphs.judge import judge, sample_pictures
+from flowalign.glyphs.pretrain import encode_text
+from flowalign.glyphs.renderer import render
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> StableDiffusion3Pipeline:
+    loaded = StableDiffusion3Pipeline.from_pretrained(PIPELINE, torch_dtype=torch.float32)
+    loaded.set_progress_bar_config(disable=True)
+    return loaded
+
+
+def test_folder_is_small_and_holds_no_pickle() -> None:
+    files = [path for path in PIPELINE.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 12e6
+    assert {path.suffix for path in files} == {".json", ".safetensors", ".md"}
+
+
+def test_base_is_good_but_imperfect_and_its_colours_are_right(pipeline: StableDiffusion3Pipeline) -> None:
+    records = held_out_prompts()[:128]
+    figures = judge(sample_pictures(pipeline, [record["prompt"] for record in records], 6, 1.0), records)
+    assert 0.30 <= figures.exact <= 0.65  # standard error 4 %
+    assert figures.colours >= 0.9
+
+
+def test_guidance_and_a_single_prompt_work(pipeline: StableDiffusion3Pipeline) -> None:
+    prompt = held_out_prompts()[0]["prompt"]
+    latents = torch.randn(1, 3, 24, 48, generator=torch.Generator().manual_seed(0))
+    pictures = [
+        pipeline(prompt, num_inference_steps=2, guidance_scale=scale, latents=latents, output_type="pt", **CALL_ARGS)
+        for scale in (1.0, 3.0)
+    ]
+    assert pictures[0].images.shape == (1, 3, 24, 48)
+    assert not torch.equal(pictures[0].images, pictures[1].images)
+
+
+def test_text_features_keep_token_identity_and_position(pipeline: StableDiffusion3Pipeline) -> None:
+    tokens, _ = encode_text(pipeline, ['the word "ABAB" in red on a white background'])
+    letters = tokens[0, 4:8]
+    embeddings = [pipeline.text_encoder.text_model.embeddings, pipeline.text_encoder_2.text_model.embeddings]
+    places = torch.cat([module.position_embedding.weight[4:8] for module in embeddings], dim=-1)
+    torch.testing.assert_close((letters - places)[0], (letters - places)[2])
+    assert (letters[0] - letters[2]).norm() > 1
+
+
+def test_vae_is_near_lossless_with_latents_of_unit_variance(pipeline: StableDiffusion3Pipeline) -> None:
+    records = held_out_prompts()[:64]
+    pictures = render(*([record[key] for record in records] for key in ("target", "ink", "paper"))) * 2 - 1
+    vae = pipeline.vae
+    with torch.no_grad():
+        latents = vae.encode(pictures).latent_dist.mode()
+        decoded = vae.decode(latents).sample
+    assert (decoded - pictures).abs().mean() <= 0.02
+    scaled = (latents - vae.config.shift_factor) * vae.config.scaling_factor
+    assert abs(scaled.mean()) < 0.1
+    assert 0.9 < scaled.std() < 1.1
