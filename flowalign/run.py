@@ -287,8 +287,8 @@ class Run:
             "evaluations_per_image": {
                 "rollout": self._totals["rollout"] / images,
                 "update": self._totals["update"] / images,
-                "unit": "forward equivalents: a forward 1, a backward 1 (LoRA) or 2 (full weights), guidance doubles",
             },
+            "evaluation_unit": "forwards; a backward counts 1 (LoRA) or 2 (full weights), guidance doubles",
             "ratio_drift_max": self._totals["drift"],
             "iterations": self.config.run.iterations,
             "pipeline": {

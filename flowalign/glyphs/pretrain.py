@@ -36,6 +36,7 @@ class Pretraining:
     vae_learning_rate: float = 1e-3
     anchor: float = 1.0  # weight of |mu - pixels|^2: latents stay pictures, so denoising them is as easy
     kl: float = 1e-6
+    statistics: int = 1024  # pictures whose latents set scaling and shift
     steps: int = 4000  # where training stops: short of perfect, so that alignment has something to improve
     schedule_steps: int = 4000  # where the cosine ends
     sigma_logit: float = 1.0  # mean; at 0, as in SD3, letters are learnt far later: only high noise asks for them
@@ -102,7 +103,9 @@ def train_vae(vae: AutoencoderKL, recipe: Pretraining, folder: Path, progress: P
             _save(saved, step + 1, vae, None, optimizer)
         progress("vae", step + 1, reconstruction.item())
     vae.requires_grad_(False)
-    latents = _encode_pictures(vae, sample_batch(1024, _generator(recipe.seed, 0, recipe.vae_steps)).pictures)
+    latents = _encode_pictures(
+        vae, sample_batch(recipe.statistics, _generator(recipe.seed, 0, recipe.vae_steps)).pictures
+    )
     vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
 
 

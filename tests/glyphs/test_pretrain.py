@@ -9,7 +9,7 @@ import torch
 from flowalign.glyphs.parts import build_pipeline
 from flowalign.glyphs.pretrain import TRAINED, Pretraining, encode_text, pretrain
 
-TINY = Pretraining(batch_size=2, vae_batch_size=2, vae_steps=2, steps=2, warmup=1, checkpoint_every=1)
+TINY = Pretraining(batch_size=2, vae_batch_size=2, vae_steps=2, steps=2, warmup=1, checkpoint_every=1, statistics=8)
 
 
 def silent(stage: str, step: int, loss: float) -> None:

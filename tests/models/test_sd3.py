@@ -1,0 +1,127 @@
+"""The SD3 policy against diffusers' own pipeline."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from peft import PeftModel
+
+from flowalign.models import LoRA, check_lora_targets, inspect_checkpoint, load_policy
+from samplers import ODE, FlowSDE, Tree, chain, rollout
+
+PROMPTS = ['the word "KITE" in red on a yellow background', 'the word "MOON" in blue on a white background', "a word"]
+
+
+@pytest.mark.parametrize("steps", [1, 4, 7])
+@pytest.mark.parametrize("guidance", [1.0, 4.5])
+def test_the_deterministic_rollout_is_the_pipeline_bit_for_bit(tiny_pipeline: Path, guidance: float, steps: int) -> None:
+    policy = load_policy(str(tiny_pipeline), trainable="none")
+    noise = torch.randn(3, 3, 24, 48, generator=torch.Generator().manual_seed(0))
+    pipeline = StableDiffusion3Pipeline.from_pretrained(tiny_pipeline, text_encoder_3=None, tokenizer_3=None)
+    pipeline.set_progress_bar_config(disable=True)
+    call = {"prompt": PROMPTS, "latents": noise, "num_inference_steps": steps, "guidance_scale": guidance, "height": 24,
+            "width": 48, "max_sequence_length": 0}  # fmt: skip
+    conditions = policy.encode(PROMPTS)
+    one = chain(steps, 3)
+    for kernel in (ODE(), FlowSDE()):  # level 0 is the Euler step whatever the kernel
+        tree = replace(one, level=torch.zeros_like(one.level))
+        forest = rollout(
+            lambda x, sigma, root: policy.velocity(x, sigma, conditions.rows(root), guidance_scale=guidance),
+            policy.start(noise), policy.sigmas(steps), tree, kernel, lambda tree, nodes: pytest.fail("asked for noise"),
+        )  # fmt: skip
+        latents = forest.at(tree.leaves)
+        assert torch.equal(latents, pipeline(**call, output_type="latent").images)
+    images = torch.from_numpy(pipeline(**call, output_type="np").images).permute(0, 3, 1, 2)
+    assert torch.equal(policy.decode(latents), images)
+
+
+def test_detaching_the_unconditional_half_keeps_the_value(tiny_pipeline: Path) -> None:
+    policy = load_policy(str(tiny_pipeline), trainable="full")
+    conditions, x, sigma = policy.encode(PROMPTS[:1]), torch.randn(1, 3, 24, 48), torch.tensor([0.6])
+    both = policy.velocity(x, sigma, conditions, guidance_scale=3.0)
+    half = policy.velocity(x, sigma, conditions, guidance_scale=3.0, detach_uncond=True)
+    torch.testing.assert_close(half, both, rtol=0, atol=1e-5)
+    weight = policy.transformer.proj_out.weight
+    (detached,) = torch.autograd.grad(half.sum(), weight)
+    (conditional,) = torch.autograd.grad(policy.velocity(x, sigma, conditions).sum(), weight)
+    torch.testing.assert_close(detached, 3.0 * conditional, rtol=1e-4, atol=1e-4)
+
+
+def test_lora_targets_are_strict(tiny_pipeline: Path) -> None:
+    assert len(check_lora_targets(str(tiny_pipeline), ["attn.to_q"])) == 2
+    with pytest.raises(ValueError, match=r"attn\.to_k2.*attn\.to_k"):
+        check_lora_targets(str(tiny_pipeline), ["attn.to_q", "attn.to_k2"])
+    with pytest.raises(ValueError, match="dropout"):
+        LoRA(dropout=0.1)
+
+
+def test_bf16_base_with_fp32_adapters(tiny_pipeline: Path) -> None:
+    lora = LoRA(rank=4, alpha=8, targets=("attn.to_q", "attn.to_v"))
+    x, sigma = torch.randn(1, 3, 24, 48, generator=torch.Generator().manual_seed(1)), torch.tensor([0.6])
+    outputs = []
+    for dtype in ("fp32", "bf16"):
+        policy = load_policy(str(tiny_pipeline), lora=lora, dtype=dtype)
+        assert {p.dtype for _, p in policy.trainable_parameters()} == {torch.float32}
+        assert policy.transformer.proj_out.weight.dtype == (torch.float32 if dtype == "fp32" else torch.bfloat16)
+        outputs.append(policy.velocity(x, sigma, policy.encode(PROMPTS[:1])))
+        outputs[-1].square().mean().backward()
+        norms = [float(p.grad.norm()) for name, p in policy.trainable_parameters() if "lora_B" in name]
+        assert min(norms) > 0  # A has gradient 0 while B is 0
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=0.1, atol=0.05)
+
+
+def test_peft_folder_round_trip(tiny_pipeline: Path, tmp_path: Path) -> None:
+    policy = load_policy(str(tiny_pipeline), lora=LoRA(rank=4, alpha=10, targets=("attn.to_q", "ff.net.2")))
+    for name, parameter in policy.trainable_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.1)
+    policy.save_lora(tmp_path)
+    fresh = SD3Transformer2DModel.from_pretrained(tiny_pipeline, subfolder="transformer")
+    loaded = PeftModel.from_pretrained(fresh, tmp_path)
+    x, sigma, conditions = torch.randn(1, 3, 24, 48), torch.tensor([0.6]), policy.encode(PROMPTS[:1])
+    call = {"hidden_states": x, "timestep": sigma * 1000, "encoder_hidden_states": conditions.tensors["embeds"],
+            "pooled_projections": conditions.tensors["pooled"], "return_dict": False}  # fmt: skip
+    ours = policy.velocity(x, sigma, conditions)
+    torch.testing.assert_close(loaded(**call)[0], ours, rtol=0, atol=1e-6)
+    with policy.role("reference"):
+        assert not torch.allclose(policy.velocity(x, sigma, conditions), ours, atol=1e-3)
+
+
+def test_reference_of_full_weights(tiny_pipeline: Path) -> None:
+    policy = load_policy(str(tiny_pipeline), trainable="full")
+    with pytest.raises(ValueError, match="reference_copy"), policy.role("reference"):
+        pass
+    kept = load_policy(str(tiny_pipeline), trainable="full", reference_copy=True)
+    x, sigma, conditions = torch.randn(1, 3, 24, 48), torch.tensor([0.6]), kept.encode(PROMPTS[:1])
+    before = kept.velocity(x, sigma, conditions)
+    with torch.no_grad():
+        kept.transformer.proj_out.weight.mul_(2)
+    with kept.role("reference"):
+        assert torch.equal(kept.velocity(x, sigma, conditions), before)
+    assert not torch.equal(kept.velocity(x, sigma, conditions), before)
+
+
+def test_what_is_not_a_pipeline_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        inspect_checkpoint(str(tmp_path / "no"))
+    with pytest.raises(ValueError, match=r"model_index\.json"):
+        inspect_checkpoint(str(tmp_path))
+    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline", "_diffusers_version": "0.42"}')
+    with pytest.raises(ValueError, match="FluxPipeline"):
+        inspect_checkpoint(str(tmp_path))
+
+
+def test_image_size_must_divide(tiny_pipeline: Path) -> None:
+    policy = load_policy(str(tiny_pipeline), trainable="none")
+    assert policy.latent_shape(24, 48) == (3, 24, 48)
+    with pytest.raises(ValueError, match="multiples of 4"):
+        policy.latent_shape(26, 48)
+
+
+def test_sampler_grid_is_the_schedulers(tiny_pipeline: Path) -> None:
+    policy = load_policy(str(tiny_pipeline), trainable="none")
+    sigmas = policy.sigmas(5)
+    assert sigmas.dtype == torch.float32 and len(sigmas) == 6 and float(sigmas[0]) == 1.0 and float(sigmas[-1]) == 0.0
+    assert Tree.cat([chain(5, 1)]).num_steps == 5

@@ -1,0 +1,121 @@
+"""I9: a configuration that cannot work is a named error before any model is loaded."""
+
+from pathlib import Path
+
+import pytest
+
+from flowalign import models
+from flowalign.config import ConfigError, load_config
+from flowalign.forecast import forecast
+
+CONFIG = str(Path(__file__).parent / "data" / "tiny.yaml")
+
+# (overrides, what the message must name)
+BAD = [
+    # unknown keys
+    (["rollout.group_sise=4"], "group_size"),
+    (["rolout.group_size=4"], "rollout"),
+    (["run.itertions=3"], "iterations"),
+    (["policy.guidance_scle=2"], "guidance_scle"),
+    (["trainer.clip=1"], "clip"),
+    # types
+    (["rollout.group_size=many"], "group_size"),
+    (["run.seed=x"], "seed"),
+    (["trainer.optimiser.lr=fast"], "lr"),
+    (["evaluation.count=none"], "count"),
+    (["policy.lora.rank=1.5"], "rank"),
+    # groups
+    (["rollout.group_size=1"], "group_size=1"),
+    (["rollout.group_size=0"], "group_size=0"),
+    (["rollout.groups=0"], "groups=0"),
+    (["rollout.groups=3", "trainer.updates_per_rollout=2"], "updates_per_rollout"),
+    # plans
+    (["rollout.plan.size=5"], "size"),
+    (["rollout.plan.low=3"], "low"),
+    (["rollout.plan.size=0"], "size"),
+    (["rollout.num_inference_steps=0"], "num_inference_steps"),
+    (["rollout.plan=samplers.Windows"], "Windows"),
+    # kernels
+    (["rollout.kernel=samplers.ODE"], "noise"),
+    (["rollout.kernel=samplers.FlowSDE", "rollout.kernel.noise_level=0"], "noise"),
+    (["rollout.kernel=samplers.FlowSDE", "rollout.kernel.noise_level=-1"], "noise_level"),
+    (["rollout.kernel=samplers.FlowSDE", "rollout.kernel.reduce=median"], "reduce"),
+    # guidance
+    (["rollout.guidance_scale=4.5"], "guidance_scale"),
+    # LoRA
+    (["policy.lora.dropout=0.1"], "dropout"),
+    (["policy.lora.rank=0"], "rank"),
+    (["policy.lora.alpha=-1"], "alpha"),
+    (["policy.lora.targets=[attn.to_qq]"], "attn.to_q"),
+    (["policy.lora.targets=[]"], "targets"),
+    # optimiser and objective
+    (["trainer.optimiser.lr=0"], "lr"),
+    (["trainer.optimiser.max_grad_norm=0"], "max_grad_norm"),
+    (["trainer.micro_batch=0"], "micro_batch"),
+    (["trainer.objective.clip_range=0"], "clip_range"),
+    (["trainer.kl.beta=-1"], "beta"),
+    (["trainer.kl.form=exakt"], "form"),
+    # rewards
+    (["reward=rewards.JPEGG"], "JPEG"),
+    (["reward=rewards.OCR", "reward.metric=fuzzy"], "metric"),
+    (["evaluation.rewards=[]"], "rewards"),
+    # data
+    (["prompts=nowhere.txt"], "nowhere.txt"),
+    (["prompts=flowalign.glyphs:no_such"], "no_such"),
+    (["prompts=words"], "words"),
+    (["evaluation.count=100000"], "count"),
+    (["evaluation.count=0"], "count"),
+    # models
+    (["policy.path=./nowhere"], "nowhere"),
+    (["policy.trainable=half"], "trainable"),
+    (["policy.dtype=fp8"], "dtype"),
+    # runs
+    (["run.iterations=0"], "iterations"),
+    (["run.checkpoint_every=0"], "checkpoint_every"),
+    (["run.ema_decay=1.5"], "ema_decay"),
+    (["run.name=a/b"], "name"),
+    # overrides
+    (["rollout.group_size"], "key=value"),
+    (["--rollout.group_size=4"], "key=value"),
+]
+
+
+def test_there_are_forty_of_them() -> None:
+    assert len(BAD) >= 40
+
+
+@pytest.mark.parametrize(("overrides", "named"), BAD, ids=lambda value: str(value)[:60])
+def test_a_bad_configuration_is_named(
+    overrides: list[str], named: str, tiny_pipeline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loaded(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(models.load.StableDiffusion3Pipeline, "from_pretrained", loaded)
+    path = [] if any(o.startswith("policy.path") for o in overrides) else [f"policy.path={tiny_pipeline}"]
+    with pytest.raises(ConfigError, match=None) as caught:
+        load_config(CONFIG, [*path, *overrides])
+    assert named in str(caught.value)
+
+
+def test_unknown_keys_in_the_file_suggest_the_right_one(tmp_path: Path) -> None:
+    text = Path(CONFIG).read_text().replace("group_size", "grup_size")
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ConfigError, match="'group_size'"):
+        load_config(str(tmp_path / "c.yaml"))
+
+
+def test_overrides_win_and_the_forecast_counts_what_they_say(tiny_pipeline: Path) -> None:
+    config, plain = load_config(
+        CONFIG,
+        [f"policy.path={tiny_pipeline}", "rollout.group_size=24", "rollout.num_inference_steps=10",
+         "rollout.plan.size=2", "rollout.plan.low=4", "rollout.plan.high=6"],
+    )  # fmt: skip
+    assert plain["rollout"]["group_size"] == 24
+    assert "rollout 5.21, update at most 1.04" in forecast(config)  # (4 + 1 + 24·5)/24 and (1 + 24)/24
+
+
+@pytest.mark.parametrize("path", sorted(Path("configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_shipped_configuration_builds(path: Path, tiny_pipeline: Path) -> None:
+    config, _ = load_config(str(path), [f"policy.path={tiny_pipeline}"])
+    assert config.run.iterations > 0
