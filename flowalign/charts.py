@@ -76,7 +76,7 @@ def bars(labels: Sequence[str], values: Sequence[float], unit: str) -> str:
 
 
 def _curve(axis: Axes, rows: Sequence[Row], panel: Panel) -> None:
-    known = [row for row in rows if panel.key in row]
+    known = [row for row in rows if panel.key in row]  # held-out values stand in few rows: they are joined
     steps = [row["step"] for row in known]
     values = [_or_nan(row[panel.key]) for row in known]  # a null is a gap in the line
     axis.plot(steps, values, color=LINE, linewidth=1.4, marker="o" if len(steps) <= 25 else None, markersize=2.5)

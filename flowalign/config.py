@@ -125,8 +125,8 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> tuple[TrainConfig, 
     _check_keys(path)
     try:
         namespace = reader.parse_args(arguments)
-        plain = yaml.safe_load(reader.dump(namespace, skip_none=False))
-        objects = reader.instantiate_classes(namespace)
+        plain = yaml.safe_load(reader.dump(namespace, skip_unset=False))
+        objects = reader.instantiate(namespace)
     except ConfigError:
         raise
     except Exception as error:  # jsonargparse raises many kinds; each is a fault of the configuration

@@ -113,8 +113,13 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _results(summary: dict[str, Any]) -> list[dict[str, str]]:
-    """One line per reward of the summary table, as text."""
-    base, tuned, intervals = (_per_reward(summary.get(key)) for key in ("base", "tuned", "gain_ci95"))
+    """One line per reward of the summary table, as text.
+
+    `rewards` of the summary is {base: {reward: value}, …}; without it these keys stand in the summary itself."""
+    whole = summary.get("rewards", summary)
+    base, tuned, intervals = (
+        _per_reward(whole.get(key), summary.get("reward", "reward")) for key in ("base", "tuned", "gain_ci95")
+    )
     lines = []
     for name in tuned or base:
         before, after, interval = base.get(name), tuned.get(name), intervals.get(name)
@@ -141,9 +146,9 @@ def _results(summary: dict[str, Any]) -> list[dict[str, str]]:
     return lines
 
 
-def _per_reward(value: Any) -> dict[str, Any]:
+def _per_reward(value: Any, name: str) -> dict[str, Any]:
     """A run of one reward may write plain values in place of {reward: value}."""
-    return value if isinstance(value, dict) else {} if value is None else {"reward": value}
+    return value if isinstance(value, dict) else {} if value is None else {name: value}
 
 
 def _facts(summary: dict[str, Any], rows: Sequence[Row]) -> list[tuple[str, str]]:
@@ -165,7 +170,9 @@ def _reward_panels(rows: Sequence[Row]) -> list[Panel]:
     keys = dict.fromkeys(key for row in rows for key in row)  # in the order of their first appearance
     names = [key[len("reward/") : -len("_mean")] for key in keys if re.fullmatch(r"reward/.+_mean", key)]
     panels = [Panel(name, f"reward/{name}_mean", f"reward/{name}_std") for name in names]
-    return panels if len(panels) == 1 else [Panel("All rewards together", "reward/mean"), *panels]
+    together = [] if len(panels) == 1 else [Panel("All rewards together", "reward/mean")]
+    held_out = [Panel(f"Held-out {key[len('eval/') :]}", key) for key in keys if key.startswith("eval/")]
+    return [*together, *panels, *held_out]
 
 
 def _phase_bars(rows: Sequence[Row]) -> str:

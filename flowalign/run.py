@@ -49,7 +49,7 @@ class Run:
     def __init__(self, config: TrainConfig, plain: dict[str, Any]) -> None:
         self.config, self.plain = config, plain
         self.folder = Path(config.run.output) / config.run.name
-        self.accelerator = Accelerator(log_with=list(config.run.trackers), project_dir=str(self.folder / "logs"))
+        self.accelerator = Accelerator(log_with=list(config.run.trackers) or None, project_dir=str(self.folder / "logs"))
         if self.accelerator.num_processes > 1:
             raise ConfigError(
                 f"{self.accelerator.num_processes} processes came; this version trains on one: launch with --num_processes 1"

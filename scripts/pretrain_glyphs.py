@@ -20,7 +20,7 @@ from flowalign.glyphs.card import model_card
 from flowalign.glyphs.judge import Figures, judge, sample_pictures
 from flowalign.glyphs.pretrain import TRAINED, Pretraining, Progress, pretrain, vae_error
 
-GRID = [(steps, scale) for steps in (6, 8, 40) for scale in (1.0, 1.5, 2.0, 3.0)]
+GRID = [(steps, scale) for steps in (6, 8) for scale in (1.0, 1.5, 2.0, 3.0, 4.0)] + [(40, 1.0), (40, 2.0)]
 
 
 def main() -> None:

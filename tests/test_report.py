@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from flowalign.metrics import MetricsLog
-from flowalign.report import grid, write_report
+from flowalign.report import _reward_panels, grid, write_report
 
 CAPTIONS = ['the word "KITE" in red\nocr 0.25 → 1', "<script>alert('x')</script> & more\nocr 0.5 → not valid"]
 
@@ -105,9 +105,27 @@ def test_the_table_states_base_tuned_gain_and_interval(page):
     ("interval", "verdict"), [([0.1, 0.2], "better"), ([-0.2, -0.1], "worse"), ([-0.1, 0.2], "no clear change")]
 )
 def test_the_verdict_follows_the_interval(tmp_path, interval, verdict):
-    (tmp_path / "summary.json").write_text(json.dumps({"base": 1.0, "tuned": 1.1, "gain_ci95": interval}))
+    (tmp_path / "summary.json").write_text(
+        json.dumps({"reward": "ocr", "base": 1.0, "tuned": 1.1, "gain_ci95": interval})
+    )
     text = text_of(page_of(tmp_path))  # a run of one reward may write plain numbers
-    assert re.search(rf"reward 1 1\.1 \+0\.1 \S+ to \S+ {verdict}", text)
+    assert re.search(rf"ocr 1 1\.1 \+0\.1 \S+ to \S+ {verdict}", text)
+
+
+def test_every_reward_has_a_line_beside_the_headline_of_the_first(tmp_path):
+    whole = {"base": {"a": 1, "b": 2}, "tuned": {"a": 2, "b": 1}, "gain_ci95": {"a": [0.5, 1.5], "b": [-1.5, -0.5]}}
+    summary = {"reward": "a", "base": 1, "tuned": 2, "gain_ci95": [0.5, 1.5], "rewards": whole}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    text = text_of(page_of(tmp_path))
+    assert "a 1 2 +1 +0.5 to +1.5 better b 2 1 −1 −1.5 to −0.5 worse" in text
+
+
+def test_held_out_scores_that_few_rows_hold_have_their_own_curve(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    for step in range(1, 9):
+        log.append(step, {"reward/mean": 0.4} | ({"eval/ocr": 0.1 * step} if step % 4 == 0 else {}))
+    assert [panel.title for panel in _reward_panels(log.rows())] == ["All rewards together", "Held-out ocr"]
+    assert len(embedded(page_of(tmp_path), r"svg\+xml")) == 1
 
 
 def test_it_says_how_the_run_was_made_and_how_to_load_the_lora(run, page):

@@ -71,7 +71,9 @@ def read_words(pictures: Tensor) -> list[str]:
     """What the recogniser reads, with "0" taken for "O"; "" where it reads nothing."""
     rgb = (pictures.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
     bgr = [np.ascontiguousarray(image[..., ::-1].repeat(2, 0).repeat(2, 1)) for image in rgb]
-    return [text.replace("0", "O") for text in _engine().recognize_txt(bgr).txts]
+    texts = _engine().recognize_txt(bgr).txts
+    assert texts is not None  # recognize_txt raises instead
+    return [text.replace("0", "O") for text in texts]
 
 
 def name_colours(pictures: Tensor) -> list[tuple[str, str]]:

@@ -9,9 +9,9 @@ import string
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers.models.autoencoders.vae import Decoder, Encoder
 from diffusers.models.resnet import ResnetBlock2D
 from tokenizers import AddedToken
-from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 from flowalign.glyphs.prompts import INKS, PAPERS
@@ -84,7 +84,7 @@ def build_vae(channels: int = 16) -> AutoencoderKL:
 
 
 @torch.no_grad()
-def _start_near_identity(half: nn.Module, level: float = 8.0) -> None:
+def _start_near_identity(half: Encoder | Decoder, level: float = 8.0) -> None:
     """Set an encoder or decoder of the VAE to pass its three input channels on, nearly unchanged.
 
     Residual blocks add nothing at first. Channels carry x and -x, since silu(x) - silu(-x) = x, and two constants of

@@ -237,10 +237,10 @@ def _load(
         return 0
     tensors = load_file(path)
     with torch.no_grad():
-        for name, value in model.named_parameters():
-            value.copy_(tensors[f"model/{name}"])
-        for name, value in (average or {}).items():
-            value.copy_(tensors[f"average/{name}"])
+        for name, parameter in model.named_parameters():
+            parameter.copy_(tensors[f"model/{name}"])
+        for name, mean in (average or {}).items():
+            mean.copy_(tensors[f"average/{name}"])
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         if key.startswith("optimizer/"):

@@ -6,6 +6,8 @@ import torch
 from rewards import FunctionReward, RewardBatch, RewardError, score
 
 SOURCE = '''
+from __future__ import annotations
+
 from dataclasses import dataclass
 import torch
 
@@ -34,7 +36,7 @@ def fails(images, prompts):
 
 @dataclass
 class Needs:
-    """dataclasses look their own module up"""
+    """with string annotations, dataclasses look their own module up"""
     x: int = 0
 '''
 
