@@ -68,7 +68,7 @@ class Run:
         self.policy = load_policy(
             settings.path, lora=settings.lora, trainable=settings.trainable, dtype=settings.dtype,
             max_sequence_length=settings.max_sequence_length, negative_prompt=settings.negative_prompt,
-            reference_copy=settings.reference_copy, device=self.accelerator.device,
+            reference_copy=settings.reference_copy, device=self.accelerator.device, seed=self.config.run.seed,
         )  # fmt: skip
         self.policy.latent_shape(settings.height, settings.width)
         self._named = self.policy.trainable_parameters()

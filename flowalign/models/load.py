@@ -64,11 +64,13 @@ def load_policy(
     negative_prompt: str = "",
     reference_copy: bool = False,
     device: str | torch.device = "cpu",
+    seed: int = 0,
 ) -> SD3Policy:
     """Loads a pipeline as a policy.
 
     trainable: "lora" (the default LoRA if none is given), "full" weights (fp32 only), or "none". dtype: of the frozen
     network; adapters are always fp32. max_sequence_length: of the T5 part, None = 256, and 0 for a pipeline without T5.
+    seed: of the adapters' initial weights.
     reference_copy: keep a frozen copy, the reference of a full fine-tuning with a KL."""
     index = inspect_checkpoint(path)
     if trainable == "full" and dtype != "fp32":
@@ -86,7 +88,7 @@ def load_policy(
     pipeline.transformer.requires_grad_(trainable == "full")
     frozen = None
     if trainable == "lora":
-        add_lora(pipeline.transformer, lora or LoRA())
+        add_lora(pipeline.transformer, lora or LoRA(), seed)
     elif trainable == "full" and reference_copy:
         frozen = copy.deepcopy(pipeline.transformer).requires_grad_(False)
     length = max_sequence_length if max_sequence_length is not None else (0 if absent else 256)

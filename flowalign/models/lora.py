@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
@@ -68,12 +69,14 @@ def _without_number(name: str) -> list[str]:
     return parts[2:] if len(parts) > 2 and parts[1].isdigit() else parts
 
 
-def add_lora(network: nn.Module, lora: LoRA) -> None:
-    """Puts fp32 adapters on the network; everything else is frozen."""
+def add_lora(network: nn.Module, lora: LoRA, seed: int) -> None:
+    """Puts fp32 adapters on the network, initialised from `seed` alone; everything else is frozen."""
     network.requires_grad_(False)
     modules = matched_modules(network, lora.targets)
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=modules, init_lora_weights="gaussian")
-    network.add_adapter(config, adapter_name=ADAPTER)
+    with torch.random.fork_rng(devices=[]):  # peft draws from the global generator
+        torch.manual_seed(seed)
+        network.add_adapter(config, adapter_name=ADAPTER)
     for parameter in network.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
