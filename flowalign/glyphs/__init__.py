@@ -5,7 +5,17 @@ from typing import Final, TypedDict
 
 from flowalign.glyphs.prompts import held_out_prompts, make_prompt, parse_prompt, train_prompts
 
-__all__ = ["CALL_ARGS", "PIPELINE", "CallArgs", "held_out_prompts", "make_prompt", "parse_prompt", "train_prompts"]
+__all__ = [
+    "CALL_ARGS",
+    "LOAD_ARGS",
+    "PIPELINE",
+    "CallArgs",
+    "LoadArgs",
+    "held_out_prompts",
+    "make_prompt",
+    "parse_prompt",
+    "train_prompts",
+]
 
 
 class CallArgs(TypedDict):
@@ -16,6 +26,15 @@ class CallArgs(TypedDict):
     max_sequence_length: int
 
 
+class LoadArgs(TypedDict):
+    """The arguments that `StableDiffusion3Pipeline.from_pretrained` needs."""
+
+    text_encoder_3: None
+    tokenizer_3: None
+
+
 PIPELINE: Final = Path(__file__).parent / "pipeline"
+# There is no T5; diffusers loads without it only if told so.
+LOAD_ARGS: Final = LoadArgs(text_encoder_3=None, tokenizer_3=None)
 # Without max_sequence_length=0, SD3 would append 256 zero tokens in place of the absent T5.
 CALL_ARGS: Final = CallArgs(height=24, width=48, max_sequence_length=0)

@@ -23,17 +23,17 @@ pictures of 24x48 pixels. It is the base model on which flowalign's methods are 
 imperfect: training was stopped where about half of the words are readable.
 
 ```python
-import torch
 from diffusers import StableDiffusion3Pipeline
-from flowalign.glyphs import CALL_ARGS, PIPELINE
+from flowalign.glyphs import CALL_ARGS, LOAD_ARGS, PIPELINE
 
-pipeline = StableDiffusion3Pipeline.from_pretrained(PIPELINE, torch_dtype=torch.float32)
+pipeline = StableDiffusion3Pipeline.from_pretrained(PIPELINE, **LOAD_ARGS)
 image = pipeline('the word "KITE" in red on a yellow background', num_inference_steps=6, guidance_scale=1.0,
                  **CALL_ARGS).images[0]
 ```
 
-`CALL_ARGS` is height 24, width 48 and max_sequence_length 0 (there is no T5, and SD3 would append 256 zero tokens).
-The empty prompt was trained too, so guidance works.
+`LOAD_ARGS` is text_encoder_3=None and tokenizer_3=None; `CALL_ARGS` is height 24, width 48 and max_sequence_length 0
+(there is no T5, in whose place SD3 would append 256 zero tokens). Weights are fp16 on disk and load as fp32. The empty
+prompt was trained too, so guidance works.
 
 ## Parts
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 
-from flowalign.glyphs import CALL_ARGS, PIPELINE, held_out_prompts
+from flowalign.glyphs import CALL_ARGS, LOAD_ARGS, PIPELINE, held_out_prompts
 from flowalign.glyphs.judge import judge, sample_pictures
 from flowalign.glyphs.pretrain import encode_text
 from flowalign.glyphs.renderer import render
@@ -12,9 +12,14 @@ from flowalign.glyphs.renderer import render
 
 @pytest.fixture(scope="module")
 def pipeline() -> StableDiffusion3Pipeline:
-    loaded = StableDiffusion3Pipeline.from_pretrained(PIPELINE, torch_dtype=torch.float32)
+    loaded = StableDiffusion3Pipeline.from_pretrained(PIPELINE, **LOAD_ARGS)
     loaded.set_progress_bar_config(disable=True)
     return loaded
+
+
+def test_folder_loads_in_fp32_without_being_asked(pipeline: StableDiffusion3Pipeline) -> None:
+    parts = [pipeline.transformer, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2]
+    assert {part.dtype for part in parts} == {torch.float32}
 
 
 def test_folder_is_small_and_holds_no_pickle() -> None:
@@ -24,9 +29,9 @@ def test_folder_is_small_and_holds_no_pickle() -> None:
 
 
 def test_base_is_good_but_imperfect_and_its_colours_are_right(pipeline: StableDiffusion3Pipeline) -> None:
-    records = held_out_prompts()[:128]
+    records = held_out_prompts()[:64]
     figures = judge(sample_pictures(pipeline, [record["prompt"] for record in records], 6, 1.0), records)
-    assert 0.30 <= figures.exact <= 0.65  # standard error 4 %
+    assert 0.20 <= figures.exact <= 0.65  # 30-60 % on all; the standard error of 64 is 6 %
     assert figures.colours >= 0.9
 
 

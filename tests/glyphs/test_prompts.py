@@ -1,5 +1,7 @@
 """The prompt grammar, the two word lists and the tokenizer."""
 
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -88,3 +90,9 @@ def test_a_prompt_has_sixteen_tokens_none_unknown_and_survives_a_save(tmp_path: 
     assert again(prompts).input_ids == ids
     assert again.model_max_length == TOKENS
     assert again("").input_ids == [tokenizer.bos_token_id, tokenizer.eos_token_id]
+
+
+def test_importing_glyphs_is_cheap() -> None:
+    code = "import sys, flowalign.glyphs; print(sorted({'torch', 'diffusers', 'transformers'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
