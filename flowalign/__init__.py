@@ -1,4 +1,4 @@
-"""flowalign: align diffusion and flow-matching models with rewards. A rollout is a tree; a method is a configuration."""
+"""flowalign aligns diffusion and flow-matching models with rewards: a rollout is a tree, a method a configuration."""
 
 import importlib
 from typing import Any

@@ -158,7 +158,7 @@ def check(config: TrainConfig) -> None:
     held_out = load_prompts(config.evaluation.prompts)
     if config.evaluation.count > len(held_out):
         raise ConfigError(
-            f"evaluation.count={config.evaluation.count}: {config.evaluation.prompts} holds only {len(held_out)} prompts"
+            f"evaluation.count={config.evaluation.count}: {config.evaluation.prompts} holds {len(held_out)} prompts"
         )
 
 

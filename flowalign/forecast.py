@@ -22,6 +22,6 @@ def forecast(config: TrainConfig) -> str:
             f"{rollout.groups // updates} prompts",
             f"network evaluations per image: rollout {sample / images:.2f}, update at most {train / images:.2f} "
             "forward and backward",
-            f"whole run: {run.iterations * sample:,} forwards, at most {run.iterations * train:,} forwards with backward",
+            f"whole run: {run.iterations * sample:,} forwards, at most {run.iterations * train:,} with backward",
         ]
     )

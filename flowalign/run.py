@@ -49,7 +49,9 @@ class Run:
     def __init__(self, config: TrainConfig, plain: dict[str, Any]) -> None:
         self.config, self.plain = config, plain
         self.folder = Path(config.run.output) / config.run.name
-        self.accelerator = Accelerator(log_with=list(config.run.trackers) or None, project_dir=str(self.folder / "logs"))
+        self.accelerator = Accelerator(
+            log_with=list(config.run.trackers) or None, project_dir=str(self.folder / "logs")
+        )
         if self.accelerator.num_processes > 1:
             raise ConfigError(
                 f"{self.accelerator.num_processes} processes came; this version trains on one: launch with --num_processes 1"
@@ -87,7 +89,9 @@ class Run:
         self._began = time.monotonic()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for name, handler in self._handlers.items():
             signal.signal(name, handler)
         for reward in (self.config.reward, *self.config.evaluation.rewards):
@@ -120,7 +124,9 @@ class Run:
     def iterations(self) -> Iterator[int]:
         """The iterations still to do, with a progress bar."""
         total = self.config.run.iterations
-        with tqdm(total=total, initial=self._first, desc=self.config.run.name, unit="it", dynamic_ncols=True) as self._bar:
+        with tqdm(
+            total=total, initial=self._first, desc=self.config.run.name, unit="it", dynamic_ncols=True
+        ) as self._bar:
             for iteration in range(self._first, total):
                 self._iteration_began = time.monotonic()
                 yield iteration
@@ -140,7 +146,9 @@ class Run:
     def step(self, update: Update) -> None:
         """One optimiser step, if there is anything to learn from."""
         if update.micro_batches:
-            norm = float(torch.nn.utils.clip_grad_norm_([p for _, p in self._named], update.max_grad_norm, foreach=False))
+            norm = float(
+                torch.nn.utils.clip_grad_norm_([p for _, p in self._named], update.max_grad_norm, foreach=False)
+            )
             self._check_gradient(norm)
             update.optimiser.step()
             update.optimiser.zero_grad(set_to_none=True)
@@ -153,7 +161,9 @@ class Run:
 
     def _check_gradient(self, norm: float) -> None:
         if not math.isfinite(norm):
-            raise FloatingPointError(f"gradient norm {norm}; lower optimiser.lr, or look at the reward and the log-probs")
+            raise FloatingPointError(
+                f"gradient norm {norm}; lower optimiser.lr, or look at the reward and the log-probs"
+            )
         if not self._steps_checked and self.config.run.gradient_check and norm == 0:
             raise RuntimeError("the first gradient is exactly 0: the policy is frozen or the loss does not reach it")
         self._steps_checked = True
@@ -164,8 +174,8 @@ class Run:
         row = {**batch.metrics, **self._pending}
         self._pending = {}
         backward = 2.0 if self.config.policy.trainable == "lora" else 3.0  # forward equivalents of a trained row
-        row["cost/update_per_image"] = (
-            backward * row.pop("cost/trained_per_image") + row.get("cost/reference_per_image", 0.0)
+        row["cost/update_per_image"] = backward * row.pop("cost/trained_per_image") + row.get(
+            "cost/reference_per_image", 0.0
         )
         row["time/iteration"] = time.monotonic() - self._iteration_began
         self._count(batch.images, row)
@@ -237,7 +247,9 @@ class Run:
             self.base = load_result(path)
             return
         if self._first:
-            raise ConfigError(f"{path} is missing, though the run is at iteration {self._first}: restore it, or start anew")
+            raise ConfigError(
+                f"{path} is missing, though the run is at iteration {self._first}: restore it, or start anew"
+            )
         self.base = self._evaluate("base")
         save_result(path, self.base)
         append_result(self.folder / "evaluations.jsonl", 0, "base", self.base)
@@ -278,7 +290,11 @@ class Run:
 
     def _summary(self, tuned: EvaluationResult) -> dict[str, Any]:
         whole = summary(compare(self.base, tuned))
-        first, images, policy = self.config.evaluation.rewards[0].name, max(1, self._totals["images"]), self.config.policy
+        first, images, policy = (
+            self.config.evaluation.rewards[0].name,
+            max(1, self._totals["images"]),
+            self.config.policy,
+        )
         return {
             "reward": first,
             **{key: whole[key][first] for key in ("base", "tuned", "gain", "gain_ci95", "pairs", "dropped")},
@@ -317,7 +333,11 @@ def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
 def _provenance() -> dict[str, Any]:
     packages = ("flowalign-diffusion", "torch", "diffusers", "transformers", "accelerate", "peft", "rapidocr")
     commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
+        ["git", "describe", "--always", "--dirty"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+        check=False,
     )
     return {
         "git": commit.stdout.strip() or None,

@@ -26,7 +26,7 @@ def save_result(path: Path, result: EvaluationResult) -> None:
 def load_result(path: Path) -> EvaluationResult:
     """Reads what `save_result` wrote."""
     with safe_open(str(path), framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         plain = json.loads(file.metadata()["result"])
     images = tensors.pop("images")
     return EvaluationResult(

@@ -162,7 +162,9 @@ class VariancePreserving:
         steps = len(self.alphas_cumprod)
         place = sigma.double() * steps
         if bool(((place - place.round()).abs() > 1e-3).any()):
-            raise ValueError(f"sigma {sigma.flatten()[:8].tolist()} came; expected multiples of 1/{steps}: (t+1)/{steps}")
+            raise ValueError(
+                f"sigma {sigma.flatten()[:8].tolist()} came; expected multiples of 1/{steps}: (t+1)/{steps}"
+            )
         table = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod.double().cpu()])
         return table[place.round().long().cpu()].to(sigma.device)
 

@@ -94,7 +94,8 @@ class Sliding:
     """From `low` towards the data, `stride` steps at a time (MixGRPO "progressive"); a function of the iteration.
 
     A position lasts `every` iterations ("constant"), or fewer and fewer: "decay" falls linearly from `every` at step 0
-    to `every_min` at the last position (None: every/4, at least 1); "exp_decay" is ceil(every·exp(-rate·max(0, l - threshold))).
+    to `every_min` at the last position (None: every/4, at least 1); "exp_decay" is
+    ceil(every·exp(-rate·max(0, l - threshold))).
     After the last position the window stays there, or with `roll_back` starts again.
     Not kept: MixGRPO's code counts windows up to T-2 and lets them shrink to nothing; here all have the full size.
     """

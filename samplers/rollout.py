@@ -69,7 +69,9 @@ def _check(x_start: Tensor, sigmas: Tensor, tree: Tree, micro_batch: int | None)
     if len(sigmas) != tree.num_steps + 1:
         raise ValueError(f"{len(sigmas)} sigmas came for a tree of {tree.num_steps} steps; expected num_steps + 1")
     if x_start.ndim < 2 or len(x_start) != tree.num_roots:
-        raise ValueError(f"x_start {list(x_start.shape)} came; expected [R, *] with one row per root, R = {tree.num_roots}")
+        raise ValueError(
+            f"x_start {list(x_start.shape)} came; expected [R, *] with one row per root, R = {tree.num_roots}"
+        )
     if micro_batch is not None and micro_batch < 1:
         raise ValueError(f"micro_batch={micro_batch} came; expected at least 1, or None for no limit")
 
@@ -98,7 +100,9 @@ def _velocities(
         here = slice(int(rows[0]), int(rows[-1]) + 1)
         part = velocity(x[here], sigma[here].to(x.device), root[here])
         if part.shape != x[here].shape:
-            raise ValueError(f"velocity gave {list(part.shape)} for states {list(x[here].shape)}; expected equal shapes")
+            raise ValueError(
+                f"velocity gave {list(part.shape)} for states {list(x[here].shape)}; expected equal shapes"
+            )
         parts.append(part)
         if progress is not None:
             progress(len(rows))

@@ -67,7 +67,7 @@ def check_sigmas(sigmas: Tensor) -> None:
     """A grid is one-dimensional, of at least two levels, strictly decreasing inside [0, 1]."""
     if sigmas.ndim != 1 or len(sigmas) < 2 or not sigmas.is_floating_point():
         raise ValueError(f"sigmas {sigmas.dtype}{list(sigmas.shape)} came; expected floating point [T+1] with T >= 1")
-    if not (bool((sigmas.diff() < 0).all()) and 0.0 <= float(sigmas[-1]) and float(sigmas[0]) <= 1.0):
+    if not (bool((sigmas.diff() < 0).all()) and float(sigmas[-1]) >= 0.0 and float(sigmas[0]) <= 1.0):
         raise ValueError(
             f"sigmas {sigmas[:12].tolist()} came; expected strictly decreasing levels inside [0, 1], from noise to "
             "data: check for a reversed grid or for timesteps 0..1000 passed as sigmas"

@@ -14,7 +14,7 @@ from flowalign.models import LoRA, load_policy
 from flowalign.objectives import AllEdges, ClippedRatio, FlatGradient, KLPenalty, NonZeroAdvantage, StdOverMean, Uniform
 from flowalign.trainers import PolicyGradient, Rollout, Task
 from rewards import RewardOutput
-from samplers import CPS, Chain, DanceSDE, FlowSDE, Fixed, KeyedNoise, Tree, Window, diffusers_sigmas, rollout, window
+from samplers import CPS, Chain, DanceSDE, Fixed, FlowSDE, KeyedNoise, Tree, Window, diffusers_sigmas, rollout, window
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,9 @@ def run_updates(trainer, batch) -> None:
 @pytest.mark.parametrize(
     ("shared", "rollout_rows", "update"), [(True, 125, 3 * 25), (False, 240, 3 * 48)], ids=["shared", "independent"]
 )
-def test_counted_evaluations_of_flow_grpo_fast(tiny_pipeline: Path, shared: bool, rollout_rows: int, update: int) -> None:
+def test_counted_evaluations_of_flow_grpo_fast(
+    tiny_pipeline: Path, shared: bool, rollout_rows: int, update: int
+) -> None:
     """Group 24, 10 steps, window 2 at step 4, no guidance, reference on: 8.3 and 16 forward equivalents per image."""
     plan = Window(size=2, low=4, high=6, position=Fixed(4), shared_start=shared)
     policy, trainer = make(tiny_pipeline, plan, group_size=24, steps=10, kl=KLPenalty(0.01))
@@ -225,7 +227,12 @@ def test_broadcast_is_the_mean_of_the_leaves_below() -> None:
 
 def test_clipped_ratio_gradient_stops_where_it_should() -> None:
     eps = 0.1
-    for advantage, ratio, moves in ((1, 1 + 2 * eps, False), (1, 1 - 2 * eps, True), (-1, 1 + 2 * eps, True), (-1, 1 - 2 * eps, False)):
+    for advantage, ratio, moves in (
+        (1, 1 + 2 * eps, False),
+        (1, 1 - 2 * eps, True),
+        (-1, 1 + 2 * eps, True),
+        (-1, 1 - 2 * eps, False),
+    ):
         log_prob = torch.tensor([ratio], dtype=torch.float64).log().requires_grad_()
         loss = ClippedRatio(eps).loss(log_prob, torch.zeros(1).double(), torch.tensor([[float(advantage)]]).double())
         loss.sum().backward()

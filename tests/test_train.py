@@ -13,8 +13,8 @@ from flowalign import checkpoint
 from flowalign import run as run_module
 from flowalign.config import ConfigError, load_config
 from flowalign.loop import train
-from flowalign.models import LoRA, load_policy
 from flowalign.metrics import read_rows, without_time
+from flowalign.models import LoRA, load_policy
 from flowalign.run import Run
 
 CONFIG = str(Path(__file__).parent / "data" / "tiny.yaml")
@@ -126,7 +126,7 @@ def test_ctrl_c_finishes_the_iteration_and_saves(
 
 
 def test_another_configuration_does_not_resume(whole: Path, tiny_pipeline: Path) -> None:
-    with pytest.raises(ConfigError, match="rollout.group_size"):
+    with pytest.raises(ConfigError, match=r"rollout\.group_size"):
         run_it(tiny_pipeline, whole, "run.ema_decay=0.5", "rollout.group_size=4")
 
 
@@ -153,8 +153,8 @@ import sys, torch
 from diffusers import StableDiffusion3Pipeline
 pipe = StableDiffusion3Pipeline.from_pretrained({str(tiny_pipeline)!r}, text_encoder_3=None, tokenizer_3=None)
 noise = torch.load({str(tmp_path / "noise.pt")!r})
-call = dict(prompt={tuned.prompts!r}, latents=noise, num_inference_steps={tuned.num_inference_steps}, guidance_scale=1.0,
-            height=24, width=48, max_sequence_length=0, output_type="pt")
+call = dict(prompt={tuned.prompts!r}, latents=noise, num_inference_steps={tuned.num_inference_steps},
+            guidance_scale=1.0, height=24, width=48, max_sequence_length=0, output_type="pt")
 base = pipe(**call).images
 pipe.load_lora_weights({str(whole / "tiny" / "lora")!r})
 torch.save((base, pipe(**call).images), {str(tmp_path / "images.pt")!r})

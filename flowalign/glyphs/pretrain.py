@@ -45,7 +45,7 @@ class Pretraining:
     weight_decay: float = 0.01
     clip: float = 1.0  # gradient norm
     prompt_dropout: float = 0.1  # prompts replaced by "", for guidance
-    ema: float = 0.98  # a longer average lags behind while letters are being learnt, and guidance makes up for it
+    ema: float = 0.995  # a mean over 200 steps lags while letters are being learnt; guidance makes up for part of it
     checkpoint_every: int = 100
 
 

@@ -35,7 +35,7 @@ class Conditions:
 class Policy(Protocol):
     """A pipeline's parts in the convention of `samplers`: velocities, σ from 1 to 0, fp32 states.
 
-    `evaluations` counts network rows: one per state, two under guidance; recomputation for checkpointing is not counted."""
+    `evaluations` counts network rows: one per state, two under guidance; checkpoint recomputation does not count."""
 
     evaluations: int
 
@@ -72,7 +72,7 @@ class Policy(Protocol):
         ...
 
     def role(self, name: str) -> AbstractContextManager[None]:
-        """Inside, the network is another role: "policy" (trained) or "reference" (frozen). Restored after, also after an
+        """Inside, the network is another role: "policy" (trained) or "reference" (frozen). Restored also after an
         exception; never touches requires_grad."""
         ...
 

@@ -40,9 +40,7 @@ def inspect_checkpoint(path: str) -> dict[str, Any]:
         )
     index = dict(StableDiffusion3Pipeline.load_config(name))
     if index.get("_class_name") not in FAMILIES:
-        raise ValueError(
-            f"policy.path={path!r} is a {index.get('_class_name')}; expected one of {', '.join(FAMILIES)}"
-        )
+        raise ValueError(f"policy.path={path!r} is a {index.get('_class_name')}; expected one of {', '.join(FAMILIES)}")
     return index
 
 

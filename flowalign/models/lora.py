@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from diffusers import ModelMixin
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
@@ -39,7 +40,9 @@ class LoRA:
 
     def __post_init__(self) -> None:
         if self.rank < 1 or self.alpha <= 0:
-            raise ValueError(f"lora.rank={self.rank}, lora.alpha={self.alpha}: expected a rank of at least 1, alpha > 0")
+            raise ValueError(
+                f"lora.rank={self.rank}, lora.alpha={self.alpha}: expected a rank of at least 1, alpha > 0"
+            )
         if self.dropout:
             raise ValueError(
                 f"lora.dropout={self.dropout}: expected 0, since dropout makes the ratio of an unchanged policy differ "
@@ -69,7 +72,7 @@ def _without_number(name: str) -> list[str]:
     return parts[2:] if len(parts) > 2 and parts[1].isdigit() else parts
 
 
-def add_lora(network: nn.Module, lora: LoRA, seed: int) -> None:
+def add_lora(network: ModelMixin, lora: LoRA, seed: int) -> None:
     """Puts fp32 adapters on the network, initialised from `seed` alone; everything else is frozen."""
     network.requires_grad_(False)
     modules = matched_modules(network, lora.targets)
@@ -102,7 +105,7 @@ def adapter_state(network: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
 
-def save_peft(network: nn.Module, folder: Path) -> None:
+def save_peft(network: ModelMixin, folder: Path) -> None:
     """adapter_config.json and adapter_model.safetensors, for PeftModel.from_pretrained(network, folder)."""
     network.peft_config[ADAPTER].save_pretrained(str(folder))
     tensors = {f"base_model.model.{name}": tensor for name, tensor in adapter_state(network).items()}

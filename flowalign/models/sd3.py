@@ -58,8 +58,8 @@ class SD3Policy:
         scheduler = copy.deepcopy(self.pipeline.scheduler)
         if scheduler.config.use_dynamic_shifting:
             raise ValueError(
-                "a scheduler with use_dynamic_shifting came; expected SD3's static shift: set it false in the scheduler's "
-                "config, or pass the pipeline's own sigmas"
+                "a scheduler with use_dynamic_shifting came; expected SD3's static shift: set it false in the "
+                "scheduler's config"
             )
         scheduler.set_timesteps(num_inference_steps, device="cpu")
         return scheduler.sigmas.float().clone()

@@ -28,7 +28,9 @@ class ClippedRatio:
 
     def __post_init__(self) -> None:
         if min(self.bounds) <= 0:
-            raise ValueError(f"clip_range={self.clip_range}: expected numbers above 0; a large one switches clipping off")
+            raise ValueError(
+                f"clip_range={self.clip_range}: expected numbers above 0; a large one switches clipping off"
+            )
 
     @property
     def bounds(self) -> tuple[float, float]:

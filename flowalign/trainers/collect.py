@@ -88,7 +88,14 @@ def collect(task: Task, prompts: Sequence[PromptRecord], iteration: int) -> Coll
         "time/reward_ms_per_image": 1000 * output.elapsed / len(owner),
     }
     return Collected(
-        forest, conditions, output, output.scores[:, None], output.valid[:, None], (task.reward.name,), iteration, metrics
+        forest,
+        conditions,
+        output,
+        output.scores[:, None],
+        output.valid[:, None],
+        (task.reward.name,),
+        iteration,
+        metrics,
     )
 
 

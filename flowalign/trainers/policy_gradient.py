@@ -105,10 +105,7 @@ class PolicyGradient:
         batch.metrics["group/zero_std_ratio"] = advantages.zero_std_ratio
         chosen = self.select.choose(forest, advantages) & advantages.valid.any(1)
         batch.metrics["group/trained_edges"] = int(chosen.sum())
-        if self.kl.beta:
-            reference = self._reference(batch, tree.edges[chosen])
-        else:
-            reference = {}
+        reference = self._reference(batch, tree.edges[chosen]) if self.kl.beta else {}
         share = self._task.rollout.groups // self.updates_per_rollout
         for number in range(self.updates_per_rollout):
             mine = chosen & (tree.group[tree.edges] // share == number)
@@ -127,9 +124,17 @@ class PolicyGradient:
             mine = (position >= start) & (position < start + self.micro_batch)
             micro_batches.append(
                 partial(
-                    self._loss, batch, rows, edges[mine], position[mine] - start, advantages[mine], reference,
-                    len(edges), record, first,
-                )  # fmt: skip
+                    self._loss,
+                    batch,
+                    rows,
+                    edges[mine],
+                    position[mine] - start,
+                    advantages[mine],
+                    reference,
+                    len(edges),
+                    record,
+                    first,
+                )
             )
         for group in self._adamw.param_groups:
             group["lr"] = self.optimiser.lr_at(self._steps)

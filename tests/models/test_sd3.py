@@ -16,7 +16,9 @@ PROMPTS = ['the word "KITE" in red on a yellow background', 'the word "MOON" in 
 
 @pytest.mark.parametrize("steps", [1, 4, 7])
 @pytest.mark.parametrize("guidance", [1.0, 4.5])
-def test_the_deterministic_rollout_is_the_pipeline_bit_for_bit(tiny_pipeline: Path, guidance: float, steps: int) -> None:
+def test_the_deterministic_rollout_is_the_pipeline_bit_for_bit(
+    tiny_pipeline: Path, guidance: float, steps: int
+) -> None:
     policy = load_policy(str(tiny_pipeline), trainable="none")
     noise = torch.randn(3, 3, 24, 48, generator=torch.Generator().manual_seed(0))
     pipeline = StableDiffusion3Pipeline.from_pretrained(tiny_pipeline, text_encoder_3=None, tokenizer_3=None)
