@@ -21,7 +21,7 @@ from flowalign.glyphs.card import model_card
 from flowalign.glyphs.judge import Figures, judge, sample_pictures
 from flowalign.glyphs.pretrain import TRAINED, Pretraining, Progress, pretrain, vae_error
 
-GRID = [(6, 1.0), (6, 1.5), (6, 2.0), (6, 3.0), (6, 4.0), (8, 1.0), (8, 2.0), (8, 3.0), (40, 1.0)]
+GRID = [(6, 1.0), (6, 1.5), (6, 2.0), (6, 3.0), (6, 4.0), (8, 1.0), (8, 2.0), (8, 3.0), (40, 1.0), (40, 3.0)]
 MEASURED = 256  # held-out prompts
 
 
