@@ -334,3 +334,32 @@ def test_window_schedules() -> None:
 def test_bad_input_says_what_was_expected(make) -> None:
     with pytest.raises(ValueError, match=r"expected|density"):
         make()
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=IDS)
+def test_merged_siblings_give_the_per_edge_gradient_in_fp64(kernel) -> None:
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2)).double()
+
+    def velocity(x: torch.Tensor, sigma: torch.Tensor, root: torch.Tensor | None = None) -> torch.Tensor:
+        return net(torch.cat([x.double(), sigma.double()[:, None]], 1))
+
+    tree, grid = window(6, 5, 1, 2), diffusers_sigmas(6)
+    noise = KeyedNoise(0, 0, [0], (2,))
+    forest = rollout(velocity, noise.start(tree).double(), grid, tree, kernel, noise.step, store_dtype=F64)
+    weight = torch.linspace(-1, 1, len(tree.edges), dtype=F64)
+
+    def gradient(parts: list[torch.Tensor]) -> list[torch.Tensor]:
+        net.zero_grad()
+        for edges in parts:
+            parents, position = tree.distinct_parents(edges)
+            step = forest.edge_steps(edges, velocity(forest.at(parents), forest.sigma(parents)), position)
+            ratio = (step.log_prob(forest.at(edges)) - forest.log_prob[edges]).exp()
+            (ratio * weight[torch.isin(tree.edges, edges)]).sum().backward()
+        return [parameter.grad.clone() for parameter in net.parameters()]
+
+    merged, single = gradient([tree.edges]), gradient(list(tree.edges.split(1)))
+    assert len(tree.distinct_parents(tree.edges)[0]) == 6 and len(tree.edges) == 10
+    for one, other in zip(merged, single, strict=True):
+        assert float(other.abs().max()) > 0
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-14)
