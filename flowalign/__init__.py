@@ -16,9 +16,11 @@ _PUBLIC = {
     "evaluate": "flowalign.evaluate",
     "load_config": "flowalign.config",
     "train": "flowalign.loop",
+    **dict.fromkeys(("FlowSDE", "DanceSDE", "CPS", "ODE", "chain", "window", "rollout"), "samplers"),
+    **dict.fromkeys(("OCR", "Reward", "RewardBatch"), "rewards"),
 }
 
-__all__ = ["LoRA", "evaluate", "load_config", "load_policy", "train"]
+__all__ = list(_PUBLIC)
 
 
 def __getattr__(name: str) -> Any:
