@@ -56,8 +56,8 @@ class RunSettings:
 
     def __post_init__(self) -> None:
         for key in ("iterations", "checkpoint_every", "keep_checkpoints"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"run.{key}={getattr(self, key)}: expected at least 1")
+            if vars(self)[key] < 1:
+                raise ValueError(f"run.{key}={vars(self)[key]}: expected at least 1")
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
             raise ValueError(f"run.name={self.name!r}: expected letters, digits, '.', '_' and '-', it names a folder")
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
@@ -81,8 +81,8 @@ class EvaluationSettings:
 
     def __post_init__(self) -> None:
         for key in ("count", "samples_per_prompt", "num_inference_steps", "batch_size"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"evaluation.{key}={getattr(self, key)}: expected at least 1")
+            if vars(self)[key] < 1:
+                raise ValueError(f"evaluation.{key}={vars(self)[key]}: expected at least 1")
         if not self.rewards:
             raise ValueError("evaluation.rewards is empty: expected at least one reward")
         if self.every is not None and self.every < 1:
@@ -148,8 +148,8 @@ def check(config: TrainConfig) -> None:
     """Everything that can be known before a model is loaded."""
     rollout, policy = config.rollout, config.policy
     for key in ("groups", "group_size", "num_inference_steps", "micro_batch"):
-        if getattr(rollout, key) < 1:
-            raise ConfigError(f"rollout.{key}={getattr(rollout, key)}: expected at least 1")
+        if vars(rollout)[key] < 1:
+            raise ConfigError(f"rollout.{key}={vars(rollout)[key]}: expected at least 1")
     config.trainer.check(rollout)
     inspect_checkpoint(policy.path)
     if policy.trainable == "lora":
