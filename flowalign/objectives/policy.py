@@ -43,15 +43,11 @@ class Objective(Protocol):
         """The logarithm [E] of the ratio that the objective clips or masks."""
         ...
 
-    def loss(
-        self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, known: Known | None = None
-    ) -> Tensor:
+    def loss(self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, known: Known | None = None) -> Tensor:
         """`log_prob`, `old_log_prob` [E]; `advantages` [E, C]. Returns the loss [E], summed over channels."""
         ...
 
-    def clipped(
-        self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, known: Known | None = None
-    ) -> Tensor:
+    def clipped(self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, known: Known | None = None) -> Tensor:
         """[E] which transitions are outside the trust region: a metric."""
         ...
 
@@ -80,14 +76,10 @@ class ClippedRatio:
     def log_ratio(self, log_prob: Tensor, old_log_prob: Tensor, known: Known | None = None) -> Tensor:
         return log_prob - old_log_prob
 
-    def loss(
-        self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, known: Known | None = None
-    ) -> Tensor:
+    def loss(self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, known: Known | None = None) -> Tensor:
         return _surrogate(self.log_ratio(log_prob, old_log_prob), advantages, _bounds(self.clip_range, known))
 
-    def clipped(
-        self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, known: Known | None = None
-    ) -> Tensor:
+    def clipped(self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, known: Known | None = None) -> Tensor:
         return _outside(self.log_ratio(log_prob, old_log_prob), _bounds(self.clip_range, known))
 
 
@@ -123,16 +115,12 @@ class Guard:
         z = (here.arrived.to(old.policy.mean) - old.policy.mean) / spread(old.policy.std, old.policy.mean)
         return _reduce(here.step, z * (here.step.policy.mean - old.policy.mean))
 
-    def loss(
-        self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, known: Known | None = None
-    ) -> Tensor:
+    def loss(self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, known: Known | None = None) -> Tensor:
         here, _ = _both(known)
         log_ratio = self.log_ratio(log_prob, old_log_prob, here)
         return self._weigh(here.step) * _surrogate(log_ratio, advantages, _bounds(self.clip_range, here))
 
-    def clipped(
-        self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, known: Known | None = None
-    ) -> Tensor:
+    def clipped(self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, known: Known | None = None) -> Tensor:
         return _outside(self.log_ratio(log_prob, old_log_prob, known), _bounds(self.clip_range, known))
 
     def _weigh(self, step: Step) -> Tensor:
@@ -166,15 +154,11 @@ class KLMask:
     def log_ratio(self, log_prob: Tensor, old_log_prob: Tensor, known: Known | None = None) -> Tensor:
         return log_prob - old_log_prob
 
-    def loss(
-        self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, known: Known | None = None
-    ) -> Tensor:
+    def loss(self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, known: Known | None = None) -> Tensor:
         ratio = self.log_ratio(log_prob, old_log_prob).exp()[:, None]
         return torch.where(self._masked(ratio, advantages, known), 0.0, -advantages * ratio).sum(1)
 
-    def clipped(
-        self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, known: Known | None = None
-    ) -> Tensor:
+    def clipped(self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, known: Known | None = None) -> Tensor:
         ratio = self.log_ratio(log_prob, old_log_prob).exp()[:, None]
         return self._masked(ratio, advantages, known).any(1)
 

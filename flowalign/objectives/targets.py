@@ -8,7 +8,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from flowalign.credit import SubtreeFusion
 from samplers import Forest
 from samplers.kernels.base import spread
 
@@ -23,6 +22,8 @@ class Targets:
 
     def loss(self, nodes: Tensor, velocity: Tensor) -> Tensor:
         """[n] weight · ⟨(v − target)²⟩ of `nodes` under `velocity` [n, *], the mean over elements; 0 without a target."""
+        if not len(self.nodes):
+            return velocity.new_zeros(len(nodes))
         match = nodes[:, None] == self.nodes[None]
         place = match.int().argmax(1)
         weight = torch.where(match.any(1), self.weight[place], 0.0).to(velocity)
@@ -88,25 +89,21 @@ class LayerTuning:
         return Targets(states, velocity, self._weights(forest, states, scores, valid))
 
     def _weights(self, forest: Forest, states: Tensor, scores: Tensor, valid: Tensor) -> Tensor:
-        """ω [S]; the fused reward of a state is that of the stochastic steps which leave it."""
+        """ω [S]; R̄ of a state is the mean of the leaves below the stochastic steps that leave it."""
         tree = forest.tree
-        fused = SubtreeFusion().assign(forest, scores[:, None], valid[:, None], ("reward",))
-        total, count = (torch.zeros(len(tree), dtype=torch.float64) for _ in range(2))
-        pairs, leaf = tree.leaf_of_edge
-        below = tree.parent[tree.edges[pairs]]
-        total.index_add_(0, below, torch.where(valid, scores.double(), 0.0)[leaf])
-        count.index_add_(0, below, torch.ones(len(leaf), dtype=torch.float64))
-        broken = torch.zeros(len(tree), dtype=torch.bool)
-        broken[tree.parent[tree.edges[~fused.valid[:, 0]]]] = True
-        root = tree.root[tree.leaves]
-        kept = valid.nonzero().flatten()
+        known = torch.where(valid, scores.double(), 0.0)
+        edge, leaf = tree.leaf_of_edge
+        total, count, bad = (torch.zeros(len(tree), dtype=torch.float64) for _ in range(3))
+        for column, values in ((total, known[leaf]), (count, torch.ones_like(known[leaf])), (bad, ~valid[leaf])):
+            column.index_add_(0, tree.parent[tree.edges[edge]], values.double())
+        root = tree.root[tree.leaves[valid]]
         top = torch.full((tree.num_roots,), -torch.inf, dtype=torch.float64)
         low = -top
-        top.scatter_reduce_(0, root[kept], scores[kept].double(), "amax")
-        low.scatter_reduce_(0, root[kept], scores[kept].double(), "amin")
+        top.scatter_reduce_(0, root, known[valid], "amax")
+        low.scatter_reduce_(0, root, known[valid], "amin")
         own = tree.root[states]
         gap = (top[own] - total[states] / count[states].clamp(min=1)) / (top[own] - low[own] + 1e-6)
-        return torch.where(broken[states], 0.0, gap.clamp(0, 1))
+        return torch.where(bad[states] > 0, 0.0, gap.clamp(0, 1))
 
 
 def _path(forest: Forest, leaf: int) -> dict[int, int]:
