@@ -58,10 +58,8 @@ def test_no_gradient_on_the_best_path() -> None:
 
 def test_masked_leaves_give_no_targets_and_no_best_path() -> None:
     forest = old(grown(Tree.cat([split_tree(3, (0, 1)), split_tree(3, (0,))])))
-    scores = torch.tensor([1.0, 4.0, 2.0, 10.0, 3.0, 3.0])
     owner = forest.tree.root[forest.tree.leaves]
-    scores = torch.cat([scores[:4][:, None], scores[4:][:, None].repeat(2, 1)[:4]]).flatten()[: len(owner)]
-    valid = torch.ones(len(owner), dtype=torch.bool)
+    scores, valid = torch.full((len(owner),), 3.0), torch.ones(len(owner), dtype=torch.bool)
     first = (owner == 0).nonzero().flatten()
     scores[first] = torch.tensor([1.0, 4.0, 2.0, float("nan")])
     valid[first[3]] = False
