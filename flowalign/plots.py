@@ -15,6 +15,8 @@ from torch import Tensor
 from flowalign.charts import INK, RULE, SOFT, STYLE
 from samplers import Forest, Tree
 
+GREY = "#9aa5b1"
+
 
 def plot_tree(
     forest: Forest, scores: Tensor, valid: Tensor | None = None, *, group: int = 0, edge_values: Tensor | None = None
@@ -23,7 +25,7 @@ def plot_tree(
 
     scores, valid: [L] in the order of tree.leaves. edge_values [E] (credit or advantage, in the order of tree.edges)
     colour the stochastic steps; without them they are drawn in the mean reward of the leaves below. Deterministic steps
-    are thin and grey; an invalid leaf is a cross. ValueError for a group that is not there."""
+    are thin and grey, stochastic ones without a value thick and grey; an invalid leaf is a cross. ValueError for a group that is not there."""
     tree = forest.tree
     if not 0 <= group < tree.num_groups:
         raise ValueError(f"group={group} came; expected 0..{tree.num_groups - 1}")
@@ -38,10 +40,10 @@ def plot_tree(
         for hot in (False, True):
             nodes = (own & ((tree.level > 0) == hot)).nonzero().flatten()
             ways = [_way(tree, height, node) for node in nodes.tolist()]
-            lines = LineCollection(ways, linewidths=1.8 if hot else 0.8, colors=None if hot else RULE, zorder=1 + hot)
+            lines = LineCollection(ways, linewidths=1.8 if hot else 0.8, colors=None if hot else GREY, zorder=1 + hot)
             if hot:
                 lines.set_array(colour[nodes].numpy())
-                lines.set_cmap(colormaps["viridis"])
+                lines.set_cmap(colormaps["viridis"].with_extremes(bad=RULE))
                 lines.set_norm(_norm(colour[own & (tree.level > 0)]))
             axis.add_collection(lines)
         if bool((own & (tree.level > 0)).any()):
@@ -51,6 +53,7 @@ def plot_tree(
         _leaves(axis, tree, height, scores, ok, group)
         axis.set_xlabel("denoising step")
         axis.set_yticks([])
+        axis.set_xticks(range(0, tree.num_steps + 1, max(1, tree.num_steps // 10)))
         axis.spines[["left"]].set_visible(False)
         axis.set_xlim(-0.3, tree.num_steps + 1.0)
         axis.margins(y=0.05)
@@ -113,11 +116,12 @@ def _edge_colours(forest: Forest, scores: Tensor, ok: Tensor, edge_values: Tenso
     total, count = (torch.zeros(len(tree.edges), dtype=torch.float64) for _ in range(2))
     total.index_add_(0, edge, torch.where(ok, scores.double(), 0.0)[leaf])
     count.index_add_(0, edge, ok[leaf].double())
-    colour[tree.edges] = total / count.clamp(min=1)
+    colour[tree.edges] = total / count  # nan, drawn grey, where no leaf below is valid
     return colour
 
 
 def _norm(values: Tensor) -> Normalize:
+    values = values[values.isfinite()]
     if not len(values):
         return Normalize(0, 1)
     low, high = float(values.min()), float(values.max())
