@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from flowalign.advantage import Asymmetric, Mixed, Normalised, PerChannel, VarianceGated
-from flowalign.credit import BranchLocal, Broadcast, EdgeValues
+from flowalign.credit import BranchLocal, Broadcast, EdgeValues, Gain, ReturnToGo, SubtreeFusion, TurningPoint
 from samplers import Forest, Tree, chain, window
-from tests.trees import everywhere, grown, split_tree, trunk
+from tests.trees import everywhere, grown, probed, split_tree, trunk
 
 
 def side_by_side(*groups: int) -> Forest:
@@ -102,6 +102,58 @@ def test_a_masked_sample_is_a_sample_left_out(rule) -> None:
     assert masked.valid[:, 0].tolist() == mask
     torch.testing.assert_close(masked.values[torch.tensor(mask)], left_out.values)
     assert float(masked.values[2]) == 0 and masked.zero_std_ratio == left_out.zero_std_ratio
+
+
+@pytest.mark.parametrize("rule", [Broadcast(), Gain(), TurningPoint(), ReturnToGo(Gain())], ids=str)
+def test_a_masked_sample_of_a_probed_chain_is_one_left_out(rule) -> None:
+    whole, rest = grown(probed(5, 5)), grown(probed(5, 4))
+    scores = torch.randn(len(whole.tree.leaves), 1, generator=torch.Generator().manual_seed(2)).double()
+    kept = whole.tree.root[whole.tree.leaves] != 4
+    masked = rule.assign(whole, torch.where(kept[:, None], scores, torch.nan), kept[:, None], ("r",))
+    left_out = rule.assign(rest, scores[kept], everywhere(scores[kept]), ("r",))
+    of_kept = whole.tree.root[whole.tree.edges] != 4
+    assert not bool(masked.valid[~of_kept].any())
+    torch.testing.assert_close(masked.values[of_kept], left_out.values)
+    compare = Normalised(within="prompt_step")
+    advantages = compare.compare(whole, masked)
+    torch.testing.assert_close(advantages.values[of_kept], compare.compare(rest, left_out).values)
+    assert not bool(advantages.values[~of_kept].any())
+
+
+def test_per_step_advantages_of_gains_have_mean_zero() -> None:
+    forest = grown(probed(6, 4))
+    scores = torch.randn(len(forest.tree.leaves), 1, generator=torch.Generator().manual_seed(2)).double()
+    credit = Gain().assign(forest, scores, everywhere(scores), ("r",))
+    got = Normalised(within="prompt_step").compare(forest, credit).values[:, 0]
+    step = forest.tree.index[forest.tree.parent[forest.tree.edges]]
+    for i in step.unique():
+        assert float(got[step == i].sum().abs()) < 1e-5
+
+
+# ---------------------------------------------------------------------------------------------- equivalent methods
+
+
+def test_branch_grpo_that_splits_at_the_start_is_grpo_with_a_shared_start() -> None:
+    """grpo_family §5.10: B = {0}, K = G; the depth-wise set is then the group."""
+    tree_forest, chain_forest = grown(split_tree(4, (0,), 5)), grown(chain(4, 5, shared_start=True, train_last=True))
+    rewards = torch.tensor([[0.3], [1.0], [-2.0], [0.7], [5.0]])
+    fused = SubtreeFusion().assign(tree_forest, rewards, everywhere(rewards), ("r",))
+    plain = Broadcast().assign(chain_forest, rewards, everywhere(rewards), ("r",))
+    a = Normalised(within="tree_depth").compare(tree_forest, fused)
+    b = Normalised(within="prompt").compare(chain_forest, plain)
+    torch.testing.assert_close(a.values, b.values)
+    assert torch.equal(tree_forest.tree.parent, chain_forest.tree.parent)
+
+
+def test_branches_of_one_seed_at_one_step_are_flow_grpo_fast() -> None:
+    """grpo_family §11.4: TempFlow with one seed and one branching step, Flow-GRPO-Fast with a window of 1."""
+    forest = grown(window(5, 6, 2, 1))
+    rewards = torch.randn(6, 1, generator=torch.Generator().manual_seed(0)).double()
+    local = BranchLocal().assign(forest, rewards, everywhere(rewards), ("r",))
+    broadcast = Broadcast().assign(forest, rewards, everywhere(rewards), ("r",))
+    assert torch.equal(local.values, broadcast.values)
+    a, b = Normalised(within="seed_step").compare(forest, local), Normalised().compare(forest, broadcast)
+    assert torch.equal(a.values, b.values)
 
 
 # ---------------------------------------------------------------------------------------------- gated, asymmetric

@@ -170,11 +170,14 @@ class KLMask:
 
 
 def _surrogate(log_ratio: Tensor, advantages: Tensor, bounds: Tensor) -> Tensor:
-    """Clipped surrogate [E], summed over channels; bounds [E, C, 2] or broadcastable."""
-    ratio = log_ratio.exp()[:, None]
-    limits = bounds.to(ratio)
-    clipped = torch.minimum(torch.maximum(ratio, 1 - limits[..., 0]), 1 + limits[..., 1])
-    return torch.maximum(-advantages * ratio, -advantages * clipped).sum(1)
+    """max(−A r, −A clip(r, 1−lo, 1+hi)) [E], summed over channels; bounds [E, C, 2] or broadcastable.
+
+    That is −A·min(r, 1+hi) for A > 0 and −A·max(r, 1−lo) for A < 0. The logarithms are compared: near 1, fp32 keeps the
+    ratio to 1e-7 only, a twentieth of Guard's clip range."""
+    ratio = log_ratio[:, None].expand_as(advantages)
+    below, above = (-bounds[..., 0].clamp(max=1)).log1p().to(ratio), bounds[..., 1].log1p().to(ratio)
+    held = torch.where(advantages > 0, torch.minimum(ratio, above), torch.maximum(ratio, below))
+    return (-advantages * held.exp()).sum(1)
 
 
 def _outside(log_ratio: Tensor, bounds: Tensor) -> Tensor:

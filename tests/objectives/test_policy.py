@@ -7,7 +7,16 @@ import pytest
 import torch
 
 from flowalign.advantage import Advantages
-from flowalign.objectives import ClippedRatio, DynamicClip, Guard, InverseLength, KLMask, Known, LongCat
+from flowalign.objectives import (
+    ClippedRatio,
+    DynamicClip,
+    Guard,
+    InverseLength,
+    KLMask,
+    Known,
+    LongCat,
+    StdOverMean,
+)
 from samplers import CPS, DanceSDE, FlowSDE, Tree, window
 from tests.trees import everywhere, grown, split_tree
 
@@ -121,6 +130,19 @@ def test_several_channels_are_clipped_one_by_one() -> None:
     assert float(loss) == pytest.approx(-1.1 + 1.2)
 
 
+def test_a_clip_range_of_2e_6_is_kept_in_fp32() -> None:
+    """exp of fp32 log ratios is a multiple of 1.2e-7 near 1; the clip must not be."""
+    for log_ratio, advantage, moves in (
+        (2.02e-6, 1, False),
+        (1.98e-6, 1, True),
+        (-2.02e-6, -1, False),
+        (-1.98e-6, -1, True),
+    ):
+        log_prob = torch.tensor([log_ratio], requires_grad=True)
+        ClippedRatio(2e-6).loss(log_prob, torch.zeros(1), torch.tensor([[float(advantage)]])).sum().backward()
+        assert log_prob.grad is not None and float(log_prob.grad) == pytest.approx(-advantage if moves else 0, rel=1e-5)
+
+
 def test_the_mask_stops_what_is_far_and_moves_away() -> None:
     toy = Toy(FlowSDE())
     log_prob, old, known = toy.known(toy.v + 0.3 * toy.shift)
@@ -162,6 +184,7 @@ def test_step_weights_on_the_sd3_grid() -> None:
     sigma, sigma_next = forest.step_sigmas(edges)
     np.testing.assert_allclose(gradient[sigma < 1], (1 + 0.7**2 / 2) / 0.7, rtol=1e-5)
     np.testing.assert_allclose(gradient[sigma == 1], 1 / 0.7, rtol=1e-5)  # at σ = 1 the slope is −h alone
+    assert float(StdOverMean().weigh(step, forest, edges).mean()) == pytest.approx(1, abs=1e-6)  # over the nine steps
     np.testing.assert_allclose(InverseLength().weigh(step, forest, edges), 1 / (sigma - sigma_next), rtol=1e-6)
 
 
