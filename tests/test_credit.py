@@ -70,6 +70,8 @@ def test_fusion_weighs_leaves_by_their_path_probability() -> None:
         assert float(got[row]) == pytest.approx(float(weights @ rewards.double()[below]), rel=1e-9)
     shifted = replace(forest, log_prob=forest.log_prob + 3.0)  # the same constant on every step
     torch.testing.assert_close(credit(SubtreeFusion(beta=2.0), shifted, rewards)[0], got, rtol=1e-5, atol=1e-6)
+    one_hot, known = credit(SubtreeFusion(beta=1e6), forest, rewards)  # the likeliest leaf of each edge takes all
+    assert bool(known.all()) and set(one_hot.tolist()) == {1.0, 4.0, 10.0, 17.0}
     ones = credit(SubtreeFusion(beta=2.0), forest, torch.ones(4))[0]
     torch.testing.assert_close(ones, torch.ones_like(ones))
 
@@ -205,6 +207,16 @@ def test_turning_points_are_balanced_over_the_batch_by_their_own_size() -> None:
     valid = torch.isin(forest.tree.root[forest.tree.leaves], torch.tensor([0, 2]))
     one_sign, _ = credit(TurningPoint(), forest, scores, valid)  # the negative one is masked: only one sign is left
     assert [by_step(forest, one_sign, root)[1] for root in (0, 2)] == pytest.approx([0.4, 0.1])
+
+
+def test_a_masked_turning_point_takes_no_place_in_the_balance() -> None:
+    forest = grown(probed(4, 3))
+    states = {0: [0.5, 0.4, 0.7, 0.8], 1: [0.5, 0.6, 0.4, -0.3], 2: [0.5, 0.48, 0.56, 0.58]}
+    scores = leaf_scores(forest.tree, states)
+    start = (scores == 0.5) & (forest.tree.root[forest.tree.leaves] == 1)
+    got, known = credit(TurningPoint(), forest, scores, ~start)
+    assert not any(by_step(forest, known, 1))
+    assert [by_step(forest, got, root)[1] for root in (0, 2)] == pytest.approx([0.4, 0.1])
 
 
 def test_turning_points_need_the_start_and_the_end() -> None:

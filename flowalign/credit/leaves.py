@@ -38,7 +38,7 @@ class SubtreeFusion:
         total = torch.where(tree.level > 0, forest.log_prob.double().cpu(), 0.0)
         for nodes in tree.generations[1:]:
             total[nodes] += total[tree.parent[nodes]]
-        logits = self.beta * (total[tree.leaves[leaf]] - total[tree.edges[edge]])
+        logits = self.beta * total[tree.leaves[leaf]]  # from the root: what lies above an edge is common and cancels
         top = torch.full((len(tree.edges),), -torch.inf, dtype=torch.float64).scatter_reduce(0, edge, logits, "amax")
         return _fuse(tree, (logits - top[edge]).exp(), scores, valid, channels)
 

@@ -1,10 +1,13 @@
 """A forest's roles, masks and sums against hand enumeration; its file, bit for bit."""
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from samplers import (  # fmt: skip
     CPS,
@@ -114,4 +117,26 @@ def test_a_kernel_that_json_cannot_say_is_passed_in(tmp_path: Path) -> None:
     forest = grown(chain(3, 2))
     save_forest(path, replace(forest, kernel=Strange(lambda x: x)))
     with pytest.raises(ValueError, match="pass kernel="):
+        load_forest(path)
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"class": "samplers.kernels.flow_sde.FlowSDE", "fields": {"noise_level": {"class": "os.system", "fields": {}}}},
+         "os.system, which is not rebuilt"),
+        ({"class": "subprocess.Popen", "fields": {"args": "true"}}, "subprocess.Popen, which is not rebuilt"),
+        ({"class": "samplers.kernels.base.torch", "fields": {}}, "not a kernel of samplers"),
+        ({"class": "samplers.kernels.cps.Affine", "fields": {}}, "not a kernel of samplers"),
+    ],
+    ids=["nested", "outer", "not a class", "imported there"],
+)  # fmt: skip
+def test_a_file_cannot_name_what_is_not_a_dataclass_of_samplers(tmp_path: Path, said, message: str) -> None:
+    path = tmp_path / "forest.safetensors"
+    save_forest(path, grown(chain(3, 2)))
+    with safe_open(str(path), framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        header = json.loads(file.metadata()["forest"])
+    save_file(tensors, path, {"forest": json.dumps(header | {"kernel": said})})
+    with pytest.raises(ValueError, match=message):
         load_forest(path)
