@@ -1,6 +1,6 @@
 """DDIM-η: the transition of ε- and v-prediction models (Song et al. 2010.02502, eq. 12 and 16; DDPO 2305.13301)."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -28,7 +28,7 @@ class DDIM:
     """
 
     eta: float = 1.0
-    path: VariancePreserving | None = None
+    path: VariancePreserving | None = field(default=None, repr=False)
     reduce: Reduce = "mean"
     constants: Constants = "full"
 
