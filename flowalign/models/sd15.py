@@ -76,15 +76,16 @@ class SD15Policy:
         timesteps: list[int] = self.scheduler.timesteps.tolist()
         # DDIMScheduler.step goes from t to t - K//T, whatever the spacing; below 0 stands its final_alpha_cumprod
         arrivals = [t - known // num_inference_steps for t in timesteps]
-        end = -1 if settings.set_alpha_to_one else 0
-        if arrivals[:-1] != timesteps[1:] or arrivals[-1] >= 0 or not known > timesteps[0] or timesteps[-1] <= end:
+        if arrivals[-1] < 0:
+            arrivals[-1] = -1 if settings.set_alpha_to_one else 0
+        if arrivals[:-1] != timesteps[1:] or arrivals[-1] >= timesteps[-1] or timesteps[0] >= known:
             raise ValueError(
                 f"num_inference_steps={num_inference_steps} with timestep_spacing={settings.timestep_spacing}, "
                 f"steps_offset={settings.steps_offset}, set_alpha_to_one={settings.set_alpha_to_one} came, timesteps "
                 f"{timesteps[:3]} … {timesteps[-2:]}; expected a strictly falling chain whose steps are all "
                 f"{known}//{num_inference_steps}: take a divisor of {known} below {known}, and a steps_offset of 1"
             )
-        return (torch.tensor([*timesteps, end], dtype=torch.float64) + 1).div(known).float()
+        return (torch.tensor([*timesteps, arrivals[-1]], dtype=torch.float64) + 1).div(known).float()
 
     def start(self, noise: Tensor) -> Tensor:
         return noise.to(self.unet.device, torch.float32)
