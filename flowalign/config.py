@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from flowalign.data import load_prompts
-from flowalign.models.load import check_lora_targets, inspect_checkpoint
+from flowalign.models.load import check_lora_targets, inspect_checkpoint, path_of
 from flowalign.models.lora import LoRA
 from flowalign.trainers import Rollout, Trainer
 from rewards import Reward
@@ -150,8 +150,8 @@ def check(config: TrainConfig) -> None:
     for key in ("groups", "group_size", "num_inference_steps", "micro_batch"):
         if vars(rollout)[key] < 1:
             raise ConfigError(f"rollout.{key}={vars(rollout)[key]}: expected at least 1")
-    config.trainer.check(rollout)
     inspect_checkpoint(policy.path)
+    config.trainer.check(replace(rollout, kernel=rollout.kernel.on(path_of(policy.path))))
     if policy.trainable == "lora":
         check_lora_targets(policy.path, policy.lora.targets)
     load_prompts(config.prompts)

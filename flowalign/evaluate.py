@@ -124,14 +124,14 @@ def _check(prompts: Sequence[PromptRecord], rewards: Sequence[Reward], batch_siz
 
 
 def _generate(policy: Policy, prompts: list[str], noise: Tensor, num_inference_steps: int, guidance: float) -> Tensor:
-    conditions = policy.encode(prompts)
+    conditions, ode = policy.encode(prompts), ODE().on(policy.path)
     one = chain(num_inference_steps, 1)
     tree = Tree.cat([replace(one, level=torch.zeros_like(one.level))] * len(prompts))  # no step has noise: no edges
 
     def velocity(x: Tensor, sigma: Tensor, root: Tensor) -> Tensor:
         return policy.velocity(x, sigma, conditions.rows(root), guidance_scale=guidance)
 
-    forest = rollout(velocity, policy.start(noise), policy.sigmas(num_inference_steps), tree, ODE(), _no_noise)
+    forest = rollout(velocity, policy.start(noise), policy.sigmas(num_inference_steps), tree, ode, _no_noise)
     leaves = tree.leaves[tree.root[tree.leaves].argsort()]
     return policy.decode(forest.at(leaves))
 

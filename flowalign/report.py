@@ -69,8 +69,8 @@ def write_report(run_folder: Path) -> Path:
 def load_snippet(run_folder: Path, pipeline: dict[str, Any] | None) -> str:
     """Python that loads the run's LoRA into plain diffusers.
 
-    `pipeline` is {"path": …, "arguments": {num_inference_steps, guidance_scale, height, width, …}}, as summary.json
-    holds it; without it the reader is sent to config.yaml."""
+    `pipeline` is {"path": …, "setup": [lines of Python], "arguments": {num_inference_steps, guidance_scale, height,
+    width, …}}, as summary.json holds it; without it the reader is sent to config.yaml."""
     path, after = (repr(pipeline["path"]), "") if pipeline else ("...", "  # the model named in config.yaml")
     arguments = {"prompt": "your prompt", **(pipeline or {}).get("arguments", {})}
     lines = [f"    {name}={value!r}," for name, value in arguments.items()]
@@ -80,6 +80,7 @@ def load_snippet(run_folder: Path, pipeline: dict[str, Any] | None) -> str:
             "from diffusers import DiffusionPipeline",
             "",
             f"pipe = DiffusionPipeline.from_pretrained({path}){after}",
+            *(pipeline or {}).get("setup", []),
             f"pipe.load_lora_weights({str(Path(run_folder) / 'lora')!r})",
             "image = pipe(",
             *lines,

@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -81,8 +82,9 @@ class Run:
         self._train = load_prompts(self.config.prompts)
         self._held_out = load_prompts(self.config.evaluation.prompts)[: self.config.evaluation.count]
         self.metrics = MetricsLog(self.folder / "metrics.jsonl")
+        rollout = replace(self.config.rollout, kernel=self.config.rollout.kernel.on(self.policy.path))
         self.task = Task(
-            self.policy, self.config.reward, self.config.rollout, self.config.run.seed, settings.height, settings.width
+            self.policy, self.config.reward, rollout, self.config.run.seed, settings.height, settings.width
         )
         self.accelerator.init_trackers("flowalign", init_kwargs={"wandb": {"name": self.config.run.name}})
         self._handlers = {name: signal.signal(name, self._ask_to_stop) for name in (signal.SIGINT, signal.SIGTERM)}
@@ -309,12 +311,13 @@ class Run:
             "iterations": self.config.run.iterations,
             "pipeline": {
                 "path": policy.path,
+                "setup": self.policy.pipeline_setup(),
                 "arguments": {
                     "num_inference_steps": tuned.num_inference_steps,
                     "guidance_scale": tuned.guidance_scale,
                     "height": policy.height,
                     "width": policy.width,
-                    "max_sequence_length": self.policy.max_sequence_length,
+                    **self.policy.pipeline_arguments(),
                 },
             },
         }

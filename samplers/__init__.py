@@ -5,9 +5,9 @@ A sampler knows no network: the velocity is a callable, randomness is an argumen
 """
 
 from samplers.forest import Forest, Velocities
-from samplers.kernels import CPS, ODE, Affine, Context, DanceSDE, FlowSDE, Gaussian, Kernel, KLForm, Step
+from samplers.kernels import CPS, DDIM, ODE, Affine, Context, DanceSDE, FlowSDE, Gaussian, Kernel, KLForm, Step
 from samplers.noise import STREAMS, KeyedNoise, generator, normal
-from samplers.paths import RectifiedFlow, VariancePreserving
+from samplers.paths import Path, RectifiedFlow, VariancePreserving
 from samplers.plans import Chain, Fixed, Plan, Position, Random, Sliding, Window, chain, window
 from samplers.rollout import rollout
 from samplers.schedules import diffusers_sigmas, dynamic_sigmas, plain_sigmas, shift, unshift
@@ -18,9 +18,9 @@ PART_OF = "flowalign"
 
 __all__ = [
     "PART_OF",
-    "RectifiedFlow", "VariancePreserving",
+    "Path", "RectifiedFlow", "VariancePreserving",
     "diffusers_sigmas", "dynamic_sigmas", "plain_sigmas", "shift", "unshift",
-    "Affine", "Context", "Gaussian", "Kernel", "KLForm", "Step", "CPS", "DanceSDE", "FlowSDE", "ODE",
+    "Affine", "Context", "Gaussian", "Kernel", "KLForm", "Step", "CPS", "DDIM", "DanceSDE", "FlowSDE", "ODE",
     "Cost", "Tree", "Chain", "Fixed", "Plan", "Position", "Random", "Sliding", "Window", "chain", "window",
     "STREAMS", "KeyedNoise", "generator", "normal",
     "Forest", "Velocities", "load_forest", "save_forest", "rollout",

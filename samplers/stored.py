@@ -8,6 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -68,7 +69,9 @@ def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _describe(part: Any) -> Any:
-    """A dataclass as {"class", "fields"}, fields None where one cannot be said; plain values as they are."""
+    """A dataclass as {"class", "fields"}, fields None where one cannot be said; a tensor as {"dtype", "values"}."""
+    if isinstance(part, Tensor):
+        return {"dtype": str(part.dtype).removeprefix("torch."), "values": part.tolist()}
     if not is_dataclass(part):
         return part
     kind = type(part)
@@ -95,11 +98,13 @@ def _rebuild(said: dict[str, Any], given: Kernel | None) -> Kernel:
 
 
 def _build(said: Any) -> Any:
-    """The object that `_describe` described; only dataclasses of samplers, and lists become tuples again."""
+    """The object that `_describe` described; only tensors and dataclasses of samplers; lists become tuples again."""
     if isinstance(said, list):
         return tuple(_build(item) for item in said)
-    if not isinstance(said, dict) or set(said) != {"class", "fields"}:
+    if not isinstance(said, dict):
         return said
+    if set(said) == {"dtype", "values"}:
+        return torch.tensor(said["values"], dtype=vars(torch)[said["dtype"]])
     module, _, name = str(said["class"]).rpartition(".")
     if not module.startswith("samplers.") or said["fields"] is None:
         raise ValueError(f"this forest's kernel holds {said['class']}, which is not rebuilt from a file: pass kernel=")

@@ -52,6 +52,8 @@ def main() -> None:
 
 def export(pipeline: StableDiffusion3Pipeline, folder: Path) -> None:
     """Save the pipeline in fp16; loaded, it is fp32 unless asked otherwise."""
+    for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2):
+        tokenizer.backend_tokenizer.no_padding()  # training left its own padding in what would be saved
     pipeline.to(dtype=torch.float16).save_pretrained(folder)
     for name in ("text_encoder", "text_encoder_2"):
         path = folder / name / "config.json"

@@ -91,7 +91,7 @@ def test_a_bad_configuration_is_named(
     def loaded(*args: object, **kwargs: object) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(models.load.StableDiffusion3Pipeline, "from_pretrained", loaded)
+    monkeypatch.setattr(models.load.DiffusionPipeline, "from_pretrained", loaded)
     path = [] if any(o.startswith("policy.path") for o in overrides) else [f"policy.path={tiny_pipeline}"]
     with pytest.raises(ConfigError, match=None) as caught:
         load_config(CONFIG, [*path, *overrides])
@@ -116,6 +116,7 @@ def test_overrides_win_and_the_forecast_counts_what_they_say(tiny_pipeline: Path
 
 
 @pytest.mark.parametrize("path", sorted(Path("configs").glob("*.yaml")), ids=lambda path: path.name)
-def test_every_shipped_configuration_builds(path: Path, tiny_pipeline: Path) -> None:
-    config, _ = load_config(str(path), [f"policy.path={tiny_pipeline}"])
+def test_every_shipped_configuration_builds(path: Path, tiny_pipeline: Path, tiny_sd15_pipeline: Path) -> None:
+    tiny = tiny_sd15_pipeline if path.stem.startswith("sd15") else tiny_pipeline
+    config, _ = load_config(str(path), [f"policy.path={tiny}"])
     assert config.run.iterations > 0

@@ -1,6 +1,6 @@
 """Evaluation: closed-form images, keyed noise, and intervals that mean what they say."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -11,6 +11,7 @@ from flowalign.data import PromptRecord
 from flowalign.evaluate import append_result, captions, compare, evaluate, paired_gain, summary
 from flowalign.metrics import MetricsLog, read_rows
 from rewards import RewardBatch, RewardError, RewardOutput
+from samplers import RectifiedFlow
 from samplers.noise import normal
 
 SHAPE = (3, 2, 4)
@@ -31,6 +32,7 @@ class StraightPolicy:
 
     shift: float = 0.0
     evaluations: int = 0
+    path: RectifiedFlow = field(default_factory=RectifiedFlow)
 
     def latent_shape(self, height, width):
         return (3, height // 8, width // 8)

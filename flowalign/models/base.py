@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
+
+import samplers
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +40,11 @@ class Policy(Protocol):
     `evaluations` counts network rows: one per state, two under guidance; checkpoint recomputation does not count."""
 
     evaluations: int
+
+    @property
+    def path(self) -> samplers.Path:
+        """The noising law that `sigmas` and `velocity` speak of; kernels are bound to it by `Kernel.on(path)`."""
+        ...
 
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
         """Shape of one latent for an image of height × width pixels; ValueError if the size does not divide."""
@@ -79,3 +86,28 @@ class Policy(Protocol):
     def save_lora(self, folder: Path) -> None:
         """Writes the adapter for diffusers and for PEFT; ValueError if the policy has none."""
         ...
+
+    def pipeline_setup(self) -> list[str]:
+        """Lines of Python that make a freshly loaded `pipe` sample as this policy's deterministic rollout does."""
+        ...
+
+    def pipeline_arguments(self) -> dict[str, Any]:
+        """Arguments of the pipeline's own call, beyond prompt, steps, guidance and size, that this policy implies."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Family:
+    """What must be known of a model family before its weights are read.
+
+    policy: its Policy class, called as policy(pipeline, negative_prompt=, max_sequence_length=, frozen=). part: name of
+    the trained component, network: its diffusers class, targets: its LoRA targets by default. path: from the
+    scheduler's configuration, ValueError for a scheduler it cannot follow. load_arguments: of `from_pretrained`, from
+    model_index.json."""
+
+    policy: Callable[..., Policy]
+    part: str
+    network: Any
+    targets: tuple[str, ...]
+    path: Callable[[dict[str, Any]], samplers.Path]
+    load_arguments: Callable[[dict[str, Any]], dict[str, Any]]

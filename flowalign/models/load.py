@@ -9,13 +9,17 @@ from typing import Any, Literal
 
 import torch
 from accelerate import init_empty_weights
-from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import DDIMScheduler, DiffusionPipeline
+from torch import nn
 
+from flowalign.models import sd3, sd15
+from flowalign.models.base import Family, Policy
 from flowalign.models.lora import LoRA, add_lora, matched_modules
-from flowalign.models.sd3 import SD3Policy
+from samplers import Path as NoisingPath
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-FAMILIES = {"StableDiffusion3Pipeline": "sd3"}
+# what model_index.json names -> who knows it
+FAMILIES: dict[str, Family] = {"StableDiffusion3Pipeline": sd3.FAMILY, "StableDiffusionPipeline": sd15.FAMILY}
 
 
 def resolve(path: str) -> str:
@@ -38,18 +42,24 @@ def inspect_checkpoint(path: str) -> dict[str, Any]:
             f"policy.path={path!r} does not exist (working directory: {Path.cwd()}); expected 'glyphs', a diffusers "
             "pipeline folder, or a hub id such as 'stabilityai/stable-diffusion-3.5-medium'"
         )
-    index = dict(StableDiffusion3Pipeline.load_config(name))
+    index = dict(DiffusionPipeline.load_config(name))
     if index.get("_class_name") not in FAMILIES:
         raise ValueError(f"policy.path={path!r} is a {index.get('_class_name')}; expected one of {', '.join(FAMILIES)}")
     return index
 
 
-def check_lora_targets(path: str, targets: Sequence[str]) -> list[str]:
-    """The modules that `targets` mean, from the transformer's config alone; ValueError if one means nothing."""
-    inspect_checkpoint(path)
-    config = SD3Transformer2DModel.load_config(resolve(path), subfolder="transformer")
+def path_of(path: str) -> NoisingPath:
+    """The noising law of a checkpoint, from its scheduler's config alone; ValueError for one we cannot follow."""
+    family = FAMILIES[inspect_checkpoint(path)["_class_name"]]
+    return family.path(dict(DDIMScheduler.load_config(resolve(path), subfolder="scheduler")))
+
+
+def check_lora_targets(path: str, targets: Sequence[str] | None) -> list[str]:
+    """The modules that `targets` mean, from the network's config alone; ValueError if one means nothing."""
+    family = FAMILIES[inspect_checkpoint(path)["_class_name"]]
+    config = family.network.load_config(resolve(path), subfolder=family.part)
     with init_empty_weights():
-        return matched_modules(SD3Transformer2DModel.from_config(config), targets)
+        return matched_modules(family.network.from_config(config), family.targets if targets is None else targets)
 
 
 def load_policy(
@@ -63,31 +73,33 @@ def load_policy(
     reference_copy: bool = False,
     device: str | torch.device = "cpu",
     seed: int = 0,
-) -> SD3Policy:
+) -> Policy:
     """Loads a pipeline as a policy.
 
     trainable: "lora" (the default LoRA if none is given), "full" weights (fp32 only), or "none". dtype: of the frozen
-    network; adapters are always fp32. max_sequence_length: of the T5 part, None = 256, and 0 for a pipeline without T5.
-    seed: of the adapters' initial weights.
+    network; adapters are always fp32. max_sequence_length: see the family's policy. seed: of the adapters' initial
+    weights.
     reference_copy: keep a frozen copy, the reference of a full fine-tuning with a KL."""
     index = inspect_checkpoint(path)
     if trainable == "full" and dtype != "fp32":
         raise ValueError(f"policy.trainable=full with policy.dtype={dtype}: expected fp32 weights for the optimiser")
-    absent = [name for name in ("text_encoder_3", "tokenizer_3") if index.get(name, [None])[0] is None]
-    pipeline = StableDiffusion3Pipeline.from_pretrained(
-        resolve(path), torch_dtype=DTYPES[dtype], **dict.fromkeys(absent)
+    family = FAMILIES[index["_class_name"]]
+    pipeline = DiffusionPipeline.from_pretrained(
+        resolve(path), torch_dtype=DTYPES[dtype], **family.load_arguments(index)
     )
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device)
-    for part in (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3):
-        if part is not None:
+    for part in pipeline.components.values():
+        if isinstance(part, nn.Module):
             part.requires_grad_(False)
-    pipeline.transformer.eval()
-    pipeline.transformer.requires_grad_(trainable == "full")
+    network = pipeline.components[family.part].eval()
+    network.requires_grad_(trainable == "full")
     frozen = None
     if trainable == "lora":
-        add_lora(pipeline.transformer, lora or LoRA(), seed)
+        lora = lora or LoRA()
+        add_lora(network, lora, family.targets if lora.targets is None else lora.targets, seed)
     elif trainable == "full" and reference_copy:
-        frozen = copy.deepcopy(pipeline.transformer).requires_grad_(False)
-    length = max_sequence_length if max_sequence_length is not None else (0 if absent else 256)
-    return SD3Policy(pipeline, negative_prompt=negative_prompt, max_sequence_length=length, frozen=frozen)
+        frozen = copy.deepcopy(network).requires_grad_(False)
+    return family.policy(
+        pipeline, negative_prompt=negative_prompt, max_sequence_length=max_sequence_length, frozen=frozen
+    )

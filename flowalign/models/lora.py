@@ -24,18 +24,20 @@ SD3_TARGETS = (
     "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
     "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
 )  # fmt: skip
+UNET_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 @dataclass(frozen=True)
 class LoRA:
-    """Low-rank adapters; defaults of flow_grpo (rank 32, alpha 64, joint attention, Gaussian init).
+    """Low-rank adapters; defaults of flow_grpo (rank 32, alpha 64, Gaussian init).
 
-    `targets` are module-name suffixes such as "attn.to_q"; one that matches nothing is an error. `dropout` must be 0:
-    it would make the replayed log-prob differ from the stored one."""
+    `targets` are module-name suffixes such as "attn.to_q"; one that matches nothing is an error; None stands for the
+    attention layers of the model's family. `dropout` must be 0: it would make the replayed log-prob differ from the
+    stored one."""
 
     rank: int = 32
     alpha: float = 64.0
-    targets: tuple[str, ...] = SD3_TARGETS
+    targets: tuple[str, ...] | None = None
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
@@ -48,7 +50,7 @@ class LoRA:
                 f"lora.dropout={self.dropout}: expected 0, since dropout makes the ratio of an unchanged policy differ "
                 "from 1; regularise with kl.beta instead"
             )
-        if not self.targets:
+        if self.targets is not None and not self.targets:
             raise ValueError("lora.targets is empty: expected module names such as attn.to_q")
 
 
@@ -72,10 +74,10 @@ def _without_number(name: str) -> list[str]:
     return parts[2:] if len(parts) > 2 and parts[1].isdigit() else parts
 
 
-def add_lora(network: ModelMixin, lora: LoRA, seed: int) -> None:
-    """Puts fp32 adapters on the network, initialised from `seed` alone; everything else is frozen."""
+def add_lora(network: ModelMixin, lora: LoRA, targets: Sequence[str], seed: int) -> None:
+    """Puts fp32 adapters on `targets` of the network, initialised from `seed` alone; everything else is frozen."""
     network.requires_grad_(False)
-    modules = matched_modules(network, lora.targets)
+    modules = matched_modules(network, targets)
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=modules, init_lora_weights="gaussian")
     with torch.random.fork_rng(devices=[]):  # peft draws from the global generator
         torch.manual_seed(seed)

@@ -3,30 +3,36 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from flowalign.models.base import Conditions
-from flowalign.models.lora import ADAPTER, adapter_state, adapters_off, save_peft
+from flowalign.models.base import Conditions, Family
+from flowalign.models.lora import ADAPTER, SD3_TARGETS, adapter_state, save_peft
+from flowalign.models.parts import PromptStore, TrainedNetwork
+from samplers import RectifiedFlow
 
 
 class SD3Policy:
     """The policy of an SD3-family pipeline. Satisfies `flowalign.models.base.Policy`.
 
-    Trained: the LoRA if the transformer has one, else all its weights; then "reference" needs `frozen`, a copy."""
+    Trained: the LoRA if the transformer has one, else all its weights; then "reference" needs `frozen`, a copy.
+    max_sequence_length: of the T5 part; None = 256, and 0 for a pipeline without T5."""
+
+    path = RectifiedFlow()
 
     def __init__(
         self,
         pipeline: StableDiffusion3Pipeline,
         *,
         negative_prompt: str = "",
-        max_sequence_length: int = 256,
+        max_sequence_length: int | None = None,
         frozen: nn.Module | None = None,
     ) -> None:
         if not isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler):
@@ -38,12 +44,11 @@ class SD3Policy:
         self.transformer = pipeline.transformer
         self.dtype: torch.dtype = pipeline.vae.dtype
         self.negative_prompt = negative_prompt
-        self.max_sequence_length = max_sequence_length
+        length = 0 if pipeline.text_encoder_3 is None else 256
+        self.max_sequence_length = length if max_sequence_length is None else max_sequence_length
         self.evaluations = 0
-        self.encoded = 0  # distinct texts that went through the encoders
-        self._network: nn.Module = self.transformer
-        self._frozen = frozen
-        self._store: dict[str, Conditions] = {}
+        self._trained = TrainedNetwork(self.transformer, frozen)
+        self._prompts = PromptStore(self._encode)
 
     # ------------------------------------------------------------------------------------------ shapes and grids
 
@@ -69,18 +74,20 @@ class SD3Policy:
 
     # ------------------------------------------------------------------------------------------ prompts
 
-    @torch.no_grad()
+    @property
+    def encoded(self) -> int:
+        return self._prompts.encoded
+
     def encode(self, prompts: Sequence[str]) -> Conditions:
-        new = [text for text in dict.fromkeys(prompts) if text not in self._store]
-        if new:
-            embeds, _, pooled, _ = self.pipeline.encode_prompt(
-                prompt=new, prompt_2=None, prompt_3=None, do_classifier_free_guidance=False,
-                max_sequence_length=self.max_sequence_length,
-            )  # fmt: skip
-            self.encoded += len(new)
-            whole = Conditions({"embeds": embeds, "pooled": pooled})
-            self._store |= {text: whole.rows(torch.tensor([row])) for row, text in enumerate(new)}
-        return Conditions.cat([self._store[text] for text in prompts])
+        return self._prompts.conditions(prompts)
+
+    @torch.no_grad()
+    def _encode(self, texts: list[str]) -> Conditions:
+        embeds, _, pooled, _ = self.pipeline.encode_prompt(
+            prompt=texts, prompt_2=None, prompt_3=None, do_classifier_free_guidance=False,
+            max_sequence_length=self.max_sequence_length,
+        )  # fmt: skip
+        return Conditions({"embeds": embeds, "pooled": pooled})
 
     # ------------------------------------------------------------------------------------------ the network
 
@@ -109,7 +116,7 @@ class SD3Policy:
     def _forward(self, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
         self.evaluations += len(x)
         device = self.transformer.device
-        velocity = self._network(
+        velocity = self._trained.active(
             hidden_states=x.to(device, self.dtype),
             timestep=sigma.to(device, torch.float32) * self.pipeline.scheduler.config.num_train_timesteps,
             encoder_hidden_states=conditions.tensors["embeds"].to(device, self.dtype),
@@ -131,35 +138,20 @@ class SD3Policy:
         return {"transformer": self.transformer}
 
     def trainable_parameters(self) -> list[tuple[str, Parameter]]:
-        return [(name, p) for name, p in self.transformer.named_parameters() if p.requires_grad]
+        return self._trained.trainable_parameters()
 
-    @contextmanager
-    def role(self, name: str) -> Iterator[None]:
-        if name not in ("policy", "reference"):
-            raise ValueError(f"role {name!r} came; expected 'policy' or 'reference'")
-        if name == "policy":
-            yield
-        elif self._has_lora():
-            with adapters_off(self.transformer):
-                yield
-        elif self._frozen is None:
-            raise ValueError(
-                "full weights are trained and no frozen copy was kept, so there is no reference: set kl.beta=0, or "
-                "policy.reference_copy=true (it doubles the memory of the transformer)"
-            )
-        else:
-            before, self._network = self._network, self._frozen
-            try:
-                yield
-            finally:
-                self._network = before
+    def role(self, name: str) -> AbstractContextManager[None]:
+        return self._trained.role(name)
 
-    def _has_lora(self) -> bool:
-        return bool(self.transformer._hf_peft_config_loaded)
+    def pipeline_setup(self) -> list[str]:
+        return []
+
+    def pipeline_arguments(self) -> dict[str, Any]:
+        return {"max_sequence_length": self.max_sequence_length}
 
     def save_lora(self, folder: Path) -> None:
         """pytorch_lora_weights.safetensors with its alpha (for `pipe.load_lora_weights`) and a PEFT folder beside it."""
-        if not self._has_lora():
+        if not self._trained.has_lora:
             raise ValueError("the policy trains full weights and has no LoRA to save; save the transformer instead")
         folder.mkdir(parents=True, exist_ok=True)
         StableDiffusion3Pipeline.save_lora_weights(
@@ -168,3 +160,22 @@ class SD3Policy:
             transformer_lora_adapter_metadata=self.transformer.peft_config[ADAPTER].to_dict(),
         )
         save_peft(self.transformer, folder)
+
+
+def _absent(index: dict[str, Any]) -> dict[str, Any]:
+    """T5 may be missing; diffusers wants to be told."""
+    return {name: None for name in ("text_encoder_3", "tokenizer_3") if index.get(name, [None])[0] is None}
+
+
+def _path(scheduler: dict[str, Any]) -> RectifiedFlow:
+    return RectifiedFlow()
+
+
+FAMILY = Family(
+    policy=SD3Policy,
+    part="transformer",
+    network=SD3Transformer2DModel,
+    targets=SD3_TARGETS,
+    path=_path,
+    load_arguments=_absent,
+)

@@ -38,7 +38,7 @@ class LayerTuning:
     ℓ* is the tree's best leaf; a trained state n with fused reward R̄(n) gets weight clip((R* − R̄)/(R* − R_min + 1e-6),
     0, 1); the states of the best path themselves are left alone. target "best_path_velocity": what the rollout's
     weights said at the best path's state of the same grid step (their words; sensible only where a tree's states are
-    close), read from forest.velocities["old"]; "best_leaf_fm": (n − x*)/σ, straight to the best clean latent.
+    close), read from forest.velocities["old"]; "best_leaf_fm": (n − x*)/σ, straight to the best clean latent (rectified flows only).
     `scale` (λ, .01) is the trainer's factor; it falls linearly to 0 over `fade` iterations (None: stays)."""
 
     target: Literal["best_path_velocity", "best_leaf_fm"] = "best_path_velocity"

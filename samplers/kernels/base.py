@@ -11,6 +11,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from samplers.paths import Path, RectifiedFlow
+
 Reduce = Literal["mean", "sum"]
 Constants = Literal["full", "none"]
 KLForm = Literal["exact", "exact_times_h", "velocity", "mean_sq"]
@@ -157,8 +159,12 @@ class Kernel(Protocol):
     @property
     def constants(self) -> Constants: ...
 
+    def on(self, path: Path) -> "Kernel":
+        """The kernel for a policy on `path`: itself, or bound to the path's levels; ValueError if it cannot be."""
+        ...
+
     def coefficients(self, sigma: Tensor, sigma_next: Tensor, level: Tensor | float = 1.0) -> Affine:
-        """α, b, s [N] in float64 for σ > σ' [N]; level 0 gives (1, -h, 0) exactly."""
+        """α, b, s [N] in float64 for σ > σ' [N]; level 0 gives the path's deterministic step, (1, -h, 0) for a flow."""
         ...
 
     def __call__(
@@ -192,6 +198,16 @@ def affine_step(
     mean = spread(alpha, x) * x + spread(slope, x) * v
     gaussian = Gaussian(mean, std, slope, length, kernel.reduce, kernel.constants)
     return Step(policy=gaussian, behaviour=gaussian)
+
+
+def on_rectified_flow(kernel: Kernel, path: Path) -> Kernel:
+    """`kernel` itself, written for rectified flows; ValueError for a policy on another path."""
+    if not isinstance(path, RectifiedFlow):
+        raise ValueError(
+            f"{type(kernel).__name__} came for a policy on {type(path).__name__}; its formula is that of a rectified "
+            "flow: take DDIM for Stable Diffusion 1.5"
+        )
+    return kernel
 
 
 def step_inputs(sigma: Tensor, sigma_next: Tensor, level: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:

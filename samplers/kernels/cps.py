@@ -10,14 +10,17 @@ from samplers.kernels.base import (
     Affine,
     Constants,
     Context,
+    Kernel,
     Reduce,
     Step,
     affine_step,
     check_choices,
     check_noise_level,
     euler_where_silent,
+    on_rectified_flow,
     step_inputs,
 )
+from samplers.paths import Path
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,10 @@ class CPS:
     def __post_init__(self) -> None:
         check_noise_level(self.noise_level, highest=1.0)
         check_choices(self.reduce, self.constants)
+
+    def on(self, path: Path) -> Kernel:
+        """Itself; ValueError unless the policy is a rectified flow."""
+        return on_rectified_flow(self, path)
 
     def coefficients(self, sigma: Tensor, sigma_next: Tensor, level: Tensor | float = 1.0) -> Affine:
         """α, b, s [N], float64."""

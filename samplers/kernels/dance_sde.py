@@ -9,6 +9,7 @@ from samplers.kernels.base import (
     Affine,
     Constants,
     Context,
+    Kernel,
     Reduce,
     Step,
     affine_step,
@@ -16,8 +17,10 @@ from samplers.kernels.base import (
     check_noise_level,
     euler_maruyama,
     euler_where_silent,
+    on_rectified_flow,
     step_inputs,
 )
+from samplers.paths import Path
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,10 @@ class DanceSDE:
     def __post_init__(self) -> None:
         check_noise_level(self.noise_level)
         check_choices(self.reduce, self.constants)
+
+    def on(self, path: Path) -> Kernel:
+        """Itself; ValueError unless the policy is a rectified flow."""
+        return on_rectified_flow(self, path)
 
     def coefficients(self, sigma: Tensor, sigma_next: Tensor, level: Tensor | float = 1.0) -> Affine:
         """α, b, s [N], float64."""

@@ -10,6 +10,7 @@ from samplers.kernels.base import (
     Affine,
     Constants,
     Context,
+    Kernel,
     Reduce,
     Step,
     affine_step,
@@ -17,8 +18,10 @@ from samplers.kernels.base import (
     check_noise_level,
     euler_maruyama,
     euler_where_silent,
+    on_rectified_flow,
     step_inputs,
 )
+from samplers.paths import Path
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,10 @@ class FlowSDE:
         check_choices(self.reduce, self.constants)
         if self.sigma_cap is not None and not 0.0 < self.sigma_cap < 1.0:
             raise ValueError(f"sigma_cap={self.sigma_cap} came; expected a number inside (0, 1), or None for σ' at σ=1")
+
+    def on(self, path: Path) -> Kernel:
+        """Itself; ValueError unless the policy is a rectified flow."""
+        return on_rectified_flow(self, path)
 
     def coefficients(self, sigma: Tensor, sigma_next: Tensor, level: Tensor | float = 1.0) -> Affine:
         """α, b, s [N], float64."""

@@ -10,12 +10,15 @@ from samplers.kernels.base import (
     Affine,
     Constants,
     Context,
+    Kernel,
     Reduce,
     Step,
     affine_step,
     check_choices,
     step_inputs,
 )
+from samplers.kernels.ddim import DDIM
+from samplers.paths import Path, VariancePreserving
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,12 @@ class ODE:
 
     def __post_init__(self) -> None:
         check_choices(self.reduce, self.constants)
+
+    def on(self, path: Path) -> Kernel:
+        """Itself on a rectified flow; on a variance-preserving path its ODE is DDIM with η = 0."""
+        if isinstance(path, VariancePreserving):
+            return DDIM(eta=0.0, path=path, reduce=self.reduce, constants=self.constants)
+        return self
 
     def coefficients(self, sigma: Tensor, sigma_next: Tensor, level: Tensor | float = 1.0) -> Affine:
         """(1, -h, 0)."""

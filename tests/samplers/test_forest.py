@@ -11,11 +11,13 @@ from safetensors.torch import save_file
 
 from samplers import (  # fmt: skip
     CPS,
+    DDIM,
     Context,
     FlowSDE,
     Forest,
     KeyedNoise,
     Tree,
+    VariancePreserving,
     chain,
     diffusers_sigmas,
     load_forest,
@@ -85,6 +87,16 @@ def test_a_file_gives_the_forest_back_bit_for_bit(tmp_path: Path, dtype: torch.d
     assert torch.equal(read.scores["process"].nan_to_num(7), forest.scores["process"].nan_to_num(7))
     edges = forest.tree.edges
     assert torch.equal(read.role_steps("old", edges).mean, forest.role_steps("old", edges).mean)
+
+
+def test_a_kernel_with_a_table_is_rebuilt_too(tmp_path: Path) -> None:
+    table = torch.linspace(0.99, 0.01, 4)
+    kernel = DDIM(0.5).on(VariancePreserving(table))
+    save_forest(tmp_path / "f", replace(grown(chain(4, 2)), kernel=kernel))
+    read = load_forest(tmp_path / "f").kernel
+    sigma = torch.tensor([1.0, 0.5]).double()
+    assert isinstance(read, DDIM) and read.path is not None and torch.equal(read.path.alphas_cumprod, table)
+    assert torch.equal(read.coefficients(sigma, sigma - 0.25).std, kernel.coefficients(sigma, sigma - 0.25).std)
 
 
 @dataclass(frozen=True)

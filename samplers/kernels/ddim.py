@@ -1,0 +1,66 @@
+"""DDIM-η: the transition of ε- and v-prediction models (Song et al. 2010.02502, eq. 12 and 16; DDPO 2305.13301)."""
+
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+from samplers.kernels.base import (
+    DEFAULT_CONTEXT,
+    Affine,
+    Constants,
+    Context,
+    Kernel,
+    Reduce,
+    Step,
+    affine_step,
+    check_choices,
+    step_inputs,
+)
+from samplers.paths import Path, VariancePreserving
+
+
+@dataclass(frozen=True)
+class DDIM:
+    """x' = √ᾱ'·x̂0 + √(1-ᾱ'-s²)·ε̂ + s·z, s = η·√[(1-ᾱ')/(1-ᾱ)·(1-ᾱ/ᾱ')], η = eta·level; η = 0 is the DDIM ODE.
+
+    In (x, v) with v = √ᾱ·ε - √(1-ᾱ)·x0: α = √ᾱ'·√ᾱ + e·√(1-ᾱ), b = -√ᾱ'·√(1-ᾱ) + e·√ᾱ, e = √(1-ᾱ'-s²).
+    path: the policy's own table of levels; None in a configuration, `on` fills it in. Deterministic at σ' = 0 (ᾱ' = 1).
+    """
+
+    eta: float = 1.0
+    path: VariancePreserving | None = field(default=None, repr=False)
+    reduce: Reduce = "mean"
+    constants: Constants = "full"
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.eta <= 1.0:
+            raise ValueError(f"eta={self.eta} came; expected a number from 0 (deterministic) to 1 (ancestral)")
+        check_choices(self.reduce, self.constants)
+
+    def on(self, path: Path) -> Kernel:
+        """This kernel with the levels of a variance-preserving policy; ValueError for another path."""
+        if not isinstance(path, VariancePreserving):
+            raise ValueError(f"DDIM came for a policy on {path}; expected VariancePreserving (Stable Diffusion 1.5): "
+                             "take FlowSDE, DanceSDE or CPS for a rectified flow")  # fmt: skip
+        return replace(self, path=path)
+
+    def coefficients(self, sigma: Tensor, sigma_next: Tensor, level: Tensor | float = 1.0) -> Affine:
+        """α, b, s [N], float64; σ names a level of the path."""
+        if self.path is None:
+            raise ValueError("DDIM without a path came; expected the policy's: DDIM(...).on(policy.path)")
+        sigma, sigma_next, level = step_inputs(sigma, sigma_next, level)
+        now, then = self.path.alpha_bar(sigma), self.path.alpha_bar(sigma_next)
+        variance = (self.eta * level).square() * (1 - then) / (1 - now) * (1 - now / then)
+        a, b, old = now.sqrt(), (1 - now).sqrt(), (1 - then - variance).clamp(min=0).sqrt()
+        return Affine(alpha=then.sqrt() * a + old * b, slope=-then.sqrt() * b + old * a, std=variance.sqrt())
+
+    def __call__(
+        self,
+        x: Tensor,
+        v: Tensor,
+        sigma: Tensor | float,
+        sigma_next: Tensor | float,
+        ctx: Context = DEFAULT_CONTEXT,
+    ) -> Step:
+        """One DDIM step."""
+        return affine_step(self, x, v, sigma, sigma_next, ctx)
