@@ -29,6 +29,7 @@ class Collected:
     channels: tuple[str, ...]
     iteration: int
     metrics: dict[str, float]
+    uids: tuple[int, ...] = ()
 
     @property
     def images(self) -> int:
@@ -96,6 +97,7 @@ def collect(task: Task, prompts: Sequence[PromptRecord], iteration: int) -> Coll
         (task.reward.name,),
         iteration,
         metrics,
+        tuple(record.uid for record in prompts),
     )
 
 
