@@ -153,11 +153,13 @@ class PolicyGradient:
         aimed = int(torch.isin(parents, targets.nodes).sum()) if targets else 0
         record: list[dict[str, Tensor]] = []
         micro_batches = []
-        for start in range(0, len(parents), self.micro_batch):
-            rows = parents[start : start + self.micro_batch]
-            mine = (position >= start) & (position < start + self.micro_batch)
-            loss = partial(self._loss, batch, rows, trained[mine], position[mine] - start, len(trained), record, first)
-            supervised = partial(self._supervised, batch, targets, rows, aimed)
+        for dealt in self._task.processes.deal(len(parents)).split(self.micro_batch):
+            place = torch.full((len(parents),), -1)
+            place[dealt[dealt >= 0]] = torch.arange(int((dealt >= 0).sum()))
+            mine = place[position] >= 0
+            rows, own = parents[dealt.clamp(min=0)], parents[dealt[dealt >= 0]]
+            loss = partial(self._loss, batch, rows, trained[mine], place[position[mine]], len(trained), record, first)
+            supervised = partial(self._supervised, batch, targets, own, aimed)
             micro_batches.append(partial(loss, supervised))
         for group in self._adamw.param_groups:
             group["lr"] = self.optimiser.lr_at(self._steps)
@@ -173,7 +175,8 @@ class PolicyGradient:
         self, batch: Collected, parents: Tensor, trained: Trained, position: Tensor, count: int,
         record: list[dict[str, Tensor]], first: bool, supervised: Callable[[Tensor], Tensor],
     ) -> Tensor:  # fmt: skip
-        """The loss of some states: all their trained children, divided by the number of edges of the whole step."""
+        """The loss of some states: all their trained children, divided by the number of edges of the whole step. A state
+        without one (it pads) weighs nothing."""
         forest, edges = batch.forest, trained.edges
         velocity = self._velocity(batch, parents)
         step, arrived = forest.edge_steps(edges, velocity, position), forest.at(edges)
@@ -201,12 +204,14 @@ class PolicyGradient:
         """LayerTuning's share of some states, divided by the number of states with a target of the whole step."""
         if targets is None or self.layer_tuning is None or not aimed:
             return velocity.new_zeros(())
-        return self.layer_tuning.scale_at(batch.iteration) * targets.loss(parents, velocity).sum() / aimed
+        return (
+            self.layer_tuning.scale_at(batch.iteration) * targets.loss(parents, velocity[: len(parents)]).sum() / aimed
+        )
 
     def _check_replay(self, log_ratio: Tensor, bounds: Tensor | None) -> None:
         """Invariant I1: an unchanged policy repeats its log-probs."""
         limit = self.objective.drift_limit if bounds is None else float(bounds.min())
-        drift = float(log_ratio.abs().max())
+        drift = float(log_ratio.abs().max()) if len(log_ratio) else 0.0
         if not drift <= limit:
             raise RuntimeError(
                 f"replay drift {drift:.2e} exceeds the clip range {limit:.2e} before the first step: the update would "
@@ -241,34 +246,39 @@ class PolicyGradient:
 
     @torch.no_grad()
     def _said(self, batch: Collected, role: str, nodes: Tensor) -> Tensor:
-        """Velocities of a role at `nodes` [n, *]."""
-        before = self._task.policy.evaluations
+        """Velocities of a role at `nodes` [n, *], each evaluated by one process."""
+        processes, before = self._task.processes, self._task.policy.evaluations
+        share = processes.share(len(nodes))
+        own = nodes[share.start : share.stop].split(self._task.rollout.micro_batch)
         with self._task.policy.role(role):
-            parts = [self._velocity(batch, part) for part in nodes.split(self._task.rollout.micro_batch) if len(part)]
-        rows = (self._task.policy.evaluations - before) / batch.images
+            parts = [self._velocity(batch, part) for part in own if len(part)]
+        known = torch.cat(parts) if parts else batch.forest.states.new_empty((0, *batch.forest.states.shape[1:]))
+        rows = processes.total(self._task.policy.evaluations - before) / batch.images
         batch.metrics["cost/reference_per_image"] = batch.metrics.get("cost/reference_per_image", 0.0) + rows
-        return torch.cat(parts) if parts else batch.forest.states.new_empty((0, *batch.forest.states.shape[1:]))
+        return processes.gather(known)
 
     def _after(
         self, batch: Collected, record: list[dict[str, Tensor]], first: bool, began: float, before: int
     ) -> dict[str, float]:
         """Bookkeeping after a step; the metrics are those of the state before it."""
-        rows = self._task.policy.evaluations - before
+        processes = self._task.processes
         metrics = {
             "time/update": time.perf_counter() - began,
-            "cost/trained_per_image": rows / batch.images,
+            "cost/trained_per_image": processes.total(self._task.policy.evaluations - before) / batch.images,
             "optim/lr": self._adamw.param_groups[0]["lr"],
         }
         if not record:
             return metrics
         self._steps += 1
-        log_ratio = torch.cat([part["log_ratio"] for part in record]).double()
+        log_ratio = processes.gather(torch.cat([part["log_ratio"] for part in record])).double()
+        clipped = processes.gather(torch.cat([part["clipped"] for part in record])).double()
+        loss = {name: processes.total(sum(float(part[name]) for part in record)) for name in ("policy", "kl", "sft")}
         metrics |= {
-            "ratio/clip_fraction": float(torch.cat([part["clipped"] for part in record]).double().mean()),
+            "ratio/clip_fraction": float(clipped.mean()),
             "ratio/approx_kl": float(0.5 * (log_ratio**2).mean()),
-            "loss/policy": float(sum(part["policy"] for part in record)),
-            "loss/kl": float(sum(part["kl"] for part in record)),
+            "loss/policy": loss["policy"],
+            "loss/kl": loss["kl"],
         }
         if self.layer_tuning is not None:
-            metrics["loss/sft"] = float(sum(part["sft"] for part in record))
+            metrics["loss/sft"] = loss["sft"]
         return metrics | ({"ratio/drift_max": float(log_ratio.abs().max())} if first else {})
