@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 import samplers
+from flowalign.models.roles import Role
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,12 +76,24 @@ class Policy(Protocol):
         ...
 
     def trainable_parameters(self) -> list[tuple[str, Parameter]]:
-        """What the optimiser gets, by name, in a fixed order."""
+        """What the policy's optimiser gets, by name, in a fixed order."""
+        ...
+
+    def add_roles(self, roles: Mapping[str, Role]) -> None:
+        """Further roles, each beginning as a copy of the policy's weights; ValueError for a name that is taken."""
+        ...
+
+    def parameters_of(self, role: str) -> list[tuple[str, Parameter]]:
+        """The weights of "policy" or of an added role, by name, in the policy's order; names differ between roles."""
+        ...
+
+    def follow(self, step: int) -> None:
+        """Moves the roles that follow the policy, after its `step`-th optimiser step (1 is the first)."""
         ...
 
     def role(self, name: str) -> AbstractContextManager[None]:
-        """Inside, the network is another role: "policy" (trained) or "reference" (frozen). Restored also after an
-        exception; never touches requires_grad."""
+        """Inside, the network is another role: "policy" (trained), "reference" (the model without training) or an added
+        one. Restored also after an exception; never touches requires_grad."""
         ...
 
     def save_lora(self, folder: Path) -> None:

@@ -1,12 +1,14 @@
 """LoRA: strict targets, roles that touch nothing but a flag, and an export that keeps alpha.
 
 peft's own switches (set_adapter, enable_adapters, diffusers' disable_adapters) change requires_grad and leave the policy
-silently frozen; here a role flips the layers' disabled flag and puts it back.
+silently frozen; here a role flips the layers' own flags and puts them back.
 """
 
 from __future__ import annotations
 
+import copy
 import difflib
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn import Parameter
 
 ADAPTER = "default"
 SD3_TARGETS = (
@@ -87,18 +90,38 @@ def add_lora(network: ModelMixin, lora: LoRA, targets: Sequence[str], seed: int)
             parameter.data = parameter.data.float()
 
 
+def add_adapter(network: ModelMixin, name: str, trained: bool) -> None:
+    """A further adapter with the weights that the policy's has now; the policy stays what answers and is trained."""
+    with torch.random.fork_rng(devices=[]), answering(network, ADAPTER), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # that is the purpose
+        network.add_adapter(copy.deepcopy(network.peft_config[ADAPTER]), adapter_name=name)
+    own = adapter_parameters(network, name)
+    for (_, source), (_, target) in zip(adapter_parameters(network, ADAPTER), own, strict=True):
+        source.requires_grad_(True)  # peft froze it
+        target.data = source.detach().clone()
+        target.requires_grad_(trained)
+
+
+def adapter_parameters(network: nn.Module, adapter: str) -> list[tuple[str, Parameter]]:
+    """The tensors of one adapter, in the network's order: the same for every adapter."""
+    return [(name, p) for name, p in network.named_parameters() if ".lora_" in name and adapter in name.split(".")]
+
+
 @contextmanager
-def adapters_off(network: nn.Module) -> Iterator[None]:
-    """Inside, the base network answers. Flips only the layers' flag, and restores each to what it was."""
+def answering(network: nn.Module, adapter: str | None) -> Iterator[None]:
+    """Inside, the base network answers with this adapter, or without any. Flips only the layers' two flags, and
+    restores each to what it was."""
     layers = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
-    before = [layer._disable_adapters for layer in layers]
+    before = [(layer._disable_adapters, layer._active_adapter) for layer in layers]
     try:
         for layer in layers:
-            layer._disable_adapters = True
+            layer._disable_adapters = adapter is None
+            if adapter is not None:
+                layer._active_adapter = [adapter]
         yield
     finally:
-        for layer, flag in zip(layers, before, strict=True):
-            layer._disable_adapters = flag
+        for layer, (disabled, active) in zip(layers, before, strict=True):
+            layer._disable_adapters, layer._active_adapter = disabled, active
 
 
 def adapter_state(network: nn.Module) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ call. Timesteps 0…999 live only here: the level σ = (t+1)/1000 is timestep t,
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from torch.nn import Parameter
 from flowalign.models.base import Conditions, Family
 from flowalign.models.lora import ADAPTER, UNET_TARGETS, adapter_state, save_peft
 from flowalign.models.parts import PromptStore, TrainedNetwork
+from flowalign.models.roles import Role
 from samplers import VariancePreserving
 
 SCHEDULERS = ("DDIMScheduler", "PNDMScheduler")
@@ -148,7 +149,16 @@ class SD15Policy:
         return {"unet": self.unet}
 
     def trainable_parameters(self) -> list[tuple[str, Parameter]]:
-        return self._trained.trainable_parameters()
+        return self._trained.parameters_of("policy")
+
+    def add_roles(self, roles: Mapping[str, Role]) -> None:
+        self._trained.add_roles(roles)
+
+    def parameters_of(self, role: str) -> list[tuple[str, Parameter]]:
+        return self._trained.parameters_of(role)
+
+    def follow(self, step: int) -> None:
+        self._trained.follow(step)
 
     def role(self, name: str) -> AbstractContextManager[None]:
         return self._trained.role(name)
