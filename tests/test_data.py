@@ -37,7 +37,9 @@ def test_a_bad_file_is_named_with_its_line(tmp_path: Path, name: str, content: b
         prompts(tmp_path / name, content)
 
 
-@pytest.mark.parametrize("source", ["flowalign.glyphs:PIPELINE", "os:getcwd", "os:getpid", ":x", ".x:y", "a b:c", "os:"])
+@pytest.mark.parametrize(
+    "source", ["flowalign.glyphs:PIPELINE", "os:getcwd", "os:getpid", ":x", ".x:y", "a b:c", "os:"]
+)
 def test_a_bad_function_is_named(source: str) -> None:
     with pytest.raises(ValueError, match=f"prompt source {source!r}"):
         load_prompts(source)
