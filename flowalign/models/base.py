@@ -119,3 +119,10 @@ def check_size(height: int, width: int, unit: int) -> None:
     """ValueError unless both are positive multiples of `unit`."""
     if min(height, width) < unit or height % unit or width % unit:
         raise ValueError(f"image size {height}×{width} came; expected positive multiples of {unit} for this model")
+
+
+def encode_singly(policy: Policy, prompts: Sequence[str]) -> Conditions:
+    """One row per prompt, each text encoded alone.
+
+    In a batch a text's last bits depend on its mates, and a resumed run, whose store is empty, meets it among others."""
+    return Conditions.cat([policy.encode([text]) for text in prompts])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flowalign.data import PromptRecord
-from flowalign.models.base import Conditions
+from flowalign.models.base import Conditions, encode_singly
 from flowalign.trainers.base import Task
 from rewards import RewardBatch, RewardOutput, score
 from samplers import Forest, KeyedNoise, Tree, rollout
@@ -53,7 +53,7 @@ def collect(task: Task, prompts: Sequence[PromptRecord], iteration: int) -> Coll
     noise = KeyedNoise(
         task.seed, iteration, [record.uid for record in prompts], policy.latent_shape(task.height, task.width)
     )
-    conditions = policy.encode([record.prompt for record in prompts])
+    conditions = encode_singly(policy, [record.prompt for record in prompts])
     group_of_root = tree.group[: tree.num_roots]
 
     def velocity(x: Tensor, sigma: Tensor, root: Tensor) -> Tensor:
