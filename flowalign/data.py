@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 from collections.abc import Sequence
@@ -83,6 +84,11 @@ def _call(source: str) -> list[dict[str, Any]]:
         raise ValueError(
             f"prompt source {source!r}: {error}; expected a function without arguments that returns objects with 'prompt'"
         ) from error
+
+
+def digest(records: Sequence[PromptRecord]) -> str:
+    """A hash of the whole set, by which a resumed run knows its prompts again."""
+    return hashlib.sha256(repr([vars(record) for record in records]).encode()).hexdigest()
 
 
 def prompts_of_iteration(records: Sequence[PromptRecord], count: int, seed: int, iteration: int) -> list[PromptRecord]:
