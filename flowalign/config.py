@@ -6,6 +6,7 @@ import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -158,6 +159,9 @@ def check(config: TrainConfig) -> None:
     for key in ("groups", "group_size", "num_inference_steps", "micro_batch"):
         if vars(rollout)[key] < 1:
             raise ConfigError(f"rollout.{key}={vars(rollout)[key]}: expected at least 1")
+    for tracker in config.run.trackers:
+        if find_spec(tracker) is None:
+            raise ConfigError(f"run.trackers names {tracker!r}, which is not installed: install it, or leave it out")
     inspect_checkpoint(policy.path)
     check_image_size(policy.path, policy.height, policy.width)
     if policy.max_sequence_length is not None and policy.max_sequence_length < 0:

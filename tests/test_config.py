@@ -136,6 +136,13 @@ def test_a_bad_file_is_named(tmp_path: Path, content: bytes, said: str) -> None:
         load_config(str(tmp_path / "c.yaml"))
 
 
+def test_a_tracker_that_is_not_installed_is_named(tiny_pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate would train without it."""
+    monkeypatch.setattr("flowalign.config.find_spec", lambda name: None if name == "wandb" else name)
+    with pytest.raises(ConfigError, match="'wandb', which is not installed"):
+        load_config(CONFIG, [f"policy.path={tiny_pipeline}", "run.trackers=[tensorboard,wandb]"])
+
+
 def test_overrides_win_and_the_forecast_counts_what_they_say(tiny_pipeline: Path) -> None:
     config, plain = load_config(
         CONFIG,
