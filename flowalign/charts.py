@@ -90,7 +90,7 @@ def _curve(axis: Axes, rows: Sequence[Row], panel: Panel) -> None:
     else:
         axis.ticklabel_format(axis="y", scilimits=(-3, 4), useOffset=False)
         axis.yaxis.set_major_locator(MaxNLocator(5))
-    axis.set_title(panel.title, loc="left", fontsize=9, color=INK)
+    axis.set_title(panel.title, loc="left", fontsize=9, color=INK, parse_math=False)  # names of rewards
     axis.set_xlabel("iteration")
     axis.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
     axis.margins(x=0.02)

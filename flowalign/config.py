@@ -6,6 +6,7 @@ import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from flowalign.data import load_prompts
-from flowalign.models.load import check_lora_targets, inspect_checkpoint, path_of
+from flowalign.models.load import check_image_size, check_lora_targets, inspect_checkpoint, path_of
 from flowalign.models.lora import LoRA
 from flowalign.trainers import Rollout, Trainer
 from rewards import Reward
@@ -58,6 +59,7 @@ class RunSettings:
         for key in ("iterations", "checkpoint_every", "keep_checkpoints"):
             if vars(self)[key] < 1:
                 raise ValueError(f"run.{key}={vars(self)[key]}: expected at least 1")
+        _check_seed("run.seed", self.seed)
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
             raise ValueError(f"run.name={self.name!r}: expected letters, digits, '.', '_' and '-', it names a folder")
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
@@ -83,10 +85,17 @@ class EvaluationSettings:
         for key in ("count", "samples_per_prompt", "num_inference_steps", "batch_size"):
             if vars(self)[key] < 1:
                 raise ValueError(f"evaluation.{key}={vars(self)[key]}: expected at least 1")
-        if not self.rewards:
-            raise ValueError("evaluation.rewards is empty: expected at least one reward")
+        _check_seed("evaluation.seed", self.seed)
+        names = [reward.name for reward in self.rewards]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"evaluation.rewards are named {names}: expected at least one, each with its own `name`")
         if self.every is not None and self.every < 1:
             raise ValueError(f"evaluation.every={self.every}: expected at least 1, or null")
+
+
+def _check_seed(key: str, seed: int) -> None:
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"{key}={seed}: expected a number from 0 to 2**63 - 1")
 
 
 @dataclass(frozen=True)
@@ -103,7 +112,7 @@ class TrainConfig:
 
 
 def parser() -> ArgumentParser:
-    parser = ArgumentParser(exit_on_error=False, prog="flowalign train")
+    parser = ArgumentParser(exit_on_error=False, prog="flowalign train", allow_abbrev=False)
     parser.add_argument("--config", action="config")
     parser.add_class_arguments(TrainConfig, as_group=False, fail_untyped=True)
     return parser
@@ -150,10 +159,23 @@ def check(config: TrainConfig) -> None:
     for key in ("groups", "group_size", "num_inference_steps", "micro_batch"):
         if vars(rollout)[key] < 1:
             raise ConfigError(f"rollout.{key}={vars(rollout)[key]}: expected at least 1")
+    for tracker in config.run.trackers:
+        if find_spec(tracker) is None:
+            raise ConfigError(f"run.trackers names {tracker!r}, which is not installed: install it, or leave it out")
     inspect_checkpoint(policy.path)
+    check_image_size(policy.path, policy.height, policy.width)
+    if policy.max_sequence_length is not None and policy.max_sequence_length < 0:
+        raise ConfigError(f"policy.max_sequence_length={policy.max_sequence_length}: expected at least 0, or null")
     config.trainer.check(replace(rollout, kernel=rollout.kernel.on(path_of(policy.path))))
     if policy.trainable == "lora":
         check_lora_targets(policy.path, policy.lora.targets)
+    elif policy.dtype != "fp32":
+        raise ConfigError(f"policy.dtype={policy.dtype} with policy.trainable=full: expected fp32 for the optimiser")
+    elif config.trainer.needs_reference() and not policy.reference_copy:
+        raise ConfigError(
+            "policy.trainable=full with a KL (trainer.kl.beta above 0) has no reference: set trainer.kl.beta=0, or "
+            "policy.reference_copy=true (it doubles the memory of the network)"
+        )
     load_prompts(config.prompts)
     held_out = load_prompts(config.evaluation.prompts)
     if config.evaluation.count > len(held_out):
@@ -174,9 +196,11 @@ KEYS = {
 def _check_keys(path: str) -> None:
     """Unknown keys of the fixed sections, with the nearest valid spelling."""
     try:
-        content = yaml.safe_load(Path(path).read_text())
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+        text = Path(path).read_text(encoding="utf-8")
+        content = yaml.safe_load(text)
+        _check_repeats(path, yaml.compose(text, yaml.SafeLoader))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML in UTF-8: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected sections such as run, policy, rollout; got {type(content).__name__}")
     for section, known in KEYS.items():
@@ -184,6 +208,19 @@ def _check_keys(path: str) -> None:
         for key in given if isinstance(given, dict) else ():
             if key not in known:
                 raise ConfigError(_unknown(f"{section}.{key}".strip("."), str(key), known))
+
+
+def _check_repeats(path: str, node: yaml.Node | None) -> None:
+    """A key that is given twice; YAML itself would keep the last in silence."""
+    if isinstance(node, yaml.MappingNode):
+        keys = [key.value for key, _ in node.value]
+        for number, (key, value) in enumerate(node.value):
+            if key.value in keys[:number]:
+                raise ConfigError(f"{path}, line {key.start_mark.line + 1}: {key.value!r} is given twice; keep one")
+            _check_repeats(path, value)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            _check_repeats(path, value)
 
 
 def _unknown(full: str, key: str, known: set[str]) -> str:

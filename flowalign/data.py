@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 from collections.abc import Sequence
@@ -38,7 +39,7 @@ def load_prompts(source: str) -> list[PromptRecord]:
     records = []
     for number, row in enumerate(rows):
         if not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
-            raise ValueError(f"{source}, row {number + 1}: expected a non-empty text under 'prompt', got {row!r}")
+            raise ValueError(f"{source}, prompt {number + 1}: expected a non-empty text under 'prompt', got {row!r}")
         records.append(PromptRecord(number, row["prompt"], {k: v for k, v in row.items() if k != "prompt"}))
     if not records:
         raise ValueError(f"{source} holds no prompts; expected at least one")
@@ -48,30 +49,46 @@ def load_prompts(source: str) -> list[PromptRecord]:
 def _read_rows(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"prompt file {path} does not exist (working directory: {Path.cwd()})")
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # with or without the mark that Windows editors put first
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error}): save it as UTF-8") from error
+    # not splitlines: JSON texts may hold U+2028 and its like
+    lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if path.suffix == ".txt":
-        return [{"prompt": line.strip()} for line in lines]
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, row {number}: not JSON ({error})") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, row {number}: expected a JSON object, got {type(row).__name__}")
-        rows.append(row)
-    return rows
+        return [{"prompt": line} for _, line in lines]
+    return [_parse(f"{path}, line {number}", line) for number, line in lines]
+
+
+def _parse(place: str, line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place}: not JSON ({error})") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{place}: expected a JSON object, got {type(row).__name__}")
+    return row
 
 
 def _call(source: str) -> list[dict[str, Any]]:
     module_name, _, name = source.partition(":")
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
+    except (ImportError, ValueError, TypeError) as error:
         raise ValueError(f"prompt source {source!r}: cannot import {module_name!r} ({error})") from error
-    if name not in vars(module):
+    if not callable(vars(module).get(name)):
         raise ValueError(f"prompt source {source!r}: {module_name} has no function {name!r}")
-    return [dict(row) for row in vars(module)[name]()]
+    try:
+        return [{**row} for row in vars(module)[name]()]
+    except TypeError as error:
+        raise ValueError(
+            f"prompt source {source!r}: {error}; expected a function without arguments that returns objects with 'prompt'"
+        ) from error
+
+
+def digest(records: Sequence[PromptRecord]) -> str:
+    """A hash of the whole set, by which a resumed run knows its prompts again."""
+    return hashlib.sha256(repr([vars(record) for record in records]).encode()).hexdigest()
 
 
 def prompts_of_iteration(records: Sequence[PromptRecord], count: int, seed: int, iteration: int) -> list[PromptRecord]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from flowalign.data import PromptRecord
 from flowalign.files import append_line
-from flowalign.models.base import Policy
+from flowalign.models.base import Policy, encode_singly
 from rewards import Reward, RewardBatch, RewardError, score
 from samplers import ODE, Tree, chain, rollout
 from samplers.noise import generator, normal
@@ -124,7 +124,7 @@ def _check(prompts: Sequence[PromptRecord], rewards: Sequence[Reward], batch_siz
 
 
 def _generate(policy: Policy, prompts: list[str], noise: Tensor, num_inference_steps: int, guidance: float) -> Tensor:
-    conditions, ode = policy.encode(prompts), ODE().on(policy.path)
+    conditions, ode = encode_singly(policy, prompts), ODE().on(policy.path)
     one = chain(num_inference_steps, 1)
     tree = Tree.cat([replace(one, level=torch.zeros_like(one.level))] * len(prompts))  # no step has noise: no edges
 

@@ -6,6 +6,10 @@ import os
 from pathlib import Path
 
 
+class DamagedFile(ValueError):
+    """A file of ours that cannot be read; the message names it and says what to do."""
+
+
 def fsync(path: Path) -> None:
     """Asks the disk to keep `path`, a file or a folder (a folder's own entries, not what its files hold)."""
     handle = os.open(path, os.O_RDONLY)

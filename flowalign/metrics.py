@@ -15,7 +15,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from flowalign.files import append_line, write_atomic
+from flowalign.files import DamagedFile, append_line, write_atomic
 
 Row = dict[str, Any]
 
@@ -50,17 +50,19 @@ class MetricsLog:
 def read_rows(path: Path) -> list[Row]:
     """The rows of a JSON-lines file. A last line without newline is a torn write and is left out.
 
-    Raises ValueError that names the line for anything else that is not a JSON object with an integer `step`."""
+    Raises DamagedFile that names the line for anything else that is not a JSON object with an integer `step`."""
     rows = []
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise ValueError(
+            raise DamagedFile(
                 f"{path}, line {number}: not JSON ({error}); remove the line or restore the file"
             ) from error
         if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            raise ValueError(f"{path}, line {number}: expected a JSON object with an integer 'step', got {line[:80]!r}")
+            raise DamagedFile(
+                f"{path}, line {number}: expected a JSON object with an integer 'step', got {line[:80]!r}"
+            )
         rows.append(row)
     return rows
 

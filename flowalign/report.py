@@ -44,8 +44,10 @@ PHASES = ("rollout", "decode", "reward", "update")
 def write_report(run_folder: Path) -> Path:
     """Writes report.html into the run folder and returns its path. Works on a run that has only just begun.
 
-    Raises ValueError naming the file if one that exists is damaged."""
+    Raises ValueError naming the file if one that exists is damaged, FileNotFoundError without a folder."""
     folder = Path(run_folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no run folder {folder} (working directory: {Path.cwd()})")
     rows = read_rows(folder / "metrics.jsonl") if (folder / "metrics.jsonl").exists() else []
     summary = _read_json(folder / "summary.json")
     config = folder / "config.yaml"

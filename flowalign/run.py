@@ -4,30 +4,28 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
 from flowalign import checkpoint
+from flowalign.checkpoint import CheckpointError
 from flowalign.config import ConfigError, TrainConfig
-from flowalign.data import PromptRecord, load_prompts, prompts_of_iteration
+from flowalign.data import PromptRecord, digest, load_prompts, prompts_of_iteration
 from flowalign.ema import EMA
 from flowalign.evaluate import EvaluationResult, append_result, captions, compare, evaluate, summary
-from flowalign.files import write_atomic
+from flowalign.files import DamagedFile, write_atomic
+from flowalign.folder import describe, open_folder
 from flowalign.forecast import forecast
 from flowalign.metrics import MetricsLog
 from flowalign.models import load_policy
@@ -36,8 +34,7 @@ from flowalign.report import grid, write_report
 from flowalign.stored import load_result, save_result
 from flowalign.trainers import Task, Update
 from flowalign.trainers.collect import Collected
-
-MAY_CHANGE = {"run.iterations", "run.checkpoint_every", "run.keep_checkpoints", "run.trackers", "run.resume"}
+from rewards import RewardBatch, RewardError, score
 
 
 class Interrupted(KeyboardInterrupt):
@@ -58,16 +55,31 @@ class Run:
                 f"{self.accelerator.num_processes} processes came; this version trains on one: launch with --num_processes 1"
             )
         self._stop = False
-        self._first, self._seconds, self._steps_checked = 0, 0.0, False
+        self._first, self._last_saved, self._seconds, self._reached = 0, 0, 0.0, False
         self._totals = {"images": 0, "rollout": 0.0, "update": 0.0, "drift": 0.0}
         self._pending: dict[str, float] = {}
 
     # ------------------------------------------------------------------------------------------ begin and end
 
     def __enter__(self) -> Run:
+        with ExitStack() as leaving:  # undone if entering fails, else when the run is left
+            self._enter(leaving)
+            self._leaving = leaving.pop_all()
+        return self
+
+    def _enter(self, leaving: ExitStack) -> None:
         settings = self.config.policy
-        self._open_folder()
+        self._train = load_prompts(self.config.prompts)
+        self._held_out = load_prompts(self.config.evaluation.prompts)[: self.config.evaluation.count]
+        try:
+            leaving.enter_context(open_folder(self.folder, self.plain))
+            self._read_saved()
+        except (CheckpointError, DamagedFile) as error:
+            raise ConfigError(str(error)) from error
         print(forecast(self.config), flush=True)
+        for reward in (self.config.reward, *self.config.evaluation.rewards):
+            leaving.callback(reward.close)
+        self._try_rewards()
         self.policy = load_policy(
             settings.path, lora=settings.lora, trainable=settings.trainable, dtype=settings.dtype,
             max_sequence_length=settings.max_sequence_length, negative_prompt=settings.negative_prompt,
@@ -79,41 +91,56 @@ class Run:
             raise ConfigError("policy: no parameter is trainable; check policy.trainable and policy.lora.targets")
         decay = self.config.run.ema_decay
         self.ema = EMA(self._named, decay=decay) if decay is not None else None
-        self._train = load_prompts(self.config.prompts)
-        self._held_out = load_prompts(self.config.evaluation.prompts)[: self.config.evaluation.count]
         self.metrics = MetricsLog(self.folder / "metrics.jsonl")
         rollout = replace(self.config.rollout, kernel=self.config.rollout.kernel.on(self.policy.path))
         self.task = Task(
             self.policy, self.config.reward, rollout, self.config.run.seed, settings.height, settings.width
         )
+        describe(self.folder, self.plain)
         self.accelerator.init_trackers("flowalign", init_kwargs={"wandb": {"name": self.config.run.name}})
-        self._handlers = {name: signal.signal(name, self._ask_to_stop) for name in (signal.SIGINT, signal.SIGTERM)}
+        leaving.callback(self.accelerator.end_training)
+        for name in (signal.SIGINT, signal.SIGTERM):
+            leaving.callback(signal.signal, name, signal.signal(name, self._ask_to_stop))
         self._began = time.monotonic()
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for name, handler in self._handlers.items():
-            signal.signal(name, handler)
-        for reward in (self.config.reward, *self.config.evaluation.rewards):
-            reward.close()
-        self.accelerator.end_training()
+        self._leaving.close()
 
-    def _open_folder(self) -> None:
-        saved = self.folder / "config.yaml"
-        if saved.exists():
-            if self.config.run.resume == "never":
-                raise ConfigError(f"{self.folder} exists and run.resume=never: choose another run.name, or remove it")
-            changed = [k for k in _differences(yaml.safe_load(saved.read_text()), self.plain) if k not in MAY_CHANGE]
-            if changed:
-                raise ConfigError(
-                    f"{self.folder} was made with another configuration; different: {', '.join(changed)}. Choose another "
-                    "run.name, or go back to the saved config.yaml to resume"
-                )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(saved, yaml.safe_dump(self.plain, sort_keys=False).encode())
-        write_atomic(self.folder / "provenance.json", json.dumps(_provenance(), indent=1).encode())
+    def _read_saved(self) -> None:
+        """What an earlier start left, read and checked before the model is loaded."""
+        path = checkpoint.latest(self.folder)
+        self._first = checkpoint.step_of(path) if path is not None else 0
+        self._saved = checkpoint.load(path) if path is not None else None
+        evaluated = self.folder / "evaluation" / "base.safetensors"
+        if self._first and not evaluated.exists():
+            raise ConfigError(
+                f"{evaluated} is missing, though the run is at iteration {self._first}: restore it, or choose another run.name"
+            )
+        self._base = load_result(evaluated) if evaluated.exists() else None
+        self._prompts = {"train": digest(self._train), "held_out": digest(self._held_out)}
+        if self._saved is not None and self._saved[1].get("prompts") != self._prompts:
+            raise ConfigError(
+                f"{self.config.prompts} or {self.config.evaluation.prompts} changed since {self.folder} was begun: "
+                "restore them, or choose another run.name"
+            )
+
+    def _try_rewards(self) -> None:
+        """Each reward scores two black images: what is misspelt or misshapen shows before the model is loaded."""
+        settings = self.config.policy
+        asked = [(self.config.reward, self._train), *((r, self._held_out) for r in self.config.evaluation.rewards)]
+        for reward, prompts in asked:
+            two = (prompts * 2)[:2]
+            batch = RewardBatch(
+                prompts=[record.prompt for record in two],
+                images=torch.zeros(2, 3, settings.height, settings.width),
+                metadata=[record.metadata for record in two],
+            )
+            try:
+                score(reward, batch, max_fail_rate=1.0)
+            except RewardError as error:
+                raise ConfigError(f"tried on two black images, {error}") from error
 
     def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
         if self._stop:  # the second time: at once; the last checkpoint stands
@@ -134,7 +161,8 @@ class Run:
                 yield iteration
                 self._bar.update()
                 if self._stop and iteration + 1 < total:
-                    self._save(iteration + 1)
+                    if self._last_saved <= iteration:
+                        self._save(iteration + 1)
                     raise Interrupted(f"stopped after iteration {iteration + 1}; the same command goes on from there")
 
     def prompts(self, iteration: int) -> list[PromptRecord]:
@@ -166,9 +194,7 @@ class Run:
             raise FloatingPointError(
                 f"gradient norm {norm}; lower optimiser.lr, or look at the reward and the log-probs"
             )
-        if not self._steps_checked and self.config.run.gradient_check and norm == 0:
-            raise RuntimeError("the first gradient is exactly 0: the policy is frozen or the loss does not reach it")
-        self._steps_checked = True
+        self._reached = self._reached or norm > 0
 
     def end(self, iteration: int, batch: Collected) -> None:
         """Logs the iteration; saves and evaluates when it is time."""
@@ -188,6 +214,9 @@ class Run:
         )
         if every is not None and step % every == 0 and step < self.config.run.iterations:
             row |= {f"eval/{name}": float(s[s.isfinite()].mean()) for name, s in self._evaluate("tuned").scores.items()}
+        equal = row.get("group/zero_std_ratio", 0.0) == 1  # then there was nothing to learn from
+        if not (self._reached or equal) and self.config.run.gradient_check and "optim/grad_norm" in row:
+            raise RuntimeError("the first gradient is exactly 0: the policy is frozen or the loss does not reach it")
         self.metrics.append(step, row)
         self.accelerator.log({k: v for k, v in row.items() if math.isfinite(v)}, step=step)
         if step % self.config.run.checkpoint_every == 0 or step == self.config.run.iterations:
@@ -213,20 +242,21 @@ class Run:
             "optimisers": optimisers,
             "ema_steps": self.ema.steps if self.ema is not None else 0,
             "trainer": self.config.trainer.state(),
+            "prompts": self._prompts,
             "totals": dict(self._totals),
             "time/seconds": self._elapsed(),
         }
         checkpoint.save(self.folder, step, tensors, state, keep=self.config.run.keep_checkpoints)
+        self._last_saved = step
 
     def resume(self) -> None:
         """Takes up the latest checkpoint; without one, whatever an earlier start left behind is cut back to nothing."""
-        path = checkpoint.latest(self.folder)
-        self._first = checkpoint.step_of(path) if path is not None else 0
         self.metrics.cut_back(self._first)
         MetricsLog(self.folder / "evaluations.jsonl").cut_back(self._first)
-        if path is None:
+        if self._saved is None:
             return
-        tensors, state = checkpoint.load(path)
+        tensors, state = self._saved
+        self._saved, self._last_saved = None, self._first
         restore_parameters(self._named, tensors["parameters"])
         for name, optimiser in self.config.trainer.optimisers.items():
             restore_optimizer(optimiser, self._named, tensors[f"optimiser_{name}"], state["optimisers"][name])
@@ -234,7 +264,7 @@ class Run:
             self.ema.restore(tensors["ema"], state["ema_steps"])
         self.config.trainer.restore(state["trainer"])
         self._totals, self._seconds = state["totals"], state["time/seconds"]
-        self._steps_checked = True
+        self._reached = True
         print(f"resumed {self.folder} after iteration {self._first}", flush=True)
 
     def _elapsed(self) -> float:
@@ -244,17 +274,18 @@ class Run:
 
     def evaluate_base(self) -> None:
         """The model as it came, once per run: kept in the folder, so a resumed run compares with the same figures."""
-        path = self.folder / "evaluation" / "base.safetensors"
-        if path.exists():
-            self.base = load_result(path)
-            return
-        if self._first:
-            raise ConfigError(
-                f"{path} is missing, though the run is at iteration {self._first}: restore it, or start anew"
-            )
-        self.base = self._evaluate("base")
-        save_result(path, self.base)
-        append_result(self.folder / "evaluations.jsonl", 0, "base", self.base)
+        if self._base is None:
+            self.base = self._evaluate("base")
+            self._log_evaluation(0, "base", self.base)
+        else:
+            self.base = self._base
+
+    def _log_evaluation(self, step: int, label: str, result: EvaluationResult) -> None:
+        """Once per step, however often the run is started; the row first, since the other file says that it is there."""
+        log = self.folder / "evaluations.jsonl"
+        MetricsLog(log).cut_back(step - 1)
+        append_result(log, step, label, result)
+        save_result(self.folder / "evaluation" / f"{label}.safetensors", result)
 
     def _evaluate(self, label: str) -> EvaluationResult:
         settings, policy = self.config.evaluation, self.config.policy
@@ -271,8 +302,7 @@ class Run:
     def finish(self) -> dict[str, Any]:
         """Evaluates the tuned model beside the base; writes LoRA, grid, summary and report."""
         tuned = self._evaluate("tuned")
-        save_result(self.folder / "evaluation" / "tuned.safetensors", tuned)
-        append_result(self.folder / "evaluations.jsonl", self.config.run.iterations, "tuned", tuned)
+        self._log_evaluation(self.config.run.iterations, "tuned", tuned)
         if self.config.policy.trainable == "lora":
             with self.ema.applied() if self.ema is not None else nullcontext():
                 self.policy.save_lora(self.folder / "lora")
@@ -321,37 +351,3 @@ class Run:
                 },
             },
         }
-
-
-def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
-    if not (isinstance(old, dict) and isinstance(new, dict)):
-        return [] if old == new else [prefix]
-    return [
-        name
-        for key in sorted(old.keys() | new.keys())
-        for name in _differences(old.get(key), new.get(key), f"{prefix}.{key}".strip("."))
-    ]
-
-
-def _provenance() -> dict[str, Any]:
-    packages = ("flowalign-diffusion", "torch", "diffusers", "transformers", "accelerate", "peft", "rapidocr")
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-        check=False,
-    )
-    return {
-        "git": commit.stdout.strip() or None,
-        "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "versions": {name: _version(name) for name in packages},
-    }
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed (run from its source folder)"

@@ -6,11 +6,11 @@ import json
 from dataclasses import fields
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from flowalign.evaluate import EvaluationResult
-from flowalign.files import write_atomic
+from flowalign.files import DamagedFile, write_atomic
 
 _TENSORS = ("scores", "images")
 
@@ -24,10 +24,13 @@ def save_result(path: Path, result: EvaluationResult) -> None:
 
 
 def load_result(path: Path) -> EvaluationResult:
-    """Reads what `save_result` wrote."""
-    with safe_open(str(path), framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        plain = json.loads(file.metadata()["result"])
+    """Reads what `save_result` wrote. Raises DamagedFile naming the file if it is damaged."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            plain = json.loads(file.metadata()["result"])
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise DamagedFile(f"{path} is damaged ({error}): restore it from a copy") from error
     images = tensors.pop("images")
     return EvaluationResult(
         scores={name.removeprefix("scores/"): value for name, value in tensors.items()}, images=images, **plain

@@ -163,7 +163,7 @@ class Window:
 
     def forecast(self, num_steps: int, group_size: int) -> Cost:
         """The earliest window: it shares the shortest prefix, so no position costs more."""
-        self._last(num_steps)
+        self.tree(num_steps, group_size, 0, np.random.default_rng(0))  # a position outside the window is an error
         return window(num_steps, group_size, self.low, self.size, shared_start=self.shared_start).cost()
 
     def _last(self, num_steps: int) -> int:

@@ -18,6 +18,8 @@ BAD = [
     (["run.itertions=3"], "iterations"),
     (["policy.guidance_scle=2"], "guidance_scle"),
     (["trainer.clip=1"], "clip"),
+    (["run.iter=3"], "run.iter"),  # no abbreviations
+    (["rollout.group_s=4"], "'rollout.group_s'"),
     # types
     (["rollout.group_size=many"], "group_size"),
     (["run.seed=x"], "seed"),
@@ -35,6 +37,7 @@ BAD = [
     (["rollout.plan.size=0"], "size"),
     (["rollout.num_inference_steps=0"], "num_inference_steps"),
     (["rollout.plan=samplers.Windows"], "Windows"),
+    (["rollout.plan.position=samplers.Fixed", "rollout.plan.position.at=9"], "at=9"),
     # kernels
     (["rollout.kernel=samplers.ODE"], "noise"),
     (["rollout.kernel=samplers.FlowSDE", "rollout.kernel.noise_level=0"], "noise"),
@@ -51,6 +54,9 @@ BAD = [
     # optimiser and objective
     (["trainer.optimiser.lr=0"], "lr"),
     (["trainer.optimiser.max_grad_norm=0"], "max_grad_norm"),
+    (["trainer.optimiser.betas=[1.5,0.9]"], "betas"),
+    (["trainer.optimiser.weight_decay=-1"], "weight_decay"),
+    (["trainer.optimiser.eps=-1"], "eps"),
     (["trainer.micro_batch=0"], "micro_batch"),
     (["trainer.objective.clip_range=0"], "clip_range"),
     (["trainer.kl.beta=-1"], "beta"),
@@ -59,6 +65,8 @@ BAD = [
     (["reward=rewards.JPEGG"], "JPEG"),
     (["reward=rewards.OCR", "reward.metric=fuzzy"], "metric"),
     (["evaluation.rewards=[]"], "rewards"),
+    (["evaluation.rewards=[rewards.JPEGCompressibility,rewards.JPEGCompressibility]"], "own `name`"),
+    (["evaluation.seed=-1"], "evaluation.seed"),
     # data
     (["prompts=nowhere.txt"], "nowhere.txt"),
     (["prompts=flowalign.glyphs:no_such"], "no_such"),
@@ -69,9 +77,16 @@ BAD = [
     (["policy.path=./nowhere"], "nowhere"),
     (["policy.trainable=half"], "trainable"),
     (["policy.dtype=fp8"], "dtype"),
+    (["policy.trainable=full", "policy.dtype=bf16"], "bf16"),
+    (["policy.trainable=full", "trainer.kl.beta=0.01"], "reference_copy"),
+    (["policy.height=25"], "25×48"),
+    (["policy.width=-48"], "multiples of"),
+    (["policy.max_sequence_length=-3"], "max_sequence_length"),
     # runs
     (["run.iterations=0"], "iterations"),
     (["run.checkpoint_every=0"], "checkpoint_every"),
+    (["run.seed=-1"], "run.seed"),
+    (["run.seed=99999999999999999999999"], "run.seed"),
     (["run.ema_decay=1.5"], "ema_decay"),
     (["run.name=a/b"], "name"),
     # overrides
@@ -103,6 +118,29 @@ def test_unknown_keys_in_the_file_suggest_the_right_one(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(ConfigError, match="'group_size'"):
         load_config(str(tmp_path / "c.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "expected sections"),
+        (b"run: [", "not valid YAML"),
+        ("run: {name: é}".encode("latin-1"), "UTF-8"),
+        (b"run: {name: a}\nrollout: {groups: 2}\nrollout: {group_size: 4}\n", "line 3: 'rollout' is given twice"),
+        (b"run:\n  name: a\n  seed: 1\n  seed: 2\n", "line 4: 'seed' is given twice"),
+    ],
+)
+def test_a_bad_file_is_named(tmp_path: Path, content: bytes, said: str) -> None:
+    (tmp_path / "c.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"c\.yaml.*{said}"):
+        load_config(str(tmp_path / "c.yaml"))
+
+
+def test_a_tracker_that_is_not_installed_is_named(tiny_pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate would train without it."""
+    monkeypatch.setattr("flowalign.config.find_spec", lambda name: None if name == "wandb" else name)
+    with pytest.raises(ConfigError, match="'wandb', which is not installed"):
+        load_config(CONFIG, [f"policy.path={tiny_pipeline}", "run.trackers=[tensorboard,wandb]"])
 
 
 def test_overrides_win_and_the_forecast_counts_what_they_say(tiny_pipeline: Path) -> None:

@@ -5,25 +5,17 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from flowalign.data import PromptRecord
 from flowalign.evaluate import append_result, captions, compare, evaluate, paired_gain, summary
 from flowalign.metrics import MetricsLog, read_rows
+from flowalign.models.base import Conditions
 from rewards import RewardBatch, RewardError, RewardOutput
 from samplers import RectifiedFlow
 from samplers.noise import normal
 
 SHAPE = (3, 2, 4)
 PROMPTS = [PromptRecord(uid, f"prompt {uid}", {"target": uid / 10}) for uid in (5, 1, 8)]
-
-
-@dataclass
-class Rows:
-    drift: Tensor
-
-    def rows(self, index):
-        return Rows(self.drift[index])
 
 
 @dataclass
@@ -38,7 +30,7 @@ class StraightPolicy:
         return (3, height // 8, width // 8)
 
     def encode(self, prompts):
-        return Rows(torch.tensor([float(prompt.split()[1]) + self.shift for prompt in prompts]))
+        return Conditions({"drift": torch.tensor([float(prompt.split()[1]) + self.shift for prompt in prompts])})
 
     def sigmas(self, num_inference_steps):
         return torch.linspace(1, 0, num_inference_steps + 1)
@@ -48,7 +40,7 @@ class StraightPolicy:
 
     def velocity(self, x, sigma, conditions, *, guidance_scale=1.0):
         self.evaluations += len(x) * (2 if guidance_scale != 1 else 1)
-        return (conditions.drift * guidance_scale).view(-1, 1, 1, 1).expand_as(x)
+        return (conditions.tensors["drift"] * guidance_scale).view(-1, 1, 1, 1).expand_as(x)
 
     def decode(self, latents, grad=False):
         return torch.sigmoid(latents)

@@ -216,3 +216,15 @@ def test_images_that_do_not_pair_are_refused(tmp_path):
     with pytest.raises(ValueError, match="1 captions"):
         grid(images(), images(), CAPTIONS[:1], tmp_path / "g.png")
     assert not (tmp_path / "g.png").exists()
+
+
+def test_a_reward_may_be_called_anything(tmp_path):
+    """matplotlib would read $…$ as mathematics and refuse what is none, at the end of a run."""
+    MetricsLog(tmp_path / "metrics.jsonl").append(1, {"reward/$x^{$_mean": 1.0, "reward/<b>_mean": 1.0})
+    assert "<b>" not in write_report(tmp_path).read_text()
+
+
+def test_a_misspelt_folder_is_an_error_and_not_made(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no run folder"):
+        write_report(tmp_path / "typo")
+    assert not (tmp_path / "typo").exists()

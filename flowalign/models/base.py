@@ -115,7 +115,8 @@ class Family:
 
     policy: its Policy class, called as policy(pipeline, negative_prompt=, max_sequence_length=, frozen=). part: name of
     the trained component, network: its diffusers class, targets: its LoRA targets by default. path: from the
-    scheduler's configuration, ValueError for a scheduler it cannot follow. load_arguments: of `from_pretrained`, from
+    scheduler's configuration, ValueError for a scheduler it cannot follow. unit: what height and width are multiples
+    of, from the network's configuration and the VAE's reduction. load_arguments: of `from_pretrained`, from
     model_index.json."""
 
     policy: Callable[..., Policy]
@@ -123,4 +124,18 @@ class Family:
     network: Any
     targets: tuple[str, ...]
     path: Callable[[dict[str, Any]], samplers.Path]
+    unit: Callable[[dict[str, Any], int], int]
     load_arguments: Callable[[dict[str, Any]], dict[str, Any]]
+
+
+def check_size(height: int, width: int, unit: int) -> None:
+    """ValueError unless both are positive multiples of `unit`."""
+    if min(height, width) < unit or height % unit or width % unit:
+        raise ValueError(f"image size {height}×{width} came; expected positive multiples of {unit} for this model")
+
+
+def encode_singly(policy: Policy, prompts: Sequence[str]) -> Conditions:
+    """One row per prompt, each text encoded alone.
+
+    In a batch a text's last bits depend on its mates, and a resumed run, whose store is empty, meets it among others."""
+    return Conditions.cat([policy.encode([text]) for text in prompts])

@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 import torch
 from accelerate import init_empty_weights
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline
 from torch import nn
 
 from flowalign.models import sd3, sd15
-from flowalign.models.base import Family, Policy
+from flowalign.models.base import Family, Policy, check_size
 from flowalign.models.lora import LoRA, add_lora, matched_modules
 from samplers import Path as NoisingPath
 
@@ -52,6 +52,14 @@ def path_of(path: str) -> NoisingPath:
     """The noising law of a checkpoint, from its scheduler's config alone; ValueError for one we cannot follow."""
     family = FAMILIES[inspect_checkpoint(path)["_class_name"]]
     return family.path(dict(DDIMScheduler.load_config(resolve(path), subfolder="scheduler")))
+
+
+def check_image_size(path: str, height: int, width: int) -> None:
+    """ValueError unless the model can make images of this size; from configurations alone."""
+    family = FAMILIES[inspect_checkpoint(path)["_class_name"]]
+    network = dict(family.network.load_config(resolve(path), subfolder=family.part))
+    blocks = AutoencoderKL.load_config(resolve(path), subfolder="vae")["block_out_channels"]
+    check_size(height, width, family.unit(network, 2 ** (len(blocks) - 1)))
 
 
 def check_lora_targets(path: str, targets: Sequence[str] | None) -> list[str]:

@@ -18,7 +18,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionMod
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from flowalign.models.base import Conditions, Family
+from flowalign.models.base import Conditions, Family, check_size
 from flowalign.models.lora import ADAPTER, UNET_TARGETS, adapter_state, save_peft
 from flowalign.models.parts import PromptStore, TrainedNetwork
 from flowalign.models.roles import Role
@@ -65,9 +65,7 @@ class SD15Policy:
 
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
         factor = self.pipeline.vae_scale_factor
-        unit = math.lcm(8, factor)  # the pipeline itself asks for multiples of 8
-        if height < unit or width < unit or height % unit or width % unit:
-            raise ValueError(f"image size {height}×{width} came; expected positive multiples of {unit} for this model")
+        check_size(height, width, _unit(self.unet.config, factor))
         return (self.unet.config.in_channels, height // factor, width // factor)
 
     def sigmas(self, num_inference_steps: int) -> Tensor:
@@ -218,11 +216,16 @@ def _load_arguments(index: dict[str, Any]) -> dict[str, Any]:
     return {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
 
+def _unit(unet: dict[str, Any], factor: int) -> int:
+    return math.lcm(8, factor)  # the pipeline itself asks for multiples of 8
+
+
 FAMILY = Family(
     policy=SD15Policy,
     part="unet",
     network=UNet2DConditionModel,
     targets=UNET_TARGETS,
     path=_path,
+    unit=_unit,
     load_arguments=_load_arguments,
 )

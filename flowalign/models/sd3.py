@@ -13,7 +13,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, St
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from flowalign.models.base import Conditions, Family
+from flowalign.models.base import Conditions, Family, check_size
 from flowalign.models.lora import ADAPTER, SD3_TARGETS, adapter_state, save_peft
 from flowalign.models.parts import PromptStore, TrainedNetwork
 from flowalign.models.roles import Role
@@ -54,10 +54,8 @@ class SD3Policy:
     # ------------------------------------------------------------------------------------------ shapes and grids
 
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
-        unit = self.pipeline.vae_scale_factor * self.transformer.config.patch_size
-        if height < unit or width < unit or height % unit or width % unit:
-            raise ValueError(f"image size {height}×{width} came; expected positive multiples of {unit} for this model")
         factor = self.pipeline.vae_scale_factor
+        check_size(height, width, _unit(self.transformer.config, factor))
         return (self.transformer.config.in_channels, height // factor, width // factor)
 
     def sigmas(self, num_inference_steps: int) -> Tensor:
@@ -181,11 +179,16 @@ def _path(scheduler: dict[str, Any]) -> RectifiedFlow:
     return RectifiedFlow()
 
 
+def _unit(transformer: dict[str, Any], factor: int) -> int:
+    return factor * transformer["patch_size"]
+
+
 FAMILY = Family(
     policy=SD3Policy,
     part="transformer",
     network=SD3Transformer2DModel,
     targets=SD3_TARGETS,
     path=_path,
+    unit=_unit,
     load_arguments=_absent,
 )

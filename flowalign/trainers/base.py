@@ -53,6 +53,8 @@ class AdamW:
     def __post_init__(self) -> None:
         if not (self.lr > 0 and math.isfinite(self.lr)) or self.max_grad_norm <= 0 or self.warmup < 0:
             raise ValueError(f"{self} came; expected lr > 0, max_grad_norm > 0 and warmup >= 0")
+        if not all(0 <= beta < 1 for beta in self.betas) or self.weight_decay < 0 or self.eps < 0:
+            raise ValueError(f"{self} came; expected 0 <= betas < 1, weight_decay >= 0 and eps >= 0")
 
     def build(self, parameters: Iterable[Parameter]) -> torch.optim.AdamW:
         # foreach=False: one code path on every device, and the same order of operations after a resume
@@ -101,6 +103,10 @@ class Trainer(Protocol):
         ...
 
     def updates_per_iteration(self) -> int: ...
+
+    def needs_reference(self) -> bool:
+        """Whether it will ask the policy for the role "reference"."""
+        ...
 
     def prepare(self, task: Task) -> None: ...
 

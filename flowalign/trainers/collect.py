@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flowalign.data import PromptRecord
-from flowalign.models.base import Conditions
+from flowalign.models.base import Conditions, encode_singly
 from flowalign.trainers.base import Task
 from flowalign.trainers.whole import whole_forest, whole_output
 from rewards import RewardBatch, RewardOutput, score
@@ -61,7 +61,7 @@ def collect(task: Task, prompts: Sequence[PromptRecord], iteration: int) -> Coll
         task.seed, iteration, uids[share.start : share.stop], policy.latent_shape(task.height, task.width),
         visits=visits(uids)[share.start : share.stop],
     )  # fmt: skip
-    conditions = policy.encode([record.prompt for record in prompts])
+    conditions = encode_singly(policy, [record.prompt for record in prompts])
     group_of_root = tree.group[: tree.num_roots] + share.start
 
     def velocity(x: Tensor, sigma: Tensor, root: Tensor) -> Tensor:

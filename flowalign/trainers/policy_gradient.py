@@ -114,6 +114,9 @@ class PolicyGradient:
     def updates_per_iteration(self) -> int:
         return self.updates_per_rollout
 
+    def needs_reference(self) -> bool:
+        return self.kl.beta > 0
+
     def prepare(self, task: Task) -> None:
         self._task = task
         self._adamw = self.optimiser.build([parameter for _, parameter in task.policy.trainable_parameters()])

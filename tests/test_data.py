@@ -1,0 +1,45 @@
+"""Prompt files as people save them: what is read, and what a message must say of what cannot be."""
+
+from pathlib import Path
+
+import pytest
+
+from flowalign.data import load_prompts
+
+
+def prompts(path: Path, content: bytes) -> list[str]:
+    path.write_bytes(content)
+    return [record.prompt for record in load_prompts(str(path))]
+
+
+def test_byte_order_mark_windows_lines_blank_lines_and_repeats(tmp_path: Path) -> None:
+    assert prompts(tmp_path / "a.txt", "\ufeffa cat\r\n\r\n a dog \r\na cat".encode()) == ["a cat", "a dog", "a cat"]
+    assert prompts(tmp_path / "a.jsonl", b'\xef\xbb\xbf{"prompt": "a cat"}\r\n') == ["a cat"]
+
+
+def test_a_line_ends_at_a_newline_alone(tmp_path: Path) -> None:
+    """str.splitlines would cut JSON texts at U+2028, which JSON allows inside a text."""
+    assert prompts(tmp_path / "a.jsonl", '{"prompt": "a\u2028b"}\n'.encode()) == ["a\u2028b"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.txt", b"", "holds no prompts"),
+        ("a.txt", "café".encode("latin-1"), r"a\.txt is not UTF-8.*save it as UTF-8"),
+        ("a.jsonl", b'{"prompt": "a"}\n\n\n{broken\n', r"a\.jsonl, line 4: not JSON"),
+        ("a.jsonl", b'{"prompt": "a"}\n[1]\n', r"a\.jsonl, line 2: expected a JSON object, got list"),
+        ("a.jsonl", b'{"prompt": "a"}\n{"text": "b"}\n', r"a\.jsonl, prompt 2: expected a non-empty text"),
+    ],
+)
+def test_a_bad_file_is_named_with_its_line(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        prompts(tmp_path / name, content)
+
+
+@pytest.mark.parametrize(
+    "source", ["flowalign.glyphs:PIPELINE", "os:getcwd", "os:getpid", ":x", ".x:y", "a b:c", "os:"]
+)
+def test_a_bad_function_is_named(source: str) -> None:
+    with pytest.raises(ValueError, match=f"prompt source {source!r}"):
+        load_prompts(source)

@@ -1,0 +1,236 @@
+"""A run folder under careless hands: reruns, extensions, kills, two at once, lost and damaged files; nothing is lost."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from flowalign import run as run_module
+from flowalign.config import ConfigError
+from flowalign.folder import open_folder
+from flowalign.metrics import read_rows, without_time
+from flowalign.run import Interrupted, Run
+from tests.test_train import result, run_it
+
+
+@pytest.fixture(scope="module")
+def done(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of two iterations on prompt files of its own."""
+    output = tmp_path_factory.mktemp("done")
+    (output / "prompts.txt").write_text("a cat\na dog\na <b>cow</b>\na hen\n")
+    start(tiny_pipeline, output)
+    return output
+
+
+@pytest.fixture
+def copy(done: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run, to be spoilt."""
+    shutil.copytree(done, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+def start(pipeline: Path, output: Path, *overrides: str) -> dict:
+    prompts = f"{output}/prompts.txt"
+    return run_it(
+        pipeline, output, f"prompts={prompts}", f"evaluation.prompts={prompts}", "run.iterations=2", *overrides
+    )
+
+
+def as_saved(folder: Path, **changes: object) -> dict:
+    """The configuration that a run saved, with changes in its section `run`."""
+    plain = yaml.safe_load((folder / "tiny" / "config.yaml").read_text())
+    return {**plain, "run": {**plain["run"], **changes}}
+
+
+def evaluations(output: Path) -> list[tuple[int, str]]:
+    return [(row["step"], row["label"]) for row in read_rows(output / "tiny" / "evaluations.jsonl")]
+
+
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def loaded(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(run_module, "load_policy", loaded)
+
+
+# ------------------------------------------------------------------------------------------ the same command again
+
+
+def test_a_finished_run_started_again_and_then_extended_equals_one_long_run(
+    done: Path, tiny_pipeline: Path, tmp_path: Path
+) -> None:
+    prompts = f"prompts={done}/prompts.txt"
+    names = ["run.ema_decay=0.5", prompts, f"evaluation.{prompts}"]
+    for iterations in (1, 1, 2):
+        run_it(tiny_pipeline, tmp_path / "extended", *names, f"run.iterations={iterations}")
+    run_it(tiny_pipeline, tmp_path / "whole", *names, "run.iterations=2")
+    (tensors, state, rows), (expected, expected_state, expected_rows) = (
+        result(tmp_path / name) for name in ("extended", "whole")
+    )
+    assert tensors.keys() == expected.keys() and all(torch.equal(tensors[name], expected[name]) for name in expected)
+    assert (state, rows) == (expected_state, expected_rows)
+    assert evaluations(tmp_path / "extended") == [(0, "base"), (1, "tuned"), (2, "tuned")]  # one row each
+    assert evaluations(tmp_path / "whole") == [(0, "base"), (2, "tuned")]
+
+
+def test_fewer_iterations_than_done_are_refused_and_nothing_is_lost(copy: Path, no_model: None) -> None:
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError, match=r"run\.iterations=1, but .* already at iteration 2"):
+        open_folder(copy / "tiny", as_saved(copy, iterations=1))
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_another_way_to_write_the_same_folder_is_no_other_configuration(copy: Path) -> None:
+    open_folder(copy / "tiny", as_saved(copy, output="../elsewhere")).close()
+
+
+@pytest.mark.parametrize("every", [1, 10])
+def test_ctrl_c_in_an_iteration_that_saves_anyway(
+    every: int, done: Path, tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Run.backward
+
+    def interrupted(self: Run, loss: torch.Tensor) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        original(self, loss)
+
+    shutil.copy(done / "prompts.txt", tmp_path)
+    monkeypatch.setattr(Run, "backward", interrupted)
+    with pytest.raises(Interrupted, match="iteration 1"):
+        start(tiny_pipeline, tmp_path, f"run.checkpoint_every={every}")
+    assert [path.name for path in (tmp_path / "tiny" / "checkpoints").iterdir()] == ["step-1"]
+
+
+# ------------------------------------------------------------------------------------------ what cannot go on
+
+
+def test_two_runs_cannot_share_a_folder(copy: Path, tiny_pipeline: Path, no_model: None) -> None:
+    with open_folder(copy / "tiny", as_saved(copy)), pytest.raises(ConfigError, match="another process is training"):
+        start(tiny_pipeline, copy, "run.iterations=3")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda run: shutil.rmtree(run / "checkpoints"), "iteration 2.*holds no checkpoint"),
+        (lambda run: (run / "checkpoints/step-2/state.json").unlink(), r"state\.json is missing"),
+        (lambda run: os.truncate(run / "checkpoints/step-2/parameters.safetensors", 99), "has 99 bytes"),
+        (lambda run: (run / "evaluation/base.safetensors").unlink(), r"base\.safetensors is missing"),
+        (lambda run: os.truncate(run / "evaluation/base.safetensors", 99), r"base\.safetensors is damaged"),
+        (lambda run: (run / "metrics.jsonl").write_text("x\n"), r"metrics\.jsonl, line 1"),
+        (lambda run: (run / "config.yaml").write_text(""), r"config\.yaml is damaged"),
+        (lambda run: (run / "config.yaml").unlink(), "is not a run"),
+        (lambda run: (run.parent / "prompts.txt").write_text("a cat\na dog\na cow\na pig\n"), "changed since"),
+    ],
+)
+def test_what_is_lost_or_damaged_is_named_before_a_model_is_loaded(
+    spoil, said: str, copy: Path, tiny_pipeline: Path, no_model: None
+) -> None:
+    plain = as_saved(copy, output=str(copy))
+    plain["prompts"] = plain["evaluation"]["prompts"] = f"{copy}/prompts.txt"
+    (copy / "tiny" / "config.yaml").write_text(yaml.safe_dump(plain))
+    spoil(copy / "tiny")
+    metrics = (copy / "tiny" / "metrics.jsonl").read_bytes()
+    with pytest.raises(ConfigError, match=said):
+        start(tiny_pipeline, copy)
+    assert (copy / "tiny" / "metrics.jsonl").read_bytes() == metrics
+
+
+def test_a_place_that_cannot_be_written_is_named(done: Path, tiny_pipeline: Path, no_model: None) -> None:
+    with pytest.raises(ConfigError, match=r"cannot be written .* choose another run\.output"):
+        start(tiny_pipeline, done, f"run.output={done}/prompts.txt")
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("def other(images, prompts): return [0.0] * len(prompts)", "'shine' does not exist"),
+        ("def shine(images, prompts): return [0.0]", "one per sample"),
+        ("def shine(images, prompts): return None", "one number per sample"),
+        ("def shine(images, prompts): raise KeyError('x')", "KeyError"),
+        ("def shine(images, prompts, target): return [0.0] * len(prompts)", "metadata column 'target'"),
+        ("def shine(images, prompts) return", "SyntaxError"),
+    ],
+)
+def test_a_reward_that_cannot_work_is_named_before_a_model_is_loaded_and_leaves_the_name_free(
+    body: str, said: str, done: Path, tiny_pipeline: Path, tmp_path: Path, no_model: None
+) -> None:
+    (tmp_path / "mine.py").write_text(body)
+    reward = ["reward=rewards.FunctionReward", f"reward.path={tmp_path}/mine.py:shine", f"run.output={tmp_path}"]
+    with pytest.raises(ConfigError, match=said):
+        start(tiny_pipeline, done, *reward)
+    assert not (tmp_path / "tiny" / "config.yaml").exists()
+
+
+def test_equal_rewards_in_the_first_iteration_are_no_frozen_policy(
+    done: Path, tiny_pipeline: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.py").write_text("def shine(images, prompts): return [0.0] * len(prompts)")
+    reward = ["reward=rewards.FunctionReward", f"reward.path={tmp_path}/mine.py:shine", f"run.output={tmp_path}"]
+    start(tiny_pipeline, done, *reward, "run.iterations=1")
+    assert read_rows(tmp_path / "tiny" / "metrics.jsonl")[0]["optim/grad_norm"] == 0
+
+
+def test_a_start_with_other_threads_is_said_and_noted(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from flowalign.folder import describe
+
+    file = copy / "tiny" / "provenance.json"
+    first = json.loads(file.read_text())
+    file.write_text(json.dumps({**first, "machine": "abacus, 1 threads"}))
+    describe(copy / "tiny", as_saved(copy))
+    assert "begun with other machine" in capsys.readouterr().out
+    now = json.loads(file.read_text())
+    assert now["machine"] == "abacus, 1 threads" and now["later"] == [first]
+
+
+# ------------------------------------------------------------------------------------------ SIGKILL
+
+# In a fresh interpreter of one thread: a run in a forked child is killed after ever longer times until one finishes.
+KILLER = """
+import os, signal, sys, time
+from flowalign.config import load_config
+from flowalign.loop import train
+import flowalign.report, diffusers.loaders  # what the children would import anew
+
+def child(output):
+    pid = os.fork()
+    if pid == 0:
+        train(*load_config(sys.argv[1], [f"policy.path={sys.argv[2]}", f"run.output={output}", "run.ema_decay=0.5"]))
+        os._exit(0)
+    return pid
+
+began = time.monotonic()
+assert os.waitpid(child(sys.argv[3] + "/whole"), 0)[1] == 0
+whole, killed, waited = time.monotonic() - began, 0, 0.45
+while True:
+    pid = child(sys.argv[3] + "/killed")
+    time.sleep(waited * whole)
+    os.kill(pid, signal.SIGKILL)
+    if os.waitpid(pid, 0)[1] == 0:
+        break
+    killed, waited = killed + 1, waited + 0.35
+print(killed)
+"""
+
+
+def test_a_run_killed_at_any_moment_ends_in_the_same_bits(tiny_pipeline: Path, tmp_path: Path) -> None:
+    config = str(Path(__file__).parent / "data" / "tiny.yaml")
+    here = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+    script = [sys.executable, "-W", "ignore", "-c", KILLER, config, str(tiny_pipeline), str(tmp_path)]
+    said = subprocess.run(script, check=True, capture_output=True, text=True, env=here, timeout=120).stdout
+    assert int(said.split()[-1]) >= 1  # it did die on the way
+    (tensors, state, rows), (expected, expected_state, expected_rows) = (
+        result(tmp_path / name) for name in ("killed", "whole")
+    )
+    assert tensors.keys() == expected.keys() and all(torch.equal(tensors[name], expected[name]) for name in expected)
+    assert (state, rows) == (expected_state, expected_rows)
+    results = [read_rows(tmp_path / name / "tiny" / "evaluations.jsonl") for name in ("killed", "whole")]
+    assert [without_time(row) for row in results[0]] == [without_time(row) for row in results[1]]
