@@ -1,6 +1,7 @@
 """What a rollout returns: the kept states, the behaviour log-probs, and the replay of any stored step."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -10,13 +11,37 @@ from samplers.trees import Tree
 
 
 @dataclass(frozen=True, eq=False)
+class Velocities:
+    """What one role's network said of some states: `values` [K, *], and in `row` [N] where a node's lies (-1: unknown)."""
+
+    row: Tensor
+    values: Tensor
+
+    @property
+    def nodes(self) -> Tensor:
+        """The nodes whose velocity is known, in increasing order."""
+        return (self.row >= 0).nonzero().flatten()
+
+    def at(self, nodes: Tensor) -> Tensor:
+        """Velocities of `nodes` [n, *]. ValueError for a node that was not evaluated."""
+        rows = self.row[nodes]
+        if bool((rows < 0).any()):
+            raise ValueError(
+                f"the velocities of nodes {nodes[rows < 0][:8].tolist()} are not known to this role; evaluate it at "
+                "every state that is asked for"
+            )
+        return self.values[rows.to(self.values.device)]
+
+
+@dataclass(frozen=True, eq=False)
 class Forest:
     """A rolled-out tree.
 
     states [K, *] in the storage dtype: roots, edges' parents and arrivals, and nodes without children; row [N] says
     where a node's state lies (-1: not kept). log_prob [N]: under the policy that rolled out, taken after the storage
     cast; nan where the step is deterministic. evaluations: velocities computed, in rows. `sigmas` and `kernel` are
-    those of the rollout: a replay cannot use others.
+    those of the rollout: a replay cannot use others. velocities: what other networks (reference, old, teacher, …) said
+    of its states, by role. scores: scores of states (a latent process reward) by name, each [N], nan = not scored.
     """
 
     tree: Tree
@@ -26,6 +51,19 @@ class Forest:
     row: Tensor
     log_prob: Tensor
     evaluations: int
+    velocities: Mapping[str, Velocities] = field(default_factory=dict)
+    scores: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def kept(self) -> Tensor:
+        """[N] which nodes' states were kept."""
+        return self.row >= 0
+
+    def mask(self, nodes: Tensor) -> Tensor:
+        """[N] true at `nodes`."""
+        chosen = torch.zeros(len(self.tree), dtype=torch.bool)
+        chosen[nodes] = True
+        return chosen
 
     def at(self, nodes: Tensor) -> Tensor:
         """States of `nodes` [n, *], exactly what the rollout gave the network, in at least fp32.
@@ -49,9 +87,47 @@ class Forest:
         """σ left and σ' reached by the steps arriving at `edges`, each [E]."""
         return self.sigma(self.tree.parent[edges]), self.sigma(edges)
 
-    def path_sum(self, values: Tensor) -> Tensor:
-        """Sum of `values` [N] over the stochastic steps from root to leaf, [L] in the order of tree.leaves."""
+    def path_sum(self, values: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Sum of `values` [N] over the stochastic steps from root to leaf, [L] in the order of tree.leaves.
+
+        mask [N]: count only the steps arriving at these nodes.
+        """
+        if mask is not None:
+            values = torch.where(mask.to(values.device), values, torch.zeros_like(values))
         return self.tree.path_sum(values)
+
+    def with_velocities(self, role: str, nodes: Tensor, values: Tensor) -> "Forest":
+        """This forest, knowing what `role` said of `nodes` [n]: `values` [n, *]. A role is set once.
+
+        Usually `nodes` are tree.distinct_parents(edges)[0]: one row serves all the steps that leave a state.
+        """
+        if role in self.velocities:
+            raise ValueError(
+                f"the velocities of {role!r} came twice; expected once per rollout: read forest.velocities"
+            )
+        if values.shape != (len(nodes), *self.states.shape[1:]) or len(nodes.unique()) != len(nodes):
+            raise ValueError(
+                f"velocities {list(values.shape)} came for {len(nodes)} nodes ({len(nodes.unique())} distinct) and "
+                f"states {list(self.states.shape[1:])}; expected one row per distinct node"
+            )
+        row = torch.full((len(self.tree),), -1, dtype=torch.int64)
+        row[nodes] = torch.arange(len(nodes))
+        return replace(self, velocities={**self.velocities, role: Velocities(row, values.detach())})
+
+    def with_scores(self, name: str, values: Tensor) -> "Forest":
+        """This forest with `values` [N] (nan = not scored) as the states' scores called `name`; set once."""
+        if name in self.scores:
+            raise ValueError(f"the state scores {name!r} came twice; expected once per rollout")
+        if values.shape != (len(self.tree),):
+            raise ValueError(f"state scores {list(values.shape)} came; expected one per node, [{len(self.tree)}]")
+        return replace(self, scores={**self.scores, name: values.detach()})
+
+    def role_steps(self, role: str, edges: Tensor) -> Step:
+        """The transitions arriving at `edges`, under the velocities of `role`. ValueError for a role that is not known."""
+        if role not in self.velocities:
+            raise ValueError(f"no velocities of {role!r}; known roles are {sorted(self.velocities)}: set them first")
+        parents, position = self.tree.distinct_parents(edges)
+        return self.edge_steps(edges, self.velocities[role].at(parents), position)
 
     def edge_steps(self, edges: Tensor, velocity_of_parents: Tensor, parent_pos: Tensor) -> Step:
         """Replay: the transitions that arrived at `edges` [E], under new velocities.

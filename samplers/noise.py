@@ -89,21 +89,21 @@ class KeyedNoise:
     def _draw(self, stream: str, tree: Tree, nodes: Tensor, tails: Tensor) -> Tensor:
         if tree.num_groups != len(self.uids):
             raise ValueError(f"{len(self.uids)} uids came for {tree.num_groups} groups; expected one uid per group")
-        visits = self.visits if self.visits is not None else _count(self.uids)
+        number = self.visits if self.visits is not None else visits(self.uids)
         out = torch.empty((len(nodes), *self.shape), dtype=torch.float32)
         for row, (group, tail) in enumerate(zip(tree.group[nodes].tolist(), tails.tolist(), strict=True)):
-            out[row] = normal(self.shape, self.seed, stream, self.iteration, self.uids[group], visits[group], *tail)
+            out[row] = normal(self.shape, self.seed, stream, self.iteration, self.uids[group], number[group], *tail)
         return out.to(self.device)
 
 
-def _count(uids: Sequence[int]) -> list[int]:
+def visits(uids: Sequence[int]) -> list[int]:
     """How many times each uid stands earlier in the list."""
     seen: Counter[int] = Counter()
-    visits = []
+    counts = []
     for uid in uids:
-        visits.append(seen[uid])
+        counts.append(seen[uid])
         seen[uid] += 1
-    return visits
+    return counts
 
 
 def _encode(part: int | str) -> bytes:

@@ -261,10 +261,10 @@ def test_step_weights() -> None:
     parents, position = forest.tree.distinct_parents(edges)
     step = forest.edge_steps(edges, torch.zeros(len(parents), 2), position)
     order = forest.tree.index[forest.tree.parent[edges]]
-    weights = torch.stack([StdOverMean().weigh(step, forest)[order == i][0] for i in range(9)])
+    weights = torch.stack([StdOverMean().weigh(step, forest, edges)[order == i][0] for i in range(9)])
     golden = [1.577, 1.673, 1.208, 1.004, 0.882, 0.795, 0.719, 0.635, 0.508]  # TempFlow, SD3 grid, a = 0.7
     np.testing.assert_allclose(weights, golden, atol=1e-3)
-    flat = FlatGradient().weigh(step, forest) * step.policy.slope.abs() / step.std
+    flat = FlatGradient().weigh(step, forest, edges) * step.policy.slope.abs() / step.std
     np.testing.assert_allclose(flat, 1.0, rtol=1e-6)
 
 

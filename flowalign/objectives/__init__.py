@@ -1,11 +1,25 @@
-"""Pure losses of tensors: clipped ratios, KL penalties, step weights, edge selection."""
+"""Pure losses of tensors: clipped ratios, masks, KL penalties, state targets, step weights, edge selection."""
 
-from flowalign.objectives.policy import ClippedRatio, Objective
+from flowalign.objectives.dynamic import DynamicClip
+from flowalign.objectives.policy import ClippedRatio, Guard, KLMask, Known, Objective
+from flowalign.objectives.prune import DepthWindow, ExtremeB, ParentTop1
 from flowalign.objectives.regularise import KLPenalty
-from flowalign.objectives.select import AllEdges, NonZeroAdvantage, Selector
-from flowalign.objectives.weights import FlatGradient, InverseLength, StdOverMean, StepWeight, Uniform
+from flowalign.objectives.select import (
+    All,
+    AllEdges,
+    BestOfN,
+    Fraction,
+    Moment,
+    NonZeroAdvantage,
+    PositiveNegativeBalance,
+    Selector,
+)
+from flowalign.objectives.targets import LayerTuning, Targets
+from flowalign.objectives.weights import FlatGradient, InverseLength, LongCat, StdOverMean, StepWeight, Uniform
 
 __all__ = [
-    "AllEdges", "ClippedRatio", "FlatGradient", "InverseLength", "KLPenalty", "NonZeroAdvantage", "Objective",
-    "Selector", "StdOverMean", "StepWeight", "Uniform",
+    "ClippedRatio", "DynamicClip", "Guard", "KLMask", "Known", "Objective", "KLPenalty", "LayerTuning", "Targets",
+    "All", "AllEdges", "BestOfN", "DepthWindow", "ExtremeB", "Fraction", "Moment", "NonZeroAdvantage", "ParentTop1",
+    "PositiveNegativeBalance", "Selector",
+    "FlatGradient", "InverseLength", "LongCat", "StdOverMean", "StepWeight", "Uniform",
 ]  # fmt: skip

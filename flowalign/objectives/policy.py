@@ -3,17 +3,52 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from samplers import Step
+from samplers.kernels.base import spread
+
+
+@dataclass(frozen=True, eq=False)
+class Known:
+    """What an objective may read of E transitions besides their log-probs.
+
+    step: under the policy, with gradient. arrived [E, *]: the states reached. old: the same step under the weights of
+    the rollout, without gradient; None unless the objective asks for it. bounds [E, C, 2]: how far the ratio of each
+    edge and channel may go below and above 1; None: the objective's own clip range."""
+
+    step: Step
+    arrived: Tensor
+    old: Step | None = None
+    bounds: Tensor | None = None
+
 
 class Objective(Protocol):
-    clip_range: float | tuple[float, float]
+    """A loss of transitions. Where only log-probs matter, `known` may be left out."""
 
-    def loss(self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor) -> Tensor:
+    @property
+    def needs_old_means(self) -> bool:
+        """Whether `known.old` must be there."""
+        ...
+
+    @property
+    def drift_limit(self) -> float:
+        """How far `log_ratio` may be from 0 with unchanged weights before the update would act on rounding."""
+        ...
+
+    def log_ratio(self, log_prob: Tensor, old_log_prob: Tensor, known: Known | None = None) -> Tensor:
+        """The logarithm [E] of the ratio that the objective clips or masks."""
+        ...
+
+    def loss(self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, known: Known | None = None) -> Tensor:
         """`log_prob`, `old_log_prob` [E]; `advantages` [E, C]. Returns the loss [E], summed over channels."""
+        ...
+
+    def clipped(self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, known: Known | None = None) -> Tensor:
+        """[E] which transitions are outside the trust region: a metric."""
         ...
 
 
@@ -22,22 +57,155 @@ class ClippedRatio:
     """PPO's clipped surrogate, one term per advantage channel (grpo_family §2.4): max(−A r, −A clip(r, 1−lo, 1+hi)).
 
     `clip_range` is one number or (below, above). It acts on the ratio of the kernel's own log-probs: 1e-4 is the
-    Flow-GRPO value for mean-reduced log-probs of about 65,536 elements; for D elements scale it by √(65,536/D)."""
+    Flow-GRPO value for mean-reduced log-probs of about 65,536 elements; for D elements scale it by √(65,536/D). A term's
+    coefficient is a factor on its channel (Mixed.weights). `known.bounds` take the place of clip_range."""
 
     clip_range: float | tuple[float, float] = 1e-4
 
     def __post_init__(self) -> None:
-        if min(self.bounds) <= 0:
-            raise ValueError(
-                f"clip_range={self.clip_range}: expected numbers above 0; a large one switches clipping off"
-            )
+        _check_clip(self.clip_range)
 
     @property
-    def bounds(self) -> tuple[float, float]:
-        return self.clip_range if isinstance(self.clip_range, tuple) else (self.clip_range, self.clip_range)
+    def needs_old_means(self) -> bool:
+        return False
 
-    def loss(self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor) -> Tensor:
-        below, above = self.bounds
-        ratio = (log_prob - old_log_prob).exp()[:, None]
-        clipped = ratio.clamp(1 - below, 1 + above)
-        return torch.maximum(-advantages * ratio, -advantages * clipped).sum(1)
+    @property
+    def drift_limit(self) -> float:
+        return min(_pair(self.clip_range))
+
+    def log_ratio(self, log_prob: Tensor, old_log_prob: Tensor, known: Known | None = None) -> Tensor:
+        return log_prob - old_log_prob
+
+    def loss(self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, known: Known | None = None) -> Tensor:
+        return _surrogate(self.log_ratio(log_prob, old_log_prob), advantages, _bounds(self.clip_range, known))
+
+    def clipped(self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, known: Known | None = None) -> Tensor:
+        return _outside(self.log_ratio(log_prob, old_log_prob), _bounds(self.clip_range, known))
+
+
+@dataclass(frozen=True)
+class Guard:
+    """GRPO-Guard: the clipped surrogate of a ratio without bias, ln r̂ = s·[ln r + Δμ²/(2s²)] = ⟨z·Δμ⟩ (grpo_family §2.8).
+
+    z = (x' − μ_old)/s, Δμ = μ − μ_old, ⟨⟩ reduced like the kernel's log-prob; computed from the means, where fp32 keeps
+    what a difference of log-probs would lose. The ratio spreads alike at every step, so one small clip range serves all:
+    2e-6 (GenEval, OCR), 4e-6 (PickScore) for 65,536 elements.
+    `weight` of a step: "inv_h" 1/h (flat gradients with Flow-SDE), "beta_over_h" |b|/h² (the paper's for Dance-SDE, as
+    others read it; the gradient scale is then β²), "inv_b" 1/|b| (flat for every kernel), "none".
+    Needs the old means: the trainer evaluates the rollout's weights once more, unless the forest knows them."""
+
+    clip_range: float | tuple[float, float] = 2e-6
+    weight: Literal["none", "inv_h", "beta_over_h", "inv_b"] = "inv_h"
+
+    def __post_init__(self) -> None:
+        _check_clip(self.clip_range)
+        if self.weight not in ("none", "inv_h", "beta_over_h", "inv_b"):
+            raise ValueError(f"weight={self.weight!r} came; expected 'none', 'inv_h', 'beta_over_h' or 'inv_b'")
+
+    @property
+    def needs_old_means(self) -> bool:
+        return True
+
+    @property
+    def drift_limit(self) -> float:
+        return min(_pair(self.clip_range))
+
+    def log_ratio(self, log_prob: Tensor, old_log_prob: Tensor, known: Known | None = None) -> Tensor:
+        here, old = _both(known)
+        z = (here.arrived.to(old.policy.mean) - old.policy.mean) / spread(old.policy.std, old.policy.mean)
+        return _reduce(here.step, z * (here.step.policy.mean - old.policy.mean))
+
+    def loss(self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, known: Known | None = None) -> Tensor:
+        here, _ = _both(known)
+        log_ratio = self.log_ratio(log_prob, old_log_prob, here)
+        return self._weigh(here.step) * _surrogate(log_ratio, advantages, _bounds(self.clip_range, here))
+
+    def clipped(self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, known: Known | None = None) -> Tensor:
+        return _outside(self.log_ratio(log_prob, old_log_prob, known), _bounds(self.clip_range, known))
+
+    def _weigh(self, step: Step) -> Tensor:
+        slope, length = step.policy.slope.abs(), step.policy.length
+        if self.weight == "none":
+            return torch.ones_like(length)
+        return {"inv_h": 1 / length, "beta_over_h": slope / length**2, "inv_b": 1 / slope}[self.weight]
+
+
+@dataclass(frozen=True)
+class KLMask:
+    """Flow-DPPO's trust region (2606.11025; grpo_family §2.9): −A·r unclipped, but 0 where the step has already moved by
+    `max_kl` or more from the rollout's weights and the loss would move it further (A > 0 and r > 1, or both mirrored).
+
+    KL is exact, Δμ²/(2s²), reduced like the log-prob: 1e-5 is for means over elements. Needs the old means."""
+
+    max_kl: float = 1e-5
+
+    def __post_init__(self) -> None:
+        if not self.max_kl > 0:
+            raise ValueError(f"max_kl={self.max_kl} came; expected a number above 0")
+
+    @property
+    def needs_old_means(self) -> bool:
+        return True
+
+    @property
+    def drift_limit(self) -> float:
+        return self.max_kl
+
+    def log_ratio(self, log_prob: Tensor, old_log_prob: Tensor, known: Known | None = None) -> Tensor:
+        return log_prob - old_log_prob
+
+    def loss(self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, known: Known | None = None) -> Tensor:
+        ratio = self.log_ratio(log_prob, old_log_prob).exp()[:, None]
+        return torch.where(self._masked(ratio, advantages, known), 0.0, -advantages * ratio).sum(1)
+
+    def clipped(self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, known: Known | None = None) -> Tensor:
+        ratio = self.log_ratio(log_prob, old_log_prob).exp()[:, None]
+        return self._masked(ratio, advantages, known).any(1)
+
+    def _masked(self, ratio: Tensor, advantages: Tensor, known: Known | None) -> Tensor:
+        here, old = _both(known)
+        far = here.step.kl(old, form="exact").detach() >= self.max_kl
+        away = ((advantages > 0) & (ratio > 1)) | ((advantages < 0) & (ratio < 1))
+        return far[:, None] & away
+
+
+def _surrogate(log_ratio: Tensor, advantages: Tensor, bounds: Tensor) -> Tensor:
+    """max(−A r, −A clip(r, 1−lo, 1+hi)) [E], summed over channels; bounds [E, C, 2] or broadcastable.
+
+    That is −A·min(r, 1+hi) for A > 0 and −A·max(r, 1−lo) for A < 0. The logarithms are compared: near 1, fp32 keeps the
+    ratio to 1e-7 only, a twentieth of Guard's clip range."""
+    ratio = log_ratio[:, None].expand_as(advantages)
+    below, above = (-bounds[..., 0].clamp(max=1)).log1p().to(ratio), bounds[..., 1].log1p().to(ratio)
+    held = torch.where(advantages > 0, torch.minimum(ratio, above), torch.maximum(ratio, below))
+    return (-advantages * held.exp()).sum(1)
+
+
+def _outside(log_ratio: Tensor, bounds: Tensor) -> Tensor:
+    ratio, limits = log_ratio.double().exp()[:, None], bounds.to(log_ratio.device)
+    return ((ratio < 1 - limits[..., 0]) | (ratio > 1 + limits[..., 1])).any(1)
+
+
+def _bounds(clip_range: float | tuple[float, float], known: Known | None) -> Tensor:
+    if known is not None and known.bounds is not None:
+        return known.bounds
+    return torch.tensor(_pair(clip_range), dtype=torch.float64).reshape(1, 1, 2)
+
+
+def _pair(clip_range: float | tuple[float, float]) -> tuple[float, float]:
+    return clip_range if isinstance(clip_range, tuple) else (clip_range, clip_range)
+
+
+def _check_clip(clip_range: float | tuple[float, float]) -> None:
+    if min(_pair(clip_range)) <= 0:
+        raise ValueError(f"clip_range={clip_range}: expected numbers above 0; a large one switches clipping off")
+
+
+def _both(known: Known | None) -> tuple[Known, Step]:
+    if known is None or known.old is None:
+        raise ValueError("this objective needs the step under the rollout's weights: pass Known(step, arrived, old)")
+    return known, known.old
+
+
+def _reduce(step: Step, values: Tensor) -> Tensor:
+    flat = values.flatten(1)
+    return flat.mean(1) if step.policy.reduce == "mean" else flat.sum(1)

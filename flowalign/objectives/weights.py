@@ -14,8 +14,8 @@ from samplers import Forest, Step
 
 
 class StepWeight(Protocol):
-    def weigh(self, step: Step, forest: Forest) -> Tensor:
-        """Weights [E] of the transitions in `step`."""
+    def weigh(self, step: Step, forest: Forest, edges: Tensor) -> Tensor:
+        """Weights [E] of the transitions in `step`, which arrived at `edges` [E]."""
         ...
 
 
@@ -23,7 +23,7 @@ class StepWeight(Protocol):
 class Uniform:
     """1: gradient scale |b|/s (Flow-GRPO, DanceGRPO, MixGRPO)."""
 
-    def weigh(self, step: Step, forest: Forest) -> Tensor:
+    def weigh(self, step: Step, forest: Forest, edges: Tensor) -> Tensor:
         return torch.ones_like(step.std)
 
 
@@ -31,7 +31,7 @@ class Uniform:
 class FlatGradient:
     """s/|b|: the same gradient scale at every step, for every kernel (our generic form)."""
 
-    def weigh(self, step: Step, forest: Forest) -> Tensor:
+    def weigh(self, step: Step, forest: Forest, edges: Tensor) -> Tensor:
         return step.std / step.policy.slope.abs()
 
 
@@ -39,7 +39,7 @@ class FlatGradient:
 class InverseLength:
     """1/h (GRPO-Guard's weight, meant for its normalised ratio)."""
 
-    def weigh(self, step: Step, forest: Forest) -> Tensor:
+    def weigh(self, step: Step, forest: Forest, edges: Tensor) -> Tensor:
         return 1 / step.policy.length
 
 
@@ -47,7 +47,19 @@ class InverseLength:
 class StdOverMean:
     """s / mean of s over all steps but the last (TempFlow-GRPO's noise-aware weight): gradient scale ∝ |b|."""
 
-    def weigh(self, step: Step, forest: Forest) -> Tensor:
+    def weigh(self, step: Step, forest: Forest, edges: Tensor) -> Tensor:
         sigmas = forest.sigmas.double()
         coefficients = forest.kernel.coefficients(sigmas[:-2], sigmas[1:-1], torch.ones_like(sigmas[:-2]))
         return step.std / coefficients.std.mean().to(step.std)
+
+
+@dataclass(frozen=True)
+class LongCat:
+    """√(σ/(1−σ))/√h (LongCat-Video's loss_reweighting, in GenRL): flat gradients with Flow-SDE, whatever its noise level.
+
+    Where σ is 1 the σ' of the step stands for it inside 1−σ, as in Flow-SDE. The KL's weight (its square) is not kept."""
+
+    def weigh(self, step: Step, forest: Forest, edges: Tensor) -> Tensor:
+        sigma, sigma_next = (values.double() for values in forest.step_sigmas(edges))
+        capped = torch.where(sigma == 1, sigma_next, sigma)
+        return (sigma / (1 - capped) / (sigma - sigma_next)).sqrt().to(step.std)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
@@ -13,6 +13,7 @@ from torch.nn import Parameter
 
 from flowalign.data import PromptRecord
 from flowalign.models.base import Policy
+from flowalign.processes import Processes
 from rewards import Reward
 from samplers import Kernel, Plan
 
@@ -76,12 +77,14 @@ class Task:
     seed: int
     height: int
     width: int
+    processes: Processes = field(default_factory=Processes)
 
 
 @dataclass(frozen=True, eq=False)
 class Update:
-    """One optimiser step. Each micro-batch, when called, returns a loss whose sum over micro-batches is the loss of the
-    step (already divided by the global count). `after` runs once the step is taken and returns metrics."""
+    """One optimiser step. Each micro-batch, when called, returns a loss whose sum over micro-batches and processes is the
+    loss of the step (already divided by the global count). Processes agree whether there are any. `after` runs once the
+    step is taken and returns metrics."""
 
     optimiser: torch.optim.Optimizer
     max_grad_norm: float

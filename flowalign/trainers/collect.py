@@ -12,9 +12,10 @@ from torch import Tensor
 from flowalign.data import PromptRecord
 from flowalign.models.base import Conditions, encode_singly
 from flowalign.trainers.base import Task
+from flowalign.trainers.whole import whole_forest, whole_output
 from rewards import RewardBatch, RewardOutput, score
 from samplers import Forest, KeyedNoise, Tree, rollout
-from samplers.noise import generator
+from samplers.noise import generator, visits
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,16 +30,18 @@ class Collected:
     channels: tuple[str, ...]
     iteration: int
     metrics: dict[str, float]
+    uids: tuple[int, ...] = ()
 
     @property
     def images(self) -> int:
         return len(self.scores)
 
 
-def grow(task: Task, iteration: int, groups: int) -> Tree:
-    """The topology of an iteration. Plans draw from the stream "select", so a window is a function of the key."""
+def grow(task: Task, iteration: int, groups: range) -> Tree:
+    """The topology of some groups of an iteration. Plans draw from the stream "select": a window is a function of the
+    key, whoever rolls it out."""
     settings, trees = task.rollout, []
-    for group in range(groups):
+    for group in groups:
         drawn = group if settings.draw == "group" else 0
         rng = generator(task.seed, "select", iteration, drawn)
         trees.append(settings.plan.tree(settings.num_inference_steps, settings.group_size, iteration, rng))
@@ -47,14 +50,19 @@ def grow(task: Task, iteration: int, groups: int) -> Tree:
 
 @torch.no_grad()
 def collect(task: Task, prompts: Sequence[PromptRecord], iteration: int) -> Collected:
-    """Rolls out `prompts` (one group each), decodes every leaf and scores it."""
-    settings, policy = task.rollout, task.policy
-    tree = grow(task, iteration, len(prompts))
+    """Rolls out `prompts` (one group each), decodes every leaf and scores it.
+
+    Each process does whole groups, its share; what comes back is the batch of all of them."""
+    settings, policy, processes = task.rollout, task.policy, task.processes
+    share = processes.share(len(prompts))
+    tree = grow(task, iteration, share)
+    uids = [record.uid for record in prompts]
     noise = KeyedNoise(
-        task.seed, iteration, [record.uid for record in prompts], policy.latent_shape(task.height, task.width)
-    )
+        task.seed, iteration, uids[share.start : share.stop], policy.latent_shape(task.height, task.width),
+        visits=visits(uids)[share.start : share.stop],
+    )  # fmt: skip
     conditions = encode_singly(policy, [record.prompt for record in prompts])
-    group_of_root = tree.group[: tree.num_roots]
+    group_of_root = tree.group[: tree.num_roots] + share.start
 
     def velocity(x: Tensor, sigma: Tensor, root: Tensor) -> Tensor:
         rows = conditions.rows(group_of_root[root])
@@ -69,7 +77,7 @@ def collect(task: Task, prompts: Sequence[PromptRecord], iteration: int) -> Coll
     leaves = forest.at(tree.leaves).split(settings.micro_batch)
     images = torch.cat([policy.decode(part) for part in leaves])
     decoded = time.perf_counter()
-    owner = tree.group[tree.leaves].tolist()
+    owner = (tree.group[tree.leaves] + share.start).tolist()
     output = score(
         task.reward,
         RewardBatch(
@@ -79,13 +87,17 @@ def collect(task: Task, prompts: Sequence[PromptRecord], iteration: int) -> Coll
             group_ids=owner,
         ),
     )
+    milliseconds = 1000 * output.elapsed / len(owner)
+    rows = processes.total(policy.evaluations - rows_before)
+    whole = tree if processes.count == 1 else grow(task, iteration, range(len(prompts)))
+    forest, output = whole_forest(processes, whole, forest), whole_output(processes, whole, output)
     metrics = {
         **_reward_metrics(task.reward.name, output),
-        "cost/rollout_per_image": (policy.evaluations - rows_before) / len(owner),
+        "cost/rollout_per_image": rows / len(output.scores),
         "time/rollout": rolled - began,
         "time/decode": decoded - rolled,
         "time/reward": output.elapsed,
-        "time/reward_ms_per_image": 1000 * output.elapsed / len(owner),
+        "time/reward_ms_per_image": milliseconds,
     }
     return Collected(
         forest,
@@ -96,6 +108,7 @@ def collect(task: Task, prompts: Sequence[PromptRecord], iteration: int) -> Coll
         (task.reward.name,),
         iteration,
         metrics,
+        tuple(uids),
     )
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -14,9 +14,36 @@ from torch import Tensor
 from flowalign.advantage import Advantage
 from flowalign.credit import Credit
 from flowalign.data import PromptRecord
-from flowalign.objectives import KLPenalty, Objective, Selector, StepWeight
+from flowalign.objectives import (
+    DynamicClip,
+    KLPenalty,
+    Known,
+    LayerTuning,
+    Moment,
+    Objective,
+    Selector,
+    StepWeight,
+    Targets,
+)
 from flowalign.trainers.base import AdamW, Rollout, Task, Update
 from flowalign.trainers.collect import Collected, collect
+from samplers import Forest
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """Trained edges [E] and what belongs to each: advantages [E, C], clip bounds [E, C, 2] where they are dynamic."""
+
+    edges: Tensor
+    advantages: Tensor
+    bounds: Tensor | None
+
+    def __getitem__(self, mask: Tensor) -> Trained:
+        bounds = None if self.bounds is None else self.bounds[mask]
+        return Trained(self.edges[mask], self.advantages[mask], bounds)
+
+    def __len__(self) -> int:
+        return len(self.edges)
 
 
 @dataclass
@@ -26,7 +53,9 @@ class PolicyGradient:
     One forward and backward per distinct parent state serves all its children: their log-probs depend on the network
     only through the same mean, so the gradient is exactly that of one pass per edge. `updates_per_rollout` splits the
     iteration by groups, never the children of one state; from the second on the ratio leaves 1. The reference's
-    velocities are evaluated once, at the rollout's states. `micro_batch` counts states."""
+    velocities are evaluated once, at the rollout's states; so are the rollout's own where the objective needs its means.
+    `micro_batch` counts states. `dynamic_clip` takes the place of the objective's clip range; `layer_tuning` adds a
+    supervised term on the states that are trained."""
 
     credit: Credit
     advantage: Advantage
@@ -34,6 +63,8 @@ class PolicyGradient:
     objective: Objective
     step_weight: StepWeight
     kl: KLPenalty = field(default_factory=KLPenalty)
+    dynamic_clip: DynamicClip | None = None
+    layer_tuning: LayerTuning | None = None
     optimiser: AdamW = field(default_factory=AdamW)
     updates_per_rollout: int = 1
     micro_batch: int = 16
@@ -106,39 +137,33 @@ class PolicyGradient:
             forest, self.credit.assign(forest, batch.scores, batch.valid, batch.channels)
         )
         batch.metrics["group/zero_std_ratio"] = advantages.zero_std_ratio
-        chosen = self.select.choose(forest, advantages) & advantages.valid.any(1)
+        moment = Moment(self._task.seed, batch.iteration, batch.uids)
+        chosen = self.select.choose(forest, advantages, moment) & advantages.valid.any(1)
         batch.metrics["group/trained_edges"] = int(chosen.sum())
-        reference = self._reference(batch, tree.edges[chosen]) if self.kl.beta else {}
+        batch = replace(batch, forest=self._with_roles(batch, tree.edges[chosen]))
+        bounds = self.dynamic_clip.bounds(batch.forest, advantages) if self.dynamic_clip else None
+        trained = Trained(tree.edges, advantages.values, bounds)
+        targets = self._targets(batch)
         share = self._task.rollout.groups // self.updates_per_rollout
         for number in range(self.updates_per_rollout):
             mine = chosen & (tree.group[tree.edges] // share == number)
-            yield self._update(batch, tree.edges[mine], advantages.values[mine], reference, first=number == 0)
+            yield self._update(batch, trained[mine], targets, first=number == 0)
 
     # ------------------------------------------------------------------------------------------ one step
 
-    def _update(
-        self, batch: Collected, edges: Tensor, advantages: Tensor, reference: dict[int, Tensor], *, first: bool
-    ) -> Update:
-        parents, position = batch.forest.tree.distinct_parents(edges)
+    def _update(self, batch: Collected, trained: Trained, targets: Targets | None, *, first: bool) -> Update:
+        parents, position = batch.forest.tree.distinct_parents(trained.edges)
+        aimed = int(torch.isin(parents, targets.nodes).sum()) if targets else 0
         record: list[dict[str, Tensor]] = []
         micro_batches = []
-        for start in range(0, len(parents), self.micro_batch):
-            rows = parents[start : start + self.micro_batch]
-            mine = (position >= start) & (position < start + self.micro_batch)
-            micro_batches.append(
-                partial(
-                    self._loss,
-                    batch,
-                    rows,
-                    edges[mine],
-                    position[mine] - start,
-                    advantages[mine],
-                    reference,
-                    len(edges),
-                    record,
-                    first,
-                )
-            )
+        for dealt in self._task.processes.deal(len(parents)).split(self.micro_batch):
+            place = torch.full((len(parents),), -1)
+            place[dealt[dealt >= 0]] = torch.arange(int((dealt >= 0).sum()))
+            mine = place[position] >= 0
+            rows, own = parents[dealt.clamp(min=0)], parents[dealt[dealt >= 0]]
+            loss = partial(self._loss, batch, rows, trained[mine], place[position[mine]], len(trained), record, first)
+            supervised = partial(self._supervised, batch, targets, own, aimed)
+            micro_batches.append(partial(loss, supervised))
         for group in self._adamw.param_groups:
             group["lr"] = self.optimiser.lr_at(self._steps)
         began, before = time.perf_counter(), self._task.policy.evaluations
@@ -150,38 +175,51 @@ class PolicyGradient:
         )
 
     def _loss(
-        self, batch: Collected, parents: Tensor, edges: Tensor, position: Tensor, advantages: Tensor,
-        reference: dict[int, Tensor], count: int, record: list[dict[str, Tensor]], first: bool,
+        self, batch: Collected, parents: Tensor, trained: Trained, position: Tensor, count: int,
+        record: list[dict[str, Tensor]], first: bool, supervised: Callable[[Tensor], Tensor],
     ) -> Tensor:  # fmt: skip
-        """The loss of some states: all their trained children, divided by the number of edges of the whole step."""
-        forest = batch.forest
+        """The loss of some states: all their trained children, divided by the number of edges of the whole step. A state
+        without one (it pads) weighs nothing."""
+        forest, edges = batch.forest, trained.edges
         velocity = self._velocity(batch, parents)
-        step = forest.edge_steps(edges, velocity, position)
-        log_prob, old = step.log_prob(forest.at(edges)), forest.log_prob[edges]
-        weight = self.step_weight.weigh(step, forest)
-        policy = (weight * self.objective.loss(log_prob, old, advantages.to(log_prob))).sum() / count
+        step, arrived = forest.edge_steps(edges, velocity, position), forest.at(edges)
+        old_step = forest.role_steps("old", edges) if self.objective.needs_old_means else None
+        known = Known(step, arrived, old_step, trained.bounds)
+        log_prob, old = step.log_prob(arrived), forest.log_prob[edges]
+        advantages = trained.advantages.to(log_prob)
+        weight = self.step_weight.weigh(step, forest, edges)
+        policy = (weight * self.objective.loss(log_prob, old, advantages, known)).sum() / count
         penalty = policy.new_zeros(())
         if self.kl.beta:
-            known = torch.stack([reference[node] for node in parents.tolist()])
-            penalty = self.kl.beta * self.kl(step, forest.edge_steps(edges, known, position)).sum() / count
-        log_ratio = (log_prob - old).detach()
+            penalty = self.kl.beta * self.kl(step, forest.role_steps("reference", edges)).sum() / count
+        sft = supervised(velocity)
+        log_ratio = self.objective.log_ratio(log_prob, old, known).detach()
         if first:
-            self._check_replay(log_ratio)
-        record.append({"log_ratio": log_ratio, "policy": policy.detach(), "kl": penalty.detach()})
-        return policy + penalty
+            self._check_replay(log_ratio, trained.bounds)
+        clipped = self.objective.clipped(log_prob.detach(), old, advantages, known)
+        losses = {"policy": policy.detach(), "kl": penalty.detach(), "sft": sft.detach()}
+        record.append({"log_ratio": log_ratio, "clipped": clipped, **losses})
+        return policy + penalty + sft
 
-    def _check_replay(self, log_ratio: Tensor) -> None:
+    def _supervised(
+        self, batch: Collected, targets: Targets | None, parents: Tensor, aimed: int, velocity: Tensor
+    ) -> Tensor:
+        """LayerTuning's share of some states, divided by the number of states with a target of the whole step."""
+        if targets is None or self.layer_tuning is None or not aimed:
+            return velocity.new_zeros(())
+        return (
+            self.layer_tuning.scale_at(batch.iteration) * targets.loss(parents, velocity[: len(parents)]).sum() / aimed
+        )
+
+    def _check_replay(self, log_ratio: Tensor, bounds: Tensor | None) -> None:
         """Invariant I1: an unchanged policy repeats its log-probs."""
-        drift, clip = float(log_ratio.abs().max()), min(self._bounds())
-        if not drift <= clip:
+        limit = self.objective.drift_limit if bounds is None else float(bounds.min())
+        drift = float(log_ratio.abs().max()) if len(log_ratio) else 0.0
+        if not drift <= limit:
             raise RuntimeError(
-                f"replay drift {drift:.2e} exceeds the clip range {clip:.2e} before the first step: the update would "
+                f"replay drift {drift:.2e} exceeds the clip range {limit:.2e} before the first step: the update would "
                 "clip noise. Widen objective.clip_range, keep log-probs fp32, or use equal batch shapes"
             )
-
-    def _bounds(self) -> tuple[float, float]:
-        clip = self.objective.clip_range
-        return clip if isinstance(clip, tuple) else (clip, clip)
 
     def _velocity(self, batch: Collected, nodes: Tensor) -> Tensor:
         forest = batch.forest
@@ -189,38 +227,61 @@ class PolicyGradient:
         guidance = self._task.rollout.guidance_scale
         return self._task.policy.velocity(forest.at(nodes), forest.sigma(nodes), rows, guidance_scale=guidance)
 
+    def _targets(self, batch: Collected) -> Targets | None:
+        if self.layer_tuning is None:
+            return None
+        if len(batch.channels) > 1:
+            raise ValueError(
+                f"layer_tuning came with the rewards {list(batch.channels)}; expected one to rank leaves by"
+            )
+        return self.layer_tuning.targets(batch.forest, batch.scores[:, 0], batch.valid[:, 0])
+
+    def _with_roles(self, batch: Collected, edges: Tensor) -> Forest:
+        """The forest with the velocities that the update reads, each distinct state of each role evaluated once."""
+        forest, states = batch.forest, batch.forest.tree.distinct_parents(edges)[0]
+        aims = self.layer_tuning is not None and self.layer_tuning.needs_old
+        if (aims or self.objective.needs_old_means) and "old" not in forest.velocities:
+            nodes = forest.tree.parents_of_edges if aims else states
+            forest = forest.with_velocities("old", nodes, self._said(batch, "policy", nodes))
+        if self.kl.beta:
+            forest = forest.with_velocities("reference", states, self._said(batch, "reference", states))
+        return forest
+
     @torch.no_grad()
-    def _reference(self, batch: Collected, edges: Tensor) -> dict[int, Tensor]:
-        """{state: velocity of the frozen reference}, each distinct state once."""
-        known: dict[int, Tensor] = {}
-        parents, _ = batch.forest.tree.distinct_parents(edges)
-        before = self._task.policy.evaluations
-        with self._task.policy.role("reference"):
-            for nodes in parents.split(self._task.rollout.micro_batch):
-                known |= dict(zip(nodes.tolist(), self._velocity(batch, nodes), strict=True))
-        batch.metrics["cost/reference_per_image"] = (self._task.policy.evaluations - before) / batch.images
-        return known
+    def _said(self, batch: Collected, role: str, nodes: Tensor) -> Tensor:
+        """Velocities of a role at `nodes` [n, *], each evaluated by one process."""
+        processes, before = self._task.processes, self._task.policy.evaluations
+        share = processes.share(len(nodes))
+        own = nodes[share.start : share.stop].split(self._task.rollout.micro_batch)
+        with self._task.policy.role(role):
+            parts = [self._velocity(batch, part) for part in own if len(part)]
+        known = torch.cat(parts) if parts else batch.forest.states.new_empty((0, *batch.forest.states.shape[1:]))
+        rows = processes.total(self._task.policy.evaluations - before) / batch.images
+        batch.metrics["cost/reference_per_image"] = batch.metrics.get("cost/reference_per_image", 0.0) + rows
+        return processes.gather(known)
 
     def _after(
         self, batch: Collected, record: list[dict[str, Tensor]], first: bool, began: float, before: int
     ) -> dict[str, float]:
         """Bookkeeping after a step; the metrics are those of the state before it."""
-        rows = self._task.policy.evaluations - before
+        processes = self._task.processes
         metrics = {
             "time/update": time.perf_counter() - began,
-            "cost/trained_per_image": rows / batch.images,
+            "cost/trained_per_image": processes.total(self._task.policy.evaluations - before) / batch.images,
             "optim/lr": self._adamw.param_groups[0]["lr"],
         }
         if not record:
             return metrics
         self._steps += 1
-        log_ratio = torch.cat([part["log_ratio"] for part in record]).double()
-        below, above = self._bounds()
-        ratio = log_ratio.exp()
+        log_ratio = processes.gather(torch.cat([part["log_ratio"] for part in record])).double()
+        clipped = processes.gather(torch.cat([part["clipped"] for part in record])).double()
+        loss = {name: processes.total(sum(float(part[name]) for part in record)) for name in ("policy", "kl", "sft")}
         metrics |= {
-            "ratio/clip_fraction": float(((ratio < 1 - below) | (ratio > 1 + above)).double().mean()),
+            "ratio/clip_fraction": float(clipped.mean()),
             "ratio/approx_kl": float(0.5 * (log_ratio**2).mean()),
-            "loss/policy": float(sum(part["policy"] for part in record)),
-            "loss/kl": float(sum(part["kl"] for part in record)),
+            "loss/policy": loss["policy"],
+            "loss/kl": loss["kl"],
         }
+        if self.layer_tuning is not None:
+            metrics["loss/sft"] = loss["sft"]
         return metrics | ({"ratio/drift_max": float(log_ratio.abs().max())} if first else {})

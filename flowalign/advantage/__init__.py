@@ -1,0 +1,11 @@
+"""Advantage: values of edges -> advantages inside a declared set."""
+
+from flowalign.advantage.asymmetric import Asymmetric
+from flowalign.advantage.base import Advantage, Advantages, Within, set_keys
+from flowalign.advantage.gated import VarianceGated
+from flowalign.advantage.mix import Mixed, PerChannel
+from flowalign.advantage.normalised import Normalised
+
+__all__ = [
+    "Advantage", "Advantages", "Asymmetric", "Mixed", "Normalised", "PerChannel", "VarianceGated", "Within", "set_keys",
+]  # fmt: skip

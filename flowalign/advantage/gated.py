@@ -1,0 +1,51 @@
+"""Advantages gated by the spread of their set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flowalign.advantage.base import Advantages, Sets, Within, by_channel
+from flowalign.credit import EdgeValues
+from samplers import Forest
+
+
+@dataclass(frozen=True)
+class VarianceGated:
+    """ω · (value − mean) / max(std, high): sets in which almost nothing differs are not blown up to unit spread.
+
+    VG-GRPO (Multi-ORFT / SCORP 2604.11734), in our reading (grpo_family §10.1): the gate ω is 0 below `low`, 1 from
+    `high` on, linear between; both in units of the set's std. None: the 10 % and 50 % quantile of the stds of this
+    batch's sets (not of a running buffer: nothing to keep for a resume). low = high = 0 is the plain z-score, and
+    |advantage| never exceeds it."""
+
+    within: Within = "prompt"
+    low: float | None = None
+    high: float | None = None
+    clip: float = 5.0
+
+    def __post_init__(self) -> None:
+        if (self.low is None) != (self.high is None):
+            raise ValueError(f"low={self.low}, high={self.high} came; expected two numbers, or neither for quantiles")
+        if self.low is not None and self.high is not None and not 0 <= self.low <= self.high:
+            raise ValueError(f"low={self.low}, high={self.high} came; expected 0 <= low <= high")
+
+    def compare(self, forest: Forest, credit: EdgeValues) -> Advantages:
+        return by_channel(forest, credit, self.within, self._rule)
+
+    def _rule(self, sets: Sets) -> tuple[Tensor, Tensor]:
+        mean, std = sets.moments()
+        low, high = self._thresholds(std[sets.usable])
+        ramp = ((std - low) / max(high - low, 1e-300)).clamp(0, 1)
+        gate = torch.where(std >= high, 1.0, torch.where(std < low, 0.0, ramp))
+        scale = gate / std.clamp(min=max(high, 1e-300))
+        return ((sets.values - mean[sets.keys]) * scale[sets.keys]).clamp(-self.clip, self.clip), std
+
+    def _thresholds(self, std: Tensor) -> tuple[float, float]:
+        if self.low is not None and self.high is not None:
+            return self.low, self.high
+        if not len(std):
+            return 0.0, 0.0
+        return float(std.quantile(0.1)), float(std.quantile(0.5))

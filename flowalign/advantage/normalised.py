@@ -1,0 +1,76 @@
+"""The group z-score and its relatives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from flowalign.advantage.base import Advantages, Sets, Within, by_channel
+from flowalign.credit import EdgeValues
+from samplers import Forest
+
+
+@dataclass(frozen=True)
+class Normalised:
+    """(value − mean of its set) / (std + delta), clipped (grpo_family §2.3).
+
+    `std`: "set" the set's own (per-prompt), "batch" that of all valid edges (Flow-GRPO's global std), "largest" the
+    largest of all sets (LongCat), "none" no division (Dr. GRPO). Population std unless `unbiased` (DanceGRPO), where a
+    set has as many samples as one grid step has edges. `trim`: this share of each set's samples, rounded down, is left
+    out of mean and std, the worst ones ("low", MixGRPO) or as many best ones too ("both", UniRL); they still get an
+    advantage. A set of fewer than two valid edges has no baseline: its edges are invalid. A set whose spread is below
+    1e-6 gets advantage 0."""
+
+    within: Within = "prompt"
+    std: Literal["set", "batch", "largest", "none"] = "set"
+    delta: float = 1e-4
+    clip: float = 5.0
+    unbiased: bool = False
+    trim: float = 0.0
+    trim_side: Literal["low", "both"] = "low"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.trim < (0.5 if self.trim_side == "both" else 1):
+            raise ValueError(
+                f"advantage.trim={self.trim} came; expected a share from 0 to below 1, below 0.5 with trim_side='both'"
+            )
+
+    def compare(self, forest: Forest, credit: EdgeValues) -> Advantages:
+        return by_channel(forest, credit, self.within, self._rule)
+
+    def _rule(self, sets: Sets) -> tuple[Tensor, Tensor]:
+        mean, std = sets.moments(self._trimmed(sets))
+        if self.unbiased:
+            std = std * (sets.samples / (sets.samples - 1).clamp(min=1)).sqrt()
+        advantage = sets.values - mean[sets.keys]
+        if self.std != "none":
+            advantage = advantage / (self._scale(std, sets)[sets.keys] + self.delta)
+        return advantage.clamp(-self.clip, self.clip), std
+
+    def _scale(self, std: Tensor, sets: Sets) -> Tensor:
+        if self.std == "batch":  # of the raw rewards of the whole batch, not of the centred ones (flow_grpo)
+            return sets.values[sets.valid].std(correction=0).expand_as(std)
+        if self.std == "largest":
+            return (std[sets.usable].max() if bool(sets.usable.any()) else std.new_zeros(())).expand_as(std)
+        return std
+
+    def _trimmed(self, sets: Sets) -> Tensor:
+        """[E] the valid edges that count in the statistics."""
+        if not self.trim:
+            return sets.valid
+        order = torch.argsort(sets.values, stable=True)
+        order = order[sets.valid[order]]
+        order = order[sets.keys[order].argsort(stable=True)]  # set after set, the worst of each first
+        begin = sets.count.cumsum(0) - sets.count
+        rank = torch.arange(len(order)) - begin[sets.keys[order]]
+        per_sample = sets.count / sets.samples.clamp(min=1)  # in a chain a sample has this many edges, of one value
+        cut = ((self.trim * sets.samples + 1e-9).floor() * per_sample)[sets.keys[order]]
+        inside = rank >= cut
+        if self.trim_side == "both":
+            inside &= rank < sets.count[sets.keys[order]] - cut
+        among = torch.zeros_like(sets.valid)
+        among[order[inside]] = True
+        return among

@@ -1,0 +1,72 @@
+"""Credit from ODE completions: what one stochastic step changed, V(state) being the score of its completion."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from flowalign.credit.base import EdgeValues, completed, largest_of_each_sign, lines
+from samplers import Forest
+
+
+@dataclass(frozen=True)
+class Gain:
+    """V_{i+1} − V_i for the step i (DenseGRPO 2601.20218); over a whole chain the gains sum to V_T − V_0.
+
+    kind "value": V_{i+1} itself, the paper's control, better than the terminal reward and worse than the gain."""
+
+    kind: Literal["gain", "value"] = "gain"
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("gain", "value"):
+            raise ValueError(f"Gain.kind={self.kind!r} came; expected 'gain' or 'value'")
+
+    def assign(self, forest: Forest, scores: Tensor, valid: Tensor, channels: tuple[str, ...]) -> EdgeValues:
+        tree = forest.tree
+        after, reached = completed(tree, tree.edges, scores, valid)
+        if self.kind == "value":
+            return EdgeValues(after, reached, channels)
+        before, left = completed(tree, tree.parent[tree.edges], scores, valid)
+        known = left & reached
+        return EdgeValues(torch.where(known, after - before, 0.0), known, channels)
+
+
+@dataclass(frozen=True)
+class TurningPoint:
+    """The gain d_k, but at turning points the whole rest of the way V_n − V_k (TP-GRPO 2602.06422; grpo_family §8.2).
+
+    With Δ = V_n − V_0, step k >= 1 is one if the step before went against Δ, k goes with it, and what comes after k goes
+    on in the direction of d_k; step 0 (`first_step`) if what comes after it does. An exact tie has no direction, so a
+    binary reward has few turning points. `balanced`: over the whole batch keep as many with r > 0 as with r < 0, the
+    largest |r| (the authors' code ranks by |Δ|, per micro-batch); the others fall back to d_k.
+    An edge needs V before and after itself and the step before, V_0 and V_n. ValueError on trees that branch on the way:
+    V_n would not be one sample."""
+
+    first_step: bool = True
+    balanced: bool = True
+
+    def assign(self, forest: Forest, scores: Tensor, valid: Tensor, channels: tuple[str, ...]) -> EdgeValues:
+        tree = forest.tree
+        line = lines(tree)
+        inner = line.above >= 0
+        if len(line.above[inner].unique()) != int(inner.sum()):
+            raise ValueError(
+                "TurningPoint needs chains: a stochastic step of this tree is followed by several; take Gain"
+            )
+        before, left = completed(tree, tree.parent[tree.edges], scores, valid)
+        after, reached = completed(tree, tree.edges, scores, valid)
+        gain, whole, to_come = after - before, after[line.last] - before, after[line.last] - after
+        agrees = gain.sign() * (after[line.last] - before[line.first]).sign()
+        goes_on = gain.sign() * to_come.sign() > 0
+        previous = line.above.clamp(min=0)
+        turned = torch.where(inner[:, None], (agrees[previous] < 0) & (agrees > 0), self.first_step) & goes_on
+        own = left & reached
+        known = own & reached[line.last] & left[line.first] & (own[previous] | ~inner[:, None])
+        turned &= known
+        if self.balanced:
+            picked = [largest_of_each_sign(r, here) for r, here in zip(whole.T, turned.T, strict=True)]
+            turned = torch.stack(picked, 1)
+        return EdgeValues(torch.where(known, torch.where(turned, whole, gain), 0.0), known, channels)

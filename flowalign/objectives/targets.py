@@ -1,0 +1,117 @@
+"""State targets: velocities that a state's velocity is drawn to (supervised terms inside reinforcement learning)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from samplers import Forest
+from samplers.kernels.base import spread
+
+
+@dataclass(frozen=True, eq=False)
+class Targets:
+    """targets[state] = (velocity, weight): `nodes` [S], `velocity` [S, *], `weight` [S] >= 0."""
+
+    nodes: Tensor
+    velocity: Tensor
+    weight: Tensor
+
+    def loss(self, nodes: Tensor, velocity: Tensor) -> Tensor:
+        """[n] weight · ⟨(v − target)²⟩ of `nodes` under `velocity` [n, *], the mean over elements; 0 without a target."""
+        if not len(self.nodes):
+            return velocity.new_zeros(len(nodes))
+        match = nodes[:, None] == self.nodes[None]
+        place = match.int().argmax(1)
+        weight = torch.where(match.any(1), self.weight[place], 0.0).to(velocity)
+        error = velocity - self.velocity[place.to(self.velocity.device)].to(velocity)
+        return weight * error.square().flatten(1).mean(1)
+
+
+@dataclass(frozen=True)
+class LayerTuning:
+    """Draws each state towards its tree's best path (Dynamic-TreeRPO 2509.23352, our reading; grpo_family §6.2).
+
+    ℓ* is the tree's best leaf; a trained state n with fused reward R̄(n) gets weight clip((R* − R̄)/(R* − R_min + 1e-6),
+    0, 1); the states of the best path themselves are left alone. target "best_path_velocity": what the rollout's
+    weights said at the best path's state of the same grid step (their words; sensible only where a tree's states are
+    close), read from forest.velocities["old"]; "best_leaf_fm": (n − x*)/σ, straight to the best clean latent (rectified flows only).
+    `scale` (λ, .01) is the trainer's factor; it falls linearly to 0 over `fade` iterations (None: stays)."""
+
+    target: Literal["best_path_velocity", "best_leaf_fm"] = "best_path_velocity"
+    scale: float = 0.01
+    fade: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.target not in ("best_path_velocity", "best_leaf_fm"):
+            raise ValueError(f"target={self.target!r} came; expected 'best_path_velocity' or 'best_leaf_fm'")
+        if self.scale < 0 or (self.fade is not None and self.fade < 1):
+            raise ValueError(f"scale={self.scale}, fade={self.fade} came; expected scale >= 0 and fade >= 1 or None")
+
+    @property
+    def needs_old(self) -> bool:
+        """Whether forest.velocities["old"] must hold every trained state."""
+        return self.target == "best_path_velocity"
+
+    def scale_at(self, iteration: int) -> float:
+        """λ in this iteration."""
+        return self.scale * (1.0 if self.fade is None else max(0.0, 1 - iteration / self.fade))
+
+    def targets(self, forest: Forest, scores: Tensor, valid: Tensor) -> Targets:
+        """The targets of the trained states; `scores`, `valid` [L], one reward, in the order of the leaves.
+
+        States below which a leaf is invalid have none, nor have trees without a valid leaf."""
+        tree = forest.tree
+        nodes, best, twin = [], [], []
+        for root in tree.root[tree.edges].unique().tolist():
+            own = ((tree.root[tree.leaves] == root) & valid).nonzero().flatten()
+            if not len(own):
+                continue
+            leaf = int(tree.leaves[own[scores[own].argmax()]])
+            path = _path(forest, leaf)
+            for node in tree.parents_of_edges[tree.root[tree.parents_of_edges] == root].tolist():
+                other = path.get(int(tree.index[node]))
+                if other is not None and other != node:
+                    nodes.append(node)
+                    best.append(leaf)
+                    twin.append(other)
+        states, ends, twins = (torch.tensor(column, dtype=torch.int64) for column in (nodes, best, twin))
+        if self.target == "best_leaf_fm":
+            here = forest.at(states)
+            velocity = (here - forest.at(ends)) / spread(forest.sigma(states).to(here), here)
+        elif "old" in forest.velocities:
+            velocity = forest.velocities["old"].at(twins)
+        else:
+            raise ValueError("LayerTuning(target='best_path_velocity') came for a forest without velocities['old']")
+        return Targets(states, velocity, self._weights(forest, states, scores, valid))
+
+    def _weights(self, forest: Forest, states: Tensor, scores: Tensor, valid: Tensor) -> Tensor:
+        """ω [S]; R̄ of a state is the mean of the leaves below the stochastic steps that leave it."""
+        tree = forest.tree
+        known = torch.where(valid, scores.double(), 0.0)
+        edge, leaf = tree.leaf_of_edge
+        total, count, bad = (torch.zeros(len(tree), dtype=torch.float64) for _ in range(3))
+        for column, values in ((total, known[leaf]), (count, torch.ones_like(known[leaf])), (bad, ~valid[leaf])):
+            column.index_add_(0, tree.parent[tree.edges[edge]], values.double())
+        root = tree.root[tree.leaves[valid]]
+        top = torch.full((tree.num_roots,), -torch.inf, dtype=torch.float64)
+        low = -top
+        top.scatter_reduce_(0, root, known[valid], "amax")
+        low.scatter_reduce_(0, root, known[valid], "amin")
+        own = tree.root[states]
+        gap = (top[own] - total[states] / count[states].clamp(min=1)) / (top[own] - low[own] + 1e-6)
+        return torch.where(bad[states] > 0, 0.0, gap.clamp(0, 1))
+
+
+def _path(forest: Forest, leaf: int) -> dict[int, int]:
+    """{grid index: node} of the trained states on the way from the root to `leaf`."""
+    tree, node, path = forest.tree, leaf, {}
+    while node >= 0:
+        above = int(tree.parent[node])
+        if above >= 0 and float(tree.level[node]) > 0:
+            path[int(tree.index[above])] = above
+        node = above
+    return path

@@ -1,0 +1,47 @@
+"""The rollouts of all processes as one batch: what every process then computes credit, advantages and selection on."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flowalign.processes import Processes
+from rewards import RewardOutput
+from samplers import Forest, Tree
+
+
+def whole_forest(processes: Processes, tree: Tree, forest: Forest) -> Forest:
+    """The forest of `tree`, of which each process rolled out the groups of its share, in the same order of nodes."""
+    if processes.count == 1:
+        return forest
+    nodes = _by_process(processes, tree)
+    kept = torch.zeros(len(tree), dtype=torch.bool)
+    kept[nodes] = processes.gather(forest.row >= 0)
+    row = torch.where(kept, kept.cumsum(0) - 1, -1)
+    log_prob = forest.log_prob.new_empty(len(tree))
+    log_prob[nodes] = processes.gather(forest.log_prob)
+    states = forest.states.new_empty((int(kept.sum()), *forest.states.shape[1:]))
+    states[row[nodes[kept[nodes]]]] = processes.gather(forest.states)
+    evaluations = round(processes.total(forest.evaluations))
+    return Forest(tree, forest.sigmas, forest.kernel, states, row, log_prob, evaluations)
+
+
+def whole_output(processes: Processes, tree: Tree, output: RewardOutput) -> RewardOutput:
+    """The scores of all leaves, in the order of `tree.leaves`; `info` stays with the process that has the images."""
+    if processes.count == 1:
+        return output
+    nodes = _by_process(processes, tree)
+    order = torch.searchsorted(tree.leaves, nodes[tree.index[nodes] == tree.num_steps])
+
+    def gathered(values: Tensor) -> Tensor:
+        whole = processes.gather(values)
+        return whole.new_empty(whole.shape).index_copy(0, order.to(whole.device), whole)
+
+    components = {name: gathered(values) for name, values in sorted(output.components.items())}
+    return RewardOutput(gathered(output.scores), gathered(output.valid), components, elapsed=output.elapsed)
+
+
+def _by_process(processes: Processes, tree: Tree) -> Tensor:
+    """[N] the nodes of the first process's groups, then the second's, …"""
+    shares = processes.shares(tree.num_groups)
+    return torch.cat([((tree.group >= s.start) & (tree.group < s.stop)).nonzero().flatten() for s in shares])

@@ -1,0 +1,76 @@
+"""Every part can be named in YAML, nested ones too, and comes out as the object that Python would build."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from flowalign import advantage, credit, objectives
+from flowalign.config import ConfigError, load_config
+
+TINY = Path(__file__).parents[1] / "data" / "tiny.yaml"
+
+
+def part(name: str, **init) -> dict:
+    return {"class_path": f"flowalign.{name}", "init_args": init} if init else f"flowalign.{name}"
+
+
+def trainer(folder: Path, **parts):
+    config = yaml.safe_load(TINY.read_text())
+    config["trainer"]["init_args"] |= parts
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return load_config(str(path), [])[0].trainer
+
+
+@pytest.mark.parametrize(
+    ("field", "said", "expected"),
+    [
+        ("credit", part("credit.BranchLocal"), credit.BranchLocal()),
+        ("credit", part("credit.SubtreeFusion", beta=0.5), credit.SubtreeFusion(0.5)),
+        ("credit", part("credit.TurningPoint", first_step=False), credit.TurningPoint(first_step=False)),
+        ("credit", part("credit.ReturnToGo", steps=part("credit.Gain", kind="value")),
+         credit.ReturnToGo(credit.Gain("value"))),
+        ("credit", part("credit.Joined", parts={"o": part("credit.Broadcast"), "p": part("credit.Process", score="prm")}),
+         credit.Joined({"o": credit.Broadcast(), "p": credit.Process("prm")})),
+        ("advantage", part("advantage.VarianceGated", low=0.1, high=0.2), advantage.VarianceGated("prompt", 0.1, 0.2)),
+        ("advantage", part("advantage.Asymmetric", rescale="quantiles"), advantage.Asymmetric(rescale="quantiles")),
+        ("advantage", part("advantage.Mixed", advantage=part("advantage.Normalised", trim=0.1), how="gdpo",
+                           weights={"a": 1.0}),
+         advantage.Mixed(advantage.Normalised(trim=0.1), "gdpo", {"a": 1.0})),
+        ("advantage", part("advantage.PerChannel", parts={"o": part("advantage.Normalised")}),
+         advantage.PerChannel({"o": advantage.Normalised()})),
+        ("objective", part("objectives.Guard", weight="inv_b"), objectives.Guard(weight="inv_b")),
+        ("objective", part("objectives.ClippedRatio", clip_range=[1e-4, 2e-4]), objectives.ClippedRatio((1e-4, 2e-4))),
+        ("objective", part("objectives.KLMask"), objectives.KLMask()),
+        ("step_weight", part("objectives.LongCat"), objectives.LongCat()),
+        ("dynamic_clip", {"low": 1e-4, "high": 1e-3}, objectives.DynamicClip(1e-4, 1e-3)),
+        ("layer_tuning", {"target": "best_leaf_fm", "fade": 30}, objectives.LayerTuning("best_leaf_fm", fade=30)),
+        ("select", part("objectives.All", parts=[part("objectives.Fraction", share=0.5), part("objectives.ParentTop1")]),
+         objectives.All([objectives.Fraction(0.5), objectives.ParentTop1()])),
+        ("select", part("objectives.BestOfN", keep=4), objectives.BestOfN(4)),
+        ("select", part("objectives.ExtremeB", b=2), objectives.ExtremeB(2)),
+        ("select", part("objectives.DepthWindow", start=9, stop=15), objectives.DepthWindow(start=9, stop=15)),
+        ("select", part("objectives.PositiveNegativeBalance"), objectives.PositiveNegativeBalance()),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_a_part_is_built_as_said(tmp_path: Path, field: str, said, expected) -> None:
+    assert vars(trainer(tmp_path, **{field: said}))[field] == expected
+
+
+@pytest.mark.parametrize(
+    ("field", "said", "named"),
+    [
+        ("credit", part("credit.Gain", kind="gian"), "gain"),
+        ("advantage", part("advantage.Normalised", trim=1.5), "trim"),
+        ("objective", part("objectives.Guard", weight="inv"), "inv_h"),
+        ("objective", part("objectives.ClippedRatio", clip_range=[1e-4, 0]), "clip_range"),
+        ("select", part("objectives.BestOfN", keep=3), "keep"),
+        ("select", part("objectives.Fraction", shrae=0.3), "shrae"),
+        ("dynamic_clip", {"low": 2e-4, "high": 1e-4}, "low"),
+    ],
+)
+def test_a_part_that_cannot_work_is_named(tmp_path: Path, field: str, said, named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        trainer(tmp_path, **{field: said})
