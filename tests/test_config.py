@@ -60,6 +60,8 @@ BAD = [
     (["trainer.micro_batch=0"], "micro_batch"),
     (["trainer.objective.clip_range=0"], "clip_range"),
     (["trainer.kl.beta=-1"], "beta"),
+    (["trainer.advantage.clip=-1"], "clip"),
+    (["trainer.advantage.delta=-1"], "delta"),
     (["trainer.kl.form=exakt"], "form"),
     # rewards
     (["reward=rewards.JPEGG"], "JPEG"),

@@ -50,7 +50,9 @@ def test_two_processes_equal_one(tiny_pipeline: Path, tmp_path: Path) -> None:
     for name in ("group/trained_edges", "group/zero_std_ratio", "reward/invalid", "cost/rollout_per_image"):
         assert told[name] == metrics[name]
     assert literal_eval(metrics["cost/trained_per_image"]) == 9 / 20
-    assert literal_eval(told["cost/trained_per_image"]) == 10 / 20  # nine states: one process runs one more, with weight 0
+    assert (
+        literal_eval(told["cost/trained_per_image"]) == 10 / 20
+    )  # nine states: one process runs one more, with weight 0
     for name in metrics.keys() - {"cost/trained_per_image", "ratio/drift_max"}:
         assert literal_eval(told[name]) == pytest.approx(literal_eval(metrics[name]), rel=1e-4, abs=1e-7)
     weights = [name for name in one if "lora" in name]
@@ -63,4 +65,6 @@ def test_two_processes_equal_one(tiny_pipeline: Path, tmp_path: Path) -> None:
             assert one[name].norm() > 0
     for name in first:
         if name != "rows":
-            torch.testing.assert_close(first[name], second[name], rtol=0, atol=0, equal_nan=True)  # one batch, one gradient
+            torch.testing.assert_close(
+                first[name], second[name], rtol=0, atol=0, equal_nan=True
+            )  # one batch, one gradient

@@ -33,6 +33,8 @@ class Normalised:
     trim_side: Literal["low", "both"] = "low"
 
     def __post_init__(self) -> None:
+        if self.delta < 0 or self.clip <= 0:  # clamp(-clip, clip) would give them all one value
+            raise ValueError(f"advantage.delta={self.delta}, advantage.clip={self.clip} came; expected >= 0 and > 0")
         if not 0 <= self.trim < (0.5 if self.trim_side == "both" else 1):
             raise ValueError(
                 f"advantage.trim={self.trim} came; expected a share from 0 to below 1, below 0.5 with trim_side='both'"
