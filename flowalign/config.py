@@ -16,6 +16,7 @@ from jsonargparse import ArgumentParser, Namespace
 from flowalign.data import load_prompts
 from flowalign.models.load import check_image_size, check_lora_targets, inspect_checkpoint, path_of
 from flowalign.models.lora import LoRA
+from flowalign.models.roles import Role, check_roles
 from flowalign.trainers import Rollout, Trainer
 from rewards import Reward
 
@@ -37,6 +38,7 @@ class PolicySettings:
     max_sequence_length: int | None = None
     negative_prompt: str = ""
     reference_copy: bool = False
+    roles: dict[str, Role] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -162,6 +164,7 @@ def check(config: TrainConfig) -> None:
     for tracker in config.run.trackers:
         if find_spec(tracker) is None:
             raise ConfigError(f"run.trackers names {tracker!r}, which is not installed: install it, or leave it out")
+    check_roles(policy.roles)
     inspect_checkpoint(policy.path)
     check_image_size(policy.path, policy.height, policy.width)
     if policy.max_sequence_length is not None and policy.max_sequence_length < 0:

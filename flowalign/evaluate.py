@@ -20,6 +20,7 @@ from torch import Tensor
 from flowalign.data import PromptRecord
 from flowalign.files import append_line
 from flowalign.models.base import Policy, encode_singly
+from flowalign.processes import Processes
 from rewards import Reward, RewardBatch, RewardError, score
 from samplers import ODE, Tree, chain, rollout
 from samplers.noise import generator, normal
@@ -71,21 +72,26 @@ def evaluate(
     samples_per_prompt: int = 1,
     keep_images: int = 8,
     progress: Callable[[int], None] | None = None,
+    processes: Processes | None = None,
 ) -> EvaluationResult:
     """Generates every prompt `samples_per_prompt` times by the ODE (never with SDE noise) and scores the images.
 
     Uses the weights as they are: wrap the call in `policy.role("reference")` for the base, in `ema.applied()` for the
     average. Scores do not depend on `batch_size` beyond rounding. `progress(n)` is called after each batch of n.
     A reward that fails, or gives no score for more than half of the images, is a RewardError; one sample without a
-    score is nan."""
+    score is nan. `processes` share the images, and each returns the whole result."""
     _check(prompts, rewards, batch_size, samples_per_prompt)
+    everyone = processes or Processes()
     began, rows_before = time.monotonic(), policy.evaluations
     jobs = [(record, sample) for sample in range(samples_per_prompt) for record in prompts]
+    if len(jobs) < everyone.count:
+        raise ValueError(f"{len(jobs)} images came for {everyone.count} processes; expected at least one for each")
+    share = everyone.share(len(jobs))
     shape = policy.latent_shape(height, width)
     kept: list[Tensor] = []
     scores: dict[str, list[Tensor]] = {reward.name: [] for reward in rewards}
-    for first in range(0, len(jobs), batch_size):
-        batch = jobs[first : first + batch_size]
+    for first in range(share.start, share.stop, batch_size):
+        batch = jobs[first : min(first + batch_size, share.stop)]
         noise = torch.stack([normal(shape, seed, "start", "evaluate", record.uid, sample) for record, sample in batch])
         images = _generate(policy, [record.prompt for record, _ in batch], noise, num_inference_steps, guidance_scale)
         for name, part in _score(rewards, [record for record, _ in batch], images, first).items():
@@ -93,17 +99,17 @@ def evaluate(
         kept.append(images[: max(0, keep_images - first)].float().cpu())
         if progress is not None:
             progress(len(batch))
-    complete = {name: torch.cat(parts) for name, parts in scores.items()}
+    complete = {name: everyone.gather(torch.cat(parts)) for name, parts in scores.items()}
     _check_valid(complete)
     return EvaluationResult(
         uids=[record.uid for record, _ in jobs],
         prompts=[record.prompt for record, _ in jobs],
         scores=complete,
-        images=torch.cat(kept),
+        images=everyone.gather(torch.cat(kept)),
         seed=seed,
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
-        evaluations_per_image=(policy.evaluations - rows_before) / len(jobs),
+        evaluations_per_image=everyone.total(policy.evaluations - rows_before) / len(jobs),
         seconds=time.monotonic() - began,
     )
 

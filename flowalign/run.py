@@ -29,8 +29,9 @@ from flowalign.folder import describe, open_folder
 from flowalign.forecast import forecast
 from flowalign.metrics import MetricsLog
 from flowalign.models import load_policy
-from flowalign.named_state import pack_optimizer, pack_parameters, restore_optimizer, restore_parameters
+from flowalign.processes import Processes
 from flowalign.report import grid, write_report
+from flowalign.state import pack, restore
 from flowalign.stored import load_result, save_result
 from flowalign.trainers import Task, Update
 from flowalign.trainers.collect import Collected
@@ -50,12 +51,14 @@ class Run:
         self.accelerator = Accelerator(
             log_with=list(config.run.trackers) or None, project_dir=str(self.folder / "logs")
         )
-        if self.accelerator.num_processes > 1:
+        self.processes = Processes.of(self.accelerator)
+        if self.processes.count > config.rollout.groups:
             raise ConfigError(
-                f"{self.accelerator.num_processes} processes came; this version trains on one: launch with --num_processes 1"
+                f"{self.processes.count} processes came for rollout.groups={config.rollout.groups}: a prompt's tree lives on "
+                "one process, so launch at most as many processes as there are groups"
             )
         self._stop = False
-        self._first, self._last_saved, self._seconds, self._reached = 0, 0, 0.0, False
+        self._first, self._last_saved, self._steps, self._seconds, self._reached = 0, 0, 0, 0.0, False
         self._totals = {"images": 0, "rollout": 0.0, "update": 0.0, "drift": 0.0}
         self._pending: dict[str, float] = {}
 
@@ -72,11 +75,13 @@ class Run:
         self._train = load_prompts(self.config.prompts)
         self._held_out = load_prompts(self.config.evaluation.prompts)[: self.config.evaluation.count]
         try:
-            leaving.enter_context(open_folder(self.folder, self.plain))
+            if self.processes.is_main:
+                leaving.enter_context(open_folder(self.folder, self.plain))
+            self.processes.wait()
             self._read_saved()
         except (CheckpointError, DamagedFile) as error:
             raise ConfigError(str(error)) from error
-        print(forecast(self.config), flush=True)
+        self._say(forecast(self.config))
         for reward in (self.config.reward, *self.config.evaluation.rewards):
             leaving.callback(reward.close)
         self._try_rewards()
@@ -86,17 +91,19 @@ class Run:
             reference_copy=settings.reference_copy, device=self.accelerator.device, seed=self.config.run.seed,
         )  # fmt: skip
         self.policy.latent_shape(settings.height, settings.width)
-        self._named = self.policy.trainable_parameters()
-        if not self._named:
+        self.policy.add_roles(settings.roles)
+        if not self.policy.trainable_parameters():
             raise ConfigError("policy: no parameter is trainable; check policy.trainable and policy.lora.targets")
         decay = self.config.run.ema_decay
-        self.ema = EMA(self._named, decay=decay) if decay is not None else None
+        self.ema = EMA(self.policy.trainable_parameters(), decay=decay) if decay is not None else None
         self.metrics = MetricsLog(self.folder / "metrics.jsonl")
         rollout = replace(self.config.rollout, kernel=self.config.rollout.kernel.on(self.policy.path))
         self.task = Task(
-            self.policy, self.config.reward, rollout, self.config.run.seed, settings.height, settings.width
-        )
-        describe(self.folder, self.plain)
+            self.policy, self.config.reward, rollout, self.config.run.seed, settings.height, settings.width,
+            self.processes,
+        )  # fmt: skip
+        if self.processes.is_main:
+            describe(self.folder, self.plain)
         self.accelerator.init_trackers("flowalign", init_kwargs={"wandb": {"name": self.config.run.name}})
         leaving.callback(self.accelerator.end_training)
         for name in (signal.SIGINT, signal.SIGTERM):
@@ -146,7 +153,12 @@ class Run:
         if self._stop:  # the second time: at once; the last checkpoint stands
             raise KeyboardInterrupt
         self._stop = True
-        tqdm.write("stopping after this iteration, then saving (again to stop at once)")
+        if self.processes.is_main:
+            tqdm.write("stopping after this iteration, then saving (again to stop at once)")
+
+    def _say(self, text: str) -> None:
+        if self.processes.is_main:
+            print(text, flush=True)
 
     # ------------------------------------------------------------------------------------------ the loop's verbs
 
@@ -154,13 +166,14 @@ class Run:
         """The iterations still to do, with a progress bar."""
         total = self.config.run.iterations
         with tqdm(
-            total=total, initial=self._first, desc=self.config.run.name, unit="it", dynamic_ncols=True
-        ) as self._bar:
+            total=total, initial=self._first, desc=self.config.run.name, unit="it", dynamic_ncols=True,
+            disable=not self.processes.is_main,
+        ) as self._bar:  # fmt: skip
             for iteration in range(self._first, total):
                 self._iteration_began = time.monotonic()
                 yield iteration
                 self._bar.update()
-                if self._stop and iteration + 1 < total:
+                if self.processes.total(self._stop) and iteration + 1 < total:
                     if self._last_saved <= iteration:
                         self._save(iteration + 1)
                     raise Interrupted(f"stopped after iteration {iteration + 1}; the same command goes on from there")
@@ -174,17 +187,20 @@ class Run:
         self.accelerator.backward(loss)
 
     def step(self, update: Update) -> None:
-        """One optimiser step, if there is anything to learn from."""
+        """One optimiser step, if there is anything to learn from; the average and the roles follow the policy's."""
         if update.micro_batches:
-            norm = float(
-                torch.nn.utils.clip_grad_norm_([p for _, p in self._named], update.max_grad_norm, foreach=False)
-            )
+            trained = [parameter for _, parameter in self.policy.parameters_of(update.role)]
+            self.processes.sum_gradients(trained)
+            norm = float(torch.nn.utils.clip_grad_norm_(trained, update.max_grad_norm, foreach=False))
             self._check_gradient(norm)
             update.optimiser.step()
             update.optimiser.zero_grad(set_to_none=True)
-            if self.ema is not None:
-                self.ema.update()
-            self._pending["optim/grad_norm"] = norm
+            if update.role == "policy":
+                self._steps += 1
+                self.policy.follow(self._steps)
+                if self.ema is not None:
+                    self.ema.update()
+            self._pending["optim/grad_norm" if update.role == "policy" else f"optim/{update.role}_grad_norm"] = norm
         for name, value in update.after().items():
             before = self._pending.get(name, 0.0) if name.startswith(("time/", "cost/", "loss/")) else 0.0
             self._pending[name] = before + value
@@ -217,7 +233,8 @@ class Run:
         equal = row.get("group/zero_std_ratio", 0.0) == 1  # then there was nothing to learn from
         if not (self._reached or equal) and self.config.run.gradient_check and "optim/grad_norm" in row:
             raise RuntimeError("the first gradient is exactly 0: the policy is frozen or the loss does not reach it")
-        self.metrics.append(step, row)
+        if self.processes.is_main:
+            self.metrics.append(step, row)
         self.accelerator.log({k: v for k, v in row.items() if math.isfinite(v)}, step=step)
         if step % self.config.run.checkpoint_every == 0 or step == self.config.run.iterations:
             self._save(step)
@@ -232,40 +249,37 @@ class Run:
     # ------------------------------------------------------------------------------------------ saving and resuming
 
     def _save(self, step: int) -> None:
-        tensors = {"parameters": pack_parameters(self._named)}
-        optimisers = {}
-        for name, optimiser in self.config.trainer.optimisers.items():
-            tensors[f"optimiser_{name}"], optimisers[name] = pack_optimizer(optimiser, self._named)
-        if self.ema is not None:
-            tensors["ema"] = self.ema.tensors()
-        state = {
-            "optimisers": optimisers,
-            "ema_steps": self.ema.steps if self.ema is not None else 0,
+        tensors, state = pack(self.policy, list(self.config.policy.roles), self.config.trainer.optimisers, self.ema)
+        state |= {
+            "steps": self._steps,
             "trainer": self.config.trainer.state(),
             "prompts": self._prompts,
             "totals": dict(self._totals),
             "time/seconds": self._elapsed(),
         }
-        checkpoint.save(self.folder, step, tensors, state, keep=self.config.run.keep_checkpoints)
+        if self.processes.is_main:
+            checkpoint.save(self.folder, step, tensors, state, keep=self.config.run.keep_checkpoints)
         self._last_saved = step
+
+    @property
+    def trainer_state(self) -> dict[str, Any] | None:
+        """What the trainer had put into the checkpoint that is taken up; None in a new run."""
+        return None if self._saved is None else self._saved[1]["trainer"]
 
     def resume(self) -> None:
         """Takes up the latest checkpoint; without one, whatever an earlier start left behind is cut back to nothing."""
-        self.metrics.cut_back(self._first)
-        MetricsLog(self.folder / "evaluations.jsonl").cut_back(self._first)
+        if self.processes.is_main:
+            self.metrics.cut_back(self._first)
+            MetricsLog(self.folder / "evaluations.jsonl").cut_back(self._first)
         if self._saved is None:
             return
         tensors, state = self._saved
         self._saved, self._last_saved = None, self._first
-        restore_parameters(self._named, tensors["parameters"])
-        for name, optimiser in self.config.trainer.optimisers.items():
-            restore_optimizer(optimiser, self._named, tensors[f"optimiser_{name}"], state["optimisers"][name])
-        if self.ema is not None:
-            self.ema.restore(tensors["ema"], state["ema_steps"])
-        self.config.trainer.restore(state["trainer"])
-        self._totals, self._seconds = state["totals"], state["time/seconds"]
+        roles = list(self.config.policy.roles)
+        restore(self.policy, roles, self.config.trainer.optimisers, self.ema, tensors, state)
+        self._totals, self._seconds, self._steps = state["totals"], state["time/seconds"], state["steps"]
         self._reached = True
-        print(f"resumed {self.folder} after iteration {self._first}", flush=True)
+        self._say(f"resumed {self.folder} after iteration {self._first}")
 
     def _elapsed(self) -> float:
         return self._seconds + time.monotonic() - self._began
@@ -282,6 +296,8 @@ class Run:
 
     def _log_evaluation(self, step: int, label: str, result: EvaluationResult) -> None:
         """Once per step, however often the run is started; the row first, since the other file says that it is there."""
+        if not self.processes.is_main:
+            return
         log = self.folder / "evaluations.jsonl"
         MetricsLog(log).cut_back(step - 1)
         append_result(log, step, label, result)
@@ -289,44 +305,48 @@ class Run:
 
     def _evaluate(self, label: str) -> EvaluationResult:
         settings, policy = self.config.evaluation, self.config.policy
-        total = len(self._held_out) * settings.samples_per_prompt
+        total = len(self.processes.share(len(self._held_out) * settings.samples_per_prompt))
         averaged = self.ema.applied() if self.ema is not None and label == "tuned" else nullcontext()
-        with averaged, tqdm(total=total, desc=f"evaluate {label}", unit="img", leave=False) as bar:
+        with (
+            averaged,
+            tqdm(
+                total=total, desc=f"evaluate {label}", unit="img", leave=False, disable=not self.processes.is_main
+            ) as bar,
+        ):
             return evaluate(
                 self.policy, self._held_out, settings.rewards, num_inference_steps=settings.num_inference_steps,
                 guidance_scale=settings.guidance_scale, seed=settings.seed, batch_size=settings.batch_size,
                 height=policy.height, width=policy.width, samples_per_prompt=settings.samples_per_prompt,
-                progress=bar.update,
+                progress=bar.update, processes=self.processes,
             )  # fmt: skip
 
     def finish(self) -> dict[str, Any]:
         """Evaluates the tuned model beside the base; writes LoRA, grid, summary and report."""
         tuned = self._evaluate("tuned")
         self._log_evaluation(self.config.run.iterations, "tuned", tuned)
+        result = self._summary(tuned)
+        if self.processes.is_main:
+            self._write_results(tuned, result)
+        return result
+
+    def _write_results(self, tuned: EvaluationResult, result: dict[str, Any]) -> None:
         if self.config.policy.trainable == "lora":
             with self.ema.applied() if self.ema is not None else nullcontext():
                 self.policy.save_lora(self.folder / "lora")
         grid(self.base.images, tuned.images, captions(self.base, tuned), self.folder / "grids" / "held_out.png")
-        result = self._summary(tuned)
         write_atomic(self.folder / "summary.json", json.dumps(result, indent=1).encode())
         report = write_report(self.folder)
-        reward = self.config.evaluation.rewards[0].name
         interval = result["gain_ci95"]
         spread = f" [{interval[0]:+.3f}, {interval[1]:+.3f}]" if interval else ""
-        print(
-            f"held-out {reward}, {len(self._held_out)} prompts: {result['base']:.3f} → {result['tuned']:.3f}, "
-            f"gain {result['gain']:+.3f}{spread} (95 %), {result['seconds']:.0f} s; report: {report}",
-            flush=True,
+        self._say(
+            f"held-out {result['reward']}, {len(self._held_out)} prompts: {result['base']:.3f} → {result['tuned']:.3f}, "
+            f"gain {result['gain']:+.3f}{spread} (95 %), {result['seconds']:.0f} s; report: {report}"
         )
-        return result
 
     def _summary(self, tuned: EvaluationResult) -> dict[str, Any]:
         whole = summary(compare(self.base, tuned))
-        first, images, policy = (
-            self.config.evaluation.rewards[0].name,
-            max(1, self._totals["images"]),
-            self.config.policy,
-        )
+        first, policy = self.config.evaluation.rewards[0].name, self.config.policy
+        images = max(1, self._totals["images"])
         return {
             "reward": first,
             **{key: whole[key][first] for key in ("base", "tuned", "gain", "gain_ci95", "pairs", "dropped")},

@@ -58,7 +58,7 @@ def run(pipeline: str, output: Path) -> None:
         objective=ClippedRatio(1e-2), step_weight=Uniform(), kl=KLPenalty(0.1), micro_batch=2,
     )  # fmt: skip
     settings = Rollout(Window(size=2, low=0, high=4), FlowSDE(), groups=5, group_size=4, num_inference_steps=5)
-    trainer.prepare(Task(policy, Moody(), settings, 0, 24, 48, processes))
+    trainer.prepare(Task(policy, Moody(), settings, 0, 24, 48, processes), None)
     prompts = [
         PromptRecord(uid, f'the word "{word}" in red on a white background')
         for uid, word in zip(UIDS, WORDS, strict=True)

@@ -48,7 +48,7 @@ def make(pipeline: Path, plan, kernel=None, group_size: int = 3, steps: int = 4,
     settings = Rollout(
         plan, kernel or FlowSDE(), groups=2, group_size=group_size, num_inference_steps=steps, guidance_scale=guidance
     )
-    trainer.prepare(Task(policy, Brightness(), settings, 0, 24, 48))
+    trainer.prepare(Task(policy, Brightness(), settings, 0, 24, 48), None)
     return policy, trainer
 
 

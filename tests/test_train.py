@@ -60,7 +60,7 @@ def test_every_adapter_parameter_moves(whole: Path, tiny_pipeline: Path) -> None
     lora = LoRA(rank=4, alpha=8, targets=("attn.to_q", "attn.to_v", "ff.net.2"))
     start = dict(load_policy(str(tiny_pipeline), lora=lora, seed=0).trainable_parameters())
     tensors, _, _ = result(whole)
-    moved = [not torch.equal(tensors[f"parameters/{name}"], value) for name, value in start.items()]
+    moved = [not torch.equal(tensors[f"role_policy/{name}"], value) for name, value in start.items()]
     assert len(moved) == 12 and all(moved)
 
 
@@ -134,7 +134,7 @@ def test_micro_batches_do_not_change_the_trajectory(whole: Path, tiny_pipeline: 
     run_it(tiny_pipeline, tmp_path, "run.ema_decay=0.5", "trainer.micro_batch=1", "rollout.micro_batch=1")
     tensors, expected = result(tmp_path)[0], result(whole)[0]
     for name, value in expected.items():
-        if name.startswith("parameters/"):
+        if name.startswith("role_policy/"):
             torch.testing.assert_close(tensors[name], value, rtol=1e-3, atol=2e-5)
 
 

@@ -1,5 +1,6 @@
 """Pure losses of tensors: clipped ratios, masks, KL penalties, state targets, step weights, edge selection."""
 
+from flowalign.objectives.adjoint import scalar_adjoint
 from flowalign.objectives.dynamic import DynamicClip
 from flowalign.objectives.policy import ClippedRatio, Guard, KLMask, Known, Objective
 from flowalign.objectives.prune import DepthWindow, ExtremeB, ParentTop1
@@ -22,4 +23,5 @@ __all__ = [
     "All", "AllEdges", "BestOfN", "DepthWindow", "ExtremeB", "Fraction", "Moment", "NonZeroAdvantage", "ParentTop1",
     "PositiveNegativeBalance", "Selector",
     "FlatGradient", "InverseLength", "LongCat", "StdOverMean", "StepWeight", "Uniform",
+    "scalar_adjoint",
 ]  # fmt: skip

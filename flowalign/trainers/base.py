@@ -90,6 +90,7 @@ class Update:
     max_grad_norm: float
     micro_batches: Sequence[Callable[[], Tensor]]
     after: Callable[[], dict[str, float]]
+    role: str = "policy"  # whose weights are stepped: see Policy.parameters_of
 
 
 class Trainer(Protocol):
@@ -108,7 +109,11 @@ class Trainer(Protocol):
         """Whether it will ask the policy for the role "reference"."""
         ...
 
-    def prepare(self, task: Task) -> None: ...
+    def prepare(self, task: Task, state: dict[str, Any] | None) -> None:
+        """Builds the optimisers, and whatever comes before the first iteration (calibration, cold start): `state` is None
+        in a new run, else what `state()` gave for the checkpoint, which takes the place of that work. Weights and
+        optimisers are put back afterwards."""
+        ...
 
     def collect(self, prompts: Sequence[PromptRecord], iteration: int) -> Any:
         """Rolls out and scores; whatever it returns is passed to `updates`. Has `metrics: dict[str, float]`."""
@@ -116,6 +121,6 @@ class Trainer(Protocol):
 
     def updates(self, batch: Any) -> Iterable[Update]: ...
 
-    def state(self) -> dict[str, Any]: ...
-
-    def restore(self, state: dict[str, Any]) -> None: ...
+    def state(self) -> dict[str, Any]:
+        """Everything else that must survive a stop, as JSON."""
+        ...

@@ -117,15 +117,12 @@ class PolicyGradient:
     def needs_reference(self) -> bool:
         return self.kl.beta > 0
 
-    def prepare(self, task: Task) -> None:
-        self._task = task
+    def prepare(self, task: Task, state: dict[str, Any] | None) -> None:
+        self._task, self._steps = task, 0 if state is None else state["steps"]
         self._adamw = self.optimiser.build([parameter for _, parameter in task.policy.trainable_parameters()])
 
     def state(self) -> dict[str, Any]:
         return {"steps": self._steps}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        self._steps = state["steps"]
 
     def collect(self, prompts: Sequence[PromptRecord], iteration: int) -> Any:
         return collect(self._task, prompts, iteration)

@@ -150,7 +150,7 @@ def test_a_ddpo_style_run_through_the_command_line(ddpo_run: Path, tiny_sd15_pip
     assert rows[1]["loss/kl"] > 0  # the policy has left the reference
     start = dict(load_policy(str(tiny_sd15_pipeline), lora=LORA, seed=0).trainable_parameters())
     tensors, _ = checkpoint.load(checkpoint.latest(ddpo_run))
-    moved = [not torch.equal(tensors["parameters"][name], value) for name, value in start.items()]
+    moved = [not torch.equal(tensors["role_policy"][name], value) for name, value in start.items()]
     assert len(moved) == 64 and all(moved)
 
 
