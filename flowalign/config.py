@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -161,6 +162,9 @@ def check(config: TrainConfig) -> None:
     for key in ("groups", "group_size", "num_inference_steps", "micro_batch"):
         if vars(rollout)[key] < 1:
             raise ConfigError(f"rollout.{key}={vars(rollout)[key]}: expected at least 1")
+    for key, scale in (("rollout", rollout.guidance_scale), ("evaluation", config.evaluation.guidance_scale)):
+        if not 1 <= scale < math.inf:  # at 0 the prompt would be ignored, where diffusers means no guidance
+            raise ConfigError(f"{key}.guidance_scale={scale}: expected a number from 1 (no guidance)")
     for tracker in config.run.trackers:
         if find_spec(tracker) is None:
             raise ConfigError(f"run.trackers names {tracker!r}, which is not installed: install it, or leave it out")

@@ -35,7 +35,7 @@ class OCR:
       digits of the NFKC form. Recommended for new work: substring_exempt=False.
     fold: characters the recogniser may confuse, as {read: taken for}, before normalising: {"0": "O"} where prompts hold
       capitals only.
-    min_confidence: lines must be read with more than this (flow_grpo: 0).
+    min_confidence: what is read in a line counts if read with more than this (flow_grpo: 0).
     recogniser: None is RapidReader(), whose options are workers, detect, timeout. Identical pictures of a batch are
       read once. What was read is in `info`.
     """
@@ -111,7 +111,8 @@ class OCR:
         pages = self._reader.read(images[distinct], alphabet) if distinct else []
         if len(pages) != len(distinct):
             raise ValueError(f"the recogniser answered {len(pages)} pictures, {len(distinct)} were asked")
-        kept = [[line for line in page if line.confidence > self.min_confidence] for page in pages]
+        # a line in which nothing was read has no confidence, but a posterior that "soft" needs
+        kept = [[line for line in page if not line.text or line.confidence > self.min_confidence] for page in pages]
         return [kept[number] for number in places]
 
     def _parts(self, page: list[Line], target: str, alphabet: str) -> dict[str, float]:

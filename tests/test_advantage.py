@@ -60,6 +60,27 @@ def test_per_prompt_advantages_do_not_know_the_scale_of_the_reward() -> None:
     assert float(plain[:3].sum().abs()) < 1e-6 and float(plain[:3].square().mean()) == pytest.approx(1, rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    "rule", [Normalised(), Normalised(std="none"), VarianceGated(low=0.0, high=0.0), Asymmetric(alpha=0.01)], ids=str
+)
+def test_advantages_are_clipped_at_5(rule) -> None:
+    """One of 101 samples differs: its z-score is 10 (A-GRAE weighs it 50 times as much)."""
+    scale = 100.0 if rule == Normalised(std="none") else 1.0
+    assert max(column(rule.compare(side_by_side(101), given([scale] + [0.0] * 100)))) == 5.0
+
+
+def test_the_scale_may_be_that_of_the_set_which_differs_most() -> None:
+    got = Normalised(std="largest", delta=0).compare(side_by_side(2, 2), given([0.0, 2.0, 10.0, 16.0]))
+    np.testing.assert_allclose(column(got), [-1 / 3, 1 / 3, -1, 1], rtol=1e-6)
+
+
+def test_depths_are_compared_inside_one_tree() -> None:
+    """Two independent chains of a prompt are two trees: a depth of one tree has one step, and nothing to compare."""
+    credit = given(np.arange(6.0))
+    assert not bool(Normalised(within="tree_depth").compare(grown(chain(4, 2)), credit).valid.any())
+    assert bool(Normalised(within="prompt_step").compare(grown(chain(4, 2)), credit).valid.all())
+
+
 def test_a_seed_group_standardises_the_noise_of_its_own_step() -> None:
     """TempFlow-GRPO, R = x_T of a linear world: inside a seed group the advantage is the standardised noise."""
     forest = grown(trunk(4, 2, 5), width=1)
@@ -190,6 +211,11 @@ def test_asymmetric_golden() -> None:
     np.testing.assert_allclose(got[:4], [0.683013, -0.455342, -0.455342, -0.455342], atol=1e-6)
     undamped = column(Asymmetric(alpha=0.5).compare(side_by_side(4, 4), given([1, 0, 0, 0, 1, 1, 1, 0])))
     np.testing.assert_allclose(undamped[:4], 0.788675 * np.array([3, -1, -1, -1]) / 3**0.5, atol=1e-6)
+    rare = np.array([0.1, 0, 0, 0])  # p = .025 counts as 1/2G = .125
+    z = (rare - rare.mean()) / rare.std()
+    focus = 0.025 / (2 * 0.125**0.5) + 0.975 / (2 * 0.875**0.5)
+    got = column(Asymmetric(alpha=0.025).compare(side_by_side(4), given(rare)))
+    np.testing.assert_allclose(got, z * focus, rtol=1e-6)
     flat = Asymmetric().compare(side_by_side(2, 2), given([1, 1, 1, 0]))
     assert column(flat)[:2] == [0, 0] and flat.zero_std_ratio == 0.5  # groups with p in {0, 1} are skipped
 

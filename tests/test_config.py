@@ -45,6 +45,8 @@ BAD = [
     (["rollout.kernel=samplers.FlowSDE", "rollout.kernel.reduce=median"], "reduce"),
     # guidance
     (["rollout.guidance_scale=4.5"], "guidance_scale"),
+    (["rollout.guidance_scale=0", "rollout.allow_cfg_update=true"], "rollout.guidance_scale=0"),
+    (["evaluation.guidance_scale=0"], "evaluation.guidance_scale=0"),  # v_u alone; diffusers' 0 is no guidance
     # LoRA
     (["policy.lora.dropout=0.1"], "dropout"),
     (["policy.lora.rank=0"], "rank"),

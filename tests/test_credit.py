@@ -174,10 +174,12 @@ def test_a_gain_needs_both_scores() -> None:
         ([0.5, 0.6, 0.4, 0.3], [0.1, -0.3, -0.1]),  # §8.6
         ([0.0, 0.1, 0.3, 0.6], [0.6, 0.2, 0.3]),  # first-step bonus; no later step turns
         ([0.0, 0.0, 0.3, 0.6], [0.0, 0.3, 0.3]),  # a tie has no direction
+        ([0.5, 0.4, 0.7, 0.6], [-0.1, 0.3, -0.1]),  # step 1 turns, but what comes after it does not go on
+        ([1.0, 0.2, 0.1, 0.4, 0.5], [-0.8, -0.1, 0.3, 0.1]),  # step 2 goes on, but against V_n − V_0
     ],
 )
 def test_turning_points_golden(states: list[float], expected: list[float], sign: int) -> None:
-    forest = grown(probed(4, 1))
+    forest = grown(probed(len(states), 1))
     scores = sign * leaf_scores(forest.tree, {0: states})
     got, _ = credit(TurningPoint(), forest, scores)
     np.testing.assert_allclose(by_step(forest, got), [sign * r for r in expected], atol=1e-12)

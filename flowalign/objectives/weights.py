@@ -1,6 +1,7 @@
 """Step weights: what an edge's loss is multiplied by (the table of grpo_family §1.5).
 
-At ratio 1 the gradient of an edge is (slope/std)·z/D, whose size differs 26-fold over the steps of one grid."""
+At ratio 1 the gradient of an edge is (slope/std)·z/D, whose size differs 26-fold over the steps of one grid; with
+constants "none" it is 2·std² times that. Scales named below are those of full constants."""
 
 from __future__ import annotations
 
@@ -29,10 +30,15 @@ class Uniform:
 
 @dataclass(frozen=True)
 class FlatGradient:
-    """s/|b|: the same gradient scale at every step, for every kernel (our generic form)."""
+    """s/|b|: the same gradient scale at every step, for every kernel (our generic form).
+
+    1/(2s|b|) where the log-prob has no constants (CPS by default), 0 at its step without noise."""
 
     def weigh(self, step: Step, forest: Forest, edges: Tensor) -> Tensor:
-        return step.std / step.policy.slope.abs()
+        flat = step.std / step.policy.slope.abs()
+        if step.policy.constants == "full":
+            return flat
+        return torch.where(step.std > 0, flat / (2 * step.std.square()), 0.0)  # such a log-prob moves 2s² times as much
 
 
 @dataclass(frozen=True)

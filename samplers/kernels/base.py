@@ -59,7 +59,7 @@ class Gaussian:
         if self.constants == "none":
             return -self._reduce(error.square())
         self._need_density("log_prob")
-        elements = 1 if self.reduce == "mean" else self.mean[0].numel()
+        elements = 1 if self.reduce == "mean" else self.mean.shape[1:].numel()
         quadratic = self._reduce((error / spread(self.std, self.mean)).square())
         return -0.5 * quadratic - elements * (self.std.log() + _HALF_LOG_2PI)
 

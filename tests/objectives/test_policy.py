@@ -10,6 +10,7 @@ from flowalign.advantage import Advantages
 from flowalign.objectives import (
     ClippedRatio,
     DynamicClip,
+    FlatGradient,
     Guard,
     InverseLength,
     KLMask,
@@ -186,6 +187,30 @@ def test_step_weights_on_the_sd3_grid() -> None:
     np.testing.assert_allclose(gradient[sigma == 1], 1 / 0.7, rtol=1e-5)  # at σ = 1 the slope is −h alone
     assert float(StdOverMean().weigh(step, forest, edges).mean()) == pytest.approx(1, abs=1e-6)  # over the nine steps
     np.testing.assert_allclose(InverseLength().weigh(step, forest, edges), 1 / (sigma - sigma_next), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "kernel", [FlowSDE(0.7), DanceSDE(0.3), CPS(0.7), CPS(0.7, constants="full"), CPS(0.7, reduce="sum")], ids=str
+)
+def test_flat_gradients_are_flat(kernel) -> None:
+    """The gradient itself, not s/|b|: a log-prob without constants moves 2s² times as much, a 12-fold spread with CPS."""
+    forest = grown(Tree.cat([window(10, 2, start, 1) for start in range(9)]), kernel)
+    edges = forest.tree.edges
+    parents, position = forest.tree.distinct_parents(edges)
+    velocity = -0.3 * forest.at(parents)[position]
+    velocity.requires_grad_()
+    step = forest.edge_steps(edges, velocity, torch.arange(len(edges)))
+    (FlatGradient().weigh(step, forest, edges) * step.log_prob(forest.at(edges))).sum().backward()
+    z = ((forest.at(edges) - step.mean) / step.std[:, None]).detach()
+    assert velocity.grad is not None
+    scale = velocity.grad * (3 if kernel.reduce == "mean" else 1) / z
+    torch.testing.assert_close(scale, torch.full_like(scale, -1.0), rtol=1e-3, atol=0)
+
+
+def test_flat_gradient_weight_of_a_step_without_noise_is_0() -> None:
+    forest = grown(window(3, 2, 2, 1), CPS(0.7))
+    step = forest.edge_steps(forest.tree.edges, torch.zeros(1, 3), torch.tensor([0, 0]))
+    assert FlatGradient().weigh(step, forest, forest.tree.edges).tolist() == [0, 0]
 
 
 def test_clip_ranges_must_be_positive() -> None:

@@ -186,6 +186,15 @@ def test_soft_separates_what_reads_alike():
     assert scores[0].scores < scores[1].scores
 
 
+@pytest.mark.parametrize("min_confidence", [0.0, 0.5])
+def test_soft_does_not_drop_to_zero_where_no_letter_wins(min_confidence):
+    """Below one half the blank wins everywhere: the greedy text is empty, its confidence 0, the likelihood is not."""
+    fake = Fake([""], confidence=0.0, posterior=peaks("KITE", 0.4))
+    output = OCR(metric="soft", recogniser=fake, min_confidence=min_confidence)(batch_for("KITE"))
+    assert output.scores.item() == pytest.approx(0.4, rel=1e-6)
+    assert output.components["edit"].item() == 0
+
+
 def test_soft_of_two_lines_keeps_double_letters_apart():
     fake = Fake(["A", "A"], posterior=lambda alphabet: np.eye(1, 1 + len(alphabet), 1 + alphabet.index("A")))
     assert OCR(metric="soft", recogniser=fake)(batch_for("AA")).scores.item() == pytest.approx(1)

@@ -99,6 +99,13 @@ def test_log_prob_is_the_normal_density_and_its_gradient_is_b_z_over_s_d(kernel)
     torch.testing.assert_close(gradient, step.policy.slope[:, None] * z / (step.std[:, None] * 7))
 
 
+@pytest.mark.parametrize("reduce", ["mean", "sum"])
+def test_no_rows_have_no_log_probs(reduce) -> None:
+    """A process of several may have padding only: its last micro-batch then holds a state and no trained step."""
+    step = FlowSDE(reduce=reduce)(torch.zeros(0, 3), torch.zeros(0, 3), 0.7, 0.55)
+    assert step.log_prob(torch.zeros(0, 3)).shape == step.kl(step).shape == (0,)
+
+
 @pytest.mark.parametrize("kernel", [FlowSDE(1e-7), DanceSDE(1e-7), CPS(1e-7)], ids=IDS)
 def test_without_noise_every_kernel_is_euler(kernel) -> None:
     torch.testing.assert_close(kernel(X, V, 0.7, 0.55).mean, ODE()(X, V, 0.7, 0.55).mean, rtol=0, atol=1e-6)
