@@ -74,7 +74,8 @@ class SPSA:
 
     def gradient(self, x: Tensor, v: Tensor, sigma: Tensor, rows: Tensor, nodes: Tensor) -> Tensor:
         """The estimate at x̂0(x, v, σ)."""
-        x0 = (self.path or RectifiedFlow()).x0_from_velocity(x, v, sigma)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        x0 = (self.path or RectifiedFlow()).x0_from_velocity(x.to(dtype), v.to(dtype), sigma)
         clean = torch.zeros(len(x0), dtype=x0.dtype, device=x0.device)
         return spsa_gradient(lambda latents: self.reward.score(latents, clean, rows), x0, self.noise(nodes), self.tau)
 
@@ -90,7 +91,6 @@ def spsa_gradient(score: Callable[[Tensor], Tensor], x0: Tensor, noise: Tensor, 
         raise ValueError(f"noise {list(noise.shape)} came for states {list(x0.shape)}; expected [M, n, *], M >= 1")
     if not tau > 0:
         raise ValueError(f"tau={tau} came; expected a number > 0, the length of a probe")
-    x0 = x0.to(torch.promote_types(x0.dtype, torch.float32))
     total = torch.zeros_like(x0)
     for u in noise.to(x0):
         up, down = (_one_each(score(x0 + side * tau * u), len(x0)) for side in (1.0, -1.0))

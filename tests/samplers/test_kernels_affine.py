@@ -1,5 +1,7 @@
 """Kernels that are affine in (x, v): golden values, point masses, Gaussian data, densities (grpo_family §1.3 to §1.9)."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -170,7 +172,7 @@ def test_weak_order_one_of_euler_maruyama(name: str) -> None:
     for count in counts:
         mean, variance = 0.05, marginal(0.9)
         grid = torch.linspace(0.9, 0.2, count + 1, dtype=F64).tolist()
-        for sigma, then in zip(grid[:-1], grid[1:], strict=True):
+        for sigma, then in itertools.pairwise(grid):
             mean, variance = moments(EULER_MARUYAMA[name], velocity, mean, variance, sigma, then)
         errors.append(abs(variance - marginal(0.2)))
     order = -np.polyfit(np.log2(counts), np.log2(errors), 1)[0]

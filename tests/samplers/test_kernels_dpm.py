@@ -1,5 +1,6 @@
 """DPM-Solver++(2M): against the formula, diffusers, the exact ODE; in mixed frontiers and in replay (§3.4)."""
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -41,7 +42,7 @@ def curved(x: Tensor, sigma: Tensor, root: Tensor | None = None) -> Tensor:
 def solve(kernel: Kernel, velocity, x: Tensor, grid: Tensor) -> Tensor:
     """All states of one chain, stepped by hand."""
     states, carry = [x], None
-    for sigma, then in zip(grid[:-1], grid[1:], strict=True):
+    for sigma, then in itertools.pairwise(grid):
         step = kernel(states[-1], velocity(states[-1], sigma.expand(len(x))), sigma, then, replace(SILENT, carry=carry))
         states.append(step.mean)
         carry = step.carry
@@ -169,7 +170,7 @@ def test_a_mixed_frontier_is_every_trajectory_by_itself(across_noise: bool) -> N
         while int(tree.parent[path[0]]) >= 0:
             path.insert(0, int(tree.parent[path[0]]))
         x, history = forest.at(torch.tensor(path[:1])), None
-        for up, node in zip(path[:-1], path[1:], strict=True):
+        for up, node in itertools.pairwise(path):
             s, then = float(grid[tree.index[up]]), float(grid[tree.index[node]])
             v = curved(x, torch.tensor([s], dtype=F64))
             x0, hot = x - s * v, float(tree.level[node]) > 0
