@@ -16,7 +16,8 @@ _PUBLIC = {
     "evaluate": "flowalign.evaluate",
     "load_config": "flowalign.config",
     "train": "flowalign.loop",
-    **dict.fromkeys(("FlowSDE", "DanceSDE", "CPS", "ODE", "chain", "window", "rollout"), "samplers"),
+    **dict.fromkeys(("ODE", "FlowSDE", "ClippedFlowSDE", "DanceSDE", "LinearSDE", "CPS", "DDIM"), "samplers"),
+    **dict.fromkeys(("DPMSolver", "Guided", "chain", "window", "rollout"), "samplers"),
     **dict.fromkeys(("OCR", "Reward", "RewardBatch"), "rewards"),
 }
 

@@ -5,7 +5,29 @@ A sampler knows no network: the velocity is a callable, randomness is an argumen
 """
 
 from samplers.forest import Forest, Velocities
-from samplers.kernels import CPS, DDIM, ODE, Affine, Context, DanceSDE, FlowSDE, Gaussian, Kernel, KLForm, Step
+from samplers.kernels import (
+    CPS,
+    DDIM,
+    ODE,
+    SPSA,
+    Affine,
+    Ascent,
+    Carry,
+    ClippedFlowSDE,
+    Context,
+    DanceSDE,
+    DPMSolver,
+    FlowSDE,
+    Gaussian,
+    Guided,
+    Kernel,
+    KLForm,
+    LinearSDE,
+    ProcessReward,
+    RewardGradient,
+    Step,
+    spsa_gradient,
+)
 from samplers.noise import STREAMS, KeyedNoise, generator, normal
 from samplers.paths import Path, RectifiedFlow, VariancePreserving
 from samplers.plans import Chain, Fixed, Plan, Position, Random, Sliding, Window, chain, window
@@ -20,7 +42,9 @@ __all__ = [
     "PART_OF",
     "Path", "RectifiedFlow", "VariancePreserving",
     "diffusers_sigmas", "dynamic_sigmas", "plain_sigmas", "shift", "unshift",
-    "Affine", "Context", "Gaussian", "Kernel", "KLForm", "Step", "CPS", "DDIM", "DanceSDE", "FlowSDE", "ODE",
+    "Affine", "Carry", "Context", "Gaussian", "Kernel", "KLForm", "Step",
+    "CPS", "ClippedFlowSDE", "DDIM", "DanceSDE", "FlowSDE", "LinearSDE", "ODE",
+    "DPMSolver", "Guided", "Ascent", "ProcessReward", "RewardGradient", "SPSA", "spsa_gradient",
     "Cost", "Tree", "Chain", "Fixed", "Plan", "Position", "Random", "Sliding", "Window", "chain", "window",
     "STREAMS", "KeyedNoise", "generator", "normal",
     "Forest", "Velocities", "load_forest", "save_forest", "rollout",

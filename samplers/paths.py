@@ -16,6 +16,8 @@ class Path(Protocol):
 
     def mix(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
 
+    def x0_from_velocity(self, x: Tensor, v: Tensor, sigma: Tensor | float) -> Tensor: ...
+
 
 def _mix(path: Path, sigma: Tensor | float, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The four coefficients in the dtype of `like`, shaped to broadcast over its elements."""

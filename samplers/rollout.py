@@ -53,8 +53,9 @@ def rollout(
             level=tree.level[children],
             rows=tree.root[children],
             nodes=children,
+            parents=tree.parent[children],
             step=tree.index[tree.parent[children]],
-            carry=None if carry is None else carry[tree.parent[children] - nodes[0]],
+            carry=None if carry is None else carry.rows(tree.parent[children] - nodes[0]),
         )
         spot = position.to(x.device)
         step = kernel(x[spot], v[spot], sigmas[ctx.step], sigmas[tree.index[children]], ctx)

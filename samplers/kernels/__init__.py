@@ -1,10 +1,19 @@
 """Denoising transitions, one kernel per file."""
 
-from samplers.kernels.base import Affine, Context, Gaussian, Kernel, KLForm, Step
+from samplers.kernels.ascent import SPSA, Ascent, ProcessReward, RewardGradient, spsa_gradient
+from samplers.kernels.base import Affine, Carry, Context, Gaussian, Kernel, KLForm, Step
+from samplers.kernels.clipped_flow_sde import ClippedFlowSDE
 from samplers.kernels.cps import CPS
 from samplers.kernels.dance_sde import DanceSDE
 from samplers.kernels.ddim import DDIM
+from samplers.kernels.dpm_solver import DPMSolver
 from samplers.kernels.flow_sde import FlowSDE
+from samplers.kernels.guided import Guided
+from samplers.kernels.linear_sde import LinearSDE
 from samplers.kernels.ode import ODE
 
-__all__ = ["CPS", "DDIM", "ODE", "Affine", "Context", "DanceSDE", "FlowSDE", "Gaussian", "KLForm", "Kernel", "Step"]
+__all__ = [
+    "Affine", "Carry", "Context", "Gaussian", "Kernel", "KLForm", "Step",
+    "ODE", "FlowSDE", "ClippedFlowSDE", "DanceSDE", "LinearSDE", "CPS", "DDIM",
+    "DPMSolver", "Guided", "Ascent", "ProcessReward", "RewardGradient", "SPSA", "spsa_gradient",
+]  # fmt: skip

@@ -99,15 +99,27 @@ class Gaussian:
 
 
 @dataclass(frozen=True, eq=False)
+class Carry:
+    """What a multistep solver hands to the children of a step: x̂0 [N, *] as predicted at σ [N]; σ nan: no history."""
+
+    x0: Tensor
+    sigma: Tensor
+
+    def rows(self, index: Tensor) -> "Carry":
+        """The rows `index` [n], repeats allowed: one per child."""
+        return Carry(self.x0[index.to(self.x0.device)], self.sigma[index.to(self.sigma.device)])
+
+
+@dataclass(frozen=True, eq=False)
 class Step:
     """One transition: `policy` is scored, `behaviour` is drawn from; the same object unless the step is guided.
 
-    carry [N, *]: what a multistep solver hands to the children of these rows (say the previous x̂0); None otherwise.
+    carry: what the children of these rows inherit from a multistep solver; None from all others.
     """
 
     policy: Gaussian
     behaviour: Gaussian
-    carry: Tensor | None = None
+    carry: Carry | None = None
 
     @property
     def mean(self) -> Tensor:
@@ -137,14 +149,17 @@ class Context:
     """What a kernel may know of the rows it steps.
 
     level: [N] or one factor of the kernel's own noise level; 0 = the exact Euler step. rows [N]: condition rows (a
-    tree's roots). nodes [N]: the child nodes. step [N]: grid index left. carry [N, *]: what the parents handed over.
+    tree's roots). nodes [N]: the child nodes, parents [N]: the nodes they leave. step [N]: grid index left. carry [N]:
+    what the parents handed over. replay: the step was drawn before and only its policy is asked for; no carry then.
     """
 
     level: Tensor | float = 1.0
     rows: Tensor | None = None
     nodes: Tensor | None = None
+    parents: Tensor | None = None
     step: Tensor | None = None
-    carry: Tensor | None = None
+    carry: Carry | None = None
+    replay: bool = False
 
 
 DEFAULT_CONTEXT = Context()

@@ -24,7 +24,11 @@ class DDIM:
     """x' = √ᾱ'·x̂0 + √(1-ᾱ'-s²)·ε̂ + s·z, s = η·√[(1-ᾱ')/(1-ᾱ)·(1-ᾱ/ᾱ')], η = eta·level; η = 0 is the DDIM ODE.
 
     In (x, v) with v = √ᾱ·ε - √(1-ᾱ)·x0: α = √ᾱ'·√ᾱ + e·√(1-ᾱ), b = -√ᾱ'·√(1-ᾱ) + e·√ᾱ, e = √(1-ᾱ'-s²).
-    path: the policy's own table of levels; None in a configuration, `on` fills it in. Deterministic at σ' = 0 (ᾱ' = 1).
+    path: the policy's own table of levels; None in a configuration, `on` fills it in.
+    The last step goes where the policy's grid ends: to timestep 0 (σ' = 1/K, ᾱ' = ᾱ_0 < 1) with the scheduler's
+    set_alpha_to_one=False (Stable Diffusion; DDPO's code whatever it says): a small std, 0.02 in 50 steps; to clean
+    data (σ' = 0, ᾱ' = 1) with true: std 0, no density. The std has no floor: such a step is drawn as its mean and
+    must be left out of training (plans do by default), log_prob refuses it. Predictions are never clipped.
     """
 
     eta: float = 1.0
@@ -51,7 +55,13 @@ class DDIM:
         sigma, sigma_next, level = step_inputs(sigma, sigma_next, level)
         now, then = self.path.alpha_bar(sigma), self.path.alpha_bar(sigma_next)
         variance = (self.eta * level).square() * (1 - then) / (1 - now) * (1 - now / then)
-        a, b, old = now.sqrt(), (1 - now).sqrt(), (1 - then - variance).clamp(min=0).sqrt()
+        kept = 1 - then - variance
+        if bool((kept < -1e-9).any()):
+            raise ValueError(
+                f"eta={self.eta} times level {float(level.max())} came; the fresh noise of a step would exceed all its "
+                "noise, 1-ᾱ': lower the level"
+            )
+        a, b, old = now.sqrt(), (1 - now).sqrt(), kept.clamp(min=0).sqrt()
         return Affine(alpha=then.sqrt() * a + old * b, slope=-then.sqrt() * b + old * a, std=variance.sqrt())
 
     def __call__(

@@ -24,6 +24,18 @@ from samplers.kernels.base import (
 from samplers.paths import Path
 
 
+def flow_diffusion(sigma: Tensor, sigma_next: Tensor, sigma_cap: float | None) -> Tensor:
+    """√(σ/(1-σ)), where sigma_cap (None: σ' of the row, where σ is 1) bounds the σ of 1-σ."""
+    capped = torch.where(sigma == 1, sigma_next, sigma) if sigma_cap is None else sigma.clamp(max=sigma_cap)
+    return (sigma / (1.0 - capped)).sqrt()
+
+
+def check_cap(sigma_cap: float | None) -> None:
+    """A cap lies inside (0, 1)."""
+    if sigma_cap is not None and not 0.0 < sigma_cap < 1.0:
+        raise ValueError(f"sigma_cap={sigma_cap} came; expected a number inside (0, 1), or None for σ' at σ=1")
+
+
 @dataclass(frozen=True)
 class FlowSDE:
     """Euler-Maruyama with g = a·√(σ/(1-σ)), a = noise_level·level; h = σ - σ'.
@@ -43,8 +55,7 @@ class FlowSDE:
     def __post_init__(self) -> None:
         check_noise_level(self.noise_level)
         check_choices(self.reduce, self.constants)
-        if self.sigma_cap is not None and not 0.0 < self.sigma_cap < 1.0:
-            raise ValueError(f"sigma_cap={self.sigma_cap} came; expected a number inside (0, 1), or None for σ' at σ=1")
+        check_cap(self.sigma_cap)
 
     def on(self, path: Path) -> Kernel:
         """Itself; ValueError unless the policy is a rectified flow."""
@@ -53,11 +64,7 @@ class FlowSDE:
     def coefficients(self, sigma: Tensor, sigma_next: Tensor, level: Tensor | float = 1.0) -> Affine:
         """α, b, s [N], float64."""
         sigma, sigma_next, level = step_inputs(sigma, sigma_next, level)
-        if self.sigma_cap is None:
-            capped = torch.where(sigma == 1, sigma_next, sigma)
-        else:
-            capped = sigma.clamp(max=self.sigma_cap)
-        g = self.noise_level * level * (sigma / (1.0 - capped)).sqrt()
+        g = self.noise_level * level * flow_diffusion(sigma, sigma_next, self.sigma_cap)
         return euler_where_silent(euler_maruyama(g, sigma, sigma_next), level, sigma, sigma_next)
 
     def __call__(

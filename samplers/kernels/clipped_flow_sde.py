@@ -1,0 +1,69 @@
+"""Flow-SDE whose step is never noisier than a bound (LongCat-Video, arXiv 2510.22200; GenRL's diffusion_clip)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from samplers.kernels.base import (
+    DEFAULT_CONTEXT,
+    Affine,
+    Constants,
+    Context,
+    Kernel,
+    Reduce,
+    Step,
+    affine_step,
+    check_choices,
+    check_noise_level,
+    euler_maruyama,
+    euler_where_silent,
+    on_rectified_flow,
+    step_inputs,
+)
+from samplers.kernels.flow_sde import check_cap, flow_diffusion
+from samplers.paths import Path
+
+
+@dataclass(frozen=True)
+class ClippedFlowSDE:
+    """Euler-Maruyama with g = min(a·√(σ/(1-σ)), c/√h), a = noise_level·level, c = max_std: so s = g√h <= c.
+
+    noise_level 0.7, max_std 0.45: GenRL's Wan defaults. sigma_cap: as in FlowSDE. The bound does not scale with the level.
+    Not kept: the marginals, to first order in h; a last step to σ' = 0 leaves noise behind.
+    """
+
+    noise_level: float = 0.7
+    max_std: float = 0.45
+    sigma_cap: float | None = None
+    reduce: Reduce = "mean"
+    constants: Constants = "full"
+
+    def __post_init__(self) -> None:
+        check_noise_level(self.noise_level)
+        check_choices(self.reduce, self.constants)
+        check_cap(self.sigma_cap)
+        if not self.max_std > 0:
+            raise ValueError(f"max_std={self.max_std} came; expected a number > 0, the largest std of one step")
+
+    def on(self, path: Path) -> Kernel:
+        """Itself; ValueError unless the policy is a rectified flow."""
+        return on_rectified_flow(self, path)
+
+    def coefficients(self, sigma: Tensor, sigma_next: Tensor, level: Tensor | float = 1.0) -> Affine:
+        """α, b, s [N], float64."""
+        sigma, sigma_next, level = step_inputs(sigma, sigma_next, level)
+        g = self.noise_level * level * flow_diffusion(sigma, sigma_next, self.sigma_cap)
+        g = torch.minimum(g, self.max_std / (sigma - sigma_next).sqrt())
+        return euler_where_silent(euler_maruyama(g, sigma, sigma_next), level, sigma, sigma_next)
+
+    def __call__(
+        self,
+        x: Tensor,
+        v: Tensor,
+        sigma: Tensor | float,
+        sigma_next: Tensor | float,
+        ctx: Context = DEFAULT_CONTEXT,
+    ) -> Step:
+        """One Euler-Maruyama step."""
+        return affine_step(self, x, v, sigma, sigma_next, ctx)

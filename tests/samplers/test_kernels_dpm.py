@@ -1,0 +1,244 @@
+"""DPM-Solver++(2M): against the formula, diffusers, the exact ODE; in mixed frontiers and in replay (§3.4)."""
+
+import itertools
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler
+from torch import Tensor
+
+from samplers import (
+    CPS,
+    DDIM,
+    ODE,
+    Carry,
+    Context,
+    DPMSolver,
+    FlowSDE,
+    Forest,
+    Kernel,
+    KeyedNoise,
+    Tree,
+    diffusers_sigmas,
+    load_forest,
+    plain_sigmas,
+    rollout,
+    save_forest,
+    window,
+)
+from tests.samplers.kernels import F64, FLOW, VP, bed, rows
+
+SILENT = Context(level=0.0)
+
+
+def curved(x: Tensor, sigma: Tensor, root: Tensor | None = None) -> Tensor:
+    """Some velocity that is not affine, so that first and second order differ."""
+    return torch.sin(3 * x) - 0.5 * x * torch.as_tensor(sigma).to(x).reshape(-1, *[1] * (x.ndim - 1))
+
+
+def solve(kernel: Kernel, velocity, x: Tensor, grid: Tensor) -> Tensor:
+    """All states of one chain, stepped by hand."""
+    states, carry = [x], None
+    for sigma, then in itertools.pairwise(grid):
+        step = kernel(states[-1], velocity(states[-1], sigma.expand(len(x))), sigma, then, replace(SILENT, carry=carry))
+        states.append(step.mean)
+        carry = step.carry
+    return torch.stack(states)
+
+
+def by_formula(velocity, x: float, grid: list[float]) -> float:
+    """§3.4 in plain numbers: λ = ln((1-σ)/σ), x_j = (σ_j/σ_{j-1})·x_{j-1} - (1-σ_j)(e^{-η_j} - 1)·D_j."""
+    log_snr = [-math.inf if s == 1 else math.inf if s == 0 else math.log((1 - s) / s) for s in grid]
+    before = None
+    for j in range(1, len(grid)):
+        s, then = grid[j - 1], grid[j]
+        x0 = x - s * float(velocity(rows(x), torch.tensor([s], dtype=F64)))
+        if then == 0:
+            return x0
+        d = x0
+        if before is not None and log_snr[j - 2] > -math.inf:
+            r = (log_snr[j] - log_snr[j - 1]) / (2 * (log_snr[j - 1] - log_snr[j - 2]))
+            d = (1 + r) * x0 - r * before
+        shrink = math.exp(-(log_snr[j] - log_snr[j - 1])) if log_snr[j - 1] > -math.inf else 0.0
+        x = x - s * (x - x0) / s * (s - then) if s == 1 else then / s * x - (1 - then) * (shrink - 1) * d
+        before = x0
+    return x
+
+
+# ---------------------------------------------------------------------------------------------- the solver
+
+
+@pytest.mark.parametrize("grid", [[0.9, 0.7, 0.6, 0.25, 0.0], [1.0, 0.9, 0.5, 0.2, 0.05], [0.8, 0.1]])
+def test_a_chain_is_the_papers_formula(grid: list[float]) -> None:
+    x = solve(DPMSolver(ODE()), curved, rows(0.3), torch.tensor(grid, dtype=F64))[-1]
+    assert float(x) == pytest.approx(by_formula(curved, 0.3, grid), abs=1e-12)
+    euler = solve(ODE(), curved, rows(0.3), torch.tensor(grid, dtype=F64))[-1]
+    assert torch.equal(x, euler) == (len(grid) == 2)
+
+
+@pytest.mark.parametrize("steps", [3, 8, 14])
+def test_a_chain_is_diffusers_dpm_solver(steps: int) -> None:
+    """diffusers takes first order at the end of short runs, as here at σ' = 0. The last σ is exactly 0."""
+    scheduler = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    scheduler.set_timesteps(steps)
+    grid, x = scheduler.sigmas, torch.linspace(-2, 2, 12).reshape(3, 4)
+    ours = solve(DPMSolver(CPS(0.7)), curved, x, grid)[-1]
+    assert float(grid[-1]) == 0
+    for sigma, timestep in zip(grid, scheduler.timesteps, strict=False):
+        x = scheduler.step(curved(x, sigma), timestep, x).prev_sample
+    torch.testing.assert_close(ours, x, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("path", [FLOW, VP], ids=["flow", "vp"])
+def test_a_point_mass_is_exact_at_any_step_size(path) -> None:
+    """x̂0 = m always: (a·m + b·ε) goes to (a'·m + b'·ε), at any order."""
+    velocity, _ = bed(path, 0.6, 0.0)
+    grid = torch.tensor([0.9, 0.8, 0.3, 0.2, 0.0], dtype=F64)
+    eps = rows(-1.3, 0.4)
+    kernel = DPMSolver(ODE()).on(path)
+    states = solve(kernel, velocity, path.add_noise(rows(0.6, 0.6), eps, 0.9), grid)
+    for sigma, state in zip(grid, states, strict=True):
+        torch.testing.assert_close(state, path.add_noise(rows(0.6, 0.6), eps, sigma), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("kernel", "order"), [(ODE(), 1), (DPMSolver(ODE()), 2)], ids=["euler", "dpm"])
+def test_order_of_convergence(kernel: Kernel, order: int) -> None:
+    """Gaussian data: the exact flow keeps (x - (1-σ)m)/√V. From σ = 0.9 to 0.1, error ~ h^order."""
+    velocity, marginal = bed(FLOW)
+    start, errors, counts = 1.1, [], [32, 64, 128, 256]
+    exact = 0.9 * 0.5 + math.sqrt(marginal(0.1) / marginal(0.9)) * (start - 0.1 * 0.5)
+    for count in counts:
+        end = solve(kernel, velocity, rows(start), torch.linspace(0.9, 0.1, count + 1, dtype=F64))[-1]
+        errors.append(abs(float(end) - exact))
+    slope = -np.polyfit(np.log2(counts), np.log2(errors), 1)[0]
+    assert order - 0.1 < slope < order + 0.1, (slope, errors)
+
+
+def test_b_is_the_derivative_of_a_second_order_step() -> None:
+    v = rows(0.3, -0.8).requires_grad_()
+    ctx = Context(level=0.0, carry=Carry(rows(0.1, 0.2), torch.tensor([0.8, torch.nan])))
+    step = DPMSolver(FlowSDE())(rows(0.5, 0.6), v, 0.6, 0.4, ctx)
+    (slope,) = torch.autograd.grad(step.mean.sum(), v)
+    torch.testing.assert_close(step.policy.slope, slope[:, 0])
+    assert float(slope[0]) < -0.2 and float(slope[1]) == pytest.approx(-0.2)  # without history: Euler's -h
+    assert step.policy is step.behaviour
+
+
+def test_on_a_variance_preserving_path_first_order_is_ddim() -> None:
+    kernel = DPMSolver(DDIM(1.0)).on(VP)
+    first, ddim = (k(rows(0.4), rows(-0.7), 0.7, 0.5, SILENT) for k in (kernel, DDIM(1.0).on(VP)))
+    assert torch.equal(first.mean, ddim.mean) and first.carry is not None
+    second = kernel(rows(0.4), rows(-0.7), 0.7, 0.5, replace(SILENT, carry=Carry(rows(0.1), torch.tensor([0.9]))))
+    a, b, _, _ = VP.mix(torch.tensor([0.9, 0.7, 0.5], dtype=F64))
+    log_snr = (a / b).log()
+    r = (log_snr[2] - log_snr[1]) / (2 * (log_snr[1] - log_snr[0]))
+    x0 = VP.x0_from_velocity(rows(0.4), rows(-0.7), 0.7)
+    d = (1 + r) * x0 - r * 0.1
+    torch.testing.assert_close(second.mean, b[2] / b[1] * 0.4 - a[2] * (torch.exp(log_snr[1] - log_snr[2]) - 1) * d)
+
+
+# ---------------------------------------------------------------------------------------------- trees
+
+
+def grow(tree: Tree, kernel: Kernel, grid: Tensor, dtype: torch.dtype = F64) -> Forest:
+    noise = KeyedNoise(0, 0, list(range(tree.num_groups)), (3,))
+    return rollout(curved, noise.start(tree).to(dtype), grid, tree, kernel, noise.step, store_dtype=dtype)
+
+
+def mixed() -> Tree:
+    """Two groups of unlike shape: at every generation some rows are stochastic, some deterministic, some jump the grid,
+    some have history and the roots' children have none."""
+    one = Tree.from_parents(
+        [-1, 0, 0, 1, 1, 2, 3, 4, 6, 8], [0, 1, 2, 2, 4, 4, 3, 6, 5, 6], [0, 1, 0, 1, 0, 0, 0, 0, 0, 0], 6
+    )
+    return Tree.cat([one, window(6, 3, 1, 2), window(6, 2, 0, 1, shared_start=False)])
+
+
+@pytest.mark.parametrize("across_noise", [True, False])
+def test_a_mixed_frontier_is_every_trajectory_by_itself(across_noise: bool) -> None:
+    """Each end's path is walked alone in fp64, its deterministic steps by §3.4's formula on its own history."""
+    grid, tree = 0.97 * plain_sigmas(6, 3.0).double(), mixed()
+    kernel = DPMSolver(FlowSDE(0.7), across_noise=across_noise)
+    forest = grow(tree, kernel, grid)
+    noise = KeyedNoise(0, 0, [0, 1, 2], (3,))
+    second_order = 0
+    for end in set(range(len(tree))) - set(tree.evaluated.tolist()):
+        path = [end]
+        while int(tree.parent[path[0]]) >= 0:
+            path.insert(0, int(tree.parent[path[0]]))
+        x, history = forest.at(torch.tensor(path[:1])), None
+        for up, node in itertools.pairwise(path):
+            s, then = float(grid[tree.index[up]]), float(grid[tree.index[node]])
+            v = curved(x, torch.tensor([s], dtype=F64))
+            x0, hot = x - s * v, float(tree.level[node]) > 0
+            plain = FlowSDE(0.7)(x, v, s, then, Context(level=float(tree.level[node])))
+            if hot:
+                x = plain.sample(noise.step(tree, torch.tensor([node])).double())
+            elif then == 0 or history is None:
+                x = plain.mean
+            else:
+                log_snr = [math.log((1 - value) / value) for value in (history[0], s, then)]
+                r = (log_snr[2] - log_snr[1]) / (2 * (log_snr[1] - log_snr[0]))
+                x = then / s * x + (s - then) / s * ((1 + r) * x0 - r * history[1])
+                second_order += 1
+            history = None if hot and not across_noise else (s, x0)
+        torch.testing.assert_close(x, forest.at(torch.tensor([end])), rtol=0, atol=1e-12)
+    assert second_order == (18 if across_noise else 11)  # counted by hand on `mixed`
+
+
+@pytest.mark.parametrize("store", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("inner", [FlowSDE(0.7), CPS(0.7)], ids=["flow", "cps"])
+def test_stochastic_edges_replay_and_deterministic_ones_are_refused(inner: Kernel, store: torch.dtype) -> None:
+    tree = mixed()
+    forest = grow(tree, DPMSolver(inner), diffusers_sigmas(6), store)
+    edges = tree.edges.flip(0)
+    parents, position = tree.distinct_parents(edges)
+    step = forest.edge_steps(edges, curved(forest.at(parents), forest.sigma(parents)), position)
+    assert torch.equal(step.log_prob(forest.at(edges)), forest.log_prob[edges])
+    inner_tail = (tree.level == 0) & (tree.index < 6) & (tree.parent >= 0) & forest.kept[tree.parent]
+    with pytest.raises(ValueError, match="does not store the history"):
+        forest.edge_steps(inner_tail.nonzero()[0], torch.zeros(1, 3), torch.tensor([0]))
+
+
+def test_stochastic_states_do_not_depend_on_the_solver_of_the_others() -> None:
+    """Before any deterministic step matters, edges are those of the plain kernel; leaves are not."""
+    tree = window(6, 3, 0, 2, shared_start=False)
+    plain, solved = (grow(tree, kernel, plain_sigmas(6).double()) for kernel in (FlowSDE(), DPMSolver(FlowSDE())))
+    assert torch.equal(plain.at(tree.edges), solved.at(tree.edges))
+    assert float((plain.at(tree.leaves) - solved.at(tree.leaves)).abs().min()) > 1e-4
+    assert plain.evaluations == solved.evaluations
+
+
+def test_a_forest_of_the_solver_is_saved_and_read(tmp_path) -> None:
+    forest = grow(window(4, 2, 1, 1), DPMSolver(CPS(0.6)).on(FLOW), diffusers_sigmas(4), torch.float32)
+    save_forest(tmp_path / "forest.safetensors", forest)
+    assert load_forest(tmp_path / "forest.safetensors").kernel == DPMSolver(CPS(0.6), path=FLOW)
+
+
+# ---------------------------------------------------------------------------------------------- sub-grids
+
+
+@pytest.mark.parametrize("kernel", [FlowSDE(), DPMSolver(FlowSDE())], ids=["euler", "dpm"])
+def test_an_n_step_completion_on_a_sub_grid_is_a_run_of_jumps(kernel: Kernel) -> None:
+    """From a stochastic state at index 3 of 12: three children complete it in 1, 3 and 9 steps. Each equals the ODE
+    solved alone on the grid that holds only its own levels, and costs exactly its own velocities."""
+    routes = [[12], [6, 9, 12], list(range(4, 13))]
+    parent, index, level = [-1, 0, 1, 2], [0, 1, 2, 3], [0.0, 1.0, 1.0, 1.0]
+    for route in routes:
+        up = 3
+        for place in route:
+            parent.append(up)
+            index.append(place)
+            level.append(0.0)
+            up = len(parent) - 1
+    tree, grid = Tree.from_parents(parent, index, level, 12), plain_sigmas(12).double()
+    kernel = replace(kernel, across_noise=False) if isinstance(kernel, DPMSolver) else kernel
+    forest = grow(tree, kernel, grid)
+    start = forest.at((tree.index == 3).nonzero().flatten()[:1])
+    ends = torch.cat([solve(kernel, curved, start, grid[[3, *route]])[-1] for route in routes])
+    order = tree.generation[tree.leaves].argsort()
+    torch.testing.assert_close(forest.at(tree.leaves[order]), ends, rtol=0, atol=1e-12)
+    assert forest.evaluations == tree.cost().rollout == 3 + 1 + 2 + 8
