@@ -96,7 +96,9 @@ class Tree:
         steps = {tree.num_steps for tree in trees}
         if len(steps) > 1:
             raise ValueError(f"trees with num_steps {sorted(steps)} came; expected one grid: roll them out separately")
-        columns = {name: torch.cat([vars(tree)[name] for tree in trees]) for name in ("local", "index", "level", "source")}
+        columns = {
+            name: torch.cat([vars(tree)[name] for tree in trees]) for name in ("local", "index", "level", "source")
+        }
         sizes = {
             "parent": [len(tree) for tree in trees],
             "root": [tree.num_roots for tree in trees],
@@ -143,7 +145,9 @@ class Tree:
         ValueError if a group loses all its leaves.
         """
         if mask.shape != (len(self),) or mask.dtype != torch.bool:
-            raise ValueError(f"mask {mask.dtype}{list(mask.shape)} came; expected torch.bool[{len(self)}], one per node")
+            raise ValueError(
+                f"mask {mask.dtype}{list(mask.shape)} came; expected torch.bool[{len(self)}], one per node"
+            )
         reached = mask.clone()
         for nodes in self.generations[1:]:
             reached[nodes] &= reached[self.parent[nodes]]
@@ -277,9 +281,7 @@ def _in_order(columns: dict[str, Tensor], num_steps: int) -> Tree:
     place[order] = torch.arange(len(order))
     sorted_columns = {name: column[order] for name, column in columns.items()}
     parent = sorted_columns.pop("parent")
-    return Tree(
-        parent=torch.where(parent >= 0, place[parent.clamp(min=0)], -1), **sorted_columns, num_steps=num_steps
-    )
+    return Tree(parent=torch.where(parent >= 0, place[parent.clamp(min=0)], -1), **sorted_columns, num_steps=num_steps)
 
 
 def _offset_cat(parts: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
