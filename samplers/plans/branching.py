@@ -87,7 +87,7 @@ class Branch:
         """The cost of branching at the earliest steps, whose completions are the longest."""
         return bound(self.extremes(num_steps, group_size))
 
-    def extremes(self, num_steps: int, group_size: int) -> list[Tree]:
+    def extremes(self, num_steps: int, group_size: int) -> Sequence[Tree]:
         """The earliest steps, with each possible last one."""
         sets = self._steps().extremes(num_steps)
         return [branch(num_steps, self._seeds(group_size), self.branches, steps) for steps in sets]
@@ -136,7 +136,7 @@ class SplitTree:
         """The most that a position of the window costs; exact without a window."""
         return bound(self.extremes(num_steps, group_size))
 
-    def extremes(self, num_steps: int, group_size: int) -> list[Tree]:
+    def extremes(self, num_steps: int, group_size: int) -> Sequence[Tree]:
         """One tree per position of the window."""
         if self.window is None:
             return [self._with_window(num_steps, group_size, None)]
@@ -184,7 +184,7 @@ class TreeWindow:
         """The cost of the earliest place, which shares the shortest prefix."""
         return bound(self.extremes(num_steps, group_size))
 
-    def extremes(self, num_steps: int, group_size: int) -> list[Tree]:
+    def extremes(self, num_steps: int, group_size: int) -> Sequence[Tree]:
         """One tree per place."""
         last = last_start(self.depth, self.low, self.high, num_steps)
         starts = (self.position or Random()).starts(self.low, last)

@@ -3,7 +3,7 @@
 `chain` and `window` are functions for direct use; `Chain`, `Window` and `RandomSteps` are the same as plans.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -71,7 +71,7 @@ class Chain:
         """The exact cost of every iteration."""
         return bound(self.extremes(num_steps, group_size))
 
-    def extremes(self, num_steps: int, group_size: int) -> list[Tree]:
+    def extremes(self, num_steps: int, group_size: int) -> Sequence[Tree]:
         """The one tree."""
         return [chain(num_steps, group_size, shared_start=self.shared_start, train_last=self.train_last)]
 
@@ -104,7 +104,7 @@ class Window:
         """The most that a position costs: with a shared start the earliest, which shares the shortest prefix."""
         return bound(self.extremes(num_steps, group_size))
 
-    def extremes(self, num_steps: int, group_size: int) -> list[Tree]:
+    def extremes(self, num_steps: int, group_size: int) -> Sequence[Tree]:
         """One tree per position."""
         starts = (self.position or Random()).starts(self.low, last_start(self.size, self.low, self.high, num_steps))
         return [window(num_steps, group_size, at, self.size, shared_start=self.shared_start) for at in starts]
@@ -132,7 +132,7 @@ class RandomSteps:
         """The cost of the earliest steps."""
         return bound(self.extremes(num_steps, group_size))
 
-    def extremes(self, num_steps: int, group_size: int) -> list[Tree]:
+    def extremes(self, num_steps: int, group_size: int) -> Sequence[Tree]:
         """The earliest steps, with each possible last one."""
         sets = self._steps().extremes(num_steps)
         return [scattered(num_steps, group_size, steps, shared_start=self.shared_start) for steps in sets]

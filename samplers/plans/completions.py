@@ -1,7 +1,7 @@
 """Deterministic completions: ODE probes that score any state, and tails with fewer steps. Both wrap another plan."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -93,7 +93,7 @@ class Probed:
         """The most that an extreme tree of the plan costs with its probes."""
         return bound(self.extremes(num_steps, group_size))
 
-    def extremes(self, num_steps: int, group_size: int) -> list[Tree]:
+    def extremes(self, num_steps: int, group_size: int) -> Sequence[Tree]:
         """The plan's, with probes."""
         return [self._probed(tree) for tree in self.plan.extremes(num_steps, group_size)]
 
@@ -116,7 +116,7 @@ class Compressed:
         """The most that an extreme tree of the plan costs with its shorter tails."""
         return bound(self.extremes(num_steps, group_size))
 
-    def extremes(self, num_steps: int, group_size: int) -> list[Tree]:
+    def extremes(self, num_steps: int, group_size: int) -> Sequence[Tree]:
         """The plan's, compressed."""
         return [compressed(tree, self.ratio) for tree in self.plan.extremes(num_steps, group_size)]
 

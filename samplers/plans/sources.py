@@ -1,5 +1,6 @@
 """Who rolls each sample out: some trajectories of a group are not the student's own."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,7 +34,7 @@ class Sourced:
         """The plan's own."""
         return self.plan.forecast(num_steps, group_size)
 
-    def extremes(self, num_steps: int, group_size: int) -> list[Tree]:
+    def extremes(self, num_steps: int, group_size: int) -> Sequence[Tree]:
         """The plan's, marked."""
         return [self._marked(tree) for tree in self.plan.extremes(num_steps, group_size)]
 

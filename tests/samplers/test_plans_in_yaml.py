@@ -49,7 +49,7 @@ def plan_of(folder: Path, said: object) -> Plan:
         (part("Probed", plan=part("Compressed", plan=part("Window", size=1), ratio=0.5)),
          Probed(Compressed(Window(1), 0.5))),
         (part("Sourced", plan=part("Chain"), teacher=1), Sourced(Chain(), teacher=1)),
-        (part("Selected", plan=part("Chain"), counts={1: 2}, within="root"), Selected(Chain(), {1: 2}, "root")),
+        (part("Selected", plan=part("Chain"), counts={1: 4}, within="root"), Selected(Chain(), {1: 4}, "root")),
     ],
 )  # fmt: skip
 def test_plans_are_named_in_yaml(tmp_path: Path, said: object, expected: Plan) -> None:
