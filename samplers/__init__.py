@@ -4,6 +4,7 @@ One convention everywhere: x_σ = (1−σ)·x0 + σ·ε, σ runs from 1 (noise) 
 A sampler knows no network: the velocity is a callable, randomness is an argument.
 """
 
+from samplers.copies import Copies, unshared
 from samplers.forest import Forest, Velocities
 from samplers.kernels import (
     CPS,
@@ -30,11 +31,36 @@ from samplers.kernels import (
 )
 from samplers.noise import STREAMS, KeyedNoise, generator, normal
 from samplers.paths import Path, RectifiedFlow, VariancePreserving
-from samplers.plans import Chain, Fixed, Plan, Position, Random, Sliding, Window, chain, window
+from samplers.plans import (
+    Bounded,
+    Branch,
+    Chain,
+    Compressed,
+    Fixed,
+    Plan,
+    Position,
+    Probed,
+    Random,
+    RandomSteps,
+    Selected,
+    Sliding,
+    Sourced,
+    SplitTree,
+    TreeWindow,
+    Window,
+    branch,
+    chain,
+    compressed,
+    probed,
+    scattered,
+    tree,
+    window,
+)  # fmt: skip
 from samplers.rollout import rollout
 from samplers.schedules import diffusers_sigmas, dynamic_sigmas, plain_sigmas, shift, unshift
+from samplers.selection import Best, Select, candidates
 from samplers.stored import load_forest, save_forest
-from samplers.trees import Cost, Tree
+from samplers.trees import SOURCES, Cost, Tree
 
 PART_OF = "flowalign"
 
@@ -45,7 +71,10 @@ __all__ = [
     "Affine", "Carry", "Context", "Gaussian", "Kernel", "KLForm", "Step",
     "CPS", "ClippedFlowSDE", "DDIM", "DanceSDE", "FlowSDE", "LinearSDE", "ODE",
     "DPMSolver", "Guided", "Ascent", "ProcessReward", "RewardGradient", "SPSA", "spsa_gradient",
-    "Cost", "Tree", "Chain", "Fixed", "Plan", "Position", "Random", "Sliding", "Window", "chain", "window",
+    "SOURCES", "Cost", "Tree", "Copies", "unshared", "Best", "Select", "candidates",
+    "Bounded", "Plan", "Branch", "Chain", "Compressed", "Probed", "RandomSteps", "Selected", "Sourced", "SplitTree",
+    "TreeWindow", "Window", "branch", "chain", "compressed", "probed", "scattered", "tree", "window",
+    "Fixed", "Position", "Random", "Sliding",
     "STREAMS", "KeyedNoise", "generator", "normal",
     "Forest", "Velocities", "load_forest", "save_forest", "rollout",
 ]  # fmt: skip

@@ -4,6 +4,7 @@ A 128-bit hash of the key seeds its own counter-based generator (numpy Philox), 
 the CPU. torch's CPU generator would keep only the low 32 bits of a seed and change its values with the size drawn.
 """
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -54,6 +55,8 @@ class KeyedNoise:
     iteration, for each group, so that a prompt seen again gets new noise; by default it is counted within `uids`, which
     is enough unless one prompt's groups are spread over several rollouts of the same iteration. The key holds the
     visit, not the group's position: batching and order do not matter.
+    branch_scale: s of BranchGRPO's noise (2509.06040; 4 is best of 1, 2, 4, 8), ξ = (ξ0 + s·η)/√(1+s²) with ξ0 common to
+    the steps that leave one state: N(0, I) for each, covariance 1/(1+s²) between siblings. None: independent.
     """
 
     seed: int
@@ -62,8 +65,11 @@ class KeyedNoise:
     shape: Sequence[int]
     device: torch.device | str = "cpu"
     visits: Sequence[int] | None = None
+    branch_scale: float | None = None
 
     def __post_init__(self) -> None:
+        if self.branch_scale is not None and not 0.0 < self.branch_scale < math.inf:
+            raise ValueError(f"branch_scale={self.branch_scale} came; expected a finite number > 0, or None")
         if self.visits is None:
             return
         if len(self.visits) != len(self.uids):
@@ -72,19 +78,24 @@ class KeyedNoise:
             raise ValueError("two groups have the same (uid, visit); they would get the same noise: count visits up")
 
     def start(self, tree: Tree) -> Tensor:
-        """[R, *shape], one per root; key (seed, "start", iteration, uid, visit, root's number in its group)."""
+        """[R, *shape], one per root; key (seed, "start", iteration, uid, visit, local)."""
         roots = torch.arange(tree.num_roots)
-        number = torch.zeros_like(roots)
-        for group in range(tree.num_groups):
-            own = tree.group[roots] == group
-            number[own] = torch.arange(int(own.sum()))
-        return self._draw("start", tree, roots, number[:, None])
+        return self._draw("start", tree, roots, tree.local[roots][:, None])
 
     def step(self, tree: Tree, nodes: Tensor) -> Tensor:
-        """[n, *shape] for the steps arriving at `nodes`; key (seed, "step", iteration, uid, visit, local, grid step)."""
+        """[n, *shape] for the steps arriving at `nodes`; key (seed, "step", iteration, uid, visit, local, grid step).
+
+        With a branch_scale: streams "branch-common", with the parent's `local`, and "branch-own", with the node's.
+        """
         if bool((tree.parent[nodes] < 0).any()):
             raise ValueError("a root came; expected nodes that a step arrives at: use start(tree) for the roots")
-        return self._draw("step", tree, nodes, torch.stack([tree.local[nodes], tree.index[tree.parent[nodes]]], 1))
+        parents, position = tree.distinct_parents(nodes)
+        own = torch.stack([tree.local[nodes], tree.index[parents][position]], 1)
+        if self.branch_scale is None:
+            return self._draw("step", tree, nodes, own)
+        common = self._draw("branch-common", tree, parents, torch.stack([tree.local[parents], tree.index[parents]], 1))
+        spread = self.branch_scale * self._draw("branch-own", tree, nodes, own)
+        return (common[position.to(common.device)] + spread) / math.sqrt(1.0 + self.branch_scale**2)
 
     def _draw(self, stream: str, tree: Tree, nodes: Tensor, tails: Tensor) -> Tensor:
         if tree.num_groups != len(self.uids):

@@ -9,6 +9,7 @@ from torch import Tensor
 from samplers.forest import Forest, compute_dtype
 from samplers.kernels.base import Context, Kernel, Step
 from samplers.schedules import check_sigmas
+from samplers.selection import Select, candidates, check_frontiers, choose
 from samplers.trees import Tree
 
 Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -27,6 +28,7 @@ def rollout(
     micro_batch: int | None = None,
     store_dtype: torch.dtype = torch.float32,
     progress: Callable[[int], None] | None = None,
+    select: Select | None = None,
 ) -> Forest:
     """Roll `tree` out from `x_start` [R, *] (one row per root) over `sigmas` [T+1], without gradient.
 
@@ -35,18 +37,26 @@ def rollout(
     [n, *] gives the draws of the steps arriving at `nodes` (KeyedNoise.step); it is asked for stochastic steps only.
     States are cast to `store_dtype` before log-probs are taken and before the next step, so a replay from what is
     stored sees the same numbers; the network gets them in at least fp32. progress(rows) is called per micro-batch.
+    select drops states on the way: what they would lead to is never computed, and the forest is one of the tree that is
+    left (Tree.keep), though `evaluations` counts every row. It does not change the noise of what stays.
     """
     _check(x_start, sigmas, tree, micro_batch)
-    row = _kept_rows(tree)
-    states = torch.empty((int(row.max()) + 1, *x_start.shape[1:]), dtype=store_dtype, device=x_start.device)
+    if select is not None:
+        check_frontiers(tree, select)
+    wanted, able = _wanted(tree), candidates(tree)
+    stays = torch.zeros(len(tree), dtype=torch.bool)
     log_prob = torch.full((len(tree),), torch.nan, dtype=compute_dtype(store_dtype), device=x_start.device)
-    x, carry, evaluations = x_start.to(store_dtype), None, 0
-    for nodes, children in zip(tree.generations, (*tree.generations[1:], None), strict=True):
-        _keep(states, row[nodes], x)
-        if children is None:
+    x, nodes, carry, evaluations = x_start.to(store_dtype), tree.generations[0], None, 0
+    stored: list[Tensor] = []
+    for generation in (*tree.generations[1:], torch.empty(0, dtype=torch.int64)):
+        stays[nodes] = True if select is None else choose(select, tree, nodes, x, able)
+        stored.append(x[(wanted & stays)[nodes].to(x.device)])
+        children = generation[stays[tree.parent[generation]]]
+        if not len(children):
             break
         parents, position = tree.distinct_parents(children)
-        x = x[(parents - nodes[0]).to(x.device)].to(compute_dtype(store_dtype))
+        spot = torch.searchsorted(nodes, parents)
+        x = x[spot.to(x.device)].to(compute_dtype(store_dtype))
         v = _velocities(velocity, x, sigmas[tree.index[parents]], tree.root[parents], micro_batch, progress)
         evaluations += len(parents)
         ctx = Context(
@@ -55,14 +65,18 @@ def rollout(
             nodes=children,
             parents=tree.parent[children],
             step=tree.index[tree.parent[children]],
-            carry=None if carry is None else carry.rows(tree.parent[children] - nodes[0]),
+            carry=None if carry is None else carry.rows(spot[position]),
         )
-        spot = position.to(x.device)
-        step = kernel(x[spot], v[spot], sigmas[ctx.step], sigmas[tree.index[children]], ctx)
+        place = position.to(x.device)
+        step = kernel(x[place], v[place], sigmas[ctx.step], sigmas[tree.index[children]], ctx)
         x = _draw(step, tree, children, noise).to(store_dtype)
-        carry = step.carry
+        carry, nodes = step.carry, children
         _score(log_prob, step, x, tree, children)
-    return Forest(tree, sigmas, kernel, states, row, log_prob, evaluations)
+    states = torch.cat(stored)
+    kept = wanted & stays
+    row = torch.where(kept, kept.cumsum(0) - 1, -1)
+    forest = Forest(tree, sigmas, kernel, states, row, log_prob, evaluations)
+    return forest if select is None else _pruned(forest, stays)
 
 
 def _check(x_start: Tensor, sigmas: Tensor, tree: Tree, micro_batch: int | None) -> None:
@@ -77,20 +91,27 @@ def _check(x_start: Tensor, sigmas: Tensor, tree: Tree, micro_batch: int | None)
         raise ValueError(f"micro_batch={micro_batch} came; expected at least 1, or None for no limit")
 
 
-def _kept_rows(tree: Tree) -> Tensor:
-    """[N] where each node's state is stored, -1 for those nobody asks for again."""
-    kept = tree.parent < 0
-    kept[tree.edges] = True
-    kept[tree.parents_of_edges] = True
+def _wanted(tree: Tree) -> Tensor:
+    """[N] whose states are stored: nobody asks for the others again."""
+    wanted = tree.parent < 0
+    wanted[tree.edges] = True
+    wanted[tree.parents_of_edges] = True
     childless = torch.ones(len(tree), dtype=torch.bool)
     childless[tree.evaluated] = False
-    kept |= childless
-    return torch.where(kept, kept.cumsum(0) - 1, -1)
+    return wanted | childless
 
 
-def _keep(states: Tensor, row: Tensor, x: Tensor) -> None:
-    kept = row >= 0
-    states[row[kept].to(states.device)] = x[kept.to(x.device)]
+def _pruned(forest: Forest, stays: Tensor) -> Forest:
+    """The forest of what is left of its tree: neither the states that were dropped nor those that then lead nowhere."""
+    alive = forest.tree.alive(stays)
+    used = forest.row[alive & forest.kept]
+    return replace(
+        forest,
+        tree=forest.tree.keep(stays),
+        states=forest.states[used.to(forest.states.device)],
+        row=torch.where(forest.kept[alive], forest.kept[alive].cumsum(0) - 1, -1),
+        log_prob=forest.log_prob[alive.to(forest.log_prob.device)],
+    )
 
 
 def _velocities(

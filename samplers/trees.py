@@ -5,11 +5,15 @@ nodes on one grid of noise levels. Tensors on the CPU; no latents.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from samplers.tree_rules import COLUMNS, check_columns, generation_of
+
+SOURCES = ("student", "hinted", "teacher")
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,8 @@ class Tree:
     local  [N] int64  number of the node inside its group
     index  [N] int64  the node sits at noise level sigmas[index], 0 <= index <= num_steps
     level  [N] float64  noise level of the arriving step, a factor of the kernel's own; 0 = deterministic, roots have 0
+    source [N] int64  who rolls the node's root out: its place in SOURCES (further teachers follow); 0 = the student.
+                      Row r of `x_start` is node r, so a velocity callback reads source[root]
     """
 
     parent: Tensor
@@ -48,10 +54,11 @@ class Tree:
     local: Tensor
     index: Tensor
     level: Tensor
+    source: Tensor
     num_steps: int
 
     def __post_init__(self) -> None:
-        _check(self)
+        check_columns({name: vars(self)[name] for name in COLUMNS}, self.num_steps)
 
     @staticmethod
     def from_parents(parent: Sequence[int], index: Sequence[int], level: Sequence[float], num_steps: int) -> "Tree":
@@ -77,6 +84,7 @@ class Tree:
             local=torch.arange(len(order)),
             index=torch.tensor([index[old] for old in order], dtype=torch.int64),
             level=torch.tensor([level[old] for old in order], dtype=torch.float64),
+            source=torch.zeros(len(order), dtype=torch.int64),
             num_steps=num_steps,
         )
 
@@ -88,19 +96,76 @@ class Tree:
         steps = {tree.num_steps for tree in trees}
         if len(steps) > 1:
             raise ValueError(f"trees with num_steps {sorted(steps)} came; expected one grid: roll them out separately")
-        order = torch.cat([tree.generation for tree in trees]).argsort(stable=True)
-        place = torch.empty_like(order)
-        place[order] = torch.arange(len(order))
-        parent = _offset_cat([tree.parent for tree in trees], [len(tree) for tree in trees])[order]
-        return Tree(
-            parent=torch.where(parent >= 0, place[parent], -1),
-            root=_offset_cat([tree.root for tree in trees], [tree.num_roots for tree in trees])[order],
-            group=_offset_cat([tree.group for tree in trees], [tree.num_groups for tree in trees])[order],
-            local=torch.cat([tree.local for tree in trees])[order],
-            index=torch.cat([tree.index for tree in trees])[order],
-            level=torch.cat([tree.level for tree in trees])[order],
-            num_steps=trees[0].num_steps,
-        )
+        columns = {
+            name: torch.cat([vars(tree)[name] for tree in trees]) for name in ("local", "index", "level", "source")
+        }
+        sizes = {
+            "parent": [len(tree) for tree in trees],
+            "root": [tree.num_roots for tree in trees],
+            "group": [tree.num_groups for tree in trees],
+        }
+        moved = {name: _offset_cat([vars(tree)[name] for tree in trees], size) for name, size in sizes.items()}
+        return _in_order({**columns, **moved}, trees[0].num_steps)
+
+    def extended(self, parent: Sequence[int], index: Sequence[int]) -> "Tree":
+        """This tree with more nodes, all reached by deterministic steps.
+
+        A parent is a node of this tree, or len(self) + j for the j-th new one (an earlier one). The nodes that were here
+        keep their `local`, hence their noise; only their numbers move.
+        """
+        if not len(parent):
+            return self
+        up, start = torch.tensor(parent, dtype=torch.int64), len(self)
+        top = up.clone()  # each new node's nearest ancestor that was here
+        while bool((top >= start).any()):
+            top = torch.where(top >= start, up[(top - start).clamp(min=0)], top)
+        new = {
+            "parent": up,
+            "root": self.root[top],
+            "group": self.group[top],
+            "local": int(self.local.max()) + 1 + torch.arange(len(up)),
+            "index": torch.tensor(index, dtype=torch.int64),
+            "level": torch.zeros(len(up), dtype=torch.float64),
+            "source": self.source[top],
+        }
+        return _in_order({name: torch.cat([vars(self)[name], more]) for name, more in new.items()}, self.num_steps)
+
+    def keep(self, mask: Tensor) -> "Tree":
+        """The tree of the nodes that are `alive(mask)`, in the same order, with the same `local`, hence the same noise."""
+        alive = self.alive(mask)
+        place = torch.where(alive, alive.cumsum(0) - 1, -1)
+        columns = {name: vars(self)[name][alive] for name in COLUMNS}
+        parent = columns.pop("parent")
+        return replace(self, parent=torch.where(parent >= 0, place[parent.clamp(min=0)], -1), **columns)
+
+    def alive(self, mask: Tensor) -> Tensor:
+        """[N] the nodes that stay when those outside `mask` [N] go with all they lead to, and what then leads to no leaf.
+
+        Roots stay, with children or without, so that rows of `x_start` and of the conditions keep their numbers.
+        ValueError if a group loses all its leaves.
+        """
+        if mask.shape != (len(self),) or mask.dtype != torch.bool:
+            raise ValueError(
+                f"mask {mask.dtype}{list(mask.shape)} came; expected torch.bool[{len(self)}], one per node"
+            )
+        reached = mask.clone()
+        for nodes in self.generations[1:]:
+            reached[nodes] &= reached[self.parent[nodes]]
+        useful = torch.zeros_like(reached)
+        useful[self.leaves] = reached[self.leaves]
+        for nodes in reversed(self.generations[1:]):
+            useful[self.parent[nodes[useful[nodes]]]] = True
+        empty = sorted(set(range(self.num_groups)) - set(self.group[useful].tolist()))
+        if empty:
+            raise ValueError(f"nothing stays of group(s) {empty[:8]}; expected at least one leaf in every group")
+        useful[: self.num_roots] = True
+        return useful
+
+    def with_source(self, source: Tensor) -> "Tree":
+        """This tree with who rolls each root out: `source` [R], places in SOURCES."""
+        if source.shape != (self.num_roots,):
+            raise ValueError(f"source {list(source.shape)} came; expected one per root, [{self.num_roots}]")
+        return replace(self, source=source.to(torch.int64)[self.root])
 
     def __len__(self) -> int:
         return len(self.parent)
@@ -108,12 +173,7 @@ class Tree:
     @cached_property
     def generation(self) -> Tensor:
         """[N] number of steps from the root (not the grid index: an edge may jump)."""
-        depth = torch.zeros(len(self), dtype=torch.int64)
-        ahead = self.parent.clone()
-        while bool((ahead >= 0).any()):
-            depth += ahead >= 0
-            ahead = torch.where(ahead >= 0, self.parent[ahead], -1)
-        return depth
+        return generation_of(self.parent)
 
     @cached_property
     def generations(self) -> tuple[Tensor, ...]:
@@ -192,12 +252,36 @@ class Tree:
             under[nodes] |= under[self.parent[nodes]]
         return self.leaves[under[self.leaves]]
 
+    def completion(self, nodes: Tensor) -> Tensor:
+        """[n] the leaf that each of `nodes` reaches by deterministic steps alone (the first if several); -1 for none."""
+        return self._completions[nodes]
+
+    @cached_property
+    def _completions(self) -> Tensor:
+        nowhere = len(self)
+        reached = torch.full((len(self),), nowhere)
+        reached[self.leaves] = self.leaves
+        for nodes in reversed(self.generations[1:]):
+            quiet = nodes[self.level[nodes] == 0]
+            reached.scatter_reduce_(0, self.parent[quiet], reached[quiet], "amin")
+        return torch.where(reached < nowhere, reached, -1)
+
     def _check_values(self, values: Tensor) -> None:
         if values.shape != (len(self),):
             raise ValueError(
                 f"values of shape {tuple(values.shape)} came; expected one per node, [{len(self)}]: "
                 "scatter per-edge values into zeros(len(tree)) at tree.edges first"
             )
+
+
+def _in_order(columns: dict[str, Tensor], num_steps: int) -> Tree:
+    """The tree of nodes in any order: sorts them by generation (stable) and renumbers the parents."""
+    order = generation_of(columns["parent"]).argsort(stable=True)
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order))
+    sorted_columns = {name: column[order] for name, column in columns.items()}
+    parent = sorted_columns.pop("parent")
+    return Tree(parent=torch.where(parent >= 0, place[parent.clamp(min=0)], -1), **sorted_columns, num_steps=num_steps)
 
 
 def _offset_cat(parts: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
@@ -207,40 +291,3 @@ def _offset_cat(parts: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
         moved.append(torch.where(part >= 0, part + start, -1))
         start += size
     return torch.cat(moved)
-
-
-def _check(tree: Tree) -> None:
-    """Say what is wrong with a topology before anything is computed on it."""
-    n = len(tree.parent)
-    columns = {name: t for name, t in vars(tree).items() if isinstance(t, Tensor)}
-    for name, column in columns.items():
-        kind = torch.float64 if name == "level" else torch.int64
-        if column.shape != (n,) or column.dtype != kind:
-            raise ValueError(f"Tree.{name} is {column.dtype}{list(column.shape)}; expected {kind}[{n}]: one per node")
-    if n == 0 or tree.num_steps < 1:
-        raise ValueError(f"a tree of {n} nodes and {tree.num_steps} steps came; expected at least one of each")
-    inner = (tree.parent >= 0).nonzero().flatten()
-    roots = n - len(inner)
-    up = tree.parent[inner]
-    rules = {
-        "the roots come first and are numbered by row": bool((tree.root[:roots] == torch.arange(roots)).all())
-        and bool((inner >= roots).all())
-        and bool((tree.parent >= -1).all()),
-        "a parent stands before its children": bool((up < inner).all()),
-        "a child has its parent's root and group": bool((tree.root[inner] == tree.root[up]).all())
-        and bool((tree.group[inner] == tree.group[up]).all()),
-        "a step goes to a later grid index, within 0..num_steps": bool((tree.index[inner] > tree.index[up]).all())
-        and bool((tree.index >= 0).all())
-        and bool((tree.index <= tree.num_steps).all()),
-        "a level is finite, not negative, and 0 at a root": bool((tree.level >= 0).all())
-        and bool(tree.level.isfinite().all())
-        and not bool(tree.level[:roots].any()),
-        "groups are numbered from 0 without a gap": bool((tree.group >= 0).all())
-        and len(tree.group.unique()) == int(tree.group.max()) + 1,
-        "`local` is unique inside a group": len(torch.stack([tree.group, tree.local]).unique(dim=1)[0]) == n,
-    }
-    for rule, holds in rules.items():
-        if not holds:
-            raise ValueError(f"not a tree: it breaks the rule '{rule}'; build trees with Tree.from_parents or a plan")
-    if bool((tree.generation.diff() < 0).any()):
-        raise ValueError("nodes are not sorted by generation; build trees with Tree.from_parents, join with Tree.cat")

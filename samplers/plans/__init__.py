@@ -1,0 +1,20 @@
+"""Plans: which steps are stochastic and where samples part. Pure data; each gives the Tree of one group.
+
+`chain`, `window`, `branch`, `tree` and `scattered` are functions for direct use; the classes are the same with a schedule
+over iterations, for configurations. Probed, Compressed, Sourced and Selected wrap another plan. A plan of your own is a
+dataclass with `tree` and `forecast`, and with `extremes` if it is to be wrapped, built on Tree.from_parents.
+"""
+
+from samplers.plans.base import Bounded, Plan
+from samplers.plans.branching import Branch, SplitTree, TreeWindow, branch, tree
+from samplers.plans.chains import Chain, RandomSteps, Window, chain, scattered, window
+from samplers.plans.completions import Compressed, Probed, compressed, probed
+from samplers.plans.positions import Fixed, Position, Random, Sliding
+from samplers.plans.selected import Selected
+from samplers.plans.sources import Sourced
+
+__all__ = [
+    "Bounded", "Plan", "Branch", "SplitTree", "TreeWindow", "branch", "tree",
+    "Chain", "RandomSteps", "Window", "chain", "scattered", "window",
+    "Compressed", "Probed", "compressed", "probed", "Fixed", "Position", "Random", "Sliding", "Selected", "Sourced",
+]  # fmt: skip

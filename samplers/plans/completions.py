@@ -1,0 +1,133 @@
+"""Deterministic completions: ODE probes that score any state, and tails with fewer steps. Both wrap another plan."""
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from samplers.plans.base import Bounded, bound
+from samplers.trees import Cost, Tree
+
+
+def subgrid(index: int, num_steps: int, count: int) -> list[int]:
+    """The `count` grid indices after `index` up to num_steps, as even as whole steps allow (halves go up).
+
+    All that remain if there are no more than `count`.
+    """
+    left = num_steps - index
+    count = min(count, left)
+    return [index + (2 * j * left + count) // (2 * count) for j in range(1, count + 1)]
+
+
+def probed(tree: Tree, steps: int | None = None, *, at: Collection[int] | None = None, duplicate: bool = False) -> Tree:
+    """`tree` with a deterministic completion from every state on its trained part (DenseGRPO 2601.20218, TP-GRPO).
+
+    The trained part are the states that a stochastic step leaves or arrives at; `at` names grid indices instead. steps:
+    how many the completion takes, on a sub-grid of the remaining ones; None: all of them. Where the tree itself goes on
+    deterministically that is the completion (in its own steps), so no probe is made, unless `duplicate`. Probes share
+    their state's velocity and are stepped with all others: Tree.completion(state) is the leaf where a state's ends.
+    Not changed: `local` of the states that were there, hence their noise.
+    """
+    if steps is not None and steps < 1:
+        raise ValueError(f"steps={steps} came; expected at least 1, or None for all remaining steps")
+    if at is None:
+        targets = torch.cat([tree.edges, tree.parents_of_edges]).unique()
+    else:
+        targets = torch.isin(tree.index, torch.tensor(sorted(at), dtype=torch.int64)).nonzero().flatten()
+    onward = torch.full((len(tree),), -1)  # the first deterministic child
+    quiet = ((tree.level == 0) & (tree.parent >= 0)).nonzero().flatten().flip(0)
+    onward[tree.parent[quiet]] = quiet
+    ends = set()
+    for node in targets.tolist():
+        while not duplicate and int(onward[node]) >= 0:
+            node = int(onward[node])
+        ends.add(node)
+    return _with_tails(tree, dict.fromkeys(ends, steps))
+
+
+def compressed(tree: Tree, ratio: float) -> Tree:
+    """`tree` whose deterministic tails take ceil(ratio·n) steps instead of n (MixGRPO-Flash 2507.21802; §3.4).
+
+    A tail begins where a stochastic step arrives and only deterministic steps follow; it jumps along the grid.
+    """
+    if not 0.0 < ratio <= 1.0:
+        raise ValueError(f"ratio={ratio} came; expected a number inside (0, 1]")
+    hot_below = torch.zeros(len(tree), dtype=torch.bool)
+    for nodes in reversed(tree.generations[1:]):
+        hot_below[tree.parent[nodes[hot_below[nodes] | (tree.level[nodes] > 0)]]] = True
+    first = (tree.level > 0) & ~hot_below & (tree.index < tree.num_steps)
+    old = torch.zeros(len(tree), dtype=torch.bool)
+    for nodes in tree.generations[1:]:
+        old[nodes] = (first | old)[tree.parent[nodes]]
+    starts = first.nonzero().flatten().tolist()
+    # 1e-9: a product such as 0.2·15 = 3.0000000000000004 is meant to be 3
+    counts: dict[int, int | None] = {
+        node: math.ceil(ratio * (tree.num_steps - int(tree.index[node])) - 1e-9) for node in starts
+    }
+    grown = _with_tails(tree, counts)
+    span = int(grown.local.max()) + 1
+    return grown.keep(~torch.isin(grown.group * span + grown.local, (tree.group * span + tree.local)[old]))
+
+
+@dataclass(frozen=True)
+class Probed:
+    """`plan` with a deterministic completion of every state on its trained part: `probed` as a plan.
+
+    steps: None is best (DenseGRPO); 1 is the single jump to x̂0. at: grid indices to probe instead. duplicate: probe also
+    the states whose completion is the main trajectory, as code does that scores V_0..V_T one by one (no more rows, more
+    images).
+    """
+
+    plan: Bounded
+    steps: int | None = None
+    at: tuple[int, ...] | None = None
+    duplicate: bool = False
+
+    def tree(self, num_steps: int, group_size: int, iteration: int, rng: np.random.Generator) -> Tree:
+        """The plan's tree with probes."""
+        return self._probed(self.plan.tree(num_steps, group_size, iteration, rng))
+
+    def forecast(self, num_steps: int, group_size: int) -> Cost:
+        """The most that an extreme tree of the plan costs with its probes."""
+        return bound(self.extremes(num_steps, group_size))
+
+    def extremes(self, num_steps: int, group_size: int) -> Sequence[Tree]:
+        """The plan's, with probes."""
+        return [self._probed(tree) for tree in self.plan.extremes(num_steps, group_size)]
+
+    def _probed(self, tree: Tree) -> Tree:
+        return probed(tree, self.steps, at=self.at, duplicate=self.duplicate)
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """`plan` with shorter deterministic tails: `compressed` as a plan (ratio 0.4: MixGRPO-Flash, 0.2: Flash*)."""
+
+    plan: Bounded
+    ratio: float = 0.4
+
+    def tree(self, num_steps: int, group_size: int, iteration: int, rng: np.random.Generator) -> Tree:
+        """The plan's tree, compressed."""
+        return compressed(self.plan.tree(num_steps, group_size, iteration, rng), self.ratio)
+
+    def forecast(self, num_steps: int, group_size: int) -> Cost:
+        """The most that an extreme tree of the plan costs with its shorter tails."""
+        return bound(self.extremes(num_steps, group_size))
+
+    def extremes(self, num_steps: int, group_size: int) -> Sequence[Tree]:
+        """The plan's, compressed."""
+        return [compressed(tree, self.ratio) for tree in self.plan.extremes(num_steps, group_size)]
+
+
+def _with_tails(tree: Tree, counts: dict[int, int | None]) -> Tree:
+    """`tree` with a deterministic run from each node of `counts` to the end, in so many steps (None: in all)."""
+    parent: list[int] = []
+    index: list[int] = []
+    for node, count in sorted(counts.items()):
+        places = subgrid(int(tree.index[node]), tree.num_steps, tree.num_steps if count is None else count)
+        for number, place in enumerate(places):
+            parent.append(node if number == 0 else len(tree) + len(parent) - 1)
+            index.append(place)
+    return tree.extended(parent, index)

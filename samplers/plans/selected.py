@@ -1,0 +1,39 @@
+"""A plan of which only the best states are continued."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from samplers.plans.base import Bounded, most
+from samplers.selection import Best, Score, Within, check_counts, selected_cost
+from samplers.trees import Cost, Tree
+
+
+@dataclass(frozen=True)
+class Selected:
+    """`plan`, but at the grid indices of `counts` only so many states stay in each group; pass `by(score)` to `rollout`.
+
+    `tree` is the whole tree, before selection: numbers only. It is the outermost plan: probes and tails go inside.
+    Not refused: a whole tree too large to write down; a split that follows a selection multiplies it all the same.
+    """
+
+    plan: Bounded
+    counts: dict[int, int]
+    within: Within = "group"
+
+    def __post_init__(self) -> None:
+        check_counts(self.counts, self.within)
+
+    def tree(self, num_steps: int, group_size: int, iteration: int, rng: np.random.Generator) -> Tree:
+        """The plan's whole tree."""
+        return self.plan.tree(num_steps, group_size, iteration, rng)
+
+    def forecast(self, num_steps: int, group_size: int) -> Cost:
+        """What is left of the plan's extremes: exact, whichever states win."""
+        trees = self.plan.extremes(num_steps, group_size)
+        costs = [selected_cost(tree, self.counts, self.within) for tree in trees]
+        return most(costs)
+
+    def by(self, score: Score) -> Best:
+        """What `rollout` takes as `select`; score(tree, nodes, states) -> [n], the higher the better."""
+        return Best(self.counts, score, self.within)

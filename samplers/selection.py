@@ -1,0 +1,157 @@
+"""Selection on the way: at declared grid indices some states stay and the others are never continued."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from samplers.trees import Cost, Tree
+
+Score = Callable[[Tree, Tensor, Tensor], Tensor]
+Within = Literal["group", "root", "parent"]
+
+
+class Select(Protocol):
+    """Which candidates stay. A candidate is a state on the trained part: a stochastic step arrives at it or follows.
+
+    So probes and tails, deterministic to the end, are not selected against; they go with their state.
+    """
+
+    @property
+    def counts(self) -> Mapping[int, int | None]:
+        """At which grid indices, and how many stay in each group; None: as many as `keep` says, at least one."""
+        ...
+
+    def keep(self, tree: Tree, nodes: Tensor, states: Tensor) -> Tensor:
+        """[n] bool: which of the candidates `nodes` [n] stay; `states` [n, *] are theirs, in the storage dtype."""
+        ...
+
+
+@dataclass(frozen=True)
+class Best:
+    """The highest-scored candidates stay: best-of-n, path search, potential assessment.
+
+    counts: grid index -> how many stay in each group. within: they are the best of the "group", or shared out equally
+    among its roots, or among the parents. score(tree, nodes, states) -> [n]; ties go to the earlier node.
+    """
+
+    counts: Mapping[int, int]
+    score: Score
+    within: Within = "group"
+
+    def __post_init__(self) -> None:
+        check_counts(self.counts, self.within)
+
+    def keep(self, tree: Tree, nodes: Tensor, states: Tensor) -> Tensor:
+        """The best of each set. ValueError for a set with fewer candidates than stay, or a score that is not finite."""
+        scores = self.score(tree, nodes, states).cpu()
+        if scores.shape != nodes.shape or not bool(scores.isfinite().all()):
+            raise ValueError(
+                f"scores {list(scores.shape)} came for {len(nodes)} states; expected a finite one for each"
+            )
+        count = self.counts[int(tree.index[nodes[0]])]
+        sets = {"group": tree.group, "root": tree.root, "parent": tree.parent}[self.within][nodes]
+        keep = torch.zeros(len(nodes), dtype=torch.bool)
+        for group in tree.group[nodes].unique():
+            members = sets[tree.group[nodes] == group].unique()
+            share, rest = divmod(count, len(members))
+            if rest:
+                raise ValueError(
+                    f"{count} states are to stay in a group of {len(members)} {self.within}s; expected a multiple: the "
+                    "numbers are to be equal"
+                )
+            for member in members:
+                rows = (sets == member).nonzero().flatten()
+                if len(rows) < share:
+                    raise ValueError(f"{share} of {len(rows)} states are to stay per {self.within}; expected fewer")
+                keep[rows[scores[rows].argsort(descending=True, stable=True)[:share]]] = True
+        return keep
+
+
+def candidates(tree: Tree) -> Tensor:
+    """[N] the states on the trained part: a stochastic step arrives at them, or follows somewhere below."""
+    hot = tree.level > 0
+    for nodes in reversed(tree.generations[1:]):
+        hot[tree.parent[nodes[hot[nodes]]]] = True
+    return hot
+
+
+def check_frontiers(tree: Tree, select: Select) -> None:
+    """ValueError unless the candidates of each declared index exist, and are of one generation: on hand together."""
+    able = candidates(tree)
+    for index in select.counts:
+        generations = tree.generation[able & (tree.index == index)].unique().tolist()
+        if len(generations) != 1:
+            raise ValueError(
+                f"selection at grid index {index} came; its candidates are of the generations {generations}, expected "
+                "one: choose an index that every trained trajectory visits after equally many steps"
+            )
+
+
+def choose(select: Select, tree: Tree, nodes: Tensor, states: Tensor, able: Tensor) -> Tensor:
+    """[n] bool: which of `nodes` [n], one generation, are continued: all but the candidates that `select` drops."""
+    stays = torch.ones(len(nodes), dtype=torch.bool)
+    for index, count in select.counts.items():
+        here = (able[nodes] & (tree.index[nodes] == index)).nonzero().flatten()
+        if not len(here):
+            continue
+        kept = select.keep(tree, nodes[here], states[here.to(states.device)]).cpu()
+        if kept.shape != here.shape or kept.dtype != torch.bool:
+            raise ValueError(f"keep gave {kept.dtype}{list(kept.shape)}; expected torch.bool[{len(here)}]")
+        groups = tree.group[nodes[here]]
+        numbers = {group: int(kept[groups == group].sum()) for group in groups.unique().tolist()}
+        if any(number != count if count is not None else number < 1 for number in numbers.values()):
+            raise ValueError(
+                f"at grid index {index} {numbers} states stay (by group); expected "
+                f"{'at least one' if count is None else count} in each"
+            )
+        stays[here] = kept
+    return stays
+
+
+def selected_cost(tree: Tree, counts: Mapping[int, int], within: Within) -> Cost:
+    """What `tree` costs when `Best` selects on it, whichever states win.
+
+    rollout counts every state evaluated, also those that then turn out to lead nowhere. ValueError where candidates of
+    one index lead to subtrees of different cost: then it depends on who wins.
+    """
+    any_will_do = Best(counts, lambda tree, nodes, states: torch.zeros(len(nodes)), within)
+    check_frontiers(tree, any_will_do)
+    able, below = candidates(tree), _below(tree)
+    for index in counts:
+        kinds = below[able & (tree.index == index)].unique(dim=0)
+        if len(kinds) > 1:
+            raise ValueError(
+                f"the states at grid index {index} lead to unequal subtrees, (rows, trained states, edges, leaves) = "
+                f"{kinds.tolist()[:4]}; the cost would depend on which stay: select at another index"
+            )
+    stays = torch.zeros(len(tree), dtype=torch.bool)
+    for generation in tree.generations:
+        ups = tree.parent[generation]
+        nodes = generation[(ups < 0) | stays[ups.clamp(min=0)]]
+        stays[nodes] = choose(any_will_do, tree, nodes, nodes, able)
+    rest = tree.keep(stays).cost()
+    return Cost(int(stays[tree.evaluated].sum()), rest.train, rest.edges, rest.leaves)
+
+
+def _below(tree: Tree) -> Tensor:
+    """[N, 4] evaluated rows, trained states, edges and leaves in the subtree of each node; its own arrival not counted."""
+    own = torch.zeros(len(tree), 4, dtype=torch.int64)
+    own[tree.evaluated, 0] = 1
+    own[tree.parents_of_edges, 1] = 1
+    own[tree.leaves, 3] = 1
+    for nodes in reversed(tree.generations[1:]):
+        arriving = own[nodes]
+        arriving[:, 2] += tree.level[nodes] > 0
+        own.index_add_(0, tree.parent[nodes], arriving)
+    return own
+
+
+def check_counts(counts: Mapping[int, int], within: str) -> None:
+    """ValueError unless at least one state stays at each index."""
+    if within not in ("group", "root", "parent"):
+        raise ValueError(f"within={within!r} came; expected 'group', 'root' or 'parent'")
+    if not counts or any(index < 0 or count < 1 for index, count in counts.items()):
+        raise ValueError(f"counts={dict(counts)} came; expected grid index >= 0 -> how many stay, at least one")
