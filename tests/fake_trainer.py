@@ -63,8 +63,7 @@ class FakeTrainer:
             _, adjoint = scalar_adjoint(now, partial(self._pairs, batch, old))
             pieces = forest.tree.edges.split(2)
             losses = [
-                partial(self._piece, batch, edges, part)
-                for edges, part in zip(pieces, adjoint.split(2), strict=True)
+                partial(self._piece, batch, edges, part) for edges, part in zip(pieces, adjoint.split(2), strict=True)
             ]
             yield Update(self._policy, 1.0, losses, dict)
             yield Update(self._fake, 1.0, [partial(self._regress, batch)], self._after, role="fake")

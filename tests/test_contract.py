@@ -50,7 +50,7 @@ def test_every_role_goes_its_own_way(whole: Path) -> None:
     }
     assert torch.equal(weights["old"], weights["policy"])
     distance = {role: float((value - weights["policy"]).norm()) for role, value in weights.items()}
-    assert 0 < distance["fast_ema"] and 0 < distance["sampling"] and 0 < distance["fake"]
+    assert distance["fast_ema"] > 0 and distance["sampling"] > 0 and distance["fake"] > 0
     assert all("optim/grad_norm" in row and "optim/fake_grad_norm" in row for row in rows)
 
 

@@ -122,7 +122,7 @@ def test_two_runs_cannot_share_a_folder(copy: Path, tiny_pipeline: Path, no_mode
     [
         (lambda run: shutil.rmtree(run / "checkpoints"), "iteration 2.*holds no checkpoint"),
         (lambda run: (run / "checkpoints/step-2/state.json").unlink(), r"state\.json is missing"),
-        (lambda run: os.truncate(run / "checkpoints/step-2/parameters.safetensors", 99), "has 99 bytes"),
+        (lambda run: os.truncate(run / "checkpoints/step-2/role_policy.safetensors", 99), "has 99 bytes"),
         (lambda run: (run / "evaluation/base.safetensors").unlink(), r"base\.safetensors is missing"),
         (lambda run: os.truncate(run / "evaluation/base.safetensors", 99), r"base\.safetensors is damaged"),
         (lambda run: (run / "metrics.jsonl").write_text("x\n"), r"metrics\.jsonl, line 1"),

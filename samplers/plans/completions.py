@@ -62,7 +62,7 @@ def compressed(tree: Tree, ratio: float) -> Tree:
     for nodes in tree.generations[1:]:
         old[nodes] = (first | old)[tree.parent[nodes]]
     starts = first.nonzero().flatten().tolist()
-    # 1e-9: a product such as 0.2·15 = 3.0000000000000004 is meant to be 3
+    # 1e-9: 0.28·25 is 7.000000000000001 in floating point, and meant to be 7
     counts: dict[int, int | None] = {
         node: math.ceil(ratio * (tree.num_steps - int(tree.index[node])) - 1e-9) for node in starts
     }

@@ -207,6 +207,7 @@ def test_flash() -> None:
     assert per_sample[0] == 13 and per_sample[-1] == 19 and round(sum(per_sample) / 12, 2) == 16.08
     assert per_sample == [at + 4 + math.ceil(round(0.4 * (21 - at), 6)) for at in range(12)]
     assert compressed(window(25, 12, 0, 4, shared_start=False), 0.2).cost().rollout == 9 * 12
+    assert compressed(window(26, 1, 0, 1, shared_start=False), 0.28).cost().rollout == 1 + 7  # 7.000000000000001
     jumps = compressed(window(25, 1, 0, 4, shared_start=False), 0.4)
     assert jumps.index.diff().tolist() == [1, 1, 1, 1, 2, 3, 2, 2, 3, 2, 2, 3, 2]
 

@@ -115,6 +115,13 @@ def test_branch_noise_is_a_function_of_its_key() -> None:
             KeyedNoise(0, 0, [0], (1,), branch_scale=bad)
 
 
+def test_starts_differ_and_do_not_move_with_the_batch() -> None:
+    one, pair = chain(4, 3), Tree.cat([branch(4, 2, 2), chain(4, 3)])
+    starts = KeyedNoise(0, 0, [7], (5,)).start(one)
+    assert len(starts.unique(dim=0)) == 3
+    assert torch.equal(KeyedNoise(0, 0, [8, 7], (5,)).start(pair)[2:], starts)
+
+
 def by_local(forest: Forest) -> dict[int, torch.Tensor]:
     nodes = forest.kept.nonzero().flatten()
     return dict(zip(forest.tree.local[nodes].tolist(), forest.at(nodes), strict=True))
