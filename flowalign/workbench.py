@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -57,18 +57,13 @@ def counted(policy: Policy) -> Iterator[list[int]]:
             hook.remove()
 
 
-def gradients(
-    policy: Policy, trainer: Trainer, batch: Collected, between: Callable[[], None] | None = None
-) -> dict[str, Tensor]:
-    """The gradient of all updates of a batch, no step taken; `between` is called between each forward and its backward."""
+def gradients(policy: Policy, trainer: Trainer, batch: Collected) -> dict[str, Tensor]:
+    """The gradient of all updates of a batch; no step is taken, and the parameters keep it in .grad."""
     for _, parameter in policy.trainable_parameters():
         parameter.grad = None
     for update in trainer.updates(batch):
         for micro_batch in update.micro_batches:
-            loss = micro_batch()
-            if between is not None:
-                between()
-            loss.backward()
+            micro_batch().backward()
     return {name: p.grad.clone() for name, p in policy.trainable_parameters() if p.grad is not None}
 
 

@@ -17,7 +17,14 @@ from flowalign.config import TrainConfig, load_config
 from flowalign.data import PromptRecord, load_prompts
 from flowalign.doctor.base import Finding, guarded
 from flowalign.doctor.cost import check_cost, check_memory, check_reward, check_time, fixture
-from flowalign.doctor.network import check_adapters, check_conditions, check_modes, check_parity, check_velocity
+from flowalign.doctor.network import (
+    check_adapters,
+    check_conditions,
+    check_modes,
+    check_parity,
+    check_roles,
+    check_velocity,
+)
 from flowalign.doctor.update import (
     check_dtypes,
     check_floor,
@@ -25,7 +32,6 @@ from flowalign.doctor.update import (
     check_merged,
     check_reached,
     check_replay,
-    check_roles,
 )
 from flowalign.models import Policy
 from flowalign.trainers import Task, Trainer
@@ -91,14 +97,14 @@ def examine(config: TrainConfig, policy: Policy) -> Iterator[Finding]:
     yield ask("parity", partial(check_parity, task, settings, texts), "modes")
     yield ask("conditions", partial(check_conditions, task, settings, texts), "modes")
     yield ask("velocity", partial(check_velocity, task, settings, texts), "modes")
-    yield ask("dtypes", lambda: check_dtypes(task, first()[0]), "adapters", "velocity")
+    yield ask("roles", partial(check_roles, task, settings, texts), "adapters", "velocity")
+    yield ask("dtypes", lambda: check_dtypes(task, first()[0]), "roles")
     yield ask("replay", lambda: check_replay(task, settings, trainer, first()[0]), "dtypes")
     yield ask("floor", lambda: check_floor(task, trainer, first()[0]), "dtypes")
     yield ask("gradient", lambda: check_gradient(task, trainer, first()[0]), "replay", "floor")
     yield ask("cost", lambda: check_cost(config, task, trainer, *first()), "gradient")
     yield ask("reached", lambda: check_reached(task, trainer, moved()), "gradient")
-    yield ask("roles", lambda: check_roles(task, settings, trainer, moved()), "gradient")
-    yield ask("merged", lambda: check_merged(task, settings, trainer, moved()), "gradient", "roles")
+    yield ask("merged", lambda: check_merged(task, settings, trainer, moved()), "gradient")
     yield ask("memory", lambda: check_memory(config, task, first()[0]), "dtypes")
     try:
         yield from _rewards(config, task, prompts, lambda: first()[0], ask)
@@ -152,5 +158,7 @@ def distinct_prompts(config: TrainConfig, count: int) -> list[PromptRecord]:
         if len(found) < count:
             found.setdefault(record.prompt, record)
     if len(found) < count:
-        raise ValueError(f"{config.prompts} holds {len(found)} different prompts; the doctor compares {count}: add some")
+        raise ValueError(
+            f"{config.prompts} holds {len(found)} different prompts; the doctor compares {count}: add some"
+        )
     return list(found.values())

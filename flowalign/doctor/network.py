@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -17,6 +17,7 @@ from flowalign.doctor.base import Finding
 from flowalign.models import Policy, check_lora_targets
 from flowalign.models.load import DTYPES, FAMILIES, inspect_checkpoint, resolve
 from flowalign.trainers import Task
+from flowalign.workbench import distance
 from samplers import RectifiedFlow, chain, normal, rollout
 
 
@@ -39,11 +40,15 @@ def check_adapters(policy: Policy, settings: PolicySettings) -> Finding:
     total = sum(parameter.numel() for _, parameter in named)
     figure = f"{total:,} parameters in {len(named)} tensors are trained"
     if not named:
-        return Finding("adapters", False, figure, "nothing is trainable: check policy.trainable and policy.lora.targets")
+        return Finding(
+            "adapters", False, figure, "nothing is trainable: check policy.trainable and policy.lora.targets"
+        )
     networks = policy.modules().values()
     if settings.trainable == "full":
         frozen = sum(not parameter.requires_grad for network in networks for parameter in network.parameters())
-        advice = f"{frozen} tensors of the network are frozen: let policy.trainable=full train them all" if frozen else ""
+        advice = (
+            f"{frozen} tensors of the network are frozen: let policy.trainable=full train them all" if frozen else ""
+        )
         return Finding("adapters", not frozen, f"{figure}, full weights", advice)
     family = FAMILIES[inspect_checkpoint(settings.path)["_class_name"]]
     targets = family.targets if settings.lora.targets is None else settings.lora.targets
@@ -87,8 +92,8 @@ def check_modes(policy: Policy) -> Finding:
 def check_velocity(task: Task, settings: PolicySettings, texts: Sequence[str]) -> Finding:
     """The update's velocity (with gradients) against the rollout's (without), same rows, and twice: no switch between."""
     policy, guidance = task.policy, task.rollout.guidance_scale
-    conditions, x = policy.encode(texts[:2]), _noise(task, 2)
-    sigma = _middle(task).expand(2)
+    conditions, x = policy.encode(texts[:2]), noise(task, 2)
+    sigma = middle_sigma(task).expand(2)
     with torch.no_grad():
         first = policy.velocity(x, sigma, conditions, guidance_scale=guidance)
         again = policy.velocity(x, sigma, conditions, guidance_scale=guidance)
@@ -97,7 +102,9 @@ def check_velocity(task: Task, settings: PolicySettings, texts: Sequence[str]) -
     figure = f"{first.dtype}, repeated {twice:.1e}, with gradients {switched:.1e}"
     limit = rounding(settings, 1e-5)
     if first.dtype != torch.float32:
-        advice = f"velocities are {first.dtype}: return fp32 from the policy, log-probs are differences of small numbers"
+        advice = (
+            f"velocities are {first.dtype}: return fp32 from the policy, log-probs are differences of small numbers"
+        )
     elif not twice <= limit:
         advice = "two calls on the same rows differ: look for dropout or random layers in the network"
     elif not switched <= limit:
@@ -118,14 +125,14 @@ def check_parity(task: Task, settings: PolicySettings, texts: Sequence[str]) -> 
     cases = [(1.0, list(texts[:2]))] + ([(guidance, [f"{texts[0]}."])] if guidance > 1 else [])
     worst = 0.0
     for scale, prompts in cases:
-        noise = _noise(task, len(prompts))
+        start = noise(task, len(prompts))
         negative = {"negative_prompt": [settings.negative_prompt] * len(prompts)} if scale > 1 else {}
         theirs = pipeline(
-            prompt=prompts, latents=noise, num_inference_steps=task.rollout.num_inference_steps, guidance_scale=scale,
+            prompt=prompts, latents=start, num_inference_steps=task.rollout.num_inference_steps, guidance_scale=scale,
             height=task.height, width=task.width, output_type="latent",
             **{**task.policy.pipeline_arguments(), **negative},
         ).images.float()  # fmt: skip
-        worst = max(worst, relative(_deterministic(task, prompts, noise, scale), theirs))
+        worst = max(worst, relative(_deterministic(task, prompts, start, scale), theirs))
     limit = rounding(settings, 0.0 if isinstance(task.policy.path, RectifiedFlow) else 2e-6)
     advice = (
         "the deterministic rollout is not the pipeline's: compare policy.sigmas with the checkpoint's scheduler (class, "
@@ -144,17 +151,19 @@ def _fresh_pipeline(policy: Policy, settings: PolicySettings) -> DiffusionPipeli
     )
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(next(next(iter(networks.values())).parameters()).device)
-    exec("\n".join(policy.pipeline_setup()), {"pipe": pipeline})  # the lines that the run's report tells its user to run
+    exec(
+        "\n".join(policy.pipeline_setup()), {"pipe": pipeline}
+    )  # the lines that the run's report tells its user to run
     return pipeline
 
 
-def _deterministic(task: Task, prompts: list[str], noise: Tensor, guidance: float) -> Tensor:
+def _deterministic(task: Task, prompts: list[str], start: Tensor, guidance: float) -> Tensor:
     policy, steps = task.policy, task.rollout.num_inference_steps
     conditions, one = policy.encode(prompts), chain(steps, len(prompts))
     tree = replace(one, level=torch.zeros_like(one.level))
     forest = rollout(
         lambda x, sigma, root: policy.velocity(x, sigma, conditions.rows(root), guidance_scale=guidance),
-        policy.start(noise), policy.sigmas(steps), tree, task.rollout.kernel, lambda tree, nodes: torch.empty(0),
+        policy.start(start), policy.sigmas(steps), tree, task.rollout.kernel, lambda tree, nodes: torch.empty(0),
     )  # fmt: skip
     return forest.at(tree.leaves)
 
@@ -163,7 +172,7 @@ def _deterministic(task: Task, prompts: list[str], noise: Tensor, guidance: floa
 def check_conditions(task: Task, settings: PolicySettings, texts: Sequence[str]) -> Finding:
     """Each prompt's rows are its own: [a, b] against [b, a] and against a and b alone, at one state."""
     policy = task.policy
-    x, sigma = _noise(task, 1).expand(2, *([-1] * (_noise(task, 1).ndim - 1))), _middle(task)
+    x, sigma = noise(task, 1).expand(2, *([-1] * (noise(task, 1).ndim - 1))), middle_sigma(task)
 
     def said(*prompts: str) -> Tensor:
         return policy.velocity(x[: len(prompts)], sigma.expand(len(prompts)), policy.encode(prompts))
@@ -176,19 +185,65 @@ def check_conditions(task: Task, settings: PolicySettings, texts: Sequence[str])
     advice = ""
     if apart == 0:
         advice = "two prompts give the same velocity: the prompt does not reach the network, look at Policy.encode"
-    elif not mixed <= min(rounding(settings, 1e-5), 0.1 * apart):
-        advice = "a prompt's velocity depends on its place in the batch: rows are swapped or mixed, look at encode and rows"
+    elif not mixed <= min(rounding(settings, 1e-5), 0.5 * apart):
+        advice = (
+            "a prompt's velocity depends on its place in the batch: rows are swapped or mixed, look at encode and rows"
+        )
     return Finding("conditions", not advice, figure, advice)
 
 
-def _noise(task: Task, rows: int) -> Tensor:
+def check_roles(task: Task, settings: PolicySettings, texts: Sequence[str]) -> Finding:
+    """A reference pass between forward and backward changes neither requires_grad nor the gradient (I10)."""
+    policy, networks = task.policy, task.policy.modules().values()
+    if settings.trainable == "full" and not settings.reference_copy:
+        return Finding("roles", True, "full weights without policy.reference_copy: there is no reference")
+    x, sigma, rows = noise(task, 1), middle_sigma(task), policy.encode(texts[:1])
+    flags: list[list[bool]] = []
+
+    def gradient(between: Callable[[], None]) -> dict[str, Tensor]:
+        loss = policy.velocity(x, sigma, rows).square().sum()
+        between()
+        if not loss.requires_grad:
+            return {}
+        names, trained = zip(*policy.trainable_parameters(), strict=True)
+        found = torch.autograd.grad(loss, trained, allow_unused=True)
+        return {name: grad for name, grad in zip(names, found, strict=True) if grad is not None}
+
+    def look() -> None:
+        flags.append([parameter.requires_grad for network in networks for parameter in network.parameters()])
+
+    def visit() -> None:
+        with torch.no_grad(), policy.role("reference"):
+            look()
+            policy.velocity(x, sigma, rows)
+        look()
+
+    look()
+    plain = gradient(lambda: None)
+    visit()
+    if any(flag != flags[0] for flag in flags):
+        advice = "a role switches requires_grad and leaves the policy frozen: flip only the layers' disabled flag"
+        return Finding("roles", False, "requires_grad changed by a reference pass", advice)
+    if not plain:
+        advice = "the velocity has no gradient at all: look for no_grad, detach or disabled adapters in the policy"
+        return Finding("roles", False, "no gradient", advice)
+    returned, moved = distance(gradient(lambda: None), plain), distance(gradient(visit), plain)
+    advice = ""
+    if not returned <= rounding(settings, 1e-6):
+        advice = "after a reference pass the policy answers otherwise: the role must restore what it switched"
+    elif not moved <= rounding(settings, 1e-6):
+        advice = "a reference pass between forward and backward changes the gradient: the role must touch no parameter"
+    return Finding("roles", not advice, f"gradient changed by {moved:.1e}, afterwards {returned:.1e}", advice)
+
+
+def noise(task: Task, rows: int) -> Tensor:
     """Unit noise [rows, *] on the policy's device."""
     shape = (rows, *task.policy.latent_shape(task.height, task.width))
     network: nn.Module = next(iter(task.policy.modules().values()))
     return normal(shape, task.seed, "start", "doctor").to(next(network.parameters()).device)
 
 
-def _middle(task: Task) -> Tensor:
+def middle_sigma(task: Task) -> Tensor:
     """A noise level [1] in the middle of the grid."""
     steps = task.rollout.num_inference_steps
     return task.policy.sigmas(steps)[steps // 2][None]

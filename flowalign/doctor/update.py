@@ -22,10 +22,10 @@ def check_dtypes(task: Task, batch: Collected) -> Finding:
         "states": batch.forest.states.dtype,
         "log-probs": batch.forest.log_prob.dtype,
         "images": task.policy.decode(batch.forest.at(batch.forest.tree.leaves[:1])).dtype,
-        **{"trained": parameter.dtype for _, parameter in task.policy.trainable_parameters()},
+        **{f"trained {p.dtype}": p.dtype for _, p in task.policy.trainable_parameters()},
     }
     low = [name for name, dtype in found.items() if dtype not in (torch.float32, torch.float64)]
-    figure = ", ".join(f"{name} {str(dtype).removeprefix('torch.')}" for name, dtype in found.items())
+    figure = ", ".join(f"{name.split()[0]} {str(dtype).removeprefix('torch.')}" for name, dtype in found.items())
     advice = f"{', '.join(low)} lost bits that the ratio needs: keep them fp32, only the frozen network may be bf16"
     return Finding("dtypes", not low, figure, advice if low else "")
 
@@ -81,7 +81,9 @@ def check_floor(task: Task, trainer: Trainer, batch: Collected) -> Finding:
     clipped = float((floor > clip).double().mean())
     figure = f"{_by_step(batch, few, floor)}; clip range {clip:.1e}, {clipped:.0%} of unchanged steps outside"
     ok = float(floor.max()) <= clip
-    advice = f"the clip range is below the rounding of log-probs: set objective.clip_range above {float(floor.max()):.1e}"
+    advice = (
+        f"the clip range is below the rounding of log-probs: set objective.clip_range above {float(floor.max()):.1e}"
+    )
     return Finding("floor", ok, figure, "" if ok else advice)
 
 
@@ -126,40 +128,6 @@ def _that_can_act(task: Task, batch: Collected) -> list[str]:
     names, parameters = zip(*task.policy.trainable_parameters(), strict=True)
     grads = torch.autograd.grad(velocity.square().sum(), parameters, allow_unused=True)
     return [name for name, grad in zip(names, grads, strict=True) if grad is not None and bool(grad.any())]
-
-
-def check_roles(task: Task, settings: PolicySettings, trainer: Trainer, batch: Collected) -> Finding:
-    """A reference pass between forward and backward changes neither requires_grad nor the gradient (I10)."""
-    policy = task.policy
-    if settings.trainable == "full" and not settings.reference_copy:
-        return Finding("roles", True, "full weights without policy.reference_copy: there is no reference")
-    root = torch.zeros(1, dtype=torch.int64)
-    x, sigma = batch.forest.at(root), batch.forest.sigma(root)
-    flags: list[list[bool]] = []
-
-    def said() -> Tensor:
-        flags.append([p.requires_grad for network in policy.modules().values() for p in network.parameters()])
-        with torch.no_grad():
-            return policy.velocity(x, sigma, batch.conditions.rows(root))
-
-    def visit() -> None:
-        with policy.role("reference"):
-            said()
-
-    before = said()
-    plain = gradients(policy, trainer, batch)
-    disturbed = gradients(policy, trainer, batch, between=visit)
-    moved, returned = distance(disturbed, plain), bool(torch.equal(said(), before))
-    kept = all(flag == flags[0] for flag in flags)
-    figure = f"gradient changed by {moved:.1e}, requires_grad {'kept' if kept else 'changed'}"
-    advice = ""
-    if not kept:
-        advice = "a role switches requires_grad and leaves the policy frozen: flip only the layers' disabled flag"
-    elif not returned:
-        advice = "after a reference pass the policy answers otherwise: the role must restore what it switched"
-    elif not moved <= rounding(settings, 1e-6):
-        advice = "a reference pass between forward and backward changes the gradient: the role must touch no parameter"
-    return Finding("roles", not advice, figure, advice)
 
 
 def check_merged(task: Task, settings: PolicySettings, trainer: Trainer, batch: Collected) -> Finding:
