@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 USAGE = """usage: flowalign train CONFIG.yaml [key=value ...]
        flowalign doctor CONFIG.yaml [key=value ...]
-       flowalign benchmark CONFIG.yaml [--iterations N] [--variants NAME ...] [--output FOLDER] [key=value ...]
+       flowalign benchmark CONFIG.yaml [--iterations N] [--variants NAME,NAME] [--output FOLDER] [key=value ...]
 
 Trains as CONFIG.yaml says; dotted keys override it, for example rollout.group_size=24 run.name=wide. The doctor measures
 in about a minute whether that can work: one line per check, exit code 1 if one fails. The benchmark times an iteration

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -41,20 +42,42 @@ def brightness(images: Tensor, prompts: Sequence[str]) -> Tensor:
     return images.mean((1, 2, 3))
 
 
+@dataclass(frozen=True)
+class Call:
+    """A call of a trained network: its rows, whether gradients were on, and its seconds."""
+
+    rows: int
+    trained: bool
+    seconds: float
+
+
 @contextmanager
-def counted(policy: Policy) -> Iterator[list[int]]:
-    """Inside, the list gets the number of rows of every call of the trained networks: what was really evaluated."""
-    rows: list[int] = []
+def watched(policy: Policy) -> Iterator[list[Call]]:
+    """Inside, the list gets every call of the trained networks, whoever makes it: what was really evaluated."""
+    calls: list[Call] = []
+    began: list[float] = []
 
-    def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        rows.append(next(len(value) for value in (*args, *kwargs.values()) if isinstance(value, Tensor)))
+    def before(module: nn.Module, args: tuple[Any, ...]) -> None:
+        began.append(now())
 
-    hooks = [network.register_forward_pre_hook(count, with_kwargs=True) for network in policy.modules().values()]
+    def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        rows = next(len(value) for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        calls.append(Call(rows, torch.is_grad_enabled(), now() - began.pop()))
+
+    hooks = [network.register_forward_pre_hook(before) for network in policy.modules().values()]
+    hooks += [network.register_forward_hook(after, with_kwargs=True) for network in policy.modules().values()]
     try:
-        yield rows
+        yield calls
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def now() -> float:
+    """Seconds of a clock, the device's work being done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def gradients(policy: Policy, trainer: Trainer, batch: Collected) -> dict[str, Tensor]:

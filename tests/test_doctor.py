@@ -207,6 +207,11 @@ def no_gradient(policy: Any) -> None:
     changed_velocity(detached)(policy)
 
 
+def grey(policy: Any) -> None:
+    decode = policy.decode
+    policy.decode = lambda latents: torch.zeros_like(decode(latents))
+
+
 def rounded_by_batch(velocity: Any, x: Any, sigma: Any, conditions: Any, scale: float) -> torch.Tensor:
     return velocity(x, sigma, conditions, guidance_scale=scale) + (1e-6 if len(x) == 1 else 0.0)
 
@@ -262,7 +267,8 @@ def unused_adapter(policy: Any) -> None:
         (changed_velocity(unguided_update), GUIDED, "velocity", "one guidance_scale"),
         (changed_velocity(in_bf16), [], "velocity", "return fp32"),
         (changed_velocity(twice), [], "cost", "each distinct state once"),
-        (no_gradient, [], "gradient", "the policy is frozen"),
+        (no_gradient, [], "roles", "the velocity has no gradient at all"),
+        (grey, [], "gradient", "every advantage is 0"),
         (changed_velocity(rounded_by_batch), ["trainer.objective.clip_range=1e-9"], "floor", "set objective.clip_range"),
         (freezing_role, [], "roles", "flip only the layers' disabled flag"),
         (role_left_on, [], "roles", "must restore what it switched"),

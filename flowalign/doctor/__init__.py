@@ -36,7 +36,7 @@ from flowalign.doctor.update import (
 from flowalign.models import Policy
 from flowalign.trainers import Task, Trainer
 from flowalign.trainers.collect import Collected
-from flowalign.workbench import counted, gradients, policy_of, task_of
+from flowalign.workbench import gradients, policy_of, task_of, watched
 from rewards import FunctionReward, RewardBatch
 
 __all__ = ["Finding", "diagnose", "examine"]
@@ -79,9 +79,9 @@ def examine(config: TrainConfig, policy: Policy) -> Iterator[Finding]:
     @cache
     def first() -> tuple[Collected, int]:
         trainer.prepare(task)
-        with counted(policy) as calls:
+        with watched(policy) as calls:
             batch = trainer.collect(prompts, 0)
-        return batch, sum(calls)
+        return batch, sum(call.rows for call in calls)
 
     @cache
     def moved() -> Collected:

@@ -13,7 +13,7 @@ from flowalign.data import PromptRecord
 from flowalign.doctor.base import Finding
 from flowalign.trainers import PolicyGradient, Task, Trainer
 from flowalign.trainers.collect import Collected
-from flowalign.workbench import counted, gradients
+from flowalign.workbench import gradients, watched
 from rewards import Reward, RewardBatch, score
 
 MIB = 2**20
@@ -71,20 +71,21 @@ def check_cost(config: TrainConfig, task: Task, trainer: Trainer, batch: Collect
     forecast = settings.plan.forecast(settings.num_inference_steps, settings.group_size)
     states, limit = guided * len(tree.evaluated), guided * settings.groups * forecast.rollout
     reported = round(batch.metrics["cost/rollout_per_image"] * batch.images)
-    with counted(task.policy) as calls:
+    with watched(task.policy) as calls:
         gradients(task.policy, trainer, batch)
+    updated = sum(call.rows for call in calls)
     allowed = guided * settings.groups * forecast.train * _passes(trainer)
     figure = (
         f"rollout {rows / batch.images:.2f} rows per image (forecast at most {limit / batch.images:.2f}), update "
-        f"{sum(calls) / batch.images:.2f}"
+        f"{updated / batch.images:.2f}"
     )
     advice = ""
     if not rows == states == reported:
         advice = f"{rows} rows ran, {reported} were reported, {states} are distinct: evaluate each distinct state once"
     elif rows > limit:
         advice = "the rollout costs more than the plan's forecast: Plan.forecast must say the most expensive iteration"
-    elif isinstance(trainer, PolicyGradient) and sum(calls) > allowed:
-        advice = f"the update ran {sum(calls)} rows, the forecast allows {allowed}: one row per distinct state and role"
+    elif isinstance(trainer, PolicyGradient) and updated > allowed:
+        advice = f"the update ran {updated} rows, the forecast allows {allowed}: one row per distinct state and role"
     return Finding("cost", not advice, figure, advice)
 
 

@@ -224,7 +224,7 @@ def check_roles(task: Task, settings: PolicySettings, texts: Sequence[str]) -> F
     if any(flag != flags[0] for flag in flags):
         advice = "a role switches requires_grad and leaves the policy frozen: flip only the layers' disabled flag"
         return Finding("roles", False, "requires_grad changed by a reference pass", advice)
-    if not plain:
+    if not any(bool(grad.any()) for grad in plain.values()):
         advice = "the velocity has no gradient at all: look for no_grad, detach or disabled adapters in the policy"
         return Finding("roles", False, "no gradient", advice)
     returned, moved = distance(gradient(lambda: None), plain), distance(gradient(visit), plain)
