@@ -42,8 +42,13 @@ def doctor(arguments: Sequence[str]) -> int:
         print(USAGE)
         return 0 if arguments else 2
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
     from flowalign.doctor import diagnose
 
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     well = True
     for finding in diagnose(arguments[0], arguments[1:]):
         print(finding, flush=True)

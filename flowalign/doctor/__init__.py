@@ -125,7 +125,7 @@ def _rewards(
     for reward, trained in [(config.reward, True), *((reward, False) for reward in config.evaluation.rewards)]:
         shown = prompts if trained else held_out
         yield ask(
-            f"reward {reward.name}",
+            f"{'reward' if trained else 'evaluation'} {reward.name}",
             lambda reward=reward, shown=shown, trained=trained: check_reward(
                 reward, fixture(task, batch(), shown), trained=trained
             ),

@@ -18,7 +18,7 @@ class Finding:
 
     def __str__(self) -> str:
         mark = {True: "ok  ", False: "FAIL", None: "skip"}[self.ok]
-        return f"{mark}  {self.name:<14} {self.figure}" + (f"\n      → {self.advice}" if self.advice else "")
+        return f"{mark}  {self.name:<20} {self.figure}" + (f"\n      → {self.advice}" if self.advice else "")
 
 
 def guarded(name: str, check: Callable[[], Finding], failed: set[str], needs: tuple[str, ...] = ()) -> Finding:
