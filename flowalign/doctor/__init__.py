@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 
 import torch
+from torch import Tensor
 
 from flowalign.config import TrainConfig, load_config
 from flowalign.data import PromptRecord, load_prompts
@@ -34,10 +35,10 @@ from flowalign.doctor.update import (
     check_replay,
 )
 from flowalign.models import Policy
-from flowalign.trainers import Task, Trainer
+from flowalign.trainers import Task
 from flowalign.trainers.collect import Collected
-from flowalign.workbench import gradients, policy_of, task_of, watched
-from rewards import FunctionReward, RewardBatch
+from flowalign.workbench import gradients, now, policy_of, task_of, watched
+from rewards import FunctionReward
 
 __all__ = ["Finding", "diagnose", "examine"]
 
@@ -84,10 +85,17 @@ def examine(config: TrainConfig, policy: Policy) -> Iterator[Finding]:
         return batch, sum(call.rows for call in calls)
 
     @cache
-    def moved() -> Collected:
+    def gradient() -> tuple[dict[str, Tensor], int]:
+        with watched(policy) as calls:
+            found = gradients(policy, trainer, first()[0])
+        return found, sum(call.rows for call in calls)
+
+    @cache
+    def moved() -> tuple[Collected, dict[str, Tensor], float]:
         for optimiser in trainer.optimisers.values():
             optimiser.step()
-        return trainer.collect(prompts, 0)
+        batch, began = trainer.collect(prompts, 0), now()
+        return batch, gradients(policy, trainer, batch), now() - began
 
     def ask(name: str, check: Callable[[], Finding], *needs: str) -> Finding:
         return guarded(name, check, failed, needs)
@@ -101,15 +109,15 @@ def examine(config: TrainConfig, policy: Policy) -> Iterator[Finding]:
     yield ask("dtypes", lambda: check_dtypes(task, first()[0]), "roles")
     yield ask("replay", lambda: check_replay(task, settings, trainer, first()[0]), "dtypes")
     yield ask("floor", lambda: check_floor(task, trainer, first()[0]), "dtypes")
-    yield ask("gradient", lambda: check_gradient(task, trainer, first()[0]), "replay", "floor")
-    yield ask("cost", lambda: check_cost(config, task, trainer, *first()), "gradient")
-    yield ask("reached", lambda: check_reached(task, trainer, moved()), "gradient")
-    yield ask("merged", lambda: check_merged(task, settings, trainer, moved()), "gradient")
+    yield ask("gradient", lambda: check_gradient(task, gradient()[0]), "replay", "floor")
+    yield ask("cost", lambda: check_cost(task, trainer, *first(), gradient()[1]), "gradient")
+    yield ask("reached", lambda: check_reached(task, *moved()[:2]), "gradient")
+    yield ask("merged", lambda: check_merged(task, settings, trainer, moved()[0]), "gradient")
     yield ask("memory", lambda: check_memory(config, task, first()[0]), "dtypes")
     try:
         yield from _rewards(config, task, prompts, lambda: first()[0], ask)
         rewarded = f"reward {config.reward.name}"
-        yield ask("time", lambda: _time(config, task, trainer, moved(), prompts), "reached", rewarded)
+        yield ask("time", lambda: _time(config, task, moved()[0], moved()[2], prompts), "reached", rewarded)
     finally:
         for reward in (config.reward, *config.evaluation.rewards):
             reward.close()
@@ -133,17 +141,12 @@ def _rewards(
         )
 
 
-def _time(
-    config: TrainConfig, task: Task, trainer: Trainer, batch: Collected, prompts: Sequence[PromptRecord]
-) -> Finding:
-    began = time.perf_counter()
-    gradients(task.policy, trainer, batch)
-    update = (time.perf_counter() - began) / batch.images
-    shown: RewardBatch = fixture(task, batch, prompts)
-    config.reward.load()
-    began = time.perf_counter()
+def _time(config: TrainConfig, task: Task, batch: Collected, update: float, prompts: Sequence[PromptRecord]) -> Finding:
+    shown = fixture(task, batch, prompts)
+    shown = shown.select(range(min(16, len(shown))))
+    began = now()
     config.reward(shown)
-    return check_time(config, task, batch, update, (time.perf_counter() - began) / len(shown))
+    return check_time(config, task, batch, update / batch.images, (now() - began) / len(shown))
 
 
 def prompts_of(config: TrainConfig) -> int:

@@ -13,7 +13,6 @@ from flowalign.data import PromptRecord
 from flowalign.doctor.base import Finding
 from flowalign.trainers import PolicyGradient, Task, Trainer
 from flowalign.trainers.collect import Collected
-from flowalign.workbench import gradients, watched
 from rewards import Reward, RewardBatch, score
 
 MIB = 2**20
@@ -64,16 +63,13 @@ def check_reward(reward: Reward, batch: RewardBatch, *, trained: bool) -> Findin
     return Finding(name, not advice, figure, advice)
 
 
-def check_cost(config: TrainConfig, task: Task, trainer: Trainer, batch: Collected, rows: int) -> Finding:
-    """Counted network rows of a rollout and of its update against the topology and against the plan's forecast (I2)."""
+def check_cost(task: Task, trainer: Trainer, batch: Collected, rows: int, updated: int) -> Finding:
+    """Counted network rows of a rollout (`rows`) and of its update (`updated`) against the topology and against the plan's forecast (I2)."""
     settings, tree = task.rollout, batch.forest.tree
     guided = 2 if settings.guidance_scale != 1 else 1
     forecast = settings.plan.forecast(settings.num_inference_steps, settings.group_size)
     states, limit = guided * len(tree.evaluated), guided * settings.groups * forecast.rollout
     reported = round(batch.metrics["cost/rollout_per_image"] * batch.images)
-    with watched(task.policy) as calls:
-        gradients(task.policy, trainer, batch)
-    updated = sum(call.rows for call in calls)
     allowed = guided * settings.groups * forecast.train * _passes(trainer)
     figure = (
         f"rollout {rows / batch.images:.2f} rows per image (forecast at most {limit / batch.images:.2f}), update "

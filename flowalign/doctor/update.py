@@ -92,9 +92,8 @@ def _by_step(batch: Collected, edges: Tensor, values: Tensor) -> str:
     return ", ".join(f"step {at} {float(values[step == at].max()):.1e}" for at in step.unique().tolist())
 
 
-def check_gradient(task: Task, trainer: Trainer, batch: Collected) -> Finding:
+def check_gradient(task: Task, found: dict[str, Tensor]) -> Finding:
     """The first gradient is there and finite."""
-    found = gradients(task.policy, trainer, batch)
     norm = sum(float(grad.double().square().sum()) for grad in found.values()) ** 0.5
     figure = f"norm {norm:.2e} in {len(found)} of {len(task.policy.trainable_parameters())} tensors"
     ok = 0 < norm < float("inf")
@@ -102,10 +101,9 @@ def check_gradient(task: Task, trainer: Trainer, batch: Collected) -> Finding:
     return Finding("gradient", ok, figure, "" if ok else advice)
 
 
-def check_reached(task: Task, trainer: Trainer, batch: Collected) -> Finding:
+def check_reached(task: Task, batch: Collected, found: dict[str, Tensor]) -> Finding:
     """After one optimiser step every trained tensor gets gradient (LoRA's A gets none while B is 0). Left out: tensors
     from which no path leads to the velocity, such as the last query of SD3's text stream."""
-    found = gradients(task.policy, trainer, batch)
     can = _that_can_act(task, batch)
     missed = [name for name in can if name not in found or not bool(found[name].any())]
     dead = len(task.policy.trainable_parameters()) - len(can)
