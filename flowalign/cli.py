@@ -1,4 +1,4 @@
-"""The command line: `flowalign train CONFIG [key=value …]`."""
+"""The command line: `flowalign train | doctor | benchmark CONFIG [key=value …]`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ import sys
 from collections.abc import Sequence
 
 USAGE = """usage: flowalign train CONFIG.yaml [key=value ...]
+       flowalign doctor CONFIG.yaml [key=value ...]
+       flowalign benchmark CONFIG.yaml [--iterations N] [--variants NAME,NAME] [--output FOLDER] [key=value ...]
 
-Trains as CONFIG.yaml says; dotted keys override it, for example rollout.group_size=24 run.name=wide.
+Trains as CONFIG.yaml says; dotted keys override it, for example rollout.group_size=24 run.name=wide. The doctor measures
+in about a minute whether that can work: one line per check, exit code 1 if one fails. The benchmark times an iteration
+beside the same iteration with less sharing.
 On several devices: accelerate launch scripts/train.py CONFIG.yaml [key=value ...]"""
 
 
@@ -32,10 +36,46 @@ def train(arguments: Sequence[str]) -> int:
     return 0
 
 
+def doctor(arguments: Sequence[str]) -> int:
+    """Prints the findings as they come. Exit code: 0 all well, 1 a failure, 2 no configuration was named."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if arguments else 2
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    from flowalign.doctor import diagnose
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    well = True
+    for finding in diagnose(arguments[0], arguments[1:]):
+        print(finding, flush=True)
+        well = well and finding.ok is True
+    return 0 if well else 1
+
+
+def benchmark(arguments: Sequence[str]) -> int:
+    """Exit code: 0 done, 2 a configuration that cannot work."""
+    from flowalign.benchmark import main as run
+    from flowalign.config import ConfigError
+
+    try:
+        run(arguments)
+    except ConfigError as error:
+        print(f"configuration error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+COMMANDS = {"train": train, "doctor": doctor, "benchmark": benchmark}
+
+
 def main() -> None:
     arguments = sys.argv[1:]
-    if arguments[:1] == ["train"]:
-        sys.exit(train(arguments[1:]))
+    if arguments and arguments[0] in COMMANDS:
+        sys.exit(COMMANDS[arguments[0]](arguments[1:]))
     print(USAGE, file=sys.stdout if arguments[:1] in (["-h"], ["--help"]) else sys.stderr)
     sys.exit(0 if arguments[:1] in (["-h"], ["--help"]) else 2)
 

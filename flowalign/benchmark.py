@@ -1,0 +1,221 @@
+"""What sharing saves: an iteration as configured, beside the same with less sharing, in one run, turn by turn.
+
+`merged` is the configuration as it is. `per-edge`: one forward and backward per trained step in place of one per distinct
+state (and as many reference rows). `unshared`: every image has its own copy of its prefix, in rollout and update.
+Variants take turns (A B C A B C …), so that a busy machine slows all alike; seconds are medians over iterations, counts
+are exact. No optimiser step is taken: all variants see the same weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+from flowalign.config import ConfigError, TrainConfig, load_config
+from flowalign.data import PromptRecord, load_prompts, prompts_of_iteration
+from flowalign.files import write_atomic
+from flowalign.trainers import PolicyGradient, Task
+from flowalign.workbench import now, per_edge, policy_of, task_of, watched
+from samplers import Cost, Plan, Tree, generator, unshared
+
+VARIANTS = ("merged", "per-edge", "unshared")
+UNIT = "forward equivalents; a trained row counts 2 (LoRA) or 3 (full weights), a reference row 1, guidance doubles"
+
+
+@dataclass(frozen=True)
+class Unshared:
+    """A plan without sharing."""
+
+    plan: Plan
+
+    def tree(self, num_steps: int, group_size: int, iteration: int, rng: np.random.Generator) -> Tree:
+        """The plan's tree, each leaf with its own path."""
+        return unshared(self.plan.tree(num_steps, group_size, iteration, rng)).tree
+
+    def forecast(self, num_steps: int, group_size: int) -> Cost:
+        """The cost of the first iteration's tree."""
+        return self.tree(num_steps, group_size, 0, generator(0, "select", 0)).cost()
+
+
+def compare(config: TrainConfig, variants: Sequence[str], iterations: int) -> list[dict[str, Any]]:
+    """One row per variant, with ratios to the first; see `_row`."""
+    unknown = [name for name in variants if name not in VARIANTS]
+    if unknown or not variants:
+        raise ConfigError(f"variants {list(variants)} came; expected some of {', '.join(VARIANTS)}")
+    if iterations < 1:
+        raise ConfigError(f"iterations={iterations} came; expected at least 1")
+    if not isinstance(config.trainer, PolicyGradient):
+        raise ConfigError(
+            f"trainer {type(config.trainer).__name__} came; expected PolicyGradient, whose steps are merged"
+        )
+    policy = policy_of(config, "cuda" if torch.cuda.is_available() else "cpu")
+    base, prompts = task_of(config, policy, config.rollout.groups), load_prompts(config.prompts)
+    tasks = {
+        name: replace(base, rollout=replace(base.rollout, plan=Unshared(base.rollout.plan)))
+        if name == "unshared"
+        else base
+        for name in variants
+    }
+    measured: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
+    try:
+        config.reward.load()
+        for iteration in range(-1, iterations):  # the first one warms up
+            chosen = prompts_of_iteration(prompts, config.rollout.groups, config.run.seed, max(iteration, 0))
+            for name, task in tasks.items():
+                found = _iteration(task, config.trainer, chosen, max(iteration, 0), edges=name == "per-edge")
+                if iteration >= 0:
+                    measured[name].append(found)
+    finally:
+        config.reward.close()
+    backward = 2 if config.policy.trainable == "lora" else 3
+    rows = [_row(name, found, backward) for name, found in measured.items()]
+    return [{**row, "ratio": _ratios(row, rows[0])} for row in rows]
+
+
+def _iteration(
+    task: Task, trainer: PolicyGradient, prompts: Sequence[PromptRecord], iteration: int, *, edges: bool
+) -> dict[str, float]:
+    """Counts and seconds of one iteration."""
+    trainer = replace(trainer)
+    trainer.prepare(task, None)
+    reset_peak()
+    with watched(task.policy) as calls:
+        began = now()
+        batch = trainer.collect(prompts, iteration)
+        collected, sampled = now(), len(calls)
+        parts = per_edge(trainer, task, batch) if edges else [(trainer, 1.0)]
+        updating, backward = now(), 0.0
+        for part, share in parts:
+            for update in part.updates(batch):
+                for micro_batch in update.micro_batches:
+                    loss = share * micro_batch()
+                    forwarded = now()
+                    loss.backward()
+                    backward += now() - forwarded
+        ended = now()
+    for _, parameter in task.policy.trainable_parameters():
+        parameter.grad = None
+    rollout, update_calls = calls[:sampled], calls[sampled:]
+    metrics = batch.metrics
+    return {
+        "images": batch.images,
+        "rollout": sum(call.rows for call in rollout),
+        "trained": sum(call.rows for call in update_calls if call.trained),
+        "reference": sum(call.rows for call in update_calls if not call.trained),
+        "s_rollout": metrics["time/rollout"],
+        "s_decode": metrics["time/decode"],
+        "s_reward": metrics["time/reward"],
+        "s_update": ended - updating,
+        "s_wall": collected - began + ended - updating,
+        "s_forward": sum(call.seconds for call in calls),
+        "s_backward": backward,
+        "peak": peak(),
+    }
+
+
+def _row(name: str, found: list[dict[str, float]], backward: int) -> dict[str, Any]:
+    """Evaluations per image, seconds per iteration and phase, wall over the bare parts, peak memory in MiB.
+
+    bare: network forwards, backwards, decoding and reward, timed by themselves; overhead = wall / their sum."""
+    images = sum(one["images"] for one in found)
+    per_image = {kind: sum(one[kind] for one in found) / images for kind in ("rollout", "trained", "reference")}
+    update = backward * per_image["trained"] + per_image["reference"]
+    seconds = {k: median(one[f"s_{k}"] for one in found) for k in ("rollout", "decode", "reward", "update", "wall")}
+    bare = {k: median(one[f"s_{k}"] for one in found) for k in ("forward", "backward", "decode", "reward")}
+    return {
+        "variant": name,
+        "images": images,
+        "evaluations": {**per_image, "update": update, "total": per_image["rollout"] + update},
+        "seconds": seconds,
+        "bare": bare,
+        "overhead": median(
+            one["s_wall"] / sum(one[f"s_{k}"] for k in ("forward", "backward", "decode", "reward")) for one in found
+        ),
+        "peak_mib": max(one["peak"] for one in found),
+    }
+
+
+def _ratios(row: dict[str, Any], first: dict[str, Any]) -> dict[str, float]:
+    return {
+        "evaluations": row["evaluations"]["total"] / first["evaluations"]["total"],
+        "update_evaluations": row["evaluations"]["update"] / first["evaluations"]["update"],
+        "wall": row["seconds"]["wall"] / first["seconds"]["wall"],
+        "update_seconds": row["seconds"]["update"] / first["seconds"]["update"],
+        "peak": row["peak_mib"] / first["peak_mib"],
+    }
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown."""
+    lines = [
+        "| variant | evaluations per image: rollout + update = total | s: rollout, decode, reward, update | wall s | "
+        "wall / bare | peak MiB | × evaluations | × update s | × wall |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        counts, seconds, ratio = row["evaluations"], row["seconds"], row["ratio"]
+        phases = ", ".join(f"{seconds[k]:.2f}" for k in ("rollout", "decode", "reward", "update"))
+        lines.append(
+            f"| {row['variant']} | {counts['rollout']:.2f} + {counts['update']:.2f} = {counts['total']:.2f} | {phases} | "
+            f"{seconds['wall']:.2f} | {row['overhead']:.2f} | {row['peak_mib']:,.0f} | {ratio['evaluations']:.2f} | "
+            f"{ratio['update_seconds']:.2f} | {ratio['wall']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------ memory
+
+
+def reset_peak() -> None:
+    """From here on `peak` counts anew, where the system can (CUDA; Linux)."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return
+
+
+def peak() -> float:
+    """MiB: allocated on the device, or the process's resident memory (since `reset_peak`, or since its start)."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.is_file() else []
+    for line in lines:
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) / 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def main(arguments: Sequence[str]) -> None:
+    """`CONFIG [--iterations N] [--variants A,B] [--output FOLDER] [key=value …]`. Raises ConfigError."""
+    reader = argparse.ArgumentParser(prog="flowalign benchmark", description=__doc__)
+    reader.add_argument("config")
+    reader.add_argument("overrides", nargs="*", metavar="key=value")
+    reader.add_argument("--iterations", type=int, default=3)
+    reader.add_argument("--variants", default=",".join(VARIANTS), help="the first is what the others are compared with")
+    reader.add_argument("--output", type=Path, help="folder for benchmark.md and benchmark.json")
+    asked = reader.parse_intermixed_args(list(arguments))
+    config, _ = load_config(asked.config, asked.overrides)
+    rows = compare(config, asked.variants.split(","), asked.iterations)
+    print(table(rows))
+    if asked.output is not None:
+        device = (
+            torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+        )
+        result = {"config": asked.config, "overrides": asked.overrides, "iterations": asked.iterations, "unit": UNIT,
+                  "device": device, "torch": torch.__version__, "rows": rows}  # fmt: skip
+        asked.output.mkdir(parents=True, exist_ok=True)
+        write_atomic(asked.output / "benchmark.json", json.dumps(result, indent=1).encode())
+        write_atomic(asked.output / "benchmark.md", (table(rows) + "\n").encode())

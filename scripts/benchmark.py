@@ -1,0 +1,8 @@
+"""python scripts/benchmark.py CONFIG.yaml [--iterations N] [--variants merged,per-edge,unshared] [key=value ...]"""
+
+import sys
+
+from flowalign.cli import benchmark
+
+if __name__ == "__main__":
+    sys.exit(benchmark(sys.argv[1:]))
