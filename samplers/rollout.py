@@ -38,7 +38,8 @@ def rollout(
     States are cast to `store_dtype` before log-probs are taken and before the next step, so a replay from what is
     stored sees the same numbers; the network gets them in at least fp32. progress(rows) is called per micro-batch.
     select drops states on the way: what they would lead to is never computed, and the forest is one of the tree that is
-    left (Tree.keep), though `evaluations` counts every row. It does not change the noise of what stays.
+    left (Tree.keep), though `evaluations` counts every row. It does not change the noise of what stays, and velocities
+    that it asks for are not evaluated again.
     """
     _check(x_start, sigmas, tree, micro_batch)
     if select is not None:
@@ -49,16 +50,16 @@ def rollout(
     x, nodes, carry, evaluations = x_start.to(store_dtype), tree.generations[0], None, 0
     stored: list[Tensor] = []
     for generation in (*tree.generations[1:], torch.empty(0, dtype=torch.int64)):
-        stays[nodes] = True if select is None else choose(select, tree, nodes, x, able)
+        frontier = _Frontier(velocity, x.to(compute_dtype(store_dtype)), sigmas, tree, nodes, micro_batch, progress)
+        stays[nodes] = True if select is None else choose(select, tree, nodes, x, able, frontier.velocities)
         stored.append(x[(wanted & stays)[nodes].to(x.device)])
         children = generation[stays[tree.parent[generation]]]
-        if not len(children):
-            break
         parents, position = tree.distinct_parents(children)
         spot = torch.searchsorted(nodes, parents)
-        x = x[spot.to(x.device)].to(compute_dtype(store_dtype))
-        v = _velocities(velocity, x, sigmas[tree.index[parents]], tree.root[parents], micro_batch, progress)
-        evaluations += len(parents)
+        x, v = frontier.x[spot.to(x.device)], frontier.velocities(spot)
+        evaluations += int(frontier.known.sum())
+        if not len(children):
+            break
         ctx = Context(
             level=tree.level[children],
             rows=tree.root[children],
@@ -114,21 +115,32 @@ def _pruned(forest: Forest, stays: Tensor) -> Forest:
     )
 
 
-def _velocities(
-    velocity: Velocity, x: Tensor, sigma: Tensor, root: Tensor, micro_batch: int | None, progress: Callable[[int], None] | None
-) -> Tensor:  # fmt: skip
-    parts = []
-    for rows in torch.arange(len(x)).split(micro_batch or len(x)):
-        here = slice(int(rows[0]), int(rows[-1]) + 1)
-        part = velocity(x[here], sigma[here].to(x.device), root[here])
-        if part.shape != x[here].shape:
-            raise ValueError(
-                f"velocity gave {list(part.shape)} for states {list(x[here].shape)}; expected equal shapes"
-            )
-        parts.append(part)
-        if progress is not None:
-            progress(len(rows))
-    return torch.cat(parts)
+class _Frontier:
+    """The states of one generation and their velocities: each evaluated once, when it is first asked for."""
+
+    def __init__(
+        self, velocity: Velocity, x: Tensor, sigmas: Tensor, tree: Tree, nodes: Tensor, micro_batch: int | None,
+        progress: Callable[[int], None] | None,
+    ) -> None:  # fmt: skip
+        self.x, self.known = x, torch.zeros(len(nodes), dtype=torch.bool)
+        self._velocity, self._limit, self._progress = velocity, micro_batch or max(len(nodes), 1), progress
+        self._sigma, self._root = sigmas[tree.index[nodes]].to(x.device), tree.root[nodes]
+        self._v: Tensor | None = None
+
+    def velocities(self, rows: Tensor) -> Tensor:
+        """[n, *] at `rows` [n] of the generation."""
+        new = rows[~self.known[rows]]
+        for part in new.split(self._limit) if len(new) else ():
+            place = part.to(self.x.device)
+            x = self.x[place]
+            v = self._velocity(x, self._sigma[place], self._root[part])
+            if v.shape != x.shape:
+                raise ValueError(f"velocity gave {list(v.shape)} for states {list(x.shape)}; expected equal shapes")
+            self._v = self._v if self._v is not None else torch.empty_like(self.x, dtype=v.dtype)
+            self._v[place], self.known[part] = v, True
+            if self._progress is not None:
+                self._progress(len(part))
+        return self.x[:0] if self._v is None else self._v[rows.to(self.x.device)]
 
 
 def _draw(step: Step, tree: Tree, children: Tensor, noise: Noise) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, Protocol
 
 import torch
@@ -9,7 +10,8 @@ from torch import Tensor
 
 from samplers.trees import Cost, Tree
 
-Score = Callable[[Tree, Tensor, Tensor], Tensor]
+Look = Callable[[], Tensor]
+Score = Callable[[Tree, Tensor, Tensor, Look], Tensor]
 Within = Literal["group", "root", "parent"]
 
 
@@ -24,8 +26,9 @@ class Select(Protocol):
         """At which grid indices, and how many stay in each group; None: as many as `keep` says, at least one."""
         ...
 
-    def keep(self, tree: Tree, nodes: Tensor, states: Tensor) -> Tensor:
-        """[n] bool: which of the candidates `nodes` [n] stay; `states` [n, *] are theirs, in the storage dtype."""
+    def keep(self, tree: Tree, nodes: Tensor, states: Tensor, look: Look) -> Tensor:
+        """[n] bool: which of the candidates `nodes` [n] stay; `states` [n, *] are theirs, in the storage dtype, and
+        look() their velocities [n, *]: those that stay are not evaluated again, those that go are extra cost."""
         ...
 
 
@@ -34,7 +37,7 @@ class Best:
     """The highest-scored candidates stay: best-of-n, path search, potential assessment.
 
     counts: grid index -> how many stay in each group. within: they are the best of the "group", or shared out equally
-    among its roots, or among the parents. score(tree, nodes, states) -> [n]; ties go to the earlier node.
+    among its roots, or among the parents. score(tree, nodes, states, look) -> [n]; ties go to the earlier node.
     """
 
     counts: Mapping[int, int]
@@ -44,9 +47,9 @@ class Best:
     def __post_init__(self) -> None:
         check_counts(self.counts, self.within)
 
-    def keep(self, tree: Tree, nodes: Tensor, states: Tensor) -> Tensor:
+    def keep(self, tree: Tree, nodes: Tensor, states: Tensor, look: Look) -> Tensor:
         """The best of each set. ValueError for a set with fewer candidates than stay, or a score that is not finite."""
-        scores = self.score(tree, nodes, states).cpu()
+        scores = self.score(tree, nodes, states, look).cpu()
         if scores.shape != nodes.shape or not bool(scores.isfinite().all()):
             raise ValueError(
                 f"scores {list(scores.shape)} came for {len(nodes)} states; expected a finite one for each"
@@ -90,14 +93,16 @@ def check_frontiers(tree: Tree, select: Select) -> None:
             )
 
 
-def choose(select: Select, tree: Tree, nodes: Tensor, states: Tensor, able: Tensor) -> Tensor:
+def choose(
+    select: Select, tree: Tree, nodes: Tensor, states: Tensor, able: Tensor, velocities: Callable[[Tensor], Tensor]
+) -> Tensor:
     """[n] bool: which of `nodes` [n], one generation, are continued: all but the candidates that `select` drops."""
     stays = torch.ones(len(nodes), dtype=torch.bool)
     for index, count in select.counts.items():
         here = (able[nodes] & (tree.index[nodes] == index)).nonzero().flatten()
         if not len(here):
             continue
-        kept = select.keep(tree, nodes[here], states[here.to(states.device)]).cpu()
+        kept = select.keep(tree, nodes[here], states[here.to(states.device)], partial(velocities, here)).cpu()
         if kept.shape != here.shape or kept.dtype != torch.bool:
             raise ValueError(f"keep gave {kept.dtype}{list(kept.shape)}; expected torch.bool[{len(here)}]")
         groups = tree.group[nodes[here]]
@@ -111,14 +116,21 @@ def choose(select: Select, tree: Tree, nodes: Tensor, states: Tensor, able: Tens
     return stays
 
 
-def selected_cost(tree: Tree, counts: Mapping[int, int], within: Within) -> Cost:
+def selected_cost(tree: Tree, counts: Mapping[int, int], within: Within, *, looks: bool = False) -> Cost:
     """What `tree` costs when `Best` selects on it, whichever states win.
 
-    rollout counts every state evaluated, also those that then turn out to lead nowhere. ValueError where candidates of
-    one index lead to subtrees of different cost: then it depends on who wins.
+    rollout counts every state evaluated, also those that then turn out to lead nowhere, and if the score `looks` at
+    velocities those that it drops. ValueError where candidates of one index lead to subtrees of different cost: then it
+    depends on who wins.
     """
-    any_will_do = Best(counts, lambda tree, nodes, states: torch.zeros(len(nodes)), within)
-    check_frontiers(tree, any_will_do)
+    seen = torch.zeros(len(tree), dtype=torch.bool)
+
+    def any_will_do(tree: Tree, nodes: Tensor, states: Tensor, look: Look) -> Tensor:
+        seen[nodes] = looks
+        return torch.zeros(len(nodes))
+
+    best = Best(counts, any_will_do, within)
+    check_frontiers(tree, best)
     able, below = candidates(tree), _below(tree)
     for index in counts:
         kinds = below[able & (tree.index == index)].unique(dim=0)
@@ -131,9 +143,9 @@ def selected_cost(tree: Tree, counts: Mapping[int, int], within: Within) -> Cost
     for generation in tree.generations:
         ups = tree.parent[generation]
         nodes = generation[(ups < 0) | stays[ups.clamp(min=0)]]
-        stays[nodes] = choose(any_will_do, tree, nodes, nodes, able)
+        stays[nodes] = choose(best, tree, nodes, nodes, able, torch.clone)
     rest = tree.keep(stays).cost()
-    return Cost(int(stays[tree.evaluated].sum()), rest.train, rest.edges, rest.leaves)
+    return Cost(int((stays | seen)[tree.evaluated].sum()), rest.train, rest.edges, rest.leaves)
 
 
 def _below(tree: Tree) -> Tensor:

@@ -13,13 +13,15 @@ from samplers.trees import Cost, Tree
 class Selected:
     """`plan`, but at the grid indices of `counts` only so many states stay in each group; pass `by(score)` to `rollout`.
 
-    `tree` is the whole tree, before selection: numbers only. It is the outermost plan: probes and tails go inside.
+    `looks`: the score needs the candidates' velocities (to preview x̂0), those that go included. `tree` is the whole tree,
+    before selection: numbers only. It is the outermost plan: probes and tails go inside.
     Not refused: a whole tree too large to write down; a split that follows a selection multiplies it all the same.
     """
 
     plan: Bounded
     counts: dict[int, int]
     within: Within = "group"
+    looks: bool = True
 
     def __post_init__(self) -> None:
         check_counts(self.counts, self.within)
@@ -31,9 +33,9 @@ class Selected:
     def forecast(self, num_steps: int, group_size: int) -> Cost:
         """What is left of the plan's extremes: exact, whichever states win."""
         trees = self.plan.extremes(num_steps, group_size)
-        costs = [selected_cost(tree, self.counts, self.within) for tree in trees]
+        costs = [selected_cost(tree, self.counts, self.within, looks=self.looks) for tree in trees]
         return most(costs)
 
     def by(self, score: Score) -> Best:
-        """What `rollout` takes as `select`; score(tree, nodes, states) -> [n], the higher the better."""
+        """What `rollout` takes as `select`; score(tree, nodes, states, look) -> [n], the higher the better."""
         return Best(self.counts, score, self.within)

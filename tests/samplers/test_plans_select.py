@@ -9,12 +9,14 @@ import torch
 
 from samplers import (
     Best,
+    Bounded,
     Branch,
     Chain,
     Cost,
     FlowSDE,
     Forest,
     KeyedNoise,
+    Look,
     Probed,
     RandomSteps,
     Select,
@@ -43,7 +45,7 @@ def roll(topology: Tree, select: Select | None = None, micro: int | None = None)
     )  # fmt: skip
 
 
-def first_element(topology: Tree, nodes: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+def first_element(topology: Tree, nodes: torch.Tensor, states: torch.Tensor, look: Look) -> torch.Tensor:
     return states[:, 0]
 
 
@@ -89,7 +91,9 @@ def test_dropped_roots_stay_without_children() -> None:
 def test_best_of_n_starts() -> None:
     both = Tree.cat([chain(6, 5), chain(6, 5)])
     forest, whole = roll(both, Best({2: 2}, first_element)), roll(both)
-    assert forest.evaluations == 2 * (5 * 2 + 2 * 4) == 2 * Selected(Chain(), {2: 2}).forecast(6, 5).rollout
+    assert (
+        forest.evaluations == 2 * (5 * 2 + 2 * 4) == 2 * Selected(Chain(), {2: 2}, looks=False).forecast(6, 5).rollout
+    )
     same_where_left(forest, whole)
     for group in range(2):
         there = ((both.index == 2) & (both.group == group)).nonzero().flatten()
@@ -110,7 +114,7 @@ def beam(steps: int, width: int, factor: int, splits: int) -> Cost:
 
 @pytest.mark.parametrize(("width", "factor"), [(1, 2), (2, 2), (2, 3), (3, 3)])
 def test_path_search_costs_what_it_says(width: int, factor: int) -> None:
-    plan = Selected(SplitTree((0, 1, 2), factor), {i: min(width, factor**i) for i in (1, 2, 3)})
+    plan = Selected(SplitTree((0, 1, 2), factor), {i: min(width, factor**i) for i in (1, 2, 3)}, looks=False)
     cost, by_hand = plan.forecast(6, factor**3), beam(6, width, factor, 3)
     assert (cost.rollout, cost.leaves) == (by_hand.rollout, by_hand.leaves)
     whole = plan.tree(6, factor**3, 0, generator(0))
@@ -121,8 +125,21 @@ def test_path_search_costs_what_it_says(width: int, factor: int) -> None:
     same_where_left(forest, roll(Tree.cat([whole, whole])))
 
 
+@pytest.mark.parametrize("plan", [Chain(), Probed(Chain())])
+def test_what_a_score_looks_at_is_evaluated_once(plan: Bounded) -> None:
+    def preview(topology: Tree, nodes: torch.Tensor, states: torch.Tensor, look: Look) -> torch.Tensor:
+        assert torch.equal(look(), 0.3 * states) and torch.equal(look(), 0.3 * states)
+        return states[:, 0] - look()[:, 0]
+
+    chosen = Selected(plan, {2: 2})
+    topology = chosen.tree(6, 5, 0, generator(0))
+    forest, blind = roll(topology, chosen.by(preview), micro=4), roll(topology, chosen.by(first_element))
+    assert forest.evaluations == chosen.forecast(6, 5).rollout == blind.evaluations + 3
+    same_where_left(forest, blind)  # 0.7 x orders as x does
+
+
 def test_probes_of_dropped_states_are_never_computed() -> None:
-    plan = Selected(Probed(SplitTree((0,), 4, train_last=False)), {1: 2})
+    plan = Selected(Probed(SplitTree((0,), 4, train_last=False)), {1: 2}, looks=False)
     cost = plan.forecast(5, 4)
     probes = 4 + 2 * (
         3 + 2 + 1
@@ -141,7 +158,7 @@ def test_shares_are_equal_where_asked() -> None:
     topology = tree(4, (0, 1), 3)
     forest = roll(topology, Best({2: 3}, first_element, "parent"))
     assert forest.tree.parent[forest.tree.index == 2].bincount().tolist()[-3:] == [1, 1, 1]
-    anywhere = roll(topology, Best({2: 3}, lambda t, n, x: -t.local[n].double(), "group"))
+    anywhere = roll(topology, Best({2: 3}, lambda t, n, x, look: -t.local[n].double(), "group"))
     assert len(anywhere.tree.parent[anywhere.tree.index == 2].unique()) == 1
     with pytest.raises(ValueError, match="multiple"):
         roll(topology, Best({2: 4}, first_element, "parent"))
@@ -155,7 +172,7 @@ class Own:
     def __init__(self, counts, rule) -> None:
         self.counts, self._rule = counts, rule
 
-    def keep(self, topology, nodes, states):
+    def keep(self, topology, nodes, states, look):
         return self._rule(nodes)
 
 
@@ -171,7 +188,7 @@ def test_a_rule_is_held_to_its_counts() -> None:
     with pytest.raises(ValueError, match=r"torch.bool\[6\]"):
         roll(both, Own({2: 1}, lambda nodes: nodes))
     with pytest.raises(ValueError, match="finite"):
-        roll(both, Best({2: 2}, lambda t, n, x: x[:, 0] * math.nan))
+        roll(both, Best({2: 2}, lambda t, n, x, look: x[:, 0] * math.nan))
 
 
 def test_what_cannot_be_selected_is_refused() -> None:
