@@ -25,7 +25,7 @@ from flowalign.data import PromptRecord, load_prompts, prompts_of_iteration
 from flowalign.files import write_atomic
 from flowalign.trainers import PolicyGradient, Task
 from flowalign.workbench import now, per_edge, policy_of, task_of, watched
-from samplers import Cost, Plan, Tree, generator, unshared
+from samplers import Cost, Plan, Selected, Tree, generator, unshared
 
 VARIANTS = ("merged", "per-edge", "unshared")
 UNIT = "forward equivalents; a trained row counts 2 (LoRA) or 3 (full weights), a reference row 1, guidance doubles"
@@ -57,6 +57,8 @@ def compare(config: TrainConfig, variants: Sequence[str], iterations: int) -> li
         raise ConfigError(
             f"trainer {type(config.trainer).__name__} came; expected PolicyGradient, whose steps are merged"
         )
+    if "unshared" in variants and isinstance(config.rollout.plan, Selected):
+        raise ConfigError("rollout.plan selects states; without sharing there is no such plan: leave out 'unshared'")
     policy = policy_of(config, "cuda" if torch.cuda.is_available() else "cpu")
     base, prompts = task_of(config, policy, config.rollout.groups), load_prompts(config.prompts)
     tasks = {

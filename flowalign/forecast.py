@@ -10,12 +10,12 @@ def forecast(config: TrainConfig) -> str:
     rollout, run = config.rollout, config.run
     cost = rollout.plan.forecast(rollout.num_inference_steps, rollout.group_size)
     guided = 2 if rollout.guidance_scale != 1 else 1
-    images = rollout.groups * rollout.group_size
+    images = rollout.groups * cost.leaves
     updates = config.trainer.updates_per_iteration()
     sample, train = (guided * rollout.groups * rows for rows in (cost.rollout, cost.train))
     return "\n".join(
         [
-            f"run {run.name}: {run.iterations} iterations × {rollout.groups} prompts × {rollout.group_size} images = "
+            f"run {run.name}: {run.iterations} iterations × {rollout.groups} prompts × {cost.leaves} images = "
             f"{run.iterations * images:,} images",
             f"per iteration: {images} images, at most {cost.edges * rollout.groups} trained steps at "
             f"{cost.train * rollout.groups} distinct states, {updates} optimiser step(s) of "

@@ -1,6 +1,6 @@
 """One iteration of the policy gradient, run by tests/test_processes.py in one process or in several.
 
-`python -m tests.one_iteration PIPELINE OUTPUT` writes OUTPUT/<rank>.safetensors: gradients, start states, counts.
+`python -m tests.one_iteration PIPELINE OUTPUT whole|selected` writes OUTPUT/<rank>.safetensors: gradients, start states, counts.
 """
 
 import sys
@@ -19,7 +19,7 @@ from flowalign.objectives import All, BestOfN, ClippedRatio, KLPenalty, NonZeroA
 from flowalign.processes import Processes
 from flowalign.trainers import PolicyGradient, Rollout, Task
 from rewards import RewardOutput
-from samplers import FlowSDE, Window
+from samplers import Chain, FlowSDE, Selected, Window
 
 WORDS = ["KITE", "MOON", "KITE", "LAMP", "ROSE"]  # five groups: two processes get two and three; one word comes twice
 UIDS = [0, 1, 0, 2, 3]
@@ -44,7 +44,13 @@ class Moody:
         return RewardOutput(torch.where(dull, 0.5, scores), valid)
 
 
-def run(pipeline: str, output: Path) -> None:
+PLANS = {
+    "whole": (Window(size=2, low=0, high=4), 4),
+    "selected": (Selected(Chain(), {3: 4}), 8),  # after three steps the better half of eight goes on
+}
+
+
+def run(pipeline: str, output: Path, plan: str) -> None:
     accelerator = Accelerator(cpu=True)
     processes = Processes.of(accelerator)
     lora = LoRA(rank=4, alpha=8, targets=("attn.to_q", "attn.to_v", "ff.net.2"))
@@ -57,7 +63,8 @@ def run(pipeline: str, output: Path) -> None:
         credit=Broadcast(), advantage=Normalised(std="batch"), select=All([NonZeroAdvantage(), BestOfN(2)]),
         objective=ClippedRatio(1e-2), step_weight=Uniform(), kl=KLPenalty(0.1), micro_batch=2,
     )  # fmt: skip
-    settings = Rollout(Window(size=2, low=0, high=4), FlowSDE(), groups=5, group_size=4, num_inference_steps=5)
+    chosen, group_size = PLANS[plan]
+    settings = Rollout(chosen, FlowSDE(), groups=5, group_size=group_size, num_inference_steps=5)
     trainer.prepare(Task(policy, Moody(), settings, 0, 24, 48, processes), None)
     prompts = [
         PromptRecord(uid, f'the word "{word}" in red on a white background')
@@ -88,4 +95,4 @@ def run(pipeline: str, output: Path) -> None:
 
 
 if __name__ == "__main__":
-    run(sys.argv[1], Path(sys.argv[2]))
+    run(sys.argv[1], Path(sys.argv[2]), sys.argv[3])

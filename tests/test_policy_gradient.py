@@ -14,7 +14,20 @@ from flowalign.models import LoRA, load_policy
 from flowalign.objectives import AllEdges, ClippedRatio, FlatGradient, KLPenalty, NonZeroAdvantage, StdOverMean, Uniform
 from flowalign.trainers import PolicyGradient, Rollout, Task
 from rewards import RewardOutput
-from samplers import CPS, Chain, DanceSDE, Fixed, FlowSDE, KeyedNoise, Tree, Window, diffusers_sigmas, rollout, window
+from samplers import (
+    CPS,
+    Chain,
+    DanceSDE,
+    Fixed,
+    FlowSDE,
+    KeyedNoise,
+    Selected,
+    Tree,
+    Window,
+    diffusers_sigmas,
+    rollout,
+    window,
+)
 
 
 @dataclass(frozen=True)
@@ -67,6 +80,29 @@ def run_updates(trainer, batch) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- counts (I2)
+
+
+def test_a_selected_plan_keeps_the_best_previews_and_looks_once(tiny_pipeline: Path) -> None:
+    plan = Selected(Window(size=1, low=1, high=2), {2: 2})
+    policy, trainer = make(tiny_pipeline, plan, group_size=5, steps=6)
+    before = policy.evaluations
+    batch = trainer.collect(PROMPTS, 0)
+    rows = 2 * (2 + 5 + 3 * 2)  # the trunk; five branches, all looked at where they arrive; two go on
+    assert policy.evaluations - before == rows == 2 * plan.forecast(6, 5).rollout
+    assert batch.metrics["cost/rollout_per_image"] == rows / 4
+    whole = make(tiny_pipeline, plan.plan, group_size=5, steps=6)[1].collect(PROMPTS, 0)
+    sigmas = policy.sigmas(6)
+    for group in range(2):
+        mine = whole.forest.tree.group[whole.forest.tree.edges] == group
+        x = whole.forest.at(whole.forest.tree.edges[mine])  # after the stochastic step, at index 2
+        rows = batch.conditions.rows(torch.full((5,), group))
+        with torch.no_grad():
+            x0 = x - sigmas[2] * policy.velocity(x, sigmas[2].expand(5), rows)
+        best = policy.decode(x0).mean((1, 2, 3)).argsort(descending=True)[:2].sort().values
+        expected = whole.forest.tree.local[whole.forest.tree.edges[mine]][best]
+        edges = batch.forest.tree.edges
+        assert torch.equal(batch.forest.tree.local[edges][batch.forest.tree.group[edges] == group], expected)
+    run_updates(trainer, batch)
 
 
 @pytest.mark.parametrize(

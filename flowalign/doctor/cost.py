@@ -14,6 +14,7 @@ from flowalign.doctor.base import Finding
 from flowalign.trainers import PolicyGradient, Task, Trainer
 from flowalign.trainers.collect import Collected
 from rewards import Reward, RewardBatch, score
+from samplers import Selected
 
 MIB = 2**20
 
@@ -64,11 +65,13 @@ def check_reward(reward: Reward, batch: RewardBatch, *, trained: bool) -> Findin
 
 
 def check_cost(task: Task, trainer: Trainer, batch: Collected, rows: int, updated: int) -> Finding:
-    """Counted network rows of a rollout (`rows`) and of its update (`updated`) against the topology and against the plan's forecast (I2)."""
+    """Counted network rows of a rollout (`rows`) and of its update (`updated`) against the topology and against the
+    plan's forecast (I2). Where a plan selects, the topology is what is left, and the engine's own count stands for it."""
     settings, tree = task.rollout, batch.forest.tree
     guided = 2 if settings.guidance_scale != 1 else 1
     forecast = settings.plan.forecast(settings.num_inference_steps, settings.group_size)
-    states, limit = guided * len(tree.evaluated), guided * settings.groups * forecast.rollout
+    seen = batch.forest.evaluations if isinstance(settings.plan, Selected) else len(tree.evaluated)
+    states, limit = guided * seen, guided * settings.groups * forecast.rollout
     reported = round(batch.metrics["cost/rollout_per_image"] * batch.images)
     allowed = guided * settings.groups * forecast.train * _passes(trainer)
     figure = (

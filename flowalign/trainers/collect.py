@@ -12,9 +12,9 @@ from torch import Tensor
 from flowalign.data import PromptRecord
 from flowalign.models.base import Conditions, encode_singly
 from flowalign.trainers.base import Task
-from flowalign.trainers.whole import whole_forest, whole_output
+from flowalign.trainers.whole import survivors, whole_forest, whole_output
 from rewards import RewardBatch, RewardOutput, score
-from samplers import Forest, KeyedNoise, Tree, rollout
+from samplers import Forest, KeyedNoise, Look, Selected, Tree, rollout
 from samplers.noise import generator, visits
 
 
@@ -52,7 +52,8 @@ def grow(task: Task, iteration: int, groups: range) -> Tree:
 def collect(task: Task, prompts: Sequence[PromptRecord], iteration: int) -> Collected:
     """Rolls out `prompts` (one group each), decodes every leaf and scores it.
 
-    Each process does whole groups, its share; what comes back is the batch of all of them."""
+    A `Selected` plan keeps the states of which the previews (x̂0 of their velocities, which are not evaluated again) get
+    the highest rewards. Each process does whole groups, its share; what comes back is the batch of all of them."""
     settings, policy, processes = task.rollout, task.policy, task.processes
     share = processes.share(len(prompts))
     tree = grow(task, iteration, share)
@@ -68,34 +69,32 @@ def collect(task: Task, prompts: Sequence[PromptRecord], iteration: int) -> Coll
         rows = conditions.rows(group_of_root[root])
         return policy.velocity(x, sigma, rows, guidance_scale=settings.guidance_scale)
 
+    def preview(tree: Tree, nodes: Tensor, x: Tensor, look: Look) -> Tensor:
+        """The reward of what the states promise; a state that cannot be scored comes last."""
+        sigma = sigmas[tree.index[nodes]]
+        x0 = x if int(tree.index[nodes[0]]) == tree.num_steps else policy.path.x0_from_velocity(x, look(), sigma)
+        output, _ = _judge(task, prompts, tree.group[nodes] + share.start, x0)
+        return torch.where(output.valid, output.scores, torch.finfo(output.scores.dtype).min)
+
     began, rows_before = time.perf_counter(), policy.evaluations
+    sigmas = policy.sigmas(settings.num_inference_steps)
     forest = rollout(
-        velocity, policy.start(noise.start(tree)), policy.sigmas(settings.num_inference_steps), tree,
-        settings.kernel, noise.step, micro_batch=settings.micro_batch,
+        velocity, policy.start(noise.start(tree)), sigmas, tree, settings.kernel, noise.step,
+        micro_batch=settings.micro_batch,
+        select=settings.plan.by(preview) if isinstance(settings.plan, Selected) else None,
     )  # fmt: skip
-    rolled = time.perf_counter()
-    leaves = forest.at(tree.leaves).split(settings.micro_batch)
-    images = torch.cat([policy.decode(part) for part in leaves])
-    decoded = time.perf_counter()
-    owner = (tree.group[tree.leaves] + share.start).tolist()
-    output = score(
-        task.reward,
-        RewardBatch(
-            prompts=[prompts[group].prompt for group in owner],
-            images=images,
-            metadata=[prompts[group].metadata for group in owner],
-            group_ids=owner,
-        ),
-    )
-    milliseconds = 1000 * output.elapsed / len(owner)
+    rolled, leaves = time.perf_counter(), forest.tree.leaves
+    output, decoding = _judge(task, prompts, forest.tree.group[leaves] + share.start, forest.at(leaves))
+    milliseconds = 1000 * output.elapsed / len(leaves)
     rows = processes.total(policy.evaluations - rows_before)
-    whole = tree if processes.count == 1 else grow(task, iteration, range(len(prompts)))
-    forest, output = whole_forest(processes, whole, forest), whole_output(processes, whole, output)
+    if processes.count > 1:
+        whole = survivors(processes, grow(task, iteration, range(len(prompts))), forest.tree)
+        forest, output = whole_forest(processes, whole, forest), whole_output(processes, whole, output)
     metrics = {
         **_reward_metrics(task.reward.name, output),
         "cost/rollout_per_image": rows / len(output.scores),
         "time/rollout": rolled - began,
-        "time/decode": decoded - rolled,
+        "time/decode": decoding,
         "time/reward": output.elapsed,
         "time/reward_ms_per_image": milliseconds,
     }
@@ -110,6 +109,21 @@ def collect(task: Task, prompts: Sequence[PromptRecord], iteration: int) -> Coll
         metrics,
         tuple(uids),
     )
+
+
+def _judge(task: Task, prompts: Sequence[PromptRecord], owner: Tensor, latents: Tensor) -> tuple[RewardOutput, float]:
+    """Decodes and scores latents of the groups `owner` [n]; also the seconds that decoding took."""
+    began = time.perf_counter()
+    images = torch.cat([task.policy.decode(part) for part in latents.split(task.rollout.micro_batch)])
+    decoding = time.perf_counter() - began
+    groups = owner.tolist()
+    batch = RewardBatch(
+        prompts=[prompts[group].prompt for group in groups],
+        images=images,
+        metadata=[prompts[group].metadata for group in groups],
+        group_ids=groups,
+    )
+    return score(task.reward, batch), decoding
 
 
 def _reward_metrics(name: str, output: RewardOutput) -> dict[str, float]:

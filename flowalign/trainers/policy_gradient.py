@@ -96,6 +96,11 @@ class PolicyGradient:
                 f"{self.updates_per_rollout} equal parts: choose a divisor"
             )
         cost = rollout.plan.forecast(rollout.num_inference_steps, rollout.group_size)
+        if cost.leaves < 2:
+            raise ValueError(
+                f"rollout.plan leaves {cost.leaves} image of each prompt: let its selection keep at least 2, the "
+                "advantage compares them"
+            )
         if not cost.edges:
             raise ValueError("rollout.plan has no stochastic step, so there is nothing to train: widen its window")
         sigma, sigma_next = torch.tensor([0.5]).double(), torch.tensor([0.25]).double()

@@ -10,10 +10,17 @@ from rewards import RewardOutput
 from samplers import Forest, Tree
 
 
+def survivors(processes: Processes, tree: Tree, mine: Tree) -> Tree:
+    """What all processes left of `tree`; `mine` is what this one left of its share."""
+    begin = processes.share(tree.num_groups).start
+    left = processes.gather(torch.stack([mine.group + begin, mine.local], 1))
+    span = int(tree.local.max()) + 1
+    stays = torch.isin(tree.group * span + tree.local, left[:, 0] * span + left[:, 1])
+    return tree if bool(stays.all()) else tree.keep(stays)
+
+
 def whole_forest(processes: Processes, tree: Tree, forest: Forest) -> Forest:
     """The forest of `tree`, of which each process rolled out the groups of its share, in the same order of nodes."""
-    if processes.count == 1:
-        return forest
     nodes = _by_process(processes, tree)
     kept = torch.zeros(len(tree), dtype=torch.bool)
     kept[nodes] = processes.gather(forest.row >= 0)
@@ -28,8 +35,6 @@ def whole_forest(processes: Processes, tree: Tree, forest: Forest) -> Forest:
 
 def whole_output(processes: Processes, tree: Tree, output: RewardOutput) -> RewardOutput:
     """The scores of all leaves, in the order of `tree.leaves`; `info` stays with the process that has the images."""
-    if processes.count == 1:
-        return output
     nodes = _by_process(processes, tree)
     order = torch.searchsorted(tree.leaves, nodes[tree.index[nodes] == tree.num_steps])
 
