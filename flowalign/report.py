@@ -1,7 +1,7 @@
 """The report of a run: one HTML file with everything inside, made from what the run folder holds and nothing else.
 
-Reads config.yaml, provenance.json, metrics.jsonl, summary.json, grids/*.png with grids/grids.json, and whether there is
-a lora/; each may be missing. No script, nothing loaded from elsewhere.
+Reads config.yaml, provenance.json, metrics.jsonl, summary.json, grids/*.png with grids/grids.json, trees/*.png, and
+whether there is a lora/; each may be missing. No script, nothing loaded from elsewhere.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ def write_report(run_folder: Path) -> Path:
         facts=_facts(summary, rows),
         results=_results(summary),
         pairs=_last_grid(folder / "grids"),
+        tree=_data_url("png", trees[-1].read_bytes()) if (trees := _by_number(folder / "trees")) else "",
         rewards=_inline_svg(curves(rows, _reward_panels(rows))),
         health=_inline_svg(curves(rows, HEALTH)),
         phases=_inline_svg(_phase_bars(rows)),
@@ -269,7 +270,7 @@ def _wrap(caption: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
 
 def _last_grid(folder: Path) -> list[Pair]:
     """The pairs of the newest grid (by the numbers in its name), cut out of the PNG; empty without a grid."""
-    pictures = sorted(folder.glob("*.png"), key=lambda path: [int(n) for n in re.findall(r"\d+", path.stem)])
+    pictures = _by_number(folder)
     if not pictures:
         return []
     entries = _read_json(folder / "grids.json").get(pictures[-1].name)
@@ -278,6 +279,11 @@ def _last_grid(folder: Path) -> list[Pair]:
         if entries is None:  # drawn by someone else: shown whole
             return [Pair(_data_url("png", _png(picture)), "", [pictures[-1].name])]
         return [Pair(_cut(picture, e["base"]), _cut(picture, e["tuned"]), e["caption"].split("\n")) for e in entries]
+
+
+def _by_number(folder: Path) -> list[Path]:
+    """The PNGs of a folder by the numbers in their names, the newest last."""
+    return sorted(folder.glob("*.png"), key=lambda path: [int(n) for n in re.findall(r"\d+", path.stem)])
 
 
 def _cut(picture: Image.Image, box: list[int]) -> str:

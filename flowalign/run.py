@@ -29,6 +29,7 @@ from flowalign.folder import describe, open_folder
 from flowalign.forecast import forecast
 from flowalign.metrics import MetricsLog
 from flowalign.models import load_policy
+from flowalign.plots import plot_tree
 from flowalign.processes import Processes
 from flowalign.report import grid, write_report
 from flowalign.state import pack, restore
@@ -236,6 +237,9 @@ class Run:
         if self.processes.is_main:
             self.metrics.append(step, row)
         self.accelerator.log({k: v for k, v in row.items() if math.isfinite(v)}, step=step)
+        if self.processes.is_main and step in (1, self.config.run.iterations):
+            picture = plot_tree(batch.forest, batch.scores[:, 0], batch.valid[:, 0])
+            write_atomic(self.folder / "trees" / f"iteration-{step}.png", picture)
         if step % self.config.run.checkpoint_every == 0 or step == self.config.run.iterations:
             self._save(step)
 

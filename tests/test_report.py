@@ -150,6 +150,16 @@ def test_the_newest_grid_is_shown_pair_by_pair_with_its_own_pixels(page):
         np.testing.assert_array_equal(tile[3::6, 3::6], (picture * 255).round().byte().permute(1, 2, 0).numpy())
 
 
+def test_the_newest_tree_is_shown(tmp_path):
+    run = make_run(tmp_path)
+    assert "<h2>Rollout</h2>" not in write_report(run).read_text()
+    (run / "trees").mkdir()
+    for number, colour in ((9, "red"), (10, "blue")):
+        Image.new("RGB", (4, 3), colour).save(run / "trees" / f"iteration-{number}.png")
+    shown = re.search(r'data:image/png;base64,([^"]+)" alt="tree', write_report(run).read_text()).group(1)
+    assert base64.b64decode(shown) == (run / "trees" / "iteration-10.png").read_bytes()
+
+
 def test_equal_folders_give_equal_pages(run, page):
     assert page_of(run) == page
 
