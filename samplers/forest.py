@@ -32,6 +32,11 @@ class Velocities:
             )
         return self.values[rows.to(self.values.device)]
 
+    def of(self, alive: Tensor) -> "Velocities":
+        """Those of the nodes `alive` [N], numbered anew as Tree.keep does."""
+        row, known = self.row[alive], self.row[alive] >= 0
+        return Velocities(torch.where(known, known.cumsum(0) - 1, -1), self.values[row[known].to(self.values.device)])
+
 
 @dataclass(frozen=True, eq=False)
 class Forest:

@@ -29,6 +29,7 @@ def rollout(
     store_dtype: torch.dtype = torch.float32,
     progress: Callable[[int], None] | None = None,
     select: Select | None = None,
+    keep_velocities: bool = False,
 ) -> Forest:
     """Roll `tree` out from `x_start` [R, *] (one row per root) over `sigmas` [T+1], without gradient.
 
@@ -39,7 +40,8 @@ def rollout(
     stored sees the same numbers; the network gets them in at least fp32. progress(rows) is called per micro-batch.
     select drops states on the way: what they would lead to is never computed, and the forest is one of the tree that is
     left (Tree.keep), though `evaluations` counts every row. It does not change the noise of what stays, and velocities
-    that it asks for are not evaluated again.
+    that it asks for are not evaluated again. keep_velocities: the forest knows, as the role "old", what `velocity` said
+    of the states that stochastic steps leave, so that nobody has to ask again.
     """
     _check(x_start, sigmas, tree, micro_batch)
     if select is not None:
@@ -49,6 +51,7 @@ def rollout(
     log_prob = torch.full((len(tree),), torch.nan, dtype=compute_dtype(store_dtype), device=x_start.device)
     x, nodes, carry, evaluations = x_start.to(store_dtype), tree.generations[0], None, 0
     stored: list[Tensor] = []
+    asked, said = torch.zeros(len(tree), dtype=torch.bool), [x_start[:0].to(compute_dtype(store_dtype))]
     for generation in (*tree.generations[1:], torch.empty(0, dtype=torch.int64)):
         frontier = _Frontier(velocity, x.to(compute_dtype(store_dtype)), sigmas, tree, nodes, micro_batch, progress)
         stays[nodes] = True if select is None else choose(select, tree, nodes, x, able, frontier.velocities)
@@ -58,6 +61,10 @@ def rollout(
         spot = torch.searchsorted(nodes, parents)
         x, v = frontier.x[spot.to(x.device)], frontier.velocities(spot)
         evaluations += int(frontier.known.sum())
+        if keep_velocities:
+            hot = torch.isin(parents, tree.parents_of_edges)
+            asked[parents[hot]] = True
+            said.append(v[hot.to(v.device)])
         if not len(children):
             break
         ctx = Context(
@@ -77,6 +84,8 @@ def rollout(
     kept = wanted & stays
     row = torch.where(kept, kept.cumsum(0) - 1, -1)
     forest = Forest(tree, sigmas, kernel, states, row, log_prob, evaluations)
+    if keep_velocities:
+        forest = forest.with_velocities("old", asked.nonzero().flatten(), torch.cat(said))
     return forest if select is None else _pruned(forest, stays)
 
 
@@ -104,11 +113,13 @@ def _wanted(tree: Tree) -> Tensor:
 
 def _pruned(forest: Forest, stays: Tensor) -> Forest:
     """The forest of what is left of its tree: neither the states that were dropped nor those that then lead nowhere."""
-    alive = forest.tree.alive(stays)
+    alive, tree = forest.tree.alive(stays), forest.tree.keep(stays)
     used = forest.row[alive & forest.kept]
+    velocities = {role: said.of(alive) for role, said in forest.velocities.items()}
     return replace(
         forest,
-        tree=forest.tree.keep(stays),
+        tree=tree,
+        velocities=velocities,
         states=forest.states[used.to(forest.states.device)],
         row=torch.where(forest.kept[alive], forest.kept[alive].cumsum(0) - 1, -1),
         log_prob=forest.log_prob[alive.to(forest.log_prob.device)],

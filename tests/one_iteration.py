@@ -15,7 +15,7 @@ from flowalign.advantage import Normalised
 from flowalign.credit import Broadcast
 from flowalign.data import PromptRecord
 from flowalign.models import LoRA, load_policy
-from flowalign.objectives import All, BestOfN, ClippedRatio, KLPenalty, NonZeroAdvantage, Uniform
+from flowalign.objectives import All, BestOfN, ClippedRatio, Guard, KLPenalty, NonZeroAdvantage, Uniform
 from flowalign.processes import Processes
 from flowalign.trainers import PolicyGradient, Rollout, Task
 from rewards import RewardOutput
@@ -45,8 +45,9 @@ class Moody:
 
 
 PLANS = {
-    "whole": (Window(size=2, low=0, high=4), 4),
-    "selected": (Selected(Chain(), {3: 4}), 8),  # after three steps the better half of eight goes on
+    "whole": (Window(size=2, low=0, high=4), 4, ClippedRatio(1e-2)),
+    # after three steps the better half of eight goes on; the guard reads the rollout's own velocities
+    "selected": (Selected(Chain(), {3: 4}), 8, Guard(1e-2)),
 }
 
 
@@ -59,11 +60,11 @@ def run(pipeline: str, output: Path, plan: str) -> None:
     for name, parameter in policy.trainable_parameters():
         if "lora_B" in name:
             parameter.data.normal_(std=0.05, generator=generator)
+    chosen, group_size, objective = PLANS[plan]
     trainer = PolicyGradient(
         credit=Broadcast(), advantage=Normalised(std="batch"), select=All([NonZeroAdvantage(), BestOfN(2)]),
-        objective=ClippedRatio(1e-2), step_weight=Uniform(), kl=KLPenalty(0.1), micro_batch=2,
+        objective=objective, step_weight=Uniform(), kl=KLPenalty(0.1), micro_batch=2,
     )  # fmt: skip
-    chosen, group_size = PLANS[plan]
     settings = Rollout(chosen, FlowSDE(), groups=5, group_size=group_size, num_inference_steps=5)
     trainer.prepare(Task(policy, Moody(), settings, 0, 24, 48, processes), None)
     prompts = [

@@ -92,8 +92,7 @@ def _passes(trainer: Trainer) -> int:
     """Network passes over the trained states: the policy's own, and those of the roles that the update reads."""
     if not isinstance(trainer, PolicyGradient):
         return 1
-    old = trainer.objective.needs_old_means or (trainer.layer_tuning is not None and trainer.layer_tuning.needs_old)
-    return 1 + bool(trainer.kl.beta) + bool(old)
+    return 1 + bool(trainer.kl.beta)
 
 
 def check_memory(config: TrainConfig, task: Task, batch: Collected, available: float | None = None) -> Finding:

@@ -47,9 +47,7 @@ def log_ratios(task: Task, trainer: PolicyGradient, batch: Collected, edges: Ten
         return torch.cat(parts)
 
     step, arrived = forest.edge_steps(edges, replayed(rows), position), forest.at(edges)
-    old = None
-    if trainer.objective.needs_old_means:
-        old = forest.edge_steps(edges, replayed(task.rollout.micro_batch), position)
+    old = forest.role_steps("old", edges) if trainer.objective.needs_old_means else None
     return trainer.objective.log_ratio(step.log_prob(arrived), forest.log_prob[edges], Known(step, arrived, old))
 
 

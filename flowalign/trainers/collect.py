@@ -49,11 +49,12 @@ def grow(task: Task, iteration: int, groups: range) -> Tree:
 
 
 @torch.no_grad()
-def collect(task: Task, prompts: Sequence[PromptRecord], iteration: int) -> Collected:
+def collect(task: Task, prompts: Sequence[PromptRecord], iteration: int, *, keep_velocities: bool = False) -> Collected:
     """Rolls out `prompts` (one group each), decodes every leaf and scores it.
 
     A `Selected` plan keeps the states of which the previews (x̂0 of their velocities, which are not evaluated again) get
-    the highest rewards. Each process does whole groups, its share; what comes back is the batch of all of them."""
+    the highest rewards. keep_velocities: the forest knows the rollout's own, as the role "old". Each process does whole
+    groups, its share; what comes back is the batch of all of them."""
     settings, policy, processes = task.rollout, task.policy, task.processes
     share = processes.share(len(prompts))
     tree = grow(task, iteration, share)
@@ -82,6 +83,7 @@ def collect(task: Task, prompts: Sequence[PromptRecord], iteration: int) -> Coll
         velocity, policy.start(noise.start(tree)), sigmas, tree, settings.kernel, noise.step,
         micro_batch=settings.micro_batch,
         select=settings.plan.by(preview) if isinstance(settings.plan, Selected) else None,
+        keep_velocities=keep_velocities,
     )  # fmt: skip
     rolled, leaves = time.perf_counter(), forest.tree.leaves
     output, decoding = _judge(task, prompts, forest.tree.group[leaves] + share.start, forest.at(leaves))

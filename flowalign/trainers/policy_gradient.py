@@ -53,7 +53,7 @@ class PolicyGradient:
     One forward and backward per distinct parent state serves all its children: their log-probs depend on the network
     only through the same mean, so the gradient is exactly that of one pass per edge. `updates_per_rollout` splits the
     iteration by groups, never the children of one state; from the second on the ratio leaves 1. The reference's
-    velocities are evaluated once, at the rollout's states; so are the rollout's own where the objective needs its means.
+    velocities are evaluated once, at the rollout's states; the rollout's own are kept where the objective needs its means.
     `micro_batch` counts states. `dynamic_clip` takes the place of the objective's clip range; `layer_tuning` adds a
     supervised term on the states that are trained."""
 
@@ -130,7 +130,8 @@ class PolicyGradient:
         return {"steps": self._steps}
 
     def collect(self, prompts: Sequence[PromptRecord], iteration: int) -> Any:
-        return collect(self._task, prompts, iteration)
+        aims = self.layer_tuning is not None and self.layer_tuning.needs_old
+        return collect(self._task, prompts, iteration, keep_velocities=self.objective.needs_old_means or aims)
 
     def updates(self, batch: Any) -> Iterable[Update]:
         """The optimiser steps of one rollout."""
@@ -142,7 +143,7 @@ class PolicyGradient:
         moment = Moment(self._task.seed, batch.iteration, batch.uids)
         chosen = self.select.choose(forest, advantages, moment) & advantages.valid.any(1)
         batch.metrics["group/trained_edges"] = int(chosen.sum())
-        batch = replace(batch, forest=self._with_roles(batch, tree.edges[chosen]))
+        batch = replace(batch, forest=self._with_reference(batch, tree.edges[chosen]))
         bounds = self.dynamic_clip.bounds(batch.forest, advantages) if self.dynamic_clip else None
         trained = Trained(tree.edges, advantages.values, bounds)
         targets = self._targets(batch)
@@ -238,16 +239,12 @@ class PolicyGradient:
             )
         return self.layer_tuning.targets(batch.forest, batch.scores[:, 0], batch.valid[:, 0])
 
-    def _with_roles(self, batch: Collected, edges: Tensor) -> Forest:
-        """The forest with the velocities that the update reads, each distinct state of each role evaluated once."""
-        forest, states = batch.forest, batch.forest.tree.distinct_parents(edges)[0]
-        aims = self.layer_tuning is not None and self.layer_tuning.needs_old
-        if (aims or self.objective.needs_old_means) and "old" not in forest.velocities:
-            nodes = forest.tree.parents_of_edges if aims else states
-            forest = forest.with_velocities("old", nodes, self._said(batch, "policy", nodes))
-        if self.kl.beta:
-            forest = forest.with_velocities("reference", states, self._said(batch, "reference", states))
-        return forest
+    def _with_reference(self, batch: Collected, edges: Tensor) -> Forest:
+        """The forest with the reference's velocities, if the update reads them, each distinct state evaluated once."""
+        if not self.kl.beta:
+            return batch.forest
+        states = batch.forest.tree.distinct_parents(edges)[0]
+        return batch.forest.with_velocities("reference", states, self._said(batch, "reference", states))
 
     @torch.no_grad()
     def _said(self, batch: Collected, role: str, nodes: Tensor) -> Tensor:

@@ -30,7 +30,14 @@ def whole_forest(processes: Processes, tree: Tree, forest: Forest) -> Forest:
     states = forest.states.new_empty((int(kept.sum()), *forest.states.shape[1:]))
     states[row[nodes[kept[nodes]]]] = processes.gather(forest.states)
     evaluations = round(processes.total(forest.evaluations))
-    return Forest(tree, forest.sigmas, forest.kernel, states, row, log_prob, evaluations)
+    whole = Forest(tree, forest.sigmas, forest.kernel, states, row, log_prob, evaluations)
+    for role, said in sorted(forest.velocities.items()):
+        known = torch.zeros(len(tree), dtype=torch.bool)
+        known[nodes] = processes.gather(said.row >= 0)
+        values = processes.gather(said.values)
+        order = nodes[known[nodes]].argsort()
+        whole = whole.with_velocities(role, known.nonzero().flatten(), values[order.to(values.device)])
+    return whole
 
 
 def whole_output(processes: Processes, tree: Tree, output: RewardOutput) -> RewardOutput:

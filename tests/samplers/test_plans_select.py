@@ -262,3 +262,21 @@ def test_the_window_of_mix_grpo_as_a_plan() -> None:
     for iteration, start in ((0, 0), (24, 0), (25, 1), (299, 11)):
         topology = plan.tree(25, 12, iteration, np.random.default_rng(0))
         assert sorted((topology.index[topology.edges] - 1).unique().tolist()) == list(range(start, start + 4))
+
+
+def test_the_rollouts_own_velocities_are_kept_for_what_is_left() -> None:
+    both, scale = Tree.cat([branch(5, 3, 2), branch(5, 3, 2)]), torch.arange(1, 7) / 10
+    noise = KeyedNoise(0, 0, [0, 1], (3,))
+
+    def kept(select: Select | None) -> Forest:
+        return rollout(
+            lambda x, s, r: scale[r][:, None] * x, noise.start(both), plain_sigmas(5), both, FlowSDE(), noise.step,
+            micro_batch=3, select=select, keep_velocities=True,
+        )  # fmt: skip
+
+    for forest in (kept(None), kept(Best({1: 2}, first_element))):
+        tree = forest.tree
+        nodes = tree.parents_of_edges
+        assert torch.equal(forest.velocities["old"].at(nodes), scale[tree.root[nodes]][:, None] * forest.at(nodes))
+        step = forest.role_steps("old", tree.edges)
+        assert torch.equal(step.log_prob(forest.at(tree.edges)), forest.log_prob[tree.edges])
