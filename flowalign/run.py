@@ -14,7 +14,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from torch import Tensor
 from tqdm import tqdm
 
@@ -31,6 +31,7 @@ from flowalign.metrics import MetricsLog
 from flowalign.models import load_policy
 from flowalign.processes import Processes
 from flowalign.report import grid, write_report
+from flowalign.sharding import check_environment, check_launch, shard
 from flowalign.state import pack, restore
 from flowalign.stored import load_result, save_result
 from flowalign.trainers import Task, Update
@@ -48,9 +49,13 @@ class Run:
     def __init__(self, config: TrainConfig, plain: dict[str, Any]) -> None:
         self.config, self.plain = config, plain
         self.folder = Path(config.run.output) / config.run.name
+        check_environment()
         self.accelerator = Accelerator(
             log_with=list(config.run.trackers) or None, project_dir=str(self.folder / "logs")
         )
+        kind = self.accelerator.distributed_type
+        self._fsdp = self.accelerator.state.fsdp_plugin if kind == DistributedType.FSDP else None
+        check_launch(kind, self.accelerator.mixed_precision, self._fsdp, config.policy)
         self.processes = Processes.of(self.accelerator)
         if self.processes.count > config.rollout.groups:
             raise ConfigError(
@@ -94,6 +99,8 @@ class Run:
         self.policy.add_roles(settings.roles)
         if not self.policy.trainable_parameters():
             raise ConfigError("policy: no parameter is trainable; check policy.trainable and policy.lora.targets")
+        if self._fsdp is not None:
+            self.processes = shard(self.policy, self.processes, self._fsdp.reshard_after_forward)
         decay = self.config.run.ema_decay
         self.ema = EMA(self.policy.trainable_parameters(), decay=decay) if decay is not None else None
         self.metrics = MetricsLog(self.folder / "metrics.jsonl")
