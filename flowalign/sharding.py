@@ -67,13 +67,13 @@ def check_launch(
 
 def shard(policy: Policy, processes: Processes, reshard_after_forward: bool = True) -> Processes:
     """Shards the frozen weights of the policy's network, once, after its roles were added; what comes back keeps the
-    processes in step. Whole weights exist one block at a time. ValueError for a policy that trains what it would shard.
+    processes in step. Whole weights exist one block at a time. ConfigError for a policy that trains what it would shard.
     """
     networks = list(policy.modules().values())
     adapters = {parameter for network in networks for name, parameter in network.named_parameters() if ".lora_" in name}
     trained = [parameter for network in networks for parameter in network.parameters() if parameter.requires_grad]
     if len(networks) != 1 or not adapters.issuperset(trained):
-        raise ValueError(
+        raise ConfigError(
             f"a policy of {len(networks)} networks, {len(trained)} trained tensors and {len(adapters)} of adapters came; "
             "expected one network that is frozen but for its adapters: launch with configs/accelerate/multi_gpu.yaml"
         )
@@ -90,8 +90,8 @@ class Lockstep:
     """A sharded network's forward is collective, but processes have different numbers of states to evaluate.
 
     Each call announces itself; who has nothing left to evaluate (`level`) answers every announcement with a call of its
-    own on one old row, until nobody announces any more. Calls with gradients are not made up for: trainers have equal
-    numbers of those (see Update)."""
+    own on one old row, until nobody announces any more. A call with gradients cannot be answered so, since its backward
+    is collective too: trainers make equal numbers of those (see Update)."""
 
     network: nn.Module
     device: torch.device | str
@@ -105,9 +105,14 @@ class Lockstep:
     def level(self) -> None:
         """Returns when every process is here. Comes before any other collective."""
         self._levelling = True
-        while bool(self._announce(False)):  # somebody calls the network now
+        while (others := self._sum(False).tolist()) != [0, 0]:  # somebody calls the network now
             if self._row is None:
-                raise RuntimeError("a process that never called the sharded network cannot join the others' calls")
+                raise RuntimeError("a process that never called the sharded network cannot answer the others' calls")
+            if others[1]:
+                raise RuntimeError(
+                    "a process has no call with gradients left while another makes one; expected equal numbers on all: "
+                    "deal the trained states with Processes.deal, which pads"
+                )
             args, kwargs = self._row
             with torch.no_grad():
                 self.network(*args, **kwargs)
@@ -117,12 +122,14 @@ class Lockstep:
     def _called(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._levelling:
             return
-        self._announce(True)  # who calls need not know who else does
+        self._sum(True)  # who calls need not know who else does
         if self._row is None:
             self._row = tuple(_first(a) for a in args), {name: _first(value) for name, value in kwargs.items()}
 
-    def _announce(self, calls: bool) -> Tensor:
-        callers = torch.tensor([float(calls)], device=self.device)
+    def _sum(self, calls: bool) -> Tensor:
+        """How many call the network now, and how many of them with gradients."""
+        mine = [float(calls), float(calls and torch.is_grad_enabled())]
+        callers = torch.tensor(mine, device=self.device)
         torch.distributed.all_reduce(callers)
         return callers
 

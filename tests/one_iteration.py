@@ -68,7 +68,7 @@ def run(pipeline: str, output: Path, plan: str, weights: str) -> None:
         objective=ClippedRatio(1e-2), step_weight=Uniform(), kl=KLPenalty(0.1), micro_batch=2,
     )  # fmt: skip
     chosen, group_size = PLANS[plan]
-    settings = Rollout(chosen, FlowSDE(), groups=5, group_size=group_size, num_inference_steps=5)
+    settings = Rollout(chosen, FlowSDE(), groups=5, group_size=group_size, num_inference_steps=5, micro_batch=5)
     trainer.prepare(Task(policy, Moody(), settings, 0, 24, 48, processes), None)
     prompts = [
         PromptRecord(uid, f'the word "{word}" in red on a white background')
