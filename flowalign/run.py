@@ -27,11 +27,12 @@ from flowalign.evaluate import EvaluationResult, append_result, captions, compar
 from flowalign.files import DamagedFile, write_atomic
 from flowalign.folder import describe, open_folder
 from flowalign.forecast import forecast
+from flowalign.launch import check_environment, check_launch
 from flowalign.metrics import MetricsLog
 from flowalign.models import load_policy
 from flowalign.processes import Processes
 from flowalign.report import grid, write_report
-from flowalign.sharding import check_environment, check_launch, shard
+from flowalign.sharding import shard
 from flowalign.state import pack, restore
 from flowalign.stored import load_result, save_result
 from flowalign.trainers import Task, Update
@@ -94,6 +95,7 @@ class Run:
             settings.path, lora=settings.lora, trainable=settings.trainable, dtype=settings.dtype,
             max_sequence_length=settings.max_sequence_length, negative_prompt=settings.negative_prompt,
             reference_copy=settings.reference_copy, device=self.accelerator.device, seed=self.config.run.seed,
+            network_device=None if self._fsdp is None else "cpu",
         )  # fmt: skip
         self.policy.latent_shape(settings.height, settings.width)
         self.policy.add_roles(settings.roles)

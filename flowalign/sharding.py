@@ -1,74 +1,29 @@
-"""How a run was launched: what accelerate can ask for and we refuse, and FSDP2 for the frozen weights.
+"""FSDP2 for the frozen weights of the network that is trained.
 
-Only the network that is trained is sharded, and of it only what is frozen: adapters and their optimiser are small, stay
-whole on every process, and `Processes.sum_gradients` adds their gradients as ever.
+Adapters and their optimiser are small: they stay whole on every process, and `Processes.sum_gradients` adds their
+gradients as ever.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.distributed
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.distributed.fsdp import fully_shard
 
-from flowalign.config import ConfigError, PolicySettings
+from flowalign.config import ConfigError
 from flowalign.models import Policy
 from flowalign.processes import Processes
-
-KINDS = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU", "FSDP")
-
-
-def check_environment(environment: Mapping[str, str] = os.environ) -> None:
-    """ConfigError for DeepSpeed, before accelerate looks for it."""
-    if environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        raise ConfigError(
-            "accelerate was launched with DeepSpeed; its engine would have to own the one optimiser, where a trainer here "
-            "has one per role. What ZeRO-2 shards, gradients and optimiser state, is small with LoRA: take "
-            "configs/accelerate/multi_gpu.yaml, or fsdp2.yaml to shard the frozen weights"
-        )
-
-
-def check_launch(
-    kind: DistributedType, mixed_precision: str, plugin: FullyShardedDataParallelPlugin | None, policy: PolicySettings
-) -> None:
-    """ConfigError for a way to launch that the run would not follow; before the model is loaded."""
-    if kind.value not in KINDS:
-        raise ConfigError(f"accelerate's distributed_type={kind.value} came; expected one of {', '.join(KINDS)}")
-    if mixed_precision != "no":
-        raise ConfigError(
-            f"accelerate's mixed_precision={mixed_precision} came; expected 'no': policy.dtype says what the frozen "
-            "network is, and adapters and log-probs are fp32"
-        )
-    if plugin is None:
-        return
-    if plugin.fsdp_version != 2:
-        raise ConfigError(f"accelerate's fsdp_version={plugin.fsdp_version} came; expected 2 (see fsdp2.yaml)")
-    if policy.trainable != "lora":
-        raise ConfigError(
-            f"policy.trainable={policy.trainable} came with FSDP2, which shards frozen weights only: set "
-            "policy.trainable=lora, or launch with configs/accelerate/multi_gpu.yaml"
-        )
-    unfollowed = {
-        "fsdp_cpu_ram_efficient_loading": plugin.cpu_ram_efficient_loading,  # text encoders would stay empty off rank 0
-        "fsdp_offload_params": isinstance(plugin.cpu_offload, CPUOffloadPolicy),
-        "fsdp_activation_checkpointing": plugin.activation_checkpointing,
-    }
-    for name, given in unfollowed.items():
-        if given:
-            raise ConfigError(f"accelerate's {name}=true came; expected false, as in configs/accelerate/fsdp2.yaml")
 
 
 def shard(policy: Policy, processes: Processes, reshard_after_forward: bool = True) -> Processes:
     """Shards the frozen weights of the policy's network, once, after its roles were added; what comes back keeps the
-    processes in step. Whole weights exist one block at a time. ConfigError for a policy that trains what it would shard.
-    """
+    processes in step. Blocks come to the processes' device one by one, so the network may lie on the CPU before.
+    ConfigError for a policy that trains what it would shard."""
     networks = list(policy.modules().values())
     adapters = {parameter for network in networks for name, parameter in network.named_parameters() if ".lora_" in name}
     trained = [parameter for network in networks for parameter in network.parameters() if parameter.requires_grad]
@@ -80,6 +35,8 @@ def shard(policy: Policy, processes: Processes, reshard_after_forward: bool = Tr
     [network] = networks
     mesh = init_device_mesh(torch.device(processes.device).type, (processes.count,))
     blocks = [block for part in network.children() if isinstance(part, nn.ModuleList) for block in part]
+    for parameter in adapters:
+        parameter.data = parameter.data.to(processes.device)
     for module in (*blocks, network):
         fully_shard(module, mesh=mesh, ignored_params=adapters, reshard_after_forward=reshard_after_forward)
     return replace(processes, level=Lockstep(network, processes.device).level)

@@ -11,8 +11,8 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
 
 from flowalign.config import ConfigError, PolicySettings, load_config
+from flowalign.launch import check_environment, check_launch
 from flowalign.run import Run
-from flowalign.sharding import check_environment, check_launch
 
 FOLDER = Path(__file__).parents[1] / "configs" / "accelerate"
 TINY = str(Path(__file__).parent / "data" / "tiny.yaml")

@@ -98,3 +98,10 @@ def test_trained_weights_are_not_sharded(tiny_pipeline: Path) -> None:
     policy = load_policy(str(tiny_pipeline), trainable="full")
     with pytest.raises(ConfigError, match=r"expected one network that is frozen but for its adapters"):
         shard(policy, Processes())
+
+
+def test_a_network_that_will_be_sharded_waits_elsewhere(tiny_pipeline: Path) -> None:
+    policy = load_policy(str(tiny_pipeline), trainable="none", network_device="meta")
+    assert {p.device.type for p in policy.modules()["transformer"].parameters()} == {"meta"}
+    latents = torch.zeros(1, *policy.latent_shape(24, 48))
+    assert policy.decode(latents).device.type == policy.encode(["KITE"]).tensors["embeds"].device.type == "cpu"
