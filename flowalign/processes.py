@@ -3,11 +3,12 @@
 The rollout is dealt by group, the update by state. Everything in between (credit, advantages, selection) is computed by
 every process on the whole batch, so all agree without asking; gradients are summed once per optimiser step. That needs
 no hooks in the network: processes may run different numbers of forwards and backwards without waiting for each other.
+Where the network's weights are sharded they cannot, and `level` brings them together (flowalign.sharding).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -17,14 +18,19 @@ from torch import Tensor
 from torch.nn import Parameter
 
 
+def _nothing() -> None:
+    """Processes that share no network are always level."""
+
+
 @dataclass(frozen=True)
 class Processes:
     """`count` processes, of which this is number `rank`; by default the only one. Every method but `shares` and `deal`
-    is collective: all processes must call it, in the same order."""
+    is collective: all processes must call it, in the same order. Each begins with `level`."""
 
     rank: int = 0
     count: int = 1
     device: torch.device | str = "cpu"
+    level: Callable[[], None] = _nothing
 
     @staticmethod
     def of(accelerator: Accelerator) -> Processes:
@@ -51,6 +57,7 @@ class Processes:
         """The rows [n, *] of all processes, in the order of their ranks; n may differ."""
         if self.count == 1:
             return rows
+        self.level()
         sent = rows.to(self.device, torch.uint8 if rows.dtype == torch.bool else rows.dtype)
         sizes = gather(torch.tensor([len(rows)], device=self.device)).tolist()
         padded = sent.new_zeros((max(sizes), *rows.shape[1:]))

@@ -14,7 +14,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from torch import Tensor
 from tqdm import tqdm
 
@@ -27,11 +27,13 @@ from flowalign.evaluate import EvaluationResult, append_result, captions, compar
 from flowalign.files import DamagedFile, write_atomic
 from flowalign.folder import describe, open_folder
 from flowalign.forecast import forecast
+from flowalign.launch import check_environment, check_launch
 from flowalign.metrics import MetricsLog
 from flowalign.models import load_policy
 from flowalign.plots import plot_tree
 from flowalign.processes import Processes
 from flowalign.report import grid, write_report
+from flowalign.sharding import shard
 from flowalign.state import pack, restore
 from flowalign.stored import load_result, save_result
 from flowalign.trainers import Task, Update
@@ -49,9 +51,13 @@ class Run:
     def __init__(self, config: TrainConfig, plain: dict[str, Any]) -> None:
         self.config, self.plain = config, plain
         self.folder = Path(config.run.output) / config.run.name
+        check_environment()
         self.accelerator = Accelerator(
             log_with=list(config.run.trackers) or None, project_dir=str(self.folder / "logs")
         )
+        kind = self.accelerator.distributed_type
+        self._fsdp = self.accelerator.state.fsdp_plugin if kind == DistributedType.FSDP else None
+        check_launch(kind, self.accelerator.mixed_precision, self._fsdp, config.policy)
         self.processes = Processes.of(self.accelerator)
         if self.processes.count > config.rollout.groups:
             raise ConfigError(
@@ -90,11 +96,14 @@ class Run:
             settings.path, lora=settings.lora, trainable=settings.trainable, dtype=settings.dtype,
             max_sequence_length=settings.max_sequence_length, negative_prompt=settings.negative_prompt,
             reference_copy=settings.reference_copy, device=self.accelerator.device, seed=self.config.run.seed,
+            network_device=None if self._fsdp is None else "cpu",
         )  # fmt: skip
         self.policy.latent_shape(settings.height, settings.width)
         self.policy.add_roles(settings.roles)
         if not self.policy.trainable_parameters():
             raise ConfigError("policy: no parameter is trainable; check policy.trainable and policy.lora.targets")
+        if self._fsdp is not None:
+            self.processes = shard(self.policy, self.processes, self._fsdp.reshard_after_forward)
         decay = self.config.run.ema_decay
         self.ema = EMA(self.policy.trainable_parameters(), decay=decay) if decay is not None else None
         self.metrics = MetricsLog(self.folder / "metrics.jsonl")

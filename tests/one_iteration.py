@@ -1,6 +1,7 @@
 """One iteration of the policy gradient, run by tests/test_processes.py in one process or in several.
 
-`python -m tests.one_iteration PIPELINE OUTPUT whole|selected` writes OUTPUT/<rank>.safetensors: gradients, start states, counts.
+`python -m tests.one_iteration PIPELINE OUTPUT whole|selected replicated|sharded` writes OUTPUT/<rank>.safetensors:
+gradients, start states, counts. sharded: the frozen weights are, as under FSDP2.
 """
 
 import sys
@@ -17,6 +18,7 @@ from flowalign.data import PromptRecord
 from flowalign.models import LoRA, load_policy
 from flowalign.objectives import All, BestOfN, ClippedRatio, Guard, KLPenalty, NonZeroAdvantage, Uniform
 from flowalign.processes import Processes
+from flowalign.sharding import shard
 from flowalign.trainers import PolicyGradient, Rollout, Task
 from rewards import RewardOutput
 from samplers import Chain, FlowSDE, Selected, Window
@@ -51,7 +53,7 @@ PLANS = {
 }
 
 
-def run(pipeline: str, output: Path, plan: str) -> None:
+def run(pipeline: str, output: Path, plan: str, weights: str) -> None:
     accelerator = Accelerator(cpu=True)
     processes = Processes.of(accelerator)
     lora = LoRA(rank=4, alpha=8, targets=("attn.to_q", "attn.to_v", "ff.net.2"))
@@ -60,12 +62,14 @@ def run(pipeline: str, output: Path, plan: str) -> None:
     for name, parameter in policy.trainable_parameters():
         if "lora_B" in name:
             parameter.data.normal_(std=0.05, generator=generator)
+    if weights == "sharded":
+        processes = shard(policy, processes)
     chosen, group_size, objective = PLANS[plan]
     trainer = PolicyGradient(
         credit=Broadcast(), advantage=Normalised(std="batch"), select=All([NonZeroAdvantage(), BestOfN(2)]),
         objective=objective, step_weight=Uniform(), kl=KLPenalty(0.1), micro_batch=2,
     )  # fmt: skip
-    settings = Rollout(chosen, FlowSDE(), groups=5, group_size=group_size, num_inference_steps=5)
+    settings = Rollout(chosen, FlowSDE(), groups=5, group_size=group_size, num_inference_steps=5, micro_batch=5)
     trainer.prepare(Task(policy, Moody(), settings, 0, 24, 48, processes), None)
     prompts = [
         PromptRecord(uid, f'the word "{word}" in red on a white background')
@@ -96,4 +100,4 @@ def run(pipeline: str, output: Path, plan: str) -> None:
 
 
 if __name__ == "__main__":
-    run(sys.argv[1], Path(sys.argv[2]), sys.argv[3])
+    run(sys.argv[1], Path(sys.argv[2]), sys.argv[3], sys.argv[4])

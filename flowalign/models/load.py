@@ -80,13 +80,14 @@ def load_policy(
     negative_prompt: str = "",
     reference_copy: bool = False,
     device: str | torch.device = "cpu",
+    network_device: str | torch.device | None = None,
     seed: int = 0,
 ) -> Policy:
     """Loads a pipeline as a policy.
 
     trainable: "lora" (the default LoRA if none is given), "full" weights (fp32 only), or "none". dtype: of the frozen
     network; adapters are always fp32. max_sequence_length: see the family's policy. seed: of the adapters' initial
-    weights.
+    weights. network_device: where the trained network stays for now, if not on `device` (see flowalign.sharding).
     reference_copy: keep a frozen copy, the reference of a full fine-tuning with a KL."""
     index = inspect_checkpoint(path)
     if trainable == "full" and dtype != "fp32":
@@ -96,10 +97,10 @@ def load_policy(
         resolve(path), torch_dtype=DTYPES[dtype], **family.load_arguments(index)
     )
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.to(device)
-    for part in pipeline.components.values():
+    for name, part in pipeline.components.items():
         if isinstance(part, nn.Module):
-            part.requires_grad_(False)
+            here = name == family.part and network_device is not None
+            part.requires_grad_(False).to(network_device if here else device)
     network = pipeline.components[family.part].eval()
     network.requires_grad_(trainable == "full")
     frozen = None

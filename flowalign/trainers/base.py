@@ -83,8 +83,8 @@ class Task:
 @dataclass(frozen=True, eq=False)
 class Update:
     """One optimiser step. Each micro-batch, when called, returns a loss whose sum over micro-batches and processes is the
-    loss of the step (already divided by the global count). Processes agree whether there are any. `after` runs once the
-    step is taken and returns metrics."""
+    loss of the step (already divided by the global count). Every process has as many, and calls the network as often in
+    each. `after` runs once the step is taken and returns metrics."""
 
     optimiser: torch.optim.Optimizer
     max_grad_norm: float

@@ -1,0 +1,94 @@
+"""The launch configurations, through accelerate's own loader, launcher and plugin: a typo in a key fails."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from accelerate import DistributedType
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils.launch import prepare_multi_gpu_env
+
+from flowalign.config import ConfigError, PolicySettings, load_config
+from flowalign.launch import check_environment, check_launch
+from flowalign.run import Run
+
+FOLDER = Path(__file__).parents[1] / "configs" / "accelerate"
+TINY = str(Path(__file__).parent / "data" / "tiny.yaml")
+FACTS = {
+    "multi_gpu": {"distributed_type": DistributedType.MULTI_GPU, "num_machines": 1, "gpu_ids": "all"},
+    "multi_node": {
+        "distributed_type": DistributedType.MULTI_GPU, "num_machines": 2, "num_processes": 16, "main_process_port": 29500,
+        "rdzv_backend": "static", "gpu_ids": "all",
+    },
+    "fsdp2": {"distributed_type": DistributedType.FSDP, "num_machines": 1},
+}  # fmt: skip
+
+
+def environment(name: str) -> dict[str, str]:
+    """What `accelerate launch --config_file` gives to every process."""
+    arguments = ["--config_file", str(FOLDER / f"{name}.yaml"), "--main_process_ip", "10.0.0.1", "train.py"]
+    checked, _, _ = _validate_launch_command(launch_command_parser().parse_args(arguments))
+    return prepare_multi_gpu_env(checked)
+
+
+def plugin(monkeypatch: pytest.MonkeyPatch, **changes: str) -> FullyShardedDataParallelPlugin:
+    """What accelerate makes of fsdp2.yaml, with some of its environment changed."""
+    for key, value in (environment("fsdp2") | changes).items():
+        if key.startswith("FSDP_"):
+            monkeypatch.setenv(key, value)
+    return FullyShardedDataParallelPlugin()
+
+
+def test_every_file_is_tested() -> None:
+    assert {path.stem for path in FOLDER.iterdir()} == FACTS.keys()
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_accelerate_reads_what_is_meant(name: str) -> None:
+    config = load_config_from_file(str(FOLDER / f"{name}.yaml"))
+    assert {key: vars(config)[key] for key in FACTS[name]} == FACTS[name]
+    assert config.mixed_precision == "no"  # not YAML's false
+    known = vars(launch_command_parser().parse_args(["train.py"]))
+    assert config.fsdp_config.keys() <= known.keys()  # the launcher itself takes any key here
+    given = environment(name)
+    assert given["ACCELERATE_MIXED_PRECISION"] == "no"
+    assert (given.get("ACCELERATE_USE_FSDP") == "true") == (name == "fsdp2")
+    check_environment(given)
+    check_launch(config.distributed_type, config.mixed_precision, None, PolicySettings())
+
+
+def test_fsdp2_is_followed_to_the_letter(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = plugin(monkeypatch)
+    assert made.fsdp_version == 2
+    assert made.reshard_after_forward is True
+    check_launch(DistributedType.FSDP, "no", made, PolicySettings())
+    with pytest.raises(ConfigError, match=r"policy\.trainable=full .* set policy\.trainable=lora"):
+        check_launch(DistributedType.FSDP, "no", made, replace(PolicySettings(), trainable="full"))
+
+
+@pytest.mark.parametrize("name", ["CPU_RAM_EFFICIENT_LOADING", "OFFLOAD_PARAMS", "ACTIVATION_CHECKPOINTING"])
+def test_what_fsdp_would_be_told_in_vain_is_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    made = plugin(monkeypatch, **{f"FSDP_{name}": "true"})
+    with pytest.raises(ConfigError, match=f"fsdp_{name.lower()}=true came; expected false"):
+        check_launch(DistributedType.FSDP, "no", made, PolicySettings())
+
+
+def test_other_ways_to_launch_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    first = plugin(
+        monkeypatch, FSDP_VERSION="1", FSDP_RESHARD_AFTER_FORWARD="FULL_SHARD", FSDP_SYNC_MODULE_STATES="false"
+    )
+    with pytest.raises(ConfigError, match="fsdp_version=1 came; expected 2"):
+        check_launch(DistributedType.FSDP, "no", first, PolicySettings())
+    with pytest.raises(ConfigError, match="distributed_type=MEGATRON_LM came; expected one of NO,"):
+        check_launch(DistributedType.MEGATRON_LM, "no", None, PolicySettings())
+    with pytest.raises(ConfigError, match=r"mixed_precision=fp16 came; expected 'no': policy\.dtype"):
+        check_launch(DistributedType.MULTI_GPU, "fp16", None, PolicySettings())
+
+
+def test_a_run_refuses_deepspeed_before_it_is_looked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    config, plain = load_config(TINY, ["policy.path=glyphs", f"run.output={tmp_path}"])
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ConfigError, match=r"DeepSpeed.*multi_gpu\.yaml, or fsdp2\.yaml"):
+        Run(config, plain)
