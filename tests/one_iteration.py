@@ -97,6 +97,7 @@ def run(pipeline: str, output: Path, plan: str, weights: str) -> None:
         output / f"{processes.rank}.safetensors",
         metadata={name: repr(value) for name, value in metrics.items() if not name.startswith("time/")},
     )
+    accelerator.end_training()  # a process group that nobody ends may abort the interpreter's exit
 
 
 if __name__ == "__main__":

@@ -60,7 +60,8 @@ def error(ours: Tensor, theirs: Tensor) -> float:
 
 
 def run(pipeline: str, dtype: str, output: Path) -> None:
-    everyone = Processes.of(Accelerator(cpu=True))
+    accelerator = Accelerator(cpu=True)
+    everyone = Processes.of(accelerator)
     twin, policy = policy_of(pipeline, dtype), policy_of(pipeline, dtype)
     [network] = policy.modules().values()
     whole = sum(p.numel() for name, p in network.named_parameters() if ".lora_" not in name)
@@ -82,6 +83,7 @@ def run(pipeline: str, dtype: str, output: Path) -> None:
     found |= {"calls": len(calls), "made_up": lockstep.made_up}
     assert all(p.grad is None for p in frozen)
     (output / f"{processes.rank}.json").write_text(json.dumps(found))
+    accelerator.end_training()  # a process group that nobody ends may abort the interpreter's exit
 
 
 if __name__ == "__main__":
