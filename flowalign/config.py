@@ -18,7 +18,7 @@ from flowalign.data import load_prompts
 from flowalign.models.load import check_image_size, check_lora_targets, inspect_checkpoint, path_of
 from flowalign.models.lora import LoRA
 from flowalign.models.roles import Role, check_roles
-from flowalign.trainers import Rollout, Trainer
+from flowalign.trainers import PolicyGradient, Rollout, Trainer, rehearse
 from rewards import Reward
 
 
@@ -173,7 +173,11 @@ def check(config: TrainConfig) -> None:
     check_image_size(policy.path, policy.height, policy.width)
     if policy.max_sequence_length is not None and policy.max_sequence_length < 0:
         raise ConfigError(f"policy.max_sequence_length={policy.max_sequence_length}: expected at least 0, or null")
-    config.trainer.check(replace(rollout, kernel=rollout.kernel.on(path_of(policy.path))))
+    path = path_of(policy.path)
+    bound = replace(rollout, kernel=rollout.kernel.on(path))
+    config.trainer.check(bound)
+    if isinstance(config.trainer, PolicyGradient):
+        rehearse(config.trainer, bound, config.reward.name, path)
     if policy.trainable == "lora":
         check_lora_targets(policy.path, policy.lora.targets)
     elif policy.dtype != "fp32":

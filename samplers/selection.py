@@ -68,7 +68,10 @@ class Best:
             for member in members:
                 rows = (sets == member).nonzero().flatten()
                 if len(rows) < share:
-                    raise ValueError(f"{share} of {len(rows)} states are to stay per {self.within}; expected fewer")
+                    raise ValueError(
+                        f"counts={dict(self.counts)} keeps {share} states per {self.within} at grid index "
+                        f"{int(tree.index[nodes[0]])}, where there are {len(rows)}; expected at most as many"
+                    )
                 keep[rows[scores[rows].argsort(descending=True, stable=True)[:share]]] = True
         return keep
 

@@ -35,8 +35,8 @@ def completed(tree: Tree, nodes: Tensor, scores: Tensor, valid: Tensor) -> tuple
     leaf = _completions(tree)[nodes]
     if len(nodes) and not bool((leaf >= 0).any()):
         raise ValueError(
-            "no state is completed by deterministic steps, so nothing scores it: take a plan with one-step branches or "
-            "ODE probes, or a credit that needs leaves only (Broadcast, SubtreeFusion)"
+            "no state is completed by deterministic steps, so nothing scores it: wrap the plan in samplers.Probed, or take "
+            "a credit that needs leaves only (Broadcast, SubtreeFusion)"
         )
     place = torch.zeros(len(tree), dtype=torch.int64)
     place[tree.leaves] = torch.arange(len(tree.leaves))

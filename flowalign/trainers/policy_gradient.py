@@ -16,6 +16,7 @@ from flowalign.credit import Credit
 from flowalign.data import PromptRecord
 from flowalign.objectives import (
     DynamicClip,
+    KLMask,
     KLPenalty,
     Known,
     LayerTuning,
@@ -27,7 +28,7 @@ from flowalign.objectives import (
 )
 from flowalign.trainers.base import AdamW, Rollout, Task, Update
 from flowalign.trainers.collect import Collected, collect
-from samplers import Forest
+from samplers import Forest, Selected
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,6 +109,17 @@ class PolicyGradient:
             raise ValueError(
                 f"rollout.kernel={rollout.kernel} draws no noise, so steps have no log-prob: take FlowSDE, DanceSDE or "
                 "CPS with a noise_level above 0"
+            )
+        plan = rollout.plan
+        if isinstance(plan, Selected) and not plan.looks and min(plan.counts) < rollout.num_inference_steps:
+            raise ValueError(
+                "rollout.plan.looks=false came with a selection on the way: its previews need the velocities of all "
+                "candidates, and the forecast has to count them; set looks=true"
+            )
+        if self.dynamic_clip is not None and isinstance(self.objective, KLMask):
+            raise ValueError(
+                "trainer.dynamic_clip came with KLMask, which has no clip range: set dynamic_clip=null, or take "
+                "ClippedRatio or Guard"
             )
         few = cost.edges < rollout.group_size * (rollout.num_inference_steps - 1)
         if rollout.guidance_scale != 1 and few and not rollout.allow_cfg_update:

@@ -5,10 +5,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flowalign import advantage, credit, objectives
+from flowalign import advantage, config, credit, objectives
 from flowalign.config import ConfigError, load_config
 
 TINY = Path(__file__).parents[1] / "data" / "tiny.yaml"
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts are built one at a time here; whether they fit each other is tests/test_rehearsal.py."""
+    monkeypatch.setattr(config, "rehearse", lambda *parts: None)
 
 
 def part(name: str, **init) -> dict:
@@ -16,10 +22,10 @@ def part(name: str, **init) -> dict:
 
 
 def trainer(folder: Path, **parts):
-    config = yaml.safe_load(TINY.read_text())
-    config["trainer"]["init_args"] |= parts
+    said = yaml.safe_load(TINY.read_text())
+    said["trainer"]["init_args"] |= parts
     path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(config))
+    path.write_text(yaml.safe_dump(said))
     return load_config(str(path), [])[0].trainer
 
 

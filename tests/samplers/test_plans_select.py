@@ -162,7 +162,7 @@ def test_shares_are_equal_where_asked() -> None:
     assert len(anywhere.tree.parent[anywhere.tree.index == 2].unique()) == 1
     with pytest.raises(ValueError, match="multiple"):
         roll(topology, Best({2: 4}, first_element, "parent"))
-    with pytest.raises(ValueError, match="expected fewer"):
+    with pytest.raises(ValueError, match="where there are 3"):
         roll(topology, Best({2: 12}, first_element, "parent"))
 
 

@@ -1,0 +1,91 @@
+"""I9 for parts that do not fit each other: named before a model is loaded; what fits is let through."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from flowalign.config import ConfigError, load_config
+
+TINY = Path(__file__).parent / "data" / "tiny.yaml"
+TREE = {"splits": [0, 1], "train_last": False}
+
+
+def part(name: str, **init: object) -> object:
+    return {"class_path": name, "init_args": init} if init else name
+
+
+def plan(name: str, **init: object) -> object:
+    return part(f"samplers.{name}", **init)
+
+
+def credit(name: str, **init: object) -> object:
+    return part(f"flowalign.credit.{name}", **init)
+
+
+def within(sets: str) -> object:
+    return part("flowalign.advantage.Normalised", within=sets)
+
+
+def load(folder: Path, rollout: dict, trainer: dict) -> None:
+    config = yaml.safe_load(TINY.read_text())
+    config["rollout"] |= {"num_inference_steps": 4, "group_size": 4, **rollout}
+    config["trainer"]["init_args"] |= trainer
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    load_config(str(path), [])
+
+
+@pytest.mark.parametrize(
+    ("rollout", "trainer"),
+    [
+        ({"plan": plan("Probed", plan=plan("Chain"))},
+         {"credit": credit("Gain"), "advantage": within("prompt_step")}),
+        ({"plan": plan("Probed", plan=plan("Chain"), steps=1)},
+         {"credit": credit("TurningPoint"), "advantage": within("prompt_step")}),
+        ({"plan": plan("Branch", branches=2, count=1)},
+         {"credit": credit("BranchLocal"), "advantage": within("seed_step")}),
+        ({"plan": plan("SplitTree", **TREE)},
+         {"credit": credit("SubtreeFusion"), "advantage": within("tree_depth"),
+          "select": part("flowalign.objectives.ParentTop1")}),
+        ({"plan": plan("TreeWindow", depth=2)}, {"dynamic_clip": {}, "layer_tuning": {}}),
+        ({"plan": plan("Selected", plan=plan("Chain"), counts={2: 2})}, {}),
+        ({"plan": plan("Selected", plan=plan("Chain", train_last=True), counts={4: 2}, looks=False)}, {}),  # no preview
+        ({"plan": plan("Window", size=1)},  # where the window is drawn, and what is left out of it: not in every iteration
+         {"select": part("flowalign.objectives.DepthWindow", size=2, start=0, stop=0)}),
+    ],
+    ids=["DenseGRPO", "TP-GRPO", "TempFlow", "BranchGRPO", "Dynamic-TreeRPO", "path search", "best of n", "moving"],
+)  # fmt: skip
+def test_methods_are_let_through(tmp_path: Path, rollout: dict, trainer: dict) -> None:
+    load(tmp_path, rollout, trainer)
+
+
+@pytest.mark.parametrize(
+    ("rollout", "trainer", "named"),
+    [
+        ({"plan": plan("Chain")}, {"credit": credit("Gain")}, "samplers.Probed"),
+        ({"plan": plan("Branch", branches=2)}, {"credit": credit("Gain")}, "samplers.Probed"),
+        ({"plan": plan("Window", size=2, high=3)}, {"credit": credit("TurningPoint")}, "samplers.Probed"),
+        ({"plan": plan("Probed", plan=plan("SplitTree", **TREE))}, {"credit": credit("TurningPoint")}, "take Gain"),
+        ({}, {"credit": credit("Process", score="prm")}, "no states were scored by 'prm'"),
+        ({"plan": plan("Chain")}, {"advantage": within("tree_depth")}, "take a wider set"),
+        ({}, {"select": part("flowalign.objectives.Fraction", share=0.5)}, "leaves out every step"),
+        ({}, {"advantage": part("flowalign.advantage.PerChannel", parts={"ocr": within("prompt")})}, "add it to parts"),
+        ({}, {"advantage": part("flowalign.advantage.Mixed", advantage=within("prompt"), weights={"ocr": 1.0})},
+         "one for each channel"),
+        ({"plan": plan("TreeWindow", depth=2), "kernel": "samplers.CPS"}, {}, "CPS needs at most 1"),
+        ({"plan": plan("SplitTree", splits=[0, 1]), "kernel": "samplers.CPS"}, {}, "train_last=false"),
+        ({"plan": plan("Sourced", plan=plan("Chain"), teacher=1)}, {}, "teacher=0"),
+        ({"plan": plan("Selected", plan=plan("Chain"), counts={2: 2}, looks=False)}, {}, "looks=true"),
+        ({}, {"objective": part("flowalign.objectives.KLMask"), "dynamic_clip": {}}, "dynamic_clip=null"),
+    ],
+)  # fmt: skip
+def test_parts_that_do_not_fit_are_named(tmp_path: Path, rollout: dict, trainer: dict, named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        load(tmp_path, rollout, trainer)
+
+
+def test_a_target_of_another_noising_law_is_named(tiny_sd15_pipeline: Path) -> None:
+    overrides = [f"policy.path={tiny_sd15_pipeline}", "trainer.layer_tuning.target=best_leaf_fm"]
+    with pytest.raises(ConfigError, match="take best_path_velocity"):
+        load_config(str(TINY.with_name("tiny_sd15.yaml")), overrides)
