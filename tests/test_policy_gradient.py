@@ -312,3 +312,21 @@ def test_zero_advantage_edges_can_be_skipped() -> None:
     assert NonZeroAdvantage().choose(forest, advantages)[group == flat].tolist() == [False, False]
     assert int(NonZeroAdvantage().choose(forest, advantages).sum()) == 2
     assert int(AllEdges().choose(forest, advantages).sum()) == 4
+
+
+def test_an_update_without_a_chosen_edge_asks_the_network_nothing(tiny_pipeline: Path) -> None:
+    """All images of its prompts score alike: that happens, and must not end a run."""
+    policy, trainer = make(
+        tiny_pipeline,
+        Window(size=1, low=1, high=2),
+        select=NonZeroAdvantage(),
+        kl=KLPenalty(0.1),
+        updates_per_rollout=2,
+    )
+    batch = trainer.collect(PROMPTS, 0)
+    scores = torch.where(batch.forest.tree.group[batch.forest.tree.leaves] == 0, batch.scores[:, 0], 0.5)[:, None]
+    one_flat, all_flat = replace(batch, scores=scores), replace(batch, scores=torch.full_like(scores, 0.5))
+    assert [len(update.micro_batches) for update in trainer.updates(one_flat)] == [1, 0]
+    before = policy.evaluations
+    run_updates(trainer, all_flat)
+    assert policy.evaluations == before and not gradients(policy)

@@ -171,7 +171,7 @@ class PolicyGradient:
         aimed = int(torch.isin(parents, targets.nodes).sum()) if targets else 0
         record: list[dict[str, Tensor]] = []
         micro_batches = []
-        for dealt in self._task.processes.deal(len(parents)).split(self.micro_batch):
+        for dealt in self._task.processes.deal(len(parents)).split(self.micro_batch) if len(parents) else ():
             place = torch.full((len(parents),), -1)
             place[dealt[dealt >= 0]] = torch.arange(int((dealt >= 0).sum()))
             mine = place[position] >= 0
