@@ -24,11 +24,13 @@ from samplers import Forest
 def policy_of(config: TrainConfig, device: str | torch.device) -> Policy:
     """The policy of a configuration, as a run loads it."""
     settings = config.policy
-    return load_policy(
+    policy = load_policy(
         settings.path, lora=settings.lora, trainable=settings.trainable, dtype=settings.dtype,
         max_sequence_length=settings.max_sequence_length, negative_prompt=settings.negative_prompt,
         reference_copy=settings.reference_copy, device=device, seed=config.run.seed,
     )  # fmt: skip
+    policy.add_roles(settings.roles)
+    return policy
 
 
 def task_of(config: TrainConfig, policy: Policy, groups: int) -> Task:
@@ -44,7 +46,7 @@ def brightness(images: Tensor, prompts: Sequence[str]) -> Tensor:
 
 @dataclass(frozen=True)
 class Call:
-    """A call of a trained network: its rows, whether gradients were on, and its seconds."""
+    """A call of a network: its rows, whether gradients were on, and its seconds."""
 
     rows: int
     trained: bool
@@ -53,7 +55,7 @@ class Call:
 
 @contextmanager
 def watched(policy: Policy) -> Iterator[list[Call]]:
-    """Inside, the list gets every call of the trained networks, whoever makes it: what was really evaluated."""
+    """Inside, the list gets every call of the policy's networks, whoever makes it: what was really evaluated."""
     calls: list[Call] = []
     began: list[float] = []
 
@@ -64,8 +66,8 @@ def watched(policy: Policy) -> Iterator[list[Call]]:
         rows = next(len(value) for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         calls.append(Call(rows, torch.is_grad_enabled(), now() - began.pop()))
 
-    hooks = [network.register_forward_pre_hook(before) for network in policy.modules().values()]
-    hooks += [network.register_forward_hook(after, with_kwargs=True) for network in policy.modules().values()]
+    hooks = [network.register_forward_pre_hook(before) for network in policy.networks()]
+    hooks += [network.register_forward_hook(after, with_kwargs=True) for network in policy.networks()]
     try:
         yield calls
     finally:

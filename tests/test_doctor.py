@@ -58,8 +58,9 @@ def examined(
         ["policy.trainable=full", "policy.reference_copy=true"],
         ["policy.trainable=full", "trainer.kl.beta=0"],
         ["policy.dtype=bf16", "trainer.objective.clip_range=0.2"],
+        ["policy.roles={old: {update: copy}, fake: {update: trained}}"],
     ],
-    ids=["lora", "guided", "chain", "guard", "full-reference", "full", "bf16"],
+    ids=["lora", "guided", "chain", "guard", "full-reference", "full", "bf16", "roles"],
 )
 def test_a_healthy_policy_is_all_green(tiny_pipeline: Path, overrides: list[str]) -> None:
     findings = list(diagnose(CONFIG, [f"policy.path={tiny_pipeline}", *overrides]))
@@ -72,6 +73,16 @@ def test_a_healthy_policy_is_all_green(tiny_pipeline: Path, overrides: list[str]
 def test_an_epsilon_model_is_all_green(tiny_sd15_pipeline: Path) -> None:
     findings = list(diagnose(str(DATA / "tiny_sd15.yaml"), [f"policy.path={tiny_sd15_pipeline}"]))
     assert [str(finding) for finding in findings if finding.ok is not True] == []
+
+
+def test_a_trainer_with_roles_is_all_green(tiny_pipeline: Path) -> None:
+    findings = list(diagnose(str(DATA / "contract.yaml"), [f"policy.path={tiny_pipeline}"]))
+    assert [str(finding) for finding in findings if finding.ok is not True] == []
+
+
+def test_the_rows_of_a_copied_reference_are_counted(tiny_pipeline: Path) -> None:
+    findings = examined(tiny_pipeline, "policy.trainable=full", "policy.reference_copy=true")
+    assert "update 0.67" in found(findings, "cost").figure  # one state of three children, for policy and reference
 
 
 def test_the_figures_are_what_was_measured(tiny_pipeline: Path) -> None:

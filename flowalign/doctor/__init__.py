@@ -54,7 +54,8 @@ def diagnose(path: str, overrides: Sequence[str] = ()) -> Iterator[Finding]:
         configs.append(load_config(path, overrides)[0])
         rollout = configs[0].rollout
         distinct_prompts(configs[0], prompts_of(configs[0]))
-        images = f"{rollout.groups} prompts × {rollout.group_size} images × {rollout.num_inference_steps} steps"
+        leaves = rollout.plan.forecast(rollout.num_inference_steps, rollout.group_size).leaves
+        images = f"{rollout.groups} prompts × {leaves} images × {rollout.num_inference_steps} steps"
         return Finding("configuration", True, f"{path}: {images}")
 
     def load() -> Finding:

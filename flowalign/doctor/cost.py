@@ -100,12 +100,15 @@ def check_memory(config: TrainConfig, task: Task, batch: Collected, available: f
     trained = [p for _, p in task.policy.trainable_parameters()]
     weights = sum(p.numel() * p.element_size() for net in task.policy.modules().values() for p in net.parameters())
     own = sum(p.numel() * p.element_size() for p in trained)
-    frozen = weights - own + (own if config.policy.reference_copy else 0)
+    roles = config.policy.roles.values()
+    copies = len(roles) + config.policy.reference_copy if config.policy.trainable == "full" else 0
+    frozen = weights - own + copies * own
+    optimised = 1 + sum(role.update == "trained" for role in roles)
     states = batch.forest.states.numel() * batch.forest.states.element_size() * config.rollout.groups
     parts = {
         "trainable": own,
         "frozen": frozen,
-        "gradient + AdamW": 3 * own,
+        "gradient + AdamW": 3 * own * optimised,
         "EMA": own if config.run.ema_decay is not None else 0,
         "states": states / task.rollout.groups,
     }

@@ -56,9 +56,7 @@ def check_adapters(policy: Policy, settings: PolicySettings) -> Finding:
     expected = len(check_lora_targets(settings.path, targets))
     layers = [module for network in networks for module in network.modules() if isinstance(module, BaseTunerLayer)]
     figure += f" at {len(layers)} layers ({', '.join(f'{name} {count}' for name, count in counts.items())})"
-    frozen_adapters = sum(
-        not p.requires_grad for network in networks for name, p in network.named_parameters() if "lora_" in name
-    )
+    frozen_adapters = sum(not parameter.requires_grad for _, parameter in named)
     other = [
         name for network in networks for name, p in network.named_parameters()
         if p.requires_grad and "lora_" not in name

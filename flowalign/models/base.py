@@ -75,6 +75,10 @@ class Policy(Protocol):
         """The trained networks by name."""
         ...
 
+    def networks(self) -> list[nn.Module]:
+        """All that may answer: the trained networks, and the copies that roles keep beside full weights."""
+        ...
+
     def trainable_parameters(self) -> list[tuple[str, Parameter]]:
         """What the policy's optimiser gets, by name, in a fixed order."""
         ...

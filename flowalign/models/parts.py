@@ -32,6 +32,10 @@ class TrainedNetwork:
     def has_lora(self) -> bool:
         return bool(self.network._hf_peft_config_loaded)
 
+    def networks(self) -> list[nn.Module]:
+        """See Policy.networks."""
+        return [self.network, *self._copies.values()]
+
     def add_roles(self, roles: Mapping[str, Role]) -> None:
         """See Policy.add_roles."""
         check_roles(roles)

@@ -146,6 +146,9 @@ class SD15Policy:
     def modules(self) -> dict[str, nn.Module]:
         return {"unet": self.unet}
 
+    def networks(self) -> list[nn.Module]:
+        return self._trained.networks()
+
     def trainable_parameters(self) -> list[tuple[str, Parameter]]:
         return self._trained.parameters_of("policy")
 

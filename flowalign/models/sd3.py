@@ -136,6 +136,9 @@ class SD3Policy:
     def modules(self) -> dict[str, nn.Module]:
         return {"transformer": self.transformer}
 
+    def networks(self) -> list[nn.Module]:
+        return self._trained.networks()
+
     def trainable_parameters(self) -> list[tuple[str, Parameter]]:
         return self._trained.parameters_of("policy")
 
