@@ -23,7 +23,8 @@ import torch
 from flowalign.config import ConfigError, TrainConfig, load_config
 from flowalign.data import PromptRecord, load_prompts, prompts_of_iteration
 from flowalign.files import write_atomic
-from flowalign.trainers import PolicyGradient, Task
+from flowalign.models.load import path_of
+from flowalign.trainers import PolicyGradient, Task, rehearse
 from flowalign.workbench import now, per_edge, policy_of, task_of, watched
 from samplers import Cost, Plan, Selected, Tree, generator, unshared
 
@@ -59,6 +60,8 @@ def compare(config: TrainConfig, variants: Sequence[str], iterations: int) -> li
         )
     if "unshared" in variants and isinstance(config.rollout.plan, Selected):
         raise ConfigError("rollout.plan selects states; without sharing there is no such plan: leave out 'unshared'")
+    if "unshared" in variants:
+        _check_unshared(config)
     policy = policy_of(config, "cuda" if torch.cuda.is_available() else "cpu")
     base, prompts = task_of(config, policy, config.rollout.groups), load_prompts(config.prompts)
     tasks = {
@@ -80,7 +83,25 @@ def compare(config: TrainConfig, variants: Sequence[str], iterations: int) -> li
         config.reward.close()
     backward = 2 if config.policy.trainable == "lora" else 3
     rows = [_row(name, found, backward) for name, found in measured.items()]
+    if any(row["evaluations"]["update"] == 0 for row in rows):
+        raise ConfigError(
+            "no step was trained in any of the iterations: all images of a prompt score alike; take a graded reward, or "
+            "trainer.select=flowalign.objectives.AllEdges to time the update all the same"
+        )
     return [{**row, "ratio": _ratios(row, rows[0])} for row in rows]
+
+
+def _check_unshared(config: TrainConfig) -> None:
+    """ConfigError if the trainer would find nothing to train on images that share no state."""
+    path = path_of(config.policy.path)
+    apart = replace(config.rollout, plan=Unshared(config.rollout.plan), kernel=config.rollout.kernel.on(path))
+    try:
+        rehearse(config.trainer, apart, config.reward.name, path)
+    except ValueError as error:
+        raise ConfigError(
+            f"without sharing the parts do not work together ({error}): leave out 'unshared', such as "
+            "--variants merged,per-edge"
+        ) from error
 
 
 def _iteration(
@@ -210,6 +231,11 @@ def main(arguments: Sequence[str]) -> None:
     reader.add_argument("--output", type=Path, help="folder for benchmark.md and benchmark.json")
     asked = reader.parse_intermixed_args(list(arguments))
     config, _ = load_config(asked.config, asked.overrides)
+    if asked.output is not None:
+        try:
+            asked.output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--output {asked.output} cannot be made ({error}): name another folder") from error
     rows = compare(config, asked.variants.split(","), asked.iterations)
     print(table(rows))
     if asked.output is not None:
@@ -218,6 +244,5 @@ def main(arguments: Sequence[str]) -> None:
         )
         result = {"config": asked.config, "overrides": asked.overrides, "iterations": asked.iterations, "unit": UNIT,
                   "device": device, "torch": torch.__version__, "rows": rows}  # fmt: skip
-        asked.output.mkdir(parents=True, exist_ok=True)
         write_atomic(asked.output / "benchmark.json", json.dumps(result, indent=1).encode())
         write_atomic(asked.output / "benchmark.md", (table(rows) + "\n").encode())

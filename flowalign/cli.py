@@ -57,15 +57,19 @@ def doctor(arguments: Sequence[str]) -> int:
 
 
 def benchmark(arguments: Sequence[str]) -> int:
-    """Exit code: 0 done, 2 a configuration that cannot work."""
+    """Exit code: 0 done, 1 stopped by a reward that fails, 2 a configuration that cannot work."""
     from flowalign.benchmark import main as run
     from flowalign.config import ConfigError
+    from rewards import RewardError
 
     try:
         run(arguments)
     except ConfigError as error:
         print(f"configuration error: {error}", file=sys.stderr)
         return 2
+    except RewardError as error:
+        print(error, file=sys.stderr)
+        return 1
     return 0
 
 

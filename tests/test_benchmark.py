@@ -29,8 +29,9 @@ def counts(pipeline: Path, *overrides: str) -> dict[str, dict[str, float]]:
         (["trainer.kl.beta=0"], 1, 2, 0),
         (["rollout.guidance_scale=3.0", "rollout.allow_cfg_update=true"], 2, 2, 1),
         (["policy.trainable=full", "trainer.kl.beta=0"], 1, 3, 0),
+        (["policy.trainable=full", "policy.reference_copy=true"], 1, 3, 1),
     ],
-    ids=["reference", "no-reference", "guided", "full"],
+    ids=["reference", "no-reference", "guided", "full", "full-reference"],
 )
 def test_counts_are_exact(
     tiny_pipeline: Path, overrides: list[str], guided: int, backward: int, reference: int
@@ -105,6 +106,36 @@ def test_bad_arguments_are_named(
 ) -> None:
     assert cli.benchmark([CONFIG, f"policy.path={tiny_pipeline}", *arguments]) == 2
     assert named in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["rollout.plan=samplers.Probed", "rollout.plan.plan=samplers.Chain", "trainer.credit=flowalign.credit.Gain"],
+         "leave out 'unshared'"),
+        (["reward=rewards.FunctionReward", "reward.path=tests.test_benchmark:flat",
+          "trainer.select=flowalign.objectives.NonZeroAdvantage"], "AllEdges"),
+    ],
+    ids=["no completions without sharing", "nothing to learn"],
+)  # fmt: skip
+def test_what_cannot_be_compared_is_said(
+    tiny_pipeline: Path, overrides: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.benchmark([CONFIG, f"policy.path={tiny_pipeline}", "--iterations", "1", *overrides]) == 2
+    assert named in capsys.readouterr().err
+
+
+def test_an_output_that_cannot_be_written_is_said_before_the_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(benchmark, "compare", lambda *arguments: pytest.fail("it was measured"))
+    assert cli.benchmark([CONFIG, "--output", str(tmp_path / "file")]) == 2
+    assert "--output" in capsys.readouterr().err
+
+
+def flat(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    return torch.zeros(len(images))
 
 
 def test_another_trainer_is_refused(tiny_pipeline: Path) -> None:
