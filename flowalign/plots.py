@@ -16,6 +16,7 @@ from flowalign.charts import INK, RULE, SOFT, STYLE
 from samplers import Forest, Tree
 
 GREY = "#9aa5b1"
+LABELLED = 300  # leaves; a picture of more does not grow, and says no rewards
 
 
 def plot_tree(
@@ -35,7 +36,7 @@ def plot_tree(
     colour = _edge_colours(forest, scores, ok, edge_values)
     with matplotlib.rc_context(STYLE):
         rows = int((tree.group[tree.leaves] == group).sum())
-        figure = Figure(figsize=(10, 0.9 + 0.2 * max(rows, 4)), layout="constrained")
+        figure = Figure(figsize=(10, 0.9 + 0.2 * min(max(rows, 4), LABELLED)), layout="constrained")
         axis = figure.subplots()
         for hot in (False, True):
             nodes = (own & ((tree.level > 0) == hot)).nonzero().flatten()
@@ -50,7 +51,7 @@ def plot_tree(
             bar = figure.colorbar(lines, ax=axis, pad=0.08, fraction=0.03)
             bar.set_label("mean reward below" if edge_values is None else "value of the step", color=SOFT)
             bar.outline.set_visible(False)  # type: ignore[operator]
-        _leaves(axis, tree, height, scores, ok, group)
+        _leaves(axis, tree, height, scores, ok, group, labelled=rows <= LABELLED)
         axis.set_xlabel("denoising step")
         axis.set_yticks([])
         axis.set_xticks(range(0, tree.num_steps + 1, max(1, tree.num_steps // 10)))
@@ -62,13 +63,17 @@ def plot_tree(
         return buffer.getvalue()
 
 
-def _leaves(axis: matplotlib.axes.Axes, tree: Tree, height: Tensor, scores: Tensor, ok: Tensor, group: int) -> None:
-    """The end of each branch with its reward."""
+def _leaves(
+    axis: matplotlib.axes.Axes, tree: Tree, height: Tensor, scores: Tensor, ok: Tensor, group: int, *, labelled: bool
+) -> None:
+    """The end of each branch, with its reward if it is `labelled`."""
     for leaf, score, known in zip(tree.leaves.tolist(), scores.tolist(), ok.tolist(), strict=True):
         if int(tree.group[leaf]) != group:
             continue
         spot = (tree.num_steps, float(height[leaf]))
         axis.plot(*spot, marker="o" if known else "x", color=INK, markersize=3.5, zorder=3)
+        if not labelled:
+            continue
         text = f"{score:.3g}" if known else "invalid"
         axis.annotate(text, spot, xytext=(6, 0), textcoords="offset points", va="center", fontsize=7.5, color=INK)
 

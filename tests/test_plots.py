@@ -6,8 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-from flowalign.plots import _heights, plot_tree
-from samplers import Tree, window
+from flowalign.plots import LABELLED, _heights, plot_tree
+from samplers import Tree, chain, window
 from tests.trees import grown, probed, split_tree
 
 
@@ -47,3 +47,12 @@ def test_what_is_not_there_is_said() -> None:
     with pytest.raises(ValueError, match="one per edge"):
         plot_tree(forest, torch.zeros(2), edge_values=torch.zeros(3))
     assert plot_tree(forest, torch.zeros(2), torch.zeros(2, dtype=torch.bool))  # nothing valid: drawn all the same
+
+
+def test_a_picture_of_many_leaves_stays_a_picture() -> None:
+    """matplotlib refuses 65,536 pixels, which 3,000 rows would need: a run would stop after its first iteration."""
+    heights = [
+        Image.open(io.BytesIO(plot_tree(grown(chain(1, rows, train_last=True)), torch.zeros(rows)))).height
+        for rows in (LABELLED, 3100)
+    ]
+    assert heights[0] == heights[1] < 8000
