@@ -41,6 +41,9 @@ from flowalign.trainers.collect import Collected
 from rewards import RewardBatch, RewardError, score
 
 
+ONE_REQUEST = 2.0  # seconds: with several processes a Ctrl-C comes from the terminal and again from their launcher
+
+
 class Interrupted(KeyboardInterrupt):
     """The run was asked to stop; everything is saved."""
 
@@ -64,7 +67,7 @@ class Run:
                 f"{self.processes.count} processes came for rollout.groups={config.rollout.groups}: a prompt's tree lives on "
                 "one process, so launch at most as many processes as there are groups"
             )
-        self._stop = False
+        self._asked_to_stop: float | None = None  # when
         self._first, self._last_saved, self._steps, self._seconds, self._reached = 0, 0, 0, 0.0, False
         self._totals = {"images": 0, "rollout": 0.0, "update": 0.0, "drift": 0.0}
         self._pending: dict[str, float] = {}
@@ -160,9 +163,12 @@ class Run:
                 raise ConfigError(f"tried on two black images, {error}") from error
 
     def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
-        if self._stop:  # the second time: at once; the last checkpoint stands
-            raise KeyboardInterrupt
-        self._stop = True
+        now = time.monotonic()
+        if self._asked_to_stop is not None:
+            if now - self._asked_to_stop < ONE_REQUEST:
+                return
+            raise KeyboardInterrupt  # the second time: at once; the last checkpoint stands
+        self._asked_to_stop = now
         if self.processes.is_main:
             tqdm.write("stopping after this iteration, then saving (again to stop at once)")
 
@@ -183,7 +189,7 @@ class Run:
                 self._iteration_began = time.monotonic()
                 yield iteration
                 self._bar.update()
-                if self.processes.total(self._stop) and iteration + 1 < total:
+                if self.processes.total(self._asked_to_stop is not None) and iteration + 1 < total:
                     if self._last_saved <= iteration:
                         self._save(iteration + 1)
                     raise Interrupted(f"stopped after iteration {iteration + 1}; the same command goes on from there")

@@ -99,7 +99,8 @@ def test_ctrl_c_in_an_iteration_that_saves_anyway(
     original = Run.backward
 
     def interrupted(self: Run, loss: torch.Tensor) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)  # the launcher passes the terminal's Ctrl-C on once more
         original(self, loss)
 
     shutil.copy(done / "prompts.txt", tmp_path)
@@ -107,6 +108,21 @@ def test_ctrl_c_in_an_iteration_that_saves_anyway(
     with pytest.raises(Interrupted, match="iteration 1"):
         start(tiny_pipeline, tmp_path, f"run.checkpoint_every={every}")
     assert [path.name for path in (tmp_path / "tiny" / "checkpoints").iterdir()] == ["step-1"]
+
+
+def test_a_second_ctrl_c_stops_at_once(
+    done: Path, tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(self: Run, loss: torch.Tensor) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    shutil.copy(done / "prompts.txt", tmp_path)
+    monkeypatch.setattr(run_module, "ONE_REQUEST", 0.0)
+    monkeypatch.setattr(Run, "backward", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="^$"):
+        start(tiny_pipeline, tmp_path)
+    assert not (tmp_path / "tiny" / "checkpoints").exists()
 
 
 # ------------------------------------------------------------------------------------------ what cannot go on
