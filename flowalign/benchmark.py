@@ -61,7 +61,7 @@ def compare(config: TrainConfig, variants: Sequence[str], iterations: int) -> li
     if "unshared" in variants and isinstance(config.rollout.plan, Selected):
         raise ConfigError("rollout.plan selects states; without sharing there is no such plan: leave out 'unshared'")
     if "unshared" in variants:
-        _check_unshared(config)
+        _check_unshared(config, config.trainer)
     policy = policy_of(config, "cuda" if torch.cuda.is_available() else "cpu")
     base, prompts = task_of(config, policy, config.rollout.groups), load_prompts(config.prompts)
     tasks = {
@@ -91,12 +91,12 @@ def compare(config: TrainConfig, variants: Sequence[str], iterations: int) -> li
     return [{**row, "ratio": _ratios(row, rows[0])} for row in rows]
 
 
-def _check_unshared(config: TrainConfig) -> None:
+def _check_unshared(config: TrainConfig, trainer: PolicyGradient) -> None:
     """ConfigError if the trainer would find nothing to train on images that share no state."""
     path = path_of(config.policy.path)
     apart = replace(config.rollout, plan=Unshared(config.rollout.plan), kernel=config.rollout.kernel.on(path))
     try:
-        rehearse(config.trainer, apart, config.reward.name, path)
+        rehearse(trainer, apart, config.reward.name, path)
     except ValueError as error:
         raise ConfigError(
             f"without sharing the parts do not work together ({error}): leave out 'unshared', such as "

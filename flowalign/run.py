@@ -40,7 +40,6 @@ from flowalign.trainers import Task, Update
 from flowalign.trainers.collect import Collected
 from rewards import RewardBatch, RewardError, score
 
-
 ONE_REQUEST = 2.0  # seconds: with several processes a Ctrl-C comes from the terminal and again from their launcher
 
 

@@ -120,7 +120,7 @@ def test_a_second_ctrl_c_stops_at_once(
     shutil.copy(done / "prompts.txt", tmp_path)
     monkeypatch.setattr(run_module, "ONE_REQUEST", 0.0)
     monkeypatch.setattr(Run, "backward", interrupted)
-    with pytest.raises(KeyboardInterrupt, match="^$"):
+    with pytest.raises(KeyboardInterrupt, match=r"^$"):
         start(tiny_pipeline, tmp_path)
     assert not (tmp_path / "tiny" / "checkpoints").exists()
 
