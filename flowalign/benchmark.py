@@ -1,7 +1,7 @@
 """What sharing saves: an iteration as configured, beside the same with less sharing, in one run, turn by turn.
 
 `merged` is the configuration as it is. `per-edge`: one forward and backward per trained step in place of one per distinct
-state (and as many reference rows). `unshared`: every image has its own copy of its prefix, in rollout and update.
+state (and as many reference rows). `unshared`: that, and in the rollout every image has its own copy of its prefix.
 Variants take turns (A B C A B C …), so that a busy machine slows all alike; seconds are medians over iterations, counts
 are exact. No optimiser step is taken: all variants see the same weights.
 """
@@ -12,39 +12,36 @@ import argparse
 import json
 import resource
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
+from torch import Tensor
 
 from flowalign.config import ConfigError, TrainConfig, load_config
 from flowalign.data import PromptRecord, load_prompts, prompts_of_iteration
 from flowalign.files import write_atomic
-from flowalign.models.load import path_of
-from flowalign.trainers import PolicyGradient, Task, rehearse
+from flowalign.trainers import PolicyGradient, Task
 from flowalign.workbench import now, per_edge, policy_of, task_of, watched
-from samplers import Cost, Plan, Selected, Tree, generator, unshared
+from samplers import Forest, Kernel, Noise, Select, Tree, Velocity, unshared
 
 VARIANTS = ("merged", "per-edge", "unshared")
 UNIT = "forward equivalents; a trained row counts 2 (LoRA) or 3 (full weights), a reference row 1, guidance doubles"
 
 
-@dataclass(frozen=True)
-class Unshared:
-    """A plan without sharing."""
-
-    plan: Plan
-
-    def tree(self, num_steps: int, group_size: int, iteration: int, rng: np.random.Generator) -> Tree:
-        """The plan's tree, each leaf with its own path."""
-        return unshared(self.plan.tree(num_steps, group_size, iteration, rng)).tree
-
-    def forecast(self, num_steps: int, group_size: int) -> Cost:
-        """The cost of the first iteration's tree."""
-        return self.tree(num_steps, group_size, 0, generator(0, "select", 0)).cost()
+def rollout_unshared(
+    velocity: Velocity, x_start: Tensor, sigmas: Tensor, tree: Tree, kernel: Kernel, noise: Noise, *,
+    micro_batch: int | None = None, select: Select | None = None, keep_velocities: bool = False,
+) -> Forest:  # fmt: skip
+    """`rollout` that evaluates every state once for each leaf that it leads to. ConfigError for what it cannot do."""
+    if select is not None or keep_velocities:
+        raise ConfigError(
+            "the plan selects states, or the objective reads the rollout's velocities; code without sharing has neither: "
+            "leave out the variant 'unshared'"
+        )
+    return unshared(tree).rollout(velocity, x_start, sigmas, kernel, noise, micro_batch=micro_batch)
 
 
 def compare(config: TrainConfig, variants: Sequence[str], iterations: int) -> list[dict[str, Any]]:
@@ -58,25 +55,15 @@ def compare(config: TrainConfig, variants: Sequence[str], iterations: int) -> li
         raise ConfigError(
             f"trainer {type(config.trainer).__name__} came; expected PolicyGradient, whose steps are merged"
         )
-    if "unshared" in variants and isinstance(config.rollout.plan, Selected):
-        raise ConfigError("rollout.plan selects states; without sharing there is no such plan: leave out 'unshared'")
-    if "unshared" in variants:
-        _check_unshared(config, config.trainer)
     policy = policy_of(config, "cuda" if torch.cuda.is_available() else "cpu")
-    base, prompts = task_of(config, policy, config.rollout.groups), load_prompts(config.prompts)
-    tasks = {
-        name: replace(base, rollout=replace(base.rollout, plan=Unshared(base.rollout.plan)))
-        if name == "unshared"
-        else base
-        for name in variants
-    }
+    task, prompts = task_of(config, policy, config.rollout.groups), load_prompts(config.prompts)
     measured: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
     try:
         config.reward.load()
         for iteration in range(-1, iterations):  # the first one warms up
             chosen = prompts_of_iteration(prompts, config.rollout.groups, config.run.seed, max(iteration, 0))
-            for name, task in tasks.items():
-                found = _iteration(task, config.trainer, chosen, max(iteration, 0), edges=name == "per-edge")
+            for name in variants:
+                found = _iteration(task, config.trainer, chosen, max(iteration, 0), name)
                 if iteration >= 0:
                     measured[name].append(found)
     finally:
@@ -91,21 +78,8 @@ def compare(config: TrainConfig, variants: Sequence[str], iterations: int) -> li
     return [{**row, "ratio": _ratios(row, rows[0])} for row in rows]
 
 
-def _check_unshared(config: TrainConfig, trainer: PolicyGradient) -> None:
-    """ConfigError if the trainer would find nothing to train on images that share no state."""
-    path = path_of(config.policy.path)
-    apart = replace(config.rollout, plan=Unshared(config.rollout.plan), kernel=config.rollout.kernel.on(path))
-    try:
-        rehearse(trainer, apart, config.reward.name, path)
-    except ValueError as error:
-        raise ConfigError(
-            f"without sharing the parts do not work together ({error}): leave out 'unshared', such as "
-            "--variants merged,per-edge"
-        ) from error
-
-
 def _iteration(
-    task: Task, trainer: PolicyGradient, prompts: Sequence[PromptRecord], iteration: int, *, edges: bool
+    task: Task, trainer: PolicyGradient, prompts: Sequence[PromptRecord], iteration: int, variant: str
 ) -> dict[str, float]:
     """Counts and seconds of one iteration."""
     trainer = replace(trainer)
@@ -113,9 +87,9 @@ def _iteration(
     reset_peak()
     with watched(task.policy) as calls:
         began = now()
-        batch = trainer.collect(prompts, iteration)
+        batch = trainer.collect(prompts, iteration, rollout_unshared if variant == "unshared" else None)
         collected, sampled = now(), len(calls)
-        parts = per_edge(trainer, task, batch) if edges else [(trainer, 1.0)]
+        parts = [(trainer, 1.0)] if variant == "merged" else per_edge(trainer, task, batch)
         updating, backward = now(), 0.0
         for part, share in parts:
             for update in part.updates(batch):

@@ -56,7 +56,7 @@ from samplers.plans import (
     tree,
     window,
 )  # fmt: skip
-from samplers.rollout import rollout
+from samplers.rollout import Noise, Velocity, rollout
 from samplers.schedules import diffusers_sigmas, dynamic_sigmas, plain_sigmas, shift, unshift
 from samplers.selection import Best, Look, Select, candidates
 from samplers.stored import load_forest, save_forest
@@ -76,5 +76,5 @@ __all__ = [
     "TreeWindow", "Window", "branch", "chain", "compressed", "probed", "scattered", "tree", "window",
     "Fixed", "Position", "Random", "Sliding",
     "STREAMS", "KeyedNoise", "generator", "normal",
-    "Forest", "Velocities", "load_forest", "save_forest", "rollout",
+    "Forest", "Velocities", "load_forest", "save_forest", "Noise", "Velocity", "rollout",
 ]  # fmt: skip

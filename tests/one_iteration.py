@@ -4,6 +4,7 @@
 gradients, start states, counts. sharded: the frozen weights are, as under FSDP2.
 """
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,8 +98,9 @@ def run(pipeline: str, output: Path, plan: str, weights: str) -> None:
         output / f"{processes.rank}.safetensors",
         metadata={name: repr(value) for name, value in metrics.items() if not name.startswith("time/")},
     )
-    accelerator.end_training()  # a process group that nobody ends may abort the interpreter's exit
+    accelerator.end_training()
 
 
 if __name__ == "__main__":
     run(sys.argv[1], Path(sys.argv[2]), sys.argv[3], sys.argv[4])
+    os._exit(0)  # torch's threads sometimes abort the interpreter's own way out, after all is done

@@ -5,6 +5,7 @@ replicated|sharded CONFIG [key=value ...]`.
 """
 
 import gc
+import os
 import sys
 
 from accelerate import DistributedType
@@ -33,5 +34,5 @@ if __name__ == "__main__":
     code = cli.train(sys.argv[2:])
     sharded = [thing for thing in gc.get_objects() if type(thing) is Lockstep]
     assert len(sharded) == (sys.argv[1] == "sharded")
-    print(f"made up for {sum(lockstep.made_up for lockstep in sharded)} calls")
-    sys.exit(code)
+    print(f"made up for {sum(lockstep.made_up for lockstep in sharded)} calls", flush=True)
+    os._exit(code)  # torch's threads sometimes abort the interpreter's own way out, after all is done

@@ -7,11 +7,10 @@ import pytest
 import torch
 
 from flowalign import benchmark, cli
-from flowalign.benchmark import Unshared, compare, peak, reset_peak, table
+from flowalign.benchmark import compare, peak, reset_peak, table
 from flowalign.config import ConfigError, load_config
 from flowalign.doctor import distinct_prompts
 from flowalign.workbench import distance, gradients, per_edge, policy_of, task_of
-from samplers import Chain, Window, generator
 
 CONFIG = str(Path(__file__).parent / "data" / "tiny.yaml")
 AT_STEP_1 = ["rollout.plan.init_args.low=1", "rollout.plan.init_args.high=2"]  # one step of prefix, T = 3, 3 images
@@ -90,11 +89,16 @@ def test_one_pass_per_edge_gives_the_merged_gradient(tiny_pipeline: Path, plan: 
     assert distance({name: 0.5 * grad for name, grad in whole.items()}, whole) == pytest.approx(0.5)
 
 
-def test_a_plan_without_sharing_forecasts_its_tree() -> None:
-    rng = generator(0, "select", 3)
-    for plan, states in ((Window(size=2), 4 * 6), (Chain(), 4 * 6)):
-        wrapped = Unshared(plan)
-        assert wrapped.forecast(6, 4).rollout == states == wrapped.tree(6, 4, 3, rng).cost().rollout
+@pytest.mark.parametrize(
+    "part", [["trainer.objective=flowalign.objectives.KLMask"],
+             ["rollout.plan=samplers.Selected", "rollout.plan.plan=samplers.Chain", "rollout.plan.counts={1: 2}"]],
+    ids=["velocities", "selection"],
+)  # fmt: skip
+def test_what_has_no_form_without_sharing_is_refused(tiny_pipeline: Path, part: list[str]) -> None:
+    config, _ = load_config(CONFIG, [f"policy.path={tiny_pipeline}", *part])
+    assert [row["variant"] for row in compare(config, ["merged", "per-edge"], 1)] == ["merged", "per-edge"]
+    with pytest.raises(ConfigError, match="leave out the variant 'unshared'"):
+        compare(config, ["unshared"], 1)
 
 
 @pytest.mark.parametrize(
@@ -108,21 +112,11 @@ def test_bad_arguments_are_named(
     assert named in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("overrides", "named"),
-    [
-        (["rollout.plan=samplers.Probed", "rollout.plan.plan=samplers.Chain", "trainer.credit=flowalign.credit.Gain"],
-         "leave out 'unshared'"),
-        (["reward=rewards.FunctionReward", "reward.path=tests.test_benchmark:flat",
-          "trainer.select=flowalign.objectives.NonZeroAdvantage"], "AllEdges"),
-    ],
-    ids=["no completions without sharing", "nothing to learn"],
-)  # fmt: skip
-def test_what_cannot_be_compared_is_said(
-    tiny_pipeline: Path, overrides: list[str], named: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert cli.benchmark([CONFIG, f"policy.path={tiny_pipeline}", "--iterations", "1", *overrides]) == 2
-    assert named in capsys.readouterr().err
+def test_a_benchmark_that_trains_nothing_is_said(tiny_pipeline: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flat = ["reward=rewards.FunctionReward", "reward.path=tests.test_benchmark:flat"]
+    overrides = [f"policy.path={tiny_pipeline}", *flat, "trainer.select=flowalign.objectives.NonZeroAdvantage"]
+    assert cli.benchmark([CONFIG, "--iterations", "1", *overrides]) == 2
+    assert "AllEdges" in capsys.readouterr().err
 
 
 def test_an_output_that_cannot_be_written_is_said_before_the_work(

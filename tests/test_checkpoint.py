@@ -187,7 +187,7 @@ def killed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("killed")
     here = Path(__file__).parent
     environment = {**os.environ, "PYTHONPATH": str(here.parent), "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-c", KILLER, str(folder), str(here)], check=True, env=environment, timeout=120)
+    subprocess.run([sys.executable, "-c", KILLER, str(folder), str(here)], check=True, env=environment, timeout=300)
     return folder
 
 

@@ -108,7 +108,7 @@ def test_a_run_in_two_processes_ends_where_one_does(tiny_pipeline: Path, tmp_pat
         environment = {"PYTHONPATH": str(root), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
             [sys.executable, *runner, *call, f"run.output={output}", f"run.iterations={iterations}"],
-            env=environment, timeout=150, capture_output=True, text=True, check=False,
+            env=environment, timeout=300, capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-2000:]
         assert done.stdout.count("held-out jpeg_compressibility") == 1  # one process speaks

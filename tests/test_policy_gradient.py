@@ -82,6 +82,17 @@ def run_updates(trainer, batch) -> None:
 # ---------------------------------------------------------------------------------------------- counts (I2)
 
 
+@pytest.mark.parametrize("kl", [0.0, 0.1])
+def test_where_nothing_differs_there_is_no_update(tiny_pipeline: Path, kl: float) -> None:
+    policy, trainer = make(tiny_pipeline, Window(), select=NonZeroAdvantage(), kl=KLPenalty(kl), updates_per_rollout=2)
+    batch = trainer.collect(PROMPTS, 0)
+    flat = torch.where(torch.arange(6)[:, None] < 3, batch.scores, 0.5)  # the second prompt's images score alike
+    before = policy.evaluations
+    first, second = trainer.updates(replace(batch, scores=flat))
+    assert len(first.micro_batches) == 1 and second.micro_batches == []
+    assert "loss/policy" not in second.after() and policy.evaluations - before == int(kl > 0)
+
+
 def test_a_selected_plan_keeps_the_best_previews_and_looks_once(tiny_pipeline: Path) -> None:
     plan = Selected(Window(size=1, low=1, high=2), {2: 2})
     policy, trainer = make(tiny_pipeline, plan, group_size=5, steps=6)
@@ -312,21 +323,3 @@ def test_zero_advantage_edges_can_be_skipped() -> None:
     assert NonZeroAdvantage().choose(forest, advantages)[group == flat].tolist() == [False, False]
     assert int(NonZeroAdvantage().choose(forest, advantages).sum()) == 2
     assert int(AllEdges().choose(forest, advantages).sum()) == 4
-
-
-def test_an_update_without_a_chosen_edge_asks_the_network_nothing(tiny_pipeline: Path) -> None:
-    """All images of its prompts score alike: that happens, and must not end a run."""
-    policy, trainer = make(
-        tiny_pipeline,
-        Window(size=1, low=1, high=2),
-        select=NonZeroAdvantage(),
-        kl=KLPenalty(0.1),
-        updates_per_rollout=2,
-    )
-    batch = trainer.collect(PROMPTS, 0)
-    scores = torch.where(batch.forest.tree.group[batch.forest.tree.leaves] == 0, batch.scores[:, 0], 0.5)[:, None]
-    one_flat, all_flat = replace(batch, scores=scores), replace(batch, scores=torch.full_like(scores, 0.5))
-    assert [len(update.micro_batches) for update in trainer.updates(one_flat)] == [1, 0]
-    before = policy.evaluations
-    run_updates(trainer, all_flat)
-    assert policy.evaluations == before and not gradients(policy)

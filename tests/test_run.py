@@ -241,7 +241,7 @@ def test_a_run_killed_at_any_moment_ends_in_the_same_bits(tiny_pipeline: Path, t
     config = str(Path(__file__).parent / "data" / "tiny.yaml")
     here = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
     script = [sys.executable, "-W", "ignore", "-c", KILLER, config, str(tiny_pipeline), str(tmp_path)]
-    said = subprocess.run(script, check=True, capture_output=True, text=True, env=here, timeout=120).stdout
+    said = subprocess.run(script, check=True, capture_output=True, text=True, env=here, timeout=300).stdout
     assert int(said.split()[-1]) >= 1  # it did die on the way
     (tensors, state, rows), (expected, expected_state, expected_rows) = (
         result(tmp_path / name) for name in ("killed", "whole")

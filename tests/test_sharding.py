@@ -23,7 +23,7 @@ def launch(home: Path, module: str, *arguments: str) -> str:
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", module, *arguments],
         cwd=Path(__file__).parents[1],
         env={"OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HOME": str(home), "ACCELERATE_USE_CPU": "true"},
-        timeout=150, capture_output=True, text=True,
+        timeout=300, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

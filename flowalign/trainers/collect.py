@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,12 +49,15 @@ def grow(task: Task, iteration: int, groups: range) -> Tree:
 
 
 @torch.no_grad()
-def collect(task: Task, prompts: Sequence[PromptRecord], iteration: int, *, keep_velocities: bool = False) -> Collected:
+def collect(
+    task: Task, prompts: Sequence[PromptRecord], iteration: int, *, keep_velocities: bool = False,
+    roll: Callable[..., Forest] | None = None,
+) -> Collected:  # fmt: skip
     """Rolls out `prompts` (one group each), decodes every leaf and scores it.
 
     A `Selected` plan keeps the states of which the previews (x̂0 of their velocities, which are not evaluated again) get
-    the highest rewards. keep_velocities: the forest knows the rollout's own, as the role "old". Each process does whole
-    groups, its share; what comes back is the batch of all of them."""
+    the highest rewards. keep_velocities: the forest knows the rollout's own, as the role "old". roll: another engine
+    with the arguments of `rollout`. Each process does whole groups, its share; what comes back is the batch of all."""
     settings, policy, processes = task.rollout, task.policy, task.processes
     share = processes.share(len(prompts))
     tree = grow(task, iteration, share)
@@ -79,7 +82,7 @@ def collect(task: Task, prompts: Sequence[PromptRecord], iteration: int, *, keep
 
     began, rows_before = time.perf_counter(), policy.evaluations
     sigmas = policy.sigmas(settings.num_inference_steps)
-    forest = rollout(
+    forest = (roll or rollout)(
         velocity, policy.start(noise.start(tree)), sigmas, tree, settings.kernel, noise.step,
         micro_batch=settings.micro_batch,
         select=settings.plan.by(preview) if isinstance(settings.plan, Selected) else None,

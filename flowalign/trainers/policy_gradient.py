@@ -141,9 +141,14 @@ class PolicyGradient:
     def state(self) -> dict[str, Any]:
         return {"steps": self._steps}
 
-    def collect(self, prompts: Sequence[PromptRecord], iteration: int) -> Any:
+    def collect(
+        self, prompts: Sequence[PromptRecord], iteration: int, roll: Callable[..., Forest] | None = None
+    ) -> Any:
+        """See `trainers.collect.collect`."""
         aims = self.layer_tuning is not None and self.layer_tuning.needs_old
-        return collect(self._task, prompts, iteration, keep_velocities=self.objective.needs_old_means or aims)
+        return collect(
+            self._task, prompts, iteration, keep_velocities=self.objective.needs_old_means or aims, roll=roll
+        )
 
     def updates(self, batch: Any) -> Iterable[Update]:
         """The optimiser steps of one rollout."""
@@ -171,12 +176,13 @@ class PolicyGradient:
         aimed = int(torch.isin(parents, targets.nodes).sum()) if targets else 0
         record: list[dict[str, Tensor]] = []
         micro_batches = []
-        for dealt in self._task.processes.deal(len(parents)).split(self.micro_batch) if len(parents) else ():
+        rows = self._task.processes.deal(len(parents))
+        for dealt in rows.split(self.micro_batch) if len(rows) else ():
             place = torch.full((len(parents),), -1)
             place[dealt[dealt >= 0]] = torch.arange(int((dealt >= 0).sum()))
             mine = place[position] >= 0
-            rows, own = parents[dealt.clamp(min=0)], parents[dealt[dealt >= 0]]
-            loss = partial(self._loss, batch, rows, trained[mine], place[position[mine]], len(trained), record, first)
+            states, own = parents[dealt.clamp(min=0)], parents[dealt[dealt >= 0]]
+            loss = partial(self._loss, batch, states, trained[mine], place[position[mine]], len(trained), record, first)
             supervised = partial(self._supervised, batch, targets, own, aimed)
             micro_batches.append(partial(loss, supervised))
         for group in self._adamw.param_groups:
