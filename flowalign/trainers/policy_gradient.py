@@ -159,7 +159,8 @@ class PolicyGradient:
         aimed = int(torch.isin(parents, targets.nodes).sum()) if targets else 0
         record: list[dict[str, Tensor]] = []
         micro_batches = []
-        for dealt in self._task.processes.deal(len(parents)).split(self.micro_batch):
+        dealt_rows = self._task.processes.deal(len(parents))
+        for dealt in dealt_rows.split(self.micro_batch) if len(parents) else ():  # an empty tensor splits into one part
             place = torch.full((len(parents),), -1)
             place[dealt[dealt >= 0]] = torch.arange(int((dealt >= 0).sum()))
             mine = place[position] >= 0
@@ -216,8 +217,10 @@ class PolicyGradient:
 
     def _check_replay(self, log_ratio: Tensor, bounds: Tensor | None) -> None:
         """Invariant I1: an unchanged policy repeats its log-probs."""
+        if not len(log_ratio):  # padding only
+            return
         limit = self.objective.drift_limit if bounds is None else float(bounds.min())
-        drift = float(log_ratio.abs().max()) if len(log_ratio) else 0.0
+        drift = float(log_ratio.abs().max())
         if not drift <= limit:
             raise RuntimeError(
                 f"replay drift {drift:.2e} exceeds the clip range {limit:.2e} before the first step: the update would "
