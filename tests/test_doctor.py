@@ -55,11 +55,16 @@ def examined(
         [*GUIDED, "policy.negative_prompt=a word"],
         ["rollout.plan.class_path=samplers.Chain", "trainer.updates_per_rollout=2", "rollout.kernel=samplers.CPS"],
         ["trainer.objective.class_path=flowalign.objectives.Guard", "trainer.micro_batch=1"],
+        [
+            "rollout.kernel=samplers.DPMSolver",
+            "rollout.kernel.init_args.kernel=samplers.FlowSDE",
+            "rollout.num_inference_steps=5",
+        ],  # from σ = 1, at it and to 0 the solver is of first order
         ["policy.trainable=full", "policy.reference_copy=true"],
         ["policy.trainable=full", "trainer.kl.beta=0"],
         ["policy.dtype=bf16", "trainer.objective.clip_range=0.2"],
     ],
-    ids=["lora", "guided", "chain", "guard", "full-reference", "full", "bf16"],
+    ids=["lora", "guided", "chain", "guard", "second-order", "full-reference", "full", "bf16"],
 )
 def test_a_healthy_policy_is_all_green(tiny_pipeline: Path, overrides: list[str]) -> None:
     findings = list(diagnose(CONFIG, [f"policy.path={tiny_pipeline}", *overrides]))
