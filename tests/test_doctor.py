@@ -326,8 +326,11 @@ def test_log_probs_of_another_policy_do_not_replay(tiny_pipeline: Path, monkeypa
 
 def test_memory_that_does_not_fit(tiny_pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cost, "_memory", lambda device: 1000.0)
-    finding = found(examined(tiny_pipeline), "memory")
+    findings = examined(tiny_pipeline, "policy.trainable=full", "trainer.kl.beta=0")
+    finding = found(findings, "memory")
     assert finding.ok is False and "lower rollout.groups" in finding.advice
+    trained = int(found(findings, "adapters").figure.split()[0].replace(",", ""))  # fp32: a gradient and two moments
+    assert f"gradient + AdamW {3 * 4 * trained / 2**20:.1f}" in finding.figure
 
 
 # ------------------------------------------------------------------------------------------ faults in the reward

@@ -83,6 +83,18 @@ def test_layer_tuning_adds_its_gradient(tiny_pipeline: Path) -> None:
     assert all(torch.equal(plain[name], off[name]) for name in plain)
 
 
+def test_layer_tuning_is_a_mean_over_the_states_of_its_own_update(tiny_pipeline: Path) -> None:
+    plan, loss = Window(size=3, low=0, high=3, position=Fixed(0)), {}
+    for parts in (1, 2):
+        _, trainer = make(tiny_pipeline, plan, layer_tuning=LayerTuning(scale=5.0), updates_per_rollout=parts)
+        batch, loss[parts] = trainer.collect(PROMPTS, 0), []
+        for update in trainer.updates(batch):
+            for micro_batch in update.micro_batches:
+                micro_batch().backward()
+            loss[parts].append(update.after()["loss/sft"])
+    assert sum(loss[2]) / 2 == pytest.approx(loss[1][0], rel=1e-4)  # equally many states in both groups
+
+
 def test_the_loss_does_not_depend_on_the_micro_batch(tiny_pipeline: Path) -> None:
     parts = {"objective": Guard(1e-3), "layer_tuning": LayerTuning(scale=1.0), "kl": KLPenalty(0.1)}
     whole, *_ = trained(tiny_pipeline, **parts)
