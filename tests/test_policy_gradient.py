@@ -22,6 +22,7 @@ from samplers import (
     FlowSDE,
     KeyedNoise,
     Selected,
+    Sourced,
     Tree,
     Window,
     diffusers_sigmas,
@@ -312,3 +313,11 @@ def test_zero_advantage_edges_can_be_skipped() -> None:
     assert NonZeroAdvantage().choose(forest, advantages)[group == flat].tolist() == [False, False]
     assert int(NonZeroAdvantage().choose(forest, advantages).sum()) == 2
     assert int(AllEdges().choose(forest, advantages).sum()) == 4
+
+
+def test_a_plan_with_roots_of_a_teacher_is_refused(tiny_pipeline: Path) -> None:
+    """`collect` rolls all out as the student: they would pass for the teacher's in silence."""
+    _, trainer = make(tiny_pipeline, Chain())
+    trainer.check(Rollout(Chain(), FlowSDE(), groups=2, group_size=4, num_inference_steps=4))
+    with pytest.raises(ValueError, match="take the plan out of its Sourced"):
+        trainer.check(Rollout(Sourced(Chain(), teacher=1), FlowSDE(), groups=2, group_size=4, num_inference_steps=4))

@@ -27,7 +27,7 @@ from flowalign.objectives import (
 )
 from flowalign.trainers.base import AdamW, Rollout, Task, Update
 from flowalign.trainers.collect import Collected, collect
-from samplers import Forest
+from samplers import SOURCES, Forest, generator
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +95,14 @@ class PolicyGradient:
                 f"rollout.groups={rollout.groups} cannot be split into trainer.updates_per_rollout="
                 f"{self.updates_per_rollout} equal parts: choose a divisor"
             )
-        cost = rollout.plan.forecast(rollout.num_inference_steps, rollout.group_size)
+        size = (rollout.num_inference_steps, rollout.group_size)
+        sources = rollout.plan.tree(*size, 0, generator("check")).source.unique().tolist()
+        if sources != [0]:
+            raise ValueError(
+                f"rollout.plan has roots of the sources {sources} (of {SOURCES}); expected 0 only, since all are rolled "
+                "out by the student: take the plan out of its Sourced"
+            )
+        cost = rollout.plan.forecast(*size)
         if cost.leaves < 2:
             raise ValueError(
                 f"rollout.plan leaves {cost.leaves} image of each prompt: let its selection keep at least 2, the "

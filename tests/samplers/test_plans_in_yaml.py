@@ -48,7 +48,7 @@ def plan_of(folder: Path, said: object) -> Plan:
         (part("Probed", plan=part("Chain"), steps=2, at=[1, 2]), Probed(Chain(), 2, at=(1, 2))),
         (part("Probed", plan=part("Compressed", plan=part("Window", size=1), ratio=0.5)),
          Probed(Compressed(Window(1), 0.5))),
-        (part("Sourced", plan=part("Chain"), teacher=1), Sourced(Chain(), teacher=1)),
+        (part("Sourced", plan=part("Chain")), Sourced(Chain())),  # a teacher is refused: nothing rolls out as one yet
         (part("Selected", plan=part("Chain"), counts={1: 4}, within="root"), Selected(Chain(), {1: 4}, "root")),
     ],
 )  # fmt: skip
