@@ -13,6 +13,7 @@ def forecast(config: TrainConfig) -> str:
     images = rollout.groups * cost.leaves
     updates = config.trainer.updates_per_iteration()
     sample, train = (guided * rollout.groups * rows for rows in (cost.rollout, cost.train))
+    reference = train if config.trainer.needs_reference() else 0
     return "\n".join(
         [
             f"run {run.name}: {run.iterations} iterations × {rollout.groups} prompts × {cost.leaves} images = "
@@ -21,7 +22,7 @@ def forecast(config: TrainConfig) -> str:
             f"{cost.train * rollout.groups} distinct states, {updates} optimiser step(s) of "
             f"{rollout.groups // updates} prompts",
             f"network evaluations per image: rollout {sample / images:.2f}, update at most {train / images:.2f} "
-            "forward and backward",
-            f"whole run: {run.iterations * sample:,} forwards, at most {run.iterations * train:,} with backward",
+            "forward and backward" + (f", reference at most {reference / images:.2f}" if reference else ""),
+            f"whole run: at most {run.iterations * (sample + reference):,} forwards, {run.iterations * train:,} with backward",
         ]
     )

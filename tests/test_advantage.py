@@ -216,6 +216,10 @@ def test_asymmetric_golden() -> None:
     focus = 0.025 / (2 * 0.125**0.5) + 0.975 / (2 * 0.875**0.5)
     got = column(Asymmetric(alpha=0.025).compare(side_by_side(4), given(rare)))
     np.testing.assert_allclose(got, z * focus, rtol=1e-6)
+    chains = grown(chain(4, 4))  # three steps each: still four samples
+    of_edge = given(rare[chains.tree.root[chains.tree.edges]])
+    got = Asymmetric(alpha=0.025).compare(chains, of_edge).values[:, 0]
+    np.testing.assert_allclose(got, (z * focus)[chains.tree.root[chains.tree.edges]], rtol=1e-6)
     flat = Asymmetric().compare(side_by_side(2, 2), given([1, 1, 1, 0]))
     assert column(flat)[:2] == [0, 0] and flat.zero_std_ratio == 0.5  # groups with p in {0, 1} are skipped
 

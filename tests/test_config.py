@@ -154,7 +154,11 @@ def test_overrides_win_and_the_forecast_counts_what_they_say(tiny_pipeline: Path
          "rollout.plan.size=2", "rollout.plan.low=4", "rollout.plan.high=6"],
     )  # fmt: skip
     assert plain["rollout"]["group_size"] == 24
-    assert "rollout 5.21, update at most 1.04" in forecast(config)  # (4 + 1 + 24·5)/24 and (1 + 24)/24
+    said = forecast(config)  # (4 + 1 + 24·5)/24 and (1 + 24)/24
+    assert "rollout 5.21, update at most 1.04 forward and backward, reference at most 1.04" in said
+    assert f"at most {3 * 2 * (125 + 25):,} forwards, {3 * 2 * 25:,} with backward" in said
+    config, _ = load_config(CONFIG, [f"policy.path={tiny_pipeline}", "trainer.kl.beta=0"])
+    assert "reference" not in forecast(config)
 
 
 @pytest.mark.parametrize("path", sorted(Path("configs").glob("*.yaml")), ids=lambda path: path.name)

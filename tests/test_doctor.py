@@ -55,12 +55,17 @@ def examined(
         [*GUIDED, "policy.negative_prompt=a word"],
         ["rollout.plan.class_path=samplers.Chain", "trainer.updates_per_rollout=2", "rollout.kernel=samplers.CPS"],
         ["trainer.objective.class_path=flowalign.objectives.Guard", "trainer.micro_batch=1"],
+        [
+            "rollout.kernel=samplers.DPMSolver",
+            "rollout.kernel.init_args.kernel=samplers.FlowSDE",
+            "rollout.num_inference_steps=5",
+        ],  # from σ = 1, at it and to 0 the solver is of first order
         ["policy.trainable=full", "policy.reference_copy=true"],
         ["policy.trainable=full", "trainer.kl.beta=0"],
         ["policy.dtype=bf16", "trainer.objective.clip_range=0.2"],
         ["policy.roles={old: {update: copy}, fake: {update: trained}}"],
     ],
-    ids=["lora", "guided", "chain", "guard", "full-reference", "full", "bf16", "roles"],
+    ids=["lora", "guided", "chain", "guard", "second-order", "full-reference", "full", "bf16", "roles"],
 )
 def test_a_healthy_policy_is_all_green(tiny_pipeline: Path, overrides: list[str]) -> None:
     findings = list(diagnose(CONFIG, [f"policy.path={tiny_pipeline}", *overrides]))
@@ -332,8 +337,11 @@ def test_log_probs_of_another_policy_do_not_replay(tiny_pipeline: Path, monkeypa
 
 def test_memory_that_does_not_fit(tiny_pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cost, "_memory", lambda device: 1000.0)
-    finding = found(examined(tiny_pipeline), "memory")
+    findings = examined(tiny_pipeline, "policy.trainable=full", "trainer.kl.beta=0")
+    finding = found(findings, "memory")
     assert finding.ok is False and "lower rollout.groups" in finding.advice
+    trained = int(found(findings, "adapters").figure.split()[0].replace(",", ""))  # fp32: a gradient and two moments
+    assert f"gradient + AdamW {3 * 4 * trained / 2**20:.1f}" in finding.figure
 
 
 # ------------------------------------------------------------------------------------------ faults in the reward

@@ -18,7 +18,7 @@ from flowalign.models import Policy, check_lora_targets
 from flowalign.models.load import DTYPES, FAMILIES, inspect_checkpoint, resolve
 from flowalign.trainers import Task
 from flowalign.workbench import distance
-from samplers import RectifiedFlow, chain, normal, rollout
+from samplers import ODE, RectifiedFlow, chain, normal, rollout
 
 
 def rounding(settings: PolicySettings, exact: float) -> float:
@@ -119,6 +119,7 @@ def check_velocity(task: Task, settings: PolicySettings, texts: Sequence[str]) -
 def check_parity(task: Task, settings: PolicySettings, texts: Sequence[str]) -> Finding:
     """The deterministic rollout against a pipeline freshly read from the checkpoint, its own scheduler, same latents.
 
+    By the ODE, whatever the run's kernel: DPMSolver and a guided kernel leave the pipeline's way on purpose.
     Two prompts without guidance, and if the rollout is guided one prompt with it (the pipeline encodes the negative text
     once per prompt, we once: text encoders round by batch size). The networks are shared, so no memory is doubled."""
     pipeline = _fresh_pipeline(task.policy, settings)
@@ -164,7 +165,7 @@ def _deterministic(task: Task, prompts: list[str], start: Tensor, guidance: floa
     tree = replace(one, level=torch.zeros_like(one.level))
     forest = rollout(
         lambda x, sigma, root: policy.velocity(x, sigma, conditions.rows(root), guidance_scale=guidance),
-        policy.start(start), policy.sigmas(steps), tree, task.rollout.kernel, lambda tree, nodes: torch.empty(0),
+        policy.start(start), policy.sigmas(steps), tree, ODE().on(policy.path), lambda tree, nodes: torch.empty(0),
     )  # fmt: skip
     return forest.at(tree.leaves)
 

@@ -234,8 +234,10 @@ class PolicyGradient:
 
     def _check_replay(self, log_ratio: Tensor, bounds: Tensor | None) -> None:
         """Invariant I1: an unchanged policy repeats its log-probs."""
+        if not len(log_ratio):  # padding only
+            return
         limit = self.objective.drift_limit if bounds is None else float(bounds.min())
-        drift = float(log_ratio.abs().max()) if len(log_ratio) else 0.0
+        drift = float(log_ratio.abs().max())
         if not drift <= limit:
             raise RuntimeError(
                 f"replay drift {drift:.2e} exceeds the clip range {limit:.2e} before the first step: the update would "

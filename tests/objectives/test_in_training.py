@@ -18,6 +18,7 @@ from flowalign.objectives import (
     LayerTuning,
     NonZeroAdvantage,
 )
+from flowalign.processes import Processes
 from samplers import Chain, Fixed, Window
 from tests.test_policy_gradient import PROMPTS, gradients, make, run_updates
 
@@ -82,6 +83,18 @@ def test_layer_tuning_adds_its_gradient(tiny_pipeline: Path) -> None:
     assert all(torch.equal(plain[name], off[name]) for name in plain)
 
 
+def test_layer_tuning_is_a_mean_over_the_states_of_its_own_update(tiny_pipeline: Path) -> None:
+    plan, loss = Window(size=3, low=0, high=3, position=Fixed(0)), {}
+    for parts in (1, 2):
+        _, trainer = make(tiny_pipeline, plan, layer_tuning=LayerTuning(scale=5.0), updates_per_rollout=parts)
+        batch, loss[parts] = trainer.collect(PROMPTS, 0), []
+        for update in trainer.updates(batch):
+            for micro_batch in update.micro_batches:
+                micro_batch().backward()
+            loss[parts].append(update.after()["loss/sft"])
+    assert sum(loss[2]) / 2 == pytest.approx(loss[1][0], rel=1e-4)  # equally many states in both groups
+
+
 def test_the_loss_does_not_depend_on_the_micro_batch(tiny_pipeline: Path) -> None:
     parts = {"objective": Guard(1e-3), "layer_tuning": LayerTuning(scale=1.0), "kl": KLPenalty(0.1)}
     whole, *_ = trained(tiny_pipeline, **parts)
@@ -110,3 +123,24 @@ def test_equal_channels_with_half_the_weight_are_one(tiny_pipeline: Path) -> Non
     both = gradients(policy)
     for name, gradient in one.items():
         torch.testing.assert_close(both[name], gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_dynamic_bounds_of_a_process_that_only_pads(tiny_pipeline: Path) -> None:
+    """Two states for three processes: the last one has no edge, so no bound to judge its replay by."""
+    plan = Window(size=1, low=0, high=3, position=Fixed(0))
+    _, trainer = make(tiny_pipeline, plan, dynamic_clip=DynamicClip(1e-3, 1e-2))
+    batch = trainer.collect(PROMPTS, 0)
+    trainer._task = replace(trainer._task, processes=Processes(2, 3))
+    (update,) = trainer.updates(batch)
+    assert [float(micro_batch().detach()) for micro_batch in update.micro_batches] == [0.0]
+
+
+def test_where_no_advantage_is_left_there_is_no_step(tiny_pipeline: Path) -> None:
+    """One group scores alike: with NonZeroAdvantage and an update per group, only the other one is a step."""
+    _, trainer = make(tiny_pipeline, SHARED, select=NonZeroAdvantage(), updates_per_rollout=2)
+    batch = trainer.collect(PROMPTS, 0)
+    batch.scores[:3] = 0.5
+    assert batch.forest.tree.group[batch.forest.tree.leaves].tolist() == [0, 0, 0, 1, 1, 1]
+    silent, loud = trainer.updates(batch)
+    assert not silent.micro_batches and "ratio/clip_fraction" not in silent.after()
+    assert len(loud.micro_batches) == 1

@@ -172,6 +172,9 @@ def test_dynamic_bounds() -> None:
     expected = 5e-5 + 1.5e-4 / (1 + np.exp(-4 * relative))
     np.testing.assert_allclose(got[root == 0, 0, 1], expected, rtol=1e-12)
     np.testing.assert_allclose(got[root == 1, 0, 0], 5e-5 + 0.75e-4)  # nothing differs in the other tree
+    small = torch.where(root[:, None] == 0, values, 0.01 * torch.ones_like(values))  # each tree has its own largest
+    got = DynamicClip(5e-5, 2e-4, 4.0).bounds(forest, Advantages(small, everywhere(small), 0.0))
+    np.testing.assert_allclose(got[root == 1, 0, 0], expected[0], rtol=1e-12)
     constant = DynamicClip(1e-4, 1e-4).bounds(forest, Advantages(values, everywhere(values), 0.0))
     np.testing.assert_allclose(constant, 1e-4)
 

@@ -119,6 +119,9 @@ def test_best_and_worst_samples_of_each_group() -> None:
     valid = root != 1  # a masked sample is no candidate: the next worst takes its place
     kept = BestOfN(4).choose(forest, told(forest, advantages.values[:, 0] * valid, valid))
     assert root[kept].unique().tolist()[:4] == [0, 2, 3, 4]
+    masked = (root != 2) | (edges == edges[root == 2][0])  # a sample is as good as its mean step, however many count
+    kept = BestOfN(2).choose(forest, told(forest, advantages.values[:, 0] * masked, masked))
+    assert root[kept].unique().tolist()[:2] == [1, 2]
     with pytest.raises(ValueError, match="even number"):
         BestOfN(3)
     assert len(edges) == 36

@@ -107,6 +107,9 @@ def test_rates_of_the_three_forms(name: str) -> None:
     s2 = plain.std[:, None] ** 2
     torch.testing.assert_close(got["score_half"], plain.mean + s2 / 1.6 * gradient)
     torch.testing.assert_close(got["doob"], plain.mean + s2 / 0.8 * gradient)
+    for form, mean in got.items():  # a rate that is not multiplied by h = 0.2
+        whole = Guided(kernel, ASCENT, form=form, beta=0.8, path=path, use_delta=False)(X, V, 0.7, 0.5, ctx).mean
+        torch.testing.assert_close(whole - plain.mean, (mean - plain.mean) / 0.2)
     score = path.score_from_velocity(X, V, 0.7) + gradient / 0.8
     tilted = kernel(X, path.velocity_from_score(X, score, 0.7), 0.7, 0.5)
     torch.testing.assert_close(got["full_tilt"], tilted.mean)
