@@ -165,6 +165,8 @@ def check(config: TrainConfig) -> None:
     for key, scale in (("rollout", rollout.guidance_scale), ("evaluation", config.evaluation.guidance_scale)):
         if not 1 <= scale < math.inf:  # at 0 the prompt would be ignored, where diffusers means no guidance
             raise ConfigError(f"{key}.guidance_scale={scale}: expected a number from 1 (no guidance)")
+    if rollout.branch_scale is not None and not 0 < rollout.branch_scale < math.inf:
+        raise ConfigError(f"rollout.branch_scale={rollout.branch_scale}: expected a number above 0, or null")
     for tracker in config.run.trackers:
         if find_spec(tracker) is None:
             raise ConfigError(f"run.trackers names {tracker!r}, which is not installed: install it, or leave it out")

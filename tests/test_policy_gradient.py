@@ -93,6 +93,17 @@ def test_where_nothing_differs_there_is_no_update(tiny_pipeline: Path, kl: float
     assert "loss/policy" not in second.after() and policy.evaluations - before == int(kl > 0)
 
 
+def test_siblings_share_noise_where_the_rollout_says_so(tiny_pipeline: Path) -> None:
+    drawn = []
+    for scale in (None, 0.01):
+        _, trainer = make(tiny_pipeline, Window(low=1, high=2, size=1), group_size=3)
+        trainer.prepare(replace(trainer._task, rollout=replace(trainer._task.rollout, branch_scale=scale)), None)
+        forest = trainer.collect(PROMPTS, 0).forest
+        arrived = forest.at(forest.tree.edges).unflatten(0, (2, 3))
+        drawn.append((arrived - arrived.mean(1, keepdim=True)).norm())
+    assert drawn[1] < 0.02 * drawn[0]
+
+
 def test_a_selected_plan_keeps_the_best_previews_and_looks_once(tiny_pipeline: Path) -> None:
     plan = Selected(Window(size=1, low=1, high=2), {2: 2})
     policy, trainer = make(tiny_pipeline, plan, group_size=5, steps=6)

@@ -89,3 +89,6 @@ def test_a_target_of_another_noising_law_is_named(tiny_sd15_pipeline: Path) -> N
     overrides = [f"policy.path={tiny_sd15_pipeline}", "trainer.layer_tuning.target=best_leaf_fm"]
     with pytest.raises(ConfigError, match="take best_path_velocity"):
         load_config(str(TINY.with_name("tiny_sd15.yaml")), overrides)
+    overrides[1] = "trainer.step_weight=flowalign.objectives.LongCat"
+    with pytest.raises(ConfigError, match="take FlatGradient"):
+        load_config(str(TINY.with_name("tiny_sd15.yaml")), overrides)

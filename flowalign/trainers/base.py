@@ -24,7 +24,8 @@ class Rollout:
 
     guidance_scale 1 is no guidance (one evaluation per state; above 1 two). A guided update inside a window of few steps
     is refused unless `allow_cfg_update`: peers report collapse with it. `draw`: whether a random plan draws once per
-    group or once per iteration (never inside a group). `micro_batch`: rows per network call."""
+    group or once per iteration (never inside a group). `branch_scale`: correlated noise of siblings (BranchGRPO's s, 4
+    there), see KeyedNoise; None makes it independent. `micro_batch`: rows per network call."""
 
     plan: Plan
     kernel: Kernel
@@ -33,6 +34,7 @@ class Rollout:
     num_inference_steps: int = 10
     guidance_scale: float = 1.0
     draw: Literal["group", "iteration"] = "group"
+    branch_scale: float | None = None
     micro_batch: int = 64
     allow_cfg_update: bool = False
 

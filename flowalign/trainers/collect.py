@@ -64,7 +64,7 @@ def collect(
     uids = [record.uid for record in prompts]
     noise = KeyedNoise(
         task.seed, iteration, uids[share.start : share.stop], policy.latent_shape(task.height, task.width),
-        visits=visits(uids)[share.start : share.stop],
+        visits=visits(uids)[share.start : share.stop], branch_scale=settings.branch_scale,
     )  # fmt: skip
     conditions = encode_singly(policy, [record.prompt for record in prompts])
     group_of_root = tree.group[: tree.num_roots] + share.start

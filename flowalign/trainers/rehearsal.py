@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from flowalign.advantage import Advantages
-from flowalign.objectives import Moment
+from flowalign.objectives import LongCat, Moment
 from flowalign.trainers.base import Rollout
 from flowalign.trainers.policy_gradient import PolicyGradient
 from samplers import Forest, Path, RectifiedFlow, Tree
@@ -23,6 +23,11 @@ def rehearse(trainer: PolicyGradient, rollout: Rollout, reward: str, path: Path)
         raise ValueError(
             f"trainer.layer_tuning.target={trainer.layer_tuning.target} came for a policy on {type(path).__name__}; its "
             "formula is that of a rectified flow: take best_path_velocity"
+        )
+    if not isinstance(path, RectifiedFlow) and isinstance(trainer.step_weight, LongCat):
+        raise ValueError(
+            f"trainer.step_weight=LongCat came for a policy on {type(path).__name__}; its formula is that of a rectified "
+            "flow: take FlatGradient"
         )
     for iteration in range(ITERATIONS):
         forest = _forest(rollout, iteration)

@@ -106,7 +106,7 @@ class SplitTree:
     window: None makes every step stochastic (the last only if `train_last`); a size makes the splits and a window of that
     many steps stochastic, the others deterministic (BranchGRPO-Mix). The window lies inside low..high-1 at a place given
     by `position`; high None stands for num_steps - 1, position None for Random().
-    Splits (0, 3, 6, 9) are the paper's "dense" of 20 steps. For its branch noise see KeyedNoise.branch_scale.
+    Splits (0, 3, 6, 9) are the paper's "dense" of 20 steps. For its branch noise see KeyedNoise.branch_scale (rollout.branch_scale).
     """
 
     splits: tuple[int, ...] = (0, 3, 6, 9)
