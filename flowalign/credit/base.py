@@ -32,7 +32,7 @@ def completed(tree: Tree, nodes: Tensor, scores: Tensor, valid: Tensor) -> tuple
     """V(node), the score of the leaf reached from each of `nodes` by deterministic steps alone: ([n, C], valid [n, C]).
 
     Not valid where there is no such leaf. ValueError if there is none for any node: the plan has no completions."""
-    leaf = _completions(tree)[nodes]
+    leaf = tree.completion(nodes)
     if len(nodes) and not bool((leaf >= 0).any()):
         raise ValueError(
             "no state is completed by deterministic steps, so nothing scores it: wrap the plan in samplers.Probed, or take "
@@ -43,17 +43,6 @@ def completed(tree: Tree, nodes: Tensor, scores: Tensor, valid: Tensor) -> tuple
     row = place[leaf.clamp(min=0)]
     ok = (leaf >= 0)[:, None] & valid[row]
     return torch.where(ok, scores[row].double(), 0.0), ok
-
-
-def _completions(tree: Tree) -> Tensor:
-    """[N] the leaf (node number, the first if several) reached from each node by level-0 edges only; -1 for none."""
-    nowhere = len(tree)
-    reached = torch.full((len(tree),), nowhere)
-    reached[tree.leaves] = tree.leaves
-    for nodes in reversed(tree.generations[1:]):
-        quiet = nodes[tree.level[nodes] == 0]
-        reached.scatter_reduce_(0, tree.parent[quiet], reached[quiet], "amin")
-    return torch.where(reached < nowhere, reached, -1)
 
 
 @dataclass(frozen=True, eq=False)
