@@ -16,12 +16,14 @@ from flowalign.trainers import PolicyGradient, Rollout, Task
 from rewards import RewardOutput
 from samplers import (
     CPS,
+    Branch,
     Chain,
     DanceSDE,
     Fixed,
     FlowSDE,
     KeyedNoise,
     Selected,
+    SplitTree,
     Tree,
     Window,
     diffusers_sigmas,
@@ -91,6 +93,16 @@ def test_where_nothing_differs_there_is_no_update(tiny_pipeline: Path, kl: float
     first, second = trainer.updates(replace(batch, scores=flat))
     assert len(first.micro_batches) == 1 and second.micro_batches == []
     assert "loss/policy" not in second.after() and policy.evaluations - before == int(kl > 0)
+
+
+def test_guidance_is_refused_in_a_window_but_not_where_all_steps_are_trained(tiny_pipeline: Path) -> None:
+    _, trainer = make(tiny_pipeline, Chain())
+    for plan in (Chain(), Chain(shared_start=True), SplitTree((0, 2), 2), Branch(branches=4)):
+        trainer.check(Rollout(plan, FlowSDE(), groups=2, group_size=4, num_inference_steps=4, guidance_scale=4.5))
+    few = Rollout(Window(size=2), FlowSDE(), groups=2, group_size=4, num_inference_steps=4, guidance_scale=4.5)
+    with pytest.raises(ValueError, match="window of few steps"):
+        trainer.check(few)
+    trainer.check(replace(few, allow_cfg_update=True))
 
 
 def test_siblings_share_noise_where_the_rollout_says_so(tiny_pipeline: Path) -> None:

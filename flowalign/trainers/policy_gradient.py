@@ -28,7 +28,7 @@ from flowalign.objectives import (
 )
 from flowalign.trainers.base import AdamW, Rollout, Task, Update
 from flowalign.trainers.collect import Collected, collect
-from samplers import Forest, Selected
+from samplers import Forest, Selected, generator
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +121,8 @@ class PolicyGradient:
                 "trainer.dynamic_clip came with KLMask, which has no clip range: set dynamic_clip=null, or take "
                 "ClippedRatio or Guard"
             )
-        few = cost.edges < rollout.group_size * (rollout.num_inference_steps - 1)
+        tree = rollout.plan.tree(rollout.num_inference_steps, rollout.group_size, 0, generator(0, "select", 0))
+        few = len(tree.index[tree.parents_of_edges].unique()) < rollout.num_inference_steps - 1
         if rollout.guidance_scale != 1 and few and not rollout.allow_cfg_update:
             raise ValueError(
                 f"rollout.guidance_scale={rollout.guidance_scale} inside a window of few steps: peers report collapse; "
@@ -240,8 +241,8 @@ class PolicyGradient:
         drift = float(log_ratio.abs().max())
         if not drift <= limit:
             raise RuntimeError(
-                f"replay drift {drift:.2e} exceeds the clip range {limit:.2e} before the first step: the update would "
-                "clip noise. Widen objective.clip_range, keep log-probs fp32, or use equal batch shapes"
+                f"replay drift {drift:.2e} exceeds the objective's bound {limit:.2e} before the first step: the update "
+                "would clip noise. Widen the bound (clip_range), keep log-probs fp32, or use equal batch shapes"
             )
 
     def _velocity(self, batch: Collected, nodes: Tensor) -> Tensor:
