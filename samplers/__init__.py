@@ -58,7 +58,7 @@ from samplers.plans import (
 )  # fmt: skip
 from samplers.rollout import Noise, Velocity, rollout
 from samplers.schedules import diffusers_sigmas, dynamic_sigmas, plain_sigmas, shift, unshift
-from samplers.selection import Best, Look, Select, candidates
+from samplers.selection import Best, Look, Select, candidates, sampled
 from samplers.stored import load_forest, save_forest
 from samplers.trees import SOURCES, Cost, Tree
 
@@ -71,7 +71,7 @@ __all__ = [
     "Affine", "Carry", "Context", "Gaussian", "Kernel", "KLForm", "Step",
     "CPS", "ClippedFlowSDE", "DDIM", "DanceSDE", "FlowSDE", "LinearSDE", "ODE",
     "DPMSolver", "Guided", "Ascent", "ProcessReward", "RewardGradient", "SPSA", "spsa_gradient",
-    "SOURCES", "Cost", "Tree", "Copies", "unshared", "Best", "Look", "Select", "candidates",
+    "SOURCES", "Cost", "Tree", "Copies", "unshared", "Best", "Look", "Select", "candidates", "sampled",
     "Bounded", "Plan", "Branch", "Chain", "Compressed", "Probed", "RandomSteps", "Selected", "Sourced", "SplitTree",
     "TreeWindow", "Window", "branch", "chain", "compressed", "probed", "scattered", "tree", "window",
     "Fixed", "Position", "Random", "Sliding",

@@ -84,6 +84,20 @@ def candidates(tree: Tree) -> Tensor:
     return hot
 
 
+def sampled(tree: Tree) -> Tensor:
+    """[L] the leaves, in the order of tree.leaves, that end a sample; the others end a probe of a state on its way.
+
+    A probe leaves a state whose samples go on by other steps, and no stochastic step follows."""
+    hot = candidates(tree)
+    goes_on = torch.zeros(len(tree), dtype=torch.bool)
+    goes_on[tree.parent[hot & (tree.parent >= 0)]] = True
+    probe = torch.zeros(len(tree), dtype=torch.bool)
+    for nodes in tree.generations[1:]:
+        up = tree.parent[nodes]
+        probe[nodes] = probe[up] | (goes_on[up] & ~hot[nodes])
+    return ~probe[tree.leaves]
+
+
 def check_frontiers(tree: Tree, select: Select) -> None:
     """ValueError unless the candidates of each declared index exist, and are of one generation: on hand together."""
     able = candidates(tree)

@@ -14,7 +14,7 @@ from flowalign.models.base import Conditions, encode_singly
 from flowalign.trainers.base import Task
 from flowalign.trainers.whole import survivors, whole_forest, whole_output
 from rewards import RewardBatch, RewardOutput, score
-from samplers import Forest, KeyedNoise, Look, Selected, Tree, rollout
+from samplers import Forest, KeyedNoise, Look, Selected, Tree, rollout, sampled
 from samplers.noise import generator, visits
 
 
@@ -96,7 +96,7 @@ def collect(
         whole = survivors(processes, grow(task, iteration, range(len(prompts))), forest.tree)
         forest, output = whole_forest(processes, whole, forest), whole_output(processes, whole, output)
     metrics = {
-        **_reward_metrics(task.reward.name, output),
+        **_reward_metrics(task.reward.name, output, sampled(forest.tree)),
         "cost/rollout_per_image": rows / len(output.scores),
         "time/rollout": rolled - began,
         "time/decode": decoding,
@@ -131,11 +131,14 @@ def _judge(task: Task, prompts: Sequence[PromptRecord], owner: Tensor, latents: 
     return score(task.reward, batch), decoding
 
 
-def _reward_metrics(name: str, output: RewardOutput) -> dict[str, float]:
+def _reward_metrics(name: str, output: RewardOutput, sample: Tensor) -> dict[str, float]:
+    """Of the leaves `sample` [L] that end a sample: probes of noisier states would pull the curve down."""
+
     def mean(values: Tensor) -> float:
+        values = values[sample]
         return float(values[values.isfinite()].double().mean()) if bool(values.isfinite().any()) else float("nan")
 
-    ok = output.scores[output.valid].double()
+    ok = output.scores[output.valid & sample].double()
     return {
         "reward/mean": mean(output.scores),
         f"reward/{name}_mean": mean(output.scores),

@@ -28,10 +28,12 @@ from samplers import (
     branch,
     candidates,
     chain,
+    compressed,
     generator,
     plain_sigmas,
     probed,
     rollout,
+    sampled,
     tree,
     window,
 )
@@ -152,6 +154,17 @@ def test_probes_of_dropped_states_are_never_computed() -> None:
     assert bool((forest.tree.completion(forest.tree.edges) >= 0).all())
     hot = candidates(topology)
     assert bool(hot[topology.edges].all()) and not bool(hot[(topology.level == 0) & (topology.index == 1)].any())
+
+
+@pytest.mark.parametrize(
+    ("plain", "group"), [(Chain(), 3), (Window(2, 1, 4), 3), (SplitTree((0, 2), 2), 4), (SplitTree((1,), 3, window=1, low=2, high=3), 3)]
+)  # fmt: skip
+def test_probes_are_no_samples(plain: Bounded, group: int) -> None:
+    rng = generator(0)
+    assert sampled(plain.tree(5, group, 0, rng)).all() and len(plain.tree(5, group, 0, rng).leaves) == group
+    whole = Probed(plain).tree(5, group, 0, rng)
+    assert int(sampled(whole).sum()) == group < len(whole.leaves)
+    assert sampled(branch(5, 2, 3)).all() and sampled(compressed(chain(5, 3), 0.5)).all()
 
 
 def test_shares_are_equal_where_asked() -> None:
