@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flowalign.config import ConfigError, load_config
+from flowalign.config import ConfigError, TrainConfig, load_config
 
 TINY = Path(__file__).parent / "data" / "tiny.yaml"
 TREE = {"splits": [0, 1], "train_last": False}
@@ -27,13 +27,13 @@ def within(sets: str) -> object:
     return part("flowalign.advantage.Normalised", within=sets)
 
 
-def load(folder: Path, rollout: dict, trainer: dict) -> None:
+def load(folder: Path, rollout: dict, trainer: dict) -> TrainConfig:
     config = yaml.safe_load(TINY.read_text())
     config["rollout"] |= {"num_inference_steps": 4, "group_size": 4, **rollout}
     config["trainer"]["init_args"] |= trainer
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config))
-    load_config(str(path), [])
+    return load_config(str(path), [])[0]
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,13 @@ def load(folder: Path, rollout: dict, trainer: dict) -> None:
     ids=["DenseGRPO", "TP-GRPO", "TempFlow", "BranchGRPO", "Dynamic-TreeRPO", "path search", "best of n", "moving"],
 )  # fmt: skip
 def test_methods_are_let_through(tmp_path: Path, rollout: dict, trainer: dict) -> None:
-    load(tmp_path, rollout, trainer)
+    config = load(tmp_path, rollout, trainer)
+    for built, said in (
+        (config.rollout.plan, rollout["plan"]),
+        (config.trainer.credit, trainer.get("credit", "Broadcast")),
+    ):
+        assert type(built).__name__ in str(said)
+    assert config.rollout.plan.forecast(4, 4).edges >= 2
 
 
 @pytest.mark.parametrize(

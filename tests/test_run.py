@@ -89,7 +89,11 @@ def test_fewer_iterations_than_done_are_refused_and_nothing_is_lost(copy: Path, 
 
 
 def test_another_way_to_write_the_same_folder_is_no_other_configuration(copy: Path) -> None:
-    open_folder(copy / "tiny", as_saved(copy, output="../elsewhere")).close()
+    before = (copy / "tiny" / "config.yaml").read_bytes()
+    open_folder(copy / "tiny", as_saved(copy, output="../elsewhere")).close()  # no ConfigError
+    assert (copy / "tiny" / "config.yaml").read_bytes() == before
+    with pytest.raises(ConfigError, match="ema_decay"):
+        open_folder(copy / "tiny", as_saved(copy, output="../elsewhere", ema_decay=0.7))
 
 
 @pytest.mark.parametrize("every", [1, 10])

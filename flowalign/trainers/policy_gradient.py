@@ -260,25 +260,22 @@ class PolicyGradient:
             )
         return self.layer_tuning.targets(batch.forest, batch.scores[:, 0], batch.valid[:, 0])
 
+    @torch.no_grad()
     def _with_reference(self, batch: Collected, edges: Tensor) -> Forest:
-        """The forest with the reference's velocities, if the update reads them, each distinct state evaluated once."""
+        """The forest with the reference's velocities, if the update reads them, each distinct state evaluated once, by
+        one process."""
         if not self.kl.beta:
             return batch.forest
-        states = batch.forest.tree.distinct_parents(edges)[0]
-        return batch.forest.with_velocities("reference", states, self._said(batch, "reference", states))
-
-    @torch.no_grad()
-    def _said(self, batch: Collected, role: str, nodes: Tensor) -> Tensor:
-        """Velocities of a role at `nodes` [n, *], each evaluated by one process."""
         processes, before = self._task.processes, self._task.policy.evaluations
+        nodes = batch.forest.tree.distinct_parents(edges)[0]
         share = processes.share(len(nodes))
         own = nodes[share.start : share.stop].split(self._task.rollout.micro_batch)
-        with self._task.policy.role(role):
+        with self._task.policy.role("reference"):
             parts = [self._velocity(batch, part) for part in own if len(part)]
-        known = torch.cat(parts) if parts else batch.forest.states.new_empty((0, *batch.forest.states.shape[1:]))
-        rows = processes.total(self._task.policy.evaluations - before) / batch.images
-        batch.metrics["cost/reference_per_image"] = batch.metrics.get("cost/reference_per_image", 0.0) + rows
-        return processes.gather(known)
+        said = torch.cat(parts) if parts else batch.forest.states.new_empty((0, *batch.forest.states.shape[1:]))
+        rows = processes.total(self._task.policy.evaluations - before)
+        batch.metrics["cost/reference_per_image"] = rows / batch.images
+        return batch.forest.with_velocities("reference", nodes, processes.gather(said))
 
     def _after(
         self, batch: Collected, record: list[dict[str, Tensor]], first: bool, began: float, before: int
