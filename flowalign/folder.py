@@ -83,7 +83,8 @@ def _check_saved(folder: Path, plain: dict[str, Any]) -> None:
         )
     path = checkpoint.latest(folder)
     rows = MetricsLog(folder / "metrics.jsonl").rows()
-    if path is None and rows and rows[-1]["step"] >= every:
+    # the row of an iteration is written before its checkpoint: a kill between the two has lost nothing that was kept
+    if path is None and rows and (rows[-1]["step"] > every or (folder / "summary.json").exists()):
         raise ConfigError(
             f"{folder} was trained to iteration {rows[-1]['step']}, but {folder / 'checkpoints'} holds no checkpoint: "
             "restore them, or choose another run.name to start anew"

@@ -227,15 +227,22 @@ def child(output):
         os._exit(0)
     return pid
 
+def ended(pid):
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
 began = time.monotonic()
-assert os.waitpid(child(sys.argv[3] + "/whole"), 0)[1] == 0
+assert ended(child(sys.argv[3] + "/whole")) == 0
 whole, killed, waited = time.monotonic() - began, 0, 0.45
 while True:
     pid = child(sys.argv[3] + "/killed")
-    time.sleep(waited * whole)
+    while killed == 0 and not os.path.exists(sys.argv[3] + "/killed/tiny/metrics.jsonl"):
+        time.sleep(0.0005)  # first: right after the first row, before any checkpoint
+    time.sleep(waited * whole if killed else 0.0)
     os.kill(pid, signal.SIGKILL)
-    if os.waitpid(pid, 0)[1] == 0:
+    code = ended(pid)
+    if code == 0:
         break
+    assert code == -signal.SIGKILL, f"the run refused to go on: exit code {code}"
     killed, waited = killed + 1, waited + 0.35
 print(killed)
 """
@@ -245,7 +252,7 @@ def test_a_run_killed_at_any_moment_ends_in_the_same_bits(tiny_pipeline: Path, t
     config = str(Path(__file__).parent / "data" / "tiny.yaml")
     here = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
     script = [sys.executable, "-W", "ignore", "-c", KILLER, config, str(tiny_pipeline), str(tmp_path)]
-    said = subprocess.run(script, check=True, capture_output=True, text=True, env=here, timeout=300).stdout
+    said = subprocess.run(script, check=True, stdout=subprocess.PIPE, text=True, env=here, timeout=300).stdout
     assert int(said.split()[-1]) >= 1  # it did die on the way
     (tensors, state, rows), (expected, expected_state, expected_rows) = (
         result(tmp_path / name) for name in ("killed", "whole")

@@ -71,6 +71,8 @@ POINTS = {
     "backward": ("flowalign.run.Run.backward", 2),
     "optimiser": ("flowalign.run.Run.step", 2),
     "ema": ("flowalign.ema.EMA.update", 2),
+    "first metrics append": ("flowalign.metrics.append_line", 1),
+    "first temporary write": ("flowalign.checkpoint._write", 1),
     "temporary write": ("flowalign.checkpoint._write", 2),
     "before rename": ("flowalign.checkpoint._remove", 1),
     "metrics append": ("flowalign.metrics.append_line", 2),
