@@ -137,7 +137,9 @@ def _generate(policy: Policy, prompts: list[str], noise: Tensor, num_inference_s
     def velocity(x: Tensor, sigma: Tensor, root: Tensor) -> Tensor:
         return policy.velocity(x, sigma, conditions.rows(root), guidance_scale=guidance)
 
-    forest = rollout(velocity, policy.start(noise), policy.sigmas(num_inference_steps), tree, ode, _no_noise)
+    forest = rollout(
+        velocity, policy.start(noise), policy.sigmas(num_inference_steps, noise.shape[1:]), tree, ode, _no_noise
+    )
     leaves = tree.leaves[tree.root[tree.leaves].argsort()]
     return policy.decode(forest.at(leaves))
 

@@ -138,12 +138,12 @@ def test_the_command_prints_every_line_and_its_exit_code(
 
 
 def other_grid(policy: Any) -> None:
-    config = {**policy.pipeline.scheduler.config, "shift": 1.0}
-    policy.pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
+    config = {**policy.model.pipeline.scheduler.config, "shift": 1.0}
+    policy.model.pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
 
 
 def first_adapter(policy: Any) -> Any:
-    return next(module for module in policy.transformer.modules() if hasattr(module, "lora_dropout"))
+    return next(module for module in policy.network.modules() if hasattr(module, "lora_dropout"))
 
 
 def adapter_dropout(policy: Any) -> None:
@@ -151,16 +151,16 @@ def adapter_dropout(policy: Any) -> None:
 
 
 def network_dropout(policy: Any) -> None:
-    policy.transformer.transformer_blocks[0].attn.to_out[1].p = 0.1
-    policy.transformer.train()
+    policy.network.transformer_blocks[0].attn.to_out[1].p = 0.1
+    policy.network.train()
 
 
 def train_mode(policy: Any) -> None:
-    policy.transformer.train()
+    policy.network.train()
 
 
 def all_frozen(policy: Any) -> None:
-    policy.transformer.requires_grad_(False)
+    policy.network.requires_grad_(False)
 
 
 def one_frozen(policy: Any) -> None:
@@ -168,7 +168,7 @@ def one_frozen(policy: Any) -> None:
 
 
 def base_trained(policy: Any) -> None:
-    policy.transformer.proj_out.weight.requires_grad_(True)
+    policy.network.proj_out.weight.requires_grad_(True)
 
 
 def swapped(policy: Any) -> None:
@@ -251,7 +251,7 @@ def role_left_on(policy: Any) -> None:
     @contextmanager
     def left(name: str) -> Iterator[None]:
         if name == "reference":
-            for module in policy.transformer.modules():
+            for module in policy.network.modules():
                 if hasattr(module, "_disable_adapters"):
                     module._disable_adapters = True
         yield

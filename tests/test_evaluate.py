@@ -32,7 +32,7 @@ class StraightPolicy:
     def encode(self, prompts):
         return Conditions({"drift": torch.tensor([float(prompt.split()[1]) + self.shift for prompt in prompts])})
 
-    def sigmas(self, num_inference_steps):
+    def sigmas(self, num_inference_steps, latent_shape):
         return torch.linspace(1, 0, num_inference_steps + 1)
 
     def start(self, noise):

@@ -125,7 +125,7 @@ def test_a_selected_plan_keeps_the_best_previews_and_looks_once(tiny_pipeline: P
     assert policy.evaluations - before == rows == 2 * plan.forecast(6, 5).rollout
     assert batch.metrics["cost/rollout_per_image"] == rows / 4
     whole = make(tiny_pipeline, plan.plan, group_size=5, steps=6)[1].collect(PROMPTS, 0)
-    sigmas = policy.sigmas(6)
+    sigmas = policy.sigmas(6, policy.latent_shape(24, 48))
     for group in range(2):
         mine = whole.forest.tree.group[whole.forest.tree.edges] == group
         x = whole.forest.at(whole.forest.tree.edges[mine])  # after the stochastic step, at index 2
@@ -204,8 +204,8 @@ def test_a_role_pass_between_forward_and_backward_changes_no_gradient(tiny_pipel
     x, sigma = torch.randn(1, 3, 24, 48), torch.tensor([0.7])
     for checkpointing in (False, True):
         if checkpointing:
-            policy.transformer.train()  # diffusers checkpoints in training mode only; the model has no dropout
-            policy.transformer.enable_gradient_checkpointing()
+            policy.network.train()  # diffusers checkpoints in training mode only; the model has no dropout
+            policy.network.enable_gradient_checkpointing()
         policy.velocity(x, sigma, conditions).square().mean().backward()
         plain = gradients(policy)
         out = policy.velocity(x, sigma, conditions)

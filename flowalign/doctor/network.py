@@ -165,7 +165,7 @@ def _deterministic(task: Task, prompts: list[str], start: Tensor, guidance: floa
     tree = replace(one, level=torch.zeros_like(one.level))
     forest = rollout(
         lambda x, sigma, root: policy.velocity(x, sigma, conditions.rows(root), guidance_scale=guidance),
-        policy.start(start), policy.sigmas(steps), tree, ODE().on(policy.path), lambda tree, nodes: torch.empty(0),
+        policy.start(start), policy.sigmas(steps, start.shape[1:]), tree, ODE().on(policy.path), lambda tree, nodes: torch.empty(0),
     )  # fmt: skip
     return forest.at(tree.leaves)
 
@@ -248,4 +248,5 @@ def noise(task: Task, rows: int) -> Tensor:
 def middle_sigma(task: Task) -> Tensor:
     """A noise level [1] in the middle of the grid."""
     steps = task.rollout.num_inference_steps
-    return task.policy.sigmas(steps)[steps // 2][None]
+    shape = task.policy.latent_shape(task.height, task.width)
+    return task.policy.sigmas(steps, shape)[steps // 2][None]

@@ -1,4 +1,4 @@
-"""What every model family offers: the Policy protocol, and the conditions it is evaluated under."""
+"""The contracts: what training asks of a Policy, and what a family's Model adds to make one."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from diffusers import ModelMixin
 from torch import Tensor, nn
 from torch.nn import Parameter
 
@@ -55,8 +56,8 @@ class Policy(Protocol):
         """One row per prompt. Each distinct text goes through the encoders once per run."""
         ...
 
-    def sigmas(self, num_inference_steps: int) -> Tensor:
-        """[T+1] fp32 on the CPU, as the pipeline's own scheduler has them."""
+    def sigmas(self, num_inference_steps: int, latent_shape: Sequence[int]) -> Tensor:
+        """[T+1] fp32 on the CPU, as the pipeline's own scheduler has them for latents of this shape."""
         ...
 
     def start(self, noise: Tensor) -> Tensor:
@@ -113,17 +114,67 @@ class Policy(Protocol):
         ...
 
 
+class Model(Protocol):
+    """What differs between families: one diffusers pipeline in the convention of `samplers`. It knows nothing of roles,
+    guidance, repeated prompts or training, which `PipelinePolicy` adds for every family alike.
+
+    network: what is trained; `predict` may be asked of a copy of it."""
+
+    network: ModelMixin
+
+    @property
+    def path(self) -> samplers.Path:
+        """See Policy."""
+        ...
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+        """See Policy."""
+        ...
+
+    def sigmas(self, num_inference_steps: int, latent_shape: Sequence[int]) -> Tensor:
+        """See Policy."""
+        ...
+
+    def encode(self, prompts: list[str]) -> Conditions:
+        """One row per prompt."""
+        ...
+
+    def predict(self, network: nn.Module, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
+        """What the network says at fp32 states x [n, *] with noise levels sigma [n], in its own terms; guidance is
+        linear in it."""
+        ...
+
+    def to_velocity(self, prediction: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
+        """From the network's terms, fp32, to v."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images [n, 3, H, W] in [-1, 1]."""
+        ...
+
+    def save_lora(self, folder: Path, layers: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+        """pytorch_lora_weights.safetensors as the pipeline's `load_lora_weights` reads it."""
+        ...
+
+    def pipeline_setup(self) -> list[str]:
+        """See Policy."""
+        ...
+
+    def pipeline_arguments(self) -> dict[str, Any]:
+        """See Policy; without the negative prompt."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class Family:
     """What must be known of a model family before its weights are read.
 
-    policy: its Policy class, called as policy(pipeline, negative_prompt=, max_sequence_length=, frozen=). part: name of
-    the trained component, network: its diffusers class, targets: its LoRA targets by default. path: from the
-    scheduler's configuration, ValueError for a scheduler it cannot follow. unit: what height and width are multiples
-    of, from the network's configuration and the VAE's reduction. load_arguments: of `from_pretrained`, from
-    model_index.json."""
+    model: of the loaded pipeline and `max_sequence_length`. part: name of the trained component, network: its diffusers
+    class, targets: its LoRA targets by default. path: from the scheduler's configuration, ValueError for a scheduler it
+    cannot follow. unit: what height and width are multiples of, from the network's configuration and the VAE's
+    reduction. load_arguments: of `from_pretrained`, from model_index.json."""
 
-    policy: Callable[..., Policy]
+    model: Callable[[Any, int | None], Model]
     part: str
     network: Any
     targets: tuple[str, ...]

@@ -15,6 +15,7 @@ from torch import nn
 from flowalign.models import sd3, sd15
 from flowalign.models.base import Family, Policy, check_size
 from flowalign.models.lora import LoRA, add_lora, matched_modules
+from flowalign.models.policy import PipelinePolicy
 from samplers import Path as NoisingPath
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -109,6 +110,5 @@ def load_policy(
         add_lora(network, lora, family.targets if lora.targets is None else lora.targets, seed)
     elif trainable == "full" and reference_copy:
         frozen = copy.deepcopy(network).requires_grad_(False)
-    return family.policy(
-        pipeline, negative_prompt=negative_prompt, max_sequence_length=max_sequence_length, frozen=frozen
-    )
+    model = family.model(pipeline, max_sequence_length)
+    return PipelinePolicy(model, family.part, negative_prompt=negative_prompt, frozen=frozen)

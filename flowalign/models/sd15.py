@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x: a StableDiffusionPipeline (ε- or v-prediction UNet) as a policy, sampled by DDIM.
+"""Stable Diffusion 1.x and 2.x: a StableDiffusionPipeline (ε- or v-prediction UNet) as a model, sampled by DDIM.
 
 The released scheduler, PNDM, is a multistep solver with no density. As in ddpo-pytorch, rollouts and evaluation use
 DDIMScheduler.from_config(pipe.scheduler.config): the same levels and the same spacing. Not kept: the images of the PNDM
@@ -8,41 +8,29 @@ call. Timesteps 0…999 live only here: the level σ = (t+1)/1000 is timestep t,
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
-from torch.nn import Parameter
 
 from flowalign.models.base import Conditions, Family, check_size
-from flowalign.models.lora import ADAPTER, UNET_TARGETS, adapter_state, save_peft
-from flowalign.models.parts import PromptStore, TrainedNetwork
-from flowalign.models.roles import Role
+from flowalign.models.lora import UNET_TARGETS
 from samplers import VariancePreserving
 
 SCHEDULERS = ("DDIMScheduler", "PNDMScheduler")
 PREDICTIONS = ("epsilon", "v_prediction")
 
 
-class SD15Policy:
-    """The policy of an SD1.5-family pipeline, without its safety checker. Satisfies `flowalign.models.base.Policy`.
+class SD15Model:
+    """Satisfies `flowalign.models.base.Model`, without the pipeline's safety checker.
 
-    The network's ε or v becomes the velocity √ᾱ·ε - √(1-ᾱ)·x0 of `path` after guidance. Trained: the LoRA if the UNet
-    has one, else all its weights; then "reference" needs `frozen`, a copy. max_sequence_length must be None: CLIP reads
-    its own number of tokens (77) and cuts longer prompts."""
+    The network's ε or v becomes the velocity √ᾱ·ε - √(1-ᾱ)·x0 of `path` after guidance. max_sequence_length must be
+    None: CLIP reads its own number of tokens (77) and cuts longer prompts."""
 
-    def __init__(
-        self,
-        pipeline: StableDiffusionPipeline,
-        *,
-        negative_prompt: str = "",
-        max_sequence_length: int | None = None,
-        frozen: nn.Module | None = None,
-    ) -> None:
+    def __init__(self, pipeline: StableDiffusionPipeline, max_sequence_length: int | None = None) -> None:
         if max_sequence_length is not None:
             raise ValueError(
                 f"max_sequence_length={max_sequence_length} came; expected null, since the CLIP text encoder of this "
@@ -52,23 +40,17 @@ class SD15Policy:
             raise ValueError("a UNet that takes the guidance scale as an input (time_cond_proj_dim, LCM) came; expected "
                              "one of Stable Diffusion 1.x or 2.x: train an undistilled checkpoint")  # fmt: skip
         self.pipeline = pipeline
-        self.unet = pipeline.unet
+        self.network = pipeline.unet
         self.dtype: torch.dtype = pipeline.vae.dtype
-        self.negative_prompt = negative_prompt
         self.scheduler = ddim({**pipeline.scheduler.config, "_class_name": type(pipeline.scheduler).__name__})
         self.path = VariancePreserving(self.scheduler.alphas_cumprod)
-        self.evaluations = 0
-        self._trained = TrainedNetwork(self.unet, frozen)
-        self._prompts = PromptStore(self._encode)
-
-    # ------------------------------------------------------------------------------------------ shapes and grids
 
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
         factor = self.pipeline.vae_scale_factor
-        check_size(height, width, _unit(self.unet.config, factor))
-        return (self.unet.config.in_channels, height // factor, width // factor)
+        check_size(height, width, _unit(self.network.config, factor))
+        return (self.network.config.in_channels, height // factor, width // factor)
 
-    def sigmas(self, num_inference_steps: int) -> Tensor:
+    def sigmas(self, num_inference_steps: int, latent_shape: Sequence[int]) -> Tensor:
         """The last level is timestep 0 (σ = 0.001) where the scheduler says set_alpha_to_one=false, as SD1.5's does."""
         known, settings = len(self.path.alphas_cumprod), self.scheduler.config
         self.scheduler.set_timesteps(num_inference_steps, device="cpu")
@@ -86,83 +68,34 @@ class SD15Policy:
             )
         return (torch.tensor([*timesteps, arrivals[-1]], dtype=torch.float64) + 1).div(known).float()
 
-    def start(self, noise: Tensor) -> Tensor:
-        return noise.to(self.unet.device, torch.float32)
-
-    # ------------------------------------------------------------------------------------------ prompts
-
-    @property
-    def encoded(self) -> int:
-        return self._prompts.encoded
-
-    def encode(self, prompts: Sequence[str]) -> Conditions:
-        return self._prompts.conditions(prompts)
-
-    @torch.no_grad()
-    def _encode(self, texts: list[str]) -> Conditions:
+    def encode(self, prompts: list[str]) -> Conditions:
         embeds, _ = self.pipeline.encode_prompt(
-            texts, self.unet.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+            prompts, self.network.device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
         return Conditions({"embeds": embeds})
 
-    # ------------------------------------------------------------------------------------------ the network
-
-    def velocity(self, x: Tensor, sigma: Tensor, conditions: Conditions, *, guidance_scale: float = 1.0) -> Tensor:
-        x = x.to(self.unet.device, torch.float32)
-        if guidance_scale == 1.0:
-            return self._to_velocity(self._predict(x, sigma, conditions), x, sigma)
-        negative = self.encode([self.negative_prompt]).rows(torch.zeros(len(x), dtype=torch.int64))
-        # the pipeline's own order: unconditional rows first, one call; guidance on what the network predicts
-        both = self._predict(torch.cat([x, x]), torch.cat([sigma, sigma]), Conditions.cat([negative, conditions]))
-        unconditional, conditional = both.chunk(2)
-        guided = unconditional + guidance_scale * (conditional - unconditional)
-        return self._to_velocity(guided, x, sigma)
-
-    def _predict(self, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
-        """What the UNet predicts, fp32."""
-        self.evaluations += len(x)
+    def predict(self, network: nn.Module, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
         timestep = (sigma.double() * len(self.path.alphas_cumprod)).round().long() - 1
-        prediction = self._trained.active(
+        prediction: Tensor = network(
             x.to(self.dtype),
             timestep.to(x.device),
             encoder_hidden_states=conditions.tensors["embeds"].to(x.device, self.dtype),
             return_dict=False,
         )[0]
-        return prediction.float()
+        return prediction
 
-    def _to_velocity(self, prediction: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
+    def to_velocity(self, prediction: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
         if self.scheduler.config.prediction_type == "v_prediction":
             return prediction
         return self.path.velocity_from_noise(x, prediction, sigma)
 
-    def decode(self, latents: Tensor, grad: bool = False) -> Tensor:
+    def decode(self, latents: Tensor) -> Tensor:
         vae = self.pipeline.vae
-        with nullcontext() if grad else torch.no_grad():
-            image = vae.decode(latents.to(vae.device, vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
-        return (image.float() * 0.5 + 0.5).clamp(0, 1)
+        image: Tensor = vae.decode(latents.to(vae.device, vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+        return image
 
-    # ------------------------------------------------------------------------------------------ training
-
-    def modules(self) -> dict[str, nn.Module]:
-        return {"unet": self.unet}
-
-    def networks(self) -> list[nn.Module]:
-        return self._trained.networks()
-
-    def trainable_parameters(self) -> list[tuple[str, Parameter]]:
-        return self._trained.parameters_of("policy")
-
-    def add_roles(self, roles: Mapping[str, Role]) -> None:
-        self._trained.add_roles(roles)
-
-    def parameters_of(self, role: str) -> list[tuple[str, Parameter]]:
-        return self._trained.parameters_of(role)
-
-    def follow(self, step: int) -> None:
-        self._trained.follow(step)
-
-    def role(self, name: str) -> AbstractContextManager[None]:
-        return self._trained.role(name)
+    def save_lora(self, folder: Path, layers: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+        StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers, unet_lora_adapter_metadata=metadata)
 
     def pipeline_setup(self) -> list[str]:
         return [
@@ -172,19 +105,7 @@ class SD15Policy:
         ]
 
     def pipeline_arguments(self) -> dict[str, Any]:
-        return {"negative_prompt": self.negative_prompt}
-
-    def save_lora(self, folder: Path) -> None:
-        """pytorch_lora_weights.safetensors with its alpha (for `pipe.load_lora_weights`) and a PEFT folder beside it."""
-        if not self._trained.has_lora:
-            raise ValueError("the policy trains full weights and has no LoRA to save; save the unet instead")
-        folder.mkdir(parents=True, exist_ok=True)
-        StableDiffusionPipeline.save_lora_weights(
-            folder,
-            unet_lora_layers=adapter_state(self.unet),
-            unet_lora_adapter_metadata=self.unet.peft_config[ADAPTER].to_dict(),
-        )
-        save_peft(self.unet, folder)
+        return {}
 
 
 def ddim(config: dict[str, Any]) -> DDIMScheduler:
@@ -224,7 +145,7 @@ def _unit(unet: dict[str, Any], factor: int) -> int:
 
 
 FAMILY = Family(
-    policy=SD15Policy,
+    model=SD15Model,
     part="unet",
     network=UNet2DConditionModel,
     targets=UNET_TARGETS,

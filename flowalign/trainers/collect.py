@@ -62,8 +62,10 @@ def collect(
     share = processes.share(len(prompts))
     tree = grow(task, iteration, share)
     uids = [record.uid for record in prompts]
+    shape = policy.latent_shape(task.height, task.width)
+    sigmas = policy.sigmas(settings.num_inference_steps, shape)
     noise = KeyedNoise(
-        task.seed, iteration, uids[share.start : share.stop], policy.latent_shape(task.height, task.width),
+        task.seed, iteration, uids[share.start : share.stop], shape,
         visits=visits(uids)[share.start : share.stop], branch_scale=settings.branch_scale,
     )  # fmt: skip
     conditions = encode_singly(policy, [record.prompt for record in prompts])
@@ -81,7 +83,6 @@ def collect(
         return torch.where(output.valid, output.scores, torch.finfo(output.scores.dtype).min)
 
     began, rows_before = time.perf_counter(), policy.evaluations
-    sigmas = policy.sigmas(settings.num_inference_steps)
     forest = (roll or rollout)(
         velocity, policy.start(noise.start(tree)), sigmas, tree, settings.kernel, noise.step,
         micro_batch=settings.micro_batch,

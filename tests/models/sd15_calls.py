@@ -32,7 +32,7 @@ def deterministic(policy: Policy, kernel: Any, noise: Tensor, steps: int, guidan
     tree = replace(one, level=torch.zeros_like(one.level))
     forest = rollout(
         lambda x, sigma, root: policy.velocity(x, sigma, conditions.rows(root), guidance_scale=guidance),
-        policy.start(noise), policy.sigmas(steps), tree, kernel, lambda tree, nodes: pytest.fail("asked for noise"),
+        policy.start(noise), policy.sigmas(steps, noise.shape[1:]), tree, kernel, lambda tree, nodes: pytest.fail("asked for noise"),
     )  # fmt: skip
     return forest.at(tree.leaves)
 

@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler, PNDMScheduler
 from flowalign import models
 from flowalign.config import ConfigError, load_config
 from flowalign.models import check_lora_targets, load_policy, path_of
-from flowalign.models.sd15 import SD15Policy
+from flowalign.models.sd15 import SD15Model
 from samplers import DDIM, ODE, RectifiedFlow, VariancePreserving
 from tests.models.sd15_calls import PROMPTS, SHAPE, ddim_pipeline, deterministic, noise_of, relative
 from tests.tiny import tiny_sd15
@@ -52,7 +52,7 @@ def test_the_deterministic_rollout_is_the_pipeline_under_ddim(
 
 def test_the_stochastic_step_is_the_schedulers(tiny_sd15_pipeline: Path) -> None:
     policy, pipeline = load_policy(str(tiny_sd15_pipeline), trainable="none"), ddim_pipeline(tiny_sd15_pipeline)
-    scheduler, sigmas, conditions = pipeline.scheduler, policy.sigmas(5), policy.encode(PROMPTS)
+    scheduler, sigmas, conditions = pipeline.scheduler, policy.sigmas(5, SHAPE), policy.encode(PROMPTS)
     scheduler.set_timesteps(5)
     for step, timestep in enumerate(scheduler.timesteps):
         x, z = noise_of(3, step), noise_of(3, 100 + step)
@@ -86,8 +86,10 @@ def test_the_levels_are_the_released_schedulers_timesteps(steps: int, tiny_sd15_
     released = PNDMScheduler.from_pretrained(tiny_sd15_pipeline, subfolder="scheduler")
     released.set_timesteps(steps)
     expected = released.timesteps.unique().flip(0)  # PNDM evaluates the second one twice
-    assert torch.equal((policy.sigmas(steps)[:-1] * 1000).round().long() - 1, expected)
-    assert policy.sigmas(steps).dtype == torch.float32 and float(policy.sigmas(steps)[-1]) == pytest.approx(0.001)
+    assert torch.equal((policy.sigmas(steps, SHAPE)[:-1] * 1000).round().long() - 1, expected)
+    assert policy.sigmas(steps, SHAPE).dtype == torch.float32 and float(
+        policy.sigmas(steps, SHAPE)[-1]
+    ) == pytest.approx(0.001)
 
 
 def test_guidance_is_one_call_of_both_halves_and_counts_two(
@@ -164,15 +166,15 @@ def test_what_the_policy_itself_refuses(tiny_sd15_pipeline: Path, tmp_path: Path
         with pytest.raises(ValueError, match="multiples of 8"):
             policy.latent_shape(height, 48)
     with pytest.raises(ValueError, match="num_inference_steps=1000"):
-        policy.sigmas(1000)  # steps_offset 1 would ask for timestep 1000
+        policy.sigmas(1000, SHAPE)  # steps_offset 1 would ask for timestep 1000
     with pytest.raises(ValueError, match="no LoRA"):
         policy.save_lora(tmp_path / "lora")
     pipeline = ddim_pipeline(tiny_sd15_pipeline)
     pipeline.scheduler = DDIMScheduler()
     with pytest.raises(ValueError, match="clip_sample=True"):
-        SD15Policy(pipeline)
+        SD15Model(pipeline)
     trailing = tiny_sd15(tmp_path / "trailing", timestep_spacing="trailing", set_alpha_to_one=True)
     policy = load_policy(str(trailing), trainable="none")
-    assert policy.sigmas(4).tolist() == [1.0, 0.75, 0.5, 0.25, 0.0]
+    assert policy.sigmas(4, SHAPE).tolist() == [1.0, 0.75, 0.5, 0.25, 0.0]
     with pytest.raises(ValueError, match="num_inference_steps=3"):
-        policy.sigmas(3)  # 999, 666, 332: DDIMScheduler steps by 333 and so leaves its own timesteps
+        policy.sigmas(3, SHAPE)  # 999, 666, 332: DDIMScheduler steps by 333 and so leaves its own timesteps

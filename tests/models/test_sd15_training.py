@@ -29,7 +29,7 @@ def stochastic(policy: Policy, steps: int = 4, guidance: float = 5.0) -> tuple[F
 
     noise = KeyedNoise(0, 0, [0], SHAPE)
     start = policy.start(noise.start(tree))
-    return rollout(velocity, start, policy.sigmas(steps), tree, DDIM().on(policy.path), noise.step), velocity
+    return rollout(velocity, start, policy.sigmas(steps, SHAPE), tree, DDIM().on(policy.path), noise.step), velocity
 
 
 def tuned_policy(folder: Path, **settings: Any) -> Policy:

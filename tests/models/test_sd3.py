@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from peft import PeftModel
 
 from flowalign.models import LoRA, check_lora_targets, inspect_checkpoint, load_policy
@@ -38,12 +38,29 @@ def test_the_deterministic_rollout_is_the_pipeline_bit_for_bit(
         tree = replace(one, level=torch.zeros_like(one.level))
         forest = rollout(
             lambda x, sigma, root: policy.velocity(x, sigma, conditions.rows(root), guidance_scale=guidance),
-            policy.start(noise), policy.sigmas(steps), tree, kernel, lambda tree, nodes: pytest.fail("asked for noise"),
+            policy.start(noise), policy.sigmas(steps, noise.shape[1:]), tree, kernel, lambda tree, nodes: pytest.fail("asked for noise"),
         )  # fmt: skip
         latents = forest.at(tree.leaves)
         assert torch.equal(latents, pipeline(**call, output_type="latent").images)
     images = torch.from_numpy(pipeline(**call, output_type="np").images).permute(0, 3, 1, 2)
     assert torch.equal(policy.decode(latents), images)
+
+
+def test_a_dynamically_shifted_grid_is_the_pipelines(tiny_pipeline: Path, tmp_path: Path) -> None:
+    pipeline = StableDiffusion3Pipeline.from_pretrained(tiny_pipeline, text_encoder_3=None, tokenizer_3=None)
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_image_seq_len=16, max_shift=2.0
+    )
+    pipeline.save_pretrained(tmp_path)
+    pipeline.set_progress_bar_config(disable=True)
+    policy = load_policy(str(tmp_path), trainable="none")
+    for height, width in ((24, 48), (48, 48)):
+        pipeline(
+            PROMPTS[:1], num_inference_steps=5, guidance_scale=1.0, height=height, width=width, output_type="latent"
+        )
+        grid = policy.sigmas(5, policy.latent_shape(height, width))
+        assert torch.equal(grid, pipeline.scheduler.sigmas)
+        assert not torch.equal(grid, load_policy(str(tiny_pipeline)).sigmas(5, (3, height, width)))
 
 
 def test_detaching_the_unconditional_half_keeps_the_value(tiny_pipeline: Path) -> None:
@@ -52,7 +69,7 @@ def test_detaching_the_unconditional_half_keeps_the_value(tiny_pipeline: Path) -
     both = policy.velocity(x, sigma, conditions, guidance_scale=3.0)
     half = policy.velocity(x, sigma, conditions, guidance_scale=3.0, detach_uncond=True)
     torch.testing.assert_close(half, both, rtol=0, atol=1e-5)
-    weight = policy.transformer.proj_out.weight
+    weight = policy.network.proj_out.weight
     (detached,) = torch.autograd.grad(half.sum(), weight)
     (conditional,) = torch.autograd.grad(policy.velocity(x, sigma, conditions).sum(), weight)
     torch.testing.assert_close(detached, 3.0 * conditional, rtol=1e-4, atol=1e-4)
@@ -73,7 +90,7 @@ def test_bf16_base_with_fp32_adapters(tiny_pipeline: Path) -> None:
     for dtype in ("fp32", "bf16"):
         policy = load_policy(str(tiny_pipeline), lora=lora, dtype=dtype)
         assert {p.dtype for _, p in policy.trainable_parameters()} == {torch.float32}
-        assert policy.transformer.proj_out.weight.dtype == (torch.float32 if dtype == "fp32" else torch.bfloat16)
+        assert policy.network.proj_out.weight.dtype == (torch.float32 if dtype == "fp32" else torch.bfloat16)
         outputs.append(policy.velocity(x, sigma, policy.encode(PROMPTS[:1])))
         outputs[-1].square().mean().backward()
         norms = [float(p.grad.norm()) for name, p in policy.trainable_parameters() if "lora_B" in name]
@@ -106,7 +123,7 @@ def test_reference_of_full_weights(tiny_pipeline: Path) -> None:
     x, sigma, conditions = torch.randn(1, 3, 24, 48), torch.tensor([0.6]), kept.encode(PROMPTS[:1])
     before = kept.velocity(x, sigma, conditions)
     with torch.no_grad():
-        kept.transformer.proj_out.weight.mul_(2)
+        kept.network.proj_out.weight.mul_(2)
     with kept.role("reference"):
         assert torch.equal(kept.velocity(x, sigma, conditions), before)
     assert not torch.equal(kept.velocity(x, sigma, conditions), before)
@@ -131,6 +148,6 @@ def test_image_size_must_divide(tiny_pipeline: Path) -> None:
 
 def test_sampler_grid_is_the_schedulers(tiny_pipeline: Path) -> None:
     policy = load_policy(str(tiny_pipeline), trainable="none")
-    sigmas = policy.sigmas(5)
+    sigmas = policy.sigmas(5, (3, 24, 48))
     assert sigmas.dtype == torch.float32 and len(sigmas) == 6 and float(sigmas[0]) == 1.0 and float(sigmas[-1]) == 0.0
     assert Tree.cat([chain(5, 1)]).num_steps == 5
