@@ -166,7 +166,8 @@ DEFAULT_CONTEXT = Context()
 
 
 class Kernel(Protocol):
-    """One denoising transition. A new kernel is a final dataclass; usually `coefficients` and `affine_step` are all."""
+    """One denoising transition. A new kernel is a final dataclass; usually `coefficients` is all it writes, and its
+    `__call__` is `affine_step`, its `on` is `on_rectified_flow`."""
 
     @property
     def reduce(self) -> Reduce: ...
@@ -195,7 +196,12 @@ class Kernel(Protocol):
 
 
 def affine_step(
-    kernel: Kernel, x: Tensor, v: Tensor, sigma: Tensor | float, sigma_next: Tensor | float, ctx: Context
+    kernel: Kernel,
+    x: Tensor,
+    v: Tensor,
+    sigma: Tensor | float,
+    sigma_next: Tensor | float,
+    ctx: Context = DEFAULT_CONTEXT,
 ) -> Step:
     """The step of an unguided one-step kernel: its coefficients applied to (x, v), in at least fp32."""
     if x.ndim < 2:

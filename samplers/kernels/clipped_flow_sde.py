@@ -6,13 +6,9 @@ import torch
 from torch import Tensor
 
 from samplers.kernels.base import (
-    DEFAULT_CONTEXT,
     Affine,
     Constants,
-    Context,
-    Kernel,
     Reduce,
-    Step,
     affine_step,
     check_choices,
     check_noise_level,
@@ -22,7 +18,6 @@ from samplers.kernels.base import (
     step_inputs,
 )
 from samplers.kernels.flow_sde import check_cap, flow_diffusion
-from samplers.paths import Path
 
 
 @dataclass(frozen=True)
@@ -46,9 +41,8 @@ class ClippedFlowSDE:
         if not self.max_std > 0:
             raise ValueError(f"max_std={self.max_std} came; expected a number > 0, the largest std of one step")
 
-    def on(self, path: Path) -> Kernel:
-        """Itself; ValueError unless the policy is a rectified flow."""
-        return on_rectified_flow(self, path)
+    on = on_rectified_flow
+    __call__ = affine_step
 
     def coefficients(self, sigma: Tensor, sigma_next: Tensor, level: Tensor | float = 1.0) -> Affine:
         """α, b, s [N], float64."""
@@ -56,14 +50,3 @@ class ClippedFlowSDE:
         g = self.noise_level * level * flow_diffusion(sigma, sigma_next, self.sigma_cap)
         g = torch.minimum(g, self.max_std / (sigma - sigma_next).sqrt())
         return euler_where_silent(euler_maruyama(g, sigma, sigma_next), level, sigma, sigma_next)
-
-    def __call__(
-        self,
-        x: Tensor,
-        v: Tensor,
-        sigma: Tensor | float,
-        sigma_next: Tensor | float,
-        ctx: Context = DEFAULT_CONTEXT,
-    ) -> Step:
-        """One Euler-Maruyama step."""
-        return affine_step(self, x, v, sigma, sigma_next, ctx)

@@ -6,13 +6,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from samplers.kernels.base import (
-    DEFAULT_CONTEXT,
     Affine,
     Constants,
-    Context,
-    Kernel,
     Reduce,
-    Step,
     affine_step,
     check_choices,
     check_noise_level,
@@ -20,7 +16,6 @@ from samplers.kernels.base import (
     on_rectified_flow,
     step_inputs,
 )
-from samplers.paths import Path
 
 
 @dataclass(frozen=True)
@@ -41,9 +36,8 @@ class CPS:
         check_noise_level(self.noise_level, highest=1.0)
         check_choices(self.reduce, self.constants)
 
-    def on(self, path: Path) -> Kernel:
-        """Itself; ValueError unless the policy is a rectified flow."""
-        return on_rectified_flow(self, path)
+    on = on_rectified_flow
+    __call__ = affine_step
 
     def coefficients(self, sigma: Tensor, sigma_next: Tensor, level: Tensor | float = 1.0) -> Affine:
         """α, b, s [N], float64."""
@@ -61,14 +55,3 @@ class CPS:
             std=sigma_next * angle.sin(),
         )
         return euler_where_silent(affine, a, sigma, sigma_next)
-
-    def __call__(
-        self,
-        x: Tensor,
-        v: Tensor,
-        sigma: Tensor | float,
-        sigma_next: Tensor | float,
-        ctx: Context = DEFAULT_CONTEXT,
-    ) -> Step:
-        """One coefficients-preserving step."""
-        return affine_step(self, x, v, sigma, sigma_next, ctx)

@@ -5,13 +5,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from samplers.kernels.base import (
-    DEFAULT_CONTEXT,
     Affine,
     Constants,
-    Context,
-    Kernel,
     Reduce,
-    Step,
     affine_step,
     check_choices,
     check_noise_level,
@@ -20,7 +16,6 @@ from samplers.kernels.base import (
     on_rectified_flow,
     step_inputs,
 )
-from samplers.paths import Path
 
 
 @dataclass(frozen=True)
@@ -40,23 +35,11 @@ class DanceSDE:
         check_noise_level(self.noise_level)
         check_choices(self.reduce, self.constants)
 
-    def on(self, path: Path) -> Kernel:
-        """Itself; ValueError unless the policy is a rectified flow."""
-        return on_rectified_flow(self, path)
+    on = on_rectified_flow
+    __call__ = affine_step
 
     def coefficients(self, sigma: Tensor, sigma_next: Tensor, level: Tensor | float = 1.0) -> Affine:
         """α, b, s [N], float64."""
         sigma, sigma_next, level = step_inputs(sigma, sigma_next, level)
         affine = euler_maruyama(self.noise_level * level, sigma, sigma_next)
         return euler_where_silent(affine, level, sigma, sigma_next)
-
-    def __call__(
-        self,
-        x: Tensor,
-        v: Tensor,
-        sigma: Tensor | float,
-        sigma_next: Tensor | float,
-        ctx: Context = DEFAULT_CONTEXT,
-    ) -> Step:
-        """One Euler-Maruyama step."""
-        return affine_step(self, x, v, sigma, sigma_next, ctx)

@@ -5,13 +5,10 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from samplers.kernels.base import (
-    DEFAULT_CONTEXT,
     Affine,
     Constants,
-    Context,
     Kernel,
     Reduce,
-    Step,
     affine_step,
     check_choices,
     step_inputs,
@@ -41,6 +38,8 @@ class DDIM:
             raise ValueError(f"eta={self.eta} came; expected a number from 0 (deterministic) to 1 (ancestral)")
         check_choices(self.reduce, self.constants)
 
+    __call__ = affine_step
+
     def on(self, path: Path) -> Kernel:
         """This kernel with the levels of a variance-preserving policy; ValueError for another path."""
         if not isinstance(path, VariancePreserving):
@@ -63,14 +62,3 @@ class DDIM:
             )
         a, b, old = now.sqrt(), (1 - now).sqrt(), kept.clamp(min=0).sqrt()
         return Affine(alpha=then.sqrt() * a + old * b, slope=-then.sqrt() * b + old * a, std=variance.sqrt())
-
-    def __call__(
-        self,
-        x: Tensor,
-        v: Tensor,
-        sigma: Tensor | float,
-        sigma_next: Tensor | float,
-        ctx: Context = DEFAULT_CONTEXT,
-    ) -> Step:
-        """One DDIM step."""
-        return affine_step(self, x, v, sigma, sigma_next, ctx)

@@ -6,13 +6,9 @@ import torch
 from torch import Tensor
 
 from samplers.kernels.base import (
-    DEFAULT_CONTEXT,
     Affine,
     Constants,
-    Context,
-    Kernel,
     Reduce,
-    Step,
     affine_step,
     check_choices,
     check_noise_level,
@@ -21,7 +17,6 @@ from samplers.kernels.base import (
     on_rectified_flow,
     step_inputs,
 )
-from samplers.paths import Path
 
 
 def flow_diffusion(sigma: Tensor, sigma_next: Tensor, sigma_cap: float | None) -> Tensor:
@@ -57,23 +52,11 @@ class FlowSDE:
         check_choices(self.reduce, self.constants)
         check_cap(self.sigma_cap)
 
-    def on(self, path: Path) -> Kernel:
-        """Itself; ValueError unless the policy is a rectified flow."""
-        return on_rectified_flow(self, path)
+    on = on_rectified_flow
+    __call__ = affine_step
 
     def coefficients(self, sigma: Tensor, sigma_next: Tensor, level: Tensor | float = 1.0) -> Affine:
         """α, b, s [N], float64."""
         sigma, sigma_next, level = step_inputs(sigma, sigma_next, level)
         g = self.noise_level * level * flow_diffusion(sigma, sigma_next, self.sigma_cap)
         return euler_where_silent(euler_maruyama(g, sigma, sigma_next), level, sigma, sigma_next)
-
-    def __call__(
-        self,
-        x: Tensor,
-        v: Tensor,
-        sigma: Tensor | float,
-        sigma_next: Tensor | float,
-        ctx: Context = DEFAULT_CONTEXT,
-    ) -> Step:
-        """One Euler-Maruyama step."""
-        return affine_step(self, x, v, sigma, sigma_next, ctx)

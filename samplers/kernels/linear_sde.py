@@ -6,13 +6,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from samplers.kernels.base import (
-    DEFAULT_CONTEXT,
     Affine,
     Constants,
-    Context,
-    Kernel,
     Reduce,
-    Step,
     affine_step,
     check_choices,
     euler_maruyama,
@@ -20,7 +16,6 @@ from samplers.kernels.base import (
     on_rectified_flow,
     step_inputs,
 )
-from samplers.paths import Path
 
 
 @dataclass(frozen=True)
@@ -43,23 +38,11 @@ class LinearSDE:
                 f"sigma_min={self.sigma_min}, sigma_max={self.sigma_max} came; expected 0 <= sigma_min <= sigma_max"
             )
 
-    def on(self, path: Path) -> Kernel:
-        """Itself; ValueError unless the policy is a rectified flow."""
-        return on_rectified_flow(self, path)
+    on = on_rectified_flow
+    __call__ = affine_step
 
     def coefficients(self, sigma: Tensor, sigma_next: Tensor, level: Tensor | float = 1.0) -> Affine:
         """α, b, s [N], float64."""
         sigma, sigma_next, level = step_inputs(sigma, sigma_next, level)
         g = level * (self.sigma_min + (self.sigma_max - self.sigma_min) * sigma)
         return euler_where_silent(euler_maruyama(g, sigma, sigma_next), level, sigma, sigma_next)
-
-    def __call__(
-        self,
-        x: Tensor,
-        v: Tensor,
-        sigma: Tensor | float,
-        sigma_next: Tensor | float,
-        ctx: Context = DEFAULT_CONTEXT,
-    ) -> Step:
-        """One Euler-Maruyama step."""
-        return affine_step(self, x, v, sigma, sigma_next, ctx)

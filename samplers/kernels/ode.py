@@ -6,13 +6,10 @@ import torch
 from torch import Tensor
 
 from samplers.kernels.base import (
-    DEFAULT_CONTEXT,
     Affine,
     Constants,
-    Context,
     Kernel,
     Reduce,
-    Step,
     affine_step,
     check_choices,
     step_inputs,
@@ -31,6 +28,8 @@ class ODE:
     def __post_init__(self) -> None:
         check_choices(self.reduce, self.constants)
 
+    __call__ = affine_step
+
     def on(self, path: Path) -> Kernel:
         """Itself on a rectified flow; on a variance-preserving path its ODE is DDIM with η = 0."""
         if isinstance(path, VariancePreserving):
@@ -41,14 +40,3 @@ class ODE:
         """(1, -h, 0)."""
         sigma, sigma_next, level = step_inputs(sigma, sigma_next, level)
         return Affine(alpha=torch.ones_like(sigma), slope=sigma_next - sigma, std=torch.zeros_like(sigma))
-
-    def __call__(
-        self,
-        x: Tensor,
-        v: Tensor,
-        sigma: Tensor | float,
-        sigma_next: Tensor | float,
-        ctx: Context = DEFAULT_CONTEXT,
-    ) -> Step:
-        """One Euler step."""
-        return affine_step(self, x, v, sigma, sigma_next, ctx)
