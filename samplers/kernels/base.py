@@ -203,7 +203,8 @@ def affine_step(
     sigma_next: Tensor | float,
     ctx: Context = DEFAULT_CONTEXT,
 ) -> Step:
-    """The step of an unguided one-step kernel: its coefficients applied to (x, v), in at least fp32."""
+    """The step of an unguided one-step kernel: its coefficients applied to x, v [N, *], in at least fp32; σ, σ' one
+    number or [N]. ValueError for other shapes."""
     if x.ndim < 2:
         raise ValueError(f"x of shape {tuple(x.shape)} came; expected [N, *], rows first: add an axis to flat states")
     _same_shape("v", v, x)
