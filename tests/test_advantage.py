@@ -69,6 +69,14 @@ def test_advantages_are_clipped_at_5(rule) -> None:
     assert max(column(rule.compare(side_by_side(101), given([scale] + [0.0] * 100)))) == 5.0
 
 
+@pytest.mark.parametrize(("rewards", "encouraged"), [([0.98, 1.0], 1.0), ([0.0, 0.02], 0.02)])
+def test_success_rates_near_0_and_1_weigh_as_one_half_sample(rewards: list[float], encouraged: float) -> None:
+    """A-GRAE, G = 2: p stays inside [1/4, 3/4], so both ends weigh ω/(2√p) + (1-ω)/(2√(1-p)) with p at its bound."""
+    focus = 0.99 / (2 * 0.75**0.5) + 0.01 / (2 * 0.25**0.5)
+    got = column(Asymmetric(alpha=0.5).compare(side_by_side(2), given(rewards)))
+    np.testing.assert_allclose(got, [-focus, encouraged * focus], rtol=1e-6)
+
+
 def test_the_scale_may_be_that_of_the_set_which_differs_most() -> None:
     got = Normalised(std="largest", delta=0).compare(side_by_side(2, 2), given([0.0, 2.0, 10.0, 16.0]))
     np.testing.assert_allclose(column(got), [-1 / 3, 1 / 3, -1, 1], rtol=1e-6)
