@@ -82,7 +82,7 @@ def check_launch(
     if policy.trainable != "lora":
         raise ConfigError(
             f"policy.trainable={policy.trainable} came with FSDP2, which shards frozen weights only: set "
-            "policy.trainable=lora, or launch with configs/accelerate/multi_gpu.yaml"
+            "policy.trainable=lora, or launch with configs/accelerate/deepspeed_zero2.yaml"
         )
     unfollowed = {
         "fsdp_cpu_ram_efficient_loading": plugin.cpu_ram_efficient_loading,  # text encoders would stay empty off rank 0

@@ -44,6 +44,21 @@ def test_sharded_optimisers_step_as_whole_ones(tmp_path: Path) -> None:
     assert "parameters took [0.0, 1.0] steps came" in first["uneven"]
 
 
+@pytest.mark.slow
+def test_the_documented_command_runs_with_one_process(tiny_pipeline: Path, tmp_path: Path) -> None:
+    """The launcher, its environment and accelerate's own plugin: more processes than one it would put on GPUs."""
+    subprocess.run(
+        [
+            sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/deepspeed_zero2.yaml",
+            "--num_processes", "1", "--main_process_port", "0", "scripts/train.py", "tests/data/tiny.yaml",
+            f"policy.path={tiny_pipeline}", f"run.output={tmp_path}",
+        ],
+        cwd=Path(__file__).parents[1], env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+        timeout=300, check=True, capture_output=True,
+    )  # fmt: skip
+    assert (tmp_path / "tiny" / "lora" / "adapter_model.safetensors").exists()
+
+
 def tensors(checkpoint: Path) -> dict[str, dict]:
     return {part.stem: load_file(part) for part in checkpoint.glob("*.safetensors")}
 
@@ -51,14 +66,15 @@ def tensors(checkpoint: Path) -> dict[str, dict]:
 @pytest.mark.slow
 @pytest.mark.parametrize("trained", ["lora", "full"])
 def test_a_run_under_zero2_is_the_same_run(tiny_pipeline: Path, tmp_path: Path, trained: str) -> None:
-    """Also resumed: under ZeRO-2 bit for bit, and by the other launch either way."""
+    """Three states for two processes: one micro-batch is nothing but padding. Also resumed: under ZeRO-2 bit for bit,
+    and by the other launch either way."""
 
     def train(weights: str, name: str) -> tuple[list[dict], dict[str, dict]]:
         launch(
             "tests.zero_run", weights, "tests/data/tiny.yaml", f"policy.path={tiny_pipeline}",
             f"run.output={tmp_path / name}", "run.ema_decay=0.5", "run.keep_checkpoints=3", f"policy.trainable={trained}",
             "trainer.init_args.kl.beta=0", "trainer.init_args.optimiser.max_grad_norm=0.001",
-            "trainer.init_args.micro_batch=1", "policy.roles.old.update=copy",
+            "trainer.init_args.micro_batch=1", "policy.roles.old.update=copy", "rollout.groups=3",
         )  # fmt: skip
         folder = tmp_path / name / "tiny"
         assert (folder / "lora").exists() == (trained == "lora")
