@@ -3,24 +3,59 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, compare_versions, is_deepspeed_available
 from torch.distributed.fsdp import CPUOffloadPolicy
 
 from flowalign.config import ConfigError, PolicySettings
 
-KINDS = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU", "FSDP")
+KINDS = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU", "FSDP", "DEEPSPEED")
+OLDEST_DEEPSPEED = "0.19.8"  # the first tried; one that lacks a setting of flowalign.zero would ignore it in silence
+FOLLOWED: dict[str, tuple[Any, ...]] = {  # what accelerate makes of deepspeed_zero2.yaml; all else unset
+    "zero_optimization.stage": (2,),
+    "zero_optimization.offload_optimizer.device": ("none",),
+    "zero_optimization.offload_param.device": ("none",),
+    "zero_optimization.stage3_gather_16bit_weights_on_model_save": (False,),
+    "gradient_accumulation_steps": (1, "auto"),
+    "gradient_clipping": ("auto",),
+    "train_batch_size": ("auto",),
+    "train_micro_batch_size_per_gpu": ("auto",),
+    "steps_per_print": (float("inf"),),
+    "fp16.enabled": (False,),
+    "bf16.enabled": (False,),
+}
 
 
 def check_environment(environment: Mapping[str, str] = os.environ) -> None:
-    """ConfigError for DeepSpeed, before accelerate looks for it."""
-    if environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+    """ConfigError for a DeepSpeed that is asked for and not there, before accelerate looks for it."""
+    if environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
+        return
+    if not is_deepspeed_available() or compare_versions("deepspeed", "<", OLDEST_DEEPSPEED):
         raise ConfigError(
-            "accelerate was launched with DeepSpeed; its engine would have to own the one optimiser, where a trainer here "
-            "has one per role. What ZeRO-2 shards, gradients and optimiser state, is small with LoRA: take "
-            "configs/accelerate/multi_gpu.yaml, or fsdp2.yaml to shard the frozen weights"
+            f"accelerate was launched with DeepSpeed, but deepspeed >= {OLDEST_DEEPSPEED} is not installed: "
+            "pip install 'flowalign-diffusion[deepspeed]', or launch with configs/accelerate/multi_gpu.yaml"
         )
+
+
+def check_deepspeed(config: Mapping[str, Any]) -> None:
+    """ConfigError for a setting of DeepSpeed, of accelerate's or of a file of its own, that the run would not follow."""
+    for name, value in _flat(config):
+        expected = FOLLOWED.get(name, (None,))
+        if value not in expected:
+            raise ConfigError(
+                f"DeepSpeed's {name}={value} came; expected {expected[0]}, as in configs/accelerate/deepspeed_zero2.yaml, "
+                "and no setting beyond it: gradients are clipped and accumulated as the trainer says"
+            )
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def check_launch(
@@ -41,7 +76,7 @@ def check_launch(
     if policy.trainable != "lora":
         raise ConfigError(
             f"policy.trainable={policy.trainable} came with FSDP2, which shards frozen weights only: set "
-            "policy.trainable=lora, or launch with configs/accelerate/multi_gpu.yaml"
+            "policy.trainable=lora, or launch with configs/accelerate/deepspeed_zero2.yaml"
         )
     unfollowed = {
         "fsdp_cpu_ram_efficient_loading": plugin.cpu_ram_efficient_loading,  # text encoders would stay empty off rank 0

@@ -19,7 +19,7 @@ def train(config: TrainConfig, plain: dict[str, Any]) -> dict[str, Any]:
             batch = trainer.collect(run.prompts(iteration), iteration)
             for update in trainer.updates(batch):
                 for micro_batch in update.micro_batches:
-                    run.backward(micro_batch())
+                    run.backward(micro_batch(), update)
                 run.step(update)
             run.end(iteration, batch)
         return run.finish()

@@ -70,8 +70,15 @@ def pack_optimizer(optimizer: Optimizer, named: Named) -> tuple[Tensors, State]:
     return tensors, {"type": type(optimizer).__name__, "groups": groups, "shapes": shapes, "scalars": scalars}
 
 
-def restore_optimizer(optimizer: Optimizer, named: Named, tensors: Mapping[str, Tensor], state: State) -> None:
-    """Puts what `pack_optimizer` gave into `optimizer`, bit for bit; hyper-parameters become the saved ones.
+def restore_optimizer(
+    optimizer: Optimizer,
+    named: Named,
+    tensors: Mapping[str, Tensor],
+    state: State,
+    place: torch.device | None = None,
+) -> None:
+    """Puts what `pack_optimizer` gave into `optimizer`, bit for bit; hyper-parameters become the saved ones. `place`:
+    where its tensors go, by default to their parameters' devices.
 
     Unlike `load_state_dict` it matches by name and casts nothing. Raises CheckpointError, the optimizer untouched,
     naming the parameters that one side lacks, that have another shape or that are grouped otherwise."""
@@ -99,14 +106,14 @@ def restore_optimizer(optimizer: Optimizer, named: Named, tensors: Mapping[str, 
         group.update({k: tuple(v) if isinstance(v, list) else v for k, v in saved[member].items()})
         for parameter in group["params"]:
             if names[parameter] in entries:
-                optimizer.state[parameter] = _placed(entries[names[parameter]], parameter, group)
+                optimizer.state[parameter] = _placed(entries[names[parameter]], place or parameter.device, group)
 
 
-def _placed(entries: State, parameter: Tensor, group: State) -> State:
-    """Own copies on the parameter's device; torch keeps the scalar `step` on the CPU unless fused or capturable."""
-    step = parameter.device if group.get("fused") or group.get("capturable") else torch.device("cpu")
+def _placed(entries: State, device: torch.device, group: State) -> State:
+    """Own copies on `device`; torch keeps the scalar `step` on the CPU unless fused or capturable."""
+    step = device if group.get("fused") or group.get("capturable") else torch.device("cpu")
     return {
-        key: value.to(parameter.device if value.ndim else step, copy=True) if isinstance(value, Tensor) else value
+        key: value.to(device if value.ndim else step, copy=True) if isinstance(value, Tensor) else value
         for key, value in entries.items()
     }
 

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedType
 from torch import Tensor
+from torch.optim import Optimizer
 from tqdm import tqdm
 
 from flowalign import checkpoint
-from flowalign.checkpoint import CheckpointError
+from flowalign.checkpoint import CheckpointError, Tensors
 from flowalign.config import ConfigError, TrainConfig
 from flowalign.data import PromptRecord, digest, load_prompts, prompts_of_iteration
 from flowalign.ema import EMA
@@ -27,7 +28,7 @@ from flowalign.evaluate import EvaluationResult, append_result, captions, compar
 from flowalign.files import DamagedFile, write_atomic
 from flowalign.folder import describe, open_folder
 from flowalign.forecast import forecast
-from flowalign.launch import check_environment, check_launch
+from flowalign.launch import check_deepspeed, check_environment, check_launch
 from flowalign.metrics import MetricsLog
 from flowalign.models import load_policy
 from flowalign.plots import plot_tree
@@ -38,6 +39,7 @@ from flowalign.state import pack, restore
 from flowalign.stored import load_result, save_result
 from flowalign.trainers import Task, Update
 from flowalign.trainers.collect import Collected
+from flowalign.zero import Zero2
 from rewards import RewardBatch, RewardError, score
 
 ONE_REQUEST = 2.0  # seconds: with several processes a Ctrl-C comes from the terminal and again from their launcher
@@ -60,6 +62,10 @@ class Run:
         kind = self.accelerator.distributed_type
         self._fsdp = self.accelerator.state.fsdp_plugin if kind == DistributedType.FSDP else None
         check_launch(kind, self.accelerator.mixed_precision, self._fsdp, config.policy)
+        self._deepspeed = kind == DistributedType.DEEPSPEED
+        if self._deepspeed:
+            check_deepspeed(self.accelerator.state.deepspeed_plugin.deepspeed_config)
+        self._zero: dict[Optimizer, Zero2] = {}
         self.processes = Processes.of(self.accelerator)
         if self.processes.count > config.rollout.groups:
             raise ConfigError(
@@ -196,20 +202,18 @@ class Run:
     def prompts(self, iteration: int) -> list[PromptRecord]:
         return prompts_of_iteration(self._train, self.config.rollout.groups, self.config.run.seed, iteration)
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, update: Update) -> None:
         if not bool(torch.isfinite(loss)):
             raise FloatingPointError(f"loss {float(loss)} is not finite; lower the learning rate or look at the reward")
-        self.accelerator.backward(loss)
+        if (zero := self._zero.get(update.optimiser)) is not None:
+            zero.backward(loss)
+        else:
+            self.accelerator.backward(loss)
 
     def step(self, update: Update) -> None:
         """One optimiser step, if there is anything to learn from; the average and the roles follow the policy's."""
         if update.micro_batches:
-            trained = [parameter for _, parameter in self.policy.parameters_of(update.role)]
-            self.processes.sum_gradients(trained)
-            norm = float(torch.nn.utils.clip_grad_norm_(trained, update.max_grad_norm, foreach=False))
-            self._check_gradient(norm)
-            update.optimiser.step()
-            update.optimiser.zero_grad(set_to_none=True)
+            norm = self._take_step(update)
             if update.role == "policy":
                 self._steps += 1
                 self.policy.follow(self._steps)
@@ -219,6 +223,20 @@ class Run:
         for name, value in update.after().items():
             before = self._pending.get(name, 0.0) if name.startswith(("time/", "cost/", "loss/")) else 0.0
             self._pending[name] = before + value
+
+    def _take_step(self, update: Update) -> float:
+        """Sums the gradients, clips, steps; the norm before clipping."""
+        if (zero := self._zero.get(update.optimiser)) is not None:
+            norm = zero.step(update.max_grad_norm)
+            self._check_gradient(norm)
+            return norm
+        trained = [parameter for _, parameter in self.policy.parameters_of(update.role)]
+        self.processes.sum_gradients(trained)
+        norm = float(torch.nn.utils.clip_grad_norm_(trained, update.max_grad_norm, foreach=False))
+        self._check_gradient(norm)
+        update.optimiser.step()
+        update.optimiser.zero_grad(set_to_none=True)
+        return norm
 
     def _check_gradient(self, norm: float) -> None:
         if not math.isfinite(norm):
@@ -267,7 +285,11 @@ class Run:
     # ------------------------------------------------------------------------------------------ saving and resuming
 
     def _save(self, step: int) -> None:
-        tensors, state = pack(self.policy, list(self.config.policy.roles), self.config.trainer.optimisers, self.ema)
+        optimisers = {
+            name: self._zero[optimiser].whole(keep=self.processes.is_main) if optimiser in self._zero else optimiser
+            for name, optimiser in self.config.trainer.optimisers.items()
+        }
+        tensors, state = pack(self.policy, list(self.config.policy.roles), optimisers, self.ema)
         state |= {
             "steps": self._steps,
             "trainer": self.config.trainer.state(),
@@ -289,12 +311,16 @@ class Run:
         if self.processes.is_main:
             self.metrics.cut_back(self._first)
             MetricsLog(self.folder / "evaluations.jsonl").cut_back(self._first)
-        if self._saved is None:
-            return
-        tensors, state = self._saved
+        if self._saved is not None:
+            self._take_up(*self._saved)
+        if self._deepspeed:  # not before the weights and the state are what they will be
+            self._zero = {optimiser: Zero2(optimiser) for optimiser in self.config.trainer.optimisers.values()}
+
+    def _take_up(self, tensors: dict[str, Tensors], state: dict[str, Any]) -> None:
         self._saved, self._last_saved = None, self._first
-        roles = list(self.config.policy.roles)
-        restore(self.policy, roles, self.config.trainer.optimisers, self.ema, tensors, state)
+        roles, optimisers = list(self.config.policy.roles), self.config.trainer.optimisers
+        place = torch.device("cpu") if self._deepspeed else None  # DeepSpeed takes each process's part from there
+        restore(self.policy, roles, optimisers, self.ema, tensors, state, place)
         self._totals, self._seconds, self._steps = state["totals"], state["time/seconds"], state["steps"]
         self._reached = True
         self._say(f"resumed {self.folder} after iteration {self._first}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 
 from flowalign.checkpoint import Tensors
@@ -35,13 +36,15 @@ def restore(
     ema: EMA | None,
     tensors: Mapping[str, Tensors],
     state: Mapping[str, Any],
+    place: torch.device | None = None,
 ) -> None:
-    """Puts back what `pack` gave, bit for bit. Raises CheckpointError naming what differs."""
+    """Puts back what `pack` gave, bit for bit; the optimisers' state on `place`, or beside the parameters. Raises
+    CheckpointError naming what differs."""
     named = {role: policy.parameters_of(role) for role in ("policy", *roles)}
     every = [pair for pairs in named.values() for pair in pairs]
     for role, pairs in named.items():
         restore_parameters(pairs, tensors[f"role_{role}"])
     for name, optimiser in optimisers.items():
-        restore_optimizer(optimiser, every, tensors[f"optimiser_{name}"], state["optimisers"][name])
+        restore_optimizer(optimiser, every, tensors[f"optimiser_{name}"], state["optimisers"][name], place)
     if ema is not None:
         ema.restore(tensors["ema"], state["ema_steps"])

@@ -7,11 +7,12 @@ import pytest
 from accelerate import DistributedType
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils import FullyShardedDataParallelPlugin
-from accelerate.utils.launch import prepare_multi_gpu_env
+from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
+from flowalign import launch
 from flowalign.config import ConfigError, PolicySettings, load_config
-from flowalign.launch import check_environment, check_launch
+from flowalign.launch import check_deepspeed, check_environment, check_launch
 from flowalign.run import Run
 
 FOLDER = Path(__file__).parents[1] / "configs" / "accelerate"
@@ -23,6 +24,7 @@ FACTS = {
         "rdzv_backend": "static", "gpu_ids": "all",
     },
     "fsdp2": {"distributed_type": DistributedType.FSDP, "num_machines": 1},
+    "deepspeed_zero2": {"distributed_type": DistributedType.DEEPSPEED, "num_machines": 1},
 }  # fmt: skip
 
 
@@ -30,7 +32,20 @@ def environment(name: str) -> dict[str, str]:
     """What `accelerate launch --config_file` gives to every process."""
     arguments = ["--config_file", str(FOLDER / f"{name}.yaml"), "--main_process_ip", "10.0.0.1", "train.py"]
     checked, _, _ = _validate_launch_command(launch_command_parser().parse_args(arguments))
-    return prepare_multi_gpu_env(checked)
+    if not checked.use_deepspeed:
+        return prepare_multi_gpu_env(checked)
+    checked.deepspeed_fields_from_accelerate_config = ""
+    return prepare_deepspeed_cmd_env(checked)[1]
+
+
+def deepspeed(monkeypatch: pytest.MonkeyPatch, mixed_precision: str = "no", **changes: str) -> dict:
+    """What accelerate makes of deepspeed_zero2.yaml, with some of its environment changed."""
+    for key, value in (environment("deepspeed_zero2") | changes).items():
+        if key.startswith("ACCELERATE_"):
+            monkeypatch.setenv(key, value)
+    made = DeepSpeedPlugin()
+    made.set_mixed_precision(mixed_precision)
+    return made.deepspeed_config
 
 
 def plugin(monkeypatch: pytest.MonkeyPatch, **changes: str) -> FullyShardedDataParallelPlugin:
@@ -46,15 +61,20 @@ def test_every_file_is_tested() -> None:
 
 
 @pytest.mark.parametrize("name", FACTS)
-def test_accelerate_reads_what_is_meant(name: str) -> None:
+def test_accelerate_reads_what_is_meant(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     config = load_config_from_file(str(FOLDER / f"{name}.yaml"))
     assert {key: vars(config)[key] for key in FACTS[name]} == FACTS[name]
     assert config.mixed_precision == "no"  # not YAML's false
     known = vars(launch_command_parser().parse_args(["train.py"]))
-    assert config.fsdp_config.keys() <= known.keys()  # the launcher itself takes any key here
+    assert (
+        config.fsdp_config.keys() | config.deepspeed_config.keys() <= known.keys()
+    )  # the launcher itself takes any key here
     given = environment(name)
     assert given["ACCELERATE_MIXED_PRECISION"] == "no"
     assert (given.get("ACCELERATE_USE_FSDP") == "true") == (name == "fsdp2")
+    assert (given.get("ACCELERATE_USE_DEEPSPEED") == "true") == (name == "deepspeed_zero2")
+    monkeypatch.setattr(launch, "is_deepspeed_available", lambda: True)
+    monkeypatch.setattr(launch, "compare_versions", lambda *asked: False)
     check_environment(given)
     check_launch(config.distributed_type, config.mixed_precision, None, PolicySettings())
 
@@ -87,8 +107,46 @@ def test_other_ways_to_launch_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_p
         check_launch(DistributedType.MULTI_GPU, "fp16", None, PolicySettings())
 
 
-def test_a_run_refuses_deepspeed_before_it_is_looked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_deepspeed_is_followed_to_the_letter(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = deepspeed(monkeypatch)
+    assert made["zero_optimization"]["stage"] == 2
+    check_deepspeed(made)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("DEEPSPEED_ZERO_STAGE", "1", r"zero_optimization\.stage=1 came; expected 2"),
+        ("DEEPSPEED_ZERO_STAGE", "3", r"zero_optimization\.stage=3 came; expected 2"),
+        ("DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "cpu", r"offload_optimizer\.device=cpu came; expected none"),
+        ("DEEPSPEED_OFFLOAD_PARAM_DEVICE", "nvme", r"offload_param\.device=nvme came; expected none"),
+        ("GRADIENT_ACCUMULATION_STEPS", "4", "gradient_accumulation_steps=4 came; expected 1"),
+        ("GRADIENT_CLIPPING", "1.0", "gradient_clipping=1.0 came; expected auto"),
+    ],
+)
+def test_what_deepspeed_would_be_told_in_vain_is_refused(
+    monkeypatch: pytest.MonkeyPatch, key: str, value: str, said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        check_deepspeed(deepspeed(monkeypatch, **{f"ACCELERATE_{key}": value}))
+
+
+def test_deepspeed_is_told_of_precision_and_by_files_in_vain(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"bf16\.enabled=True came; expected False"):
+        check_deepspeed(deepspeed(monkeypatch, mixed_precision="bf16"))
+    own = tmp_path / "own.json"
+    own.write_text('{"zero_optimization": {"stage": 2, "round_robin_gradients": true}}')
+    with pytest.raises(ConfigError, match=r"zero_optimization\.round_robin_gradients=True came; expected None"):
+        check_deepspeed(deepspeed(monkeypatch, ACCELERATE_DEEPSPEED_CONFIG_FILE=str(own)))
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_a_run_without_a_deepspeed_that_can_follow_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, installed: bool
+) -> None:
     config, plain = load_config(TINY, ["policy.path=glyphs", f"run.output={tmp_path}"])
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(ConfigError, match=r"DeepSpeed.*multi_gpu\.yaml, or fsdp2\.yaml"):
+    monkeypatch.setattr(launch, "is_deepspeed_available", lambda: installed)
+    monkeypatch.setattr(launch, "compare_versions", lambda *asked: True)  # too old
+    with pytest.raises(ConfigError, match=r"deepspeed >= 0\.19\.8 is not installed: pip install .*multi_gpu\.yaml"):
         Run(config, plain)

@@ -17,6 +17,7 @@ from flowalign.config import ConfigError
 from flowalign.folder import open_folder
 from flowalign.metrics import read_rows, without_time
 from flowalign.run import Interrupted, Run
+from flowalign.trainers import Update
 from tests.test_train import result, run_it
 
 
@@ -102,10 +103,10 @@ def test_ctrl_c_in_an_iteration_that_saves_anyway(
 ) -> None:
     original = Run.backward
 
-    def interrupted(self: Run, loss: torch.Tensor) -> None:
+    def interrupted(self: Run, loss: torch.Tensor, update: Update) -> None:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGTERM)  # the launcher passes the terminal's Ctrl-C on once more
-        original(self, loss)
+        original(self, loss, update)
 
     shutil.copy(done / "prompts.txt", tmp_path)
     monkeypatch.setattr(Run, "backward", interrupted)
@@ -117,7 +118,7 @@ def test_ctrl_c_in_an_iteration_that_saves_anyway(
 def test_a_second_ctrl_c_stops_at_once(
     done: Path, tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(self: Run, loss: torch.Tensor) -> None:
+    def interrupted(self: Run, loss: torch.Tensor, update: Update) -> None:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 

@@ -16,6 +16,7 @@ from flowalign.loop import train
 from flowalign.metrics import read_rows, without_time
 from flowalign.models import LoRA, load_policy
 from flowalign.run import Run
+from flowalign.trainers import Update
 
 CONFIG = str(Path(__file__).parent / "data" / "tiny.yaml")
 
@@ -115,9 +116,9 @@ def test_ctrl_c_finishes_the_iteration_and_saves(
 ) -> None:
     original = Run.backward
 
-    def interrupted(self: Run, loss: torch.Tensor) -> None:
+    def interrupted(self: Run, loss: torch.Tensor, update: Update) -> None:
         os.kill(os.getpid(), 2)
-        original(self, loss)
+        original(self, loss, update)
 
     with monkeypatch.context() as patch:
         patch.setattr(Run, "backward", interrupted)
