@@ -36,6 +36,7 @@ from flowalign.processes import Processes
 from flowalign.report import grid, write_report
 from flowalign.sharding import shard
 from flowalign.state import pack, restore
+from flowalign.stepping import Stepper, Summed
 from flowalign.stored import load_result, save_result
 from flowalign.trainers import Task, Update
 from flowalign.trainers.collect import Collected
@@ -65,7 +66,6 @@ class Run:
         self._deepspeed = kind == DistributedType.DEEPSPEED
         if self._deepspeed:
             check_deepspeed(self.accelerator.state.deepspeed_plugin.deepspeed_config)
-        self._zero: dict[Optimizer, Zero2] = {}
         self.processes = Processes.of(self.accelerator)
         if self.processes.count > config.rollout.groups:
             raise ConfigError(
@@ -205,15 +205,13 @@ class Run:
     def backward(self, loss: Tensor, update: Update) -> None:
         if not bool(torch.isfinite(loss)):
             raise FloatingPointError(f"loss {float(loss)} is not finite; lower the learning rate or look at the reward")
-        if (zero := self._zero.get(update.optimiser)) is not None:
-            zero.backward(loss)
-        else:
-            self.accelerator.backward(loss)
+        self._steppers[update.optimiser].backward(loss)
 
     def step(self, update: Update) -> None:
         """One optimiser step, if there is anything to learn from; the average and the roles follow the policy's."""
         if update.micro_batches:
-            norm = self._take_step(update)
+            norm = self._steppers[update.optimiser].step(update.max_grad_norm)
+            self._check_gradient(norm)
             if update.role == "policy":
                 self._steps += 1
                 self.policy.follow(self._steps)
@@ -223,20 +221,6 @@ class Run:
         for name, value in update.after().items():
             before = self._pending.get(name, 0.0) if name.startswith(("time/", "cost/", "loss/")) else 0.0
             self._pending[name] = before + value
-
-    def _take_step(self, update: Update) -> float:
-        """Sums the gradients, clips, steps; the norm before clipping."""
-        if (zero := self._zero.get(update.optimiser)) is not None:
-            norm = zero.step(update.max_grad_norm)
-            self._check_gradient(norm)
-            return norm
-        trained = [parameter for _, parameter in self.policy.parameters_of(update.role)]
-        self.processes.sum_gradients(trained)
-        norm = float(torch.nn.utils.clip_grad_norm_(trained, update.max_grad_norm, foreach=False))
-        self._check_gradient(norm)
-        update.optimiser.step()
-        update.optimiser.zero_grad(set_to_none=True)
-        return norm
 
     def _check_gradient(self, norm: float) -> None:
         if not math.isfinite(norm):
@@ -286,7 +270,7 @@ class Run:
 
     def _save(self, step: int) -> None:
         optimisers = {
-            name: self._zero[optimiser].whole(keep=self.processes.is_main) if optimiser in self._zero else optimiser
+            name: self._steppers[optimiser].whole(keep=self.processes.is_main)
             for name, optimiser in self.config.trainer.optimisers.items()
         }
         tensors, state = pack(self.policy, list(self.config.policy.roles), optimisers, self.ema)
@@ -313,8 +297,10 @@ class Run:
             MetricsLog(self.folder / "evaluations.jsonl").cut_back(self._first)
         if self._saved is not None:
             self._take_up(*self._saved)
-        if self._deepspeed:  # not before the weights and the state are what they will be
-            self._zero = {optimiser: Zero2(optimiser) for optimiser in self.config.trainer.optimisers.values()}
+        self._steppers: dict[Optimizer, Stepper] = {  # after the weights and the state are what they will be
+            optimiser: Zero2(optimiser) if self._deepspeed else Summed(optimiser, self.processes)
+            for optimiser in self.config.trainer.optimisers.values()
+        }
 
     def _take_up(self, tensors: dict[str, Tensors], state: dict[str, Any]) -> None:
         self._saved, self._last_saved = None, self._first

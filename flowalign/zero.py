@@ -18,7 +18,7 @@ BUCKET = 50_000_000  # gradients sent in one message, at most
 
 
 class Zero2:
-    """`optimiser`, stepped by DeepSpeed; its state, if it has any, is taken up. Every method is collective.
+    """Satisfies `flowalign.stepping.Stepper`, whose methods' promises are not repeated. A state is taken up.
 
     From now on `optimiser` holds this process's part; learning rates set in it are followed. A parameter that no
     backward reaches has gradient 0, where it is left alone without DeepSpeed: weight decay and momentum move it."""
@@ -45,17 +45,16 @@ class Zero2:
             self._take_up(state)
 
     def backward(self, loss: Tensor) -> None:
-        """Adds to the gradients. Every process makes as many calls, reaching the same parameters."""
+        """Every process makes as many calls, reaching the same parameters."""
         self._engine.backward(loss)
 
     def step(self, max_grad_norm: float) -> float:
-        """One optimiser step; the norm before clipping. If that is infinite, no weight has changed."""
         self._engine.optimizer.clip_grad = max_grad_norm
         self._engine.step()
         return float(self._engine.get_global_grad_norm())
 
     def whole(self, keep: bool) -> Optimizer:
-        """The optimiser as it were without DeepSpeed, its state on the CPU, for a checkpoint; empty unless `keep`."""
+        """The optimiser as it were without DeepSpeed, its state on the CPU; empty unless `keep`."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         kind: Any = type(self._optimiser)
