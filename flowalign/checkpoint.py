@@ -55,8 +55,7 @@ def save(
     root = Path(run_folder) / "checkpoints"
     root.mkdir(parents=True, exist_ok=True)
     fsync(root.parent)
-    for stale in root.glob(".tmp-*"):
-        shutil.rmtree(stale)
+    _sweep(root)
     later = [path.name for path in _folders(root) if step_of(path) > step]
     if later:
         raise CheckpointError(f"cannot save step {step}: {root} already holds {', '.join(later)}; call discard_after")
@@ -69,10 +68,15 @@ def save(
         temporary.rename(final)
     fsync(root)
     call("after_rename")
-    for old in _folders(root)[:-keep]:
-        call("before_prune")
-        _remove(old)
+    _prune(root, keep, call)
     return final
+
+
+def tidy(run_folder: Path, keep: int) -> None:
+    """Leaves the last `keep` checkpoints and nothing half written: what a kill in the last `save` left undone."""
+    root = Path(run_folder) / "checkpoints"
+    _sweep(root)
+    _prune(root, keep, lambda point: None)
 
 
 def latest(run_folder: Path) -> Path | None:
@@ -111,6 +115,17 @@ def step_of(path: Path) -> int:
 def _folders(root: Path) -> list[Path]:
     """The step-N folders by rising N; temporary folders are not among them."""
     return sorted((path for path in root.glob("step-*") if re.fullmatch(r"step-\d+", path.name)), key=step_of)
+
+
+def _sweep(root: Path) -> None:
+    for stale in root.glob(".tmp-*"):
+        shutil.rmtree(stale)
+
+
+def _prune(root: Path, keep: int, call: Hook) -> None:
+    for old in _folders(root)[:-keep]:
+        call("before_prune")
+        _remove(old)
 
 
 def _write(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: State, call: Hook) -> None:

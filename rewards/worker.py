@@ -57,7 +57,8 @@ def serve(connection: Connection, engine_file: str, options: dict[str, Any]) -> 
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides when we leave
+    for number in (signal.SIGINT, signal.SIGTERM):  # they reach the whole group; the parent decides when we leave
+        signal.signal(number, signal.SIG_IGN)
     file_descriptor, parent_pid, engine_path, options_json = sys.argv[1:]
     threading.Thread(target=leave_with, args=(int(parent_pid),), daemon=True).start()
     serve(Connection(int(file_descriptor)), engine_path, json.loads(options_json))

@@ -75,7 +75,7 @@ POINTS = {
     "first metrics append": ("flowalign.metrics.append_line", 1),
     "first temporary write": ("flowalign.checkpoint._write", 1),
     "temporary write": ("flowalign.checkpoint._write", 2),
-    "before rename": ("flowalign.checkpoint._remove", 1),
+    "last prune": ("flowalign.checkpoint._remove", 2),
     "metrics append": ("flowalign.metrics.append_line", 2),
     "evaluation": ("flowalign.run.append_result", 2),
 }
@@ -109,6 +109,7 @@ def test_resume_after_a_kill_is_bit_exact(
     assert all(torch.equal(tensors[name], expected[name]) for name in expected)
     assert state == expected_state
     assert rows == expected_rows
+    assert [path.name for path in (tmp_path / "tiny" / "checkpoints").iterdir()] == ["step-3"]
 
 
 def test_ctrl_c_finishes_the_iteration_and_saves(

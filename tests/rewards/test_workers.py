@@ -114,6 +114,14 @@ def test_stopped_worker_cannot_block_a_large_job(pool):
     assert workers.pids() == []
 
 
+def test_a_signal_to_the_whole_group_is_the_parents_business(pool):
+    workers = pool()
+    workers.map([])
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(workers.pids()[0], number)
+    assert workers.map([job(3)])[0][1][0, 0] == 3
+
+
 def test_dying_worker_is_an_error(pool):
     workers = pool(2)
     with pytest.raises(WorkerError, match="died \\(signal 9\\)"):
