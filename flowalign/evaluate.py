@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowalign.data import PromptRecord
+from flowalign.data import PromptRecord, digest
 from flowalign.files import append_line
 from flowalign.models.base import Policy, encode_singly
 from flowalign.processes import Processes
@@ -30,7 +30,8 @@ from samplers.noise import generator, normal
 class EvaluationResult:
     """What an evaluation saw. N images, sample-major: every prompt's first sample, then every prompt's second, …
 
-    scores {reward: float64 [N]}, nan where the reward was not valid; images [k, 3, H, W] in [0, 1], the first k."""
+    scores {reward: float64 [N]}, nan where the reward was not valid; images [k, 3, H, W] in [0, 1], the first k;
+    digest: of the prompts with their metadata (`flowalign.data.digest`)."""
 
     uids: list[int]
     prompts: list[str]
@@ -41,6 +42,7 @@ class EvaluationResult:
     guidance_scale: float
     evaluations_per_image: float
     seconds: float
+    digest: str = ""
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ def evaluate(
         guidance_scale=guidance_scale,
         evaluations_per_image=everyone.total(policy.evaluations - rows_before) / len(jobs),
         seconds=time.monotonic() - began,
+        digest=digest(prompts),
     )
 
 

@@ -83,17 +83,29 @@ def _check_saved(folder: Path, plain: dict[str, Any]) -> None:
         )
     path = checkpoint.latest(folder)
     rows = MetricsLog(folder / "metrics.jsonl").rows()
+    evaluations = MetricsLog(folder / "evaluations.jsonl").rows()
     # the row of an iteration is written before its checkpoint: a kill between the two has lost nothing that was kept
     if path is None and rows and (rows[-1]["step"] > every or (folder / "summary.json").exists()):
         raise ConfigError(
             f"{folder} was trained to iteration {rows[-1]['step']}, but {folder / 'checkpoints'} holds no checkpoint: "
             "restore them, or choose another run.name to start anew"
         )
-    if path is not None and checkpoint.step_of(path) > plain["run"]["iterations"]:
+    if path is None:
+        return
+    done = checkpoint.step_of(path)
+    if done > plain["run"]["iterations"]:
         raise ConfigError(
-            f"run.iterations={plain['run']['iterations']}, but {folder} is already at iteration "
-            f"{checkpoint.step_of(path)}: expected at least that, or another run.name"
+            f"run.iterations={plain['run']['iterations']}, but {folder} is already at iteration {done}: expected at "
+            "least that, or another run.name"
         )
+    whole = {"metrics": [row["step"] for row in rows[:done]] == list(range(1, done + 1)),
+             "evaluations": [row["step"] for row in evaluations[:1]] == [0]}  # fmt: skip
+    for name, complete in whole.items():
+        if not complete:
+            raise ConfigError(
+                f"{folder / name}.jsonl lacks rows, though the run is at iteration {done}: restore it, or choose "
+                "another run.name"
+            )
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
@@ -110,15 +122,8 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
 def _provenance(folder: Path) -> dict[str, Any]:
     """What the run is made with. A later start on other software or threads is noted beside it, and said aloud."""
     packages = ("flowalign-diffusion", "torch", "diffusers", "transformers", "accelerate", "peft", "rapidocr")
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-        check=False,
-    )
     now: dict[str, Any] = {
-        "git": commit.stdout.strip() or None,
+        "git": _commit(),
         "python": platform.python_version(),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "versions": {name: _version(name) for name in packages},
@@ -126,13 +131,26 @@ def _provenance(folder: Path) -> dict[str, Any]:
     saved = folder / "provenance.json"
     if not saved.exists():
         return now
-    first = json.loads(saved.read_text())
+    try:
+        first = json.loads(saved.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{saved} is damaged ({error}): restore it, or remove it") from error
     later = first.pop("later", [])
     changed = differences(first, now)
     if changed:
         print(f"note: {folder} was begun with other {', '.join(changed)}: it may not go on bit for bit", flush=True)
         later = [*later, now] if now not in later else later
     return {**first, "later": later} if later else first
+
+
+def _commit() -> str | None:
+    """Of the source folder; None without git, or outside a repository."""
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False).stdout
+    except OSError:
+        return None
+    return said.strip() or None
 
 
 def _version(name: str) -> str:

@@ -120,7 +120,10 @@ class Run:
             self.policy, self.config.reward, rollout, self.config.run.seed, settings.height, settings.width,
             self.processes,
         )  # fmt: skip
-        if self.processes.is_main:
+        if self.processes.is_main:  # in this order: config.yaml says how many rows may lack a checkpoint
+            self.metrics.cut_back(self._first)
+            MetricsLog(self.folder / "evaluations.jsonl").cut_back(self._first)
+            checkpoint.tidy(self.folder, self.config.run.keep_checkpoints)
             describe(self.folder, self.plain)
         self.accelerator.init_trackers("flowalign", init_kwargs={"wandb": {"name": self.config.run.name}})
         leaving.callback(self.accelerator.end_training)
@@ -145,6 +148,8 @@ class Run:
             )
         self._base = load_result(evaluated) if evaluated.exists() else None
         self._prompts = {"train": digest(self._train), "held_out": digest(self._held_out)}
+        if self._saved is None and self._base is not None and self._base.digest != self._prompts["held_out"]:
+            self._base = None  # nothing is trained yet, and the prompts have changed: evaluated anew
         if self._saved is not None and self._saved[1].get("prompts") != self._prompts:
             raise ConfigError(
                 f"{self.config.prompts} or {self.config.evaluation.prompts} changed since {self.folder} was begun: "
@@ -276,6 +281,7 @@ class Run:
         tensors, state = pack(self.policy, list(self.config.policy.roles), optimisers, self.ema)
         state |= {
             "steps": self._steps,
+            "reached": self._reached,
             "trainer": self.config.trainer.state(),
             "prompts": self._prompts,
             "totals": dict(self._totals),
@@ -291,10 +297,7 @@ class Run:
         return None if self._saved is None else self._saved[1]["trainer"]
 
     def resume(self) -> None:
-        """Takes up the latest checkpoint; without one, whatever an earlier start left behind is cut back to nothing."""
-        if self.processes.is_main:
-            self.metrics.cut_back(self._first)
-            MetricsLog(self.folder / "evaluations.jsonl").cut_back(self._first)
+        """Takes up the latest checkpoint, if there is one."""
         if self._saved is not None:
             self._take_up(*self._saved)
         self._steppers: dict[Optimizer, Stepper] = {  # after the weights and the state are what they will be
@@ -308,7 +311,7 @@ class Run:
         place = torch.device("cpu") if self._deepspeed else None  # DeepSpeed takes each process's part from there
         restore(self.policy, roles, optimisers, self.ema, tensors, state, place)
         self._totals, self._seconds, self._steps = state["totals"], state["time/seconds"], state["steps"]
-        self._reached = True
+        self._reached = state.get("reached", True)
         self._say(f"resumed {self.folder} after iteration {self._first}")
 
     def _elapsed(self) -> float:

@@ -12,11 +12,13 @@ import pytest
 import torch
 import yaml
 
+from flowalign import checkpoint
 from flowalign import run as run_module
 from flowalign.config import ConfigError
-from flowalign.folder import open_folder
+from flowalign.folder import describe, open_folder
 from flowalign.metrics import read_rows, without_time
 from flowalign.run import Interrupted, Run
+from flowalign.stored import load_result
 from flowalign.trainers import Update
 from tests.test_train import result, run_it
 
@@ -147,6 +149,9 @@ def test_two_runs_cannot_share_a_folder(copy: Path, tiny_pipeline: Path, no_mode
         (lambda run: (run / "evaluation/base.safetensors").unlink(), r"base\.safetensors is missing"),
         (lambda run: os.truncate(run / "evaluation/base.safetensors", 99), r"base\.safetensors is damaged"),
         (lambda run: (run / "metrics.jsonl").write_text("x\n"), r"metrics\.jsonl, line 1"),
+        (lambda run: os.truncate(run / "metrics.jsonl", 999), r"metrics\.jsonl lacks rows"),
+        (lambda run: (run / "evaluations.jsonl").write_text("x\n"), r"evaluations\.jsonl, line 1"),
+        (lambda run: (run / "evaluations.jsonl").unlink(), r"evaluations\.jsonl lacks rows"),
         (lambda run: (run / "config.yaml").write_text(""), r"config\.yaml is damaged"),
         (lambda run: (run / "config.yaml").unlink(), "is not a run"),
         (lambda run: (run.parent / "prompts.txt").write_text("a cat\na dog\na cow\na pig\n"), "changed since"),
@@ -163,6 +168,44 @@ def test_what_is_lost_or_damaged_is_named_before_a_model_is_loaded(
     with pytest.raises(ConfigError, match=said):
         start(tiny_pipeline, copy)
     assert (copy / "tiny" / "metrics.jsonl").read_bytes() == metrics
+
+
+def begun(copy: Path, checkpoint_every: int) -> None:
+    """Makes of the finished run one that was killed before its first checkpoint."""
+    shutil.rmtree(copy / "tiny" / "checkpoints")
+    (copy / "tiny" / "summary.json").unlink()
+    plain = as_saved(copy, checkpoint_every=checkpoint_every)
+    plain["prompts"] = plain["evaluation"]["prompts"] = f"{copy}/prompts.txt"
+    (copy / "tiny" / "config.yaml").write_text(yaml.safe_dump(plain))
+
+
+def test_prompts_that_changed_before_the_first_checkpoint_are_evaluated_anew(
+    copy: Path, tiny_pipeline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun(copy, checkpoint_every=10)
+    (copy / "prompts.txt").write_text("a cat\na dog\na cow\na pig\n")
+    monkeypatch.setattr(Run, "iterations", lambda run: ())
+    monkeypatch.setattr(Run, "finish", lambda run: {})
+    start(tiny_pipeline, copy, "run.checkpoint_every=10")
+    base = load_result(copy / "tiny" / "evaluation" / "base.safetensors")
+    assert base.prompts == ["a cat", "a dog", "a cow", "a pig"]
+    assert evaluations(copy) == [(0, "base")]
+
+
+def test_two_kills_around_another_checkpoint_every_before_the_first_checkpoint(
+    copy: Path, tiny_pipeline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two rows without a checkpoint are right with the old setting, not with the new one."""
+
+    def killed(*args: object) -> None:
+        describe(*args)
+        raise SystemExit
+
+    begun(copy, checkpoint_every=10)
+    monkeypatch.setattr(run_module, "describe", killed)
+    for _ in range(2):
+        with pytest.raises(SystemExit):  # the second time too: no ConfigError
+            start(tiny_pipeline, copy, "run.checkpoint_every=1")
 
 
 def test_a_place_that_cannot_be_written_is_named(done: Path, tiny_pipeline: Path, no_model: None) -> None:
@@ -198,11 +241,11 @@ def test_equal_rewards_in_the_first_iteration_are_no_frozen_policy(
     reward = ["reward=rewards.FunctionReward", f"reward.path={tmp_path}/mine.py:shine", f"run.output={tmp_path}"]
     start(tiny_pipeline, done, *reward, "run.iterations=1")
     assert read_rows(tmp_path / "tiny" / "metrics.jsonl")[0]["optim/grad_norm"] == 0
+    _, state = checkpoint.load(tmp_path / "tiny" / "checkpoints" / "step-1")
+    assert state["reached"] is False  # so a resumed run still looks for the first gradient
 
 
 def test_a_start_with_other_threads_is_said_and_noted(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from flowalign.folder import describe
-
     file = copy / "tiny" / "provenance.json"
     first = json.loads(file.read_text())
     file.write_text(json.dumps({**first, "machine": "abacus, 1 threads"}))
@@ -210,6 +253,17 @@ def test_a_start_with_other_threads_is_said_and_noted(copy: Path, capsys: pytest
     assert "begun with other machine" in capsys.readouterr().out
     now = json.loads(file.read_text())
     assert now["machine"] == "abacus, 1 threads" and now["later"] == [first]
+
+
+def test_a_machine_without_git_and_a_damaged_provenance(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = copy / "tiny" / "provenance.json"
+    file.unlink()
+    monkeypatch.setenv("PATH", str(copy))
+    describe(copy / "tiny", as_saved(copy))
+    assert json.loads(file.read_text())["git"] is None
+    file.write_text("{")
+    with pytest.raises(ConfigError, match=r"provenance\.json is damaged .* or remove it"):
+        describe(copy / "tiny", as_saved(copy))
 
 
 # ------------------------------------------------------------------------------------------ SIGKILL
