@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import sys
 from collections.abc import Sequence
 
@@ -22,6 +24,9 @@ def train(arguments: Sequence[str]) -> int:
         print(USAGE)
         return 0 if arguments else 2
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from safetensors import SafetensorError
+
+    from flowalign.checkpoint import CheckpointError
     from flowalign.config import ConfigError, load_config
     from flowalign.loop import train as run
 
@@ -30,10 +35,25 @@ def train(arguments: Sequence[str]) -> int:
     except ConfigError as error:
         print(f"configuration error: {error}", file=sys.stderr)
         return 2
+    except CheckpointError as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        return 1
+    except (OSError, SafetensorError) as error:
+        if not _of_the_disk(error):
+            raise
+        print(f"stopped: {error}. Mend that; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 1
     except KeyboardInterrupt as stop:
         print(str(stop) or "stopped at once; the last checkpoint stands", file=sys.stderr)
         return 130
     return 0
+
+
+def _of_the_disk(error: Exception) -> bool:
+    """Whether it is full, over the quota, read-only or failing; safetensors tells in words only."""
+    said = re.search(r"os error (\d+)", str(error))
+    number = error.errno if isinstance(error, OSError) else int(said[1]) if said else 0
+    return number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
 def doctor(arguments: Sequence[str]) -> int:

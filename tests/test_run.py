@@ -1,5 +1,6 @@
 """A run folder under careless hands: reruns, extensions, kills, two at once, lost and damaged files; nothing is lost."""
 
+import errno
 import json
 import os
 import shutil
@@ -11,16 +12,18 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors import SafetensorError
 
-from flowalign import checkpoint
+from flowalign import checkpoint, cli
 from flowalign import run as run_module
+from flowalign.checkpoint import CheckpointError
 from flowalign.config import ConfigError
 from flowalign.folder import describe, open_folder
 from flowalign.metrics import read_rows, without_time
 from flowalign.run import Interrupted, Run
 from flowalign.stored import load_result
 from flowalign.trainers import Update
-from tests.test_train import result, run_it
+from tests.test_train import CONFIG, result, run_it
 
 
 @pytest.fixture(scope="module")
@@ -211,6 +214,34 @@ def test_two_kills_around_another_checkpoint_every_before_the_first_checkpoint(
 def test_a_place_that_cannot_be_written_is_named(done: Path, tiny_pipeline: Path, no_model: None) -> None:
     with pytest.raises(ConfigError, match=r"cannot be written .* choose another run\.output"):
         start(tiny_pipeline, done, f"run.output={done}/prompts.txt")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "runs/x"), "goes on from the last checkpoint"),
+        (SafetensorError("I/O error: Read-only file system (os error 30)"), "goes on from the last checkpoint"),
+        (CheckpointError("parameters: the checkpoint lacks 1"), "stopped: parameters"),
+    ],
+)
+def test_a_disk_that_is_full_is_told_in_a_sentence(
+    error: Exception, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*args: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Run, "__enter__", fails)
+    assert cli.train([CONFIG]) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_an_error_that_is_not_the_disks_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: object) -> None:
+        raise ConnectionResetError(errno.ECONNRESET, "reset")
+
+    monkeypatch.setattr(Run, "__enter__", fails)
+    with pytest.raises(ConnectionResetError):
+        cli.train([CONFIG])
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,8 @@ class PipelinePolicy:
         if not self._trained.has_lora:
             raise ValueError(f"the policy trains full weights and has no LoRA to save; save the {self.part} instead")
         folder.mkdir(parents=True, exist_ok=True)
+        for stale in folder.glob(".tmp*"):  # safetensors writes beside the place; a kill leaves that
+            stale.unlink()
         self.model.save_lora(folder, adapter_state(network), network.peft_config[ADAPTER].to_dict())
         save_peft(network, folder)
 

@@ -103,7 +103,9 @@ def test_peft_folder_round_trip(tiny_pipeline: Path, tmp_path: Path) -> None:
     for name, parameter in policy.trainable_parameters():
         if "lora_B" in name:
             parameter.data.normal_(std=0.1)
+    (tmp_path / ".tmpAbCdEf").write_bytes(b"half of what a killed save wrote")
     policy.save_lora(tmp_path)
+    assert not list(tmp_path.glob(".*"))
     fresh = SD3Transformer2DModel.from_pretrained(tiny_pipeline, subfolder="transformer")
     loaded = PeftModel.from_pretrained(fresh, tmp_path)
     x, sigma, conditions = torch.randn(1, 3, 24, 48), torch.tensor([0.6]), policy.encode(PROMPTS[:1])
