@@ -25,7 +25,7 @@ def test_rows_hold_the_step_exact_numbers_and_the_clock_under_time(log):
     row = log.rows()[-1]
     assert row["reward/mean"] == 0.1 + 0.2 and row["optim/lr"] == float(np.float32(0.1))
     assert row["loss/kl"] is None and row["cost/edges"] == 7 and isinstance(row["cost/edges"], int)
-    assert row["time/wall"] == pytest.approx(before, abs=5)
+    assert row["time/wall"] == pytest.approx(before, abs=60)
     assert without_time(row).keys() == {"step", "reward/mean", "optim/lr", "cost/edges", "loss/kl"}
     assert without_time(log.rows()[1]) == {"step": 1, "reward/mean": 1 / 3}
 

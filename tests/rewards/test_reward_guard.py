@@ -57,7 +57,7 @@ def test_elapsed_is_the_wall_time():
         time.sleep(0.05)
         return brightness(batch)
 
-    assert 0.05 <= score(Plain(slow), batch_of(1)).elapsed < 1
+    assert 0.05 <= score(Plain(slow), batch_of(1)).elapsed < 30
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
@@ -116,7 +116,7 @@ def test_exception_can_mask(caplog):
 @pytest.mark.parametrize("on_error", ["raise", "mask"])
 def test_hanging_reward_times_out(on_error):
     def hang(batch):
-        time.sleep(3)
+        time.sleep(60)
         return brightness(batch)
 
     started = time.perf_counter()
@@ -125,21 +125,21 @@ def test_hanging_reward_times_out(on_error):
             score(Plain(hang), batch_of(2), timeout=0.2)
     else:
         assert not score(Plain(hang), batch_of(2), timeout=0.2, on_error="mask").valid.any()
-    assert time.perf_counter() - started < 2
+    assert time.perf_counter() - started < 30
 
 
 def test_timeout_thread_hands_over_answer_and_exception():
     batch = batch_of(2)
-    assert torch.equal(score(Plain(brightness), batch, timeout=5).scores, score(Plain(brightness), batch).scores)
+    assert torch.equal(score(Plain(brightness), batch, timeout=60).scores, score(Plain(brightness), batch).scores)
 
     def fail(batch):
         raise KeyError("weights")
 
     with pytest.raises(RewardError, match="KeyError"):
-        score(Plain(fail), batch, timeout=5)
+        score(Plain(fail), batch, timeout=60)
 
 
-@pytest.mark.parametrize("timeout", [None, 5.0])
+@pytest.mark.parametrize("timeout", [None, 60.0])
 def test_no_gradients(timeout):
     batch = RewardBatch(prompts=["a"], images=torch.rand(1, 3, 4, 4, requires_grad=True))
     output = score(Plain(brightness), batch, timeout=timeout)
