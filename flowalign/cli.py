@@ -7,6 +7,8 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from typing import Any, TextIO
 
 USAGE = """usage: flowalign train CONFIG.yaml [key=value ...]
        flowalign doctor CONFIG.yaml [key=value ...]
@@ -16,6 +18,35 @@ Trains as CONFIG.yaml says; dotted keys override it, for example rollout.group_s
 in about a minute whether that can work: one line per check, exit code 1 if one fails. The benchmark times an iteration
 beside the same iteration with less sharing.
 On several devices: accelerate launch scripts/train.py CONFIG.yaml [key=value ...]"""
+
+
+class Unbroken:
+    """A stream whose reader may go first, as `| tee log` does on Ctrl-C: then it is heard no more, and the run goes on to
+    save what it has."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except BrokenPipeError:
+            return self._into_nothing(len(text))
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except BrokenPipeError:
+            self._into_nothing(0)
+
+    def _into_nothing(self, count: int) -> int:
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, self._stream.fileno())
+        os.close(nothing)
+        return count
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def train(arguments: Sequence[str]) -> int:
@@ -30,22 +61,23 @@ def train(arguments: Sequence[str]) -> int:
     from flowalign.config import ConfigError, load_config
     from flowalign.loop import train as run
 
-    try:
-        run(*load_config(arguments[0], arguments[1:]))
-    except ConfigError as error:
-        print(f"configuration error: {error}", file=sys.stderr)
-        return 2
-    except CheckpointError as error:
-        print(f"stopped: {error}", file=sys.stderr)
-        return 1
-    except (OSError, SafetensorError) as error:
-        if not _of_the_disk(error):
-            raise
-        print(f"stopped: {error}. Mend that; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt as stop:
-        print(str(stop) or "stopped at once; the last checkpoint stands", file=sys.stderr)
-        return 130
+    with redirect_stdout(Unbroken(sys.stdout)), redirect_stderr(Unbroken(sys.stderr)):
+        try:
+            run(*load_config(arguments[0], arguments[1:]))
+        except ConfigError as error:
+            print(f"configuration error: {error}", file=sys.stderr)
+            return 2
+        except CheckpointError as error:
+            print(f"stopped: {error}", file=sys.stderr)
+            return 1
+        except (OSError, SafetensorError) as error:
+            if not _of_the_disk(error):
+                raise
+            print(f"stopped: {error}. Mend that; the same command goes on from the last checkpoint", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt as stop:
+            print(str(stop) or "stopped at once; the last checkpoint stands", file=sys.stderr)
+            return 130
     return 0
 
 

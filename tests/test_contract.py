@@ -100,22 +100,22 @@ def test_the_adjoint_gives_the_gradient_of_the_whole_group() -> None:
 def test_a_run_in_two_processes_ends_where_one_does(tiny_pipeline: Path, tmp_path: Path) -> None:
     """Two iterations; then taken up for a third. (`accelerate launch --cpu --num_processes 2` would give one process.)"""
     root = Path(__file__).parents[1]
-    call = [str(root / "scripts" / "train.py"), TINY, f"policy.path={tiny_pipeline}", "rollout.groups=3"]
+    settings = [f"policy.path={tiny_pipeline}", "rollout.groups=3"]
 
-    def launch(count: int, output: Path, iterations: int) -> None:
-        runner = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    def launch(output: Path, iterations: int) -> None:
+        runner = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(root / "scripts/train.py")]
         environment = {"PYTHONPATH": str(root), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1",
                        "ACCELERATE_USE_CPU": "true"}  # fmt: skip
         done = subprocess.run(
-            [sys.executable, *runner, *call, f"run.output={output}", f"run.iterations={iterations}"],
+            [sys.executable, *runner, TINY, *settings, f"run.output={output}", f"run.iterations={iterations}"],
             env=environment, timeout=300, capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-2000:]
         assert done.stdout.count("held-out jpeg_compressibility") == 1  # one process speaks
 
-    launch(1, tmp_path / "one", 3)
-    launch(2, tmp_path / "two", 2)
-    launch(2, tmp_path / "two", 3)
+    train(*load_config(TINY, [*settings, f"run.output={tmp_path / 'one'}", "run.iterations=3"]))
+    launch(tmp_path / "two", 2)
+    launch(tmp_path / "two", 3)
     (one, _, one_rows), (two, _, two_rows) = saved(tmp_path / "one", "tiny"), saved(tmp_path / "two", "tiny")
     for name, value in one.items():
         if name.startswith("role_policy/"):

@@ -235,6 +235,18 @@ def test_a_disk_that_is_full_is_told_in_a_sentence(
     assert said in capsys.readouterr().err
 
 
+def test_whoever_reads_the_output_may_leave_first() -> None:
+    reader, writer = os.pipe()
+    with os.fdopen(writer, "w", buffering=1) as stream:
+        heard = cli.Unbroken(stream)
+        heard.write("a line\n")
+        os.close(reader)  # `| tee log` on Ctrl-C
+        for text in ("stopping\n", "no newline"):
+            heard.write(text)
+            heard.flush()
+        assert heard.fileno() == writer  # all else is the stream's own
+
+
 def test_an_error_that_is_not_the_disks_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*args: object) -> None:
         raise ConnectionResetError(errno.ECONNRESET, "reset")

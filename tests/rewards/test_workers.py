@@ -2,6 +2,8 @@
 
 import os
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import time
@@ -106,8 +108,10 @@ def test_hanging_worker_is_a_timeout_and_the_pool_recovers(pool):
 
 
 def test_stopped_worker_cannot_block_a_large_job(pool):
-    workers = pool(1, timeout=4)
+    workers = pool(1)
     workers.map([])
+    with socket.socket(fileno=os.dup(workers._running[0].connection.fileno())) as ours:  # as launched with 0.3 s
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", 0, 300_000))
     os.kill(workers.pids()[0], signal.SIGSTOP)
     with pytest.raises(TimeoutError, match="stopped"):
         workers.map([({}, np.zeros((64, 512, 512, 3), dtype=np.uint8))])
