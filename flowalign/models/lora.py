@@ -132,6 +132,8 @@ def adapter_state(network: nn.Module) -> dict[str, Tensor]:
 
 def save_peft(network: ModelMixin, folder: Path) -> None:
     """adapter_config.json and adapter_model.safetensors, for PeftModel.from_pretrained(network, folder)."""
-    network.peft_config[ADAPTER].save_pretrained(str(folder))
+    config = copy.copy(network.peft_config[ADAPTER])
+    config.target_modules = sorted(config.target_modules)  # a set, in another order in each process
+    config.save_pretrained(str(folder))
     tensors = {f"base_model.model.{name}": tensor for name, tensor in adapter_state(network).items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})

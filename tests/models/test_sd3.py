@@ -1,5 +1,6 @@
 """The SD3 policy against diffusers' own pipeline."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -106,6 +107,8 @@ def test_peft_folder_round_trip(tiny_pipeline: Path, tmp_path: Path) -> None:
     (tmp_path / ".tmpAbCdEf").write_bytes(b"half of what a killed save wrote")
     policy.save_lora(tmp_path)
     assert not list(tmp_path.glob(".*"))
+    targets = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
+    assert targets == sorted(targets) and len(targets) == 4
     fresh = SD3Transformer2DModel.from_pretrained(tiny_pipeline, subfolder="transformer")
     loaded = PeftModel.from_pretrained(fresh, tmp_path)
     x, sigma, conditions = torch.randn(1, 3, 24, 48), torch.tensor([0.6]), policy.encode(PROMPTS[:1])
