@@ -17,11 +17,6 @@ class Velocities:
     row: Tensor
     values: Tensor
 
-    @property
-    def nodes(self) -> Tensor:
-        """The nodes whose velocity is known, in increasing order."""
-        return (self.row >= 0).nonzero().flatten()
-
     def at(self, nodes: Tensor) -> Tensor:
         """Velocities of `nodes` [n, *]. ValueError for a node that was not evaluated."""
         rows = self.row[nodes]
@@ -64,12 +59,6 @@ class Forest:
         """[N] which nodes' states were kept."""
         return self.row >= 0
 
-    def mask(self, nodes: Tensor) -> Tensor:
-        """[N] true at `nodes`."""
-        chosen = torch.zeros(len(self.tree), dtype=torch.bool)
-        chosen[nodes] = True
-        return chosen
-
     def at(self, nodes: Tensor) -> Tensor:
         """States of `nodes` [n, *], exactly what the rollout gave the network, in at least fp32.
 
@@ -91,15 +80,6 @@ class Forest:
     def step_sigmas(self, edges: Tensor) -> tuple[Tensor, Tensor]:
         """σ left and σ' reached by the steps arriving at `edges`, each [E]."""
         return self.sigma(self.tree.parent[edges]), self.sigma(edges)
-
-    def path_sum(self, values: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Sum of `values` [N] over the stochastic steps from root to leaf, [L] in the order of tree.leaves.
-
-        mask [N]: count only the steps arriving at these nodes.
-        """
-        if mask is not None:
-            values = torch.where(mask.to(values.device), values, torch.zeros_like(values))
-        return self.tree.path_sum(values)
 
     def with_velocities(self, role: str, nodes: Tensor, values: Tensor) -> "Forest":
         """This forest, knowing what `role` said of `nodes` [n]: `values` [n, *]. A role is set once.

@@ -27,7 +27,6 @@ def rollout(
     *,
     micro_batch: int | None = None,
     store_dtype: torch.dtype = torch.float32,
-    progress: Callable[[int], None] | None = None,
     select: Select | None = None,
     keep_velocities: bool = False,
 ) -> Forest:
@@ -37,7 +36,7 @@ def rollout(
     at most `micro_batch` rows; all children of the frontier are stepped in one kernel call. noise(tree, nodes) ->
     [n, *] gives the draws of the steps arriving at `nodes` (KeyedNoise.step); it is asked for stochastic steps only.
     States are cast to `store_dtype` before log-probs are taken and before the next step, so a replay from what is
-    stored sees the same numbers; the network gets them in at least fp32. progress(rows) is called per micro-batch.
+    stored sees the same numbers; the network gets them in at least fp32.
     select drops states on the way: what they would lead to is never computed, and the forest is one of the tree that is
     left (Tree.keep), though `evaluations` counts every row. It does not change the noise of what stays, and velocities
     that it asks for are not evaluated again. keep_velocities: the forest knows, as the role "old", what `velocity` said
@@ -53,7 +52,7 @@ def rollout(
     stored: list[Tensor] = []
     asked, said = torch.zeros(len(tree), dtype=torch.bool), [x_start[:0].to(compute_dtype(store_dtype))]
     for generation in (*tree.generations[1:], torch.empty(0, dtype=torch.int64)):
-        frontier = _Frontier(velocity, x.to(compute_dtype(store_dtype)), sigmas, tree, nodes, micro_batch, progress)
+        frontier = _Frontier(velocity, x.to(compute_dtype(store_dtype)), sigmas, tree, nodes, micro_batch)
         stays[nodes] = True if select is None else choose(select, tree, nodes, x, able, frontier.velocities)
         stored.append(x[(wanted & stays)[nodes].to(x.device)])
         children = generation[stays[tree.parent[generation]]]
@@ -130,11 +129,10 @@ class _Frontier:
     """The states of one generation and their velocities: each evaluated once, when it is first asked for."""
 
     def __init__(
-        self, velocity: Velocity, x: Tensor, sigmas: Tensor, tree: Tree, nodes: Tensor, micro_batch: int | None,
-        progress: Callable[[int], None] | None,
-    ) -> None:  # fmt: skip
+        self, velocity: Velocity, x: Tensor, sigmas: Tensor, tree: Tree, nodes: Tensor, micro_batch: int | None
+    ) -> None:
         self.x, self.known = x, torch.zeros(len(nodes), dtype=torch.bool)
-        self._velocity, self._limit, self._progress = velocity, micro_batch or max(len(nodes), 1), progress
+        self._velocity, self._limit = velocity, micro_batch or max(len(nodes), 1)
         self._sigma, self._root = sigmas[tree.index[nodes]].to(x.device), tree.root[nodes]
         self._v: Tensor | None = None
 
@@ -149,8 +147,6 @@ class _Frontier:
                 raise ValueError(f"velocity gave {list(v.shape)} for states {list(x.shape)}; expected equal shapes")
             self._v = self._v if self._v is not None else torch.empty_like(self.x, dtype=v.dtype)
             self._v[place], self.known[part] = v, True
-            if self._progress is not None:
-                self._progress(len(part))
         return self.x[:0] if self._v is None else self._v[rows.to(self.x.device)]
 
 
