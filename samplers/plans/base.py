@@ -1,6 +1,6 @@
 """What a plan is, and the one grower behind chains, windows and trees."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Protocol
 
@@ -27,9 +27,9 @@ class Bounded(Plan, Protocol):
         ...
 
 
-def bound(trees: Iterable[Tree]) -> Cost:
-    """The most of each number of the trees' costs."""
-    return most([tree.cost() for tree in trees])
+def dearest(plan: Bounded, num_steps: int, group_size: int) -> Cost:
+    """The `forecast` of a plan that knows its extremes: the most that they cost, each number by itself."""
+    return most([tree.cost() for tree in plan.extremes(num_steps, group_size)])
 
 
 def most(costs: Sequence[Cost]) -> Cost:

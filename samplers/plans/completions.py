@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from samplers.plans.base import Bounded, bound
-from samplers.trees import Cost, Tree
+from samplers.plans.base import Bounded, dearest
+from samplers.trees import Tree
 
 
 def subgrid(index: int, num_steps: int, count: int) -> list[int]:
@@ -89,9 +89,7 @@ class Probed:
         """The plan's tree with probes."""
         return self._probed(self.plan.tree(num_steps, group_size, iteration, rng))
 
-    def forecast(self, num_steps: int, group_size: int) -> Cost:
-        """The most that an extreme tree of the plan costs with its probes."""
-        return bound(self.extremes(num_steps, group_size))
+    forecast = dearest
 
     def extremes(self, num_steps: int, group_size: int) -> Sequence[Tree]:
         """The plan's, with probes."""
@@ -112,9 +110,7 @@ class Compressed:
         """The plan's tree, compressed."""
         return compressed(self.plan.tree(num_steps, group_size, iteration, rng), self.ratio)
 
-    def forecast(self, num_steps: int, group_size: int) -> Cost:
-        """The most that an extreme tree of the plan costs with its shorter tails."""
-        return bound(self.extremes(num_steps, group_size))
+    forecast = dearest
 
     def extremes(self, num_steps: int, group_size: int) -> Sequence[Tree]:
         """The plan's, compressed."""
