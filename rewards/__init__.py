@@ -1,4 +1,4 @@
-"""Rewards: images, latents and text in, scores out. Knows nothing of samplers or trainers.
+"""Rewards: images and text in, scores out. Knows nothing of samplers or trainers.
 
 A new reward is one new file, or a plain function named by its path; YAML names the class by import path.
 """
