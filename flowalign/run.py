@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -24,7 +23,7 @@ from flowalign.checkpoint import CheckpointError, Tensors
 from flowalign.config import ConfigError, TrainConfig
 from flowalign.data import PromptRecord, digest, load_prompts, prompts_of_iteration
 from flowalign.ema import EMA
-from flowalign.evaluate import EvaluationResult, append_result, captions, compare, evaluate, summary
+from flowalign.evaluation import EvaluationResult, evaluate
 from flowalign.files import DamagedFile, write_atomic
 from flowalign.folder import describe, open_folder
 from flowalign.forecast import forecast
@@ -33,11 +32,11 @@ from flowalign.metrics import MetricsLog
 from flowalign.models import load_policy
 from flowalign.plots import plot_tree
 from flowalign.processes import Processes
-from flowalign.report import grid, write_report
+from flowalign.results import summarise, write_results
 from flowalign.sharding import shard
 from flowalign.state import pack, restore
 from flowalign.stepping import Stepper, Summed
-from flowalign.stored import load_result, save_result
+from flowalign.stored import append_result, load_result, save_result
 from flowalign.trainers import Task, Update
 from flowalign.trainers.collect import Collected
 from flowalign.zero import Zero2
@@ -336,9 +335,8 @@ class Run:
     def _evaluate(self, label: str) -> EvaluationResult:
         settings, policy = self.config.evaluation, self.config.policy
         total = len(self.processes.share(len(self._held_out) * settings.samples_per_prompt))
-        averaged = self.ema.applied() if self.ema is not None and label == "tuned" else nullcontext()
         with (
-            averaged,
+            self._averaged() if label == "tuned" else nullcontext(),
             tqdm(
                 total=total, desc=f"evaluate {label}", unit="img", leave=False, disable=not self.processes.is_main
             ) as bar,
@@ -354,50 +352,14 @@ class Run:
         """Evaluates the tuned model beside the base; writes LoRA, grid, summary and report."""
         tuned = self._evaluate("tuned")
         self._log_evaluation(self.config.run.iterations, "tuned", tuned)
-        result = self._summary(tuned)
+        result = summarise(self.config, self.policy, self.base, tuned, self._totals, self._elapsed())
         if self.processes.is_main:
-            self._write_results(tuned, result)
+            if self.config.policy.trainable == "lora":
+                with self._averaged():
+                    self.policy.save_lora(self.folder / "lora")
+            print(write_results(self.folder, self.base, tuned, result), flush=True)
         return result
 
-    def _write_results(self, tuned: EvaluationResult, result: dict[str, Any]) -> None:
-        if self.config.policy.trainable == "lora":
-            with self.ema.applied() if self.ema is not None else nullcontext():
-                self.policy.save_lora(self.folder / "lora")
-        grid(self.base.images, tuned.images, captions(self.base, tuned), self.folder / "grids" / "held_out.png")
-        write_atomic(self.folder / "summary.json", json.dumps(result, indent=1).encode())
-        report = write_report(self.folder)
-        interval = result["gain_ci95"]
-        spread = f" [{interval[0]:+.3f}, {interval[1]:+.3f}]" if interval else ""
-        self._say(
-            f"held-out {result['reward']}, {len(self._held_out)} prompts: {result['base']:.3f} → {result['tuned']:.3f}, "
-            f"gain {result['gain']:+.3f}{spread} (95 %), {result['seconds']:.0f} s; report: {report}"
-        )
-
-    def _summary(self, tuned: EvaluationResult) -> dict[str, Any]:
-        whole = summary(compare(self.base, tuned))
-        first, policy = self.config.evaluation.rewards[0].name, self.config.policy
-        images = max(1, self._totals["images"])
-        return {
-            "reward": first,
-            **{key: whole[key][first] for key in ("base", "tuned", "gain", "gain_ci95", "pairs", "dropped")},
-            "rewards": whole,
-            "seconds": self._elapsed(),
-            "evaluations_per_image": {
-                "rollout": self._totals["rollout"] / images,
-                "update": self._totals["update"] / images,
-            },
-            "evaluation_unit": "forwards; a backward counts 1 (LoRA) or 2 (full weights), guidance doubles",
-            "ratio_drift_max": self._totals["drift"],
-            "iterations": self.config.run.iterations,
-            "pipeline": {
-                "path": policy.path,
-                "setup": self.policy.pipeline_setup(),
-                "arguments": {
-                    "num_inference_steps": tuned.num_inference_steps,
-                    "guidance_scale": tuned.guidance_scale,
-                    "height": policy.height,
-                    "width": policy.width,
-                    **self.policy.pipeline_arguments(),
-                },
-            },
-        }
+    def _averaged(self) -> AbstractContextManager[None]:
+        """Inside, the trained weights are their moving average, if the run keeps one."""
+        return nullcontext() if self.ema is None else self.ema.applied()
