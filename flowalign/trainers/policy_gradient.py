@@ -27,8 +27,8 @@ from flowalign.objectives import (
     Targets,
 )
 from flowalign.trainers.base import AdamW, Rollout, Task, Update
-from flowalign.trainers.collect import Collected, collect
-from samplers import Forest, Selected, generator
+from flowalign.trainers.collect import Collected, collect, grow
+from samplers import Forest, Selected
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +121,7 @@ class PolicyGradient:
                 "trainer.dynamic_clip came with KLMask, which has no clip range: set dynamic_clip=null, or take "
                 "ClippedRatio or Guard"
             )
-        tree = rollout.plan.tree(rollout.num_inference_steps, rollout.group_size, 0, generator(0, "select", 0))
+        tree = grow(rollout, 0, 0, [0])
         few = len(tree.index[tree.parents_of_edges].unique()) < rollout.num_inference_steps - 1
         if rollout.guidance_scale != 1 and few and not rollout.allow_cfg_update:
             raise ValueError(
