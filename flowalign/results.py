@@ -11,8 +11,9 @@ from flowalign.config import TrainConfig
 from flowalign.evaluation import EvaluationResult
 from flowalign.files import write_atomic
 from flowalign.gain import captions, compare, summary
+from flowalign.grids import grid
 from flowalign.models import Policy
-from flowalign.report import grid, write_report
+from flowalign.report import write_report
 
 
 def summarise(
