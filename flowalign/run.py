@@ -248,7 +248,10 @@ class Run:
             row |= {f"eval/{name}": float(s[s.isfinite()].mean()) for name, s in self._evaluate("tuned").scores.items()}
         equal = row.get("group/zero_std_ratio", 0.0) == 1  # then there was nothing to learn from
         if not (self._reached or equal) and self.config.run.gradient_check and "optim/grad_norm" in row:
-            raise RuntimeError("the first gradient is exactly 0: the policy is frozen or the loss does not reach it")
+            raise RuntimeError(
+                "the first gradient is exactly 0: the policy is frozen or the loss does not reach it; run `flowalign doctor` on "
+                "this configuration"
+            )
         if self.processes.is_main:
             self.metrics.append(step, row)
         self.accelerator.log({k: v for k, v in row.items() if math.isfinite(v)}, step=step)

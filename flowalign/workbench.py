@@ -108,8 +108,9 @@ def distance(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
 
 @dataclass(frozen=True)
 class Siblings:
-    """Of the edges that `inner` chooses, those whose number among the chosen children of their parent is in `numbers`;
-    only at the first `states` parents with several of them, where it is given."""
+    """A selector for one pass per edge: of the edges that `inner` chooses, the n-th of each parent state for n in `numbers`.
+
+    states: only at so many parents, the first that have several chosen edges; None: at all."""
 
     inner: Selector
     numbers: tuple[int, ...]

@@ -32,15 +32,15 @@ def rollout(
 ) -> Forest:
     """Roll `tree` out from `x_start` [R, *] (one row per root) over `sigmas` [T+1], without gradient.
 
-    velocity(x [n, *], sigma [n], root [n]) -> v [n, *] is called on one flat frontier of distinct states, in pieces of
-    at most `micro_batch` rows; all children of the frontier are stepped in one kernel call. noise(tree, nodes) ->
-    [n, *] gives the draws of the steps arriving at `nodes` (KeyedNoise.step); it is asked for stochastic steps only.
-    States are cast to `store_dtype` before log-probs are taken and before the next step, so a replay from what is
-    stored sees the same numbers; the network gets them in at least fp32.
-    select drops states on the way: what they would lead to is never computed, and the forest is one of the tree that is
-    left (Tree.keep), though `evaluations` counts every row. It does not change the noise of what stays, and velocities
-    that it asks for are not evaluated again. keep_velocities: the forest knows, as the role "old", what `velocity` said
-    of the states that stochastic steps leave, so that nobody has to ask again.
+    velocity(x [n, *], sigma [n], root [n]) -> v [n, *]: called on distinct states of one generation, at most `micro_batch`
+    rows at a time; root says which row of `x_start` (hence which condition) a state descends from.
+    noise(tree, nodes) -> [n, *]: the draws of the stochastic steps that arrive at `nodes`, such as KeyedNoise.step.
+    store_dtype: states are cast to it before log-probs are taken and before the next step, so that a replay sees the
+    numbers of the rollout; the network gets them in at least fp32.
+    select: drops states on the way. What they would lead to is not computed, and the forest's tree is what is left
+    (Tree.keep); its `evaluations` count all rows. The noise of what stays is the same, and velocities that the selection
+    asked for are not evaluated again.
+    keep_velocities: the forest holds, as the role "old", the velocities at the states that stochastic steps leave.
     """
     _check(x_start, sigmas, tree, micro_batch)
     if select is not None:

@@ -73,11 +73,11 @@ def compressed(tree: Tree, ratio: float) -> Tree:
 
 @dataclass(frozen=True)
 class Probed:
-    """`plan` with a deterministic completion of every state on its trained part: `probed` as a plan.
+    """`plan` with an ODE completion (probe) of every state that a stochastic step leaves or arrives at: `probed` as a plan.
 
-    steps: None is best (DenseGRPO); 1 is the single jump to x̂0. at: grid indices to probe instead. duplicate: probe also
-    the states whose completion is the main trajectory, as code does that scores V_0..V_T one by one (no more rows, more
-    images).
+    steps: of a completion; None, all remaining ones, is best (DenseGRPO), 1 is the single jump to x̂0. at: probe the states
+    at these grid indices instead. duplicate: probe also states whose sample goes on deterministically and so is their
+    completion; code that scores V_0..V_T one by one does that (more images, no more network rows).
     """
 
     plan: Bounded
