@@ -99,20 +99,7 @@ class Run:
         for reward in (self.config.reward, *self.config.evaluation.rewards):
             leaving.callback(reward.close)
         self._try_rewards()
-        self.policy = load_policy(
-            settings.path, lora=settings.lora, trainable=settings.trainable, dtype=settings.dtype,
-            max_sequence_length=settings.max_sequence_length, negative_prompt=settings.negative_prompt,
-            reference_copy=settings.reference_copy, device=self.accelerator.device, seed=self.config.run.seed,
-            network_device=None if self._fsdp is None else "cpu",
-        )  # fmt: skip
-        self.policy.latent_shape(settings.height, settings.width)
-        self.policy.add_roles(settings.roles)
-        if not self.policy.trainable_parameters():
-            raise ConfigError("policy: no parameter is trainable; check policy.trainable and policy.lora.targets")
-        if self._fsdp is not None:
-            self.processes = shard(self.policy, self.processes, self._fsdp.reshard_after_forward)
-        decay = self.config.run.ema_decay
-        self.ema = EMA(self.policy.trainable_parameters(), decay=decay) if decay is not None else None
+        self._load_policy()
         self.metrics = MetricsLog(self.folder / "metrics.jsonl")
         rollout = replace(self.config.rollout, kernel=self.config.rollout.kernel.on(self.policy.path))
         self.task = Task(
@@ -126,6 +113,23 @@ class Run:
         for name in (signal.SIGINT, signal.SIGTERM):
             leaving.callback(signal.signal, name, signal.signal(name, self._ask_to_stop))
         self._began = time.monotonic()
+
+    def _load_policy(self) -> None:
+        """The policy with its roles and its average, sharded if the launch asks for that."""
+        settings, decay = self.config.policy, self.config.run.ema_decay
+        self.policy = load_policy(
+            settings.path, lora=settings.lora, trainable=settings.trainable, dtype=settings.dtype,
+            max_sequence_length=settings.max_sequence_length, negative_prompt=settings.negative_prompt,
+            reference_copy=settings.reference_copy, device=self.accelerator.device, seed=self.config.run.seed,
+            network_device=None if self._fsdp is None else "cpu",
+        )  # fmt: skip
+        self.policy.latent_shape(settings.height, settings.width)
+        self.policy.add_roles(settings.roles)
+        if not self.policy.trainable_parameters():
+            raise ConfigError("policy: no parameter is trainable; check policy.trainable and policy.lora.targets")
+        if self._fsdp is not None:
+            self.processes = shard(self.policy, self.processes, self._fsdp.reshard_after_forward)
+        self.ema = EMA(self.policy.trainable_parameters(), decay=decay) if decay is not None else None
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from samplers.forest import Forest, compute_dtype
-from samplers.kernels.base import Context, Kernel, Step
+from samplers.kernels.base import Carry, Context, Kernel, Step
 from samplers.schedules import check_sigmas
 from samplers.selection import Select, candidates, check_frontiers, choose
 from samplers.trees import Tree
@@ -66,16 +66,9 @@ def rollout(
             said.append(v[hot.to(v.device)])
         if not len(children):
             break
-        ctx = Context(
-            level=tree.level[children],
-            rows=tree.root[children],
-            nodes=children,
-            parents=tree.parent[children],
-            step=tree.index[tree.parent[children]],
-            carry=None if carry is None else carry.rows(spot[position]),
-        )
         place = position.to(x.device)
-        step = kernel(x[place], v[place], sigmas[ctx.step], sigmas[tree.index[children]], ctx)
+        history = None if carry is None else carry.rows(spot[position])
+        step = _step(kernel, x[place], v[place], sigmas, tree, children, history)
         x = _draw(step, tree, children, noise).to(store_dtype)
         carry, nodes = step.carry, children
         _score(log_prob, step, x, tree, children)
@@ -148,6 +141,15 @@ class _Frontier:
             self._v = self._v if self._v is not None else torch.empty_like(self.x, dtype=v.dtype)
             self._v[place], self.known[part] = v, True
         return self.x[:0] if self._v is None else self._v[rows.to(self.x.device)]
+
+
+def _step(
+    kernel: Kernel, x: Tensor, v: Tensor, sigmas: Tensor, tree: Tree, children: Tensor, carry: Carry | None
+) -> Step:
+    """The transitions that arrive at `children` [n], from their parents' states x and velocities v [n, *]."""
+    parents = tree.parent[children]
+    ctx = Context(tree.level[children], tree.root[children], children, parents, tree.index[parents], carry)
+    return kernel(x, v, sigmas[tree.index[parents]], sigmas[tree.index[children]], ctx)
 
 
 def _draw(step: Step, tree: Tree, children: Tensor, noise: Noise) -> Tensor:

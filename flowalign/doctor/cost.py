@@ -73,7 +73,7 @@ def check_cost(task: Task, trainer: Trainer, batch: Collected, rows: int, update
     seen = batch.forest.evaluations if isinstance(settings.plan, Selected) else len(tree.evaluated)
     states, limit = guided * seen, guided * settings.groups * forecast.rollout
     reported = round(batch.metrics["cost/rollout_per_image"] * batch.images)
-    allowed = guided * settings.groups * forecast.train * _passes(trainer)
+    allowed = guided * settings.groups * forecast.train * (1 + trainer.needs_reference())
     figure = (
         f"rollout {rows / batch.images:.2f} rows per image (forecast at most {limit / batch.images:.2f}), update "
         f"{updated / batch.images:.2f}"
@@ -86,13 +86,6 @@ def check_cost(task: Task, trainer: Trainer, batch: Collected, rows: int, update
     elif isinstance(trainer, PolicyGradient) and updated > allowed:
         advice = f"the update ran {updated} rows, the forecast allows {allowed}: one row per distinct state and role"
     return Finding("cost", not advice, figure, advice)
-
-
-def _passes(trainer: Trainer) -> int:
-    """Network passes over the trained states: the policy's own, and those of the roles that the update reads."""
-    if not isinstance(trainer, PolicyGradient):
-        return 1
-    return 1 + bool(trainer.kl.beta)
 
 
 def check_memory(config: TrainConfig, task: Task, batch: Collected, available: float | None = None) -> Finding:
