@@ -12,7 +12,7 @@ from flowalign.config import TrainConfig
 from flowalign.data import PromptRecord
 from flowalign.doctor.base import Finding
 from flowalign.trainers import PolicyGradient, Task, Trainer
-from flowalign.trainers.collect import Collected
+from flowalign.trainers.collect import Collected, decoded
 from rewards import Reward, RewardBatch, score
 from samplers import Selected
 
@@ -21,15 +21,8 @@ MIB = 2**20
 
 def fixture(task: Task, batch: Collected, prompts: Sequence[PromptRecord]) -> RewardBatch:
     """The decoded images of a rollout, as a reward gets them."""
-    tree = batch.forest.tree
-    owner = tree.group[tree.leaves].tolist()
-    parts = batch.forest.at(tree.leaves).split(task.rollout.micro_batch)
-    return RewardBatch(
-        prompts=[prompts[group].prompt for group in owner],
-        images=torch.cat([task.policy.decode(part) for part in parts]),
-        metadata=[prompts[group].metadata for group in owner],
-        group_ids=owner,
-    )
+    leaves = batch.forest.tree.leaves
+    return decoded(task, prompts, batch.forest.tree.group[leaves], batch.forest.at(leaves))
 
 
 def check_reward(reward: Reward, batch: RewardBatch, *, trained: bool) -> Finding:

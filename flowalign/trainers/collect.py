@@ -125,18 +125,22 @@ def _roll_out(
     )  # fmt: skip
 
 
-def _judge(task: Task, prompts: Sequence[PromptRecord], owner: Tensor, latents: Tensor) -> tuple[RewardOutput, float]:
-    """Decodes and scores latents of the groups `owner` [n]; also the seconds that decoding took."""
-    began = time.perf_counter()
-    images = torch.cat([task.policy.decode(part) for part in latents.split(task.rollout.micro_batch)])
-    decoding = time.perf_counter() - began
+def decoded(task: Task, prompts: Sequence[PromptRecord], owner: Tensor, latents: Tensor) -> RewardBatch:
+    """Latents [n, *] of the groups `owner` [n] as images, with what a reward may know of them."""
     groups = owner.tolist()
-    batch = RewardBatch(
+    return RewardBatch(
         prompts=[prompts[group].prompt for group in groups],
-        images=images,
+        images=torch.cat([task.policy.decode(part) for part in latents.split(task.rollout.micro_batch)]),
         metadata=[prompts[group].metadata for group in groups],
         group_ids=groups,
     )
+
+
+def _judge(task: Task, prompts: Sequence[PromptRecord], owner: Tensor, latents: Tensor) -> tuple[RewardOutput, float]:
+    """Decodes and scores latents of the groups `owner` [n]; also the seconds that decoding took."""
+    began = time.perf_counter()
+    batch = decoded(task, prompts, owner, latents)
+    decoding = time.perf_counter() - began
     return score(task.reward, batch), decoding
 
 
