@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from samplers.plans.base import dearest, grow
+from samplers.plans.base import costliest, grow
 from samplers.plans.positions import Position, Random, Steps, last_start
 from samplers.trees import Tree
 
@@ -83,7 +83,7 @@ class Branch:
         """The trunks and branches of this iteration."""
         return branch(num_steps, self._seeds(group_size), self.branches, self._steps().draw(num_steps, rng))
 
-    forecast = dearest
+    forecast = costliest
 
     def extremes(self, num_steps: int, group_size: int) -> Sequence[Tree]:
         """The earliest steps, with each possible last one."""
@@ -130,7 +130,7 @@ class SplitTree:
         start = (self.position or Random()).start(iteration, self.low, last, rng)
         return self._with_window(num_steps, group_size, start)
 
-    forecast = dearest
+    forecast = costliest
 
     def extremes(self, num_steps: int, group_size: int) -> Sequence[Tree]:
         """One tree per position of the window."""
@@ -176,7 +176,7 @@ class TreeWindow:
         last = last_start(self.depth, self.low, self.high, num_steps)
         return self._at((self.position or Random()).start(iteration, self.low, last, rng), num_steps, group_size)
 
-    forecast = dearest
+    forecast = costliest
 
     def extremes(self, num_steps: int, group_size: int) -> Sequence[Tree]:
         """One tree per place."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from samplers.plans.base import dearest, grow
+from samplers.plans.base import costliest, grow
 from samplers.plans.positions import Position, Random, Steps, last_start
 from samplers.trees import Tree
 
@@ -67,7 +67,7 @@ class Chain:
         """The chain; `iteration` and `rng` do not matter."""
         return chain(num_steps, group_size, shared_start=self.shared_start, train_last=self.train_last)
 
-    forecast = dearest
+    forecast = costliest
 
     def extremes(self, num_steps: int, group_size: int) -> Sequence[Tree]:
         """The one tree."""
@@ -98,7 +98,7 @@ class Window:
         start = (self.position or Random()).start(iteration, self.low, last, rng)
         return window(num_steps, group_size, start, self.size, shared_start=self.shared_start)
 
-    forecast = dearest
+    forecast = costliest
 
     def extremes(self, num_steps: int, group_size: int) -> Sequence[Tree]:
         """One tree per position."""
@@ -124,7 +124,7 @@ class RandomSteps:
         """The steps of this iteration."""
         return scattered(num_steps, group_size, self._steps().draw(num_steps, rng), shared_start=self.shared_start)
 
-    forecast = dearest
+    forecast = costliest
 
     def extremes(self, num_steps: int, group_size: int) -> Sequence[Tree]:
         """The earliest steps, with each possible last one."""

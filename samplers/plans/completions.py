@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from samplers.plans.base import Bounded, dearest
+from samplers.plans.base import Bounded, costliest
 from samplers.trees import Tree
 
 
@@ -89,7 +89,7 @@ class Probed:
         """The plan's tree with probes."""
         return self._probed(self.plan.tree(num_steps, group_size, iteration, rng))
 
-    forecast = dearest
+    forecast = costliest
 
     def extremes(self, num_steps: int, group_size: int) -> Sequence[Tree]:
         """The plan's, with probes."""
@@ -110,7 +110,7 @@ class Compressed:
         """The plan's tree, compressed."""
         return compressed(self.plan.tree(num_steps, group_size, iteration, rng), self.ratio)
 
-    forecast = dearest
+    forecast = costliest
 
     def extremes(self, num_steps: int, group_size: int) -> Sequence[Tree]:
         """The plan's, compressed."""
