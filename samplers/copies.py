@@ -1,6 +1,7 @@
 """What code without sharing computes: the same rollout with states copied, to count and to time against."""
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -63,10 +64,16 @@ class Copies:
         )
 
 
-def unshared(tree: Tree) -> Copies:
-    """`tree` with every leaf's states its own, all the way from its own start: what code computes that samples image by
-    image."""
-    parent, origin = _by_trajectory(tree)
+def unshared(tree: Tree, per: Literal["trajectory", "step"] = "trajectory") -> Copies:
+    """`tree` with every state copied for all that use it.
+
+    "trajectory": each leaf has its own states all the way from its own start: per-sample code.
+    "step": each step evaluates its own copy of the state it leaves, as code does that stores a state and comes back to
+    it, for each branch and each probe anew. Rows = steps; trained rows = stochastic steps.
+    """
+    if per not in ("trajectory", "step"):
+        raise ValueError(f"per={per!r} came; expected 'trajectory' or 'step'")
+    parent, origin = _by_trajectory(tree) if per == "trajectory" else _by_step(tree)
     source = torch.tensor(origin, dtype=torch.int64)
     root: list[int] = []
     number = 0
@@ -102,4 +109,20 @@ def _by_trajectory(tree: Tree) -> tuple[list[int], list[int]]:
             way.append(up[way[-1]])
         parent += [-1, *range(len(parent), len(parent) + len(way) - 1)]
         origin += reversed(way)
+    return parent, origin
+
+
+def _by_step(tree: Tree) -> tuple[list[int], list[int]]:
+    """(parents among the copies, originals): as many copies of a state as it has children, all after one step."""
+    up = tree.parent.tolist()
+    children = torch.bincount(tree.parent[tree.parent >= 0], minlength=len(tree)).tolist()
+    free: list[list[int]] = []  # per state, its copies that no child has taken
+    parent: list[int] = []
+    origin: list[int] = []
+    for node in range(len(tree)):
+        above = free[up[node]].pop(0) if up[node] >= 0 else -1
+        copies = max(1, children[node])
+        free.append(list(range(len(parent), len(parent) + copies)))
+        parent += [above] * copies
+        origin += [node] * copies
     return parent, origin

@@ -60,6 +60,21 @@ class Forest:
         """[N] which nodes' states were kept."""
         return self.row >= 0
 
+    def mask(self, nodes: Tensor) -> Tensor:
+        """[N] true at `nodes`."""
+        chosen = torch.zeros(len(self.tree), dtype=torch.bool)
+        chosen[nodes] = True
+        return chosen
+
+    def path_sum(self, values: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Sum of `values` [N] over the stochastic steps from root to leaf, [L] in the order of tree.leaves.
+
+        mask [N]: count only the steps arriving at these nodes.
+        """
+        if mask is not None:
+            values = torch.where(mask.to(values.device), values, torch.zeros_like(values))
+        return self.tree.path_sum(values)
+
     def at(self, nodes: Tensor) -> Tensor:
         """States of `nodes` [n, *], exactly what the rollout gave the network, in at least fp32.
 

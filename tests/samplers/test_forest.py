@@ -65,7 +65,8 @@ def test_the_rollouts_own_velocities_replay_its_log_probs() -> None:
 def test_path_sums_and_what_is_kept() -> None:
     forest = grown(Tree.from_parents([-1, 0, 1, 1, 2, 3], [0, 1, 2, 2, 3, 3], [0, 1, 1, 1, 0, 0], 3))
     values = torch.tensor([9.0, 1.0, 10.0, 100.0, 9.0, 9.0])
-    assert forest.tree.path_sum(values).tolist() == [11.0, 101.0]
+    assert forest.path_sum(values).tolist() == [11.0, 101.0]
+    assert forest.path_sum(values, forest.mask(torch.tensor([1, 3]))).tolist() == [1.0, 101.0]
     assert forest.kept.tolist() == [True, True, True, True, True, True]
     assert not bool(grown(window(4, 2, 2, 1)).kept[1])  # on the deterministic prefix, nobody asks for it again
 

@@ -155,6 +155,7 @@ def test_probes_of_duplicates_cost_images_but_no_rows() -> None:
 
 def test_tempflow() -> None:
     assert Branch().forecast(10, 24) == Cost(rollout=1116, train=36, edges=216, leaves=216)
+    assert unshared(branch(10, 4, 6), "step").tree.cost().train == 216
     assert int(branch(10, 1, 6, (0, 3)).index[branch(10, 1, 6, (0, 3)).parents_of_edges].max()) == 3
 
 
@@ -168,6 +169,7 @@ def test_tempflow() -> None:
 def test_branch_grpo(splits: tuple[int, ...], factor: int, rows: int, edges: int, leaves: int) -> None:
     assert SplitTree(splits, factor).forecast(20, leaves) == Cost(rows, rows, edges, leaves)
     assert unshared(tree(20, splits, factor)).tree.cost() == Cost(20 * leaves, 20 * leaves, 20 * leaves, leaves)
+    assert unshared(tree(20, splits, factor), "step").tree.cost().rollout == edges
 
 
 def test_branch_grpo_mix_and_the_last_step() -> None:
@@ -191,12 +193,13 @@ def test_dynamic_tree_rpo(start: int, rows: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("plan", "leaves"),
-    [(Probed(Chain(), duplicate=True), 264), (Probed(Chain()), 240)],
+    ("plan", "leaves", "apart"),
+    [(Probed(Chain(), duplicate=True), 264, 1560), (Probed(Chain()), 240, 1536)],
     ids=["DenseGRPO", "TP-GRPO"],
 )
-def test_gains_from_probes(plan: Probed, leaves: int) -> None:
+def test_gains_from_probes(plan: Probed, leaves: int, apart: int) -> None:
     assert plan.forecast(10, 24) == Cost(rollout=1320, train=216, edges=216, leaves=leaves)
+    assert unshared(plan.tree(10, 24, 0, np.random.default_rng(0)), "step").tree.cost().rollout == apart
 
 
 def test_flash() -> None:
@@ -211,7 +214,9 @@ def test_flash() -> None:
 
 def test_unshared_windows_and_chains() -> None:
     assert unshared(window(25, 12, 3, 4)).tree.cost() == Cost(300, 48, 48, 12)
-    assert unshared(chain(5, 3)).tree.cost() == chain(5, 3).cost()
+    assert unshared(window(25, 12, 3, 4), "step").tree.cost().rollout == 3 + 12 * 22
+    for per in ("trajectory", "step"):
+        assert unshared(chain(5, 3), per).tree.cost() == chain(5, 3).cost()
 
 
 def most(costs: list[Cost]) -> Cost:

@@ -161,11 +161,12 @@ def test_prefixes_are_those_of_each_samples_own_trajectory(which: str) -> None:
     noise = KeyedNoise(0, 0, [0], (3,), branch_scale=2.0)
     grid, start = plain_sigmas(topology.num_steps, 3.0), noise.start(topology)
     shared = rollout(velocity, start, grid, topology, FlowSDE(), noise.step)
-    copies = unshared(topology)
-    apart = copies.rollout(velocity, start, grid, FlowSDE(), noise.step, micro_batch=4)
-    assert apart.tree is topology and apart.evaluations == copies.tree.cost().rollout > shared.evaluations
-    assert torch.equal(apart.states, shared.states) and torch.equal(apart.row, shared.row)
-    assert torch.equal(apart.log_prob.nan_to_num(7), shared.log_prob.nan_to_num(7))
+    for per in ("trajectory", "step"):
+        copies = unshared(topology, per)
+        apart = copies.rollout(velocity, start, grid, FlowSDE(), noise.step, micro_batch=4)
+        assert apart.tree is topology and apart.evaluations == copies.tree.cost().rollout > shared.evaluations
+        assert torch.equal(apart.states, shared.states) and torch.equal(apart.row, shared.row)
+        assert torch.equal(apart.log_prob.nan_to_num(7), shared.log_prob.nan_to_num(7))
 
 
 def test_copies_keep_their_groups_and_conditions() -> None:
@@ -178,8 +179,9 @@ def test_copies_keep_their_groups_and_conditions() -> None:
 
     start, grid = noise.start(both), diffusers_sigmas(5)
     shared = rollout(velocity, start, grid, both, FlowSDE(), noise.step)
-    apart = unshared(both).rollout(velocity, start, grid, FlowSDE(), noise.step)
-    assert torch.equal(apart.states, shared.states) and apart.evaluations > shared.evaluations
+    for per in ("trajectory", "step"):
+        apart = unshared(both, per).rollout(velocity, start, grid, FlowSDE(), noise.step)
+        assert torch.equal(apart.states, shared.states) and apart.evaluations > shared.evaluations
 
 
 @pytest.mark.parametrize("which", ["tree", "mix", "branch", "probed chain"])
@@ -277,7 +279,7 @@ def test_sources_are_read_through_the_root(tmp_path) -> None:
         lambda: tree(4, (4,)), lambda: tree(4, (1, 1)), lambda: tree(4, (1,), 1), lambda: tree(4, (1,), levels=[1.0]),
         lambda: tree(4, (1,), levels=[1, 0, 1, 1]), lambda: branch(4, 1, 2, ()), lambda: branch(4, 1, 2, (4,)),
         lambda: SplitTree().forecast(20, 12), lambda: SplitTree(()), lambda: SplitTree(window=20).forecast(20, 16),
-        lambda: probed(chain(4, 2), 0), lambda: compressed(window(4, 2, 0, 1), 0.0),
+        lambda: probed(chain(4, 2), 0), lambda: compressed(window(4, 2, 0, 1), 0.0), lambda: unshared(chain(4, 2), "edge"),
         lambda: chain(4, 2).with_source(torch.zeros(3, dtype=torch.int64)), lambda: scattered(4, 2, {4}),
     ],
 )  # fmt: skip
