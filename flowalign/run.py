@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -24,7 +23,7 @@ from flowalign.checkpoint import CheckpointError, Tensors
 from flowalign.config import ConfigError, TrainConfig
 from flowalign.data import PromptRecord, digest, load_prompts, prompts_of_iteration
 from flowalign.ema import EMA
-from flowalign.evaluate import EvaluationResult, append_result, captions, compare, evaluate, summary
+from flowalign.evaluation import EvaluationResult, evaluate
 from flowalign.files import DamagedFile, write_atomic
 from flowalign.folder import describe, open_folder
 from flowalign.forecast import forecast
@@ -33,11 +32,11 @@ from flowalign.metrics import MetricsLog
 from flowalign.models import load_policy
 from flowalign.plots import plot_tree
 from flowalign.processes import Processes
-from flowalign.report import grid, write_report
+from flowalign.results import summarise, write_results
 from flowalign.sharding import shard
 from flowalign.state import pack, restore
 from flowalign.stepping import Stepper, Summed
-from flowalign.stored import load_result, save_result
+from flowalign.stored import append_result, load_result, save_result
 from flowalign.trainers import Task, Update
 from flowalign.trainers.collect import Collected
 from flowalign.zero import Zero2
@@ -100,20 +99,7 @@ class Run:
         for reward in (self.config.reward, *self.config.evaluation.rewards):
             leaving.callback(reward.close)
         self._try_rewards()
-        self.policy = load_policy(
-            settings.path, lora=settings.lora, trainable=settings.trainable, dtype=settings.dtype,
-            max_sequence_length=settings.max_sequence_length, negative_prompt=settings.negative_prompt,
-            reference_copy=settings.reference_copy, device=self.accelerator.device, seed=self.config.run.seed,
-            network_device=None if self._fsdp is None else "cpu",
-        )  # fmt: skip
-        self.policy.latent_shape(settings.height, settings.width)
-        self.policy.add_roles(settings.roles)
-        if not self.policy.trainable_parameters():
-            raise ConfigError("policy: no parameter is trainable; check policy.trainable and policy.lora.targets")
-        if self._fsdp is not None:
-            self.processes = shard(self.policy, self.processes, self._fsdp.reshard_after_forward)
-        decay = self.config.run.ema_decay
-        self.ema = EMA(self.policy.trainable_parameters(), decay=decay) if decay is not None else None
+        self._load_policy()
         self.metrics = MetricsLog(self.folder / "metrics.jsonl")
         rollout = replace(self.config.rollout, kernel=self.config.rollout.kernel.on(self.policy.path))
         self.task = Task(
@@ -130,6 +116,23 @@ class Run:
         for name in (signal.SIGINT, signal.SIGTERM):
             leaving.callback(signal.signal, name, signal.signal(name, self._ask_to_stop))
         self._began = time.monotonic()
+
+    def _load_policy(self) -> None:
+        """The policy with its roles and its average, sharded if the launch asks for that."""
+        settings, decay = self.config.policy, self.config.run.ema_decay
+        self.policy = load_policy(
+            settings.path, lora=settings.lora, trainable=settings.trainable, dtype=settings.dtype,
+            max_sequence_length=settings.max_sequence_length, negative_prompt=settings.negative_prompt,
+            reference_copy=settings.reference_copy, device=self.accelerator.device, seed=self.config.run.seed,
+            network_device=None if self._fsdp is None else "cpu",
+        )  # fmt: skip
+        self.policy.latent_shape(settings.height, settings.width)
+        self.policy.add_roles(settings.roles)
+        if not self.policy.trainable_parameters():
+            raise ConfigError("policy: no parameter is trainable; check policy.trainable and policy.lora.targets")
+        if self._fsdp is not None:
+            self.processes = shard(self.policy, self.processes, self._fsdp.reshard_after_forward)
+        self.ema = EMA(self.policy.trainable_parameters(), decay=decay) if decay is not None else None
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -254,7 +257,10 @@ class Run:
             row |= {f"eval/{name}": float(s[s.isfinite()].mean()) for name, s in self._evaluate("tuned").scores.items()}
         equal = row.get("group/zero_std_ratio", 0.0) == 1  # then there was nothing to learn from
         if not (self._reached or equal) and self.config.run.gradient_check and "optim/grad_norm" in row:
-            raise RuntimeError("the first gradient is exactly 0: the policy is frozen or the loss does not reach it")
+            raise RuntimeError(
+                "the first gradient is exactly 0: the policy is frozen or the loss does not reach it; run `flowalign doctor` on "
+                "this configuration"
+            )
         if self.processes.is_main:
             self.metrics.append(step, row)
         self.accelerator.log({k: v for k, v in row.items() if math.isfinite(v)}, step=step)
@@ -339,9 +345,8 @@ class Run:
     def _evaluate(self, label: str) -> EvaluationResult:
         settings, policy = self.config.evaluation, self.config.policy
         total = len(self.processes.share(len(self._held_out) * settings.samples_per_prompt))
-        averaged = self.ema.applied() if self.ema is not None and label == "tuned" else nullcontext()
         with (
-            averaged,
+            self._averaged() if label == "tuned" else nullcontext(),
             tqdm(
                 total=total, desc=f"evaluate {label}", unit="img", leave=False, disable=not self.processes.is_main
             ) as bar,
@@ -357,50 +362,14 @@ class Run:
         """Evaluates the tuned model beside the base; writes LoRA, grid, summary and report."""
         tuned = self._evaluate("tuned")
         self._log_evaluation(self.config.run.iterations, "tuned", tuned)
-        result = self._summary(tuned)
+        result = summarise(self.config, self.policy, self.base, tuned, self._totals, self._elapsed())
         if self.processes.is_main:
-            self._write_results(tuned, result)
+            if self.config.policy.trainable == "lora":
+                with self._averaged():
+                    self.policy.save_lora(self.folder / "lora")
+            print(write_results(self.folder, self.base, tuned, result), flush=True)
         return result
 
-    def _write_results(self, tuned: EvaluationResult, result: dict[str, Any]) -> None:
-        if self.config.policy.trainable == "lora":
-            with self.ema.applied() if self.ema is not None else nullcontext():
-                self.policy.save_lora(self.folder / "lora")
-        grid(self.base.images, tuned.images, captions(self.base, tuned), self.folder / "grids" / "held_out.png")
-        write_atomic(self.folder / "summary.json", json.dumps(result, indent=1).encode())
-        report = write_report(self.folder)
-        interval = result["gain_ci95"]
-        spread = f" [{interval[0]:+.3f}, {interval[1]:+.3f}]" if interval else ""
-        self._say(
-            f"held-out {result['reward']}, {len(self._held_out)} prompts: {result['base']:.3f} → {result['tuned']:.3f}, "
-            f"gain {result['gain']:+.3f}{spread} (95 %), {result['seconds']:.0f} s; report: {report}"
-        )
-
-    def _summary(self, tuned: EvaluationResult) -> dict[str, Any]:
-        whole = summary(compare(self.base, tuned))
-        first, policy = self.config.evaluation.rewards[0].name, self.config.policy
-        images = max(1, self._totals["images"])
-        return {
-            "reward": first,
-            **{key: whole[key][first] for key in ("base", "tuned", "gain", "gain_ci95", "pairs", "dropped")},
-            "rewards": whole,
-            "seconds": self._elapsed(),
-            "evaluations_per_image": {
-                "rollout": self._totals["rollout"] / images,
-                "update": self._totals["update"] / images,
-            },
-            "evaluation_unit": "forwards; a backward counts 1 (LoRA) or 2 (full weights), guidance doubles",
-            "ratio_drift_max": self._totals["drift"],
-            "iterations": self.config.run.iterations,
-            "pipeline": {
-                "path": policy.path,
-                "setup": self.policy.pipeline_setup(),
-                "arguments": {
-                    "num_inference_steps": tuned.num_inference_steps,
-                    "guidance_scale": tuned.guidance_scale,
-                    "height": policy.height,
-                    "width": policy.width,
-                    **self.policy.pipeline_arguments(),
-                },
-            },
-        }
+    def _averaged(self) -> AbstractContextManager[None]:
+        """Inside, the trained weights are their moving average, if the run keeps one."""
+        return nullcontext() if self.ema is None else self.ema.applied()

@@ -26,7 +26,7 @@ def pack(
         tensors[f"optimiser_{name}"], state[name] = pack_optimizer(optimiser, every)
     if ema is not None:
         tensors["ema"] = ema.tensors()
-    return tensors, {"optimisers": state, "ema_steps": ema.steps if ema is not None else 0}
+    return tensors, {"optimisers": state}
 
 
 def restore(
@@ -47,4 +47,4 @@ def restore(
     for name, optimiser in optimisers.items():
         restore_optimizer(optimiser, every, tensors[f"optimiser_{name}"], state["optimisers"][name], place)
     if ema is not None:
-        ema.restore(tensors["ema"], state["ema_steps"])
+        ema.restore(tensors["ema"])

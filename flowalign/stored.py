@@ -1,4 +1,4 @@
-"""An evaluation on disk: safetensors with a JSON header, atomic."""
+"""An evaluation on disk: whole as safetensors with a JSON header, and its scores as a row of evaluations.jsonl."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from flowalign.evaluate import EvaluationResult
-from flowalign.files import DamagedFile, write_atomic
+from flowalign.evaluation import EvaluationResult
+from flowalign.files import DamagedFile, append_line, write_atomic
 
 _TENSORS = ("scores", "images")
 
@@ -35,3 +35,21 @@ def load_result(path: Path) -> EvaluationResult:
     return EvaluationResult(
         scores={name.removeprefix("scores/"): value for name, value in tensors.items()}, images=images, **plain
     )
+
+
+def append_result(path: Path, step: int, label: str, result: EvaluationResult) -> None:
+    """Appends one evaluation, every score with its prompt uid, to a JSON-lines file; null = not valid.
+
+    The rows are those of `flowalign.metrics` (`read_rows`; `MetricsLog(path).cut_back` when a run resumes)."""
+    row = {
+        "step": step,
+        "label": label,
+        "seed": result.seed,
+        "num_inference_steps": result.num_inference_steps,
+        "guidance_scale": result.guidance_scale,
+        "evaluations_per_image": result.evaluations_per_image,
+        "time/seconds": round(result.seconds, 3),
+        "uids": result.uids,
+        "scores": {name: [None if s != s else s for s in scores.tolist()] for name, scores in result.scores.items()},
+    }
+    append_line(path, json.dumps(row, allow_nan=False))

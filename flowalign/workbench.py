@@ -108,8 +108,9 @@ def distance(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
 
 @dataclass(frozen=True)
 class Siblings:
-    """Of the edges that `inner` chooses, those whose number among the chosen children of their parent is in `numbers`;
-    only at the first `states` parents with several of them, where it is given."""
+    """A selector for one pass per edge: of the edges that `inner` chooses, the n-th of each parent state for n in `numbers`.
+
+    states: only at so many parents, the first that have several chosen edges; None: at all."""
 
     inner: Selector
     numbers: tuple[int, ...]
@@ -134,23 +135,15 @@ def _numbered(forest: Forest, chosen: Tensor) -> tuple[Tensor, Tensor]:
     return number, torch.tensor(sorted(up for up, last in seen.items() if last > 0), dtype=torch.int64)
 
 
-def chosen_edges(trainer: PolicyGradient, batch: Collected, seed: int) -> Tensor:
-    """The mask [E] of the edges that the trainer trains on this batch."""
-    values = trainer.credit.assign(batch.forest, batch.scores, batch.valid, batch.channels)
-    advantages = trainer.advantage.compare(batch.forest, values)
-    moment = Moment(seed, batch.iteration, batch.uids)
-    return trainer.select.choose(batch.forest, advantages, moment) & advantages.valid.any(1)
-
-
 def per_edge(
     trainer: PolicyGradient, task: Task, batch: Collected, states: int | None = None, children: int | None = None
 ) -> list[tuple[PolicyGradient, float]]:
     """Trainers, each with its share of the loss, that together train the same edges with one forward and backward per
     edge: the n-th trains the n-th child of each state. `states`, `children`: see Siblings. LayerTuning is left out."""
-    number, _ = _numbered(batch.forest, chosen_edges(trainer, batch, task.seed))
+    number, _ = _numbered(batch.forest, trainer.chosen(batch)[1])
     widest = min(int(number.max()) + 1, children or len(number))
     parts = [(n, with_edges(trainer, task, Siblings(trainer.select, (n,), states))) for n in range(widest)]
-    counts = [int(chosen_edges(part, batch, task.seed).sum()) for _, part in parts]
+    counts = [int(part.chosen(batch)[1].sum()) for _, part in parts]
     return [(part, count / sum(counts)) for (_, part), count in zip(parts, counts, strict=True) if count]
 
 

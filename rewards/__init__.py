@@ -1,4 +1,4 @@
-"""Rewards: images, latents and text in, scores out. Knows nothing of samplers or trainers.
+"""Rewards: images and text in, scores out. Knows nothing of samplers or trainers.
 
 A new reward is one new file, or a plain function named by its path; YAML names the class by import path.
 """
@@ -10,6 +10,7 @@ from rewards.jpeg import JPEGCompressibility, JPEGIncompressibility
 from rewards.mix import Mix
 from rewards.ocr import OCR
 from rewards.reader import Line, RapidReader, Recogniser
+from rewards.watched import Watched
 
 PART_OF = "flowalign"
 
@@ -18,6 +19,7 @@ __all__ = [
     "RewardBatch",
     "RewardOutput",
     "RewardError",
+    "Watched",
     "score",
     "OCR",
     "Recogniser",

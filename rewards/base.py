@@ -6,17 +6,13 @@ Neither ever becomes 0, -1 or a mid-score.
 
 from __future__ import annotations
 
-import logging
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-
-logger = logging.getLogger(__name__)
 
 
 class RewardError(RuntimeError):
@@ -27,15 +23,14 @@ class RewardError(RuntimeError):
 class RewardBatch:
     """N samples to be scored. Every list has N entries, every tensor N rows.
 
-    images [N, 3, H, W]: RGB in [0, 1]; uint8 in 0..255 is converted here, other floats become float32. latents: as the
-    model has them. metadata: what the prompt set says about each prompt (targets, colours, ...); never re-derived from
-    the prompt. sample_ids name samples in messages; group_ids tell which samples answer the same prompt.
-    Without them: 0..N-1, each its own group.
+    images [N, 3, H, W]: RGB in [0, 1]; uint8 in 0..255 is converted here, other floats become float32.
+    metadata: what the prompt set says about each prompt (targets, colours, ...).
+    sample_ids name samples in messages; group_ids tell which samples answer the same prompt. Without them: 0..N-1, each
+    its own group.
     """
 
     prompts: list[str]
     images: Tensor | None = None
-    latents: Tensor | None = None
     metadata: list[dict[str, Any]] = field(default_factory=list)
     sample_ids: list[int] = field(default_factory=list)
     group_ids: list[int] = field(default_factory=list)
@@ -64,17 +59,10 @@ class RewardBatch:
         return RewardBatch(
             prompts=[self.prompts[i] for i in rows],
             images=None if self.images is None else self.images[rows],
-            latents=None if self.latents is None else self.latents[rows],
             metadata=[self.metadata[i] for i in rows],
             sample_ids=[self.sample_ids[i] for i in rows],
             group_ids=[self.group_ids[i] for i in rows],
         )
-
-    def chunk(self, size: int) -> list[RewardBatch]:
-        """Consecutive batches of at most `size` samples."""
-        if size < 1:
-            raise ValueError(f"chunk size must be at least 1, got {size}")
-        return [self.select(range(start, min(start + size, len(self)))) for start in range(0, len(self), size)]
 
     def pixels(self) -> Tensor:
         """images as uint8 [N, 3, H, W] on the CPU, round(255 x) as flow_grpo does (half to even; not truncated).
@@ -119,37 +107,23 @@ class Reward(Protocol):
     def close(self) -> None: ...
 
 
-def score(
-    reward: Reward,
-    batch: RewardBatch,
-    *,
-    timeout: float | None = None,
-    on_error: Literal["raise", "mask"] = "raise",
-    max_fail_rate: float = 0.5,
-) -> RewardOutput:
-    """Asks a reward, without gradients, and believes nothing: the guard that every caller uses.
+def score(reward: Reward, batch: RewardBatch, *, max_fail_rate: float = 0.5) -> RewardOutput:
+    """Asks a reward, without gradients, and checks what it answers: every caller asks through this guard.
 
-    * A sample whose image or latent is not finite is not shown to the reward: invalid.
+    * A sample whose image is not finite is not shown to the reward: invalid.
     * A non-finite score, or one the reward marks invalid, is NaN with valid False (its components too).
-    * An exception, or no answer within `timeout` seconds, is a RewardError; with on_error="mask" it is logged and
-      every sample of the batch is invalid. An answer of the wrong form (length, dtype) is a RewardError always.
+    * An exception, or an answer of the wrong form (length, dtype), is a RewardError.
     * More than `max_fail_rate` of the batch invalid in an answer is a RewardError.
-
-    After a timeout the reward's thread cannot be stopped: it is left behind as a daemon.
     """
-    if on_error not in ("raise", "mask"):
-        raise ValueError(f"on_error is {on_error!r}; expected 'raise' or 'mask'")
     started = time.perf_counter()
     shown = _finite_rows(batch)
     asked = batch if bool(shown.all()) else batch.select(shown)
     try:
-        answer = _call(reward, asked, timeout) if len(asked) else _nothing(0)
+        with torch.no_grad():
+            answer = reward(asked) if len(asked) else _nothing(0)
     except Exception as error:
         reason = f"reward {reward.name!r} failed on {len(asked)} samples: {type(error).__name__}: {error}"
-        if on_error == "raise":
-            raise RewardError(reason) from error
-        logger.warning("%s; all its samples are masked", reason)
-        return replace(_nothing(len(batch), reason), elapsed=time.perf_counter() - started)
+        raise RewardError(reason) from error
     _check_form(reward.name, answer, len(asked))
     output = _spread(_masked(answer), shown)
     _check_rate(reward.name, output, batch, max_fail_rate)
@@ -167,39 +141,10 @@ def _unit_float(images: Tensor) -> Tensor:
 
 
 def _finite_rows(batch: RewardBatch) -> Tensor:
-    """bool [N] on the CPU: the samples whose tensors are finite everywhere."""
-    finite = torch.ones(len(batch), dtype=torch.bool)
-    for tensor in (batch.images, batch.latents):
-        if tensor is not None:
-            finite &= torch.isfinite(tensor.detach()).flatten(1).all(dim=1).cpu()
-    return finite
-
-
-def _call(reward: Reward, batch: RewardBatch, timeout: float | None) -> RewardOutput:
-    if timeout is None:
-        with torch.no_grad():
-            return reward(batch)
-    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
-    answers: list[RewardOutput] = []
-    errors: list[BaseException] = []
-
-    def work() -> None:  # gradient mode and current device belong to a thread: set them anew
-        if device is not None:
-            torch.cuda.set_device(device)
-        try:
-            with torch.no_grad():
-                answers.append(reward(batch))
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=work, name=f"reward {reward.name}", daemon=True)
-    thread.start()
-    thread.join(timeout)
-    if thread.is_alive():
-        raise TimeoutError(f"no answer within {timeout:g} s")
-    if errors:
-        raise errors[0]
-    return answers[0]
+    """bool [N] on the CPU: the samples whose images are finite everywhere."""
+    if batch.images is None:
+        return torch.ones(len(batch), dtype=torch.bool)
+    return torch.isfinite(batch.images.detach()).flatten(1).all(dim=1).cpu()
 
 
 def _check_form(name: str, answer: RewardOutput, count: int) -> None:
@@ -236,7 +181,7 @@ def _spread(output: RewardOutput, shown: Tensor) -> RewardOutput:
     if bool(shown.all()):
         return output
     rows = shown.nonzero().flatten()
-    whole = _nothing(len(shown), "its image or latent is not finite")
+    whole = _nothing(len(shown), "its image is not finite")
     info = list(whole.info)
     for row, text in zip(rows.tolist(), output.info, strict=True):
         info[row] = text

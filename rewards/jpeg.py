@@ -44,7 +44,9 @@ class JPEGCompressibility:
 
     def __post_init__(self) -> None:
         if self.divide_by <= 0:
-            raise ValueError(f"divide_by must be positive, got {self.divide_by}")
+            raise ValueError(
+                f"divide_by={self.divide_by} came; expected a number above 0, such as 1 (kB) or 500 (flow_grpo)"
+            )
 
     def load(self) -> None: ...
 

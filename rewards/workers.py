@@ -40,7 +40,7 @@ class _Worker:
 
 @dataclass(eq=False)
 class Workers:
-    """`count` processes, each with one engine from `engine_file`; started by the first `map` or by `start`.
+    """`count` processes, each with one engine from `engine_file`; started by the first `map`, also by an empty one.
 
     timeout: the longest wait in seconds for the next answer of any worker, starting up included. After a timeout, a
     death or an error in an engine, all workers are killed, and the next `map` starts new ones. Workers end with
@@ -60,12 +60,9 @@ class Workers:
             raise ValueError(f"a pool needs count >= 1 and timeout > 0, got {self.count} and {self.timeout}")
         weakref.finalize(self, _kill, self._running, os.getpid())  # runs at exit too
 
-    def start(self) -> None:
-        """Starts the workers, if they are not running, and waits until every engine stands."""
-        self.map([])
-
     def map(self, jobs: Sequence[Message]) -> list[Message]:
-        """The answers to the jobs, in their order. TimeoutError or WorkerError."""
+        """The answers to the jobs, in their order; without jobs it starts the workers and waits for their engines. TimeoutError
+        or WorkerError."""
         with self._lock:
             try:
                 self._start()

@@ -29,7 +29,7 @@ from samplers.kernels import (
     Step,
     spsa_gradient,
 )
-from samplers.noise import STREAMS, KeyedNoise, generator, normal
+from samplers.noise import KeyedNoise, generator, normal
 from samplers.paths import Path, RectifiedFlow, VariancePreserving
 from samplers.plans import (
     Bounded,
@@ -57,7 +57,7 @@ from samplers.plans import (
     window,
 )  # fmt: skip
 from samplers.rollout import Noise, Velocity, rollout
-from samplers.schedules import diffusers_sigmas, dynamic_sigmas, plain_sigmas, shift, unshift
+from samplers.schedules import diffusers_sigmas, dynamic_sigmas, plain_sigmas, shift
 from samplers.selection import Best, Look, Select, candidates, sampled
 from samplers.stored import load_forest, save_forest
 from samplers.trees import SOURCES, Cost, Tree
@@ -67,7 +67,7 @@ PART_OF = "flowalign"
 __all__ = [
     "PART_OF",
     "Path", "RectifiedFlow", "VariancePreserving",
-    "diffusers_sigmas", "dynamic_sigmas", "plain_sigmas", "shift", "unshift",
+    "diffusers_sigmas", "dynamic_sigmas", "plain_sigmas", "shift",
     "Affine", "Carry", "Context", "Gaussian", "Kernel", "KLForm", "Step",
     "CPS", "ClippedFlowSDE", "DDIM", "DanceSDE", "FlowSDE", "LinearSDE", "ODE",
     "DPMSolver", "Guided", "Ascent", "ProcessReward", "RewardGradient", "SPSA", "spsa_gradient",
@@ -75,6 +75,6 @@ __all__ = [
     "Bounded", "Plan", "Branch", "Chain", "Compressed", "Probed", "RandomSteps", "Selected", "Sourced", "SplitTree",
     "TreeWindow", "Window", "branch", "chain", "compressed", "probed", "scattered", "tree", "window",
     "Fixed", "Position", "Random", "Sliding",
-    "STREAMS", "KeyedNoise", "generator", "normal",
+    "KeyedNoise", "generator", "normal",
     "Forest", "Velocities", "load_forest", "save_forest", "Noise", "Velocity", "rollout",
 ]  # fmt: skip

@@ -1,6 +1,5 @@
 """What code without sharing computes: the same rollout with states copied, to count and to time against."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -30,8 +29,6 @@ class Copies:
         noise: Noise,
         *,
         micro_batch: int | None = None,
-        store_dtype: torch.dtype = torch.float32,
-        progress: Callable[[int], None] | None = None,
     ) -> Forest:
         """`rollout` of the shared tree, paying for every copy; all arguments are those of the shared tree.
 
@@ -47,8 +44,6 @@ class Copies:
             kernel,
             lambda tree, nodes: noise(self.shared, self.origin[nodes]),
             micro_batch=micro_batch,
-            store_dtype=store_dtype,
-            progress=progress,
         )
         return self._folded(forest)
 

@@ -12,28 +12,23 @@ from samplers.trees import Tree
 
 @dataclass(frozen=True, eq=False)
 class Velocities:
-    """What one role's network said of some states: `values` [K, *], and in `row` [N] where a node's lies (-1: unknown)."""
+    """One role's velocities at some states: `values` [K, *]; row [N]: where a node's velocity lies in it (-1: unknown)."""
 
     row: Tensor
     values: Tensor
-
-    @property
-    def nodes(self) -> Tensor:
-        """The nodes whose velocity is known, in increasing order."""
-        return (self.row >= 0).nonzero().flatten()
 
     def at(self, nodes: Tensor) -> Tensor:
         """Velocities of `nodes` [n, *]. ValueError for a node that was not evaluated."""
         rows = self.row[nodes]
         if bool((rows < 0).any()):
             raise ValueError(
-                f"the velocities of nodes {nodes[rows < 0][:8].tolist()} are not known to this role; evaluate it at "
-                "every state that is asked for"
+                f"the velocities at nodes {nodes[rows < 0][:8].tolist()} are not known for this role; expected all that are "
+                "asked for: pass them to Forest.with_velocities"
             )
         return self.values[rows.to(self.values.device)]
 
     def of(self, alive: Tensor) -> "Velocities":
-        """Those of the nodes `alive` [N], numbered anew as Tree.keep does."""
+        """Those at the nodes of the mask `alive` [N], renumbered as Tree.keep does."""
         row, known = self.row[alive], self.row[alive] >= 0
         return Velocities(torch.where(known, known.cumsum(0) - 1, -1), self.values[row[known].to(self.values.device)])
 
@@ -42,11 +37,12 @@ class Velocities:
 class Forest:
     """A rolled-out tree.
 
-    states [K, *] in the storage dtype: roots, edges' parents and arrivals, and nodes without children; row [N] says
-    where a node's state lies (-1: not kept). log_prob [N]: under the policy that rolled out, taken after the storage
-    cast; nan where the step is deterministic. evaluations: velocities computed, in rows. `sigmas` and `kernel` are
-    those of the rollout: a replay cannot use others. velocities: what other networks (reference, old, teacher, …) said
-    of its states, by role. scores: scores of states (a latent process reward) by name, each [N], nan = not scored.
+    states [K, *]: those that are needed again (roots, both ends of every stochastic step, nodes without children), in the
+    storage dtype; row [N]: where a node's state lies in it (-1: not kept). log_prob [N]: of the step that arrived at a
+    node, under the policy that rolled out, taken after the storage cast; nan where the step is deterministic.
+    evaluations: network rows of the rollout. sigmas, kernel: those of the rollout, which every replay uses.
+    velocities: of other networks (reference, old, teacher, …) at its states, by role. scores: of states (a latent
+    process reward), by name, each [N], nan = not scored.
     """
 
     tree: Tree
@@ -70,6 +66,15 @@ class Forest:
         chosen[nodes] = True
         return chosen
 
+    def path_sum(self, values: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Sum of `values` [N] over the stochastic steps from root to leaf, [L] in the order of tree.leaves.
+
+        mask [N]: count only the steps arriving at these nodes.
+        """
+        if mask is not None:
+            values = torch.where(mask.to(values.device), values, torch.zeros_like(values))
+        return self.tree.path_sum(values)
+
     def at(self, nodes: Tensor) -> Tensor:
         """States of `nodes` [n, *], exactly what the rollout gave the network, in at least fp32.
 
@@ -92,17 +97,8 @@ class Forest:
         """σ left and σ' reached by the steps arriving at `edges`, each [E]."""
         return self.sigma(self.tree.parent[edges]), self.sigma(edges)
 
-    def path_sum(self, values: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Sum of `values` [N] over the stochastic steps from root to leaf, [L] in the order of tree.leaves.
-
-        mask [N]: count only the steps arriving at these nodes.
-        """
-        if mask is not None:
-            values = torch.where(mask.to(values.device), values, torch.zeros_like(values))
-        return self.tree.path_sum(values)
-
     def with_velocities(self, role: str, nodes: Tensor, values: Tensor) -> "Forest":
-        """This forest, knowing what `role` said of `nodes` [n]: `values` [n, *]. A role is set once.
+        """This forest with the velocities `values` [n, *] of `role` at `nodes` [n]. A role is set once.
 
         Usually `nodes` are tree.distinct_parents(edges)[0]: one row serves all the steps that leave a state.
         """
@@ -130,7 +126,9 @@ class Forest:
     def role_steps(self, role: str, edges: Tensor) -> Step:
         """The transitions arriving at `edges`, under the velocities of `role`. ValueError for a role that is not known."""
         if role not in self.velocities:
-            raise ValueError(f"no velocities of {role!r}; known roles are {sorted(self.velocities)}: set them first")
+            raise ValueError(
+                f"no velocities of {role!r}; known roles are {sorted(self.velocities)}: call with_velocities"
+            )
         parents, position = self.tree.distinct_parents(edges)
         return self.edge_steps(edges, self.velocities[role].at(parents), position)
 

@@ -17,19 +17,6 @@ from torch import Tensor
 
 from samplers.trees import Tree
 
-STREAMS = (
-    "start",
-    "step",
-    "branch-common",
-    "branch-own",
-    "renoise",
-    "timestep",
-    "spsa",
-    "select",
-    "data",
-    "augment",
-)
-
 
 def generator(*key: int | str) -> np.random.Generator:
     """The generator of one key; parts are integers of any size and strings. Different keys: different generators.
@@ -63,7 +50,6 @@ class KeyedNoise:
     iteration: int
     uids: Sequence[int]
     shape: Sequence[int]
-    device: torch.device | str = "cpu"
     visits: Sequence[int] | None = None
     branch_scale: float | None = None
 
@@ -95,7 +81,7 @@ class KeyedNoise:
             return self._draw("step", tree, nodes, own)
         common = self._draw("branch-common", tree, parents, torch.stack([tree.local[parents], tree.index[parents]], 1))
         spread = self.branch_scale * self._draw("branch-own", tree, nodes, own)
-        return (common[position.to(common.device)] + spread) / math.sqrt(1.0 + self.branch_scale**2)
+        return (common[position] + spread) / math.sqrt(1.0 + self.branch_scale**2)
 
     def _draw(self, stream: str, tree: Tree, nodes: Tensor, tails: Tensor) -> Tensor:
         if tree.num_groups != len(self.uids):
@@ -104,7 +90,7 @@ class KeyedNoise:
         out = torch.empty((len(nodes), *self.shape), dtype=torch.float32)
         for row, (group, tail) in enumerate(zip(tree.group[nodes].tolist(), tails.tolist(), strict=True)):
             out[row] = normal(self.shape, self.seed, stream, self.iteration, self.uids[group], number[group], *tail)
-        return out.to(self.device)
+        return out
 
 
 def visits(uids: Sequence[int]) -> list[int]:

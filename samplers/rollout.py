@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from samplers.forest import Forest, compute_dtype
-from samplers.kernels.base import Context, Kernel, Step
+from samplers.kernels.base import Carry, Context, Kernel, Step
 from samplers.schedules import check_sigmas
 from samplers.selection import Select, candidates, check_frontiers, choose
 from samplers.trees import Tree
@@ -27,21 +27,20 @@ def rollout(
     *,
     micro_batch: int | None = None,
     store_dtype: torch.dtype = torch.float32,
-    progress: Callable[[int], None] | None = None,
     select: Select | None = None,
     keep_velocities: bool = False,
 ) -> Forest:
     """Roll `tree` out from `x_start` [R, *] (one row per root) over `sigmas` [T+1], without gradient.
 
-    velocity(x [n, *], sigma [n], root [n]) -> v [n, *] is called on one flat frontier of distinct states, in pieces of
-    at most `micro_batch` rows; all children of the frontier are stepped in one kernel call. noise(tree, nodes) ->
-    [n, *] gives the draws of the steps arriving at `nodes` (KeyedNoise.step); it is asked for stochastic steps only.
-    States are cast to `store_dtype` before log-probs are taken and before the next step, so a replay from what is
-    stored sees the same numbers; the network gets them in at least fp32. progress(rows) is called per micro-batch.
-    select drops states on the way: what they would lead to is never computed, and the forest is one of the tree that is
-    left (Tree.keep), though `evaluations` counts every row. It does not change the noise of what stays, and velocities
-    that it asks for are not evaluated again. keep_velocities: the forest knows, as the role "old", what `velocity` said
-    of the states that stochastic steps leave, so that nobody has to ask again.
+    velocity(x [n, *], sigma [n], root [n]) -> v [n, *]: called on distinct states of one generation, at most `micro_batch`
+    rows at a time; root says which row of `x_start` (hence which condition) a state descends from.
+    noise(tree, nodes) -> [n, *]: the draws of the stochastic steps that arrive at `nodes`, such as KeyedNoise.step.
+    store_dtype: states are cast to it before log-probs are taken and before the next step, so that a replay sees the
+    numbers of the rollout; the network gets them in at least fp32.
+    select: drops states on the way. What they would lead to is not computed, and the forest's tree is what is left
+    (Tree.keep); its `evaluations` count all rows. The noise of what stays is the same, and velocities that the selection
+    asked for are not evaluated again.
+    keep_velocities: the forest holds, as the role "old", the velocities at the states that stochastic steps leave.
     """
     _check(x_start, sigmas, tree, micro_batch)
     if select is not None:
@@ -53,7 +52,7 @@ def rollout(
     stored: list[Tensor] = []
     asked, said = torch.zeros(len(tree), dtype=torch.bool), [x_start[:0].to(compute_dtype(store_dtype))]
     for generation in (*tree.generations[1:], torch.empty(0, dtype=torch.int64)):
-        frontier = _Frontier(velocity, x.to(compute_dtype(store_dtype)), sigmas, tree, nodes, micro_batch, progress)
+        frontier = _Frontier(velocity, x.to(compute_dtype(store_dtype)), sigmas, tree, nodes, micro_batch)
         stays[nodes] = True if select is None else choose(select, tree, nodes, x, able, frontier.velocities)
         stored.append(x[(wanted & stays)[nodes].to(x.device)])
         children = generation[stays[tree.parent[generation]]]
@@ -67,16 +66,9 @@ def rollout(
             said.append(v[hot.to(v.device)])
         if not len(children):
             break
-        ctx = Context(
-            level=tree.level[children],
-            rows=tree.root[children],
-            nodes=children,
-            parents=tree.parent[children],
-            step=tree.index[tree.parent[children]],
-            carry=None if carry is None else carry.rows(spot[position]),
-        )
         place = position.to(x.device)
-        step = kernel(x[place], v[place], sigmas[ctx.step], sigmas[tree.index[children]], ctx)
+        history = None if carry is None else carry.rows(spot[position])
+        step = _step(kernel, x[place], v[place], sigmas, tree, children, history)
         x = _draw(step, tree, children, noise).to(store_dtype)
         carry, nodes = step.carry, children
         _score(log_prob, step, x, tree, children)
@@ -130,11 +122,10 @@ class _Frontier:
     """The states of one generation and their velocities: each evaluated once, when it is first asked for."""
 
     def __init__(
-        self, velocity: Velocity, x: Tensor, sigmas: Tensor, tree: Tree, nodes: Tensor, micro_batch: int | None,
-        progress: Callable[[int], None] | None,
-    ) -> None:  # fmt: skip
+        self, velocity: Velocity, x: Tensor, sigmas: Tensor, tree: Tree, nodes: Tensor, micro_batch: int | None
+    ) -> None:
         self.x, self.known = x, torch.zeros(len(nodes), dtype=torch.bool)
-        self._velocity, self._limit, self._progress = velocity, micro_batch or max(len(nodes), 1), progress
+        self._velocity, self._limit = velocity, micro_batch or max(len(nodes), 1)
         self._sigma, self._root = sigmas[tree.index[nodes]].to(x.device), tree.root[nodes]
         self._v: Tensor | None = None
 
@@ -149,9 +140,16 @@ class _Frontier:
                 raise ValueError(f"velocity gave {list(v.shape)} for states {list(x.shape)}; expected equal shapes")
             self._v = self._v if self._v is not None else torch.empty_like(self.x, dtype=v.dtype)
             self._v[place], self.known[part] = v, True
-            if self._progress is not None:
-                self._progress(len(part))
         return self.x[:0] if self._v is None else self._v[rows.to(self.x.device)]
+
+
+def _step(
+    kernel: Kernel, x: Tensor, v: Tensor, sigmas: Tensor, tree: Tree, children: Tensor, carry: Carry | None
+) -> Step:
+    """The transitions that arrive at `children` [n], from their parents' states x and velocities v [n, *]."""
+    parents = tree.parent[children]
+    ctx = Context(tree.level[children], tree.root[children], children, parents, tree.index[parents], carry)
+    return kernel(x, v, sigmas[tree.index[parents]], sigmas[tree.index[children]], ctx)
 
 
 def _draw(step: Step, tree: Tree, children: Tensor, noise: Noise) -> Tensor:

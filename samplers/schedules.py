@@ -18,11 +18,6 @@ def shift(u: Levels, k: float) -> Levels:
     return k * u / (1 + (k - 1) * u)
 
 
-def unshift(sigma: Levels, k: float) -> Levels:
-    """The inverse of `shift`: u = σ / (k - (k-1)·σ)."""
-    return sigma / (k - (k - 1) * sigma)
-
-
 def plain_sigmas(num_steps: int, k: float = 3.0) -> Tensor:
     """σ_i = f_k(1 - i/T), i = 0..T: the grid of DanceGRPO, MixGRPO, BranchGRPO. Computed in float64."""
     _check(num_steps, k)

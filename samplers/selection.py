@@ -16,19 +16,19 @@ Within = Literal["group", "root", "parent"]
 
 
 class Select(Protocol):
-    """Which candidates stay. A candidate is a state on the trained part: a stochastic step arrives at it or follows.
+    """Which candidates stay. A candidate is a state that a stochastic step arrives at, or from which one follows later.
 
-    So probes and tails, deterministic to the end, are not selected against; they go with their state.
+    Probes and deterministic tails are no candidates: they stay or go with the state that they leave.
     """
 
     @property
     def counts(self) -> Mapping[int, int | None]:
-        """At which grid indices, and how many stay in each group; None: as many as `keep` says, at least one."""
+        """Grid index -> how many candidates stay in each group; None: as many as `keep` says, at least one."""
         ...
 
     def keep(self, tree: Tree, nodes: Tensor, states: Tensor, look: Look) -> Tensor:
-        """[n] bool: which of the candidates `nodes` [n] stay; `states` [n, *] are theirs, in the storage dtype, and
-        look() their velocities [n, *]: those that stay are not evaluated again, those that go are extra cost."""
+        """[n] bool: which of the candidates `nodes` [n] stay. states [n, *]: theirs, in the storage dtype. look() gives
+        their velocities [n, *]: those of the candidates that go are extra cost, the others are needed anyway."""
         ...
 
 

@@ -221,7 +221,11 @@ class Tree:
 
         Only stochastic steps count, so per-node log-probabilities (nan where a step is deterministic) sum correctly.
         """
-        self._check_values(values)
+        if values.shape != (len(self),):
+            raise ValueError(
+                f"values of shape {tuple(values.shape)} came; expected one per node, [{len(self)}]: "
+                "scatter per-edge values into zeros(len(tree)) at tree.edges first"
+            )
         total = torch.where(self.level.to(values.device) > 0, values, torch.zeros_like(values))
         for nodes in self.generations[1:]:
             total[nodes] += total[self.parent[nodes]]
@@ -244,14 +248,6 @@ class Tree:
         order = (edge * max(len(self.leaves), 1) + below).argsort()
         return edge[order], below[order]
 
-    def leaves_under(self, node: int) -> Tensor:
-        """The leaves (node numbers) that descend from `node`; a leaf is under itself."""
-        under = torch.zeros(len(self), dtype=torch.bool)
-        under[node] = True
-        for nodes in self.generations[1:]:
-            under[nodes] |= under[self.parent[nodes]]
-        return self.leaves[under[self.leaves]]
-
     def completion(self, nodes: Tensor) -> Tensor:
         """[n] the leaf that each of `nodes` reaches by deterministic steps alone (the first if several); -1 for none."""
         return self._completions[nodes]
@@ -265,13 +261,6 @@ class Tree:
             quiet = nodes[self.level[nodes] == 0]
             reached.scatter_reduce_(0, self.parent[quiet], reached[quiet], "amin")
         return torch.where(reached < nowhere, reached, -1)
-
-    def _check_values(self, values: Tensor) -> None:
-        if values.shape != (len(self),):
-            raise ValueError(
-                f"values of shape {tuple(values.shape)} came; expected one per node, [{len(self)}]: "
-                "scatter per-edge values into zeros(len(tree)) at tree.edges first"
-            )
 
 
 def _in_order(columns: dict[str, Tensor], num_steps: int) -> Tree:

@@ -9,7 +9,7 @@ import torch
 
 from flowalign.credit import BranchLocal, Broadcast, Gain, Joined, Process, ReturnToGo, SubtreeFusion, TurningPoint
 from samplers import Forest, Tree, chain, window
-from tests.trees import everywhere, grown, probed, split_tree, trunk
+from tests.trees import everywhere, grown, leaves_under, probed, split_tree, trunk
 
 
 def credit(rule, forest: Forest, scores, valid=None):
@@ -60,13 +60,13 @@ def test_fusion_weighs_leaves_by_their_path_probability() -> None:
     log_prob = forest.log_prob.double()
     for row, edge in enumerate(tree.edges.tolist()):  # by hand: climb from every leaf to the edge
         sums = []
-        for leaf in tree.leaves_under(edge).tolist():
+        for leaf in leaves_under(tree, edge).tolist():
             node, total = leaf, 0.0
             while node != edge:
                 total, node = total + float(log_prob[node]), int(tree.parent[node])
             sums.append(total)
         weights = torch.tensor(sums, dtype=torch.float64).mul(2.0).softmax(0)
-        below = torch.isin(tree.leaves, tree.leaves_under(edge))
+        below = torch.isin(tree.leaves, leaves_under(tree, edge))
         assert float(got[row]) == pytest.approx(float(weights @ rewards.double()[below]), rel=1e-9)
     shifted = replace(forest, log_prob=forest.log_prob + 3.0)  # the same constant on every step
     torch.testing.assert_close(credit(SubtreeFusion(beta=2.0), shifted, rewards)[0], got, rtol=1e-5, atol=1e-6)
@@ -109,7 +109,7 @@ def test_a_branch_is_credited_with_its_own_leaf() -> None:
     got, known = credit(BranchLocal(), forest, rewards)
     assert bool(known.all()) and len(got) == 2 * 3 * 3
     for edge, value in zip(tree.edges.tolist(), got.tolist(), strict=True):
-        (leaf,) = tree.leaves_under(edge).tolist()
+        (leaf,) = leaves_under(tree, edge).tolist()
         assert value == float(forest.at(torch.tensor([leaf]))[0, 0])
 
 

@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from flowalign.data import PromptRecord
-from flowalign.evaluate import append_result, captions, compare, evaluate, paired_gain, summary
+from flowalign.evaluation import evaluate
+from flowalign.gain import captions, compare, paired_gain, summary
 from flowalign.metrics import MetricsLog, read_rows
 from flowalign.models.base import Conditions
+from flowalign.stored import append_result
 from rewards import RewardBatch, RewardError, RewardOutput
 from samplers import RectifiedFlow
 from samplers.noise import normal

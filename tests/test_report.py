@@ -10,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
+from flowalign.grids import grid
 from flowalign.metrics import MetricsLog
-from flowalign.report import _reward_panels, grid, write_report
+from flowalign.report import _reward_panels, write_report
 
 CAPTIONS = ['the word "KITE" in red\nocr 0.25 → 1', "<script>alert('x')</script> & more\nocr 0.5 → not valid"]
 
@@ -33,21 +34,29 @@ def log_iterations(run, count):
         })  # fmt: skip
 
 
+def summary_of(base, tuned, intervals):
+    gain = {name: tuned[name] - base[name] for name in base}
+    return {
+        "rewards": {"base": base, "tuned": tuned, "gain": gain, "gain_ci95": intervals},
+        "seconds": 3725,
+        "evaluations_per_image": {"rollout": 10, "update": 2.5},
+        "ratio_drift_max": 3e-7,
+        "pipeline": {
+            "path": "some/model",
+            "setup": [],
+            "arguments": {"num_inference_steps": 10, "guidance_scale": 1.5},
+        },
+    }
+
+
 def make_run(folder):
     run = folder / "my-run"
     (run / "lora").mkdir(parents=True)
     log_iterations(run, 3)
     (run / "config.yaml").write_text("seed: 7\nnote: <b>bold</b>\n")
     (run / "provenance.json").write_text(json.dumps({"git_commit": "abc123", "versions": {"torch": "2.15"}}))
-    summary = {
-        "base": {"ocr": 0.5, "jpeg": 3.0},
-        "tuned": {"ocr": 0.75, "jpeg": 2.5},
-        "gain_ci95": {"ocr": [0.125, 0.375], "jpeg": None},
-        "seconds": 3725,
-        "evaluations_per_image": {"rollout": 10, "update": 2.5},
-        "ratio_drift_max": 3e-7,
-        "pipeline": {"path": "some/model", "arguments": {"num_inference_steps": 10, "guidance_scale": 1.5}},
-    }
+    intervals = {"ocr": [0.125, 0.375], "jpeg": None}
+    summary = summary_of({"ocr": 0.5, "jpeg": 3.0}, {"ocr": 0.75, "jpeg": 2.5}, intervals)
     (run / "summary.json").write_text(json.dumps(summary))
     grid(images(0), images(1), CAPTIONS, run / "grids" / "step-9.png")
     grid(images(2), images(3), CAPTIONS, run / "grids" / "step-10.png")
@@ -105,16 +114,13 @@ def test_the_table_states_base_tuned_gain_and_interval(page):
     ("interval", "verdict"), [([0.1, 0.2], "better"), ([-0.2, -0.1], "worse"), ([-0.1, 0.2], "no clear change")]
 )
 def test_the_verdict_follows_the_interval(tmp_path, interval, verdict):
-    (tmp_path / "summary.json").write_text(
-        json.dumps({"reward": "ocr", "base": 1.0, "tuned": 1.1, "gain_ci95": interval})
-    )
-    text = text_of(page_of(tmp_path))  # a run of one reward may write plain numbers
+    (tmp_path / "summary.json").write_text(json.dumps(summary_of({"ocr": 1.0}, {"ocr": 1.1}, {"ocr": interval})))
+    text = text_of(page_of(tmp_path))
     assert re.search(rf"ocr 1 1\.1 \+0\.1 \S+ to \S+ {verdict}", text)
 
 
-def test_every_reward_has_a_line_beside_the_headline_of_the_first(tmp_path):
-    whole = {"base": {"a": 1, "b": 2}, "tuned": {"a": 2, "b": 1}, "gain_ci95": {"a": [0.5, 1.5], "b": [-1.5, -0.5]}}
-    summary = {"reward": "a", "base": 1, "tuned": 2, "gain_ci95": [0.5, 1.5], "rewards": whole}
+def test_every_reward_has_a_line(tmp_path):
+    summary = summary_of({"a": 1, "b": 2}, {"a": 2, "b": 1}, {"a": [0.5, 1.5], "b": [-1.5, -0.5]})
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     text = text_of(page_of(tmp_path))
     assert "a 1 2 +1 +0.5 to +1.5 better b 2 1 −1 −1.5 to −0.5 worse" in text
@@ -211,13 +217,6 @@ def test_long_captions_stay_inside_the_grid(tmp_path):
     path = grid(images(), images(1), captions, tmp_path / "long.png")
     picture = np.asarray(picture_of(path.read_bytes()))
     assert (picture[:, -4:] == 255).all() and (picture[-4:] == 255).all()  # a white margin: nothing runs off
-
-
-def test_a_grid_drawn_by_another_program_is_shown_whole(tmp_path):
-    (tmp_path / "grids").mkdir()
-    Image.new("RGB", (9, 5), "red").save(tmp_path / "grids" / "theirs.png")
-    shown = embedded(page_of(tmp_path), "png")
-    assert [picture_of(data).size for data in shown] == [(9, 5)]
 
 
 def test_images_that_do_not_pair_are_refused(tmp_path):

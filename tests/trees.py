@@ -58,6 +58,14 @@ def trunk(steps: int, seeds: int, width: int) -> Tree:
     return Tree.from_parents(parent, index, level, steps)
 
 
+def leaves_under(tree: Tree, node: int) -> torch.Tensor:
+    """The leaves (node numbers) that descend from `node`; a leaf is under itself."""
+    under = torch.arange(len(tree)) == node
+    for nodes in tree.generations[1:]:
+        under[nodes] |= under[tree.parent[nodes]]
+    return tree.leaves[under[tree.leaves]]
+
+
 def everywhere(scores: torch.Tensor) -> torch.Tensor:
     """All valid."""
     return torch.ones_like(scores, dtype=torch.bool)

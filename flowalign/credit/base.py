@@ -1,4 +1,4 @@
-"""What a credit rule is, and what all of them ask of a tree: completions, and the lines its stochastic steps form."""
+"""What a credit rule is, and what several of them need: values of states by their ODE completions, lines of steps."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class Credit(Protocol):
 
 
 def completed(tree: Tree, nodes: Tensor, scores: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """V(node), the score of the leaf reached from each of `nodes` by deterministic steps alone: ([n, C], valid [n, C]).
+    """V(state): the score of its ODE completion, the leaf that deterministic steps alone lead to. ([n, C], valid [n, C]).
 
-    Not valid where there is no such leaf. ValueError if there is none for any node: the plan has no completions."""
+    Not valid where a state of `nodes` [n] has no completion. ValueError if none of them has one."""
     leaf = tree.completion(nodes)
     if len(nodes) and not bool((leaf >= 0).any()):
         raise ValueError(
@@ -47,14 +47,15 @@ def completed(tree: Tree, nodes: Tensor, scores: Tensor, valid: Tensor) -> tuple
 
 @dataclass(frozen=True, eq=False)
 class Lines:
-    """The stochastic steps of a tree as lines, in positions of `tree.edges` [E]: one line per sample of a chain.
+    """The stochastic steps of a tree divided into lines, as positions in `tree.edges` [E].
 
-    above: the stochastic step before this one, -1 for none. heir: the first that follows, -1 for none. first: where the
-    way from the root begins. last: where the way along heirs ends; edges with one `last` form a line, so lines part the
-    edges: where a state branches, its first child goes on with the line and each other child begins its own."""
+    A line is a run of consecutive stochastic steps: in a chain, all those of one sample. Where a state branches, its first
+    child continues the line and every other child begins a new one.
+
+    above: the stochastic step before this one, -1 for none. first: the first stochastic step on the way from the root.
+    last: the last step of this one's line, so that steps of one line have one `last`."""
 
     above: Tensor
-    heir: Tensor
     first: Tensor
     last: Tensor
 
@@ -69,6 +70,7 @@ def lines(tree: Tree) -> Lines:
         nearest[nodes] = torch.where(position[nodes] >= 0, position[nodes], nearest[tree.parent[nodes]])
     above = nearest[tree.parent[edges]]
     inner = above >= 0
+    # the step that continues the line
     heir = torch.full((count,), count).scatter_reduce(0, above[inner], torch.arange(count)[inner], "amin")
     first, last = torch.arange(count), torch.arange(count)
     by_generation = [position[nodes][position[nodes] >= 0] for nodes in tree.generations]
@@ -77,7 +79,7 @@ def lines(tree: Tree) -> Lines:
     for here in reversed(by_generation):
         has = heir[here] < count
         last[here[has]] = last[heir[here[has]]]
-    return Lines(above, torch.where(heir < count, heir, -1), first, last)
+    return Lines(above, first, last)
 
 
 def largest_of_each_sign(values: Tensor, candidates: Tensor) -> Tensor:

@@ -36,14 +36,14 @@ class Gain:
 
 @dataclass(frozen=True)
 class TurningPoint:
-    """The gain d_k, but at turning points the whole rest of the way V_n − V_k (TP-GRPO 2602.06422; grpo_family §8.2).
+    """The gain of a step, d_k = V_{k+1} − V_k; at a turning point all that follows too, V_n − V_k (TP-GRPO 2602.06422).
 
-    With Δ = V_n − V_0, step k >= 1 is one if the step before went against Δ, k goes with it, and what comes after k goes
-    on in the direction of d_k; step 0 (`first_step`) if what comes after it does. An exact tie has no direction, so a
-    binary reward has few turning points. `balanced`: over the whole batch keep as many with r > 0 as with r < 0, the
-    largest |r| (the authors' code ranks by |Δ|, per micro-batch); the others fall back to d_k.
-    An edge needs V before and after itself and the step before, V_0 and V_n. ValueError on trees that branch on the way:
-    V_n would not be one sample."""
+    Let Δ = V_n − V_0. Step k >= 1 is a turning point if d_{k-1} has the opposite sign of Δ, and d_k and V_n − V_{k+1} both
+    have the sign of Δ. Step 0 (`first_step`) is one if V_n − V_1 has the sign of d_0. Zero has no sign, so a binary reward
+    has few turning points. `balanced`: of the batch's turning points keep as many with a positive as with a negative
+    value, those of largest magnitude (the authors' code ranks by |Δ|, per micro-batch); the others get d_k.
+    Valid where V is known before and after the step and the step before it, at the start and at the end. ValueError on
+    trees that branch on the way: V_n would not be one sample."""
 
     first_step: bool = True
     balanced: bool = True

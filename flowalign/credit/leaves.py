@@ -35,10 +35,8 @@ class SubtreeFusion:
     def assign(self, forest: Forest, scores: Tensor, valid: Tensor, channels: tuple[str, ...]) -> EdgeValues:
         tree = forest.tree
         edge, leaf = tree.leaf_of_edge
-        total = torch.where(tree.level > 0, forest.log_prob.double().cpu(), 0.0)
-        for nodes in tree.generations[1:]:
-            total[nodes] += total[tree.parent[nodes]]
-        logits = self.beta * total[tree.leaves[leaf]]  # from the root: what lies above an edge is common and cancels
+        # summed from the root: what lies above an edge is common to its leaves and cancels in the softmax
+        logits = self.beta * tree.path_sum(forest.log_prob.double().cpu())[leaf]
         top = torch.full((len(tree.edges),), -torch.inf, dtype=torch.float64).scatter_reduce(0, edge, logits, "amax")
         return _fuse(tree, (logits - top[edge]).exp(), scores, valid, channels)
 

@@ -12,7 +12,7 @@ from flowalign.config import TrainConfig
 from flowalign.data import PromptRecord
 from flowalign.doctor.base import Finding
 from flowalign.trainers import PolicyGradient, Task, Trainer
-from flowalign.trainers.collect import Collected
+from flowalign.trainers.collect import Collected, decoded
 from rewards import Reward, RewardBatch, score
 from samplers import Selected
 
@@ -21,15 +21,8 @@ MIB = 2**20
 
 def fixture(task: Task, batch: Collected, prompts: Sequence[PromptRecord]) -> RewardBatch:
     """The decoded images of a rollout, as a reward gets them."""
-    tree = batch.forest.tree
-    owner = tree.group[tree.leaves].tolist()
-    parts = batch.forest.at(tree.leaves).split(task.rollout.micro_batch)
-    return RewardBatch(
-        prompts=[prompts[group].prompt for group in owner],
-        images=torch.cat([task.policy.decode(part) for part in parts]),
-        metadata=[prompts[group].metadata for group in owner],
-        group_ids=owner,
-    )
+    leaves = batch.forest.tree.leaves
+    return decoded(task, prompts, batch.forest.tree.group[leaves], batch.forest.at(leaves))
 
 
 def check_reward(reward: Reward, batch: RewardBatch, *, trained: bool) -> Finding:
@@ -73,7 +66,7 @@ def check_cost(task: Task, trainer: Trainer, batch: Collected, rows: int, update
     seen = batch.forest.evaluations if isinstance(settings.plan, Selected) else len(tree.evaluated)
     states, limit = guided * seen, guided * settings.groups * forecast.rollout
     reported = round(batch.metrics["cost/rollout_per_image"] * batch.images)
-    allowed = guided * settings.groups * forecast.train * _passes(trainer)
+    allowed = guided * settings.groups * forecast.train * (1 + trainer.needs_reference())
     figure = (
         f"rollout {rows / batch.images:.2f} rows per image (forecast at most {limit / batch.images:.2f}), update "
         f"{updated / batch.images:.2f}"
@@ -86,13 +79,6 @@ def check_cost(task: Task, trainer: Trainer, batch: Collected, rows: int, update
     elif isinstance(trainer, PolicyGradient) and updated > allowed:
         advice = f"the update ran {updated} rows, the forecast allows {allowed}: one row per distinct state and role"
     return Finding("cost", not advice, figure, advice)
-
-
-def _passes(trainer: Trainer) -> int:
-    """Network passes over the trained states: the policy's own, and those of the roles that the update reads."""
-    if not isinstance(trainer, PolicyGradient):
-        return 1
-    return 1 + bool(trainer.kl.beta)
 
 
 def check_memory(config: TrainConfig, task: Task, batch: Collected, available: float | None = None) -> Finding:

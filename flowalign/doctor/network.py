@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 from diffusers import DiffusionPipeline
@@ -14,11 +13,12 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from flowalign.config import PolicySettings
 from flowalign.doctor.base import Finding
+from flowalign.evaluation import sample
 from flowalign.models import Policy, check_lora_targets
 from flowalign.models.load import DTYPES, FAMILIES, inspect_checkpoint, resolve
 from flowalign.trainers import Task
 from flowalign.workbench import distance
-from samplers import ODE, RectifiedFlow, chain, normal, rollout
+from samplers import RectifiedFlow, normal
 
 
 def rounding(settings: PolicySettings, exact: float) -> float:
@@ -134,7 +134,8 @@ def check_parity(task: Task, settings: PolicySettings, texts: Sequence[str]) -> 
             height=task.height, width=task.width, output_type="latent",
             **{**task.policy.pipeline_arguments(), **negative},
         ).images.float()  # fmt: skip
-        worst = max(worst, relative(_deterministic(task, prompts, start, scale), theirs))
+        conditions, steps = task.policy.encode(prompts), task.rollout.num_inference_steps
+        worst = max(worst, relative(sample(task.policy, conditions, start, steps, scale), theirs))
     limit = rounding(settings, 0.0 if isinstance(task.policy.path, RectifiedFlow) else 2e-6)
     advice = (
         "the deterministic rollout is not the pipeline's: compare policy.sigmas with the checkpoint's scheduler (class, "
@@ -157,17 +158,6 @@ def _fresh_pipeline(policy: Policy, settings: PolicySettings) -> DiffusionPipeli
         "\n".join(policy.pipeline_setup()), {"pipe": pipeline}
     )  # the lines that the run's report tells its user to run
     return pipeline
-
-
-def _deterministic(task: Task, prompts: list[str], start: Tensor, guidance: float) -> Tensor:
-    policy, steps = task.policy, task.rollout.num_inference_steps
-    conditions, one = policy.encode(prompts), chain(steps, len(prompts))
-    tree = replace(one, level=torch.zeros_like(one.level))
-    forest = rollout(
-        lambda x, sigma, root: policy.velocity(x, sigma, conditions.rows(root), guidance_scale=guidance),
-        policy.start(start), policy.sigmas(steps, start.shape[1:]), tree, ODE().on(policy.path), lambda tree, nodes: torch.empty(0),
-    )  # fmt: skip
-    return forest.at(tree.leaves)
 
 
 @torch.no_grad()

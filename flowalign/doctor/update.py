@@ -116,11 +116,9 @@ def check_reached(task: Task, batch: Collected, found: dict[str, Tensor]) -> Fin
 
 def _that_can_act(task: Task, batch: Collected) -> list[str]:
     forest = batch.forest
-    nodes = forest.tree.edges[:1] if len(forest.tree.edges) else forest.tree.leaves[:1]
-    nodes = forest.tree.parent[nodes] if len(forest.tree.edges) else nodes
-    rows = batch.conditions.rows(forest.tree.group[nodes])
-    sigma = forest.sigma(nodes) if len(forest.tree.edges) else forest.sigmas[:1]
-    velocity = task.policy.velocity(forest.at(nodes), sigma, rows)
+    root = torch.zeros(1, dtype=torch.int64)
+    rows = batch.conditions.rows(forest.tree.group[root])
+    velocity = task.policy.velocity(forest.at(root), forest.sigma(root), rows)
     names, parameters = zip(*task.policy.trainable_parameters(), strict=True)
     grads = torch.autograd.grad(velocity.square().sum(), parameters, allow_unused=True)
     return [name for name, grad in zip(names, grads, strict=True) if grad is not None and bool(grad.any())]

@@ -15,7 +15,7 @@ from rapidocr import RapidOCR
 from torch import Tensor
 
 from flowalign.glyphs import CALL_ARGS
-from flowalign.glyphs.prompts import INKS, PAPERS, PromptRecord
+from flowalign.glyphs.prompts import INKS, PAPERS, GlyphsPrompt
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def sample_pictures(
     return torch.cat(pictures)
 
 
-def judge(pictures: Tensor, records: Sequence[PromptRecord]) -> Figures:
+def judge(pictures: Tensor, records: Sequence[GlyphsPrompt]) -> Figures:
     """Compare pictures with what their prompts ask for."""
     words = read_words(pictures)
     targets = [record["target"] for record in records]

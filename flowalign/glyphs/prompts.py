@@ -28,7 +28,7 @@ class Scene(NamedTuple):
     paper: str
 
 
-class PromptRecord(TypedDict):
+class GlyphsPrompt(TypedDict):
     """A prompt with what rewards need to judge its picture; colours are RGB in 0..255."""
 
     prompt: str
@@ -57,12 +57,12 @@ def parse_prompt(prompt: str) -> Scene:
     return Scene(*match.groups())
 
 
-def train_prompts() -> list[PromptRecord]:
+def train_prompts() -> list[GlyphsPrompt]:
     """The prompts for alignment: TRAIN_WORDS words, each in one of the 16 colour pairs, evenly."""
     return _records(_words()[HELD_OUT_WORDS:])
 
 
-def held_out_prompts() -> list[PromptRecord]:
+def held_out_prompts() -> list[GlyphsPrompt]:
     """The prompts for evaluation: HELD_OUT_WORDS words that neither pre-training nor alignment has seen."""
     return _records(_words()[:HELD_OUT_WORDS])
 
@@ -79,14 +79,14 @@ def _words() -> list[str]:
     return list(words)
 
 
-def _records(words: list[str]) -> list[PromptRecord]:
+def _records(words: list[str]) -> list[GlyphsPrompt]:
     """One record per word; colour pairs cycle, so every pair is equally frequent."""
     pairs = [(ink, paper) for ink in INKS for paper in PAPERS]
-    records: list[PromptRecord] = []
+    records: list[GlyphsPrompt] = []
     for number, word in enumerate(words):
         ink, paper = pairs[number % len(pairs)]
         records.append(
-            PromptRecord(
+            GlyphsPrompt(
                 prompt=make_prompt(word, ink, paper),
                 target=word,
                 ink=ink,

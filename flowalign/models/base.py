@@ -77,7 +77,7 @@ class Policy(Protocol):
         ...
 
     def networks(self) -> list[nn.Module]:
-        """All that may answer: the trained networks, and the copies that roles keep beside full weights."""
+        """All networks that `velocity` may call: the trained ones, and the copies that roles keep beside full weights."""
         ...
 
     def trainable_parameters(self) -> list[tuple[str, Parameter]]:
@@ -97,8 +97,8 @@ class Policy(Protocol):
         ...
 
     def role(self, name: str) -> AbstractContextManager[None]:
-        """Inside, the network is another role: "policy" (trained), "reference" (the model without training) or an added
-        one. Restored also after an exception; never touches requires_grad."""
+        """A context in which `velocity` uses the weights of a role: "policy" (trained), "reference" (the model without
+        training) or an added one. Restored also after an exception; never touches requires_grad."""
         ...
 
     def save_lora(self, folder: Path) -> None:
@@ -140,12 +140,12 @@ class Model(Protocol):
         ...
 
     def predict(self, network: nn.Module, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
-        """What the network says at fp32 states x [n, *] with noise levels sigma [n], in its own terms; guidance is
-        linear in it."""
+        """The network's own prediction (ε, v, velocity) at fp32 states x [n, *] with noise levels sigma [n]; guidance
+        combines such predictions linearly."""
         ...
 
     def to_velocity(self, prediction: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
-        """From the network's terms, fp32, to v."""
+        """v, from the network's own prediction in fp32."""
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -192,5 +192,6 @@ def check_size(height: int, width: int, unit: int) -> None:
 def encode_singly(policy: Policy, prompts: Sequence[str]) -> Conditions:
     """One row per prompt, each text encoded alone.
 
-    In a batch a text's last bits depend on its mates, and a resumed run, whose store is empty, meets it among others."""
+    In a batch the rounding of an embedding depends on the other texts, and a resumed run, which encodes anew, may meet a
+    text among others than the first time."""
     return Conditions.cat([policy.encode([text]) for text in prompts])

@@ -19,7 +19,7 @@ from flowalign.models.policy import PipelinePolicy
 from samplers import Path as NoisingPath
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# what model_index.json names -> who knows it
+# pipeline class named in model_index.json -> its family
 FAMILIES: dict[str, Family] = {"StableDiffusion3Pipeline": sd3.FAMILY, "StableDiffusionPipeline": sd15.FAMILY}
 
 

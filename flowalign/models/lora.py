@@ -91,7 +91,7 @@ def add_lora(network: ModelMixin, lora: LoRA, targets: Sequence[str], seed: int)
 
 
 def add_adapter(network: ModelMixin, name: str, trained: bool) -> None:
-    """A further adapter with the weights that the policy's has now; the policy stays what answers and is trained."""
+    """A further adapter with the weights that the policy's has now; the policy's stays the active and trained one."""
     with torch.random.fork_rng(devices=[]), answering(network, ADAPTER), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # that is the purpose
         network.add_adapter(copy.deepcopy(network.peft_config[ADAPTER]), adapter_name=name)
@@ -109,7 +109,7 @@ def adapter_parameters(network: nn.Module, adapter: str) -> list[tuple[str, Para
 
 @contextmanager
 def answering(network: nn.Module, adapter: str | None) -> Iterator[None]:
-    """Inside, the base network answers with this adapter, or without any. Flips only the layers' two flags, and
+    """A context in which the network runs with this adapter, or without any (None). Flips only the layers' two flags, and
     restores each to what it was."""
     layers = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
     before = [(layer._disable_adapters, layer._active_adapter) for layer in layers]

@@ -20,7 +20,7 @@ class TrainedNetwork:
     """One network under its roles. "policy" is what is trained: the LoRA if the network has one, else all weights.
 
     "reference" is the network without its adapters, or `frozen`, a copy kept beside full weights. Further roles are
-    adapters on the same base, or copies of the whole network beside full weights. `active` is what answers now."""
+    adapters on the same base, or copies of the whole network beside full weights. `active` is the network that is called now."""
 
     def __init__(self, network: ModelMixin, frozen: nn.Module | None) -> None:
         self.network = network

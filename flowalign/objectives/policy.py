@@ -16,9 +16,10 @@ from samplers.kernels.base import spread
 class Known:
     """What an objective may read of E transitions besides their log-probs.
 
-    step: under the policy, with gradient. arrived [E, *]: the states reached. old: the same step under the weights of
-    the rollout, without gradient; None unless the objective asks for it. bounds [E, C, 2]: how far the ratio of each
-    edge and channel may go below and above 1; None: the objective's own clip range."""
+    step: the transitions under the current policy, with gradient. arrived [E, *]: the states reached. old: the same
+    transitions under the weights of the rollout, without gradient; None unless the objective needs_old_means.
+    bounds [E, C, 2]: how far the ratio of each edge and channel may go below and above 1; None: the objective's own clip
+    range."""
 
     step: Step
     arrived: Tensor

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,6 +12,7 @@ from torch import Tensor
 from flowalign.advantage import Advantages
 from flowalign.credit.base import largest_of_each_sign, lines
 from samplers import Forest, generator
+from samplers.noise import visits
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,10 @@ class Fraction:
     def choose(self, forest: Forest, advantages: Advantages, moment: Moment = START) -> Tensor:
         tree = forest.tree
         last = lines(tree).last
-        names = _names(moment.uids or range(tree.num_groups), tree.num_groups)
+        uids = moment.uids or range(tree.num_groups)
+        if len(uids) != tree.num_groups:
+            raise ValueError(f"{len(uids)} uids came for {tree.num_groups} groups; expected one per group")
+        names = list(zip(uids, visits(uids), strict=True))
         chosen = torch.zeros(len(tree.edges), dtype=torch.bool)
         for end in last.unique().tolist():
             steps = (last == end).nonzero().flatten()
@@ -130,15 +133,3 @@ class PositiveNegativeBalance:
 
     def choose(self, forest: Forest, advantages: Advantages, moment: Moment = START) -> Tensor:
         return largest_of_each_sign(advantages.values.double().sum(1), advantages.valid.any(1))
-
-
-def _names(uids: Sequence[int], groups: int) -> list[tuple[int, int]]:
-    """(uid, how many groups before this one have it) of each group."""
-    if len(uids) != groups:
-        raise ValueError(f"{len(uids)} uids came for {groups} groups; expected one per group")
-    seen: Counter[int] = Counter()
-    names = []
-    for uid in uids:
-        names.append((uid, seen[uid]))
-        seen[uid] += 1
-    return names

@@ -1,4 +1,4 @@
-"""State targets: velocities that a state's velocity is drawn to (supervised terms inside reinforcement learning)."""
+"""Velocity targets: a supervised term beside the policy gradient, which draws velocities at some states to targets."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from samplers.kernels.base import spread
 
 @dataclass(frozen=True, eq=False)
 class Targets:
-    """targets[state] = (velocity, weight): `nodes` [S], `velocity` [S, *], `weight` [S] >= 0."""
+    """Target velocities [S, *] at the states `nodes` [S], each with a `weight` [S] >= 0."""
 
     nodes: Tensor
     velocity: Tensor
@@ -36,10 +36,11 @@ class LayerTuning:
     """Draws each state towards its tree's best path (Dynamic-TreeRPO 2509.23352, our reading; grpo_family §6.2).
 
     ℓ* is the tree's best leaf; a trained state n with fused reward R̄(n) gets weight clip((R* − R̄)/(R* − R_min + 1e-6),
-    0, 1); the states of the best path themselves are left alone. target "best_path_velocity": what the rollout's
-    weights said at the best path's state of the same grid step (their words; sensible only where a tree's states are
-    close), read from forest.velocities["old"]; "best_leaf_fm": (n − x*)/σ, straight to the best clean latent (rectified flows only).
-    `scale` (λ, .01) is the trainer's factor; it falls linearly to 0 over `fade` iterations (None: stays)."""
+    0, 1); states on the best path get no target.
+    target: "best_path_velocity", the paper's: the rollout's velocity at the best path's state of the same grid step, read
+    from forest.velocities["old"] (sensible only where a tree's states are close); "best_leaf_fm": (n − x*)/σ, straight to
+    the best clean latent (rectified flows only).
+    scale: λ, which multiplies the term; it falls linearly to 0 over `fade` iterations (None: stays)."""
 
     target: Literal["best_path_velocity", "best_leaf_fm"] = "best_path_velocity"
     scale: float = 0.01

@@ -71,7 +71,7 @@ class AdamW:
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """What a trainer works with."""
+    """What a trainer is given: the loaded policy, the reward, and the rollout with its kernel bound to the policy's path."""
 
     policy: Policy
     reward: Reward
@@ -84,15 +84,18 @@ class Task:
 
 @dataclass(frozen=True, eq=False)
 class Update:
-    """One optimiser step. Each micro-batch, when called, returns a loss whose sum over micro-batches and processes is the
-    loss of the step (already divided by the global count). Every process has as many, and calls the network as often in
-    each. `after` runs once the step is taken and returns metrics."""
+    """One optimiser step.
+
+    micro_batches: each, when called, returns its part of the loss: the parts of all micro-batches and processes add up to
+    the loss of the step, so they are already divided by the global count. All processes have equally many, and call the
+    network equally often in each. after: called once the step is taken; returns metrics. role: whose weights are stepped,
+    see Policy.parameters_of."""
 
     optimiser: torch.optim.Optimizer
     max_grad_norm: float
     micro_batches: Sequence[Callable[[], Tensor]]
     after: Callable[[], dict[str, float]]
-    role: str = "policy"  # whose weights are stepped: see Policy.parameters_of
+    role: str = "policy"
 
 
 class Trainer(Protocol):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowalign.advantage import Advantage
+from flowalign.advantage import Advantage, Advantages
 from flowalign.credit import Credit
 from flowalign.data import PromptRecord
 from flowalign.objectives import (
@@ -27,8 +27,8 @@ from flowalign.objectives import (
     Targets,
 )
 from flowalign.trainers.base import AdamW, Rollout, Task, Update
-from flowalign.trainers.collect import Collected, collect
-from samplers import Forest, Selected, generator
+from flowalign.trainers.collect import Collected, collect, grow
+from samplers import Forest, Selected
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,16 +47,32 @@ class Trained:
         return len(self.edges)
 
 
+@dataclass(frozen=True, eq=False)
+class OneStep:
+    """What the micro-batches of one optimiser step share. edges, aimed: how many edges are trained and how many states have
+    a target in the whole step, over all processes: what losses are divided by. first: of its rollout. record: what each
+    micro-batch measured."""
+
+    batch: Collected
+    targets: Targets | None
+    edges: int
+    aimed: int
+    first: bool
+    record: list[dict[str, Tensor]] = field(default_factory=list)
+
+
 @dataclass
 class PolicyGradient:
     """Clipped policy gradient on the stochastic steps of a rollout (Flow-GRPO, 2505.05470).
 
-    One forward and backward per distinct parent state serves all its children: their log-probs depend on the network
-    only through the same mean, so the gradient is exactly that of one pass per edge. `updates_per_rollout` splits the
-    iteration by groups, never the children of one state; from the second on the ratio leaves 1. The reference's
-    velocities are evaluated once, at the rollout's states; the rollout's own are kept where the objective needs its means.
-    `micro_batch` counts states. `dynamic_clip` takes the place of the objective's clip range; `layer_tuning` adds a
-    supervised term on the states that are trained."""
+    One forward and backward per distinct state serves all steps that leave it: their log-probs depend on the network only
+    through its velocity there, so the gradient is exactly that of one pass per step. The reference is evaluated once, at
+    the states of the rollout.
+
+    credit, advantage, select: from the scores of the leaves to the advantages of the trained steps. objective, step_weight,
+    kl: the loss of a step. dynamic_clip: takes the place of the objective's clip range. layer_tuning: adds a supervised
+    term on the trained states. updates_per_rollout: optimiser steps per iteration, each on its share of the groups; from
+    the second on the ratio is no longer 1. micro_batch: states per forward and backward."""
 
     credit: Credit
     advantage: Advantage
@@ -110,6 +126,9 @@ class PolicyGradient:
                 f"rollout.kernel={rollout.kernel} draws no noise, so steps have no log-prob: take FlowSDE, DanceSDE or "
                 "CPS with a noise_level above 0"
             )
+        self._check_combinations(rollout)
+
+    def _check_combinations(self, rollout: Rollout) -> None:
         plan = rollout.plan
         if isinstance(plan, Selected) and not plan.looks and min(plan.counts) < rollout.num_inference_steps:
             raise ValueError(
@@ -121,7 +140,7 @@ class PolicyGradient:
                 "trainer.dynamic_clip came with KLMask, which has no clip range: set dynamic_clip=null, or take "
                 "ClippedRatio or Guard"
             )
-        tree = rollout.plan.tree(rollout.num_inference_steps, rollout.group_size, 0, generator(0, "select", 0))
+        tree = grow(rollout, 0, 0, [0])
         few = len(tree.index[tree.parents_of_edges].unique()) < rollout.num_inference_steps - 1
         if rollout.guidance_scale != 1 and few and not rollout.allow_cfg_update:
             raise ValueError(
@@ -151,15 +170,19 @@ class PolicyGradient:
             self._task, prompts, iteration, keep_velocities=self.objective.needs_old_means or aims, roll=roll
         )
 
+    def chosen(self, batch: Collected) -> tuple[Advantages, Tensor]:
+        """The advantages of all edges, and the mask [E] of those that are trained."""
+        forest = batch.forest
+        credit = self.credit.assign(forest, batch.scores, batch.valid, batch.channels)
+        advantages = self.advantage.compare(forest, credit)
+        moment = Moment(self._task.seed, batch.iteration, batch.uids)
+        return advantages, self.select.choose(forest, advantages, moment) & advantages.valid.any(1)
+
     def updates(self, batch: Any) -> Iterable[Update]:
         """The optimiser steps of one rollout."""
-        forest, tree = batch.forest, batch.forest.tree
-        advantages = self.advantage.compare(
-            forest, self.credit.assign(forest, batch.scores, batch.valid, batch.channels)
-        )
+        tree = batch.forest.tree
+        advantages, chosen = self.chosen(batch)
         batch.metrics["group/zero_std_ratio"] = advantages.zero_std_ratio
-        moment = Moment(self._task.seed, batch.iteration, batch.uids)
-        chosen = self.select.choose(forest, advantages, moment) & advantages.valid.any(1)
         batch.metrics["group/trained_edges"] = int(chosen.sum())
         batch = replace(batch, forest=self._with_reference(batch, tree.edges[chosen]))
         bounds = self.dynamic_clip.bounds(batch.forest, advantages) if self.dynamic_clip else None
@@ -175,17 +198,18 @@ class PolicyGradient:
     def _update(self, batch: Collected, trained: Trained, targets: Targets | None, *, first: bool) -> Update:
         parents, position = batch.forest.tree.distinct_parents(trained.edges)
         aimed = int(torch.isin(parents, targets.nodes).sum()) if targets else 0
-        record: list[dict[str, Tensor]] = []
+        whole = OneStep(batch, targets, len(trained), aimed, first)
         micro_batches = []
         rows = self._task.processes.deal(len(parents))
         for dealt in rows.split(self.micro_batch) if len(rows) else ():
+            real = dealt[dealt >= 0]
             place = torch.full((len(parents),), -1)
-            place[dealt[dealt >= 0]] = torch.arange(int((dealt >= 0).sum()))
+            place[real] = torch.arange(len(real))
             mine = place[position] >= 0
-            states, own = parents[dealt.clamp(min=0)], parents[dealt[dealt >= 0]]
-            loss = partial(self._loss, batch, states, trained[mine], place[position[mine]], len(trained), record, first)
-            supervised = partial(self._supervised, batch, targets, own, aimed)
-            micro_batches.append(partial(loss, supervised))
+            states = parents[
+                dealt.clamp(min=0)
+            ]  # padding comes last: a state again, without edges, so it weighs nothing
+            micro_batches.append(partial(self._loss, whole, states, len(real), trained[mine], place[position[mine]]))
         for group in self._adamw.param_groups:
             group["lr"] = self.optimiser.lr_at(self._steps)
         began, before = time.perf_counter(), self._task.policy.evaluations
@@ -193,45 +217,39 @@ class PolicyGradient:
             self._adamw,
             self.optimiser.max_grad_norm,
             micro_batches,
-            partial(self._after, batch, record, first, began, before),
+            partial(self._after, whole, began, before),
         )
 
-    def _loss(
-        self, batch: Collected, parents: Tensor, trained: Trained, position: Tensor, count: int,
-        record: list[dict[str, Tensor]], first: bool, supervised: Callable[[Tensor], Tensor],
-    ) -> Tensor:  # fmt: skip
-        """The loss of some states: all their trained children, divided by the number of edges of the whole step. A state
-        without one (it pads) weighs nothing."""
-        forest, edges = batch.forest, trained.edges
-        velocity = self._velocity(batch, parents)
+    def _loss(self, whole: OneStep, states: Tensor, real: int, trained: Trained, position: Tensor) -> Tensor:
+        """The loss of the edges `trained`, of which `position` says which of `states` each leaves. The first `real` states
+        are this process's, the others pad."""
+        forest, edges = whole.batch.forest, trained.edges
+        velocity = self._velocity(whole.batch, states)
         step, arrived = forest.edge_steps(edges, velocity, position), forest.at(edges)
         old_step = forest.role_steps("old", edges) if self.objective.needs_old_means else None
         known = Known(step, arrived, old_step, trained.bounds)
         log_prob, old = step.log_prob(arrived), forest.log_prob[edges]
         advantages = trained.advantages.to(log_prob)
         weight = self.step_weight.weigh(step, forest, edges)
-        policy = (weight * self.objective.loss(log_prob, old, advantages, known)).sum() / count
+        policy = (weight * self.objective.loss(log_prob, old, advantages, known)).sum() / whole.edges
         penalty = policy.new_zeros(())
         if self.kl.beta:
-            penalty = self.kl.beta * self.kl(step, forest.role_steps("reference", edges)).sum() / count
-        sft = supervised(velocity)
+            penalty = self.kl.beta * self.kl(step, forest.role_steps("reference", edges)).sum() / whole.edges
+        sft = self._supervised(whole, states[:real], velocity[:real])
         log_ratio = self.objective.log_ratio(log_prob, old, known).detach()
-        if first:
+        if whole.first:
             self._check_replay(log_ratio, trained.bounds)
         clipped = self.objective.clipped(log_prob.detach(), old, advantages, known)
         losses = {"policy": policy.detach(), "kl": penalty.detach(), "sft": sft.detach()}
-        record.append({"log_ratio": log_ratio, "clipped": clipped, **losses})
+        whole.record.append({"log_ratio": log_ratio, "clipped": clipped, **losses})
         return policy + penalty + sft
 
-    def _supervised(
-        self, batch: Collected, targets: Targets | None, parents: Tensor, aimed: int, velocity: Tensor
-    ) -> Tensor:
-        """LayerTuning's share of some states, divided by the number of states with a target of the whole step."""
-        if targets is None or self.layer_tuning is None or not aimed:
+    def _supervised(self, whole: OneStep, states: Tensor, velocity: Tensor) -> Tensor:
+        """LayerTuning's term."""
+        if whole.targets is None or self.layer_tuning is None or not whole.aimed:
             return velocity.new_zeros(())
-        return (
-            self.layer_tuning.scale_at(batch.iteration) * targets.loss(parents, velocity[: len(parents)]).sum() / aimed
-        )
+        scale = self.layer_tuning.scale_at(whole.batch.iteration)
+        return scale * whole.targets.loss(states, velocity).sum() / whole.aimed
 
     def _check_replay(self, log_ratio: Tensor, bounds: Tensor | None) -> None:
         """Invariant I1: an unchanged policy repeats its log-probs."""
@@ -277,14 +295,12 @@ class PolicyGradient:
         batch.metrics["cost/reference_per_image"] = rows / batch.images
         return batch.forest.with_velocities("reference", nodes, processes.gather(said))
 
-    def _after(
-        self, batch: Collected, record: list[dict[str, Tensor]], first: bool, began: float, before: int
-    ) -> dict[str, float]:
-        """Bookkeeping after a step; the metrics are those of the state before it."""
-        processes = self._task.processes
+    def _after(self, whole: OneStep, began: float, before: int) -> dict[str, float]:
+        """Bookkeeping after a step; the metrics are those of the weights before it."""
+        processes, record = self._task.processes, whole.record
         metrics = {
             "time/update": time.perf_counter() - began,
-            "cost/trained_per_image": processes.total(self._task.policy.evaluations - before) / batch.images,
+            "cost/trained_per_image": processes.total(self._task.policy.evaluations - before) / whole.batch.images,
             "optim/lr": self._adamw.param_groups[0]["lr"],
         }
         if not record:
@@ -301,4 +317,4 @@ class PolicyGradient:
         }
         if self.layer_tuning is not None:
             metrics["loss/sft"] = loss["sft"]
-        return metrics | ({"ratio/drift_max": float(log_ratio.abs().max())} if first else {})
+        return metrics | ({"ratio/drift_max": float(log_ratio.abs().max())} if whole.first else {})

@@ -7,9 +7,9 @@ import torch
 from flowalign.advantage import Advantages
 from flowalign.objectives import LongCat, Moment
 from flowalign.trainers.base import Rollout
+from flowalign.trainers.collect import grow
 from flowalign.trainers.policy_gradient import PolicyGradient
-from samplers import Forest, Path, RectifiedFlow, Tree
-from samplers.noise import generator
+from samplers import Forest, Path, RectifiedFlow, generator
 
 ITERATIONS = 8  # where windows and selections move, one iteration may have nothing to train
 
@@ -41,9 +41,7 @@ def rehearse(trainer: PolicyGradient, rollout: Rollout, reward: str, path: Path)
 
 def _forest(rollout: Rollout, iteration: int) -> Forest:
     """The plan's topology without states. ValueError if it asks for what a rollout of this trainer does not give."""
-    steps, groups = rollout.num_inference_steps, range(min(2, rollout.groups))
-    rngs = (generator(0, "select", iteration, group if rollout.draw == "group" else 0) for group in groups)
-    tree = Tree.cat([rollout.plan.tree(steps, rollout.group_size, iteration, rng) for rng in rngs])
+    steps, tree = rollout.num_inference_steps, grow(rollout, 0, iteration, range(min(2, rollout.groups)))
     if bool(tree.source.any()):
         raise ValueError(
             "rollout.plan leaves samples to a hinted student or to a teacher, but this trainer rolls all of them out with "

@@ -1,6 +1,6 @@
 """What a plan is, and the one grower behind chains, windows and trees."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Protocol
 
@@ -23,13 +23,13 @@ class Bounded(Plan, Protocol):
     """A plan that others can wrap: it knows its extreme topologies, so the wrapped cost is known as well."""
 
     def extremes(self, num_steps: int, group_size: int) -> Sequence[Tree]:
-        """Trees that no iteration's tree outdoes in any number of its cost, as they are or wrapped."""
+        """Trees that bound the cost of every iteration's tree: none costs more in any number, plain or wrapped."""
         ...
 
 
-def bound(trees: Iterable[Tree]) -> Cost:
-    """The most of each number of the trees' costs."""
-    return most([tree.cost() for tree in trees])
+def costliest(plan: Bounded, num_steps: int, group_size: int) -> Cost:
+    """The `forecast` of a plan that knows its extremes: the most that they cost, each number by itself."""
+    return most([tree.cost() for tree in plan.extremes(num_steps, group_size)])
 
 
 def most(costs: Sequence[Cost]) -> Cost:

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from samplers.plans.base import bound, grow
+from samplers.plans.base import costliest, grow
 from samplers.plans.positions import Position, Random, Steps, last_start
-from samplers.trees import Cost, Tree
+from samplers.trees import Tree
 
 
 def branch(num_steps: int, seeds: int, branches: int, steps: Collection[int] | None = None) -> Tree:
@@ -83,9 +83,7 @@ class Branch:
         """The trunks and branches of this iteration."""
         return branch(num_steps, self._seeds(group_size), self.branches, self._steps().draw(num_steps, rng))
 
-    def forecast(self, num_steps: int, group_size: int) -> Cost:
-        """The cost of branching at the earliest steps, whose completions are the longest."""
-        return bound(self.extremes(num_steps, group_size))
+    forecast = costliest
 
     def extremes(self, num_steps: int, group_size: int) -> Sequence[Tree]:
         """The earliest steps, with each possible last one."""
@@ -132,9 +130,7 @@ class SplitTree:
         start = (self.position or Random()).start(iteration, self.low, last, rng)
         return self._with_window(num_steps, group_size, start)
 
-    def forecast(self, num_steps: int, group_size: int) -> Cost:
-        """The most that a position of the window costs; exact without a window."""
-        return bound(self.extremes(num_steps, group_size))
+    forecast = costliest
 
     def extremes(self, num_steps: int, group_size: int) -> Sequence[Tree]:
         """One tree per position of the window."""
@@ -180,9 +176,7 @@ class TreeWindow:
         last = last_start(self.depth, self.low, self.high, num_steps)
         return self._at((self.position or Random()).start(iteration, self.low, last, rng), num_steps, group_size)
 
-    def forecast(self, num_steps: int, group_size: int) -> Cost:
-        """The cost of the earliest place, which shares the shortest prefix."""
-        return bound(self.extremes(num_steps, group_size))
+    forecast = costliest
 
     def extremes(self, num_steps: int, group_size: int) -> Sequence[Tree]:
         """One tree per place."""

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from samplers.plans.base import bound, grow
+from samplers.plans.base import costliest, grow
 from samplers.plans.positions import Position, Random, Steps, last_start
-from samplers.trees import Cost, Tree
+from samplers.trees import Tree
 
 
 def chain(num_steps: int, group_size: int, *, shared_start: bool = False, train_last: bool = False) -> Tree:
@@ -67,9 +67,7 @@ class Chain:
         """The chain; `iteration` and `rng` do not matter."""
         return chain(num_steps, group_size, shared_start=self.shared_start, train_last=self.train_last)
 
-    def forecast(self, num_steps: int, group_size: int) -> Cost:
-        """The exact cost of every iteration."""
-        return bound(self.extremes(num_steps, group_size))
+    forecast = costliest
 
     def extremes(self, num_steps: int, group_size: int) -> Sequence[Tree]:
         """The one tree."""
@@ -100,9 +98,7 @@ class Window:
         start = (self.position or Random()).start(iteration, self.low, last, rng)
         return window(num_steps, group_size, start, self.size, shared_start=self.shared_start)
 
-    def forecast(self, num_steps: int, group_size: int) -> Cost:
-        """The most that a position costs: with a shared start the earliest, which shares the shortest prefix."""
-        return bound(self.extremes(num_steps, group_size))
+    forecast = costliest
 
     def extremes(self, num_steps: int, group_size: int) -> Sequence[Tree]:
         """One tree per position."""
@@ -128,9 +124,7 @@ class RandomSteps:
         """The steps of this iteration."""
         return scattered(num_steps, group_size, self._steps().draw(num_steps, rng), shared_start=self.shared_start)
 
-    def forecast(self, num_steps: int, group_size: int) -> Cost:
-        """The cost of the earliest steps."""
-        return bound(self.extremes(num_steps, group_size))
+    forecast = costliest
 
     def extremes(self, num_steps: int, group_size: int) -> Sequence[Tree]:
         """The earliest steps, with each possible last one."""

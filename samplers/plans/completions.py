@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from samplers.plans.base import Bounded, bound
-from samplers.trees import Cost, Tree
+from samplers.plans.base import Bounded, costliest
+from samplers.trees import Tree
 
 
 def subgrid(index: int, num_steps: int, count: int) -> list[int]:
@@ -73,11 +73,11 @@ def compressed(tree: Tree, ratio: float) -> Tree:
 
 @dataclass(frozen=True)
 class Probed:
-    """`plan` with a deterministic completion of every state on its trained part: `probed` as a plan.
+    """`plan` with an ODE completion (probe) of every state that a stochastic step leaves or arrives at: `probed` as a plan.
 
-    steps: None is best (DenseGRPO); 1 is the single jump to x̂0. at: grid indices to probe instead. duplicate: probe also
-    the states whose completion is the main trajectory, as code does that scores V_0..V_T one by one (no more rows, more
-    images).
+    steps: of a completion; None, all remaining ones, is best (DenseGRPO), 1 is the single jump to x̂0. at: probe the states
+    at these grid indices instead. duplicate: probe also states whose sample goes on deterministically and so is their
+    completion; code that scores V_0..V_T one by one does that (more images, no more network rows).
     """
 
     plan: Bounded
@@ -89,9 +89,7 @@ class Probed:
         """The plan's tree with probes."""
         return self._probed(self.plan.tree(num_steps, group_size, iteration, rng))
 
-    def forecast(self, num_steps: int, group_size: int) -> Cost:
-        """The most that an extreme tree of the plan costs with its probes."""
-        return bound(self.extremes(num_steps, group_size))
+    forecast = costliest
 
     def extremes(self, num_steps: int, group_size: int) -> Sequence[Tree]:
         """The plan's, with probes."""
@@ -112,9 +110,7 @@ class Compressed:
         """The plan's tree, compressed."""
         return compressed(self.plan.tree(num_steps, group_size, iteration, rng), self.ratio)
 
-    def forecast(self, num_steps: int, group_size: int) -> Cost:
-        """The most that an extreme tree of the plan costs with its shorter tails."""
-        return bound(self.extremes(num_steps, group_size))
+    forecast = costliest
 
     def extremes(self, num_steps: int, group_size: int) -> Sequence[Tree]:
         """The plan's, compressed."""

@@ -11,11 +11,11 @@ from samplers.trees import Cost, Tree
 
 @dataclass(frozen=True)
 class Selected:
-    """`plan`, but at the grid indices of `counts` only so many states stay in each group; pass `by(score)` to `rollout`.
+    """`plan` with selection on the way: counts = {grid index: how many states of each group are continued from there}.
 
-    `looks`: the score needs the candidates' velocities (to preview x̂0), those that go included. `tree` is the whole tree,
-    before selection: numbers only. It is the outermost plan: probes and tails go inside.
-    Not refused: a whole tree too large to write down; a split that follows a selection multiplies it all the same.
+    looks: the score needs the velocities of all candidates (for their predicted x̂0), which the forecast then counts.
+    within: see Best. Pass `by(score)` to `rollout` as `select`. Selected is the outermost plan: put Probed and Compressed
+    inside. Cost: `tree` is the whole tree before selection, as rows of numbers; splits multiply it also after a selection.
     """
 
     plan: Bounded

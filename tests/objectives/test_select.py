@@ -18,7 +18,7 @@ from flowalign.objectives import (
     PositiveNegativeBalance,
 )
 from samplers import Forest, Tree, chain
-from tests.trees import everywhere, grown, probed, split_tree
+from tests.trees import everywhere, grown, leaves_under, probed, split_tree
 
 
 def told(forest: Forest, values, valid=None) -> Advantages:
@@ -57,8 +57,8 @@ def test_width_pruning_leaves_138_edges() -> None:
     for parent in tree.parent[edges[step == 9]].unique().tolist():
         twins = (tree.parent == parent).nonzero().flatten()
         best = int(twins[of_node[twins].argmax()])
-        below = {int(leaf) for leaf in tree.leaves_under(best)}
-        assert {int(leaf) for leaf in tree.leaves_under(parent) if bool(kept[edges == leaf])} == below
+        below = {int(leaf) for leaf in leaves_under(tree, best)}
+        assert {int(leaf) for leaf in leaves_under(tree, parent) if bool(kept[edges == leaf])} == below
     kept = ExtremeB(4).choose(forest, advantages)
     ranked = of_node[tree.leaves].argsort()
     chosen = torch.isin(tree.leaves, edges[kept])

@@ -5,7 +5,7 @@ import torch
 
 from flowalign.objectives import LayerTuning, Targets
 from samplers import Forest, Tree
-from tests.trees import grown, split_tree
+from tests.trees import grown, leaves_under, split_tree
 
 
 def old(forest: Forest) -> Forest:
@@ -66,7 +66,7 @@ def test_masked_leaves_give_no_targets_and_no_best_path() -> None:
     valid[owner == 1] = False  # a tree without a valid leaf
     targets = LayerTuning().targets(forest, scores, valid)
     assert bool((forest.tree.root[targets.nodes] == 0).all()) and bool(targets.weight.isfinite().all())
-    below = {int(n): {int(x) for x in forest.tree.leaves_under(int(n))} for n in targets.nodes}
+    below = {int(n): {int(x) for x in leaves_under(forest.tree, int(n))} for n in targets.nodes}
     bad = int(forest.tree.leaves[first[3]])
     for node, weight in zip(targets.nodes.tolist(), targets.weight.tolist(), strict=True):
         assert (weight == 0) == (bad in below[node])

@@ -5,6 +5,7 @@ import torch
 
 from rewards import ColourAccuracy, RewardBatch, RewardError, score
 from rewards.colour import ink_colour, paper_colour
+from tests.rewards.parts import in_parts
 
 PALETTE = {"red": (200, 0, 0), "blue": (0, 0, 220), "white": (255, 255, 255), "yellow": (255, 230, 0)}
 
@@ -94,7 +95,7 @@ def test_batch_mates_do_not_matter():
     reward = ColourAccuracy(palette=PALETTE)
     whole = score(reward, batch).scores
     assert whole.tolist() == [1, 0.5, 0.5]
-    assert torch.equal(torch.cat([score(reward, part).scores for part in batch.chunk(1)]), whole)
+    assert torch.equal(torch.cat([score(reward, part).scores for part in in_parts(batch)]), whole)
     assert torch.equal(score(reward, batch.select([2, 0, 1])).scores, whole[[2, 0, 1]])
 
 

@@ -1,0 +1,106 @@
+"""A reward under watch: a time limit, and what becomes of the samples of a request that failed."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rewards.base import Reward, RewardBatch, RewardError, RewardOutput, score
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Watched:
+    """`reward`, asked for at most `batch_size` samples at a time (None: for all), each answer within `timeout` seconds.
+
+    on_error: a request that raises, is late or answers in the wrong form ends the run ("raise", a RewardError), or is
+    logged and its samples have no score ("mask"); if those are more than half of the caller's batch, that is a
+    RewardError too. Same name and components as `reward`. Not kept: a late request cannot be stopped, its thread is left
+    behind.
+    """
+
+    reward: Reward
+    timeout: float | None = None
+    on_error: Literal["raise", "mask"] = "raise"
+    batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.on_error not in ("raise", "mask"):
+            raise ValueError(f"on_error={self.on_error!r} came; expected 'raise' or 'mask'")
+        if self.timeout is not None and not self.timeout > 0:
+            raise ValueError(f"timeout={self.timeout} came; expected seconds > 0, or None for no limit")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ValueError(f"batch_size={self.batch_size} came; expected at least 1, or None for all samples at once")
+
+    @property
+    def name(self) -> str:
+        """The reward's."""
+        return self.reward.name
+
+    def load(self) -> None:
+        self.reward.load()
+
+    def close(self) -> None:
+        self.reward.close()
+
+    def __call__(self, batch: RewardBatch) -> RewardOutput:
+        size = self.batch_size or max(len(batch), 1)
+        parts = [range(first, min(first + size, len(batch))) for first in range(0, len(batch), size)]
+        answers = [self._ask(batch.select(part)) for part in parts]
+        names = sorted({name for answer in answers for name in answer.components})
+        missing = [torch.full((len(part),), torch.nan) for part in parts]
+
+        def joined(tensors: list[Tensor]) -> Tensor:
+            return torch.cat(tensors) if tensors else torch.zeros(0)
+
+        return RewardOutput(
+            joined([answer.scores for answer in answers]),
+            joined([answer.valid for answer in answers]).bool(),
+            {
+                name: joined([a.components.get(name, m) for a, m in zip(answers, missing, strict=True)])
+                for name in names
+            },
+            [text for answer in answers for text in answer.info],
+        )
+
+    def _ask(self, batch: RewardBatch) -> RewardOutput:
+        try:
+            return _within(self.timeout, self.reward, batch)
+        except RewardError as error:
+            if self.on_error == "raise":
+                raise
+            logger.warning("%s; its samples are masked", error)
+            nothing = torch.full((len(batch),), torch.nan)
+            return RewardOutput(nothing, torch.zeros(len(batch), dtype=torch.bool), {}, [str(error)] * len(batch))
+
+
+def _within(timeout: float | None, reward: Reward, batch: RewardBatch) -> RewardOutput:
+    """The guarded answer; RewardError if there is none in time."""
+    if timeout is None:
+        return score(reward, batch, max_fail_rate=1.0)
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+    answers: list[RewardOutput] = []
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        if device is not None:
+            torch.cuda.set_device(device)  # the current device belongs to a thread
+        try:
+            answers.append(score(reward, batch, max_fail_rate=1.0))
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work, name=f"reward {reward.name}", daemon=True)
+    thread.start()
+    thread.join(timeout)
+    if errors:
+        raise errors[0]
+    if not answers:
+        raise RewardError(f"reward {reward.name!r} gave no answer on {len(batch)} samples within {timeout:g} s")
+    return answers[0]
