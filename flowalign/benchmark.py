@@ -23,8 +23,9 @@ from torch import Tensor
 from flowalign.config import ConfigError, TrainConfig, load_config
 from flowalign.data import PromptRecord, load_prompts, prompts_of_iteration
 from flowalign.files import write_atomic
+from flowalign.task import policy_of, task_of
 from flowalign.trainers import PolicyGradient, Task
-from flowalign.workbench import now, per_edge, policy_of, task_of, watched
+from flowalign.workbench import now, per_edge, watched
 from samplers import Forest, Kernel, Noise, Select, Tree, Velocity, unshared
 
 VARIANTS = ("merged", "per-edge", "unshared")
@@ -56,7 +57,7 @@ def compare(config: TrainConfig, variants: Sequence[str], iterations: int) -> li
             f"trainer {type(config.trainer).__name__} came; expected PolicyGradient, whose steps are merged"
         )
     policy = policy_of(config, "cuda" if torch.cuda.is_available() else "cpu")
-    task, prompts = task_of(config, policy, config.rollout.groups), load_prompts(config.prompts)
+    task, prompts = task_of(config, policy), load_prompts(config.prompts)
     measured: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
     try:
         config.reward.load()

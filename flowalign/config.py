@@ -18,7 +18,7 @@ from flowalign.data import load_prompts
 from flowalign.models.load import check_image_size, check_lora_targets, inspect_checkpoint, path_of
 from flowalign.models.lora import LoRA
 from flowalign.models.roles import Role, check_roles
-from flowalign.trainers import PolicyGradient, Rollout, Trainer, rehearse
+from flowalign.trainers import Rollout, Trainer
 from rewards import Reward
 
 
@@ -177,9 +177,7 @@ def check(config: TrainConfig) -> None:
         raise ConfigError(f"policy.max_sequence_length={policy.max_sequence_length}: expected at least 0, or null")
     path = path_of(policy.path)
     bound = replace(rollout, kernel=rollout.kernel.on(path))
-    config.trainer.check(bound)
-    if isinstance(config.trainer, PolicyGradient):
-        rehearse(config.trainer, bound, config.reward.name, path)
+    config.trainer.check(bound, path, config.reward.name)
     if policy.trainable == "lora":
         check_lora_targets(policy.path, policy.lora.targets)
     elif policy.dtype != "fp32":

@@ -10,6 +10,8 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, co
 from torch.distributed.fsdp import CPUOffloadPolicy
 
 from flowalign.config import ConfigError, PolicySettings
+from flowalign.trainers import Rollout
+from samplers import Guided
 
 KINDS = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU", "FSDP", "DEEPSPEED")
 OLDEST_DEEPSPEED = "0.19.8"  # the first tried; one that lacks a setting of flowalign.zero would ignore it in silence
@@ -86,3 +88,17 @@ def check_launch(
     for name, given in unfollowed.items():
         if given:
             raise ConfigError(f"accelerate's {name}=true came; expected false, as in configs/accelerate/fsdp2.yaml")
+
+
+def check_processes(count: int, rollout: Rollout) -> None:
+    """ConfigError for a rollout that `count` processes cannot share."""
+    if count > rollout.groups:
+        raise ConfigError(
+            f"{count} processes came for rollout.groups={rollout.groups}: a prompt's tree lives on one process, so launch at "
+            "most as many processes as there are groups"
+        )
+    if count > 1 and isinstance(rollout.kernel, Guided):
+        raise ConfigError(
+            f"{count} processes came with rollout.kernel=samplers.Guided, which asks for gradients by the row numbers of one "
+            "process's own trees: launch one process"
+        )

@@ -7,7 +7,6 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -27,9 +26,8 @@ from flowalign.evaluation import EvaluationResult, evaluate
 from flowalign.files import DamagedFile, write_atomic
 from flowalign.folder import describe, open_folder
 from flowalign.forecast import forecast
-from flowalign.launch import check_deepspeed, check_environment, check_launch
+from flowalign.launch import check_deepspeed, check_environment, check_launch, check_processes
 from flowalign.metrics import MetricsLog
-from flowalign.models import load_policy
 from flowalign.plots import plot_tree
 from flowalign.processes import Processes
 from flowalign.results import summarise, write_results
@@ -37,7 +35,8 @@ from flowalign.sharding import shard
 from flowalign.state import pack, restore
 from flowalign.stepping import Stepper, Summed
 from flowalign.stored import append_result, load_result, save_result
-from flowalign.trainers import Task, Update
+from flowalign.task import policy_of, task_of
+from flowalign.trainers import Update
 from flowalign.trainers.collect import Collected
 from flowalign.zero import Zero2
 from rewards import RewardBatch, RewardError, score
@@ -66,11 +65,7 @@ class Run:
         if self._deepspeed:
             check_deepspeed(self.accelerator.state.deepspeed_plugin.deepspeed_config)
         self.processes = Processes.of(self.accelerator)
-        if self.processes.count > config.rollout.groups:
-            raise ConfigError(
-                f"{self.processes.count} processes came for rollout.groups={config.rollout.groups}: a prompt's tree lives on "
-                "one process, so launch at most as many processes as there are groups"
-            )
+        check_processes(self.processes.count, config.rollout)
         self._asked_to_stop: float | None = None  # when
         self._first, self._last_saved, self._steps, self._seconds, self._reached = 0, 0, 0, 0.0, False
         self._totals = {"images": 0, "rollout": 0.0, "update": 0.0, "drift": 0.0}
@@ -85,7 +80,6 @@ class Run:
         return self
 
     def _enter(self, leaving: ExitStack) -> None:
-        settings = self.config.policy
         self._train = load_prompts(self.config.prompts)
         self._held_out = load_prompts(self.config.evaluation.prompts)[: self.config.evaluation.count]
         try:
@@ -99,13 +93,13 @@ class Run:
         for reward in (self.config.reward, *self.config.evaluation.rewards):
             leaving.callback(reward.close)
         self._try_rewards()
-        self._load_policy()
+        self.policy = policy_of(self.config, self.accelerator.device, None if self._fsdp is None else "cpu")
+        if self._fsdp is not None:
+            self.processes = shard(self.policy, self.processes, self._fsdp.reshard_after_forward)
+        decay = self.config.run.ema_decay
+        self.ema = EMA(self.policy.trainable_parameters(), decay=decay) if decay is not None else None
+        self.task = task_of(self.config, self.policy, processes=self.processes)
         self.metrics = MetricsLog(self.folder / "metrics.jsonl")
-        rollout = replace(self.config.rollout, kernel=self.config.rollout.kernel.on(self.policy.path))
-        self.task = Task(
-            self.policy, self.config.reward, rollout, self.config.run.seed, settings.height, settings.width,
-            self.processes,
-        )  # fmt: skip
         if self.processes.is_main:  # in this order: config.yaml says how many rows may lack a checkpoint
             self.metrics.cut_back(self._first)
             MetricsLog(self.folder / "evaluations.jsonl").cut_back(self._first)
@@ -116,23 +110,6 @@ class Run:
         for name in (signal.SIGINT, signal.SIGTERM):
             leaving.callback(signal.signal, name, signal.signal(name, self._ask_to_stop))
         self._began = time.monotonic()
-
-    def _load_policy(self) -> None:
-        """The policy with its roles and its average, sharded if the launch asks for that."""
-        settings, decay = self.config.policy, self.config.run.ema_decay
-        self.policy = load_policy(
-            settings.path, lora=settings.lora, trainable=settings.trainable, dtype=settings.dtype,
-            max_sequence_length=settings.max_sequence_length, negative_prompt=settings.negative_prompt,
-            reference_copy=settings.reference_copy, device=self.accelerator.device, seed=self.config.run.seed,
-            network_device=None if self._fsdp is None else "cpu",
-        )  # fmt: skip
-        self.policy.latent_shape(settings.height, settings.width)
-        self.policy.add_roles(settings.roles)
-        if not self.policy.trainable_parameters():
-            raise ConfigError("policy: no parameter is trainable; check policy.trainable and policy.lora.targets")
-        if self._fsdp is not None:
-            self.processes = shard(self.policy, self.processes, self._fsdp.reshard_after_forward)
-        self.ema = EMA(self.policy.trainable_parameters(), decay=decay) if decay is not None else None
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -1,4 +1,4 @@
-"""What the doctor and the benchmark share: a task from a configuration, counted network rows, gradients, one pass per edge."""
+"""What the doctor and the benchmark share: counted network rows, gradients, one pass per edge."""
 
 from __future__ import annotations
 
@@ -12,31 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from flowalign.advantage import Advantages
-from flowalign.config import TrainConfig
-from flowalign.models import Policy, load_policy
+from flowalign.models import Policy
 from flowalign.objectives import Moment, Selector
 from flowalign.objectives.select import START
 from flowalign.trainers import PolicyGradient, Task, Trainer
 from flowalign.trainers.collect import Collected
 from samplers import Forest
-
-
-def policy_of(config: TrainConfig, device: str | torch.device) -> Policy:
-    """The policy of a configuration, as a run loads it."""
-    settings = config.policy
-    policy = load_policy(
-        settings.path, lora=settings.lora, trainable=settings.trainable, dtype=settings.dtype,
-        max_sequence_length=settings.max_sequence_length, negative_prompt=settings.negative_prompt,
-        reference_copy=settings.reference_copy, device=device, seed=config.run.seed,
-    )  # fmt: skip
-    policy.add_roles(settings.roles)
-    return policy
-
-
-def task_of(config: TrainConfig, policy: Policy, groups: int) -> Task:
-    """The configuration's task with another number of prompts."""
-    rollout = replace(config.rollout, kernel=config.rollout.kernel.on(policy.path), groups=groups)
-    return Task(policy, config.reward, rollout, config.run.seed, config.policy.height, config.policy.width)
 
 
 def brightness(images: Tensor, prompts: Sequence[str]) -> Tensor:

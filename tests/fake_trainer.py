@@ -15,6 +15,7 @@ from flowalign.objectives import scalar_adjoint
 from flowalign.trainers import Rollout, Task, Update
 from flowalign.trainers.base import AdamW
 from flowalign.trainers.collect import Collected, collect
+from samplers import Path
 
 
 @dataclass
@@ -30,7 +31,7 @@ class FakeTrainer:
     def optimisers(self) -> dict[str, torch.optim.Optimizer]:
         return {"policy": self._policy, "fake": self._fake}
 
-    def check(self, rollout: Rollout) -> None: ...
+    def check(self, rollout: Rollout, path: Path, reward: str) -> None: ...
 
     def updates_per_iteration(self) -> int:
         return 2 * self.epochs

@@ -12,8 +12,9 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 
 from flowalign import launch
 from flowalign.config import ConfigError, PolicySettings, load_config
-from flowalign.launch import check_deepspeed, check_environment, check_launch
+from flowalign.launch import check_deepspeed, check_environment, check_launch, check_processes
 from flowalign.run import Run
+from samplers import FlowSDE, Guided, RewardGradient
 
 FOLDER = Path(__file__).parents[1] / "configs" / "accelerate"
 TINY = str(Path(__file__).parent / "data" / "tiny.yaml")
@@ -150,3 +151,14 @@ def test_a_run_without_a_deepspeed_that_can_follow_says_so(
     monkeypatch.setattr(launch, "compare_versions", lambda *asked: True)  # too old
     with pytest.raises(ConfigError, match=r"deepspeed >= 0\.19\.8 is not installed: pip install .*multi_gpu\.yaml"):
         Run(config, plain)
+
+
+def test_a_rollout_that_processes_cannot_share_is_refused() -> None:
+    rollout = load_config(TINY, [])[0].rollout
+    check_processes(rollout.groups, rollout)
+    with pytest.raises(ConfigError, match=r"3 processes came for rollout\.groups=2"):
+        check_processes(3, rollout)
+    guided = replace(rollout, kernel=Guided(FlowSDE(), RewardGradient(None)))
+    check_processes(1, guided)
+    with pytest.raises(ConfigError, match=r"samplers\.Guided.*launch one process"):
+        check_processes(2, guided)

@@ -10,7 +10,8 @@ from flowalign import benchmark, cli
 from flowalign.benchmark import compare, peak, reset_peak, table
 from flowalign.config import ConfigError, load_config
 from flowalign.doctor import distinct_prompts
-from flowalign.workbench import distance, gradients, per_edge, policy_of, task_of
+from flowalign.task import policy_of, task_of
+from flowalign.workbench import distance, gradients, per_edge
 
 CONFIG = str(Path(__file__).parent / "data" / "tiny.yaml")
 AT_STEP_1 = ["rollout.plan.init_args.low=1", "rollout.plan.init_args.high=2"]  # one step of prefix, T = 3, 3 images
@@ -76,7 +77,7 @@ def test_one_pass_per_edge_gives_the_merged_gradient(tiny_pipeline: Path, plan: 
     policy = policy_of(config, "cpu")
     for _, parameter in policy.trainable_parameters():
         parameter.data += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
-    task, trainer = task_of(config, policy, 2), config.trainer
+    task, trainer = task_of(config, policy, groups=2), config.trainer
     trainer.prepare(task, None)
     batch = trainer.collect(distinct_prompts(config, 2), 0)
     parts = per_edge(trainer, task, batch)

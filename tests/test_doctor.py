@@ -15,8 +15,8 @@ from flowalign import cli
 from flowalign.config import load_config
 from flowalign.doctor import Finding, cost, diagnose, examine
 from flowalign.models import Policy
+from flowalign.task import policy_of
 from flowalign.trainers import collect
-from flowalign.workbench import policy_of
 from rewards import RewardOutput
 from samplers import rollout
 

@@ -22,6 +22,7 @@ from samplers import (
     Fixed,
     FlowSDE,
     KeyedNoise,
+    RectifiedFlow,
     Selected,
     SplitTree,
     Tree,
@@ -98,11 +99,15 @@ def test_where_nothing_differs_there_is_no_update(tiny_pipeline: Path, kl: float
 def test_guidance_is_refused_in_a_window_but_not_where_all_steps_are_trained(tiny_pipeline: Path) -> None:
     _, trainer = make(tiny_pipeline, Chain())
     for plan in (Chain(), Chain(shared_start=True), SplitTree((0, 2), 2), Branch(branches=4)):
-        trainer.check(Rollout(plan, FlowSDE(), groups=2, group_size=4, num_inference_steps=4, guidance_scale=4.5))
+        trainer.check(
+            Rollout(plan, FlowSDE(), groups=2, group_size=4, num_inference_steps=4, guidance_scale=4.5),
+            RectifiedFlow(),
+            "jpeg",
+        )
     few = Rollout(Window(size=2), FlowSDE(), groups=2, group_size=4, num_inference_steps=4, guidance_scale=4.5)
     with pytest.raises(ValueError, match="window of few steps"):
-        trainer.check(few)
-    trainer.check(replace(few, allow_cfg_update=True))
+        trainer.check(few, RectifiedFlow(), "jpeg")
+    trainer.check(replace(few, allow_cfg_update=True), RectifiedFlow(), "jpeg")
 
 
 def test_siblings_share_noise_where_the_rollout_says_so(tiny_pipeline: Path) -> None:

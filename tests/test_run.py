@@ -64,7 +64,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     def loaded(*args: object, **kwargs: object) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(run_module, "load_policy", loaded)
+    monkeypatch.setattr("flowalign.task.load_policy", loaded)
 
 
 # ------------------------------------------------------------------------------------------ the same command again

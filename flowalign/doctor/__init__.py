@@ -35,9 +35,10 @@ from flowalign.doctor.update import (
     check_replay,
 )
 from flowalign.models import Policy
+from flowalign.task import policy_of, task_of
 from flowalign.trainers import Task
 from flowalign.trainers.collect import Collected
-from flowalign.workbench import gradients, now, policy_of, task_of, watched
+from flowalign.workbench import gradients, now, watched
 from rewards import FunctionReward
 
 __all__ = ["Finding", "diagnose", "examine"]
@@ -75,7 +76,7 @@ def examine(config: TrainConfig, policy: Policy) -> Iterator[Finding]:
     settings, trainer, failed = config.policy, config.trainer, set[str]()
     prompts = distinct_prompts(config, prompts_of(config))
     texts = [record.prompt for record in prompts]
-    real = task_of(config, policy, len(prompts))
+    real = task_of(config, policy, groups=len(prompts))
     task = Task(policy, FunctionReward(STAND_IN), real.rollout, real.seed, real.height, real.width)
 
     @cache

@@ -2,6 +2,5 @@
 
 from flowalign.trainers.base import AdamW, Rollout, Task, Trainer, Update
 from flowalign.trainers.policy_gradient import PolicyGradient
-from flowalign.trainers.rehearsal import rehearse
 
-__all__ = ["AdamW", "PolicyGradient", "Rollout", "Task", "Trainer", "Update", "rehearse"]
+__all__ = ["AdamW", "PolicyGradient", "Rollout", "Task", "Trainer", "Update"]

@@ -15,7 +15,7 @@ from flowalign.data import PromptRecord
 from flowalign.models.base import Policy
 from flowalign.processes import Processes
 from rewards import Reward
-from samplers import Kernel, Plan
+from samplers import Kernel, Path, Plan
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,9 @@ class Trainer(Protocol):
     @property
     def optimisers(self) -> dict[str, torch.optim.Optimizer]: ...
 
-    def check(self, rollout: Rollout) -> None:
-        """Raises ValueError for combinations that cannot work; called before any model is loaded."""
+    def check(self, rollout: Rollout, path: Path, reward: str) -> None:
+        """ValueError for combinations that cannot work; called before any model is loaded. path: the policy's, to which
+        the rollout's kernel is bound; reward: its name."""
         ...
 
     def updates_per_iteration(self) -> int: ...

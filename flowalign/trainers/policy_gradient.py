@@ -28,7 +28,8 @@ from flowalign.objectives import (
 )
 from flowalign.trainers.base import AdamW, Rollout, Task, Update
 from flowalign.trainers.collect import Collected, collect, grow
-from samplers import Forest, Selected
+from flowalign.trainers.rehearsal import rehearse
+from samplers import Forest, Path, Selected
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +101,7 @@ class PolicyGradient:
     def optimisers(self) -> dict[str, torch.optim.Optimizer]:
         return {"policy": self._adamw}
 
-    def check(self, rollout: Rollout) -> None:
+    def check(self, rollout: Rollout, path: Path, reward: str) -> None:
         """Combinations that cannot work, named before a model is loaded."""
         if rollout.group_size < 2:
             raise ValueError(
@@ -127,6 +128,7 @@ class PolicyGradient:
                 "CPS with a noise_level above 0"
             )
         self._check_combinations(rollout)
+        rehearse(self, rollout, reward, path)
 
     def _check_combinations(self, rollout: Rollout) -> None:
         plan = rollout.plan

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from flowalign.advantage import Advantages
 from flowalign.objectives import LongCat, Moment
 from flowalign.trainers.base import Rollout
 from flowalign.trainers.collect import grow
-from flowalign.trainers.policy_gradient import PolicyGradient
 from samplers import Forest, Path, RectifiedFlow, generator
+
+if TYPE_CHECKING:
+    from flowalign.trainers.policy_gradient import PolicyGradient
 
 ITERATIONS = 8  # where windows and selections move, one iteration may have nothing to train
 

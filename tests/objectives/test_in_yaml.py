@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flowalign import advantage, config, credit, objectives
+from flowalign import advantage, credit, objectives
 from flowalign.config import ConfigError, load_config
 
 TINY = Path(__file__).parents[1] / "data" / "tiny.yaml"
@@ -14,7 +14,7 @@ TINY = Path(__file__).parents[1] / "data" / "tiny.yaml"
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts are built one at a time here; whether they fit each other is tests/test_rehearsal.py."""
-    monkeypatch.setattr(config, "rehearse", lambda *parts: None)
+    monkeypatch.setattr("flowalign.trainers.policy_gradient.rehearse", lambda *parts: None)
 
 
 def part(name: str, **init) -> dict:
