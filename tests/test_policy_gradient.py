@@ -1,5 +1,6 @@
 """The trainer's arithmetic against brute force: counts, gradients, advantages, losses."""
 
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from flowalign.data import PromptRecord
 from flowalign.models import LoRA, load_policy
 from flowalign.objectives import AllEdges, ClippedRatio, FlatGradient, KLPenalty, NonZeroAdvantage, StdOverMean, Uniform
 from flowalign.trainers import PolicyGradient, Rollout, Task
+from flowalign.trainers.collect import grow
 from rewards import RewardOutput
 from samplers import (
     CPS,
@@ -51,7 +53,9 @@ class Brightness:
 PROMPTS = [PromptRecord(i, f'the word "{w}" in red on a yellow background') for i, w in enumerate(["KITE", "MOON"])]
 
 
-def make(pipeline: Path, plan, kernel=None, group_size: int = 3, steps: int = 4, guidance: float = 1.0, **parts):
+def make(
+    pipeline: Path, plan, kernel=None, group_size: int = 3, steps: int = 4, guidance: float = 1.0, reward=None, **parts
+):  # fmt: skip
     torch.manual_seed(0)
     policy = load_policy(str(pipeline), lora=LoRA(rank=4, alpha=8, targets=("attn.to_q", "attn.to_v", "ff.net.2")))
     for name, parameter in policy.trainable_parameters():
@@ -64,7 +68,7 @@ def make(pipeline: Path, plan, kernel=None, group_size: int = 3, steps: int = 4,
     settings = Rollout(
         plan, kernel or FlowSDE(), groups=2, group_size=group_size, num_inference_steps=steps, guidance_scale=guidance
     )
-    trainer.prepare(Task(policy, Brightness(), settings, 0, 24, 48), None)
+    trainer.prepare(Task(policy, reward or Brightness(), settings, 0, 24, 48), None)
     return policy, trainer
 
 
@@ -80,6 +84,39 @@ def run_updates(trainer, batch) -> None:
         for micro_batch in update.micro_batches:
             micro_batch().backward()
         update.after()
+
+
+# ---------------------------------------------------------------------------------------------- the rollout's report
+
+
+def test_reward_metrics_are_of_the_images_that_have_a_score(tiny_pipeline: Path) -> None:
+    @dataclass(frozen=True)
+    class Blind(Brightness):
+        """Cannot score the second image of each batch."""
+
+        def __call__(self, batch) -> RewardOutput:
+            output = super().__call__(batch)
+            output.valid[1] = False
+            return replace(output, components={"twice": 2 * output.scores})
+
+    _, trainer = make(tiny_pipeline, Window(), reward=Blind())
+    began = time.perf_counter()
+    batch = trainer.collect(PROMPTS, 0)
+    whole, told, seen = time.perf_counter() - began, batch.metrics, batch.scores[batch.valid].double()
+    assert len(seen) == 5 and told["reward/invalid"] == 1
+    assert told["reward/mean"] == told["reward/brightness_mean"] == pytest.approx(float(seen.mean()))
+    assert told["reward/brightness_std"] == pytest.approx(float(seen.std(unbiased=False)))
+    assert told["reward/brightness.twice_mean"] == pytest.approx(2 * float(seen.mean()))
+    assert 0 < sum(told[f"time/{part}"] for part in ("rollout", "decode", "reward")) < whole
+    assert told["time/reward_ms_per_image"] == pytest.approx(1000 * told["time/reward"] / 6)
+
+
+@pytest.mark.parametrize(("draw", "windows"), [("iteration", 1), ("group", 2)])
+def test_a_random_window_is_drawn_once_per_iteration_or_per_group(draw, windows: int) -> None:
+    settings = Rollout(Window(size=1, high=30), FlowSDE(), groups=2, group_size=3, num_inference_steps=40, draw=draw)
+    trees = [grow(settings, 0, iteration, range(2)) for iteration in range(3)]
+    starts = [{int(i) for i in tree.index[tree.parents_of_edges]} for tree in trees]
+    assert [len(found) for found in starts] == [windows] * 3 and len(set.union(*starts)) > windows
 
 
 # ---------------------------------------------------------------------------------------------- counts (I2)
