@@ -131,6 +131,20 @@ def test_several_channels_are_clipped_one_by_one() -> None:
     assert float(loss) == pytest.approx(-1.1 + 1.2)
 
 
+def test_below_and_above_have_bounds_of_their_own() -> None:
+    log_prob = torch.tensor([0.85, 0.95, 1.15, 1.35], dtype=F64).log()
+    advantages = torch.tensor([[-1.0], [-1.0], [1.0], [1.0]], dtype=F64)
+    asymmetric = ClippedRatio((0.1, 0.3))
+    assert asymmetric.clipped(log_prob, torch.zeros(4, dtype=F64), advantages, None).tolist() == [
+        True,
+        False,
+        False,
+        True,
+    ]
+    loss = asymmetric.loss(log_prob, torch.zeros(4, dtype=F64), advantages, None)
+    torch.testing.assert_close(loss, torch.tensor([0.9, 0.95, -1.15, -1.3], dtype=F64))
+
+
 def test_a_clip_range_of_2e_6_is_kept_in_fp32() -> None:
     """exp of fp32 log ratios is a multiple of 1.2e-7 near 1; the clip must not be."""
     for log_ratio, advantage, moves in (
