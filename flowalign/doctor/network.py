@@ -154,9 +154,7 @@ def _fresh_pipeline(policy: Policy, settings: PolicySettings) -> DiffusionPipeli
     )
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(next(next(iter(networks.values())).parameters()).device)
-    exec(
-        "\n".join(policy.pipeline_setup()), {"pipe": pipeline}
-    )  # the lines that the run's report tells its user to run
+    exec("\n".join(policy.pipeline_setup()), {"pipe": pipeline})  # as the run's report tells its user
     return pipeline
 
 

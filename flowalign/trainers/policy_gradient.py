@@ -208,9 +208,8 @@ class PolicyGradient:
             place = torch.full((len(parents),), -1)
             place[real] = torch.arange(len(real))
             mine = place[position] >= 0
-            states = parents[
-                dealt.clamp(min=0)
-            ]  # padding comes last: a state again, without edges, so it weighs nothing
+            # padding comes last: a state again, without edges, so it weighs nothing
+            states = parents[dealt.clamp(min=0)]
             micro_batches.append(partial(self._loss, whole, states, len(real), trained[mine], place[position[mine]]))
         for group in self._adamw.param_groups:
             group["lr"] = self.optimiser.lr_at(self._steps)
