@@ -13,7 +13,7 @@ for _name in ("samplers", "rewards"):
 _PUBLIC = {
     "load_policy": "flowalign.models",
     "LoRA": "flowalign.models",
-    "evaluate": "flowalign.evaluation",
+    "evaluate": "flowalign.evaluation.evaluate",
     "load_config": "flowalign.config",
     "train": "flowalign.loop",
     **dict.fromkeys(("ODE", "FlowSDE", "ClippedFlowSDE", "DanceSDE", "LinearSDE", "CPS", "DDIM"), "samplers"),

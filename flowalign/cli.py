@@ -57,7 +57,7 @@ def train(arguments: Sequence[str]) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from safetensors import SafetensorError
 
-    from flowalign.checkpoint import CheckpointError
+    from flowalign.storage.checkpoint import CheckpointError
     from flowalign.config import ConfigError, load_config
     from flowalign.loop import train as run
 
@@ -97,7 +97,7 @@ def doctor(arguments: Sequence[str]) -> int:
     import diffusers.utils.logging
     import transformers.utils.logging
 
-    from flowalign.doctor import diagnose
+    from flowalign.diagnostics.doctor import diagnose
 
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
@@ -110,7 +110,7 @@ def doctor(arguments: Sequence[str]) -> int:
 
 def benchmark(arguments: Sequence[str]) -> int:
     """Exit code: 0 done, 1 stopped by a reward that fails, 2 a configuration that cannot work."""
-    from flowalign.benchmark import main as run
+    from flowalign.diagnostics.benchmark import main as run
     from flowalign.config import ConfigError
     from rewards import RewardError
 

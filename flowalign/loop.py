@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from flowalign.config import TrainConfig
-from flowalign.run import Run
+from flowalign.run.run import Run
 
 
 def train(config: TrainConfig, plain: dict[str, Any]) -> dict[str, Any]:

@@ -4,13 +4,13 @@ A new reward is one new file, or a plain function named by its path; YAML names 
 """
 
 from rewards.base import Reward, RewardBatch, RewardError, RewardOutput, score
-from rewards.colour import ColourAccuracy
+from rewards.color import ColourAccuracy
 from rewards.function import FunctionReward
 from rewards.jpeg import JPEGCompressibility, JPEGIncompressibility
 from rewards.mix import Mix
-from rewards.ocr import OCR
-from rewards.reader import Line, RapidReader, Recogniser
-from rewards.watched import Watched
+from rewards.ocr.ocr import OCR
+from rewards.ocr.reader import Line, RapidReader, Recogniser
+from rewards.with_timeout import Watched
 
 PART_OF = "flowalign"
 

@@ -4,7 +4,7 @@ One convention everywhere: x_σ = (1−σ)·x0 + σ·ε, σ runs from 1 (noise) 
 A sampler knows no network: the velocity is a callable, randomness is an argument.
 """
 
-from samplers.copies import Copies, unshared
+from samplers.unshared import Copies, unshared
 from samplers.forest import Forest, Velocities
 from samplers.kernels import (
     CPS,
@@ -59,7 +59,7 @@ from samplers.plans import (
 from samplers.rollout import Noise, Velocity, rollout
 from samplers.schedules import diffusers_sigmas, dynamic_sigmas, plain_sigmas, shift
 from samplers.selection import Best, Look, Select, candidates, sampled
-from samplers.stored import load_forest, save_forest
+from samplers.forest_file import load_forest, save_forest
 from samplers.trees import SOURCES, Cost, Tree
 
 PART_OF = "flowalign"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny import tiny_sd3, tiny_sd15
+from tests.helpers.tiny import tiny_sd3, tiny_sd15
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import pytest
 
 from flowalign import models
 from flowalign.config import ConfigError, load_config
-from flowalign.forecast import forecast
+from flowalign.run.preflight import forecast
 
 CONFIG = str(Path(__file__).parent / "data" / "tiny.yaml")
 

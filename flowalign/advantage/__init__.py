@@ -4,7 +4,7 @@ from flowalign.advantage.asymmetric import Asymmetric
 from flowalign.advantage.base import Advantage, Advantages, Within, set_keys
 from flowalign.advantage.gated import VarianceGated
 from flowalign.advantage.mix import Mixed, PerChannel
-from flowalign.advantage.normalised import Normalised
+from flowalign.advantage.normalized import Normalised
 
 __all__ = [
     "Advantage", "Advantages", "Asymmetric", "Mixed", "Normalised", "PerChannel", "VarianceGated", "Within", "set_keys",

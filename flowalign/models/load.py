@@ -15,7 +15,7 @@ from torch import nn
 from flowalign.models import sd3, sd15
 from flowalign.models.base import Family, Policy, check_size
 from flowalign.models.lora import LoRA, add_lora, matched_modules
-from flowalign.models.policy import PipelinePolicy
+from flowalign.models.pipeline_policy import PipelinePolicy
 from samplers import Path as NoisingPath
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -88,7 +88,7 @@ def load_policy(
 
     trainable: "lora" (the default LoRA if none is given), "full" weights (fp32 only), or "none". dtype: of the frozen
     network; adapters are always fp32. max_sequence_length: see the family's policy. seed: of the adapters' initial
-    weights. network_device: where the trained network stays for now, if not on `device` (see flowalign.sharding).
+    weights. network_device: where the trained network stays for now, if not on `device` (see flowalign.distributed.fsdp2).
     reference_copy: keep a frozen copy, the reference of a full fine-tuning with a KL."""
     index = inspect_checkpoint(path)
     if trainable == "full" and dtype != "fp32":

@@ -1,11 +1,11 @@
 """Pure losses of tensors: clipped ratios, masks, KL penalties, state targets, step weights, edge selection."""
 
 from flowalign.objectives.adjoint import scalar_adjoint
-from flowalign.objectives.dynamic import DynamicClip
-from flowalign.objectives.policy import ClippedRatio, Guard, KLMask, Known, Objective
-from flowalign.objectives.prune import DepthWindow, ExtremeB, ParentTop1
-from flowalign.objectives.regularise import KLPenalty
-from flowalign.objectives.select import (
+from flowalign.objectives.dynamic_clip import DynamicClip
+from flowalign.objectives.transitions import ClippedRatio, Guard, KLMask, Known, Objective
+from flowalign.selectors.prune import DepthWindow, ExtremeB, ParentTop1
+from flowalign.objectives.kl import KLPenalty
+from flowalign.selectors.edges import (
     All,
     AllEdges,
     BestOfN,
@@ -15,8 +15,8 @@ from flowalign.objectives.select import (
     PositiveNegativeBalance,
     Selector,
 )
-from flowalign.objectives.targets import LayerTuning, Targets
-from flowalign.objectives.weights import FlatGradient, InverseLength, LongCat, StdOverMean, StepWeight, Uniform
+from flowalign.objectives.layer_tuning import LayerTuning, Targets
+from flowalign.objectives.step_weights import FlatGradient, InverseLength, LongCat, StdOverMean, StepWeight, Uniform
 
 __all__ = [
     "ClippedRatio", "DynamicClip", "Guard", "KLMask", "Known", "Objective", "KLPenalty", "LayerTuning", "Targets",

@@ -13,7 +13,7 @@ from torch.nn import Parameter
 
 from flowalign.data import PromptRecord
 from flowalign.models.base import Policy
-from flowalign.processes import Processes
+from flowalign.distributed.processes import Processes
 from rewards import Reward
 from samplers import Kernel, Path, Plan
 

@@ -27,8 +27,8 @@ from flowalign.objectives import (
     Targets,
 )
 from flowalign.trainers.base import AdamW, Rollout, Task, Update
-from flowalign.trainers.collect import Collected, collect, grow
-from flowalign.trainers.rehearsal import rehearse
+from flowalign.rollouts.collect import Collected, collect, grow
+from flowalign.trainers.dry_run import rehearse
 from samplers import Forest, Path, Selected
 
 

@@ -10,10 +10,10 @@ from diffusers import DDIMScheduler, PNDMScheduler
 from flowalign import models
 from flowalign.config import ConfigError, load_config
 from flowalign.models import check_lora_targets, load_policy, path_of
-from flowalign.models.sd15 import SD15Model
+from flowalign.models.families.sd15 import SD15Model
 from samplers import DDIM, ODE, RectifiedFlow, VariancePreserving
-from tests.models.sd15_calls import PROMPTS, SHAPE, ddim_pipeline, deterministic, noise_of, relative
-from tests.tiny import tiny_sd15
+from tests.helpers.sd15_calls import PROMPTS, SHAPE, ddim_pipeline, deterministic, noise_of, relative
+from tests.helpers.tiny import tiny_sd15
 
 CONFIG = str(Path(__file__).parents[1] / "data" / "tiny_sd15.yaml")
 

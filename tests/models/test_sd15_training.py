@@ -12,10 +12,10 @@ from torch import Tensor
 
 from flowalign import checkpoint
 from flowalign.cli import train as cli_train
-from flowalign.metrics import read_rows
+from flowalign.storage.metrics_log import read_rows
 from flowalign.models import LoRA, Policy, load_policy
 from samplers import DDIM, ODE, Forest, KeyedNoise, chain, rollout
-from tests.models.sd15_calls import PROMPTS, SHAPE, deterministic, noise_of, relative
+from tests.helpers.sd15_calls import PROMPTS, SHAPE, deterministic, noise_of, relative
 
 CONFIG = str(Path(__file__).parents[1] / "data" / "tiny_sd15.yaml")
 LORA = LoRA(rank=4, alpha=6)

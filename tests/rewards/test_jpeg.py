@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from rewards import JPEGCompressibility, JPEGIncompressibility, RewardBatch, score
-from tests.rewards.parts import in_parts
+from tests.helpers.reward_parts import in_parts
 
 
 def pictures():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rewards import Mix, RewardBatch, RewardError, RewardOutput, score
-from tests.rewards.parts import in_parts
+from tests.helpers.reward_parts import in_parts
 
 
 @dataclass

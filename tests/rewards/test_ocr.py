@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from rewards import OCR, Line, RewardBatch, RewardError, score
-from tests.rewards.parts import in_parts
+from tests.helpers.reward_parts import in_parts
 
 
 class Fake:

@@ -10,8 +10,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from rewards import OCR, ColourAccuracy, Line, Mix, RapidReader, RewardBatch, score
-from rewards.rapid import Engine, strip
-from tests.rewards.parts import in_parts
+from rewards.ocr.rapid import Engine, strip
+from tests.helpers.reward_parts import in_parts
 
 FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSansMono-Bold.ttf"
 INK, PAPER = (0, 0, 220), (255, 230, 0)

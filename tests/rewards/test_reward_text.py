@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from rewards.text import ctc_log_prob, edit_distance, normalise_text, similarity
+from rewards.ocr.text import ctc_log_prob, edit_distance, normalise_text, similarity
 
 
 @pytest.mark.parametrize(

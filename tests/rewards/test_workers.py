@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from rewards.workers import WorkerError, Workers
+from rewards.workers.pool import WorkerError, Workers
 
 ENGINE = """
 import os, signal, sys, time
@@ -189,7 +189,7 @@ def test_workers_die_with_a_killed_parent_even_in_the_middle_of_a_job(tmp_path):
 import os, signal, threading, time
 from pathlib import Path
 import numpy as np
-from rewards.workers import Workers
+from rewards.workers.pool import Workers
 workers = Workers(Path({str(tmp_path / "engine.py")!r}), {{}}, 2, 60)
 workers.map([])
 print(*workers.pids(), flush=True)
@@ -208,7 +208,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 def test_forked_copy_leaves_the_workers_alone(pool):
     workers = pool(1)
     workers.map([])
-    from rewards.workers import _kill
+    from rewards.workers.pool import _kill
 
     pids = workers.pids()
     _kill(workers._running, owner=os.getpid() + 1)  # what a fork's exit handlers would do

@@ -8,7 +8,7 @@ import torch
 from torch.distributions import Normal
 
 from samplers import CPS, DDIM, ODE, ClippedFlowSDE, Context, FlowSDE, LinearSDE, VariancePreserving
-from tests.samplers.kernels import EULER_MARUYAMA, F64, FLOW, KERNELS, PRESERVING, VP, bed, moments, path_of, rows
+from tests.helpers.kernels import EULER_MARUYAMA, F64, FLOW, KERNELS, PRESERVING, VP, bed, moments, path_of, rows
 
 X, V = rows(0.3), rows(-1.1)
 STEPS = [(0.9, 0.1), (0.7, 0.5), (0.2, 0.1)]  # levels of both paths, far and near

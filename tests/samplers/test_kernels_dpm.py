@@ -29,7 +29,7 @@ from samplers import (
     save_forest,
     window,
 )
-from tests.samplers.kernels import F64, FLOW, VP, bed, rows
+from tests.helpers.kernels import F64, FLOW, VP, bed, rows
 
 SILENT = Context(level=0.0)
 

@@ -31,7 +31,7 @@ from samplers import (
     spsa_gradient,
     window,
 )
-from tests.samplers.kernels import F64, FLOW, KERNELS, VP, bed, moments, path_of
+from tests.helpers.kernels import F64, FLOW, KERNELS, VP, bed, moments, path_of
 
 X, V = torch.tensor([[0.3, -0.4], [1.2, 0.1], [0.0, 0.7]], dtype=F64), torch.tensor([[-1.1, 0.2]] * 3, dtype=F64)
 

@@ -1,0 +1,42 @@
+"""The policy and the task of a configuration, the same for a run, the doctor and the benchmark."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from flowalign.config import ConfigError, TrainConfig
+from flowalign.models import Policy, load_policy
+from flowalign.distributed.processes import Processes
+from flowalign.trainers import Task
+
+
+def policy_of(
+    config: TrainConfig, device: str | torch.device, network_device: str | torch.device | None = None
+) -> Policy:
+    """Loads it, with its roles; see load_policy. ConfigError for an image size it cannot make, or nothing to train."""
+    settings = config.policy
+    policy = load_policy(
+        settings.path, lora=settings.lora, trainable=settings.trainable, dtype=settings.dtype,
+        max_sequence_length=settings.max_sequence_length, negative_prompt=settings.negative_prompt,
+        reference_copy=settings.reference_copy, device=device, network_device=network_device, seed=config.run.seed,
+    )  # fmt: skip
+    policy.latent_shape(settings.height, settings.width)
+    policy.add_roles(settings.roles)
+    if not policy.trainable_parameters():
+        raise ConfigError("policy: no parameter is trainable; check policy.trainable and policy.lora.targets")
+    return policy
+
+
+def task_of(
+    config: TrainConfig, policy: Policy, *, groups: int | None = None, processes: Processes | None = None
+) -> Task:
+    """What the trainer is given. groups: another number of prompts; processes: of a run, by default one."""
+    rollout = replace(
+        config.rollout, kernel=config.rollout.kernel.on(policy.path), groups=groups or config.rollout.groups
+    )
+    settings = config.policy
+    return Task(
+        policy, config.reward, rollout, config.run.seed, settings.height, settings.width, processes or Processes()
+    )

@@ -1,0 +1,169 @@
+"""`flowalign doctor`: measures whether a configuration can train, before hours are spent on it.
+
+Two prompts are rolled out as the configuration says, one optimiser step is taken on a policy that is thrown away. Where
+a reward is not what is checked, brightness stands for it, so that gradients are judged apart from the reward. Not
+checked: several processes, evaluation, checkpoints.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
+
+import torch
+from torch import Tensor
+
+from flowalign.config import TrainConfig, load_config
+from flowalign.data import PromptRecord, load_prompts
+from flowalign.diagnostics.doctor.base import Finding, guarded
+from flowalign.diagnostics.doctor.cost import check_cost, check_memory, check_reward, check_time, fixture
+from flowalign.diagnostics.doctor.network import (
+    check_adapters,
+    check_conditions,
+    check_modes,
+    check_parity,
+    check_roles,
+    check_velocity,
+)
+from flowalign.diagnostics.doctor.update import (
+    check_dtypes,
+    check_floor,
+    check_gradient,
+    check_merged,
+    check_reached,
+    check_replay,
+)
+from flowalign.models import Policy
+from flowalign.build import policy_of, task_of
+from flowalign.trainers import Task
+from flowalign.rollouts.collect import Collected
+from flowalign.diagnostics.measure import gradients, now, watched
+from rewards import FunctionReward
+
+__all__ = ["Finding", "diagnose", "examine"]
+
+STAND_IN = "flowalign.diagnostics.measure:brightness"
+
+
+def diagnose(path: str, overrides: Sequence[str] = ()) -> Iterator[Finding]:
+    """All findings of a configuration file, one by one."""
+    configs: list[TrainConfig] = []
+    policies: list[Policy] = []
+
+    def read() -> Finding:
+        configs.append(load_config(path, overrides)[0])
+        rollout = configs[0].rollout
+        distinct_prompts(configs[0], prompts_of(configs[0]))
+        leaves = rollout.plan.forecast(rollout.num_inference_steps, rollout.group_size).leaves
+        images = f"{rollout.groups} prompts × {leaves} images × {rollout.num_inference_steps} steps"
+        return Finding("configuration", True, f"{path}: {images}")
+
+    def load() -> Finding:
+        began, device = time.perf_counter(), "cuda" if torch.cuda.is_available() else "cpu"
+        policies.append(policy_of(configs[0], device))
+        return Finding("model", True, f"{configs[0].policy.path} on {device}, {time.perf_counter() - began:.1f} s")
+
+    failed: set[str] = set()
+    yield guarded("configuration", read, failed)
+    yield guarded("model", load, failed, ("configuration",))
+    if not failed:
+        yield from examine(configs[0], policies[0])
+
+
+def examine(config: TrainConfig, policy: Policy) -> Iterator[Finding]:
+    """The findings about a policy, of which the weights are changed by one optimiser step."""
+    settings, trainer, failed = config.policy, config.trainer, set[str]()
+    prompts = distinct_prompts(config, prompts_of(config))
+    texts = [record.prompt for record in prompts]
+    real = task_of(config, policy, groups=len(prompts))
+    task = Task(policy, FunctionReward(STAND_IN), real.rollout, real.seed, real.height, real.width)
+
+    @cache
+    def first() -> tuple[Collected, int]:
+        trainer.prepare(task, None)
+        with watched(policy) as calls:
+            batch = trainer.collect(prompts, 0)
+        return batch, sum(call.rows for call in calls)
+
+    @cache
+    def gradient() -> tuple[dict[str, Tensor], int]:
+        with watched(policy) as calls:
+            found = gradients(policy, trainer, first()[0])
+        return found, sum(call.rows for call in calls)
+
+    @cache
+    def moved() -> tuple[Collected, dict[str, Tensor], float]:
+        for optimiser in trainer.optimisers.values():
+            optimiser.step()
+        batch, began = trainer.collect(prompts, 0), now()
+        return batch, gradients(policy, trainer, batch), now() - began
+
+    def ask(name: str, check: Callable[[], Finding], *needs: str) -> Finding:
+        return guarded(name, check, failed, needs)
+
+    yield ask("adapters", partial(check_adapters, policy, settings))
+    yield ask("modes", partial(check_modes, policy))
+    yield ask("parity", partial(check_parity, task, settings, texts), "modes")
+    yield ask("conditions", partial(check_conditions, task, settings, texts), "modes")
+    yield ask("velocity", partial(check_velocity, task, settings, texts), "modes")
+    yield ask("roles", partial(check_roles, task, settings, texts), "adapters", "velocity")
+    yield ask("dtypes", lambda: check_dtypes(task, first()[0]), "roles")
+    yield ask("replay", lambda: check_replay(task, settings, trainer, first()[0]), "dtypes")
+    yield ask("floor", lambda: check_floor(task, trainer, first()[0]), "dtypes")
+    yield ask("gradient", lambda: check_gradient(task, gradient()[0]), "replay", "floor")
+    yield ask("cost", lambda: check_cost(task, trainer, *first(), gradient()[1]), "gradient")
+    yield ask("reached", lambda: check_reached(task, *moved()[:2]), "gradient")
+    yield ask("merged", lambda: check_merged(task, settings, trainer, moved()[0]), "gradient")
+    yield ask("memory", lambda: check_memory(config, task, first()[0]), "dtypes")
+    try:
+        yield from _rewards(config, task, prompts, lambda: first()[0], ask)
+        rewarded = f"reward {config.reward.name}"
+        yield ask("time", lambda: _time(config, task, moved()[0], moved()[2], prompts), "reached", rewarded)
+    finally:
+        for reward in (config.reward, *config.evaluation.rewards):
+            reward.close()
+
+
+def _rewards(
+    config: TrainConfig, task: Task, prompts: Sequence[PromptRecord], batch: Callable[[], Collected],
+    ask: Callable[..., Finding],
+) -> Iterator[Finding]:  # fmt: skip
+    """The reward that is trained on, and those of the evaluation (on held-out prompts: only the form of the answer)."""
+    held_out = load_prompts(config.evaluation.prompts)[: len(prompts)]
+    held_out = held_out * (len(prompts) // len(held_out) + 1)
+    for reward, trained in [(config.reward, True), *((reward, False) for reward in config.evaluation.rewards)]:
+        shown = prompts if trained else held_out
+        yield ask(
+            f"{'reward' if trained else 'evaluation'} {reward.name}",
+            lambda reward=reward, shown=shown, trained=trained: check_reward(
+                reward, fixture(task, batch(), shown), trained=trained
+            ),
+            "dtypes",
+        )
+
+
+def _time(config: TrainConfig, task: Task, batch: Collected, update: float, prompts: Sequence[PromptRecord]) -> Finding:
+    shown = fixture(task, batch, prompts)
+    shown = shown.select(range(min(16, len(shown))))
+    began = now()
+    config.reward(shown)
+    return check_time(config, task, batch, update / batch.images, (now() - began) / len(shown))
+
+
+def prompts_of(config: TrainConfig) -> int:
+    """How many prompts the doctor rolls out: two, or as many as the optimiser steps of one iteration need."""
+    return max(2, config.trainer.updates_per_iteration())
+
+
+def distinct_prompts(config: TrainConfig, count: int) -> list[PromptRecord]:
+    """The first `count` training prompts of different text; ValueError if there are fewer."""
+    found: dict[str, PromptRecord] = {}
+    for record in load_prompts(config.prompts):
+        if len(found) < count:
+            found.setdefault(record.prompt, record)
+    if len(found) < count:
+        raise ValueError(
+            f"{config.prompts} holds {len(found)} different prompts; the doctor compares {count}: add some"
+        )
+    return list(found.values())

@@ -1,0 +1,120 @@
+"""Checks of rewards, counted cost, memory and time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from math import prod
+
+import torch
+
+from flowalign.config import TrainConfig
+from flowalign.data import PromptRecord
+from flowalign.diagnostics.doctor.base import Finding
+from flowalign.trainers import PolicyGradient, Task, Trainer
+from flowalign.rollouts.collect import Collected, decoded
+from rewards import Reward, RewardBatch, score
+from samplers import Selected
+
+MIB = 2**20
+
+
+def fixture(task: Task, batch: Collected, prompts: Sequence[PromptRecord]) -> RewardBatch:
+    """The decoded images of a rollout, as a reward gets them."""
+    leaves = batch.forest.tree.leaves
+    return decoded(task, prompts, batch.forest.tree.group[leaves], batch.forest.at(leaves))
+
+
+def check_reward(reward: Reward, batch: RewardBatch, *, trained: bool) -> Finding:
+    """Valid scores, a spread inside groups if it is trained on, and the same scores when asked again in another order."""
+    name, rows = f"{'reward' if trained else 'evaluation'} {reward.name}", torch.arange(len(batch)).flip(0)
+    reward.load()
+    first = score(reward, batch, max_fail_rate=1.0)
+    again = score(reward, batch.select(rows), max_fail_rate=1.0)
+    valid, groups = first.valid, torch.tensor(batch.group_ids)
+    spreads = [
+        float(ours.std(unbiased=False))
+        for group in groups.unique()
+        if len(ours := first.scores[valid & (groups == group)].double()) > 1
+    ]
+    varied = sum(spread > 0 for spread in spreads)
+    same = torch.equal(valid, again.valid.flip(0)) and torch.allclose(
+        first.scores, again.scores.flip(0), rtol=1e-4, atol=1e-5, equal_nan=True
+    )
+    mean = float(first.scores[valid].double().mean()) if bool(valid.any()) else float("nan")
+    figure = (
+        f"{int(valid.sum())} of {len(batch)} valid, mean {mean:.3g}, spread in {varied} of {len(spreads)} groups "
+        f"(up to {max(spreads, default=0.0):.2g}), {1000 * again.elapsed / len(batch):.0f} ms per image"
+    )
+    advice = ""
+    if int(valid.sum()) < 0.5 * len(batch):
+        reason = next((text for text in first.info if text), "no reason given")
+        advice = f"most images have no score, a run would stop: {reason}"
+    elif not same:
+        advice = "asked again in another order the scores differ: fix its seeds, and let no sample depend on its batch"
+    elif trained and not varied:
+        advice = "all images of a prompt score the same, so every advantage is 0: take a graded metric, or more noise"
+    return Finding(name, not advice, figure, advice)
+
+
+def check_cost(task: Task, trainer: Trainer, batch: Collected, rows: int, updated: int) -> Finding:
+    """Counted network rows of a rollout (`rows`) and of its update (`updated`) against the topology and against the
+    plan's forecast (I2). Where a plan selects, the topology is what is left, and the engine's own count stands for it."""
+    settings, tree = task.rollout, batch.forest.tree
+    guided = 2 if settings.guidance_scale != 1 else 1
+    forecast = settings.plan.forecast(settings.num_inference_steps, settings.group_size)
+    seen = batch.forest.evaluations if isinstance(settings.plan, Selected) else len(tree.evaluated)
+    states, limit = guided * seen, guided * settings.groups * forecast.rollout
+    reported = round(batch.metrics["cost/rollout_per_image"] * batch.images)
+    allowed = guided * settings.groups * forecast.train * (1 + trainer.needs_reference())
+    figure = (
+        f"rollout {rows / batch.images:.2f} rows per image (forecast at most {limit / batch.images:.2f}), update "
+        f"{updated / batch.images:.2f}"
+    )
+    advice = ""
+    if not rows == states == reported:
+        advice = f"{rows} rows ran, {reported} were reported, {states} are distinct: evaluate each distinct state once"
+    elif rows > limit:
+        advice = "the rollout costs more than the plan's forecast: Plan.forecast must say the most expensive iteration"
+    elif isinstance(trainer, PolicyGradient) and updated > allowed:
+        advice = f"the update ran {updated} rows, the forecast allows {allowed}: one row per distinct state and role"
+    return Finding("cost", not advice, figure, advice)
+
+
+def check_memory(config: TrainConfig, task: Task, batch: Collected, available: float | None = None) -> Finding:
+    """Forecast in MiB, less activations and the pipeline's other parts, against the memory of the device."""
+    trained = [p for _, p in task.policy.trainable_parameters()]
+    weights = sum(p.numel() * p.element_size() for net in task.policy.modules().values() for p in net.parameters())
+    own = sum(p.numel() * p.element_size() for p in trained)
+    roles = config.policy.roles.values()
+    copies = len(roles) + config.policy.reference_copy if config.policy.trainable == "full" else 0
+    frozen = weights - own + copies * own
+    optimised = 1 + sum(role.update == "trained" for role in roles)
+    states = batch.forest.states.numel() * batch.forest.states.element_size() * config.rollout.groups
+    parts = {
+        "trainable": own,
+        "frozen": frozen,
+        "gradient + AdamW": 3 * own * optimised,
+        "EMA": own if config.run.ema_decay is not None else 0,
+        "states": states / task.rollout.groups,
+    }
+    whole, room = sum(parts.values()), available or _memory(trained[0].device)
+    figure = ", ".join(f"{name} {size / MIB:.1f}" for name, size in parts.items())
+    advice = "that does not fit: lower rollout.groups or group_size, train a LoRA, or take policy.dtype=bf16"
+    return Finding("memory", whole <= room, f"{figure} MiB of {room / MIB:,.0f}", "" if whole <= room else advice)
+
+
+def _memory(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return prod(os.sysconf(name) for name in ("SC_PAGE_SIZE", "SC_PHYS_PAGES"))
+
+
+def check_time(config: TrainConfig, task: Task, batch: Collected, update: float, reward: float) -> Finding:
+    """Seconds of one iteration, scaled from the doctor's few prompts; `update` and `reward`: seconds per image."""
+    images = config.rollout.groups * batch.images / task.rollout.groups
+    rollout = (batch.metrics["time/rollout"] + batch.metrics["time/decode"]) / batch.images
+    parts = {"rollout": images * rollout, "reward": images * reward, "update": images * update}
+    whole = sum(parts.values())
+    figure = f"about {whole:.1f} s per iteration (" + ", ".join(f"{k} {v:.1f}" for k, v in parts.items()) + ")"
+    return Finding("time", True, f"{figure}, {whole * config.run.iterations / 60:.1f} min for {config.run.iterations}")

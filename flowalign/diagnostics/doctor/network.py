@@ -1,0 +1,240 @@
+"""Checks of the network: adapters, modes, dtypes, parity with the pipeline, conditions, roles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from diffusers import DiffusionPipeline
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from flowalign.config import PolicySettings
+from flowalign.diagnostics.doctor.base import Finding
+from flowalign.evaluation.evaluate import sample
+from flowalign.models import Policy, check_lora_targets
+from flowalign.models.load import DTYPES, FAMILIES, inspect_checkpoint, resolve
+from flowalign.trainers import Task
+from flowalign.diagnostics.measure import distance
+from samplers import RectifiedFlow, normal
+
+
+def rounding(settings: PolicySettings, exact: float) -> float:
+    """The relative difference allowed between two orders of the same arithmetic: `exact` in fp32 on the CPU (where an
+    invariant says so), 1e-4 in fp32 elsewhere, 5e-2 in bf16."""
+    if settings.dtype == "bf16":
+        return 5e-2
+    return 1e-4 if torch.cuda.is_available() else exact
+
+
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    """max |ours − theirs| / max |theirs|."""
+    return float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-30))
+
+
+def check_adapters(policy: Policy, settings: PolicySettings) -> Finding:
+    """Which layers the LoRA sits on, and that all of it, and nothing else, is trained."""
+    named = policy.trainable_parameters()
+    total = sum(parameter.numel() for _, parameter in named)
+    figure = f"{total:,} parameters in {len(named)} tensors are trained"
+    if not named:
+        return Finding(
+            "adapters", False, figure, "nothing is trainable: check policy.trainable and policy.lora.targets"
+        )
+    networks = policy.modules().values()
+    if settings.trainable == "full":
+        frozen = sum(not parameter.requires_grad for network in networks for parameter in network.parameters())
+        advice = (
+            f"{frozen} tensors of the network are frozen: let policy.trainable=full train them all" if frozen else ""
+        )
+        return Finding("adapters", not frozen, f"{figure}, full weights", advice)
+    family = FAMILIES[inspect_checkpoint(settings.path)["_class_name"]]
+    targets = family.targets if settings.lora.targets is None else settings.lora.targets
+    counts = {target: len(check_lora_targets(settings.path, [target])) for target in targets}
+    expected = len(check_lora_targets(settings.path, targets))
+    layers = [module for network in networks for module in network.modules() if isinstance(module, BaseTunerLayer)]
+    figure += f" at {len(layers)} layers ({', '.join(f'{name} {count}' for name, count in counts.items())})"
+    frozen_adapters = sum(not parameter.requires_grad for _, parameter in named)
+    other = [
+        name for network in networks for name, p in network.named_parameters()
+        if p.requires_grad and "lora_" not in name
+    ]  # fmt: skip
+    if frozen_adapters:
+        advice = f"{frozen_adapters} adapter tensors are frozen: do not switch requires_grad, use policy.role for reference passes"
+    elif other:
+        advice = f"{other[0]} and {len(other) - 1} more are trained beside the LoRA: freeze the base network"
+    elif len(layers) != expected:
+        advice = f"{expected} layers were asked for by policy.lora.targets: load the adapter on all of them"
+    else:
+        advice = ""
+    return Finding("adapters", not advice, figure, advice)
+
+
+def check_modes(policy: Policy) -> Finding:
+    """No dropout, no train mode: the update must see the velocity of the rollout. (Layers that peft puts in say they are in
+    train mode; that matters only for layers that behave otherwise in it.)"""
+    networks = policy.modules()
+    parts = [(f"{key}.{name}", part) for key, network in networks.items() for name, part in network.named_modules()]
+    random = [name for name, part in parts if isinstance(part, _DropoutNd) and part.p > 0 and
+              (part.training or "lora_dropout" in name)]  # fmt: skip
+    training = [name for name, part in parts if isinstance(part, _BatchNorm) and part.training]
+    training = [key for key, network in networks.items() if network.training] + training
+    figure = f"{len(random)} active dropout layers, {len(training)} networks or norms in train mode"
+    advice = ""
+    if random:
+        advice = f"dropout in {random[0]} makes the ratio of an unchanged policy differ from 1: set its p to 0"
+    elif training:
+        advice = f"{training[0]} is in train mode: call .eval() on it, the LoRA trains all the same"
+    return Finding("modes", not advice, figure, advice)
+
+
+def check_velocity(task: Task, settings: PolicySettings, texts: Sequence[str]) -> Finding:
+    """The update's velocity (with gradients) against the rollout's (without), same rows, and twice: no switch between."""
+    policy, guidance = task.policy, task.rollout.guidance_scale
+    conditions, x = policy.encode(texts[:2]), noise(task, 2)
+    sigma = middle_sigma(task).expand(2)
+    with torch.no_grad():
+        first = policy.velocity(x, sigma, conditions, guidance_scale=guidance)
+        again = policy.velocity(x, sigma, conditions, guidance_scale=guidance)
+    update = policy.velocity(x, sigma, conditions, guidance_scale=guidance).detach()
+    twice, switched = relative(again, first), relative(update, first)
+    figure = f"{first.dtype}, repeated {twice:.1e}, with gradients {switched:.1e}"
+    limit = rounding(settings, 1e-5)
+    if first.dtype != torch.float32:
+        advice = (
+            f"velocities are {first.dtype}: return fp32 from the policy, log-probs are differences of small numbers"
+        )
+    elif not twice <= limit:
+        advice = "two calls on the same rows differ: look for dropout or random layers in the network"
+    elif not switched <= limit:
+        advice = "the velocity changes when gradients are on: use one guidance_scale and one mode in rollout and update"
+    else:
+        advice = ""
+    return Finding("velocity", not advice, figure, advice)
+
+
+@torch.no_grad()
+def check_parity(task: Task, settings: PolicySettings, texts: Sequence[str]) -> Finding:
+    """The deterministic rollout against a pipeline freshly read from the checkpoint, its own scheduler, same latents.
+
+    By the ODE, whatever the run's kernel: DPMSolver and a guided kernel leave the pipeline's way on purpose.
+    Two prompts without guidance, and if the rollout is guided one prompt with it (the pipeline encodes the negative text
+    once per prompt, we once: text encoders round by batch size). The networks are shared, so no memory is doubled."""
+    pipeline = _fresh_pipeline(task.policy, settings)
+    guidance = task.rollout.guidance_scale
+    cases = [(1.0, list(texts[:2]))] + ([(guidance, [f"{texts[0]}."])] if guidance > 1 else [])
+    worst = 0.0
+    for scale, prompts in cases:
+        start = noise(task, len(prompts))
+        negative = {"negative_prompt": [settings.negative_prompt] * len(prompts)} if scale > 1 else {}
+        theirs = pipeline(
+            prompt=prompts, latents=start, num_inference_steps=task.rollout.num_inference_steps, guidance_scale=scale,
+            height=task.height, width=task.width, output_type="latent",
+            **{**task.policy.pipeline_arguments(), **negative},
+        ).images.float()  # fmt: skip
+        conditions, steps = task.policy.encode(prompts), task.rollout.num_inference_steps
+        worst = max(worst, relative(sample(task.policy, conditions, start, steps, scale), theirs))
+    limit = rounding(settings, 0.0 if isinstance(task.policy.path, RectifiedFlow) else 2e-6)
+    advice = (
+        "the deterministic rollout is not the pipeline's: compare policy.sigmas with the checkpoint's scheduler (class, "
+        "shift, spacing), then the order of prompts"
+    )
+    figure = f"{worst:.1e} from diffusers' own call (allowed {limit:.0e}), {len(cases)} call(s)"
+    return Finding("parity", worst <= limit, figure, "" if worst <= limit else advice)
+
+
+def _fresh_pipeline(policy: Policy, settings: PolicySettings) -> DiffusionPipeline:
+    index = inspect_checkpoint(settings.path)
+    arguments = FAMILIES[index["_class_name"]].load_arguments(index)
+    networks = policy.modules()
+    pipeline = DiffusionPipeline.from_pretrained(
+        resolve(settings.path), torch_dtype=DTYPES[settings.dtype], **arguments, **networks
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.to(next(next(iter(networks.values())).parameters()).device)
+    exec("\n".join(policy.pipeline_setup()), {"pipe": pipeline})  # as the run's report tells its user
+    return pipeline
+
+
+@torch.no_grad()
+def check_conditions(task: Task, settings: PolicySettings, texts: Sequence[str]) -> Finding:
+    """Each prompt's rows are its own: [a, b] against [b, a] and against a and b alone, at one state."""
+    policy = task.policy
+    x, sigma = noise(task, 1).expand(2, *([-1] * (noise(task, 1).ndim - 1))), middle_sigma(task)
+
+    def said(*prompts: str) -> Tensor:
+        return policy.velocity(x[: len(prompts)], sigma.expand(len(prompts)), policy.encode(prompts))
+
+    a, b = texts[0], texts[1]
+    alone, together, swapped = torch.cat([said(a), said(b)]), said(a, b), said(b, a).flip(0)
+    apart = relative(alone[:1], alone[1:])
+    mixed = max(relative(together, alone), relative(swapped, alone))
+    figure = f"own rows {mixed:.1e}, two prompts differ by {apart:.1e}"
+    advice = ""
+    if apart == 0:
+        advice = "two prompts give the same velocity: the prompt does not reach the network, look at Policy.encode"
+    elif not mixed <= min(rounding(settings, 1e-5), 0.5 * apart):
+        advice = (
+            "a prompt's velocity depends on its place in the batch: rows are swapped or mixed, look at encode and rows"
+        )
+    return Finding("conditions", not advice, figure, advice)
+
+
+def check_roles(task: Task, settings: PolicySettings, texts: Sequence[str]) -> Finding:
+    """A reference pass between forward and backward changes neither requires_grad nor the gradient (I10)."""
+    policy, networks = task.policy, task.policy.modules().values()
+    if settings.trainable == "full" and not settings.reference_copy:
+        return Finding("roles", True, "full weights without policy.reference_copy: there is no reference")
+    x, sigma, rows = noise(task, 1), middle_sigma(task), policy.encode(texts[:1])
+    flags: list[list[bool]] = []
+
+    def gradient(between: Callable[[], None]) -> dict[str, Tensor]:
+        loss = policy.velocity(x, sigma, rows).square().sum()
+        between()
+        if not loss.requires_grad:
+            return {}
+        names, trained = zip(*policy.trainable_parameters(), strict=True)
+        found = torch.autograd.grad(loss, trained, allow_unused=True)
+        return {name: grad for name, grad in zip(names, found, strict=True) if grad is not None}
+
+    def look() -> None:
+        flags.append([parameter.requires_grad for network in networks for parameter in network.parameters()])
+
+    def visit() -> None:
+        with torch.no_grad(), policy.role("reference"):
+            look()
+            policy.velocity(x, sigma, rows)
+        look()
+
+    look()
+    plain = gradient(lambda: None)
+    visit()
+    if any(flag != flags[0] for flag in flags):
+        advice = "a role switches requires_grad and leaves the policy frozen: flip only the layers' disabled flag"
+        return Finding("roles", False, "requires_grad changed by a reference pass", advice)
+    if not any(bool(grad.any()) for grad in plain.values()):
+        advice = "the velocity has no gradient at all: look for no_grad, detach or disabled adapters in the policy"
+        return Finding("roles", False, "no gradient", advice)
+    returned, moved = distance(gradient(lambda: None), plain), distance(gradient(visit), plain)
+    advice = ""
+    if not returned <= rounding(settings, 1e-6):
+        advice = "after a reference pass the policy answers otherwise: the role must restore what it switched"
+    elif not moved <= rounding(settings, 1e-6):
+        advice = "a reference pass between forward and backward changes the gradient: the role must touch no parameter"
+    return Finding("roles", not advice, f"gradient changed by {moved:.1e}, afterwards {returned:.1e}", advice)
+
+
+def noise(task: Task, rows: int) -> Tensor:
+    """Unit noise [rows, *] on the policy's device."""
+    shape = (rows, *task.policy.latent_shape(task.height, task.width))
+    network: nn.Module = next(iter(task.policy.modules().values()))
+    return normal(shape, task.seed, "start", "doctor").to(next(network.parameters()).device)
+
+
+def middle_sigma(task: Task) -> Tensor:
+    """A noise level [1] in the middle of the grid."""
+    steps = task.rollout.num_inference_steps
+    shape = task.policy.latent_shape(task.height, task.width)
+    return task.policy.sigmas(steps, shape)[steps // 2][None]

@@ -1,0 +1,143 @@
+"""Checks of the update: dtypes, replay, rounding against the clip range, gradients, roles, merged siblings."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flowalign.config import PolicySettings
+from flowalign.diagnostics.doctor.base import Finding
+from flowalign.diagnostics.doctor.network import rounding
+from flowalign.objectives import Known
+from flowalign.trainers import PolicyGradient, Task, Trainer
+from flowalign.rollouts.collect import Collected
+from flowalign.diagnostics.measure import Siblings, distance, gradients, per_edge, with_edges
+
+NO_REPLAY = "this trainer scores no stochastic step"
+
+
+def check_dtypes(task: Task, batch: Collected) -> Finding:
+    """States, log-probs and trained parameters are fp32, whatever the frozen network is."""
+    found = {
+        "states": batch.forest.states.dtype,
+        "log-probs": batch.forest.log_prob.dtype,
+        "images": task.policy.decode(batch.forest.at(batch.forest.tree.leaves[:1])).dtype,
+        **{f"trained {p.dtype}": p.dtype for _, p in task.policy.trainable_parameters()},
+    }
+    low = [name for name, dtype in found.items() if dtype not in (torch.float32, torch.float64)]
+    figure = ", ".join(f"{name.split()[0]} {str(dtype).removeprefix('torch.')}" for name, dtype in found.items())
+    advice = f"{', '.join(low)} lost bits that the ratio needs: keep them fp32, only the frozen network may be bf16"
+    return Finding("dtypes", not low, figure, advice if low else "")
+
+
+@torch.no_grad()
+def log_ratios(task: Task, trainer: PolicyGradient, batch: Collected, edges: Tensor, rows: int) -> Tensor:
+    """ln ratio [E] of an unchanged policy, as the objective has it, from network calls of `rows` states."""
+    forest, tree = batch.forest, batch.forest.tree
+    parents, position = tree.distinct_parents(edges)
+
+    def replayed(size: int) -> Tensor:
+        parts = [
+            task.policy.velocity(
+                forest.at(nodes), forest.sigma(nodes), batch.conditions.rows(tree.group[nodes]),
+                guidance_scale=task.rollout.guidance_scale,
+            )
+            for nodes in parents.split(size)
+        ]  # fmt: skip
+        return torch.cat(parts)
+
+    step, arrived = forest.edge_steps(edges, replayed(rows), position), forest.at(edges)
+    old = forest.role_steps("old", edges) if trainer.objective.needs_old_means else None
+    return trainer.objective.log_ratio(step.log_prob(arrived), forest.log_prob[edges], Known(step, arrived, old))
+
+
+def check_replay(task: Task, settings: PolicySettings, trainer: Trainer, batch: Collected) -> Finding:
+    """Invariant I1: the stored steps under unchanged weights, in the update's batch shapes, have ratio 1."""
+    if not isinstance(trainer, PolicyGradient):
+        return Finding("replay", True, NO_REPLAY)
+    edges = batch.forest.tree.edges
+    drift = log_ratios(task, trainer, batch, edges, trainer.micro_batch).abs()
+    elements = 1 if task.rollout.kernel.reduce == "mean" else batch.forest.states[0].numel()
+    plain = settings.dtype == "fp32" and not torch.cuda.is_available()
+    limit = 1e-6 * elements if plain else trainer.objective.drift_limit
+    ok = float(drift.max()) <= limit
+    advice = (
+        "stored log-probs do not repeat: rollout and update must have the same guidance_scale, mode (eval) and dtypes"
+    )
+    return Finding("replay", ok, f"{_by_step(batch, edges, drift)} (allowed {limit:.0e})", "" if ok else advice)
+
+
+def check_floor(task: Task, trainer: Trainer, batch: Collected) -> Finding:
+    """Rounding of log-probs between batch shapes (one state per call against the rollout's) against the clip range."""
+    if not isinstance(trainer, PolicyGradient):
+        return Finding("floor", True, NO_REPLAY)
+    tree = batch.forest.tree
+    step = tree.index[tree.parent[tree.edges]]
+    few = torch.cat([tree.edges[step == at][:8] for at in step.unique()])
+    floor = log_ratios(task, trainer, batch, few, 1).abs()
+    clip = trainer.objective.drift_limit if trainer.dynamic_clip is None else trainer.dynamic_clip.low
+    clipped = float((floor > clip).double().mean())
+    figure = f"{_by_step(batch, few, floor)}; clip range {clip:.1e}, {clipped:.0%} of unchanged steps outside"
+    ok = float(floor.max()) <= clip
+    advice = (
+        f"the clip range is below the rounding of log-probs: set objective.clip_range above {float(floor.max()):.1e}"
+    )
+    return Finding("floor", ok, figure, "" if ok else advice)
+
+
+def _by_step(batch: Collected, edges: Tensor, values: Tensor) -> str:
+    step = batch.forest.tree.index[batch.forest.tree.parent[edges]]
+    return ", ".join(f"step {at} {float(values[step == at].max()):.1e}" for at in step.unique().tolist())
+
+
+def check_gradient(task: Task, found: dict[str, Tensor]) -> Finding:
+    """The first gradient is there and finite."""
+    norm = sum(float(grad.double().square().sum()) for grad in found.values()) ** 0.5
+    figure = f"norm {norm:.2e} in {len(found)} of {len(task.policy.trainable_parameters())} tensors"
+    ok = 0 < norm < float("inf")
+    advice = "the first gradient is 0 or not finite: the policy is frozen, every advantage is 0, or the loss overflows"
+    return Finding("gradient", ok, figure, "" if ok else advice)
+
+
+def check_reached(task: Task, batch: Collected, found: dict[str, Tensor]) -> Finding:
+    """After one optimiser step every trained tensor gets gradient (LoRA's A gets none while B is 0). Left out: tensors
+    from which no path leads to the velocity, such as the last query of SD3's text stream."""
+    can = _that_can_act(task, batch)
+    missed = [name for name in can if name not in found or not bool(found[name].any())]
+    dead = len(task.policy.trainable_parameters()) - len(can)
+    figure = f"{len(can) - len(missed)} of {len(can)} tensors, {dead} more cannot act on the velocity"
+    advice = ""
+    if missed:
+        advice = f"the loss does not reach {missed[0]}{f' and {len(missed) - 1} more' if missed[1:] else ''}: look for detach"
+    elif dead > 0.1 * (len(can) + dead):
+        advice = "many trained tensors cannot change the velocity: take their layers out of policy.lora.targets"
+    return Finding("reached", not advice, figure, advice)
+
+
+def _that_can_act(task: Task, batch: Collected) -> list[str]:
+    forest = batch.forest
+    root = torch.zeros(1, dtype=torch.int64)
+    rows = batch.conditions.rows(forest.tree.group[root])
+    velocity = task.policy.velocity(forest.at(root), forest.sigma(root), rows)
+    names, parameters = zip(*task.policy.trainable_parameters(), strict=True)
+    grads = torch.autograd.grad(velocity.square().sum(), parameters, allow_unused=True)
+    return [name for name, grad in zip(names, grads, strict=True) if grad is not None and bool(grad.any())]
+
+
+def check_merged(task: Task, settings: PolicySettings, trainer: Trainer, batch: Collected) -> Finding:
+    """One forward and backward per distinct state gives the gradient of one per edge: two states, three children each."""
+    if not isinstance(trainer, PolicyGradient):
+        return Finding("merged", True, NO_REPLAY)
+    parts = per_edge(trainer, task, batch, states=2, children=3)
+    if len(parts) < 2:
+        return Finding("merged", True, "no state has two trained children: nothing is merged")
+    children = tuple(range(len(parts)))
+    merged = gradients(task.policy, with_edges(trainer, task, Siblings(trainer.select, children, 2)), batch)
+    single: dict[str, Tensor] = {}
+    for part, share in parts:
+        for name, grad in gradients(task.policy, part, batch).items():
+            single[name] = single.get(name, 0) + share * grad
+    error = distance(merged, single)
+    ok = error <= rounding(settings, 1e-4)
+    advice = "merged siblings give another gradient than one pass per edge: the network depends on its batch mates"
+    return Finding("merged", ok, f"{error:.1e} from one pass per edge", "" if ok else advice)

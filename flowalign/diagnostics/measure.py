@@ -1,0 +1,135 @@
+"""What the doctor and the benchmark share: counted network rows, gradients, one pass per edge."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flowalign.advantage import Advantages
+from flowalign.models import Policy
+from flowalign.objectives import Moment, Selector
+from flowalign.selectors.edges import START
+from flowalign.trainers import PolicyGradient, Task, Trainer
+from flowalign.rollouts.collect import Collected
+from samplers import Forest
+
+
+def brightness(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """A reward that needs nothing and differs between any two images, so that there is always something to learn."""
+    return images.mean((1, 2, 3))
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a network: its rows, whether gradients were on, and its seconds."""
+
+    rows: int
+    trained: bool
+    seconds: float
+
+
+@contextmanager
+def watched(policy: Policy) -> Iterator[list[Call]]:
+    """Inside, the list gets every call of the policy's networks, whoever makes it: what was really evaluated."""
+    calls: list[Call] = []
+    began: list[float] = []
+
+    def before(module: nn.Module, args: tuple[Any, ...]) -> None:
+        began.append(now())
+
+    def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        rows = next(len(value) for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        calls.append(Call(rows, torch.is_grad_enabled(), now() - began.pop()))
+
+    hooks = [network.register_forward_pre_hook(before) for network in policy.networks()]
+    hooks += [network.register_forward_hook(after, with_kwargs=True) for network in policy.networks()]
+    try:
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def now() -> float:
+    """Seconds of a clock, the device's work being done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def gradients(policy: Policy, trainer: Trainer, batch: Collected) -> dict[str, Tensor]:
+    """The gradient of all updates of a batch; no step is taken, and the parameters keep it in .grad."""
+    for _, parameter in policy.trainable_parameters():
+        parameter.grad = None
+    for update in trainer.updates(batch):
+        for micro_batch in update.micro_batches:
+            micro_batch().backward()
+    return {name: p.grad.clone() for name, p in policy.trainable_parameters() if p.grad is not None}
+
+
+def distance(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    """‖ours − theirs‖ / ‖theirs‖ over all tensors; a missing one counts as 0."""
+    error = size = 0.0
+    for name in ours.keys() | theirs.keys():
+        other = theirs[name].double() if name in theirs else torch.zeros_like(ours[name]).double()
+        mine = ours[name].double() if name in ours else torch.zeros_like(other)
+        error += float((mine - other).square().sum())
+        size += float(other.square().sum())
+    return (error / size) ** 0.5 if size else float("inf")
+
+
+# ------------------------------------------------------------------------------------------ one pass per edge
+
+
+@dataclass(frozen=True)
+class Siblings:
+    """A selector for one pass per edge: of the edges that `inner` chooses, the n-th of each parent state for n in `numbers`.
+
+    states: only at so many parents, the first that have several chosen edges; None: at all."""
+
+    inner: Selector
+    numbers: tuple[int, ...]
+    states: int | None = None
+
+    def choose(self, forest: Forest, advantages: Advantages, moment: Moment = START) -> Tensor:
+        chosen = self.inner.choose(forest, advantages, moment) & advantages.valid.any(1)
+        number, several = _numbered(forest, chosen)
+        chosen = chosen & torch.isin(number, torch.tensor(self.numbers))
+        if self.states is None:
+            return chosen
+        parent = forest.tree.parent[forest.tree.edges]
+        return chosen & torch.isin(parent, several[: self.states])
+
+
+def _numbered(forest: Forest, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Each chosen edge's number among the chosen children of its parent [E]; the parents that have several."""
+    parent, seen = forest.tree.parent[forest.tree.edges], {}  # type: ignore[var-annotated]
+    number = torch.full_like(parent, -1)
+    for row in chosen.nonzero().flatten().tolist():
+        number[row] = seen[int(parent[row])] = seen.get(int(parent[row]), -1) + 1
+    return number, torch.tensor(sorted(up for up, last in seen.items() if last > 0), dtype=torch.int64)
+
+
+def per_edge(
+    trainer: PolicyGradient, task: Task, batch: Collected, states: int | None = None, children: int | None = None
+) -> list[tuple[PolicyGradient, float]]:
+    """Trainers, each with its share of the loss, that together train the same edges with one forward and backward per
+    edge: the n-th trains the n-th child of each state. `states`, `children`: see Siblings. LayerTuning is left out."""
+    number, _ = _numbered(batch.forest, trainer.chosen(batch)[1])
+    widest = min(int(number.max()) + 1, children or len(number))
+    parts = [(n, with_edges(trainer, task, Siblings(trainer.select, (n,), states))) for n in range(widest)]
+    counts = [int(part.chosen(batch)[1].sum()) for _, part in parts]
+    return [(part, count / sum(counts)) for (_, part), count in zip(parts, counts, strict=True) if count]
+
+
+def with_edges(trainer: PolicyGradient, task: Task, select: Selector) -> PolicyGradient:
+    """The trainer with other edges, in one update."""
+    other = replace(trainer, select=select, layer_tuning=None, updates_per_rollout=1)
+    other.prepare(task, None)
+    return other

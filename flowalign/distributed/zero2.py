@@ -1,0 +1,93 @@
+"""DeepSpeed's ZeRO-2: gradients and optimiser state of what is trained, shared out over the processes.
+
+One engine per optimiser, around its parameters alone: the network is not wrapped, so rollouts and roles are as ever.
+Each backward adds its gradients up over the processes, and each process keeps only its part of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from flowalign.config import ConfigError
+
+BUCKET = 50_000_000  # gradients sent in one message, at most
+
+
+class Zero2:
+    """Satisfies `flowalign.distributed.stepper.Stepper`, whose methods' promises are not repeated. A state is taken up.
+
+    From now on `optimiser` holds this process's part; learning rates set in it are followed. A parameter that no
+    backward reaches has gradient 0, where it is left alone without DeepSpeed: weight decay and momentum move it."""
+
+    def __init__(self, optimiser: Optimizer) -> None:
+        import deepspeed
+
+        self._optimiser = optimiser
+        self._members = [list(group["params"]) for group in optimiser.param_groups]
+        every = [parameter for members in self._members for parameter in members]
+        state = dict(optimiser.state)
+        optimiser.state.clear()
+        self._engine = deepspeed.initialize(
+            model=nn.ParameterList(every),
+            optimizer=optimiser,
+            config={
+                "train_micro_batch_size_per_gpu": 1,  # it must be said, and nothing reads it
+                "zero_optimization": {"stage": 2, "reduce_bucket_size": min(BUCKET, sum(p.numel() for p in every))},
+                "gradient_allreduce_op": "sum",  # losses are divided by the global count already
+                "managed_gradient_accumulation": False,  # any number of backwards before a step
+            },
+        )[0]
+        if state:
+            self._take_up(state)
+
+    def backward(self, loss: Tensor) -> None:
+        """Every process makes as many calls, reaching the same parameters."""
+        self._engine.backward(loss)
+
+    def step(self, max_grad_norm: float) -> float:
+        self._engine.optimizer.clip_grad = max_grad_norm
+        self._engine.step()
+        return float(self._engine.get_global_grad_norm())
+
+    def whole(self, keep: bool) -> Optimizer:
+        """The optimiser as it were without DeepSpeed, its state on the CPU; empty unless `keep`."""
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        kind: Any = type(self._optimiser)
+        groups = list(zip(self._optimiser.param_groups, self._members, strict=True))
+        plain: Optimizer = kind([{**group, "params": members} for group, members in groups])
+        for group, members in groups:
+            [part] = group["params"]
+            for parameter in members:
+                for name, value in self._optimiser.state.get(part, {}).items():
+                    moment = value.shape == part.shape
+                    found = safe_get_full_optimizer_state(parameter, name) if moment else value.clone()
+                    if keep:  # one at a time: the whole state is never on a GPU
+                        plain.state[parameter][name] = found.cpu()
+        return plain
+
+    @torch.no_grad()
+    def _take_up(self, state: dict[Tensor, dict[str, Any]]) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        steps = {float(state[p]["step"]) if p in state else 0.0 for members in self._members for p in members}
+        if len(steps) > 1:
+            raise ConfigError(
+                f"an optimiser whose parameters took {sorted(steps)} steps came, some not being reached each time; ZeRO-2 "
+                "has one number for all: go on with the launch configuration that wrote the checkpoint"
+            )
+        for group, members in zip(self._optimiser.param_groups, self._members, strict=True):
+            [part] = group["params"]
+            first = state[members[0]]
+            for name, value in first.items():
+                moment = value.shape == members[0].shape
+                self._optimiser.state[part][name] = torch.zeros_like(part) if moment else value.clone()
+        self._engine.optimizer._lazy_init_hp_params_optimizer_state()  # what it does itself after its first step
+        for parameter, entries in state.items():
+            for name, value in entries.items():
+                if value.shape == parameter.shape:
+                    safe_set_full_optimizer_state(parameter, value, name)

@@ -1,0 +1,55 @@
+"""An evaluation on disk: whole as safetensors with a JSON header, and its scores as a row of evaluations.jsonl."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from flowalign.evaluation.evaluate import EvaluationResult
+from flowalign.storage.files import DamagedFile, append_line, write_atomic
+
+_TENSORS = ("scores", "images")
+
+
+def save_result(path: Path, result: EvaluationResult) -> None:
+    """Writes everything of `result`."""
+    tensors = {"images": result.images.contiguous(), **{f"scores/{name}": s for name, s in result.scores.items()}}
+    plain = {field.name: vars(result)[field.name] for field in fields(result) if field.name not in _TENSORS}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, save(tensors, metadata={"result": json.dumps(plain)}))
+
+
+def load_result(path: Path) -> EvaluationResult:
+    """Reads what `save_result` wrote. Raises DamagedFile naming the file if it is damaged."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            plain = json.loads(file.metadata()["result"])
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise DamagedFile(f"{path} is damaged ({error}): restore it from a copy") from error
+    images = tensors.pop("images")
+    return EvaluationResult(
+        scores={name.removeprefix("scores/"): value for name, value in tensors.items()}, images=images, **plain
+    )
+
+
+def append_result(path: Path, step: int, label: str, result: EvaluationResult) -> None:
+    """Appends one evaluation, every score with its prompt uid, to a JSON-lines file; null = not valid.
+
+    The rows are those of `flowalign.storage.metrics_log` (`read_rows`; `MetricsLog(path).cut_back` when a run resumes)."""
+    row = {
+        "step": step,
+        "label": label,
+        "seed": result.seed,
+        "num_inference_steps": result.num_inference_steps,
+        "guidance_scale": result.guidance_scale,
+        "evaluations_per_image": result.evaluations_per_image,
+        "time/seconds": round(result.seconds, 3),
+        "uids": result.uids,
+        "scores": {name: [None if s != s else s for s in scores.tolist()] for name, scores in result.scores.items()},
+    }
+    append_line(path, json.dumps(row, allow_nan=False))

@@ -1,0 +1,116 @@
+"""Grids of image pairs, base beside tuned: drawn into one PNG, and read back pair by pair for the report."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from flowalign.storage.files import write_atomic
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two images as PNG files and the lines below them."""
+
+    base: bytes
+    tuned: bytes
+    caption: list[str]
+
+
+def grid(images_base: Tensor, images_tuned: Tensor, captions: Sequence[str], path: Path) -> Path:
+    """Draws pairs, base left and tuned right, with their captions into one PNG, and enters it into grids.json.
+
+    images [k, 3, H, W] in [0, 1]; captions [k], lines parted by newlines. Tiny images are enlarged by a whole factor
+    without smoothing, those above 512 pixels reduced by one. Both files are written atomically."""
+    if images_base.shape != images_tuned.shape or len(images_base) != len(captions) or not captions:
+        raise ValueError(
+            f"grid got images {list(images_base.shape)} and {list(images_tuned.shape)} and {len(captions)} captions; "
+            "expected equal shapes [k, 3, H, W] and k >= 1 captions"
+        )
+    lefts, rights = ([_tile(image) for image in images] for images in (images_base, images_tuned))
+    width, height = lefts[0].size
+    gap, line, font = 12, 17, ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")), 13)
+    texts = [_wrap(caption, font, 2 * width + 4) for caption in captions]
+    columns = max(1, min(len(captions), 1240 // (2 * width + 4 + 2 * gap)))
+    cell = (2 * width + 4 + 2 * gap, height + gap + line * (1 + max(len(text) for text in texts)) + gap)
+    canvas = Image.new("RGB", (columns * cell[0], math.ceil(len(captions) / columns) * cell[1]), "white")
+    draw = ImageDraw.Draw(canvas)
+    entries = []
+    for number, (left, right, text) in enumerate(zip(lefts, rights, texts, strict=True)):
+        x, y = (number % columns) * cell[0] + gap, (number // columns) * cell[1] + gap
+        boxes = {"base": (x, y + line, width, height), "tuned": (x + width + 4, y + line, width, height)}
+        for (name, box), tile in zip(boxes.items(), (left, right), strict=True):
+            draw.text((box[0], y - 1), name, fill="#52606d", font=font)
+            canvas.paste(tile, box[:2])
+            draw.rectangle((box[0] - 1, box[1] - 1, box[0] + width, box[1] + height), outline="#d9dee4")
+        draw.multiline_text((x, y + line + height + 3), "\n".join(text), fill="#1f2933", font=font, spacing=3)
+        entries.append({"caption": captions[number], **{name: list(box) for name, box in boxes.items()}})
+    write_atomic(path, _png(canvas))
+    index = path.parent / "grids.json"
+    write_atomic(index, json.dumps({**read_json(index), path.name: entries}, indent=1).encode())
+    return path
+
+
+def _tile(image: Tensor) -> Image.Image:
+    pixels = (image.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
+    tile = Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+    longer = max(tile.size)
+    if longer > 512:
+        return tile.reduce(math.ceil(longer / 512))
+    factor = max(1, 288 // longer)
+    return tile.resize((tile.width * factor, tile.height * factor), Image.Resampling.NEAREST)
+
+
+def _wrap(caption: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    letters = max(8, int(width / font.getlength("n")))
+    return [piece for line in caption.split("\n") for piece in textwrap.wrap(line, letters) or [""]]
+
+
+def newest_pairs(folder: Path) -> list[Pair]:
+    """The pairs of the newest grid (by the numbers in its name), cut out of the PNG; none without a grid."""
+    pictures = by_number(folder)
+    if not pictures:
+        return []
+    with Image.open(pictures[-1]) as picture:
+        entries = read_json(folder / "grids.json").get(pictures[-1].name, [])
+        return [Pair(_cut(picture, e["base"]), _cut(picture, e["tuned"]), e["caption"].split("\n")) for e in entries]
+
+
+def by_number(folder: Path) -> list[Path]:
+    """The PNGs of a folder by the numbers in their names, the newest last."""
+    return sorted(folder.glob("*.png"), key=lambda path: [int(n) for n in re.findall(r"\d+", path.stem)])
+
+
+def _cut(picture: Image.Image, box: list[int]) -> bytes:
+    x, y, width, height = box
+    return _png(picture.crop((x, y, x + width, y + height)))
+
+
+def _png(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); restore or remove it") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected a JSON object; restore or remove it")
+    return content

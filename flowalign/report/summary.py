@@ -1,0 +1,59 @@
+"""What a run found: the summary of base and tuned model, and the files that show it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flowalign.config import TrainConfig
+from flowalign.evaluation.evaluate import EvaluationResult
+from flowalign.storage.files import write_atomic
+from flowalign.evaluation.paired_gain import captions, compare, summary
+from flowalign.report.grids import grid
+from flowalign.models import Policy
+from flowalign.report.html import write_report
+
+
+def summarise(
+    config: TrainConfig, policy: Policy, base: EvaluationResult, tuned: EvaluationResult,
+    totals: Mapping[str, float], seconds: float,
+) -> dict[str, Any]:  # fmt: skip
+    """summary.json. The figures of the first evaluation reward stand at the top, those of all under `rewards`."""
+    whole, first = summary(compare(base, tuned)), config.evaluation.rewards[0].name
+    images = max(1, totals["images"])
+    return {
+        "reward": first,
+        **{key: whole[key][first] for key in ("base", "tuned", "gain", "gain_ci95", "pairs", "dropped")},
+        "rewards": whole,
+        "seconds": seconds,
+        "evaluations_per_image": {phase: totals[phase] / images for phase in ("rollout", "update")},
+        "evaluation_unit": "forwards; a backward counts 1 (LoRA) or 2 (full weights), guidance doubles",
+        "ratio_drift_max": totals["drift"],
+        "iterations": config.run.iterations,
+        "pipeline": {
+            "path": config.policy.path,
+            "setup": policy.pipeline_setup(),
+            "arguments": {
+                "num_inference_steps": tuned.num_inference_steps,
+                "guidance_scale": tuned.guidance_scale,
+                "height": config.policy.height,
+                "width": config.policy.width,
+                **policy.pipeline_arguments(),
+            },
+        },
+    }
+
+
+def write_results(folder: Path, base: EvaluationResult, tuned: EvaluationResult, result: dict[str, Any]) -> str:
+    """Writes the grid, summary.json and report.html into the run folder; returns the line to print."""
+    grid(base.images, tuned.images, captions(base, tuned), folder / "grids" / "held_out.png")
+    write_atomic(folder / "summary.json", json.dumps(result, indent=1).encode())
+    report = write_report(folder)
+    interval = result["gain_ci95"]
+    spread = f" [{interval[0]:+.3f}, {interval[1]:+.3f}]" if interval else ""
+    return (
+        f"held-out {result['reward']}, {len(set(base.uids))} prompts: {result['base']:.3f} → {result['tuned']:.3f}, "
+        f"gain {result['gain']:+.3f}{spread} (95 %), {result['seconds']:.0f} s; report: {report}"
+    )

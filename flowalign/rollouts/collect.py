@@ -1,0 +1,161 @@
+"""One rollout of one iteration, from prompts to scored leaves: shared by every trainer that samples."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from flowalign.data import PromptRecord
+from flowalign.models.base import Conditions, encode_singly
+from flowalign.trainers.base import Rollout, Task
+from flowalign.rollouts.gather import survivors, whole_forest, whole_output
+from rewards import RewardBatch, RewardOutput, score
+from samplers import Forest, KeyedNoise, Look, Selected, Tree, rollout, sampled
+from samplers.noise import generator, visits
+
+
+@dataclass(frozen=True, eq=False)
+class Collected:
+    """A scored forest. `conditions` has one row per group; scores [L, C] and valid [L, C] follow `tree.leaves`."""
+
+    forest: Forest
+    conditions: Conditions
+    scores: Tensor
+    valid: Tensor
+    channels: tuple[str, ...]
+    iteration: int
+    metrics: dict[str, float]
+    uids: tuple[int, ...] = ()
+
+    @property
+    def images(self) -> int:
+        return len(self.scores)
+
+
+def grow(settings: Rollout, seed: int, iteration: int, groups: Iterable[int]) -> Tree:
+    """The topology of some groups of an iteration. A plan draws from a generator keyed by iteration and group, so it does
+    not matter which process rolls the group out."""
+    trees = []
+    for group in groups:
+        rng = generator(seed, "select", iteration, group if settings.draw == "group" else 0)
+        trees.append(settings.plan.tree(settings.num_inference_steps, settings.group_size, iteration, rng))
+    return Tree.cat(trees)
+
+
+@torch.no_grad()
+def collect(
+    task: Task, prompts: Sequence[PromptRecord], iteration: int, *, keep_velocities: bool = False,
+    roll: Callable[..., Forest] | None = None,
+) -> Collected:  # fmt: skip
+    """Rolls out `prompts` (one group each), decodes every leaf and scores it.
+
+    keep_velocities: the forest keeps the rollout's own velocities, as the role "old". roll: another engine with the
+    arguments of `rollout`. Each process does whole groups, its share; what comes back is the batch of all."""
+    processes, rows_before = task.processes, task.policy.evaluations
+    share = processes.share(len(prompts))
+    conditions = encode_singly(task.policy, [record.prompt for record in prompts])
+    began = time.perf_counter()
+    forest = _roll_out(
+        task, prompts, conditions, iteration, share, partial(roll or rollout, keep_velocities=keep_velocities)
+    )
+    rolled, leaves = time.perf_counter(), forest.tree.leaves
+    output, decoding = _judge(task, prompts, forest.tree.group[leaves] + share.start, forest.at(leaves))
+    milliseconds = 1000 * output.elapsed / len(leaves)
+    rows = processes.total(task.policy.evaluations - rows_before)
+    if processes.count > 1:
+        planned = grow(task.rollout, task.seed, iteration, range(len(prompts)))
+        whole = survivors(processes, planned, forest.tree)
+        forest, output = whole_forest(processes, whole, forest), whole_output(processes, whole, output)
+    metrics = {
+        **_reward_metrics(task.reward.name, output, sampled(forest.tree)),
+        "cost/rollout_per_image": rows / len(output.scores),
+        "time/rollout": rolled - began,
+        "time/decode": decoding,
+        "time/reward": output.elapsed,
+        "time/reward_ms_per_image": milliseconds,
+    }
+    return Collected(
+        forest=forest,
+        conditions=conditions,
+        scores=output.scores[:, None],
+        valid=output.valid[:, None],
+        channels=(task.reward.name,),
+        iteration=iteration,
+        metrics=metrics,
+        uids=tuple(record.uid for record in prompts),
+    )
+
+
+def _roll_out(
+    task: Task, prompts: Sequence[PromptRecord], conditions: Conditions, iteration: int, share: range,
+    roll: Callable[..., Forest],
+) -> Forest:  # fmt: skip
+    """The forest of this process's groups. A `Selected` plan goes on with the states whose previews score highest."""
+    settings, policy = task.rollout, task.policy
+    tree = grow(settings, task.seed, iteration, share)
+    shape = policy.latent_shape(task.height, task.width)
+    sigmas = policy.sigmas(settings.num_inference_steps, shape)
+    uids = [record.uid for record in prompts]
+    own = slice(share.start, share.stop)
+    noise = KeyedNoise(
+        task.seed, iteration, uids[own], shape, visits=visits(uids)[own], branch_scale=settings.branch_scale
+    )
+    group_of_root = tree.group[: tree.num_roots] + share.start
+
+    def velocity(x: Tensor, sigma: Tensor, root: Tensor) -> Tensor:
+        rows = conditions.rows(group_of_root[root])
+        return policy.velocity(x, sigma, rows, guidance_scale=settings.guidance_scale)
+
+    def preview(tree: Tree, nodes: Tensor, x: Tensor, look: Look) -> Tensor:
+        """The reward of the predicted x̂0; a state that cannot be scored comes last."""
+        sigma = sigmas[tree.index[nodes]]
+        x0 = x if int(tree.index[nodes[0]]) == tree.num_steps else policy.path.x0_from_velocity(x, look(), sigma)
+        output, _ = _judge(task, prompts, tree.group[nodes] + share.start, x0)
+        return torch.where(output.valid, output.scores, torch.finfo(output.scores.dtype).min)
+
+    select = settings.plan.by(preview) if isinstance(settings.plan, Selected) else None
+    return roll(
+        velocity, policy.start(noise.start(tree)), sigmas, tree, settings.kernel, noise.step,
+        micro_batch=settings.micro_batch, select=select,
+    )  # fmt: skip
+
+
+def decoded(task: Task, prompts: Sequence[PromptRecord], owner: Tensor, latents: Tensor) -> RewardBatch:
+    """Latents [n, *] of the groups `owner` [n] as images, with what a reward may know of them."""
+    groups = owner.tolist()
+    return RewardBatch(
+        prompts=[prompts[group].prompt for group in groups],
+        images=torch.cat([task.policy.decode(part) for part in latents.split(task.rollout.micro_batch)]),
+        metadata=[prompts[group].metadata for group in groups],
+        group_ids=groups,
+    )
+
+
+def _judge(task: Task, prompts: Sequence[PromptRecord], owner: Tensor, latents: Tensor) -> tuple[RewardOutput, float]:
+    """Decodes and scores latents of the groups `owner` [n]; also the seconds that decoding took."""
+    began = time.perf_counter()
+    batch = decoded(task, prompts, owner, latents)
+    decoding = time.perf_counter() - began
+    return score(task.reward, batch), decoding
+
+
+def _reward_metrics(name: str, output: RewardOutput, sample: Tensor) -> dict[str, float]:
+    """Of the leaves `sample` [L] that end a sample: probes of noisier states would pull the curve down."""
+
+    def mean(values: Tensor) -> float:
+        values = values[sample]
+        return float(values[values.isfinite()].double().mean()) if bool(values.isfinite().any()) else float("nan")
+
+    ok = output.scores[output.valid & sample].double()
+    return {
+        "reward/mean": mean(output.scores),
+        f"reward/{name}_mean": mean(output.scores),
+        f"reward/{name}_std": float(ok.std(unbiased=False)) if len(ok) else float("nan"),
+        "reward/invalid": float((~output.valid).sum()),
+        **{f"reward/{name}.{part}_mean": mean(values) for part, values in output.components.items()},
+    }

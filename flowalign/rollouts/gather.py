@@ -1,0 +1,59 @@
+"""The rollouts of all processes as one batch: what every process then computes credit, advantages and selection on."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flowalign.distributed.processes import Processes
+from rewards import RewardOutput
+from samplers import Forest, Tree
+
+
+def survivors(processes: Processes, tree: Tree, mine: Tree) -> Tree:
+    """What all processes left of `tree`; `mine` is what this one left of its share."""
+    begin = processes.share(tree.num_groups).start
+    left = processes.gather(torch.stack([mine.group + begin, mine.local], 1))
+    span = int(tree.local.max()) + 1
+    stays = torch.isin(tree.group * span + tree.local, left[:, 0] * span + left[:, 1])
+    return tree if bool(stays.all()) else tree.keep(stays)
+
+
+def whole_forest(processes: Processes, tree: Tree, forest: Forest) -> Forest:
+    """The forest of `tree`, of which each process rolled out the groups of its share, in the same order of nodes."""
+    nodes = _by_process(processes, tree)
+    kept = torch.zeros(len(tree), dtype=torch.bool)
+    kept[nodes] = processes.gather(forest.row >= 0)
+    row = torch.where(kept, kept.cumsum(0) - 1, -1)
+    log_prob = forest.log_prob.new_empty(len(tree))
+    log_prob[nodes] = processes.gather(forest.log_prob)
+    states = forest.states.new_empty((int(kept.sum()), *forest.states.shape[1:]))
+    states[row[nodes[kept[nodes]]]] = processes.gather(forest.states)
+    evaluations = round(processes.total(forest.evaluations))
+    whole = Forest(tree, forest.sigmas, forest.kernel, states, row, log_prob, evaluations)
+    for role, said in sorted(forest.velocities.items()):
+        known = torch.zeros(len(tree), dtype=torch.bool)
+        known[nodes] = processes.gather(said.row >= 0)
+        values = processes.gather(said.values)
+        order = nodes[known[nodes]].argsort()
+        whole = whole.with_velocities(role, known.nonzero().flatten(), values[order.to(values.device)])
+    return whole
+
+
+def whole_output(processes: Processes, tree: Tree, output: RewardOutput) -> RewardOutput:
+    """The scores of all leaves, in the order of `tree.leaves`; `info` stays with the process that has the images."""
+    nodes = _by_process(processes, tree)
+    order = torch.searchsorted(tree.leaves, nodes[tree.index[nodes] == tree.num_steps])
+
+    def gathered(values: Tensor) -> Tensor:
+        whole = processes.gather(values)
+        return whole.new_empty(whole.shape).index_copy(0, order.to(whole.device), whole)
+
+    components = {name: gathered(values) for name, values in sorted(output.components.items())}
+    return RewardOutput(gathered(output.scores), gathered(output.valid), components, elapsed=output.elapsed)
+
+
+def _by_process(processes: Processes, tree: Tree) -> Tensor:
+    """[N] the nodes of the first process's groups, then the second's, …"""
+    shares = processes.shares(tree.num_groups)
+    return torch.cat([((tree.group >= s.start) & (tree.group < s.stop)).nonzero().flatten() for s in shares])

@@ -1,0 +1,146 @@
+"""Does the picture show the text that was asked for? OCR accuracy as flow_grpo defines it, stricter, or smoother."""
+
+from __future__ import annotations
+
+import string
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+
+from rewards.base import RewardBatch, RewardOutput
+from rewards.ocr.reader import Line, RapidReader, Recogniser
+from rewards.ocr.text import ctc_log_prob, normalise_text, similarity
+
+PARTS = ("exact", "edit", "edit_exempt", "soft")
+
+
+@dataclass
+class OCR:
+    """OCR accuracy in [0, 1] of the text read in the picture (lines joined without separator, in reading order).
+
+    The defaults are flow_grpo's image reward (flow_grpo/ocr.py), except that the target comes from the metadata and
+    that a missing target is an invalid sample, not a crash.
+
+    metric: what becomes the score; all of them are components.
+      "edit"   1 - min(edit distance, L) / L with L = len(target); with substring_exempt, a target that stands anywhere
+               in the text read scores 1, so extra text is free (component edit_exempt; edit is without the exemption)
+      "exact"  1 if the text read is the target, else 0: most groups of siblings then agree and teach nothing
+      "soft"   p(target)^(1/L) under the recogniser's CTC posterior, the geometric mean probability of a letter: it
+               tells siblings apart that are read alike. Extra text lowers it. It trusts the recogniser's confidence,
+               which a policy can learn to please: watch `exact` beside it.
+    target: "metadata" (metadata[target_key]) or "quotes" (between the prompt's first two straight double quotes).
+    normalise: of both texts. "flow_grpo" drops ASCII spaces and case; "strict" nothing; "loose" all but letters and
+      digits of the NFKC form. Recommended for new work: substring_exempt=False.
+    fold: characters the recogniser may confuse, as {read: taken for}, before normalising: {"0": "O"} where prompts hold
+      capitals only.
+    min_confidence: what is read in a line counts if read with more than this (flow_grpo: 0).
+    recogniser: None is RapidReader(), whose options are workers, detect, timeout. Identical pictures of a batch are
+      read once. What was read is in `info`.
+    """
+
+    metric: Literal["edit", "exact", "soft"] = "edit"
+    target: Literal["metadata", "quotes"] = "metadata"
+    target_key: str = "target"
+    normalise: Literal["flow_grpo", "strict", "loose"] = "flow_grpo"
+    substring_exempt: bool = True
+    fold: dict[str, str] | None = None
+    min_confidence: float = 0.0
+    recogniser: Recogniser | None = None
+    name: str = "ocr"
+    _reader: Recogniser = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for key, value, known in (
+            ("metric", self.metric, ("edit", "exact", "soft")),
+            ("target", self.target, ("metadata", "quotes")),
+        ):
+            if value not in known:
+                raise ValueError(f"{key} is {value!r}; expected one of {known}")
+        normalise_text("", self.normalise)  # raises on an unknown rule
+        if any(len(a) != 1 or len(b) != 1 for a, b in (self.fold or {}).items()):
+            raise ValueError(f"fold maps one character to one character, got {self.fold}")
+        self._reader = self.recogniser if self.recogniser is not None else RapidReader()
+
+    def load(self) -> None:
+        self._reader.load()
+
+    def close(self) -> None:
+        self._reader.close()
+
+    def __call__(self, batch: RewardBatch) -> RewardOutput:
+        said = [self._target(batch, i) for i in range(len(batch))]
+        targets = [self._clean(text) if isinstance(text, str) else "" for text in said]
+        alphabet = self._alphabet("".join(text for text in said if isinstance(text, str)))
+        pages = self._read(batch.pixels().permute(0, 2, 3, 1).contiguous().numpy(), alphabet)
+        rows = [self._parts(page, target, alphabet) for page, target in zip(pages, targets, strict=True)]
+        components = {key: torch.tensor([row[key] for row in rows], dtype=torch.float32) for key in PARTS}
+        scores = components["edit_exempt" if self.metric == "edit" and self.substring_exempt else self.metric]
+        info = [
+            f"read {''.join(line.text for line in page)!r}" if target else self._lacks(text)
+            for page, target, text in zip(pages, targets, said, strict=True)
+        ]
+        return RewardOutput(scores, ~scores.isnan(), components, info)
+
+    def _target(self, batch: RewardBatch, i: int) -> object:
+        """What the picture should say, as given; None if nobody said."""
+        if self.target == "metadata":
+            return batch.metadata[i].get(self.target_key)
+        parts = batch.prompts[i].split('"')
+        return parts[1] if len(parts) > 2 else None
+
+    def _lacks(self, given: object) -> str:
+        place = f"metadata[{self.target_key!r}]" if self.target == "metadata" else "the quoted part of the prompt"
+        return f"no target: {place} is {given!r}; expected a text with at least one letter"
+
+    def _clean(self, text: str) -> str:
+        return normalise_text("".join((self.fold or {}).get(char, char) for char in text), self.normalise)
+
+    def _alphabet(self, targets: str) -> str:
+        """The characters that may count as a letter of a target, or, normalised away, as nothing."""
+        fold = "".join((self.fold or {}).keys())
+        chars = set(targets + targets.lower() + targets.upper() + fold + string.punctuation + " ")
+        return "".join(sorted(chars))
+
+    def _read(self, images: np.ndarray, alphabet: str) -> list[list[Line]]:
+        """What stands in uint8 RGB images [N, H, W, 3]; equal images are read once."""
+        first: dict[bytes, int] = {}
+        places = [first.setdefault(image.tobytes(), len(first)) for image in images]
+        distinct = [places.index(number) for number in range(len(first))]
+        pages = self._reader.read(images[distinct], alphabet) if distinct else []
+        if len(pages) != len(distinct):
+            raise ValueError(f"the recogniser answered {len(pages)} pictures, {len(distinct)} were asked")
+        # a line in which nothing was read has no confidence, but a posterior that "soft" needs
+        kept = [[line for line in page if not line.text or line.confidence > self.min_confidence] for page in pages]
+        return [kept[number] for number in places]
+
+    def _parts(self, page: list[Line], target: str, alphabet: str) -> dict[str, float]:
+        """The components of one picture; NaN without a target."""
+        if not target:
+            return dict.fromkeys(PARTS, float("nan"))
+        read = self._clean("".join(line.text for line in page))
+        return {
+            "exact": float(read == target),
+            "edit": similarity(read, target, exempt=False),
+            "edit_exempt": similarity(read, target, exempt=True),
+            "soft": self._soft(page, target, alphabet),
+        }
+
+    def _soft(self, page: list[Line], target: str, alphabet: str) -> float:
+        """p(target)^(1/L), with the lines' posteriors joined by a certain blank; NaN if the recogniser has none."""
+        blank = np.eye(1, 1 + len(alphabet))
+        frames: list[np.ndarray] = []
+        for line in page:
+            if line.posterior is None:
+                if self.metric == "soft":
+                    raise ValueError("metric 'soft' needs a recogniser with posteriors; this one has none: use 'edit'")
+                return float("nan")
+            frames += [line.posterior, blank]
+        if not frames:
+            return 0.0
+        joined = np.concatenate(frames).astype(np.float64)
+        cleaned = ["", *(self._clean(char) for char in alphabet)]  # the class of each column; "" counts as blank
+        columns = [[i for i, char in enumerate(cleaned) if char == letter] for letter in ("", *target)]
+        merged = np.stack([joined[:, column].sum(axis=1) for column in columns], axis=1)
+        return float(np.exp(ctc_log_prob(merged[:, 1:], merged[:, 0], target) / len(target)))

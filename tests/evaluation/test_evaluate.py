@@ -1,0 +1,247 @@
+"""Evaluation: closed-form images, keyed noise, and intervals that mean what they say."""
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pytest
+import torch
+
+from flowalign.data import PromptRecord
+from flowalign.evaluation.evaluate import evaluate
+from flowalign.evaluation.paired_gain import captions, compare, paired_gain, summary
+from flowalign.storage.metrics_log import MetricsLog, read_rows
+from flowalign.models.base import Conditions
+from flowalign.evaluation.result_file import append_result
+from rewards import RewardBatch, RewardError, RewardOutput
+from samplers import RectifiedFlow
+from samplers.noise import normal
+
+SHAPE = (3, 2, 4)
+PROMPTS = [PromptRecord(uid, f"prompt {uid}", {"target": uid / 10}) for uid in (5, 1, 8)]
+
+
+@dataclass
+class StraightPolicy:
+    """v = drift(prompt)·guidance everywhere, so that Euler gives x0 = noise − drift·guidance exactly on any grid."""
+
+    shift: float = 0.0
+    evaluations: int = 0
+    path: RectifiedFlow = field(default_factory=RectifiedFlow)
+
+    def latent_shape(self, height, width):
+        return (3, height // 8, width // 8)
+
+    def encode(self, prompts):
+        return Conditions({"drift": torch.tensor([float(prompt.split()[1]) + self.shift for prompt in prompts])})
+
+    def sigmas(self, num_inference_steps, latent_shape):
+        return torch.linspace(1, 0, num_inference_steps + 1)
+
+    def start(self, noise):
+        return noise
+
+    def velocity(self, x, sigma, conditions, *, guidance_scale=1.0):
+        self.evaluations += len(x) * (2 if guidance_scale != 1 else 1)
+        return (conditions.tensors["drift"] * guidance_scale).view(-1, 1, 1, 1).expand_as(x)
+
+    def decode(self, latents, grad=False):
+        return torch.sigmoid(latents)
+
+
+@dataclass
+class Brightness:
+    """Mean of the pixels plus the prompt's own target; not valid for the prompts in `fails`."""
+
+    name: str = "bright"
+    fails: tuple = ()
+
+    def __call__(self, batch: RewardBatch) -> RewardOutput:
+        scores = batch.images.mean((1, 2, 3)) + torch.tensor([data["target"] for data in batch.metadata])
+        valid = torch.tensor([prompt not in self.fails for prompt in batch.prompts])
+        return RewardOutput(scores=scores, valid=valid)
+
+    def load(self):
+        pass
+
+    def close(self):
+        pass
+
+
+def run(policy=None, rewards=None, **changes):
+    settings = {"num_inference_steps": 4, "guidance_scale": 1.0, "seed": 3, "batch_size": 2, "height": 16, "width": 32}
+    return evaluate(policy or StraightPolicy(), PROMPTS, rewards or [Brightness()], **{**settings, **changes})
+
+
+def expected_image(uid, sample, guidance=1.0):
+    return torch.sigmoid(normal(SHAPE, 3, "start", "evaluate", uid, sample) - uid * guidance)
+
+
+# ----------------------------------------------------------------------------------------- generation
+
+
+def test_images_and_scores_have_their_closed_form_prompt_by_prompt():
+    result = run(samples_per_prompt=2, guidance_scale=1.5, keep_images=4)
+    assert result.uids == [5, 1, 8, 5, 1, 8] and result.prompts[1] == "prompt 1"
+    images = torch.stack([expected_image(u, s, 1.5) for s in (0, 1) for u in (5, 1, 8)])
+    torch.testing.assert_close(result.images, images[:4], rtol=0, atol=1e-6)
+    scores = images.double().mean((1, 2, 3)) + torch.tensor(result.uids) / 10
+    torch.testing.assert_close(result.scores["bright"], scores, rtol=0, atol=1e-6)
+    assert result.evaluations_per_image == 4 * 2  # steps × guidance
+
+
+def test_batch_size_and_prompt_order_do_not_matter():
+    seen = []
+    whole, parts = run(batch_size=8), run(batch_size=1, progress=seen.append)
+    assert seen == [1, 1, 1]
+    torch.testing.assert_close(whole.images, parts.images, rtol=0, atol=1e-6)
+    torch.testing.assert_close(whole.scores["bright"], parts.scores["bright"], rtol=0, atol=1e-6)
+    settings = {"num_inference_steps": 4, "guidance_scale": 1.0, "seed": 3, "batch_size": 2, "height": 16, "width": 32}
+    turned = evaluate(StraightPolicy(), PROMPTS[::-1], [Brightness()], **settings)
+    torch.testing.assert_close(turned.images, whole.images.flip(0), rtol=0, atol=1e-6)
+
+
+def test_another_seed_and_another_sample_are_another_noise():
+    first = run(samples_per_prompt=2)
+    assert not torch.equal(first.images[0], first.images[3])
+    assert not torch.equal(first.images[0], run(seed=4).images[0])
+
+
+def test_tuned_and_base_start_from_the_same_noise():
+    base, tuned = run(), run(StraightPolicy(shift=-1.0))
+    torch.testing.assert_close(tuned.images.logit() - base.images.logit(), torch.ones(3, *SHAPE), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "rewards", "batch_size", "message"),
+    [
+        ([], [Brightness()], 1, "0 prompts"),
+        (PROMPTS, [], 1, "0 rewards"),
+        (PROMPTS, [Brightness()], 0, "batch_size=0"),
+        (PROMPTS, [Brightness(), Brightness()], 1, "share a name"),
+        ([PROMPTS[0], PROMPTS[0]], [Brightness()], 1, "share a uid"),
+    ],
+)
+def test_impossible_requests_are_refused(prompts, rewards, batch_size, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(
+            StraightPolicy(), prompts, rewards, num_inference_steps=1, guidance_scale=1.0, seed=0,
+            batch_size=batch_size, height=16, width=32,
+        )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------- the gain
+
+
+def scores(seed, count, mean=0.0, std=1.0):
+    return torch.from_numpy(np.random.Generator(np.random.Philox(seed)).normal(mean, std, count))
+
+
+def test_the_interval_is_the_normal_one_for_many_pairs():
+    n = 400
+    base = scores(1, n, std=10.0)  # a large spread between prompts, which pairing must cancel
+    tuned = base + scores(2, n, mean=0.3, std=0.5)
+    difference = tuned - base
+    error = float(difference.std(correction=0)) / n**0.5
+    gain = paired_gain(base, tuned)
+    assert gain.mean == pytest.approx(float(difference.mean()), abs=1e-12)
+    assert gain.tuned - gain.base == gain.mean and gain.pairs == n
+    low, high = gain.interval
+    assert low == pytest.approx(gain.mean - 1.96 * error, abs=0.08 * error)
+    assert high == pytest.approx(gain.mean + 1.96 * error, abs=0.08 * error)
+
+
+def test_the_interval_covers_the_true_gain_about_95_times_in_100():
+    hits = 0
+    for seed in range(200):
+        gain = paired_gain(torch.zeros(40), scores(1000 + seed, 40, mean=0.5), seed=seed, resamples=1000)
+        hits += gain.interval[0] <= 0.5 <= gain.interval[1]
+    assert 180 <= hits <= 197  # binomial(200, 0.94) ± 3 standard deviations
+
+
+def test_copies_of_a_prompt_do_not_narrow_the_interval():
+    base, tuned = scores(3, 30), scores(4, 30, mean=0.2)
+    once = paired_gain(base, tuned, range(30))
+    copied = paired_gain(base.repeat(5), tuned.repeat(5), list(range(30)) * 5)
+    assert copied.interval == pytest.approx(once.interval, abs=1e-12)
+    naive = paired_gain(base.repeat(5), tuned.repeat(5))
+    assert naive.interval[1] - naive.interval[0] < 0.6 * (once.interval[1] - once.interval[0])
+
+
+def test_clusters_of_several_seeds_give_the_cluster_robust_normal_interval():
+    prompts, seeds = 200, 4
+    prompt_effect = scores(5, prompts, mean=0.4, std=1.0)
+    tuned = prompt_effect.repeat(seeds) + scores(6, prompts * seeds, std=0.5)
+    gain = paired_gain(torch.zeros_like(tuned), tuned, list(range(prompts)) * seeds)
+    means = tuned.reshape(seeds, prompts).mean(0)
+    error = float(means.std(correction=0)) / prompts**0.5
+    assert gain.interval == pytest.approx((gain.mean - 1.96 * error, gain.mean + 1.96 * error), abs=0.1 * error)
+
+
+def test_swapping_the_two_turns_the_gain_round_and_the_draws_are_keyed():
+    base, tuned = scores(7, 25), scores(8, 25, mean=1.0)
+    there, back = paired_gain(base, tuned), paired_gain(tuned, base)
+    assert back.mean == pytest.approx(-there.mean)
+    assert back.interval == pytest.approx((-there.interval[1], -there.interval[0]), abs=1e-12)
+    assert paired_gain(base, tuned) == there
+    assert paired_gain(base, tuned, seed=1).interval != there.interval
+
+
+def test_invalid_pairs_are_dropped_on_both_sides_and_counted():
+    base, tuned = torch.tensor([1.0, torch.nan, 3.0, 4.0]), torch.tensor([2.0, 100.0, torch.nan, 6.0])
+    gain = paired_gain(base, tuned)
+    assert (gain.base, gain.tuned, gain.mean, gain.pairs, gain.dropped) == (2.5, 4.0, 1.5, 2, 2)
+    with pytest.raises(ValueError, match="none of 1 pairs"):
+        paired_gain(base[1:2], tuned[1:2])
+
+
+def test_one_prompt_has_a_gain_but_no_interval():
+    gain = paired_gain(torch.zeros(3), torch.ones(3), [4, 4, 4])
+    assert gain.mean == 1.0 and gain.interval is None
+
+
+def test_scores_that_do_not_pair_are_refused():
+    with pytest.raises(ValueError, match=r"\[3\] and \[2\]"):
+        paired_gain(torch.zeros(3), torch.zeros(2))
+    with pytest.raises(ValueError, match="2 cluster labels for 3"):
+        paired_gain(torch.zeros(3), torch.zeros(3), [1, 2])
+    with pytest.raises(ValueError, match="differ in seed"):
+        compare(run(), run(seed=4))
+    with pytest.raises(ValueError, match="differ in rewards"):
+        compare(run(), run(rewards=[Brightness("other")]))
+
+
+# -------------------------------------------------------------------------------------------- records
+
+
+def test_an_invalid_reward_is_nan_then_dropped_then_named_in_the_caption():
+    base = run(rewards=[Brightness(fails=("prompt 1",))])
+    tuned = run(StraightPolicy(shift=-1.0), [Brightness()])
+    assert base.scores["bright"].isnan().tolist() == [False, True, False]
+    gains = compare(base, tuned)
+    assert gains["bright"].dropped == 1 and gains["bright"].pairs == 2 and gains["bright"].mean > 0
+    text = captions(base, tuned)
+    assert len(text) == 3 and text[1].startswith("prompt 1\nbright not valid → ")
+    record = summary(gains)
+    assert record["tuned"]["bright"] - record["base"]["bright"] == record["gain"]["bright"]
+    assert record["gain_ci95"]["bright"] == list(gains["bright"].interval)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_reward_that_fails_on_most_images_is_an_error_whatever_the_batch(batch_size):
+    one = run(rewards=[Brightness(fails=("prompt 1",))], batch_size=batch_size)
+    assert int(one.scores["bright"].isnan().sum()) == 1
+    with pytest.raises(RewardError, match="'bright' could not score 2 of 3 images"):
+        run(rewards=[Brightness(fails=("prompt 1", "prompt 5"))], batch_size=batch_size)
+
+
+def test_results_are_appended_with_every_score(tmp_path):
+    path = tmp_path / "evaluations.jsonl"
+    result = run(rewards=[Brightness(fails=("prompt 8",))])
+    append_result(path, 0, "base", result)
+    append_result(path, 7, "tuned", replace(result, seed=9))
+    rows = read_rows(path)
+    assert [(row["step"], row["label"], row["seed"]) for row in rows] == [(0, "base", 3), (7, "tuned", 9)]
+    assert rows[0]["uids"] == [5, 1, 8] and rows[0]["scores"]["bright"][2] is None
+    assert rows[0]["scores"]["bright"][:2] == result.scores["bright"][:2].tolist()
+    MetricsLog(path).cut_back(3)
+    assert [row["label"] for row in read_rows(path)] == ["base"]

@@ -1,0 +1,106 @@
+"""One iteration of the policy gradient, run by tests/test_processes.py in one process or in several.
+
+`python -m tests.helpers.one_iteration PIPELINE OUTPUT whole|selected replicated|sharded` writes OUTPUT/<rank>.safetensors:
+gradients, start states, counts. sharded: the frozen weights are, as under FSDP2.
+"""
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import save_file
+
+from flowalign.advantage import Normalised
+from flowalign.credit import Broadcast
+from flowalign.data import PromptRecord
+from flowalign.models import LoRA, load_policy
+from flowalign.objectives import All, BestOfN, ClippedRatio, Guard, KLPenalty, NonZeroAdvantage, Uniform
+from flowalign.distributed.processes import Processes
+from flowalign.distributed.fsdp2 import shard
+from flowalign.trainers import PolicyGradient, Rollout, Task
+from rewards import RewardOutput
+from samplers import Chain, FlowSDE, Selected, Window
+
+WORDS = ["KITE", "MOON", "KITE", "LAMP", "ROSE"]  # five groups: two processes get two and three; one word comes twice
+UIDS = [0, 1, 0, 2, 3]
+
+
+@dataclass(frozen=True)
+class Moody:
+    """Brightness for the first words; the same for every image of LAMP and ROSE; no answer for one image of MOON."""
+
+    name: str = "moody"
+
+    def load(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    def __call__(self, batch) -> RewardOutput:
+        scores = batch.images.mean((1, 2, 3))
+        dull = torch.tensor(["LAMP" in prompt or "ROSE" in prompt for prompt in batch.prompts])
+        valid = torch.ones(len(scores), dtype=torch.bool)
+        moons = [row for row, prompt in enumerate(batch.prompts) if "MOON" in prompt]
+        valid[moons[1:2]] = False
+        return RewardOutput(torch.where(dull, 0.5, scores), valid)
+
+
+PLANS = {
+    "whole": (Window(size=2, low=0, high=4), 4, ClippedRatio(1e-2)),
+    # after three steps the better half of eight goes on; the guard reads the rollout's own velocities
+    "selected": (Selected(Chain(), {3: 4}), 8, Guard(1e-2)),
+}
+
+
+def run(pipeline: str, output: Path, plan: str, weights: str) -> None:
+    accelerator = Accelerator(cpu=True)
+    processes = Processes.of(accelerator)
+    lora = LoRA(rank=4, alpha=8, targets=("attn.to_q", "attn.to_v", "ff.net.2"))
+    policy = load_policy(pipeline, lora=lora)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in policy.trainable_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.05, generator=generator)
+    if weights == "sharded":
+        processes = shard(policy, processes)
+    chosen, group_size, objective = PLANS[plan]
+    trainer = PolicyGradient(
+        credit=Broadcast(), advantage=Normalised(std="batch"), select=All([NonZeroAdvantage(), BestOfN(2)]),
+        objective=objective, step_weight=Uniform(), kl=KLPenalty(0.1), micro_batch=2,
+    )  # fmt: skip
+    settings = Rollout(chosen, FlowSDE(), groups=5, group_size=group_size, num_inference_steps=5, micro_batch=5)
+    trainer.prepare(Task(policy, Moody(), settings, 0, 24, 48, processes), None)
+    prompts = [
+        PromptRecord(uid, f'the word "{word}" in red on a white background')
+        for uid, word in zip(UIDS, WORDS, strict=True)
+    ]
+    before = policy.evaluations
+    batch = trainer.collect(prompts, 0)
+    rolled = policy.evaluations - before
+    for update in trainer.updates(batch):
+        for micro_batch in update.micro_batches:
+            accelerator.backward(micro_batch())
+        processes.sum_gradients(parameter for _, parameter in policy.trainable_parameters())
+        metrics = {**batch.metrics, **update.after()}
+    found = {name: p.grad for name, p in policy.trainable_parameters() if p.grad is not None}
+    forest = batch.forest
+    save_file(
+        {
+            **found,
+            "roots": forest.at(torch.arange(forest.tree.num_roots)),
+            "leaves": forest.at(forest.tree.leaves),
+            "scores": batch.scores,
+            "valid": batch.valid,
+            "rows": torch.tensor([rolled, update.micro_batches and len(update.micro_batches)]),
+        },
+        output / f"{processes.rank}.safetensors",
+        metadata={name: repr(value) for name, value in metrics.items() if not name.startswith("time/")},
+    )
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    run(sys.argv[1], Path(sys.argv[2]), sys.argv[3], sys.argv[4])
+    os._exit(0)  # torch's threads sometimes abort the interpreter's own way out, after all is done

@@ -1,0 +1,114 @@
+"""Two optimisers under ZeRO-2 beside their plain twins, in two processes; by tests/test_zero.py.
+
+`python -m tests.helpers.zero_steps OUTPUT` writes OUTPUT/<rank>.json: relative errors, norms, sizes.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+
+from flowalign.config import ConfigError
+from flowalign.storage.named_tensors import pack_optimizer, restore_optimizer
+from flowalign.distributed.processes import Processes
+from flowalign.trainers import AdamW
+from flowalign.distributed.zero2 import Zero2
+
+deepspeed.ops.__compatible_ops__ = {}  # or it compiles an all-reduce for CPUs
+SETTINGS = AdamW(lr=1e-2, weight_decay=0.1, warmup=2)
+CLIP = 0.5
+
+
+def network(seed: int) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 7), nn.Linear(7, 3))  # an odd number of parameters
+
+
+def loss(network: nn.Module, row: int, step: int) -> Tensor:
+    x = torch.randn(9, 4, 5, generator=torch.Generator().manual_seed(1))
+    return (network(x[row + step]) - 1.0).square().sum()
+
+
+def sharded_step(network: nn.Module, zero: Zero2, processes: Processes, step: int, scale: float = 1.0) -> float:
+    """Five rows for two processes: three micro-batches each, one of them with weight 0."""
+    for row in processes.deal(5).tolist():
+        zero.backward(scale * (row >= 0) * loss(network, row, step))
+    return zero.step(CLIP)
+
+
+def plain_step(network: nn.Module, optimiser: torch.optim.Optimizer, step: int) -> float:
+    sum(loss(network, row, step) for row in range(5)).backward()
+    norm = float(clip_grad_norm_(network.parameters(), CLIP, foreach=False))
+    optimiser.step()
+    optimiser.zero_grad()
+    return norm
+
+
+@torch.no_grad()
+def error(ours: Iterable[Tensor], theirs: Iterable[Tensor]) -> float:
+    one, two = (torch.cat([tensor.double().flatten() for tensor in tensors]) for tensors in (ours, theirs))
+    return float((one - two).norm() / two.norm())
+
+
+def run(output: Path) -> None:
+    accelerator = Accelerator(cpu=True)
+    processes = Processes.of(accelerator)
+    ours, theirs = [network(0), network(1)], [network(0), network(1)]  # two roles
+    optimisers, plain = ([SETTINGS.build(n.parameters()) for n in networks] for networks in (ours, theirs))
+    zeros = [Zero2(optimiser) for optimiser in optimisers]
+    found: dict[str, Any] = {"norms": [], "weights": []}
+    for step in range(4):
+        for optimiser in (*optimisers, *plain):
+            optimiser.param_groups[0]["lr"] = SETTINGS.lr_at(step)
+        for mine, zero, twin, optimiser in zip(ours, zeros, theirs, plain, strict=True):
+            norms = sharded_step(mine, zero, processes, step), plain_step(twin, optimiser, step)
+            found["norms"].append(norms)
+            found["weights"].append(error(mine.parameters(), twin.parameters()))
+    [mine, _], [zero, _] = ours, zeros
+    found["held"] = sum(p.numel() for p in optimisers[0].param_groups[0]["params"])
+
+    whole, facts = pack_optimizer(zero.whole(keep=True), mine.named_parameters())
+    expected, expected_facts = pack_optimizer(plain[0], theirs[0].named_parameters())
+    assert whole.keys() == expected.keys()
+    assert facts == expected_facts
+    found["state"] = error(whole.values(), [expected[name] for name in whole])
+    found["kept elsewhere"] = len(zero.whole(keep=False).state)
+
+    before = [p.detach().clone() for p in mine.parameters()]
+    found["broken"] = str(sharded_step(mine, zero, processes, 4, scale=float("nan")))
+    found["moved"] = error(mine.parameters(), before)
+
+    copy = network(0)  # resumed, with a state that never lies on the GPU as a whole
+    copy.load_state_dict(mine.state_dict())
+    optimiser = SETTINGS.build(copy.parameters())
+    restore_optimizer(optimiser, copy.named_parameters(), whole, facts, torch.device("cpu"))
+    resumed = Zero2(optimiser)
+    for step in (4, 3):
+        sharded_step(mine, zero, processes, step)
+        sharded_step(copy, resumed, processes, step)
+    found["resumed"] = error(copy.parameters(), mine.parameters())
+    found["went on"] = error(copy.parameters(), before)
+
+    uneven = SETTINGS.build(network(0).parameters())
+    first = uneven.param_groups[0]["params"][0]
+    first.grad = torch.ones_like(first)
+    uneven.step()
+    try:
+        Zero2(uneven)
+    except ConfigError as refused:
+        found["uneven"] = str(refused)
+    (output / f"{processes.rank}.json").write_text(json.dumps(found))
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    run(Path(sys.argv[1]))
+    os._exit(0)  # torch's threads sometimes abort the interpreter's own way out, after all is done

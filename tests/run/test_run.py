@@ -1,0 +1,361 @@
+"""A run folder under careless hands: reruns, extensions, kills, two at once, lost and damaged files; nothing is lost."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors import SafetensorError
+
+from flowalign import checkpoint, cli
+from flowalign import run as run_module
+from flowalign.storage.checkpoint import CheckpointError
+from flowalign.config import ConfigError
+from flowalign.run.folder import describe, open_folder
+from flowalign.storage.metrics_log import read_rows, without_time
+from flowalign.run.run import Interrupted, Run
+from flowalign.evaluation.result_file import load_result
+from flowalign.trainers import Update
+from tests.run.test_train import CONFIG, result, run_it
+
+
+@pytest.fixture(scope="module")
+def done(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of two iterations on prompt files of its own."""
+    output = tmp_path_factory.mktemp("done")
+    (output / "prompts.txt").write_text("a cat\na dog\na <b>cow</b>\na hen\n")
+    start(tiny_pipeline, output)
+    return output
+
+
+@pytest.fixture
+def copy(done: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run, to be spoilt."""
+    shutil.copytree(done, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+def start(pipeline: Path, output: Path, *overrides: str) -> dict:
+    prompts = f"{output}/prompts.txt"
+    return run_it(
+        pipeline, output, f"prompts={prompts}", f"evaluation.prompts={prompts}", "run.iterations=2", *overrides
+    )
+
+
+def as_saved(folder: Path, **changes: object) -> dict:
+    """The configuration that a run saved, with changes in its section `run`."""
+    plain = yaml.safe_load((folder / "tiny" / "config.yaml").read_text())
+    return {**plain, "run": {**plain["run"], **changes}}
+
+
+def evaluations(output: Path) -> list[tuple[int, str]]:
+    return [(row["step"], row["label"]) for row in read_rows(output / "tiny" / "evaluations.jsonl")]
+
+
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def loaded(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("flowalign.build.load_policy", loaded)
+
+
+# ------------------------------------------------------------------------------------------ the same command again
+
+
+def test_a_finished_run_started_again_and_then_extended_equals_one_long_run(
+    done: Path, tiny_pipeline: Path, tmp_path: Path
+) -> None:
+    prompts = f"prompts={done}/prompts.txt"
+    names = ["run.ema_decay=0.5", prompts, f"evaluation.{prompts}"]
+    for iterations in (1, 1, 2):
+        run_it(tiny_pipeline, tmp_path / "extended", *names, f"run.iterations={iterations}")
+    run_it(tiny_pipeline, tmp_path / "whole", *names, "run.iterations=2")
+    (tensors, state, rows), (expected, expected_state, expected_rows) = (
+        result(tmp_path / name) for name in ("extended", "whole")
+    )
+    assert tensors.keys() == expected.keys() and all(torch.equal(tensors[name], expected[name]) for name in expected)
+    assert (state, rows) == (expected_state, expected_rows)
+    assert evaluations(tmp_path / "extended") == [(0, "base"), (1, "tuned"), (2, "tuned")]  # one row each
+    assert evaluations(tmp_path / "whole") == [(0, "base"), (2, "tuned")]
+
+
+def test_fewer_iterations_than_done_are_refused_and_nothing_is_lost(copy: Path, no_model: None) -> None:
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError, match=r"run\.iterations=1, but .* already at iteration 2"):
+        open_folder(copy / "tiny", as_saved(copy, iterations=1))
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_another_way_to_write_the_same_folder_is_no_other_configuration(copy: Path) -> None:
+    before = (copy / "tiny" / "config.yaml").read_bytes()
+    open_folder(copy / "tiny", as_saved(copy, output="../elsewhere")).close()  # no ConfigError
+    assert (copy / "tiny" / "config.yaml").read_bytes() == before
+    with pytest.raises(ConfigError, match="ema_decay"):
+        open_folder(copy / "tiny", as_saved(copy, output="../elsewhere", ema_decay=0.7))
+
+
+@pytest.mark.parametrize("every", [1, 10])
+def test_ctrl_c_in_an_iteration_that_saves_anyway(
+    every: int, done: Path, tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Run.backward
+
+    def interrupted(self: Run, loss: torch.Tensor, update: Update) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)  # the launcher passes the terminal's Ctrl-C on once more
+        original(self, loss, update)
+
+    shutil.copy(done / "prompts.txt", tmp_path)
+    monkeypatch.setattr(Run, "backward", interrupted)
+    with pytest.raises(Interrupted, match="iteration 1"):
+        start(tiny_pipeline, tmp_path, f"run.checkpoint_every={every}")
+    assert [path.name for path in (tmp_path / "tiny" / "checkpoints").iterdir()] == ["step-1"]
+
+
+def test_a_second_ctrl_c_stops_at_once(
+    done: Path, tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(self: Run, loss: torch.Tensor, update: Update) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    shutil.copy(done / "prompts.txt", tmp_path)
+    monkeypatch.setattr(run_module, "ONE_REQUEST", 0.0)
+    monkeypatch.setattr(Run, "backward", interrupted)
+    with pytest.raises(KeyboardInterrupt, match=r"^$"):
+        start(tiny_pipeline, tmp_path)
+    assert not (tmp_path / "tiny" / "checkpoints").exists()
+
+
+# ------------------------------------------------------------------------------------------ what cannot go on
+
+
+def test_two_runs_cannot_share_a_folder(copy: Path, tiny_pipeline: Path, no_model: None) -> None:
+    with open_folder(copy / "tiny", as_saved(copy)), pytest.raises(ConfigError, match="another process is training"):
+        start(tiny_pipeline, copy, "run.iterations=3")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda run: shutil.rmtree(run / "checkpoints"), "iteration 2.*holds no checkpoint"),
+        (lambda run: (run / "checkpoints/step-2/state.json").unlink(), r"state\.json is missing"),
+        (lambda run: os.truncate(run / "checkpoints/step-2/role_policy.safetensors", 99), "has 99 bytes"),
+        (lambda run: (run / "evaluation/base.safetensors").unlink(), r"base\.safetensors is missing"),
+        (lambda run: os.truncate(run / "evaluation/base.safetensors", 99), r"base\.safetensors is damaged"),
+        (lambda run: (run / "metrics.jsonl").write_text("x\n"), r"metrics\.jsonl, line 1"),
+        (lambda run: os.truncate(run / "metrics.jsonl", 999), r"metrics\.jsonl lacks rows"),
+        (lambda run: (run / "evaluations.jsonl").write_text("x\n"), r"evaluations\.jsonl, line 1"),
+        (lambda run: (run / "evaluations.jsonl").unlink(), r"evaluations\.jsonl lacks rows"),
+        (lambda run: (run / "config.yaml").write_text(""), r"config\.yaml is damaged"),
+        (lambda run: (run / "config.yaml").unlink(), "is not a run"),
+        (lambda run: (run.parent / "prompts.txt").write_text("a cat\na dog\na cow\na pig\n"), "changed since"),
+    ],
+)
+def test_what_is_lost_or_damaged_is_named_before_a_model_is_loaded(
+    spoil, said: str, copy: Path, tiny_pipeline: Path, no_model: None
+) -> None:
+    plain = as_saved(copy, output=str(copy))
+    plain["prompts"] = plain["evaluation"]["prompts"] = f"{copy}/prompts.txt"
+    (copy / "tiny" / "config.yaml").write_text(yaml.safe_dump(plain))
+    spoil(copy / "tiny")
+    metrics = (copy / "tiny" / "metrics.jsonl").read_bytes()
+    with pytest.raises(ConfigError, match=said):
+        start(tiny_pipeline, copy)
+    assert (copy / "tiny" / "metrics.jsonl").read_bytes() == metrics
+
+
+def begun(copy: Path, checkpoint_every: int) -> None:
+    """Makes of the finished run one that was killed before its first checkpoint."""
+    shutil.rmtree(copy / "tiny" / "checkpoints")
+    (copy / "tiny" / "summary.json").unlink()
+    plain = as_saved(copy, checkpoint_every=checkpoint_every)
+    plain["prompts"] = plain["evaluation"]["prompts"] = f"{copy}/prompts.txt"
+    (copy / "tiny" / "config.yaml").write_text(yaml.safe_dump(plain))
+
+
+def test_prompts_that_changed_before_the_first_checkpoint_are_evaluated_anew(
+    copy: Path, tiny_pipeline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun(copy, checkpoint_every=10)
+    (copy / "prompts.txt").write_text("a cat\na dog\na cow\na pig\n")
+    monkeypatch.setattr(Run, "iterations", lambda run: ())
+    monkeypatch.setattr(Run, "finish", lambda run: {})
+    start(tiny_pipeline, copy, "run.checkpoint_every=10")
+    base = load_result(copy / "tiny" / "evaluation" / "base.safetensors")
+    assert base.prompts == ["a cat", "a dog", "a cow", "a pig"]
+    assert evaluations(copy) == [(0, "base")]
+
+
+def test_two_kills_around_another_checkpoint_every_before_the_first_checkpoint(
+    copy: Path, tiny_pipeline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two rows without a checkpoint are right with the old setting, not with the new one."""
+
+    def killed(*args: object) -> None:
+        describe(*args)
+        raise SystemExit
+
+    begun(copy, checkpoint_every=10)
+    monkeypatch.setattr(run_module, "describe", killed)
+    for _ in range(2):
+        with pytest.raises(SystemExit):  # the second time too: no ConfigError
+            start(tiny_pipeline, copy, "run.checkpoint_every=1")
+
+
+def test_a_place_that_cannot_be_written_is_named(done: Path, tiny_pipeline: Path, no_model: None) -> None:
+    with pytest.raises(ConfigError, match=r"cannot be written .* choose another run\.output"):
+        start(tiny_pipeline, done, f"run.output={done}/prompts.txt")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "runs/x"), "goes on from the last checkpoint"),
+        (SafetensorError("I/O error: Read-only file system (os error 30)"), "goes on from the last checkpoint"),
+        (CheckpointError("parameters: the checkpoint lacks 1"), "stopped: parameters"),
+    ],
+)
+def test_a_disk_that_is_full_is_told_in_a_sentence(
+    error: Exception, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*args: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Run, "__enter__", fails)
+    assert cli.train([CONFIG]) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_whoever_reads_the_output_may_leave_first() -> None:
+    reader, writer = os.pipe()
+    with os.fdopen(writer, "w", buffering=1) as stream:
+        heard = cli.Unbroken(stream)
+        heard.write("a line\n")
+        os.close(reader)  # `| tee log` on Ctrl-C
+        for text in ("stopping\n", "no newline"):
+            heard.write(text)
+            heard.flush()
+        assert heard.fileno() == writer  # all else is the stream's own
+
+
+def test_an_error_that_is_not_the_disks_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: object) -> None:
+        raise ConnectionResetError(errno.ECONNRESET, "reset")
+
+    monkeypatch.setattr(Run, "__enter__", fails)
+    with pytest.raises(ConnectionResetError):
+        cli.train([CONFIG])
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("def other(images, prompts): return [0.0] * len(prompts)", "'shine' does not exist"),
+        ("def shine(images, prompts): return [0.0]", "one per sample"),
+        ("def shine(images, prompts): return None", "one number per sample"),
+        ("def shine(images, prompts): raise KeyError('x')", "KeyError"),
+        ("def shine(images, prompts, target): return [0.0] * len(prompts)", "metadata column 'target'"),
+        ("def shine(images, prompts) return", "SyntaxError"),
+    ],
+)
+def test_a_reward_that_cannot_work_is_named_before_a_model_is_loaded_and_leaves_the_name_free(
+    body: str, said: str, done: Path, tiny_pipeline: Path, tmp_path: Path, no_model: None
+) -> None:
+    (tmp_path / "mine.py").write_text(body)
+    reward = ["reward=rewards.FunctionReward", f"reward.path={tmp_path}/mine.py:shine", f"run.output={tmp_path}"]
+    with pytest.raises(ConfigError, match=said):
+        start(tiny_pipeline, done, *reward)
+    assert not (tmp_path / "tiny" / "config.yaml").exists()
+
+
+def test_equal_rewards_in_the_first_iteration_are_no_frozen_policy(
+    done: Path, tiny_pipeline: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.py").write_text("def shine(images, prompts): return [0.0] * len(prompts)")
+    reward = ["reward=rewards.FunctionReward", f"reward.path={tmp_path}/mine.py:shine", f"run.output={tmp_path}"]
+    start(tiny_pipeline, done, *reward, "run.iterations=1")
+    assert read_rows(tmp_path / "tiny" / "metrics.jsonl")[0]["optim/grad_norm"] == 0
+    _, state = checkpoint.load(tmp_path / "tiny" / "checkpoints" / "step-1")
+    assert state["reached"] is False  # so a resumed run still looks for the first gradient
+
+
+def test_a_start_with_other_threads_is_said_and_noted(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = copy / "tiny" / "provenance.json"
+    first = json.loads(file.read_text())
+    file.write_text(json.dumps({**first, "machine": "abacus, 1 threads"}))
+    describe(copy / "tiny", as_saved(copy))
+    assert "begun with other machine" in capsys.readouterr().out
+    now = json.loads(file.read_text())
+    assert now["machine"] == "abacus, 1 threads" and now["later"] == [first]
+
+
+def test_a_machine_without_git_and_a_damaged_provenance(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = copy / "tiny" / "provenance.json"
+    file.unlink()
+    monkeypatch.setenv("PATH", str(copy))
+    describe(copy / "tiny", as_saved(copy))
+    assert json.loads(file.read_text())["git"] is None
+    file.write_text("{")
+    with pytest.raises(ConfigError, match=r"provenance\.json is damaged .* or remove it"):
+        describe(copy / "tiny", as_saved(copy))
+
+
+# ------------------------------------------------------------------------------------------ SIGKILL
+
+# In a fresh interpreter of one thread: a run in a forked child is killed after ever longer times until one finishes.
+KILLER = """
+import os, signal, sys, time
+from flowalign.config import load_config
+from flowalign.loop import train
+import flowalign.report.html, diffusers.loaders  # what the children would import anew
+
+def child(output):
+    pid = os.fork()
+    if pid == 0:
+        train(*load_config(sys.argv[1], [f"policy.path={sys.argv[2]}", f"run.output={output}", "run.ema_decay=0.5"]))
+        os._exit(0)
+    return pid
+
+def ended(pid):
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+began = time.monotonic()
+assert ended(child(sys.argv[3] + "/whole")) == 0
+whole, killed, waited = time.monotonic() - began, 0, 0.45
+while True:
+    pid = child(sys.argv[3] + "/killed")
+    while killed == 0 and not os.path.exists(sys.argv[3] + "/killed/tiny/metrics.jsonl"):
+        time.sleep(0.0005)  # first: right after the first row, before any checkpoint
+    time.sleep(waited * whole if killed else 0.0)
+    os.kill(pid, signal.SIGKILL)
+    code = ended(pid)
+    if code == 0:
+        break
+    assert code == -signal.SIGKILL, f"the run refused to go on: exit code {code}"
+    killed, waited = killed + 1, waited + 0.35
+print(killed)
+"""
+
+
+def test_a_run_killed_at_any_moment_ends_in_the_same_bits(tiny_pipeline: Path, tmp_path: Path) -> None:
+    config = str(Path(__file__).parent / "data" / "tiny.yaml")
+    here = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+    script = [sys.executable, "-W", "ignore", "-c", KILLER, config, str(tiny_pipeline), str(tmp_path)]
+    said = subprocess.run(script, check=True, stdout=subprocess.PIPE, text=True, env=here, timeout=300).stdout
+    assert int(said.split()[-1]) >= 1  # it did die on the way
+    (tensors, state, rows), (expected, expected_state, expected_rows) = (
+        result(tmp_path / name) for name in ("killed", "whole")
+    )
+    assert tensors.keys() == expected.keys() and all(torch.equal(tensors[name], expected[name]) for name in expected)
+    assert (state, rows) == (expected_state, expected_rows)
+    results = [read_rows(tmp_path / name / "tiny" / "evaluations.jsonl") for name in ("killed", "whole")]
+    assert [without_time(row) for row in results[0]] == [without_time(row) for row in results[1]]

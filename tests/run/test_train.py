@@ -1,0 +1,171 @@
+"""A whole run on a tiny real pipeline: it moves weights, resumes bit for bit from any kill, and exports its LoRA."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from flowalign import checkpoint
+from flowalign import run as run_module
+from flowalign.config import ConfigError, load_config
+from flowalign.loop import train
+from flowalign.storage.metrics_log import read_rows, without_time
+from flowalign.models import LoRA, load_policy
+from flowalign.run.run import Run
+from flowalign.trainers import Update
+
+CONFIG = str(Path(__file__).parent / "data" / "tiny.yaml")
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing of ours catches it."""
+
+
+def run_it(pipeline: Path, output: Path, *overrides: str) -> dict:
+    return train(*load_config(CONFIG, [f"policy.path={pipeline}", f"run.output={output}", *overrides]))
+
+
+def result(output: Path) -> tuple[dict, dict, list]:
+    """What two equal runs agree on: final tensors, final state and metrics, less the clock."""
+    tensors, state = checkpoint.load(checkpoint.latest(output / "tiny"))
+    flat = {f"{section}/{name}": value for section, part in tensors.items() for name, value in part.items()}
+    state = {key: value for key, value in state.items() if not key.startswith("time/")}
+    return flat, state, [without_time(row) for row in read_rows(output / "tiny" / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run of three iterations with EMA."""
+    output = tmp_path_factory.mktemp("whole")
+    run_it(tiny_pipeline, output, "run.ema_decay=0.5")
+    return output
+
+
+def test_a_run_leaves_what_it_promises(whole: Path) -> None:
+    folder = whole / "tiny"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert {"base", "tuned", "gain_ci95", "seconds", "evaluations_per_image", "ratio_drift_max"} <= summary.keys()
+    assert summary["ratio_drift_max"] <= 1e-6  # I1
+    rows = read_rows(folder / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert all(row["optim/grad_norm"] > 0 and "ratio/drift_max" in row for row in rows)
+    report = (folder / "report.html").read_text()
+    assert report.count('alt="tree of one rollout"') == report.count('alt="reward curves"') == 1
+    assert not [path for path in folder.rglob("*") if path.suffix in (".pt", ".bin", ".pkl")]
+
+
+def test_every_adapter_parameter_moves(whole: Path, tiny_pipeline: Path) -> None:
+    lora = LoRA(rank=4, alpha=8, targets=("attn.to_q", "attn.to_v", "ff.net.2"))
+    start = dict(load_policy(str(tiny_pipeline), lora=lora, seed=0).trainable_parameters())
+    tensors, _, _ = result(whole)
+    moved = [not torch.equal(tensors[f"role_policy/{name}"], value) for name, value in start.items()]
+    assert len(moved) == 12 and all(moved)
+
+
+POINTS = {
+    "rollout": ("flowalign.rollouts.collect.rollout", 2),
+    "reward": ("flowalign.rollouts.collect.score", 2),
+    "backward": ("flowalign.run.run.Run.backward", 2),
+    "optimiser": ("flowalign.run.run.Run.step", 2),
+    "ema": ("flowalign.models.ema.EMA.update", 2),
+    "first metrics append": ("flowalign.storage.metrics_log.append_line", 1),
+    "first temporary write": ("flowalign.storage.checkpoint._write", 1),
+    "temporary write": ("flowalign.storage.checkpoint._write", 2),
+    "last prune": ("flowalign.storage.checkpoint._remove", 2),
+    "metrics append": ("flowalign.storage.metrics_log.append_line", 2),
+    "evaluation": ("flowalign.run.run.append_result", 2),
+}
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_resume_after_a_kill_is_bit_exact(
+    point: str, whole: Path, tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, call = POINTS[point]
+    owner, name = target.rsplit(".", 1)
+    holder = pytest.importorskip(owner) if not owner.endswith(("Run", "EMA")) else None
+    if holder is None:
+        module, cls = owner.rsplit(".", 1)
+        holder = vars(sys.modules[module])[cls]
+    original, seen = vars(holder)[name], []
+
+    def dies(*args, **kwargs):
+        seen.append(1)
+        if len(seen) == call:
+            raise Killed(point)
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(holder, name, dies)
+        with pytest.raises(Killed):
+            run_it(tiny_pipeline, tmp_path, "run.ema_decay=0.5", "run.keep_checkpoints=1")
+    run_it(tiny_pipeline, tmp_path, "run.ema_decay=0.5", "run.keep_checkpoints=1")
+    (tensors, state, rows), (expected, expected_state, expected_rows) = result(tmp_path), result(whole)
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+    assert state == expected_state
+    assert rows == expected_rows
+    assert [path.name for path in (tmp_path / "tiny" / "checkpoints").iterdir()] == ["step-3"]
+
+
+def test_ctrl_c_finishes_the_iteration_and_saves(
+    tiny_pipeline: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Run.backward
+
+    def interrupted(self: Run, loss: torch.Tensor, update: Update) -> None:
+        os.kill(os.getpid(), 2)
+        original(self, loss, update)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "backward", interrupted)
+        with pytest.raises(run_module.Interrupted, match="iteration 1"):
+            run_it(tiny_pipeline, tmp_path, "run.ema_decay=0.5", "run.checkpoint_every=3")
+    assert checkpoint.latest(tmp_path / "tiny").name == "step-1"
+    run_it(tiny_pipeline, tmp_path, "run.ema_decay=0.5", "run.checkpoint_every=3")
+    assert all(torch.equal(value, result(whole)[0][name]) for name, value in result(tmp_path)[0].items())
+
+
+def test_another_configuration_does_not_resume(whole: Path, tiny_pipeline: Path) -> None:
+    with pytest.raises(ConfigError, match=r"rollout\.group_size"):
+        run_it(tiny_pipeline, whole, "run.ema_decay=0.5", "rollout.group_size=4")
+
+
+def test_micro_batches_do_not_change_the_trajectory(whole: Path, tiny_pipeline: Path, tmp_path: Path) -> None:
+    run_it(tiny_pipeline, tmp_path, "run.ema_decay=0.5", "trainer.micro_batch=1", "rollout.micro_batch=1")
+    tensors, expected = result(tmp_path)[0], result(whole)[0]
+    for name, value in expected.items():
+        if name.startswith("role_policy/"):
+            torch.testing.assert_close(tensors[name], value, rtol=1e-3, atol=2e-5)
+
+
+def test_the_lora_loads_in_plain_diffusers(whole: Path, tiny_pipeline: Path, tmp_path: Path) -> None:
+    """alpha ≠ rank; a process that never imports flowalign gives the images of the tuned evaluation."""
+    from flowalign.data import load_prompts
+    from flowalign.evaluation.result_file import load_result
+    from samplers import normal
+
+    tuned = load_result(whole / "tiny" / "evaluation" / "tuned.safetensors")
+    records = load_prompts("flowalign.glyphs:held_out_prompts")[: len(tuned.prompts)]
+    noise = torch.stack([normal((3, 24, 48), tuned.seed, "start", "evaluate", r.uid, 0) for r in records])
+    torch.save(noise, tmp_path / "noise.pt")  # this test's own file, not the run's
+    script = f"""
+import sys, torch
+from diffusers import StableDiffusion3Pipeline
+pipe = StableDiffusion3Pipeline.from_pretrained({str(tiny_pipeline)!r}, text_encoder_3=None, tokenizer_3=None)
+noise = torch.load({str(tmp_path / "noise.pt")!r})
+call = dict(prompt={tuned.prompts!r}, latents=noise, num_inference_steps={tuned.num_inference_steps},
+            guidance_scale=1.0, height=24, width=48, max_sequence_length=0, output_type="pt")
+base = pipe(**call).images
+pipe.load_lora_weights({str(whole / "tiny" / "lora")!r})
+torch.save((base, pipe(**call).images), {str(tmp_path / "images.pt")!r})
+assert "flowalign" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, capture_output=True, cwd=tmp_path)
+    base, images = torch.load(tmp_path / "images.pt")
+    assert float((images - base).abs().max()) > 1e-4  # the adapter does something
+    torch.testing.assert_close(images.float(), tuned.images, rtol=0, atol=2e-5)
