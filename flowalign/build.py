@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import torch
 
-from flowalign.config import ConfigError, TrainConfig
-from flowalign.models import Policy, load_policy
+from flowalign.config import TrainConfig
 from flowalign.distributed.processes import Processes
-from flowalign.trainers import Task
+from flowalign.errors import ConfigError
+from flowalign.models import Policy, load_policy
+from flowalign.rollouts.task import Task
 
 
 def policy_of(
@@ -34,7 +35,7 @@ def task_of(
 ) -> Task:
     """What the trainer is given. groups: another number of prompts; processes: of a run, by default one."""
     rollout = replace(
-        config.rollout, kernel=config.rollout.kernel.on(policy.path), groups=groups or config.rollout.groups
+        config.rollout, kernel=config.rollout.kernel.bind(policy.path), groups=groups or config.rollout.groups
     )
     settings = config.policy
     return Task(

@@ -57,9 +57,10 @@ def train(arguments: Sequence[str]) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from safetensors import SafetensorError
 
-    from flowalign.storage.checkpoint import CheckpointError
-    from flowalign.config import ConfigError, load_config
+    from flowalign.config import load_config
+    from flowalign.errors import ConfigError
     from flowalign.loop import train as run
+    from flowalign.storage.checkpoint import CheckpointError
 
     with redirect_stdout(Unbroken(sys.stdout)), redirect_stderr(Unbroken(sys.stderr)):
         try:
@@ -111,7 +112,7 @@ def doctor(arguments: Sequence[str]) -> int:
 def benchmark(arguments: Sequence[str]) -> int:
     """Exit code: 0 done, 1 stopped by a reward that fails, 2 a configuration that cannot work."""
     from flowalign.diagnostics.benchmark import main as run
-    from flowalign.config import ConfigError
+    from flowalign.errors import ConfigError
     from rewards import RewardError
 
     try:

@@ -15,15 +15,13 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from flowalign.data import load_prompts
+from flowalign.errors import ConfigError
 from flowalign.models.load import check_image_size, check_lora_targets, inspect_checkpoint, path_of
 from flowalign.models.lora import LoRA
 from flowalign.models.roles import Role, check_roles
-from flowalign.trainers import Rollout, Trainer
+from flowalign.rollouts.task import Rollout
+from flowalign.trainers import Trainer
 from rewards import Reward
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot work; the message names the key, the value and what is allowed."""
 
 
 @dataclass(frozen=True)
@@ -176,12 +174,12 @@ def check(config: TrainConfig) -> None:
     if policy.max_sequence_length is not None and policy.max_sequence_length < 0:
         raise ConfigError(f"policy.max_sequence_length={policy.max_sequence_length}: expected at least 0, or null")
     path = path_of(policy.path)
-    bound = replace(rollout, kernel=rollout.kernel.on(path))
+    bound = replace(rollout, kernel=rollout.kernel.bind(path))
     config.trainer.check(bound, path, config.reward.name)
     if policy.trainable == "lora":
         check_lora_targets(policy.path, policy.lora.targets)
     elif policy.dtype != "fp32":
-        raise ConfigError(f"policy.dtype={policy.dtype} with policy.trainable=full: expected fp32 for the optimiser")
+        raise ConfigError(f"policy.dtype={policy.dtype} with policy.trainable=full: expected fp32 for the optimizer")
     elif config.trainer.needs_reference() and not policy.reference_copy:
         raise ConfigError(
             "policy.trainable=full with a KL (trainer.kl.beta above 0) has no reference: set trainer.kl.beta=0, or "

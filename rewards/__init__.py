@@ -3,14 +3,14 @@
 A new reward is one new file, or a plain function named by its path; YAML names the class by import path.
 """
 
-from rewards.base import Reward, RewardBatch, RewardError, RewardOutput, score
-from rewards.color import ColourAccuracy
+from rewards.base import Reward, RewardBatch, RewardError, RewardOutput
+from rewards.color import ColorAccuracy
 from rewards.function import FunctionReward
+from rewards.guard import score
 from rewards.jpeg import JPEGCompressibility, JPEGIncompressibility
 from rewards.mix import Mix
-from rewards.ocr.ocr import OCR
-from rewards.ocr.reader import Line, RapidReader, Recogniser
-from rewards.with_timeout import Watched
+from rewards.ocr import OCR, Line, RapidReader, Recognizer
+from rewards.with_timeout import WithTimeout
 
 PART_OF = "flowalign"
 
@@ -19,13 +19,13 @@ __all__ = [
     "RewardBatch",
     "RewardOutput",
     "RewardError",
-    "Watched",
+    "WithTimeout",
     "score",
     "OCR",
-    "Recogniser",
+    "Recognizer",
     "RapidReader",
     "Line",
-    "ColourAccuracy",
+    "ColorAccuracy",
     "JPEGCompressibility",
     "JPEGIncompressibility",
     "Mix",

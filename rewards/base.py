@@ -1,4 +1,4 @@
-"""What a reward is: a batch of samples in, scores out; and `score`, the guard through which every caller asks.
+"""What a reward is: a batch of samples in, scores out.
 
 A sample that cannot be scored is NaN with valid False; a reward that cannot score at all is a RewardError.
 Neither ever becomes 0, -1 or a mid-score.
@@ -6,9 +6,8 @@ Neither ever becomes 0, -1 or a mid-score.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -24,7 +23,7 @@ class RewardBatch:
     """N samples to be scored. Every list has N entries, every tensor N rows.
 
     images [N, 3, H, W]: RGB in [0, 1]; uint8 in 0..255 is converted here, other floats become float32.
-    metadata: what the prompt set says about each prompt (targets, colours, ...).
+    metadata: what the prompt set says about each prompt (targets, colors, ...).
     sample_ids name samples in messages; group_ids tell which samples answer the same prompt. Without them: 0..N-1, each
     its own group.
     """
@@ -107,29 +106,6 @@ class Reward(Protocol):
     def close(self) -> None: ...
 
 
-def score(reward: Reward, batch: RewardBatch, *, max_fail_rate: float = 0.5) -> RewardOutput:
-    """Asks a reward, without gradients, and checks what it answers: every caller asks through this guard.
-
-    * A sample whose image is not finite is not shown to the reward: invalid.
-    * A non-finite score, or one the reward marks invalid, is NaN with valid False (its components too).
-    * An exception, or an answer of the wrong form (length, dtype), is a RewardError.
-    * More than `max_fail_rate` of the batch invalid in an answer is a RewardError.
-    """
-    started = time.perf_counter()
-    shown = _finite_rows(batch)
-    asked = batch if bool(shown.all()) else batch.select(shown)
-    try:
-        with torch.no_grad():
-            answer = reward(asked) if len(asked) else _nothing(0)
-    except Exception as error:
-        reason = f"reward {reward.name!r} failed on {len(asked)} samples: {type(error).__name__}: {error}"
-        raise RewardError(reason) from error
-    _check_form(reward.name, answer, len(asked))
-    output = _spread(_masked(answer), shown)
-    _check_rate(reward.name, output, batch, max_fail_rate)
-    return replace(output, elapsed=time.perf_counter() - started)
-
-
 def _unit_float(images: Tensor) -> Tensor:
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images must be [N, 3, H, W], got {list(images.shape)}")
@@ -138,69 +114,3 @@ def _unit_float(images: Tensor) -> Tensor:
     if not images.is_floating_point():
         raise TypeError(f"images must be floats in [0, 1] or uint8, got {images.dtype}")
     return images.float()
-
-
-def _finite_rows(batch: RewardBatch) -> Tensor:
-    """bool [N] on the CPU: the samples whose images are finite everywhere."""
-    if batch.images is None:
-        return torch.ones(len(batch), dtype=torch.bool)
-    return torch.isfinite(batch.images.detach()).flatten(1).all(dim=1).cpu()
-
-
-def _check_form(name: str, answer: RewardOutput, count: int) -> None:
-    if not isinstance(answer, RewardOutput):
-        raise RewardError(f"reward {name!r} returned {type(answer).__name__}; expected a RewardOutput")
-    named = {"scores": answer.scores, **{f"components[{key!r}]": part for key, part in answer.components.items()}}
-    expected = [(key, part, torch.float32) for key, part in named.items()] + [("valid", answer.valid, torch.bool)]
-    for key, part, dtype in expected:
-        if not isinstance(part, Tensor):
-            raise RewardError(f"reward {name!r}: {key} is {type(part).__name__}; expected a tensor")
-        if part.shape != (count,):
-            raise RewardError(
-                f"reward {name!r}: {key} has shape {list(part.shape)}; expected [{count}], one per sample"
-            )
-        if part.dtype != dtype:
-            raise RewardError(f"reward {name!r}: {key} is {part.dtype}; expected {dtype}")
-    if answer.info and len(answer.info) != count:
-        raise RewardError(f"reward {name!r}: info has {len(answer.info)} entries for {count} samples; one per sample")
-
-
-def _masked(answer: RewardOutput) -> RewardOutput:
-    """On the CPU, with NaN wherever there is no score, so that no number can be used by mistake."""
-    scores, said = answer.scores.detach().cpu(), answer.valid.cpu()
-    valid = said & torch.isfinite(scores)
-    info = list(answer.info) or [""] * len(scores)
-    for i in (said & ~valid).nonzero().flatten().tolist():
-        info[i] = f"the score is {scores[i].item()}; {info[i]}".removesuffix("; ")
-    components = {name: part.detach().cpu().masked_fill(~valid, torch.nan) for name, part in answer.components.items()}
-    return RewardOutput(scores.masked_fill(~valid, torch.nan), valid, components, info)
-
-
-def _spread(output: RewardOutput, shown: Tensor) -> RewardOutput:
-    """Back to all samples of the batch; those that were not shown are invalid."""
-    if bool(shown.all()):
-        return output
-    rows = shown.nonzero().flatten()
-    whole = _nothing(len(shown), "its image is not finite")
-    info = list(whole.info)
-    for row, text in zip(rows.tolist(), output.info, strict=True):
-        info[row] = text
-    components = {name: whole.scores.index_copy(0, rows, part) for name, part in output.components.items()}
-    return RewardOutput(
-        whole.scores.index_copy(0, rows, output.scores), whole.valid.index_copy(0, rows, output.valid), components, info
-    )
-
-
-def _nothing(count: int, info: str = "") -> RewardOutput:
-    return RewardOutput(torch.full((count,), torch.nan), torch.zeros(count, dtype=torch.bool), {}, [info] * count)
-
-
-def _check_rate(name: str, output: RewardOutput, batch: RewardBatch, max_fail_rate: float) -> None:
-    failed = (~output.valid).nonzero().flatten().tolist()
-    if len(failed) > max_fail_rate * len(batch):
-        first = failed[0]
-        raise RewardError(
-            f"reward {name!r}: {len(failed)} of {len(batch)} samples have no score, more than max_fail_rate "
-            f"{max_fail_rate:g} allows. The first, sample {batch.sample_ids[first]} "
-            f"(prompt {batch.prompts[first]!r}): {output.info[first] or 'no reason given'}"
-        )

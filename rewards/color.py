@@ -1,4 +1,4 @@
-"""Exact colour accuracy: is the paper, and is the ink, of the colour that was asked for?"""
+"""Exact color accuracy: is the paper, and is the ink, of the color that was asked for?"""
 
 from __future__ import annotations
 
@@ -11,36 +11,36 @@ from torch import Tensor
 
 from rewards.base import RewardBatch, RewardOutput
 
-INK_SHARE = 0.05  # of the pixels, the ones farthest from the paper colour, are taken for ink
+INK_SHARE = 0.05  # of the pixels, the ones farthest from the paper color, are taken for ink
 NO_INK = 0.1  # ink nearer than this to the paper (RGB in [0, 1], Euclidean) is no ink
 
 Palette = Mapping[str, tuple[int, int, int]]
 
 
 @dataclass(frozen=True)
-class ColourAccuracy:
-    """Share of the two colours, ink and paper, whose nearest palette colour has the name in the metadata: 0, 0.5 or 1.
+class ColorAccuracy:
+    """Share of the two colors, ink and paper, whose nearest palette color has the name in the metadata: 0, 0.5 or 1.
 
     Paper is the median of the picture's outermost pixels, channel by channel. Ink is the median of the 5 % of all
     pixels that lie farthest from the paper (so up to 2.5 % of stray pixels do no harm; text covering less is not seen).
     Distances are Euclidean in gamma-encoded RGB. A picture without ink has its ink wrong.
 
     metric: "mean" of the two, or "both" (1 only if both are right). palette: name -> RGB, whole numbers 0..255; None
-    takes `metadata["palette"]`. ink_key, paper_key: where the metadata names the colours. A sample whose metadata lacks
-    them, or names a colour that is not in the palette, is invalid. Components: ink, paper.
+    takes `metadata["palette"]`. ink_key, paper_key: where the metadata names the colors. A sample whose metadata lacks
+    them, or names a color that is not in the palette, is invalid. Components: ink, paper.
     """
 
     palette: dict[str, tuple[int, int, int]] | None = None
     metric: Literal["mean", "both"] = "mean"
     ink_key: str = "ink"
     paper_key: str = "paper"
-    name: str = "colour"
+    name: str = "color"
 
     def __post_init__(self) -> None:
         if self.metric not in ("mean", "both"):
             raise ValueError(f"metric is {self.metric!r}; expected 'mean' or 'both'")
         if self.palette is not None:
-            _colours(self.palette)
+            _colors(self.palette)
 
     def load(self) -> None: ...
 
@@ -48,8 +48,8 @@ class ColourAccuracy:
 
     def __call__(self, batch: RewardBatch) -> RewardOutput:
         pages = batch.pixels().float() / 255
-        paper = paper_colour(pages)
-        ink, strength = ink_colour(pages, paper)
+        paper = paper_color(pages)
+        ink, strength = ink_color(pages, paper)
         rows = [self._judge(batch.metadata[i], ink[i], paper[i], strength[i].item()) for i in range(len(batch))]
         parts = torch.tensor([row[:2] for row in rows], dtype=torch.float32).reshape(-1, 2)
         scores = parts.mean(dim=1) if self.metric == "mean" else parts.amin(dim=1)
@@ -61,7 +61,7 @@ class ColourAccuracy:
         """(ink right, paper right, what was seen); NaN where the metadata cannot say."""
         palette: Palette | None = self.palette if self.palette is not None else wanted.get("palette")
         if not palette:
-            return torch.nan, torch.nan, "no palette: give one to ColourAccuracy or to the metadata as 'palette'"
+            return torch.nan, torch.nan, "no palette: give one to ColorAccuracy or to the metadata as 'palette'"
         for key in (self.ink_key, self.paper_key):
             if wanted.get(key) not in palette:
                 return (
@@ -69,21 +69,21 @@ class ColourAccuracy:
                     torch.nan,
                     f"metadata[{key!r}] is {wanted.get(key)!r}; expected one of {list(palette)}",
                 )
-        names, values = list(palette), _colours(palette)
+        names, values = list(palette), _colors(palette)
         seen_ink = "none" if strength < NO_INK else names[int((values - ink).norm(dim=1).argmin())]
         seen_paper = names[int((values - paper).norm(dim=1).argmin())]
         right = seen_ink == wanted[self.ink_key], seen_paper == wanted[self.paper_key]
         return float(right[0]), float(right[1]), f"{seen_ink} on {seen_paper}"
 
 
-def paper_colour(images: Tensor) -> Tensor:
+def paper_color(images: Tensor) -> Tensor:
     """[N, 3]: median of the outermost pixels of images [N, 3, H, W], each once or, at the corners, twice."""
     frame = [images[:, :, 0], images[:, :, -1], images[:, :, :, 0], images[:, :, :, -1]]
     return torch.cat(frame, dim=2).median(dim=2).values
 
 
-def ink_colour(images: Tensor, paper: Tensor) -> tuple[Tensor, Tensor]:
-    """Median colour [N, 3] of the INK_SHARE of pixels farthest from the paper [N, 3], and its distance [N] from it."""
+def ink_color(images: Tensor, paper: Tensor) -> tuple[Tensor, Tensor]:
+    """Median color [N, 3] of the INK_SHARE of pixels farthest from the paper [N, 3], and its distance [N] from it."""
     pixels = images.flatten(2)
     distance = (pixels - paper[:, :, None]).norm(dim=1)
     farthest = distance.topk(max(1, round(INK_SHARE * pixels.shape[2])), dim=1).indices
@@ -91,9 +91,9 @@ def ink_colour(images: Tensor, paper: Tensor) -> tuple[Tensor, Tensor]:
     return ink, (ink - paper).norm(dim=1)
 
 
-def _colours(palette: Palette) -> Tensor:
+def _colors(palette: Palette) -> Tensor:
     """Palette as [C, 3] in [0, 1]."""
-    for name, colour in palette.items():
-        if len(colour) != 3 or not all(isinstance(part, int) and 0 <= part <= 255 for part in colour):
-            raise ValueError(f"palette colour {name!r} is {colour!r}; expected three whole numbers from 0 to 255")
-    return torch.tensor([list(colour) for colour in palette.values()], dtype=torch.float32) / 255
+    for name, color in palette.items():
+        if len(color) != 3 or not all(isinstance(part, int) and 0 <= part <= 255 for part in color):
+            raise ValueError(f"palette color {name!r} is {color!r}; expected three whole numbers from 0 to 255")
+    return torch.tensor([list(color) for color in palette.values()], dtype=torch.float32) / 255

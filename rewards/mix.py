@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 import torch
 
-from rewards.base import Reward, RewardBatch, RewardOutput, score
+from rewards.base import Reward, RewardBatch, RewardOutput
+from rewards.guard import score
 
 
 @dataclass(frozen=True)
 class Mix:
-    """sum_k weights[k] * score_k of raw scores: no standardisation, so mind the scales (OCR 0..1, JPEG tens of kB).
+    """sum_k weights[k] * score_k of raw scores: no standardization, so mind the scales (OCR 0..1, JPEG tens of kB).
 
     A sample is valid if every part is. Components: each part's raw score under the part's name, and the part's own
     components as `part/component`. Two parts of one class need different names. Each part is asked through the guard

@@ -10,13 +10,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rewards.base import Reward, RewardBatch, RewardError, RewardOutput, score
+from rewards.base import Reward, RewardBatch, RewardError, RewardOutput
+from rewards.guard import score
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Watched:
+class WithTimeout:
     """`reward`, asked for at most `batch_size` samples at a time (None: for all), each answer within `timeout` seconds.
 
     on_error: a request that raises, is late or answers in the wrong form ends the run ("raise", a RewardError), or is

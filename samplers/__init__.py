@@ -4,8 +4,8 @@ One convention everywhere: x_σ = (1−σ)·x0 + σ·ε, σ runs from 1 (noise) 
 A sampler knows no network: the velocity is a callable, randomness is an argument.
 """
 
-from samplers.unshared import Copies, unshared
 from samplers.forest import Forest, Velocities
+from samplers.forest_file import load_forest, save_forest
 from samplers.kernels import (
     CPS,
     DDIM,
@@ -15,7 +15,6 @@ from samplers.kernels import (
     Ascent,
     Carry,
     ClippedFlowSDE,
-    Context,
     DanceSDE,
     DPMSolver,
     FlowSDE,
@@ -27,6 +26,7 @@ from samplers.kernels import (
     ProcessReward,
     RewardGradient,
     Step,
+    TransitionContext,
     spsa_gradient,
 )
 from samplers.noise import KeyedNoise, generator, normal
@@ -58,9 +58,9 @@ from samplers.plans import (
 )  # fmt: skip
 from samplers.rollout import Noise, Velocity, rollout
 from samplers.schedules import diffusers_sigmas, dynamic_sigmas, plain_sigmas, shift
-from samplers.selection import Best, Look, Select, candidates, sampled
-from samplers.forest_file import load_forest, save_forest
+from samplers.selection import Best, Look, Select, candidates, sampled, unscored
 from samplers.trees import SOURCES, Cost, Tree
+from samplers.unshared import UnsharedTree, unshared
 
 PART_OF = "flowalign"
 
@@ -68,10 +68,10 @@ __all__ = [
     "PART_OF",
     "Path", "RectifiedFlow", "VariancePreserving",
     "diffusers_sigmas", "dynamic_sigmas", "plain_sigmas", "shift",
-    "Affine", "Carry", "Context", "Gaussian", "Kernel", "KLForm", "Step",
+    "Affine", "Carry", "TransitionContext", "Gaussian", "Kernel", "KLForm", "Step",
     "CPS", "ClippedFlowSDE", "DDIM", "DanceSDE", "FlowSDE", "LinearSDE", "ODE",
     "DPMSolver", "Guided", "Ascent", "ProcessReward", "RewardGradient", "SPSA", "spsa_gradient",
-    "SOURCES", "Cost", "Tree", "Copies", "unshared", "Best", "Look", "Select", "candidates", "sampled",
+    "SOURCES", "Cost", "Tree", "UnsharedTree", "unshared", "Best", "Look", "Select", "candidates", "sampled", "unscored",
     "Bounded", "Plan", "Branch", "Chain", "Compressed", "Probed", "RandomSteps", "Selected", "Sourced", "SplitTree",
     "TreeWindow", "Window", "branch", "chain", "compressed", "probed", "scattered", "tree", "window",
     "Fixed", "Position", "Random", "Sliding",

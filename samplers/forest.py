@@ -1,4 +1,4 @@
-"""What a rollout returns: the kept states, the behaviour log-probs, and the replay of any stored step."""
+"""What a rollout returns: the kept states, the behavior log-probs, and the replay of any stored step."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from samplers.kernels.base import Context, Kernel, Step
+from samplers.kernels.base import Kernel, Step, TransitionContext
 from samplers.trees import Tree
 
 
@@ -142,7 +142,7 @@ class Forest:
         parents = self.tree.parent[edges]
         _check_positions(edges, parents, len(velocity_of_parents), parent_pos)
         sigma, sigma_next = self.step_sigmas(edges)
-        ctx = Context(
+        ctx = TransitionContext(
             level=self.tree.level[edges], rows=self.tree.root[edges], nodes=edges, parents=parents,
             step=self.tree.index[parents], replay=True,
         )  # fmt: skip

@@ -1,6 +1,6 @@
 """Noising laws x = a(σ)·x0 + b(σ)·ε, and every conversion between x0, noise, score and velocity.
 
-Velocity is the direction c·x0 + d·ε, normalised so that a·d - b·c = 1: ε - x0 for rectified flow, and diffusers'
+Velocity is the direction c·x0 + d·ε, normalized so that a·d - b·c = 1: ε - x0 for rectified flow, and diffusers'
 "v_prediction" a·ε - b·x0 for variance-preserving models. All tensors [N, *], sigma one number or [N].
 """
 
@@ -13,6 +13,11 @@ from torch import Tensor
 
 class Path(Protocol):
     """A noising law. `mix(sigma)` gives (a, b, c, d); σ goes from 1 (noise) to 0 (data)."""
+
+    @property
+    def rectified(self) -> bool:
+        """Whether it is the straight law x = (1-σ)·x0 + σ·ε at every σ inside [0, 1]."""
+        ...
 
     def mix(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
 
@@ -116,6 +121,8 @@ def _velocity_from_score(self: Path, x: Tensor, score: Tensor, sigma: Tensor | f
 class RectifiedFlow:
     """x = (1-σ)·x0 + σ·ε, v = ε - x0 = dx/dσ."""
 
+    rectified = True
+
     def a(self, sigma: Tensor) -> Tensor:
         """Coefficient of the data."""
         return 1.0 - sigma
@@ -153,6 +160,7 @@ class VariancePreserving:
     """
 
     alphas_cumprod: Tensor
+    rectified = False
 
     def __post_init__(self) -> None:
         table = self.alphas_cumprod

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from samplers.forest import Forest, compute_dtype
-from samplers.kernels.base import Carry, Context, Kernel, Step
+from samplers.kernels.base import Carry, Kernel, Step, TransitionContext
 from samplers.schedules import check_sigmas
 from samplers.selection import Select, candidates, check_frontiers, choose
 from samplers.trees import Tree
@@ -148,7 +148,7 @@ def _step(
 ) -> Step:
     """The transitions that arrive at `children` [n], from their parents' states x and velocities v [n, *]."""
     parents = tree.parent[children]
-    ctx = Context(tree.level[children], tree.root[children], children, parents, tree.index[parents], carry)
+    ctx = TransitionContext(tree.level[children], tree.root[children], children, parents, tree.index[parents], carry)
     return kernel(x, v, sigmas[tree.index[parents]], sigmas[tree.index[children]], ctx)
 
 
@@ -156,8 +156,8 @@ def _draw(step: Step, tree: Tree, children: Tensor, noise: Noise) -> Tensor:
     """The next states; noise is asked for at stochastic steps only."""
     hot = tree.level[children] > 0
     if not bool(hot.any()):
-        return step.behaviour.mean
-    draws = torch.zeros_like(step.behaviour.mean)
+        return step.behavior.mean
+    draws = torch.zeros_like(step.behavior.mean)
     draws[hot.to(draws.device)] = noise(tree, children[hot]).to(draws)
     return step.sample(draws)
 
@@ -167,5 +167,5 @@ def _score(log_prob: Tensor, step: Step, x: Tensor, tree: Tree, children: Tensor
     hot = (tree.level[children] > 0).to(x.device)
     if bool(hot.any()):
         policy = step.policy
-        rows = {name: vars(policy)[name][hot] for name in ("mean", "std", "slope", "length")}
+        rows = {name: vars(policy)[name][hot] for name in ("mean", "std", "velocity_coef", "length")}
         log_prob[children.to(x.device)[hot]] = replace(policy, **rows).log_prob(x[hot]).to(log_prob)

@@ -52,8 +52,8 @@ def dynamic_sigmas(
     _check(num_steps, 1.0)
     if image_tokens < 1:
         raise ValueError(f"image_tokens={image_tokens} came; expected the number of latent patches, (h/16)·(w/16)")
-    slope = (max_shift - base_shift) / (max_tokens - base_tokens)
-    m = image_tokens * slope + (base_shift - slope * base_tokens)
+    velocity_coef = (max_shift - base_shift) / (max_tokens - base_tokens)
+    m = image_tokens * velocity_coef + (base_shift - velocity_coef * base_tokens)
     u = np.linspace(1.0, 1 / num_steps, num_steps).astype(np.float32)
     return _append_zero(torch.from_numpy(math.exp(m) / (math.exp(m) + (1 / u - 1))).to(torch.float32))
 

@@ -15,6 +15,11 @@ Score = Callable[[Tree, Tensor, Tensor, Look], Tensor]
 Within = Literal["group", "root", "parent"]
 
 
+def unscored(tree: Tree, nodes: Tensor, states: Tensor, look: Look) -> Tensor:
+    """A score by which all candidates are alike: enough to ask a plan what it selects."""
+    return torch.zeros(len(nodes))
+
+
 class Select(Protocol):
     """Which candidates stay. A candidate is a state that a stochastic step arrives at, or from which one follows later.
 
@@ -24,6 +29,11 @@ class Select(Protocol):
     @property
     def counts(self) -> Mapping[int, int | None]:
         """Grid index -> how many candidates stay in each group; None: as many as `keep` says, at least one."""
+        ...
+
+    @property
+    def uses_velocity(self) -> bool:
+        """Whether `keep` may ask for velocities; the cost of those of dropped states is then in the plan's forecast."""
         ...
 
     def keep(self, tree: Tree, nodes: Tensor, states: Tensor, look: Look) -> Tensor:
@@ -43,6 +53,7 @@ class Best:
     counts: Mapping[int, int]
     score: Score
     within: Within = "group"
+    uses_velocity: bool = True
 
     def __post_init__(self) -> None:
         check_counts(self.counts, self.within)
@@ -133,17 +144,17 @@ def choose(
     return stays
 
 
-def selected_cost(tree: Tree, counts: Mapping[int, int], within: Within, *, looks: bool = False) -> Cost:
+def selected_cost(tree: Tree, counts: Mapping[int, int], within: Within, *, uses_velocity: bool = False) -> Cost:
     """What `tree` costs when `Best` selects on it, whichever states win.
 
-    rollout counts every state evaluated, also those that then turn out to lead nowhere, and if the score `looks` at
-    velocities those that it drops. ValueError where candidates of one index lead to subtrees of different cost: then it
+    rollout counts every state evaluated, also those that then turn out to lead nowhere, and if the score uses velocities (`uses_velocity`) those that it
+    drops. ValueError where candidates of one index lead to subtrees of different cost: then it
     depends on who wins.
     """
     seen = torch.zeros(len(tree), dtype=torch.bool)
 
     def any_will_do(tree: Tree, nodes: Tensor, states: Tensor, look: Look) -> Tensor:
-        seen[nodes] = looks
+        seen[nodes] = uses_velocity
         return torch.zeros(len(nodes))
 
     best = Best(counts, any_will_do, within)

@@ -13,7 +13,7 @@ from samplers.trees import Tree
 
 
 @dataclass(frozen=True, eq=False)
-class Copies:
+class UnsharedTree:
     """`tree`: `shared` with states copied, a topology like any other. origin [M]: which state each node is a copy of."""
 
     shared: Tree
@@ -33,7 +33,7 @@ class Copies:
         """`rollout` of the shared tree, paying for every copy; all arguments are those of the shared tree.
 
         The forest is that of the shared tree (of each state one copy), so credit and updates go on as ever; only
-        `evaluations` tells. Copies are equal bit for bit where the velocity of a row does not depend on its batch.
+        `evaluations` tells. UnsharedTree are equal bit for bit where the velocity of a row does not depend on its batch.
         """
         row_of_root = self.origin[: self.tree.num_roots]
         forest = rollout(
@@ -64,7 +64,7 @@ class Copies:
         )
 
 
-def unshared(tree: Tree, per: Literal["trajectory", "step"] = "trajectory") -> Copies:
+def unshared(tree: Tree, per: Literal["trajectory", "step"] = "trajectory") -> UnsharedTree:
     """`tree` with every state copied for all that use it.
 
     "trajectory": each leaf has its own states all the way from its own start: per-sample code.
@@ -95,7 +95,7 @@ def unshared(tree: Tree, per: Literal["trajectory", "step"] = "trajectory") -> C
         source=tree.source[source],
         num_steps=tree.num_steps,
     )
-    return Copies(tree, copied, source)
+    return UnsharedTree(tree, copied, source)
 
 
 def _by_trajectory(tree: Tree) -> tuple[list[int], list[int]]:

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from flowalign import models
-from flowalign.config import ConfigError, load_config
+from flowalign.config import load_config
+from flowalign.errors import ConfigError
 from flowalign.run.preflight import forecast
 
 CONFIG = str(Path(__file__).parent / "data" / "tiny.yaml")
@@ -23,7 +24,7 @@ BAD = [
     # types
     (["rollout.group_size=many"], "group_size"),
     (["run.seed=x"], "seed"),
-    (["trainer.optimiser.lr=fast"], "lr"),
+    (["trainer.optimizer.lr=fast"], "lr"),
     (["evaluation.count=none"], "count"),
     (["policy.lora.rank=1.5"], "rank"),
     # groups
@@ -53,17 +54,17 @@ BAD = [
     (["policy.lora.alpha=-1"], "alpha"),
     (["policy.lora.targets=[attn.to_qq]"], "attn.to_q"),
     (["policy.lora.targets=[]"], "targets"),
-    # optimiser and objective
-    (["trainer.optimiser.lr=0"], "lr"),
-    (["trainer.optimiser.max_grad_norm=0"], "max_grad_norm"),
-    (["trainer.optimiser.betas=[1.5,0.9]"], "betas"),
-    (["trainer.optimiser.weight_decay=-1"], "weight_decay"),
-    (["trainer.optimiser.eps=-1"], "eps"),
+    # optimizer and objective
+    (["trainer.optimizer.lr=0"], "lr"),
+    (["trainer.optimizer.max_grad_norm=0"], "max_grad_norm"),
+    (["trainer.optimizer.betas=[1.5,0.9]"], "betas"),
+    (["trainer.optimizer.weight_decay=-1"], "weight_decay"),
+    (["trainer.optimizer.eps=-1"], "eps"),
     (["trainer.micro_batch=0"], "micro_batch"),
     (["trainer.objective.clip_range=0"], "clip_range"),
     (["trainer.kl.beta=-1"], "beta"),
-    (["trainer.advantage.clip=-1"], "clip"),
-    (["trainer.advantage.delta=-1"], "delta"),
+    (["trainer.signal.advantage.clip=-1"], "clip"),
+    (["trainer.signal.advantage.delta=-1"], "delta"),
     (["trainer.kl.form=exakt"], "form"),
     # rewards
     (["reward=rewards.JPEGG"], "JPEG"),

@@ -4,8 +4,8 @@ from flowalign.advantage.asymmetric import Asymmetric
 from flowalign.advantage.base import Advantage, Advantages, Within, set_keys
 from flowalign.advantage.gated import VarianceGated
 from flowalign.advantage.mix import Mixed, PerChannel
-from flowalign.advantage.normalized import Normalised
+from flowalign.advantage.normalized import Normalized
 
 __all__ = [
-    "Advantage", "Advantages", "Asymmetric", "Mixed", "Normalised", "PerChannel", "VarianceGated", "Within", "set_keys",
+    "Advantage", "Advantages", "Asymmetric", "Mixed", "Normalized", "PerChannel", "VarianceGated", "Within", "set_keys",
 ]  # fmt: skip

@@ -17,7 +17,7 @@ class Mixed:
     """Channels times their `weights` (None: 1 each), mixed (grpo_family §2.6).
 
     how: "reward_sum" one advantage of the summed values; "advantage_sum" the sum of the channels' advantages (MixGRPO);
-    "gdpo" that sum, normalised once more over the batch (Flow-Factory); "keep" one column per channel: a clipped ratio
+    "gdpo" that sum, normalized once more over the batch (Flow-Factory); "keep" one column per channel: a clipped ratio
     then has one term per channel, and a weight on a column is the coefficient of its term (DanceGRPO, Euphonium).
     Where channels are summed, an edge is valid only if it is in every channel whose weight is not 0."""
 

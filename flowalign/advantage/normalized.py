@@ -14,7 +14,7 @@ from samplers import Forest
 
 
 @dataclass(frozen=True)
-class Normalised:
+class Normalized:
     """(value − mean of its set) / (std + delta), clipped (grpo_family §2.3).
 
     `std`: "set" the set's own (per-prompt), "batch" that of all valid edges (Flow-GRPO's global std), "largest" the
@@ -53,7 +53,7 @@ class Normalised:
         return advantage.clamp(-self.clip, self.clip), std
 
     def _scale(self, std: Tensor, sets: Sets) -> Tensor:
-        if self.std == "batch":  # of the raw rewards of the whole batch, not of the centred ones (flow_grpo)
+        if self.std == "batch":  # of the raw rewards of the whole batch, not of the centered ones (flow_grpo)
             return sets.values[sets.valid].std(correction=0).expand_as(std)
         if self.std == "largest":
             return (std[sets.usable].max() if bool(sets.usable.any()) else std.new_zeros(())).expand_as(std)

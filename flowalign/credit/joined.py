@@ -70,7 +70,7 @@ class ReturnToGo:
 @dataclass(frozen=True)
 class Joined:
     """Several credits side by side: channel c of the part called p becomes the channel "p/c" (say an outcome reward
-    broadcast and a process reward). PerChannel normalises them in different sets, a clipped ratio sums their terms."""
+    broadcast and a process reward). PerChannel normalizes them in different sets, a clipped ratio sums their terms."""
 
     parts: dict[str, Credit]
 

@@ -3,7 +3,7 @@
 `merged` is the configuration as it is. `per-edge`: one forward and backward per trained step in place of one per distinct
 state (and as many reference rows). `unshared`: that, and in the rollout every image has its own copy of its prefix.
 Variants take turns (A B C A B C …), so that a busy machine slows all alike; seconds are medians over iterations, counts
-are exact. No optimiser step is taken: all variants see the same weights.
+are exact. No optimizer step is taken: all variants see the same weights.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowalign.config import ConfigError, TrainConfig, load_config
-from flowalign.data import PromptRecord, load_prompts, prompts_of_iteration
-from flowalign.storage.files import write_atomic
 from flowalign.build import policy_of, task_of
-from flowalign.trainers import PolicyGradient, Task
+from flowalign.config import TrainConfig, load_config
+from flowalign.data import PromptRecord, load_prompts, prompts_of_iteration
 from flowalign.diagnostics.measure import now, per_edge, watched
+from flowalign.errors import ConfigError
+from flowalign.rollouts.task import Task
+from flowalign.storage.files import write_atomic
+from flowalign.trainers import PolicyGradient, policy_gradient
 from samplers import Forest, Kernel, Noise, Select, Tree, Velocity, unshared
 
 VARIANTS = ("merged", "per-edge", "unshared")
@@ -52,7 +54,8 @@ def compare(config: TrainConfig, variants: Sequence[str], iterations: int) -> li
         raise ConfigError(f"variants {list(variants)} came; expected some of {', '.join(VARIANTS)}")
     if iterations < 1:
         raise ConfigError(f"iterations={iterations} came; expected at least 1")
-    if not isinstance(config.trainer, PolicyGradient):
+    trainer = policy_gradient(config.trainer)
+    if trainer is None:
         raise ConfigError(
             f"trainer {type(config.trainer).__name__} came; expected PolicyGradient, whose steps are merged"
         )
@@ -64,7 +67,7 @@ def compare(config: TrainConfig, variants: Sequence[str], iterations: int) -> li
         for iteration in range(-1, iterations):  # the first one warms up
             chosen = prompts_of_iteration(prompts, config.rollout.groups, config.run.seed, max(iteration, 0))
             for name in variants:
-                found = _iteration(task, config.trainer, chosen, max(iteration, 0), name)
+                found = _iteration(task, trainer, chosen, max(iteration, 0), name)
                 if iteration >= 0:
                     measured[name].append(found)
     finally:
@@ -74,7 +77,7 @@ def compare(config: TrainConfig, variants: Sequence[str], iterations: int) -> li
     if any(row["evaluations"]["update"] == 0 for row in rows):
         raise ConfigError(
             "no step was trained in any of the iterations: all images of a prompt score alike; take a graded reward, or "
-            "trainer.select=flowalign.objectives.AllEdges to time the update all the same"
+            "trainer.signal.select=flowalign.selectors.AllEdges to time the update all the same"
         )
     return [{**row, "ratio": _ratios(row, rows[0])} for row in rows]
 

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from flowalign.advantage import Advantages
 from flowalign.models import Policy
-from flowalign.objectives import Moment, Selector
-from flowalign.selectors.edges import START
-from flowalign.trainers import PolicyGradient, Task, Trainer
-from flowalign.rollouts.collect import Collected
+from flowalign.rollouts.collect import ScoredRollout
+from flowalign.rollouts.task import Task
+from flowalign.selectors import SelectionContext, Selector
+from flowalign.selectors.base import START
+from flowalign.trainers import PolicyGradient, Trainer
 from samplers import Forest
 
 
@@ -63,7 +64,7 @@ def now() -> float:
     return time.perf_counter()
 
 
-def gradients(policy: Policy, trainer: Trainer, batch: Collected) -> dict[str, Tensor]:
+def gradients(policy: Policy, trainer: Trainer, batch: ScoredRollout) -> dict[str, Tensor]:
     """The gradient of all updates of a batch; no step is taken, and the parameters keep it in .grad."""
     for _, parameter in policy.trainable_parameters():
         parameter.grad = None
@@ -97,7 +98,7 @@ class Siblings:
     numbers: tuple[int, ...]
     states: int | None = None
 
-    def choose(self, forest: Forest, advantages: Advantages, moment: Moment = START) -> Tensor:
+    def choose(self, forest: Forest, advantages: Advantages, moment: SelectionContext = START) -> Tensor:
         chosen = self.inner.choose(forest, advantages, moment) & advantages.valid.any(1)
         number, several = _numbered(forest, chosen)
         chosen = chosen & torch.isin(number, torch.tensor(self.numbers))
@@ -117,19 +118,19 @@ def _numbered(forest: Forest, chosen: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def per_edge(
-    trainer: PolicyGradient, task: Task, batch: Collected, states: int | None = None, children: int | None = None
+    trainer: PolicyGradient, task: Task, batch: ScoredRollout, states: int | None = None, children: int | None = None
 ) -> list[tuple[PolicyGradient, float]]:
     """Trainers, each with its share of the loss, that together train the same edges with one forward and backward per
     edge: the n-th trains the n-th child of each state. `states`, `children`: see Siblings. LayerTuning is left out."""
-    number, _ = _numbered(batch.forest, trainer.chosen(batch)[1])
+    number, _ = _numbered(batch.forest, trainer.edge_signal(batch).chosen)
     widest = min(int(number.max()) + 1, children or len(number))
-    parts = [(n, with_edges(trainer, task, Siblings(trainer.select, (n,), states))) for n in range(widest)]
-    counts = [int(part.chosen(batch)[1].sum()) for _, part in parts]
+    parts = [(n, with_edges(trainer, task, Siblings(trainer.signal.select, (n,), states))) for n in range(widest)]
+    counts = [int(part.edge_signal(batch).chosen.sum()) for _, part in parts]
     return [(part, count / sum(counts)) for (_, part), count in zip(parts, counts, strict=True) if count]
 
 
 def with_edges(trainer: PolicyGradient, task: Task, select: Selector) -> PolicyGradient:
     """The trainer with other edges, in one update."""
-    other = replace(trainer, select=select, layer_tuning=None, updates_per_rollout=1)
+    other = replace(trainer, signal=replace(trainer.signal, select=select), layer_tuning=None, updates_per_rollout=1)
     other.prepare(task, None)
     return other

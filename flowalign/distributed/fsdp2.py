@@ -1,6 +1,6 @@
 """FSDP2 for the frozen weights of the network that is trained.
 
-Adapters and their optimiser are small: they stay whole on every process, and `Processes.sum_gradients` adds their
+Adapters and their optimizer are small: they stay whole on every process, and `Processes.sum_gradients` adds their
 gradients as ever.
 """
 
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from flowalign.config import ConfigError
-from flowalign.models import Policy
 from flowalign.distributed.processes import Processes
+from flowalign.errors import ConfigError
+from flowalign.models import Policy
 
 
 def shard(policy: Policy, processes: Processes, reshard_after_forward: bool = True) -> Processes:

@@ -1,7 +1,7 @@
 """The processes of a run: who does which share of the work, and how the shares become one batch again.
 
 The rollout is dealt by group, the update by state. Everything in between (credit, advantages, selection) is computed by
-every process on the whole batch, so all agree without asking; gradients are summed once per optimiser step. That needs
+every process on the whole batch, so all agree without asking; gradients are summed once per optimizer step. That needs
 no hooks in the network: processes may run different numbers of forwards and backwards without waiting for each other.
 Where the network's weights are sharded they cannot, and `level` brings them together (flowalign.distributed.fsdp2).
 """

@@ -1,4 +1,4 @@
-"""How gradients of all processes become one optimiser step."""
+"""How gradients of all processes become one optimizer step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flowalign.distributed.processes import Processes
 
 
 class Stepper(Protocol):
-    """Takes the steps of one optimiser. Every method is collective."""
+    """Takes the steps of one optimizer. Every method is collective."""
 
     def backward(self, loss: Tensor) -> None:
         """Adds to the gradients; the sum over micro-batches and processes is the loss of the step."""
@@ -24,28 +24,28 @@ class Stepper(Protocol):
         ...
 
     def whole(self, keep: bool) -> Optimizer:
-        """The optimiser with its whole state, for a checkpoint; it may be empty unless `keep`."""
+        """The optimizer with its whole state, for a checkpoint; it may be empty unless `keep`."""
         ...
 
 
 @dataclass(frozen=True)
 class Summed:
-    """The optimiser whole on every process; gradients are added up once per step, so numbers of backwards may differ."""
+    """The optimizer whole on every process; gradients are added up once per step, so numbers of backwards may differ."""
 
-    optimiser: Optimizer
+    optimizer: Optimizer
     processes: Processes
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
     def step(self, max_grad_norm: float) -> float:
-        trained = [parameter for group in self.optimiser.param_groups for parameter in group["params"]]
+        trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         self.processes.sum_gradients(trained)
         norm = float(torch.nn.utils.clip_grad_norm_(trained, max_grad_norm, foreach=False))
         if norm < float("inf"):
-            self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=True)
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
         return norm
 
     def whole(self, keep: bool) -> Optimizer:
-        return self.optimiser
+        return self.optimizer

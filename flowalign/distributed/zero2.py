@@ -1,6 +1,6 @@
-"""DeepSpeed's ZeRO-2: gradients and optimiser state of what is trained, shared out over the processes.
+"""DeepSpeed's ZeRO-2: gradients and optimizer state of what is trained, shared out over the processes.
 
-One engine per optimiser, around its parameters alone: the network is not wrapped, so rollouts and roles are as ever.
+One engine per optimizer, around its parameters alone: the network is not wrapped, so rollouts and roles are as ever.
 Each backward adds its gradients up over the processes, and each process keeps only its part of them.
 """
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from flowalign.config import ConfigError
+from flowalign.errors import ConfigError
 
 BUCKET = 50_000_000  # gradients sent in one message, at most
 
@@ -20,20 +20,20 @@ BUCKET = 50_000_000  # gradients sent in one message, at most
 class Zero2:
     """Satisfies `flowalign.distributed.stepper.Stepper`, whose methods' promises are not repeated. A state is taken up.
 
-    From now on `optimiser` holds this process's part; learning rates set in it are followed. A parameter that no
+    From now on `optimizer` holds this process's part; learning rates set in it are followed. A parameter that no
     backward reaches has gradient 0, where it is left alone without DeepSpeed: weight decay and momentum move it."""
 
-    def __init__(self, optimiser: Optimizer) -> None:
+    def __init__(self, optimizer: Optimizer) -> None:
         import deepspeed
 
-        self._optimiser = optimiser
-        self._members = [list(group["params"]) for group in optimiser.param_groups]
+        self._optimizer = optimizer
+        self._members = [list(group["params"]) for group in optimizer.param_groups]
         every = [parameter for members in self._members for parameter in members]
-        state = dict(optimiser.state)
-        optimiser.state.clear()
+        state = dict(optimizer.state)
+        optimizer.state.clear()
         self._engine = deepspeed.initialize(
             model=nn.ParameterList(every),
-            optimizer=optimiser,
+            optimizer=optimizer,
             config={
                 "train_micro_batch_size_per_gpu": 1,  # it must be said, and nothing reads it
                 "zero_optimization": {"stage": 2, "reduce_bucket_size": min(BUCKET, sum(p.numel() for p in every))},
@@ -54,16 +54,16 @@ class Zero2:
         return float(self._engine.get_global_grad_norm())
 
     def whole(self, keep: bool) -> Optimizer:
-        """The optimiser as it were without DeepSpeed, its state on the CPU; empty unless `keep`."""
+        """The optimizer as it were without DeepSpeed, its state on the CPU; empty unless `keep`."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        kind: Any = type(self._optimiser)
-        groups = list(zip(self._optimiser.param_groups, self._members, strict=True))
+        kind: Any = type(self._optimizer)
+        groups = list(zip(self._optimizer.param_groups, self._members, strict=True))
         plain: Optimizer = kind([{**group, "params": members} for group, members in groups])
         for group, members in groups:
             [part] = group["params"]
             for parameter in members:
-                for name, value in self._optimiser.state.get(part, {}).items():
+                for name, value in self._optimizer.state.get(part, {}).items():
                     moment = value.shape == part.shape
                     found = safe_get_full_optimizer_state(parameter, name) if moment else value.clone()
                     if keep:  # one at a time: the whole state is never on a GPU
@@ -77,15 +77,15 @@ class Zero2:
         steps = {float(state[p]["step"]) if p in state else 0.0 for members in self._members for p in members}
         if len(steps) > 1:
             raise ConfigError(
-                f"an optimiser whose parameters took {sorted(steps)} steps came, some not being reached each time; ZeRO-2 "
+                f"an optimizer whose parameters took {sorted(steps)} steps came, some not being reached each time; ZeRO-2 "
                 "has one number for all: go on with the launch configuration that wrote the checkpoint"
             )
-        for group, members in zip(self._optimiser.param_groups, self._members, strict=True):
+        for group, members in zip(self._optimizer.param_groups, self._members, strict=True):
             [part] = group["params"]
             first = state[members[0]]
             for name, value in first.items():
                 moment = value.shape == members[0].shape
-                self._optimiser.state[part][name] = torch.zeros_like(part) if moment else value.clone()
+                self._optimizer.state[part][name] = torch.zeros_like(part) if moment else value.clone()
         self._engine.optimizer._lazy_init_hp_params_optimizer_state()  # what it does itself after its first step
         for parameter, entries in state.items():
             for name, value in entries.items():

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from flowalign.data import PromptRecord, digest
-from flowalign.models.base import Conditions, Policy, encode_singly
 from flowalign.distributed.processes import Processes
+from flowalign.models.base import Conditions, Policy, encode_singly
 from rewards import Reward, RewardBatch, RewardError, score
 from samplers import ODE, Tree, normal, rollout, scattered
 
@@ -123,7 +123,7 @@ def sample(
         return policy.velocity(x, sigma, conditions.rows(root), guidance_scale=guidance_scale)
 
     sigmas = policy.sigmas(num_inference_steps, noise.shape[1:])
-    forest = rollout(velocity, policy.start(noise), sigmas, tree, ODE().on(policy.path), _no_noise)
+    forest = rollout(velocity, policy.start(noise), sigmas, tree, ODE().bind(policy.path), _no_noise)
     return forest.at(tree.leaves)
 
 

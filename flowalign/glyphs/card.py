@@ -59,17 +59,17 @@ With two idle cores the VAE took about 50 s and a step of the flow model about 0
 ## Figures
 
 On the first {measured} held-out prompts, with the shipped scheduler and one fixed noise seed. A word counts as exact if
-RapidOCR's recogniser reads it letter by letter ("0" counts as "O"; ground truth so reads 100 %); letters: right in
-their place; colours: ink and paper both nearest to the named ones. The standard error of a share near one half is
+RapidOCR's recognizer reads it letter by letter ("0" counts as "O"; ground truth so reads 100 %); letters: right in
+their place; colors: ink and paper both nearest to the named ones. The standard error of a share near one half is
 3 %.
 
-| steps | guidance | exact | letters | colours |
+| steps | guidance | exact | letters | colors |
 |---:|---:|---:|---:|---:|
 {figures}
 
 ## Limits
 
-Four capitals and 16 colour pairs are all it can do. Figures depend on the number of sampling steps, as the table shows.
+Four capitals and 16 color pairs are all it can do. Figures depend on the number of sampling steps, as the table shows.
 """
 
 
@@ -95,7 +95,7 @@ def model_card(
         train=len(train_prompts()),
         recipe=json.dumps(recipe, indent=2),
         figures="\n".join(
-            f"| {steps} | {scale:g} | {row.exact:.1%} | {row.letters:.1%} | {row.colours:.1%} |"
+            f"| {steps} | {scale:g} | {row.exact:.1%} | {row.letters:.1%} | {row.colors:.1%} |"
             for (steps, scale), row in figures.items()
         ),
     )

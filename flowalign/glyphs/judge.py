@@ -1,7 +1,7 @@
-"""Figures of a Glyphs pipeline: what RapidOCR reads, and which colours the pixels have.
+"""Figures of a Glyphs pipeline: what RapidOCR reads, and which colors the pixels have.
 
-For the model card and tests. Only RapidOCR's recogniser is used: a picture enlarged twice (nearest) has exactly the
-48 rows the recogniser wants. So read, all ground-truth renders of a sample of 500 were exact once "0" counts as "O".
+For the model card and tests. Only RapidOCR's recognizer is used: a picture enlarged twice (nearest) has exactly the
+48 rows the recognizer wants. So read, all ground-truth renders of a sample of 500 were exact once "0" counts as "O".
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ class Figures:
 
     exact: float
     letters: float
-    colours: float
+    colors: float
 
 
 def sample_pictures(
@@ -60,15 +60,15 @@ def judge(pictures: Tensor, records: Sequence[GlyphsPrompt]) -> Figures:
         sum(a == b for a, b in zip(word, target, strict=False)) / len(target)
         for word, target in zip(words, targets, strict=True)
     ]
-    colours = [
-        found == (record["ink"], record["paper"]) for found, record in zip(name_colours(pictures), records, strict=True)
+    colors = [
+        found == (record["ink"], record["paper"]) for found, record in zip(name_colors(pictures), records, strict=True)
     ]
     exact = [word == target for word, target in zip(words, targets, strict=True)]
-    return Figures(float(np.mean(exact)), float(np.mean(letters)), float(np.mean(colours)))
+    return Figures(float(np.mean(exact)), float(np.mean(letters)), float(np.mean(colors)))
 
 
 def read_words(pictures: Tensor) -> list[str]:
-    """What the recogniser reads, with "0" taken for "O"; "" where it reads nothing."""
+    """What the recognizer reads, with "0" taken for "O"; "" where it reads nothing."""
     rgb = (pictures.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
     bgr = [np.ascontiguousarray(image[..., ::-1].repeat(2, 0).repeat(2, 1)) for image in rgb]
     texts = _engine().recognize_txt(bgr).txts
@@ -76,8 +76,8 @@ def read_words(pictures: Tensor) -> list[str]:
     return [text.replace("0", "O") for text in texts]
 
 
-def name_colours(pictures: Tensor) -> list[tuple[str, str]]:
-    """The named ink and paper nearest to each picture's own, among all eight colours.
+def name_colors(pictures: Tensor) -> list[tuple[str, str]]:
+    """The named ink and paper nearest to each picture's own, among all eight colors.
 
     Paper is the median of the three top and bottom rows, which no letter reaches; ink is the mean of the tenth of the
     pixels furthest from it.
@@ -89,7 +89,7 @@ def name_colours(pictures: Tensor) -> list[tuple[str, str]]:
     distance = (pixels - paper[:, :, None]).square().sum(1)
     furthest = distance.topk(distance.shape[-1] // 10).indices
     ink = pixels.gather(2, furthest[:, None, :].expand(-1, 3, -1)).mean(-1)
-    nearest = [torch.cdist(colour, palette).argmin(1).tolist() for colour in (ink, paper)]
+    nearest = [torch.cdist(color, palette).argmin(1).tolist() for color in (ink, paper)]
     return [(names[i], names[p]) for i, p in zip(*nearest, strict=True)]
 
 

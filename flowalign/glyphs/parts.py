@@ -2,7 +2,7 @@
 
 What makes them learn on a CPU: a one-level VAE (24x48 latents, no downsampling) whose latents stay close to the pixels;
 CLIP encoders of one layer, because SD3 reads `hidden_states[-2]`, which then is exactly token plus position embedding;
-embeddings initialised at CLIP's position in the network but with a standard deviation near 1, not 0.02.
+embeddings initialized at CLIP's position in the network but with a standard deviation near 1, not 0.02.
 """
 
 import string
@@ -64,7 +64,7 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
 def build_vae(channels: int = 16) -> AutoencoderKL:
     """A KL-VAE of one level: as many latent pixels as pixels. It starts near the identity and is then trained.
 
-    One normalisation group: with several, group norm would take each group's brightness out of the picture.
+    One normalization group: with several, group norm would take each group's brightness out of the picture.
     """
     vae = AutoencoderKL(
         block_out_channels=(channels,),
@@ -101,11 +101,11 @@ def _start_near_identity(half: Encoder | Decoder, level: float = 8.0) -> None:
     last.weight.zero_()
     last.bias.zero_()
     deviation = level * (2 / first.out_channels) ** 0.5
-    for colour in range(3):
-        first.weight[colour, colour, 1, 1] = 1.0
-        first.weight[3 + colour, colour, 1, 1] = -1.0
-        last.weight[colour, colour, 1, 1] = deviation
-        last.weight[colour, 3 + colour, 1, 1] = -deviation
+    for color in range(3):
+        first.weight[color, color, 1, 1] = 1.0
+        first.weight[3 + color, color, 1, 1] = -1.0
+        last.weight[color, color, 1, 1] = deviation
+        last.weight[color, 3 + color, 1, 1] = -deviation
 
 
 def build_transformer(layers: int = 5, heads: int = 4, head_width: int = 32) -> SD3Transformer2DModel:

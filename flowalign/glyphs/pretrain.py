@@ -68,7 +68,7 @@ def pretrain(recipe: Pretraining, folder: Path, progress: Progress) -> StableDif
 
 
 def sample_batch(count: int, generator: torch.Generator) -> Batch:
-    """Uniformly random words that are not held out, colours and offsets."""
+    """Uniformly random words that are not held out, colors and offsets."""
     codes = _allowed_codes()
     code = codes[torch.randint(len(codes), (count,), generator=generator)]
     letters = torch.stack([code // 26**place % 26 for place in range(WORD_LENGTH)], dim=1)
@@ -187,8 +187,8 @@ def _allowed_codes() -> Tensor:
     return codes.nonzero().squeeze(1)
 
 
-def _palette(colours: dict[str, tuple[int, int, int]]) -> Tensor:
-    return torch.tensor(list(colours.values()), dtype=torch.float32) / 255
+def _palette(colors: dict[str, tuple[int, int, int]]) -> Tensor:
+    return torch.tensor(list(colors.values()), dtype=torch.float32) / 255
 
 
 def _generator(seed: int, stage: int, step: int) -> torch.Generator:

@@ -29,7 +29,7 @@ class Scene(NamedTuple):
 
 
 class GlyphsPrompt(TypedDict):
-    """A prompt with what rewards need to judge its picture; colours are RGB in 0..255."""
+    """A prompt with what rewards need to judge its picture; colors are RGB in 0..255."""
 
     prompt: str
     target: str
@@ -58,7 +58,7 @@ def parse_prompt(prompt: str) -> Scene:
 
 
 def train_prompts() -> list[GlyphsPrompt]:
-    """The prompts for alignment: TRAIN_WORDS words, each in one of the 16 colour pairs, evenly."""
+    """The prompts for alignment: TRAIN_WORDS words, each in one of the 16 color pairs, evenly."""
     return _records(_words()[HELD_OUT_WORDS:])
 
 
@@ -80,7 +80,7 @@ def _words() -> list[str]:
 
 
 def _records(words: list[str]) -> list[GlyphsPrompt]:
-    """One record per word; colour pairs cycle, so every pair is equally frequent."""
+    """One record per word; color pairs cycle, so every pair is equally frequent."""
     pairs = [(ink, paper) for ink in INKS for paper in PAPERS]
     records: list[GlyphsPrompt] = []
     for number, word in enumerate(words):

@@ -58,7 +58,7 @@ def draw(letters: Tensor, inks: Tensor, papers: Tensor, offsets: Tensor) -> Tens
 
 
 def render(words: Sequence[str], inks: Sequence[str], papers: Sequence[str], offsets: Tensor | None = None) -> Tensor:
-    """Pictures [N, 3, HEIGHT, WIDTH] in [0, 1] of words in named colours; without offsets, centred."""
+    """Pictures [N, 3, HEIGHT, WIDTH] in [0, 1] of words in named colors; without offsets, centered."""
     for word in words:
         if len(word) != WORD_LENGTH or not set(word) <= set(LETTERS):
             raise ValueError(f"cannot draw {word!r}; expected {WORD_LENGTH} capital letters: write it like 'KITE'")
@@ -68,9 +68,9 @@ def render(words: Sequence[str], inks: Sequence[str], papers: Sequence[str], off
     return draw(letters, _rgb(inks, INKS), _rgb(papers, PAPERS), offsets)
 
 
-def _rgb(names: Sequence[str], colours: dict[str, tuple[int, int, int]]) -> Tensor:
-    """Named colours as [N, 3] in [0, 1]."""
-    unknown = sorted(set(names) - set(colours))
+def _rgb(names: Sequence[str], colors: dict[str, tuple[int, int, int]]) -> Tensor:
+    """Named colors as [N, 3] in [0, 1]."""
+    unknown = sorted(set(names) - set(colors))
     if unknown:
-        raise ValueError(f"unknown colour {unknown[0]!r}; expected one of {', '.join(colours)}")
-    return torch.tensor([colours[name] for name in names], dtype=torch.float32) / 255
+        raise ValueError(f"unknown color {unknown[0]!r}; expected one of {', '.join(colors)}")
+    return torch.tensor([colors[name] for name in names], dtype=torch.float32) / 255

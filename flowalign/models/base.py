@@ -45,7 +45,7 @@ class Policy(Protocol):
 
     @property
     def path(self) -> samplers.Path:
-        """The noising law that `sigmas` and `velocity` speak of; kernels are bound to it by `Kernel.on(path)`."""
+        """The noising law that `sigmas` and `velocity` speak of; kernels are bound to it by `Kernel.bind(path)`."""
         ...
 
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
@@ -81,7 +81,7 @@ class Policy(Protocol):
         ...
 
     def trainable_parameters(self) -> list[tuple[str, Parameter]]:
-        """What the policy's optimiser gets, by name, in a fixed order."""
+        """What the policy's optimizer gets, by name, in a fixed order."""
         ...
 
     def add_roles(self, roles: Mapping[str, Role]) -> None:
@@ -93,7 +93,7 @@ class Policy(Protocol):
         ...
 
     def follow(self, step: int) -> None:
-        """Moves the roles that follow the policy, after its `step`-th optimiser step (1 is the first)."""
+        """Moves the roles that follow the policy, after its `step`-th optimizer step (1 is the first)."""
         ...
 
     def role(self, name: str) -> AbstractContextManager[None]:

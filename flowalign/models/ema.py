@@ -15,10 +15,10 @@ from flowalign.storage.named_tensors import check_same_names
 
 @dataclass
 class EMA:
-    """shadow ← decay·shadow + (1 − decay)·parameter, once per optimiser step; decay in [0, 1).
+    """shadow ← decay·shadow + (1 − decay)·parameter, once per optimizer step; decay in [0, 1).
 
     Shadows are fp32 whatever the parameters' type. Costs one more fp32 copy of the trained parameters, two inside
-    `applied`. Never touches `requires_grad`, gradients or the optimiser."""
+    `applied`. Never touches `requires_grad`, gradients or the optimizer."""
 
     named: InitVar[Iterable[tuple[str, Parameter]]]
     decay: float = 0.9
@@ -34,7 +34,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Moves the shadows; called after each optimiser step."""
+        """Moves the shadows; called after each optimizer step."""
         if self._applied:
             raise RuntimeError("EMA.update inside EMA.applied would average the average: leave the context first")
         for name, parameter in self._parameters.items():

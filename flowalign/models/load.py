@@ -12,8 +12,8 @@ from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline
 from torch import nn
 
-from flowalign.models import sd3, sd15
 from flowalign.models.base import Family, Policy, check_size
+from flowalign.models.families import sd3, sd15
 from flowalign.models.lora import LoRA, add_lora, matched_modules
 from flowalign.models.pipeline_policy import PipelinePolicy
 from samplers import Path as NoisingPath
@@ -92,7 +92,7 @@ def load_policy(
     reference_copy: keep a frozen copy, the reference of a full fine-tuning with a KL."""
     index = inspect_checkpoint(path)
     if trainable == "full" and dtype != "fp32":
-        raise ValueError(f"policy.trainable=full with policy.dtype={dtype}: expected fp32 weights for the optimiser")
+        raise ValueError(f"policy.trainable=full with policy.dtype={dtype}: expected fp32 weights for the optimizer")
     family = FAMILIES[index["_class_name"]]
     pipeline = DiffusionPipeline.from_pretrained(
         resolve(path), torch_dtype=DTYPES[dtype], **family.load_arguments(index)

@@ -51,7 +51,7 @@ class LoRA:
         if self.dropout:
             raise ValueError(
                 f"lora.dropout={self.dropout}: expected 0, since dropout makes the ratio of an unchanged policy differ "
-                "from 1; regularise with kl.beta instead"
+                "from 1; regularize with kl.beta instead"
             )
         if self.targets is not None and not self.targets:
             raise ValueError("lora.targets is empty: expected module names such as attn.to_q")
@@ -78,7 +78,7 @@ def _without_number(name: str) -> list[str]:
 
 
 def add_lora(network: ModelMixin, lora: LoRA, targets: Sequence[str], seed: int) -> None:
-    """Puts fp32 adapters on `targets` of the network, initialised from `seed` alone; everything else is frozen."""
+    """Puts fp32 adapters on `targets` of the network, initialized from `seed` alone; everything else is frozen."""
     network.requires_grad_(False)
     modules = matched_modules(network, targets)
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=modules, init_lora_weights="gaussian")

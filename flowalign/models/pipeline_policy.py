@@ -14,8 +14,9 @@ from torch.nn import Parameter
 import samplers
 from flowalign.models.base import Conditions, Model
 from flowalign.models.lora import ADAPTER, adapter_state, save_peft
-from flowalign.models.trained_network import PromptStore, TrainedNetwork
+from flowalign.models.prompt_store import PromptStore
 from flowalign.models.roles import Role
+from flowalign.models.trained_network import TrainedNetwork
 
 
 class PipelinePolicy:

@@ -18,8 +18,8 @@ class Role:
 
     update: "frozen" stays what it was; "copy" takes the policy's weights (an `old` snapshot); "ema" is
     role ← d·role + (1-d)·policy with d = decay, or min(decay, rate·n) at the n-th update if a `rate` is given
-    (DiffusionNFT's schedule for the sampling policy); "trained" has an optimiser of its own, the trainer's business.
-    every: optimiser steps of the policy between two updates."""
+    (DiffusionNFT's schedule for the sampling policy); "trained" has an optimizer of its own, the trainer's business.
+    every: optimizer steps of the policy between two updates."""
 
     update: Literal["frozen", "copy", "ema", "trained"] = "frozen"
     every: int = 1
@@ -28,7 +28,7 @@ class Role:
 
     def __post_init__(self) -> None:
         if self.every < 1:
-            raise ValueError(f"role.every={self.every}: expected a number of optimiser steps, at least 1")
+            raise ValueError(f"role.every={self.every}: expected a number of optimizer steps, at least 1")
         if not 0 <= self.decay < 1:
             raise ValueError(f"role.decay={self.decay}: expected 0 <= decay < 1")
         if self.rate is not None and self.rate <= 0:
@@ -44,7 +44,7 @@ Named = Iterable[tuple[str, Parameter]]
 
 @torch.no_grad()
 def follow(role: Role, step: int, policy: Named, own: Named) -> None:
-    """Moves a role's weights after the policy's `step`-th optimiser step (1 is the first), if it is time. In place:
+    """Moves a role's weights after the policy's `step`-th optimizer step (1 is the first), if it is time. In place:
     not between a forward under the role and its backward."""
     if role.update not in ("copy", "ema") or step % role.every:
         return

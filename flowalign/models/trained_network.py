@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-import torch
 from diffusers import ModelMixin
 from torch import nn
 from torch.nn import Parameter
 
-from flowalign.models.base import Conditions
 from flowalign.models.lora import ADAPTER, adapter_parameters, add_adapter, answering
 from flowalign.models.roles import BUILT_IN, Role, check_roles, follow
 
@@ -85,23 +83,3 @@ class TrainedNetwork:
 
     def _unknown(self, name: str) -> ValueError:
         return ValueError(f"role {name!r} came; expected one of {', '.join((*BUILT_IN, *self._roles))}")
-
-
-class PromptStore:
-    """Encoded prompts by text: each distinct text goes through the encoders once per run; `encoded` counts them."""
-
-    def __init__(self, encode: Callable[[list[str]], Conditions]) -> None:
-        self._encode = encode
-        self._rows: dict[str, Conditions] = {}
-
-    @property
-    def encoded(self) -> int:
-        return len(self._rows)
-
-    def conditions(self, prompts: Sequence[str]) -> Conditions:
-        """One row per prompt."""
-        new = [text for text in dict.fromkeys(prompts) if text not in self._rows]
-        if new:
-            whole = self._encode(new)
-            self._rows |= {text: whole.rows(torch.tensor([row])) for row, text in enumerate(new)}
-        return Conditions.cat([self._rows[text] for text in prompts])

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from samplers import Forest
+from samplers import Forest, Path
 from samplers.kernels.base import spread
 
 
@@ -51,6 +51,14 @@ class LayerTuning:
             raise ValueError(f"target={self.target!r} came; expected 'best_path_velocity' or 'best_leaf_fm'")
         if self.scale < 0 or (self.fade is not None and self.fade < 1):
             raise ValueError(f"scale={self.scale}, fade={self.fade} came; expected scale >= 0 and fade >= 1 or None")
+
+    def check(self, path: Path) -> None:
+        """ValueError unless the target's formula holds for a policy on `path`."""
+        if self.target == "best_leaf_fm" and not path.rectified:
+            raise ValueError(
+                f"got layer_tuning.target={self.target} for a policy on {type(path).__name__}; its formula is that of a "
+                "rectified flow: take best_path_velocity"
+            )
 
     @property
     def needs_old(self) -> bool:

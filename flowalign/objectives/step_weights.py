@@ -1,6 +1,6 @@
 """Step weights: what an edge's loss is multiplied by (the table of grpo_family §1.5).
 
-At ratio 1 the gradient of an edge is (slope/std)·z/D, whose size differs 26-fold over the steps of one grid; with
+At ratio 1 the gradient of an edge is (velocity_coef/std)·z/D, whose size differs 26-fold over the steps of one grid; with
 constants "none" it is 2·std² times that. Scales named below are those of full constants."""
 
 from __future__ import annotations
@@ -11,18 +11,28 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from samplers import Forest, Step
+from samplers import Forest, Path, Step
 
 
 class StepWeight(Protocol):
+    def check(self, path: Path) -> None:
+        """ValueError unless its formula holds for a policy on `path`."""
+        ...
+
     def weigh(self, step: Step, forest: Forest, edges: Tensor) -> Tensor:
         """Weights [E] of the transitions in `step`, which arrived at `edges` [E]."""
         ...
 
 
+def on_any_path(weight: StepWeight, path: Path) -> None:
+    """The `check` of a weight whose formula holds on every path."""
+
+
 @dataclass(frozen=True)
 class Uniform:
     """1: gradient scale |b|/s (Flow-GRPO, DanceGRPO, MixGRPO)."""
+
+    check = on_any_path
 
     def weigh(self, step: Step, forest: Forest, edges: Tensor) -> Tensor:
         return torch.ones_like(step.std)
@@ -34,8 +44,10 @@ class FlatGradient:
 
     1/(2s|b|) where the log-prob has no constants (CPS by default), 0 at its step without noise."""
 
+    check = on_any_path
+
     def weigh(self, step: Step, forest: Forest, edges: Tensor) -> Tensor:
-        flat = step.std / step.policy.slope.abs()
+        flat = step.std / step.policy.velocity_coef.abs()
         if step.policy.constants == "full":
             return flat
         return torch.where(step.std > 0, flat / (2 * step.std.square()), 0.0)  # such a log-prob moves 2s² times as much
@@ -43,15 +55,19 @@ class FlatGradient:
 
 @dataclass(frozen=True)
 class InverseLength:
-    """1/h (GRPO-Guard's weight, meant for its normalised ratio)."""
+    """1/h (GRPO-Guard's weight, meant for its normalized ratio)."""
+
+    check = on_any_path
 
     def weigh(self, step: Step, forest: Forest, edges: Tensor) -> Tensor:
-        return 1 / step.policy.length
+        return 1 / step.policy.step_size
 
 
 @dataclass(frozen=True)
 class StdOverMean:
     """s / mean of s over all steps but the last (TempFlow-GRPO's noise-aware weight): gradient scale ∝ |b|."""
+
+    check = on_any_path
 
     def weigh(self, step: Step, forest: Forest, edges: Tensor) -> Tensor:
         sigmas = forest.sigmas.double()
@@ -64,6 +80,13 @@ class LongCat:
     """√(σ/(1−σ))/√h (LongCat-Video's loss_reweighting, in GenRL): flat gradients with Flow-SDE, whatever its noise level.
 
     Where σ is 1 the σ' of the step stands for it inside 1−σ, as in Flow-SDE. The KL's weight (its square) is not kept."""
+
+    def check(self, path: Path) -> None:
+        if not path.rectified:
+            raise ValueError(
+                f"got step_weight=LongCat for a policy on {type(path).__name__}; its formula is that of a rectified flow: take "
+                "FlatGradient"
+            )
 
     def weigh(self, step: Step, forest: Forest, edges: Tensor) -> Tensor:
         sigma, sigma_next = (values.double() for values in forest.step_sigmas(edges))

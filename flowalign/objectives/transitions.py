@@ -13,7 +13,7 @@ from samplers.kernels.base import spread
 
 
 @dataclass(frozen=True, eq=False)
-class Known:
+class Transitions:
     """What an objective may read of E transitions besides their log-probs.
 
     step: the transitions under the current policy, with gradient. arrived [E, *]: the states reached. old: the same
@@ -28,11 +28,16 @@ class Known:
 
 
 class Objective(Protocol):
-    """A loss of transitions. Where only log-probs matter, `known` may be left out."""
+    """A loss of transitions. Where only log-probs matter, `transitions` may be left out."""
 
     @property
     def needs_old_means(self) -> bool:
-        """Whether `known.old` must be there."""
+        """Whether `transitions.old` must be there."""
+        ...
+
+    @property
+    def has_clip_range(self) -> bool:
+        """Whether `transitions.bounds` may take the place of its own."""
         ...
 
     @property
@@ -40,15 +45,19 @@ class Objective(Protocol):
         """How far `log_ratio` may be from 0 with unchanged weights before the update would act on rounding."""
         ...
 
-    def log_ratio(self, log_prob: Tensor, old_log_prob: Tensor, known: Known | None = None) -> Tensor:
+    def log_ratio(self, log_prob: Tensor, old_log_prob: Tensor, transitions: Transitions | None = None) -> Tensor:
         """The logarithm [E] of the ratio that the objective clips or masks."""
         ...
 
-    def loss(self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, known: Known | None = None) -> Tensor:
+    def loss(
+        self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, transitions: Transitions | None = None
+    ) -> Tensor:
         """`log_prob`, `old_log_prob` [E]; `advantages` [E, C]. Returns the loss [E], summed over channels."""
         ...
 
-    def clipped(self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, known: Known | None = None) -> Tensor:
+    def clipped(
+        self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, transitions: Transitions | None = None
+    ) -> Tensor:
         """[E] which transitions are outside the trust region: a metric."""
         ...
 
@@ -59,9 +68,10 @@ class ClippedRatio:
 
     `clip_range` is one number or (below, above). It acts on the ratio of the kernel's own log-probs: 1e-4 is the
     Flow-GRPO value for mean-reduced log-probs of about 65,536 elements; for D elements scale it by √(65,536/D). A term's
-    coefficient is a factor on its channel (Mixed.weights). `known.bounds` take the place of clip_range."""
+    coefficient is a factor on its channel (Mixed.weights). `transitions.bounds` take the place of clip_range."""
 
     clip_range: float | tuple[float, float] = 1e-4
+    has_clip_range = True
 
     def __post_init__(self) -> None:
         _check_clip(self.clip_range)
@@ -74,14 +84,18 @@ class ClippedRatio:
     def drift_limit(self) -> float:
         return min(_pair(self.clip_range))
 
-    def log_ratio(self, log_prob: Tensor, old_log_prob: Tensor, known: Known | None = None) -> Tensor:
+    def log_ratio(self, log_prob: Tensor, old_log_prob: Tensor, transitions: Transitions | None = None) -> Tensor:
         return log_prob - old_log_prob
 
-    def loss(self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, known: Known | None = None) -> Tensor:
-        return _surrogate(self.log_ratio(log_prob, old_log_prob), advantages, _bounds(self.clip_range, known))
+    def loss(
+        self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, transitions: Transitions | None = None
+    ) -> Tensor:
+        return _surrogate(self.log_ratio(log_prob, old_log_prob), advantages, _bounds(self.clip_range, transitions))
 
-    def clipped(self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, known: Known | None = None) -> Tensor:
-        return _outside(self.log_ratio(log_prob, old_log_prob), _bounds(self.clip_range, known))
+    def clipped(
+        self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, transitions: Transitions | None = None
+    ) -> Tensor:
+        return _outside(self.log_ratio(log_prob, old_log_prob), _bounds(self.clip_range, transitions))
 
 
 @dataclass(frozen=True)
@@ -97,6 +111,7 @@ class Guard:
 
     clip_range: float | tuple[float, float] = 2e-6
     weight: Literal["none", "inv_h", "beta_over_h", "inv_b"] = "inv_h"
+    has_clip_range = True
 
     def __post_init__(self) -> None:
         _check_clip(self.clip_range)
@@ -111,24 +126,28 @@ class Guard:
     def drift_limit(self) -> float:
         return min(_pair(self.clip_range))
 
-    def log_ratio(self, log_prob: Tensor, old_log_prob: Tensor, known: Known | None = None) -> Tensor:
-        here, old = _both(known)
+    def log_ratio(self, log_prob: Tensor, old_log_prob: Tensor, transitions: Transitions | None = None) -> Tensor:
+        here, old = _both(transitions)
         z = (here.arrived.to(old.policy.mean) - old.policy.mean) / spread(old.policy.std, old.policy.mean)
         return _reduce(here.step, z * (here.step.policy.mean - old.policy.mean))
 
-    def loss(self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, known: Known | None = None) -> Tensor:
-        here, _ = _both(known)
+    def loss(
+        self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, transitions: Transitions | None = None
+    ) -> Tensor:
+        here, _ = _both(transitions)
         log_ratio = self.log_ratio(log_prob, old_log_prob, here)
         return self._weigh(here.step) * _surrogate(log_ratio, advantages, _bounds(self.clip_range, here))
 
-    def clipped(self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, known: Known | None = None) -> Tensor:
-        return _outside(self.log_ratio(log_prob, old_log_prob, known), _bounds(self.clip_range, known))
+    def clipped(
+        self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, transitions: Transitions | None = None
+    ) -> Tensor:
+        return _outside(self.log_ratio(log_prob, old_log_prob, transitions), _bounds(self.clip_range, transitions))
 
     def _weigh(self, step: Step) -> Tensor:
-        slope, length = step.policy.slope.abs(), step.policy.length
+        velocity_coef, length = step.policy.velocity_coef.abs(), step.policy.step_size
         if self.weight == "none":
             return torch.ones_like(length)
-        return {"inv_h": 1 / length, "beta_over_h": slope / length**2, "inv_b": 1 / slope}[self.weight]
+        return {"inv_h": 1 / length, "beta_over_h": velocity_coef / length**2, "inv_b": 1 / velocity_coef}[self.weight]
 
 
 @dataclass(frozen=True)
@@ -139,6 +158,7 @@ class KLMask:
     KL is exact, Δμ²/(2s²), reduced like the log-prob: 1e-5 is for means over elements. Needs the old means."""
 
     max_kl: float = 1e-5
+    has_clip_range = False
 
     def __post_init__(self) -> None:
         if not self.max_kl > 0:
@@ -152,19 +172,23 @@ class KLMask:
     def drift_limit(self) -> float:
         return self.max_kl
 
-    def log_ratio(self, log_prob: Tensor, old_log_prob: Tensor, known: Known | None = None) -> Tensor:
+    def log_ratio(self, log_prob: Tensor, old_log_prob: Tensor, transitions: Transitions | None = None) -> Tensor:
         return log_prob - old_log_prob
 
-    def loss(self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, known: Known | None = None) -> Tensor:
+    def loss(
+        self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, transitions: Transitions | None = None
+    ) -> Tensor:
         ratio = self.log_ratio(log_prob, old_log_prob).exp()[:, None]
-        return torch.where(self._masked(ratio, advantages, known), 0.0, -advantages * ratio).sum(1)
+        return torch.where(self._masked(ratio, advantages, transitions), 0.0, -advantages * ratio).sum(1)
 
-    def clipped(self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, known: Known | None = None) -> Tensor:
+    def clipped(
+        self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, transitions: Transitions | None = None
+    ) -> Tensor:
         ratio = self.log_ratio(log_prob, old_log_prob).exp()[:, None]
-        return self._masked(ratio, advantages, known).any(1)
+        return self._masked(ratio, advantages, transitions).any(1)
 
-    def _masked(self, ratio: Tensor, advantages: Tensor, known: Known | None) -> Tensor:
-        here, old = _both(known)
+    def _masked(self, ratio: Tensor, advantages: Tensor, transitions: Transitions | None) -> Tensor:
+        here, old = _both(transitions)
         far = here.step.kl(old, form="exact").detach() >= self.max_kl
         away = ((advantages > 0) & (ratio > 1)) | ((advantages < 0) & (ratio < 1))
         return far[:, None] & away
@@ -186,9 +210,9 @@ def _outside(log_ratio: Tensor, bounds: Tensor) -> Tensor:
     return ((ratio < 1 - limits[..., 0]) | (ratio > 1 + limits[..., 1])).any(1)
 
 
-def _bounds(clip_range: float | tuple[float, float], known: Known | None) -> Tensor:
-    if known is not None and known.bounds is not None:
-        return known.bounds
+def _bounds(clip_range: float | tuple[float, float], transitions: Transitions | None) -> Tensor:
+    if transitions is not None and transitions.bounds is not None:
+        return transitions.bounds
     return torch.tensor(_pair(clip_range), dtype=torch.float64).reshape(1, 1, 2)
 
 
@@ -201,10 +225,12 @@ def _check_clip(clip_range: float | tuple[float, float]) -> None:
         raise ValueError(f"clip_range={clip_range}: expected numbers above 0; a large one switches clipping off")
 
 
-def _both(known: Known | None) -> tuple[Known, Step]:
-    if known is None or known.old is None:
-        raise ValueError("this objective needs the step under the rollout's weights: pass Known(step, arrived, old)")
-    return known, known.old
+def _both(transitions: Transitions | None) -> tuple[Transitions, Step]:
+    if transitions is None or transitions.old is None:
+        raise ValueError(
+            "this objective needs the step under the rollout's weights: pass Transitions(step, arrived, old)"
+        )
+    return transitions, transitions.old
 
 
 def _reduce(step: Step, values: Tensor) -> Tensor:

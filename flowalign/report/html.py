@@ -17,8 +17,8 @@ from typing import Any
 import jinja2
 
 from flowalign.report.charts import Panel, bars, curves
-from flowalign.storage.files import write_atomic
 from flowalign.report.grids import by_number, newest_pairs, read_json
+from flowalign.storage.files import write_atomic
 from flowalign.storage.metrics_log import Row, read_rows
 
 HEALTH = (
@@ -82,7 +82,7 @@ def load_snippet(run_folder: Path, pipeline: dict[str, Any]) -> str:
 
 
 def _template() -> jinja2.Template:
-    source = (files("flowalign") / "templates" / "report.html").read_text(encoding="utf-8")
+    source = (files("flowalign.report") / "report.html").read_text(encoding="utf-8")
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

@@ -9,14 +9,14 @@ from typing import Any
 
 from flowalign.config import TrainConfig
 from flowalign.evaluation.evaluate import EvaluationResult
-from flowalign.storage.files import write_atomic
 from flowalign.evaluation.paired_gain import captions, compare, summary
-from flowalign.report.grids import grid
 from flowalign.models import Policy
+from flowalign.report.grids import grid
 from flowalign.report.html import write_report
+from flowalign.storage.files import write_atomic
 
 
-def summarise(
+def summarize(
     config: TrainConfig, policy: Policy, base: EvaluationResult, tuned: EvaluationResult,
     totals: Mapping[str, float], seconds: float,
 ) -> dict[str, Any]:  # fmt: skip

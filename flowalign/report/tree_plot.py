@@ -15,7 +15,7 @@ from torch import Tensor
 from flowalign.report.charts import INK, RULE, SOFT, STYLE
 from samplers import Forest, Tree
 
-GREY = "#9aa5b1"
+GRAY = "#9aa5b1"
 LABELLED = 300  # leaves; a picture of more does not grow, and says no rewards
 
 
@@ -25,15 +25,15 @@ def plot_tree(
     """PNG of one group's tree: time from left (noise) to right (data), a leaf's reward at its end.
 
     scores, valid: [L] in the order of tree.leaves. edge_values [E] (credit or advantage, in the order of tree.edges)
-    colour the stochastic steps; without them they are drawn in the mean reward of the leaves below. Deterministic steps
-    are thin and grey, stochastic ones without a value thick and grey; an invalid leaf is a cross. ValueError for a group that is not there."""
+    color the stochastic steps; without them they are drawn in the mean reward of the leaves below. Deterministic steps
+    are thin and gray, stochastic ones without a value thick and gray; an invalid leaf is a cross. ValueError for a group that is not there."""
     tree = forest.tree
     if not 0 <= group < tree.num_groups:
         raise ValueError(f"group={group} came; expected 0..{tree.num_groups - 1}")
     ok = torch.ones(len(scores), dtype=torch.bool) if valid is None else valid
     height = _heights(tree, group)
     own = (tree.group == group) & (tree.parent >= 0)
-    colour = _edge_colours(forest, scores, ok, edge_values)
+    color = _edge_colors(forest, scores, ok, edge_values)
     with matplotlib.rc_context(STYLE):
         rows = int((tree.group[tree.leaves] == group).sum())
         figure = Figure(figsize=(10, 0.9 + 0.2 * min(max(rows, 4), LABELLED)), layout="constrained")
@@ -41,11 +41,11 @@ def plot_tree(
         for hot in (False, True):
             nodes = (own & ((tree.level > 0) == hot)).nonzero().flatten()
             ways = [_way(tree, height, node) for node in nodes.tolist()]
-            lines = LineCollection(ways, linewidths=1.8 if hot else 0.8, colors=None if hot else GREY, zorder=1 + hot)
+            lines = LineCollection(ways, linewidths=1.8 if hot else 0.8, colors=None if hot else GRAY, zorder=1 + hot)
             if hot:
-                lines.set_array(colour[nodes].numpy())
+                lines.set_array(color[nodes].numpy())
                 lines.set_cmap(colormaps["viridis"].with_extremes(bad=RULE))
-                lines.set_norm(_norm(colour[own & (tree.level > 0)]))
+                lines.set_norm(_norm(color[own & (tree.level > 0)]))
             axis.add_collection(lines)
         if bool((own & (tree.level > 0)).any()):
             bar = figure.colorbar(lines, ax=axis, pad=0.08, fraction=0.03)
@@ -106,23 +106,23 @@ def _heights(tree: Tree, group: int) -> Tensor:
     return height
 
 
-def _edge_colours(forest: Forest, scores: Tensor, ok: Tensor, edge_values: Tensor | None) -> Tensor:
-    """[N] what each stochastic step is coloured by."""
+def _edge_colors(forest: Forest, scores: Tensor, ok: Tensor, edge_values: Tensor | None) -> Tensor:
+    """[N] what each stochastic step is colored by."""
     tree = forest.tree
-    colour = torch.zeros(len(tree), dtype=torch.float64)
+    color = torch.zeros(len(tree), dtype=torch.float64)
     if edge_values is not None:
         if edge_values.shape != tree.edges.shape:
             raise ValueError(
                 f"edge_values {list(edge_values.shape)} came; expected one per edge, {list(tree.edges.shape)}"
             )
-        colour[tree.edges] = edge_values.double()
-        return colour
+        color[tree.edges] = edge_values.double()
+        return color
     edge, leaf = tree.leaf_of_edge
     total, count = (torch.zeros(len(tree.edges), dtype=torch.float64) for _ in range(2))
     total.index_add_(0, edge, torch.where(ok, scores.double(), 0.0)[leaf])
     count.index_add_(0, edge, ok[leaf].double())
-    colour[tree.edges] = total / count  # nan, drawn grey, where no leaf below is valid
-    return colour
+    color[tree.edges] = total / count  # nan, drawn gray, where no leaf below is valid
+    return color
 
 
 def _norm(values: Tensor) -> Normalize:

@@ -12,15 +12,15 @@ from torch import Tensor
 
 from flowalign.data import PromptRecord
 from flowalign.models.base import Conditions, encode_singly
-from flowalign.trainers.base import Rollout, Task
-from flowalign.rollouts.gather import survivors, whole_forest, whole_output
+from flowalign.rollouts.gather import gather_forest, gather_output, survivors
+from flowalign.rollouts.task import Rollout, Task
 from rewards import RewardBatch, RewardOutput, score
-from samplers import Forest, KeyedNoise, Look, Selected, Tree, rollout, sampled
+from samplers import Forest, KeyedNoise, Look, Tree, rollout, sampled
 from samplers.noise import generator, visits
 
 
 @dataclass(frozen=True, eq=False)
-class Collected:
+class ScoredRollout:
     """A scored forest. `conditions` has one row per group; scores [L, C] and valid [L, C] follow `tree.leaves`."""
 
     forest: Forest
@@ -51,7 +51,7 @@ def grow(settings: Rollout, seed: int, iteration: int, groups: Iterable[int]) ->
 def collect(
     task: Task, prompts: Sequence[PromptRecord], iteration: int, *, keep_velocities: bool = False,
     roll: Callable[..., Forest] | None = None,
-) -> Collected:  # fmt: skip
+) -> ScoredRollout:  # fmt: skip
     """Rolls out `prompts` (one group each), decodes every leaf and scores it.
 
     keep_velocities: the forest keeps the rollout's own velocities, as the role "old". roll: another engine with the
@@ -70,7 +70,7 @@ def collect(
     if processes.count > 1:
         planned = grow(task.rollout, task.seed, iteration, range(len(prompts)))
         whole = survivors(processes, planned, forest.tree)
-        forest, output = whole_forest(processes, whole, forest), whole_output(processes, whole, output)
+        forest, output = gather_forest(processes, whole, forest), gather_output(processes, whole, output)
     metrics = {
         **_reward_metrics(task.reward.name, output, sampled(forest.tree)),
         "cost/rollout_per_image": rows / len(output.scores),
@@ -79,7 +79,7 @@ def collect(
         "time/reward": output.elapsed,
         "time/reward_ms_per_image": milliseconds,
     }
-    return Collected(
+    return ScoredRollout(
         forest=forest,
         conditions=conditions,
         scores=output.scores[:, None],
@@ -118,10 +118,9 @@ def _roll_out(
         output, _ = _judge(task, prompts, tree.group[nodes] + share.start, x0)
         return torch.where(output.valid, output.scores, torch.finfo(output.scores.dtype).min)
 
-    select = settings.plan.by(preview) if isinstance(settings.plan, Selected) else None
     return roll(
         velocity, policy.start(noise.start(tree)), sigmas, tree, settings.kernel, noise.step,
-        micro_batch=settings.micro_batch, select=select,
+        micro_batch=settings.micro_batch, select=settings.plan.select(preview),
     )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ def survivors(processes: Processes, tree: Tree, mine: Tree) -> Tree:
     return tree if bool(stays.all()) else tree.keep(stays)
 
 
-def whole_forest(processes: Processes, tree: Tree, forest: Forest) -> Forest:
+def gather_forest(processes: Processes, tree: Tree, forest: Forest) -> Forest:
     """The forest of `tree`, of which each process rolled out the groups of its share, in the same order of nodes."""
     nodes = _by_process(processes, tree)
     kept = torch.zeros(len(tree), dtype=torch.bool)
@@ -40,7 +40,7 @@ def whole_forest(processes: Processes, tree: Tree, forest: Forest) -> Forest:
     return whole
 
 
-def whole_output(processes: Processes, tree: Tree, output: RewardOutput) -> RewardOutput:
+def gather_output(processes: Processes, tree: Tree, output: RewardOutput) -> RewardOutput:
     """The scores of all leaves, in the order of `tree.leaves`; `info` stays with the process that has the images."""
     nodes = _by_process(processes, tree)
     order = torch.searchsorted(tree.leaves, nodes[tree.index[nodes] == tree.num_steps])

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from flowalign import checkpoint
-from flowalign.config import ConfigError
+from flowalign.errors import ConfigError
 from flowalign.storage.files import write_atomic
 from flowalign.storage.metrics_log import MetricsLog
 

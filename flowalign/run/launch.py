@@ -9,12 +9,14 @@ from typing import Any
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, compare_versions, is_deepspeed_available
 from torch.distributed.fsdp import CPUOffloadPolicy
 
-from flowalign.config import ConfigError, PolicySettings
-from flowalign.trainers import Rollout
-from samplers import Guided
+from flowalign.config import PolicySettings
+from flowalign.errors import ConfigError
+from flowalign.rollouts.task import Rollout
 
 KINDS = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU", "FSDP", "DEEPSPEED")
-OLDEST_DEEPSPEED = "0.19.8"  # the first tried; one that lacks a setting of flowalign.distributed.zero2 would ignore it in silence
+OLDEST_DEEPSPEED = (
+    "0.19.8"  # the first tried; one that lacks a setting of flowalign.distributed.zero2 would ignore it in silence
+)
 FOLLOWED: dict[str, tuple[Any, ...]] = {  # what accelerate makes of deepspeed_zero2.yaml; all else unset
     "zero_optimization.stage": (2,),
     "zero_optimization.offload_optimizer.device": ("none",),
@@ -97,8 +99,8 @@ def check_processes(count: int, rollout: Rollout) -> None:
             f"{count} processes came for rollout.groups={rollout.groups}: a prompt's tree lives on one process, so launch at "
             "most as many processes as there are groups"
         )
-    if count > 1 and isinstance(rollout.kernel, Guided):
+    if count > 1 and rollout.kernel.uses_rows:
         raise ConfigError(
-            f"{count} processes came with rollout.kernel=samplers.Guided, which asks for gradients by the row numbers of one "
+            f"{count} processes came with rollout.kernel={rollout.kernel}, whose steps depend on the row numbers of one "
             "process's own trees: launch one process"
         )

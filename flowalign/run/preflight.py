@@ -19,7 +19,7 @@ def forecast(config: TrainConfig) -> str:
             f"run {run.name}: {run.iterations} iterations × {rollout.groups} prompts × {cost.leaves} images = "
             f"{run.iterations * images:,} images",
             f"per iteration: {images} images, at most {cost.edges * rollout.groups} trained steps at "
-            f"{cost.train * rollout.groups} distinct states, {updates} optimiser step(s) of "
+            f"{cost.train * rollout.groups} distinct states, {updates} optimizer step(s) of "
             f"{rollout.groups // updates} prompts",
             f"network evaluations per image: rollout {sample / images:.2f}, update at most {train / images:.2f} "
             "forward and backward" + (f", reference at most {reference / images:.2f}" if reference else ""),

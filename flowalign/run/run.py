@@ -18,27 +18,28 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from flowalign import checkpoint
-from flowalign.storage.checkpoint import CheckpointError, Tensors
-from flowalign.config import ConfigError, TrainConfig
-from flowalign.data import PromptRecord, digest, load_prompts, prompts_of_iteration
-from flowalign.models.ema import EMA
-from flowalign.evaluation.evaluate import EvaluationResult, evaluate
-from flowalign.storage.files import DamagedFile, write_atomic
-from flowalign.run.folder import describe, open_folder
-from flowalign.run.preflight import forecast
-from flowalign.run.launch import check_deepspeed, check_environment, check_launch, check_processes
-from flowalign.storage.metrics_log import MetricsLog
-from flowalign.report.tree_plot import plot_tree
-from flowalign.distributed.processes import Processes
-from flowalign.report.summary import summarise, write_results
-from flowalign.distributed.fsdp2 import shard
-from flowalign.run.checkpoints import pack, restore
-from flowalign.distributed.stepper import Stepper, Summed
-from flowalign.evaluation.result_file import append_result, load_result, save_result
 from flowalign.build import policy_of, task_of
-from flowalign.trainers import Update
-from flowalign.rollouts.collect import Collected
+from flowalign.config import TrainConfig
+from flowalign.data import PromptRecord, digest, load_prompts, prompts_of_iteration
+from flowalign.distributed.fsdp2 import shard
+from flowalign.distributed.processes import Processes
+from flowalign.distributed.stepper import Stepper, Summed
 from flowalign.distributed.zero2 import Zero2
+from flowalign.errors import ConfigError
+from flowalign.evaluation.evaluate import EvaluationResult, evaluate
+from flowalign.evaluation.result_file import append_result, load_result, save_result
+from flowalign.models.ema import EMA
+from flowalign.report.summary import summarize, write_results
+from flowalign.report.tree_plot import plot_tree
+from flowalign.rollouts.collect import ScoredRollout
+from flowalign.run.checkpoints import pack, restore
+from flowalign.run.folder import describe, open_folder
+from flowalign.run.launch import check_deepspeed, check_environment, check_launch, check_processes
+from flowalign.run.preflight import forecast
+from flowalign.storage.checkpoint import CheckpointError, Tensors
+from flowalign.storage.files import DamagedFile, write_atomic
+from flowalign.storage.metrics_log import MetricsLog
+from flowalign.trainers import Update
 from rewards import RewardBatch, RewardError, score
 
 ONE_REQUEST = 2.0  # seconds: with several processes a Ctrl-C comes from the terminal and again from their launcher
@@ -190,12 +191,12 @@ class Run:
     def backward(self, loss: Tensor, update: Update) -> None:
         if not bool(torch.isfinite(loss)):
             raise FloatingPointError(f"loss {float(loss)} is not finite; lower the learning rate or look at the reward")
-        self._steppers[update.optimiser].backward(loss)
+        self._steppers[update.optimizer].backward(loss)
 
     def step(self, update: Update) -> None:
-        """One optimiser step, if there is anything to learn from; the average and the roles follow the policy's."""
+        """One optimizer step, if there is anything to learn from; the average and the roles follow the policy's."""
         if update.micro_batches:
-            norm = self._steppers[update.optimiser].step(update.max_grad_norm)
+            norm = self._steppers[update.optimizer].step(update.max_grad_norm)
             self._check_gradient(norm)
             if update.role == "policy":
                 self._steps += 1
@@ -210,11 +211,11 @@ class Run:
     def _check_gradient(self, norm: float) -> None:
         if not math.isfinite(norm):
             raise FloatingPointError(
-                f"gradient norm {norm}; lower optimiser.lr, or look at the reward and the log-probs"
+                f"gradient norm {norm}; lower optimizer.lr, or look at the reward and the log-probs"
             )
         self._reached = self._reached or norm > 0
 
-    def end(self, iteration: int, batch: Collected) -> None:
+    def end(self, iteration: int, batch: ScoredRollout) -> None:
         """Logs the iteration; saves and evaluates when it is time."""
         step, every = iteration + 1, self.config.evaluation.every
         row = {**batch.metrics, **self._pending}
@@ -257,11 +258,11 @@ class Run:
     # ------------------------------------------------------------------------------------------ saving and resuming
 
     def _save(self, step: int) -> None:
-        optimisers = {
-            name: self._steppers[optimiser].whole(keep=self.processes.is_main)
-            for name, optimiser in self.config.trainer.optimisers.items()
+        optimizers = {
+            name: self._steppers[optimizer].whole(keep=self.processes.is_main)
+            for name, optimizer in self.config.trainer.optimizers.items()
         }
-        tensors, state = pack(self.policy, list(self.config.policy.roles), optimisers, self.ema)
+        tensors, state = pack(self.policy, list(self.config.policy.roles), optimizers, self.ema)
         state |= {
             "steps": self._steps,
             "reached": self._reached,
@@ -284,15 +285,15 @@ class Run:
         if self._saved is not None:
             self._take_up(*self._saved)
         self._steppers: dict[Optimizer, Stepper] = {  # after the weights and the state are what they will be
-            optimiser: Zero2(optimiser) if self._deepspeed else Summed(optimiser, self.processes)
-            for optimiser in self.config.trainer.optimisers.values()
+            optimizer: Zero2(optimizer) if self._deepspeed else Summed(optimizer, self.processes)
+            for optimizer in self.config.trainer.optimizers.values()
         }
 
     def _take_up(self, tensors: dict[str, Tensors], state: dict[str, Any]) -> None:
         self._saved, self._last_saved = None, self._first
-        roles, optimisers = list(self.config.policy.roles), self.config.trainer.optimisers
+        roles, optimizers = list(self.config.policy.roles), self.config.trainer.optimizers
         place = torch.device("cpu") if self._deepspeed else None  # DeepSpeed takes each process's part from there
-        restore(self.policy, roles, optimisers, self.ema, tensors, state, place)
+        restore(self.policy, roles, optimizers, self.ema, tensors, state, place)
         self._totals, self._seconds, self._steps = state["totals"], state["time/seconds"], state["steps"]
         self._reached = state.get("reached", True)
         self._say(f"resumed {self.folder} after iteration {self._first}")
@@ -339,7 +340,7 @@ class Run:
         """Evaluates the tuned model beside the base; writes LoRA, grid, summary and report."""
         tuned = self._evaluate("tuned")
         self._log_evaluation(self.config.run.iterations, "tuned", tuned)
-        result = summarise(self.config, self.policy, self.base, tuned, self._totals, self._elapsed())
+        result = summarize(self.config, self.policy, self.base, tuned, self._totals, self._elapsed())
         if self.processes.is_main:
             if self.config.policy.trainable == "lora":
                 with self._averaged():

@@ -41,7 +41,7 @@ def pack_parameters(named: Named) -> Tensors:
 
 
 def restore_parameters(named: Named, tensors: Mapping[str, Tensor]) -> None:
-    """Copies a section into the parameters, bit for bit; raises CheckpointError, before any copy, on a mismatch."""
+    """UnsharedTree a section into the parameters, bit for bit; raises CheckpointError, before any copy, on a mismatch."""
     parameters = dict(named)
     check_same_names("parameters", parameters, tensors)
     with torch.no_grad():

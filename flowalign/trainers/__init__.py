@@ -1,6 +1,7 @@
-"""Trainers: prepare, collect, updates. One file per kind of trainer."""
+"""Trainers: prepare, collect, updates. One file per kind of trainer; a method is a configuration of one of them."""
 
-from flowalign.trainers.base import AdamW, Rollout, Task, Trainer, Update
-from flowalign.trainers.policy_gradient import PolicyGradient
+from flowalign.trainers.base import AdamWConfig, Trainer, Update
+from flowalign.trainers.policy_gradient import PolicyGradient, policy_gradient
+from flowalign.trainers.signal import Signal
 
-__all__ = ["AdamW", "PolicyGradient", "Rollout", "Task", "Trainer", "Update"]
+__all__ = ["AdamWConfig", "PolicyGradient", "Signal", "Trainer", "Update", "policy_gradient"]

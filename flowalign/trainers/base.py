@@ -4,46 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from flowalign.data import PromptRecord
-from flowalign.models.base import Policy
-from flowalign.distributed.processes import Processes
-from rewards import Reward
-from samplers import Kernel, Path, Plan
+from flowalign.rollouts.task import Rollout, Task
+from samplers import Path
 
 
 @dataclass(frozen=True)
-class Rollout:
-    """One iteration's rollout: `groups` prompts, `group_size` images each, whatever the number of processes.
-
-    guidance_scale 1 is no guidance (one evaluation per state; above 1 two). A guided update inside a window of few steps
-    is refused unless `allow_cfg_update`: peers report collapse with it. `draw`: whether a random plan draws once per
-    group or once per iteration (never inside a group). `branch_scale`: correlated noise of siblings (BranchGRPO's s, 4
-    there), see KeyedNoise; None makes it independent. `micro_batch`: rows per network call."""
-
-    plan: Plan
-    kernel: Kernel
-    groups: int = 48
-    group_size: int = 24
-    num_inference_steps: int = 10
-    guidance_scale: float = 1.0
-    draw: Literal["group", "iteration"] = "group"
-    branch_scale: float | None = None
-    micro_batch: int = 64
-    allow_cfg_update: bool = False
-
-
-@dataclass(frozen=True)
-class AdamW:
+class AdamWConfig:
     """AdamW and its schedule; defaults of flow_grpo for SD3.5 with LoRA (grpo_family §2.11).
 
-    lr rises linearly over `warmup` optimiser steps, then stays. Gradients are clipped to norm `max_grad_norm`."""
+    lr rises linearly over `warmup` optimizer steps, then stays. Gradients are clipped to norm `max_grad_norm`."""
 
     lr: float = 3e-4
     betas: tuple[float, float] = (0.9, 0.999)
@@ -65,33 +42,20 @@ class AdamW:
         )
 
     def lr_at(self, step: int) -> float:
-        """The learning rate of optimiser step `step` (0 is the first)."""
+        """The learning rate of optimizer step `step` (0 is the first)."""
         return self.lr * min(1.0, (step + 1) / (self.warmup + 1))
 
 
 @dataclass(frozen=True, eq=False)
-class Task:
-    """What a trainer is given: the loaded policy, the reward, and the rollout with its kernel bound to the policy's path."""
-
-    policy: Policy
-    reward: Reward
-    rollout: Rollout
-    seed: int
-    height: int
-    width: int
-    processes: Processes = field(default_factory=Processes)
-
-
-@dataclass(frozen=True, eq=False)
 class Update:
-    """One optimiser step.
+    """One optimizer step.
 
     micro_batches: each, when called, returns its part of the loss: the parts of all micro-batches and processes add up to
     the loss of the step, so they are already divided by the global count. All processes have equally many, and call the
     network equally often in each. after: called once the step is taken; returns metrics. role: whose weights are stepped,
     see Policy.parameters_of."""
 
-    optimiser: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer
     max_grad_norm: float
     micro_batches: Sequence[Callable[[], Tensor]]
     after: Callable[[], dict[str, float]]
@@ -99,10 +63,10 @@ class Update:
 
 
 class Trainer(Protocol):
-    """A kind of trainer. Everything that must survive a resume is in `optimisers` and `state`."""
+    """A kind of trainer. Everything that must survive a resume is in `optimizers` and `state`."""
 
     @property
-    def optimisers(self) -> dict[str, torch.optim.Optimizer]: ...
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]: ...
 
     def check(self, rollout: Rollout, path: Path, reward: str) -> None:
         """ValueError for combinations that cannot work; called before any model is loaded. path: the policy's, to which
@@ -116,9 +80,9 @@ class Trainer(Protocol):
         ...
 
     def prepare(self, task: Task, state: dict[str, Any] | None) -> None:
-        """Builds the optimisers, and whatever comes before the first iteration (calibration, cold start): `state` is None
+        """Builds the optimizers, and whatever comes before the first iteration (calibration, cold start): `state` is None
         in a new run, else what `state()` gave for the checkpoint, which takes the place of that work. Weights and
-        optimisers are put back afterwards."""
+        optimizers are put back afterwards."""
         ...
 
     def collect(self, prompts: Sequence[PromptRecord], iteration: int) -> Any:

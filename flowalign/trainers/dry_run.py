@@ -2,42 +2,27 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
-from flowalign.advantage import Advantages
-from flowalign.objectives import LongCat, Moment
-from flowalign.trainers.base import Rollout
 from flowalign.rollouts.collect import grow
-from samplers import Forest, Path, RectifiedFlow, generator
-
-if TYPE_CHECKING:
-    from flowalign.trainers.policy_gradient import PolicyGradient
+from flowalign.rollouts.task import Rollout
+from flowalign.selectors import SelectionContext
+from flowalign.trainers.signal import Signal
+from samplers import Forest, Path, generator
 
 ITERATIONS = 8  # where windows and selections move, one iteration may have nothing to train
 
 
-def rehearse(trainer: PolicyGradient, rollout: Rollout, reward: str, path: Path) -> None:
+def dry_run(signal: Signal, rollout: Rollout, reward: str, path: Path) -> None:
     """ValueError if credit, advantage or selection does not fit the plan, or if they would never train a step of it.
 
     path: the policy's. Two groups at most, no network. Where a plan selects, all its states stand for those that stay."""
     reason = ""
-    if not isinstance(path, RectifiedFlow) and trainer.layer_tuning is not None and not trainer.layer_tuning.needs_old:
-        raise ValueError(
-            f"trainer.layer_tuning.target={trainer.layer_tuning.target} came for a policy on {type(path).__name__}; its "
-            "formula is that of a rectified flow: take best_path_velocity"
-        )
-    if not isinstance(path, RectifiedFlow) and isinstance(trainer.step_weight, LongCat):
-        raise ValueError(
-            f"trainer.step_weight=LongCat came for a policy on {type(path).__name__}; its formula is that of a rectified "
-            "flow: take FlatGradient"
-        )
     for iteration in range(ITERATIONS):
         forest = _forest(rollout, iteration)
-        if isinstance(path, RectifiedFlow):
+        if path.rectified:
             _check_last_step(forest)
-        reason = _untrained(trainer, forest, iteration, reward)
+        reason = _untrained(signal, forest, iteration, reward)
         if not reason:
             return
     raise ValueError(f"nothing would be trained: {reason}")
@@ -73,24 +58,23 @@ def _check_last_step(forest: Forest) -> None:
         )
 
 
-def _untrained(trainer: PolicyGradient, forest: Forest, iteration: int, reward: str) -> str:
+def _untrained(signal: Signal, forest: Forest, iteration: int, reward: str) -> str:
     """Why no step of the forest is trained; "" if one is."""
     rng = generator(0, "data", "rehearsal", iteration)
     scores = torch.from_numpy(rng.random((len(forest.tree.leaves), 1)))
-    credit = trainer.credit.assign(forest, scores, torch.ones_like(scores, dtype=torch.bool), (reward,))
-    advantages = trainer.advantage.compare(forest, credit)
-    drawn = Advantages(torch.from_numpy(rng.normal(size=advantages.valid.shape)).float(), advantages.valid, 0.0)
-    chosen = trainer.select.choose(forest, drawn, Moment(0, iteration)) & advantages.valid.any(1)
-    if not bool(credit.valid.any()):
+    found = signal.edges(
+        forest, scores, torch.ones_like(scores, dtype=torch.bool), (reward,), SelectionContext(0, iteration)
+    )
+    if not bool(found.credit.valid.any()):
         return (
-            f"trainer.credit={trainer.credit} finds the scores it needs at no step of rollout.plan; take samplers.Probed "
+            f"signal.credit={signal.credit} finds the scores it needs at no step of rollout.plan; take samplers.Probed "
             "around the plan, or a credit that needs leaves only (Broadcast, SubtreeFusion)"
         )
-    if not bool(advantages.valid.any()):
+    if not bool(found.advantages.valid.any()):
         return (
-            f"trainer.advantage={trainer.advantage} compares the steps of one set, and no set of rollout.plan has two; "
+            f"signal.advantage={signal.advantage} compares the steps of one set, and no set of rollout.plan has two; "
             "take a wider set (within=prompt), or a plan whose samples share their start"
         )
-    if not bool(chosen.any()):
-        return f"trainer.select={trainer.select} leaves out every step of rollout.plan; take AllEdges, or select less"
+    if not bool(found.chosen.any()):
+        return f"signal.select={signal.select} leaves out every step of rollout.plan; take AllEdges, or select less"
     return ""

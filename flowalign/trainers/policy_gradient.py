@@ -11,25 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowalign.advantage import Advantage, Advantages
-from flowalign.credit import Credit
 from flowalign.data import PromptRecord
 from flowalign.objectives import (
     DynamicClip,
-    KLMask,
     KLPenalty,
-    Known,
     LayerTuning,
-    Moment,
     Objective,
-    Selector,
     StepWeight,
     Targets,
+    Transitions,
 )
-from flowalign.trainers.base import AdamW, Rollout, Task, Update
-from flowalign.rollouts.collect import Collected, collect, grow
-from flowalign.trainers.dry_run import rehearse
-from samplers import Forest, Path, Selected
+from flowalign.rollouts.collect import ScoredRollout, collect, grow
+from flowalign.rollouts.task import Rollout, Task
+from flowalign.selectors import SelectionContext
+from flowalign.trainers.base import AdamWConfig, Trainer, Update
+from flowalign.trainers.dry_run import dry_run
+from flowalign.trainers.signal import EdgeSignal, Signal
+from samplers import Forest, Path, unscored
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,11 +48,11 @@ class Trained:
 
 @dataclass(frozen=True, eq=False)
 class OneStep:
-    """What the micro-batches of one optimiser step share. edges, aimed: how many edges are trained and how many states have
+    """What the micro-batches of one optimizer step share. edges, aimed: how many edges are trained and how many states have
     a target in the whole step, over all processes: what losses are divided by. first: of its rollout. record: what each
     micro-batch measured."""
 
-    batch: Collected
+    batch: ScoredRollout
     targets: Targets | None
     edges: int
     aimed: int
@@ -70,20 +68,18 @@ class PolicyGradient:
     through its velocity there, so the gradient is exactly that of one pass per step. The reference is evaluated once, at
     the states of the rollout.
 
-    credit, advantage, select: from the scores of the leaves to the advantages of the trained steps. objective, step_weight,
-    kl: the loss of a step. dynamic_clip: takes the place of the objective's clip range. layer_tuning: adds a supervised
-    term on the trained states. updates_per_rollout: optimiser steps per iteration, each on its share of the groups; from
+    signal: from the scores of the leaves to the trained steps and their advantages. objective, step_weight, kl: the loss of
+    a step. dynamic_clip: takes the place of the objective's clip range. layer_tuning: adds a supervised
+    term on the trained states. updates_per_rollout: optimizer steps per iteration, each on its share of the groups; from
     the second on the ratio is no longer 1. micro_batch: states per forward and backward."""
 
-    credit: Credit
-    advantage: Advantage
-    select: Selector
+    signal: Signal
     objective: Objective
     step_weight: StepWeight
     kl: KLPenalty = field(default_factory=KLPenalty)
     dynamic_clip: DynamicClip | None = None
     layer_tuning: LayerTuning | None = None
-    optimiser: AdamW = field(default_factory=AdamW)
+    optimizer: AdamWConfig = field(default_factory=AdamWConfig)
     updates_per_rollout: int = 1
     micro_batch: int = 16
 
@@ -98,7 +94,7 @@ class PolicyGradient:
     # ------------------------------------------------------------------------------------------ contract
 
     @property
-    def optimisers(self) -> dict[str, torch.optim.Optimizer]:
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         return {"policy": self._adamw}
 
     def check(self, rollout: Rollout, path: Path, reward: str) -> None:
@@ -128,18 +124,21 @@ class PolicyGradient:
                 "CPS with a noise_level above 0"
             )
         self._check_combinations(rollout)
-        rehearse(self, rollout, reward, path)
+        self.step_weight.check(path)
+        if self.layer_tuning is not None:
+            self.layer_tuning.check(path)
+        dry_run(self.signal, rollout, reward, path)
 
     def _check_combinations(self, rollout: Rollout) -> None:
-        plan = rollout.plan
-        if isinstance(plan, Selected) and not plan.looks and min(plan.counts) < rollout.num_inference_steps:
+        select = rollout.plan.select(unscored)
+        if select is not None and not select.uses_velocity and min(select.counts) < rollout.num_inference_steps:
             raise ValueError(
-                "rollout.plan.looks=false came with a selection on the way: its previews need the velocities of all "
-                "candidates, and the forecast has to count them; set looks=true"
+                "rollout.plan.uses_velocity=false came with a selection on the way: its previews need the velocities of all "
+                "candidates, and the forecast has to count them; set uses_velocity=true"
             )
-        if self.dynamic_clip is not None and isinstance(self.objective, KLMask):
+        if self.dynamic_clip is not None and not self.objective.has_clip_range:
             raise ValueError(
-                "trainer.dynamic_clip came with KLMask, which has no clip range: set dynamic_clip=null, or take "
+                f"trainer.dynamic_clip came with {self.objective}, which has no clip range: set dynamic_clip=null, or take "
                 "ClippedRatio or Guard"
             )
         tree = grow(rollout, 0, 0, [0])
@@ -158,7 +157,7 @@ class PolicyGradient:
 
     def prepare(self, task: Task, state: dict[str, Any] | None) -> None:
         self._task, self._steps = task, 0 if state is None else state["steps"]
-        self._adamw = self.optimiser.build([parameter for _, parameter in task.policy.trainable_parameters()])
+        self._adamw = self.optimizer.build([parameter for _, parameter in task.policy.trainable_parameters()])
 
     def state(self) -> dict[str, Any]:
         return {"steps": self._steps}
@@ -172,18 +171,16 @@ class PolicyGradient:
             self._task, prompts, iteration, keep_velocities=self.objective.needs_old_means or aims, roll=roll
         )
 
-    def chosen(self, batch: Collected) -> tuple[Advantages, Tensor]:
-        """The advantages of all edges, and the mask [E] of those that are trained."""
-        forest = batch.forest
-        credit = self.credit.assign(forest, batch.scores, batch.valid, batch.channels)
-        advantages = self.advantage.compare(forest, credit)
-        moment = Moment(self._task.seed, batch.iteration, batch.uids)
-        return advantages, self.select.choose(forest, advantages, moment) & advantages.valid.any(1)
+    def edge_signal(self, batch: ScoredRollout) -> EdgeSignal:
+        """The advantages of all edges of a batch, and which of them are trained."""
+        context = SelectionContext(self._task.seed, batch.iteration, batch.uids)
+        return self.signal.edges(batch.forest, batch.scores, batch.valid, batch.channels, context)
 
     def updates(self, batch: Any) -> Iterable[Update]:
-        """The optimiser steps of one rollout."""
+        """The optimizer steps of one rollout."""
         tree = batch.forest.tree
-        advantages, chosen = self.chosen(batch)
+        signal = self.edge_signal(batch)
+        advantages, chosen = signal.advantages, signal.chosen
         batch.metrics["group/zero_std_ratio"] = advantages.zero_std_ratio
         batch.metrics["group/trained_edges"] = int(chosen.sum())
         batch = replace(batch, forest=self._with_reference(batch, tree.edges[chosen]))
@@ -197,7 +194,7 @@ class PolicyGradient:
 
     # ------------------------------------------------------------------------------------------ one step
 
-    def _update(self, batch: Collected, trained: Trained, targets: Targets | None, *, first: bool) -> Update:
+    def _update(self, batch: ScoredRollout, trained: Trained, targets: Targets | None, *, first: bool) -> Update:
         parents, position = batch.forest.tree.distinct_parents(trained.edges)
         aimed = int(torch.isin(parents, targets.nodes).sum()) if targets else 0
         whole = OneStep(batch, targets, len(trained), aimed, first)
@@ -212,11 +209,11 @@ class PolicyGradient:
             states = parents[dealt.clamp(min=0)]
             micro_batches.append(partial(self._loss, whole, states, len(real), trained[mine], place[position[mine]]))
         for group in self._adamw.param_groups:
-            group["lr"] = self.optimiser.lr_at(self._steps)
+            group["lr"] = self.optimizer.lr_at(self._steps)
         began, before = time.perf_counter(), self._task.policy.evaluations
         return Update(
             self._adamw,
-            self.optimiser.max_grad_norm,
+            self.optimizer.max_grad_norm,
             micro_batches,
             partial(self._after, whole, began, before),
         )
@@ -228,7 +225,7 @@ class PolicyGradient:
         velocity = self._velocity(whole.batch, states)
         step, arrived = forest.edge_steps(edges, velocity, position), forest.at(edges)
         old_step = forest.role_steps("old", edges) if self.objective.needs_old_means else None
-        known = Known(step, arrived, old_step, trained.bounds)
+        known = Transitions(step, arrived, old_step, trained.bounds)
         log_prob, old = step.log_prob(arrived), forest.log_prob[edges]
         advantages = trained.advantages.to(log_prob)
         weight = self.step_weight.weigh(step, forest, edges)
@@ -264,13 +261,13 @@ class PolicyGradient:
                 "would clip noise. Widen the bound (clip_range), keep log-probs fp32, or use equal batch shapes"
             )
 
-    def _velocity(self, batch: Collected, nodes: Tensor) -> Tensor:
+    def _velocity(self, batch: ScoredRollout, nodes: Tensor) -> Tensor:
         forest = batch.forest
         rows = batch.conditions.rows(forest.tree.group[nodes])
         guidance = self._task.rollout.guidance_scale
         return self._task.policy.velocity(forest.at(nodes), forest.sigma(nodes), rows, guidance_scale=guidance)
 
-    def _targets(self, batch: Collected) -> Targets | None:
+    def _targets(self, batch: ScoredRollout) -> Targets | None:
         if self.layer_tuning is None:
             return None
         if len(batch.channels) > 1:
@@ -280,7 +277,7 @@ class PolicyGradient:
         return self.layer_tuning.targets(batch.forest, batch.scores[:, 0], batch.valid[:, 0])
 
     @torch.no_grad()
-    def _with_reference(self, batch: Collected, edges: Tensor) -> Forest:
+    def _with_reference(self, batch: ScoredRollout, edges: Tensor) -> Forest:
         """The forest with the reference's velocities, if the update reads them, each distinct state evaluated once, by
         one process."""
         if not self.kl.beta:
@@ -319,3 +316,8 @@ class PolicyGradient:
         if self.layer_tuning is not None:
             metrics["loss/sft"] = loss["sft"]
         return metrics | ({"ratio/drift_max": float(log_ratio.abs().max())} if whole.first else {})
+
+
+def policy_gradient(trainer: Trainer) -> PolicyGradient | None:
+    """`trainer` if its loss is one of transitions, which alone have a replay and siblings to merge; else None."""
+    return trainer if isinstance(trainer, PolicyGradient) else None

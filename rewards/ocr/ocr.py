@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from rewards.base import RewardBatch, RewardOutput
-from rewards.ocr.reader import Line, RapidReader, Recogniser
-from rewards.ocr.text import ctc_log_prob, normalise_text, similarity
+from rewards.ocr.reader import Line, RapidReader, Recognizer
+from rewards.ocr.text import ctc_log_prob, normalize_text, similarity
 
 PARTS = ("exact", "edit", "edit_exempt", "soft")
 
@@ -27,29 +27,29 @@ class OCR:
       "edit"   1 - min(edit distance, L) / L with L = len(target); with substring_exempt, a target that stands anywhere
                in the text read scores 1, so extra text is free (component edit_exempt; edit is without the exemption)
       "exact"  1 if the text read is the target, else 0: most groups of siblings then agree and teach nothing
-      "soft"   p(target)^(1/L) under the recogniser's CTC posterior, the geometric mean probability of a letter: it
-               tells siblings apart that are read alike. Extra text lowers it. It trusts the recogniser's confidence,
+      "soft"   p(target)^(1/L) under the recognizer's CTC posterior, the geometric mean probability of a letter: it
+               tells siblings apart that are read alike. Extra text lowers it. It trusts the recognizer's confidence,
                which a policy can learn to please: watch `exact` beside it.
     target: "metadata" (metadata[target_key]) or "quotes" (between the prompt's first two straight double quotes).
-    normalise: of both texts. "flow_grpo" drops ASCII spaces and case; "strict" nothing; "loose" all but letters and
+    normalize: of both texts. "flow_grpo" drops ASCII spaces and case; "strict" nothing; "loose" all but letters and
       digits of the NFKC form. Recommended for new work: substring_exempt=False.
-    fold: characters the recogniser may confuse, as {read: taken for}, before normalising: {"0": "O"} where prompts hold
+    fold: characters the recognizer may confuse, as {read: taken for}, before normalizing: {"0": "O"} where prompts hold
       capitals only.
     min_confidence: what is read in a line counts if read with more than this (flow_grpo: 0).
-    recogniser: None is RapidReader(), whose options are workers, detect, timeout. Identical pictures of a batch are
+    recognizer: None is RapidReader(), whose options are workers, detect, timeout. Identical pictures of a batch are
       read once. What was read is in `info`.
     """
 
     metric: Literal["edit", "exact", "soft"] = "edit"
     target: Literal["metadata", "quotes"] = "metadata"
     target_key: str = "target"
-    normalise: Literal["flow_grpo", "strict", "loose"] = "flow_grpo"
+    normalize: Literal["flow_grpo", "strict", "loose"] = "flow_grpo"
     substring_exempt: bool = True
     fold: dict[str, str] | None = None
     min_confidence: float = 0.0
-    recogniser: Recogniser | None = None
+    recognizer: Recognizer | None = None
     name: str = "ocr"
-    _reader: Recogniser = field(init=False, repr=False)
+    _reader: Recognizer = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         for key, value, known in (
@@ -58,10 +58,10 @@ class OCR:
         ):
             if value not in known:
                 raise ValueError(f"{key} is {value!r}; expected one of {known}")
-        normalise_text("", self.normalise)  # raises on an unknown rule
+        normalize_text("", self.normalize)  # raises on an unknown rule
         if any(len(a) != 1 or len(b) != 1 for a, b in (self.fold or {}).items()):
             raise ValueError(f"fold maps one character to one character, got {self.fold}")
-        self._reader = self.recogniser if self.recogniser is not None else RapidReader()
+        self._reader = self.recognizer if self.recognizer is not None else RapidReader()
 
     def load(self) -> None:
         self._reader.load()
@@ -95,10 +95,10 @@ class OCR:
         return f"no target: {place} is {given!r}; expected a text with at least one letter"
 
     def _clean(self, text: str) -> str:
-        return normalise_text("".join((self.fold or {}).get(char, char) for char in text), self.normalise)
+        return normalize_text("".join((self.fold or {}).get(char, char) for char in text), self.normalize)
 
     def _alphabet(self, targets: str) -> str:
-        """The characters that may count as a letter of a target, or, normalised away, as nothing."""
+        """The characters that may count as a letter of a target, or, normalized away, as nothing."""
         fold = "".join((self.fold or {}).keys())
         chars = set(targets + targets.lower() + targets.upper() + fold + string.punctuation + " ")
         return "".join(sorted(chars))
@@ -110,7 +110,7 @@ class OCR:
         distinct = [places.index(number) for number in range(len(first))]
         pages = self._reader.read(images[distinct], alphabet) if distinct else []
         if len(pages) != len(distinct):
-            raise ValueError(f"the recogniser answered {len(pages)} pictures, {len(distinct)} were asked")
+            raise ValueError(f"the recognizer answered {len(pages)} pictures, {len(distinct)} were asked")
         # a line in which nothing was read has no confidence, but a posterior that "soft" needs
         kept = [[line for line in page if not line.text or line.confidence > self.min_confidence] for page in pages]
         return [kept[number] for number in places]
@@ -128,13 +128,13 @@ class OCR:
         }
 
     def _soft(self, page: list[Line], target: str, alphabet: str) -> float:
-        """p(target)^(1/L), with the lines' posteriors joined by a certain blank; NaN if the recogniser has none."""
+        """p(target)^(1/L), with the lines' posteriors joined by a certain blank; NaN if the recognizer has none."""
         blank = np.eye(1, 1 + len(alphabet))
         frames: list[np.ndarray] = []
         for line in page:
             if line.posterior is None:
                 if self.metric == "soft":
-                    raise ValueError("metric 'soft' needs a recogniser with posteriors; this one has none: use 'edit'")
+                    raise ValueError("metric 'soft' needs a recognizer with posteriors; this one has none: use 'edit'")
                 return float("nan")
             frames += [line.posterior, blank]
         if not frames:

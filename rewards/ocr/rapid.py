@@ -1,4 +1,4 @@
-"""RapidOCR as an engine: a detector (for pictures), a line recogniser with its CTC posterior, both on one thread.
+"""RapidOCR as an engine: a detector (for pictures), a line recognizer with its CTC posterior, both on one thread.
 
 Runs inside a worker (see `worker.py`), so it imports nothing of this package and nothing heavy before `Engine()`.
 """
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-LINE_HEIGHT = 48  # rows the recogniser was trained on
+LINE_HEIGHT = 48  # rows the recognizer was trained on
 
 
 class Engine:
@@ -34,10 +34,10 @@ class Engine:
                 "Det.limit_side_len": 1024,
             }
         )
-        self.engine.recognize_txt([np.zeros((LINE_HEIGHT, LINE_HEIGHT, 3), dtype=np.uint8)])  # loads the recogniser
-        recogniser: Any = self.engine.text_rec
-        self.session = recogniser.session
-        self.characters: list[str] = recogniser.postprocess_op.character  # the blank is number 0
+        self.engine.recognize_txt([np.zeros((LINE_HEIGHT, LINE_HEIGHT, 3), dtype=np.uint8)])  # loads the recognizer
+        recognizer: Any = self.engine.text_rec
+        self.session = recognizer.session
+        self.characters: list[str] = recognizer.postprocess_op.character  # the blank is number 0
         self.number = {char: i for i, char in enumerate(self.characters)}
 
     def __call__(self, header: dict[str, Any], images: np.ndarray) -> tuple[dict[str, Any], np.ndarray]:
@@ -89,7 +89,7 @@ class Engine:
 
 
 def strip(image: np.ndarray, min_width: int) -> np.ndarray:
-    """A uint8 BGR picture [h, w, 3] as the recogniser wants it: float32 [3, 48, W] in [-1, 1], padded with zeros.
+    """A uint8 BGR picture [h, w, 3] as the recognizer wants it: float32 [3, 48, W] in [-1, 1], padded with zeros.
 
     Whole multiples are enlarged by repeating pixels: Glyphs then read better than interpolated (99.4 % against 98.6 %).
     """

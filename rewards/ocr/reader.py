@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from rewards.workers.pool import Message, Workers
+from rewards.workers import Message, Workers
 
 LINE_PICTURE = 64  # pictures up to this height are taken for one line of text
 
@@ -19,7 +19,7 @@ LINE_PICTURE = 64  # pictures up to this height are taken for one line of text
 @dataclass(frozen=True, eq=False)
 class Line:
     """One line of text. box: four corners (x, y), or None for a whole picture. posterior: the CTC probabilities
-    [frames, 1 + len(alphabet)] with the blank first, or None from a recogniser that has none."""
+    [frames, 1 + len(alphabet)] with the blank first, or None from a recognizer that has none."""
 
     text: str
     confidence: float
@@ -27,7 +27,7 @@ class Line:
     posterior: np.ndarray | None = None
 
 
-class Recogniser(Protocol):
+class Recognizer(Protocol):
     """Reads pictures. Lines come in reading order."""
 
     def read(self, images: np.ndarray, alphabet: str) -> list[list[Line]]:
@@ -88,7 +88,7 @@ class RapidReader:
         return max(1, min(16, cores // ranks))
 
     def _answers(self, jobs: Sequence[Message]) -> list[Message]:
-        from rewards import rapid
+        from rewards.ocr import rapid
 
         if self.count() == 0:
             self._engine = self._engine or rapid.Engine()

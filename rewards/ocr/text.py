@@ -1,4 +1,4 @@
-"""Comparing what was asked with what was read: normalisation, edit distance, and the likelihood under a CTC reader."""
+"""Comparing what was asked with what was read: normalization, edit distance, and the likelihood under a CTC reader."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import unicodedata
 import numpy as np
 
 
-def normalise_text(text: str, rule: str) -> str:
+def normalize_text(text: str, rule: str) -> str:
     """`flow_grpo`: no ASCII spaces, lower case, punctuation kept. `strict`: unchanged. `loose`: Unicode NFKC, lower
     case, letters and digits only."""
     if rule == "flow_grpo":
@@ -16,7 +16,7 @@ def normalise_text(text: str, rule: str) -> str:
         return "".join(char for char in unicodedata.normalize("NFKC", text).lower() if char.isalnum())
     if rule == "strict":
         return text
-    raise ValueError(f"normalise is {rule!r}; expected 'flow_grpo', 'strict' or 'loose'")
+    raise ValueError(f"normalize is {rule!r}; expected 'flow_grpo', 'strict' or 'loose'")
 
 
 def edit_distance(a: str, b: str) -> int:

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from rewards import worker
+from rewards.workers import worker
 
 Message = tuple[dict[str, Any], np.ndarray]
 

@@ -1,4 +1,4 @@
-"""The child's side of `workers.py`: one process that owns one engine and answers one job after the other.
+"""The child's side of `pool.py`: one process that owns one engine and answers one job after the other.
 
 Run as a script, `python -P worker.py FD PARENT_PID ENGINE_FILE OPTIONS_JSON`, so that it imports neither the caller's
 main module nor torch: it starts in the time its engine takes. Messages are JSON and raw array bytes, never pickles.

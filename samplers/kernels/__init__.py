@@ -1,7 +1,7 @@
 """Denoising transitions, one kernel per file."""
 
 from samplers.kernels.ascent import SPSA, Ascent, ProcessReward, RewardGradient, spsa_gradient
-from samplers.kernels.base import Affine, Carry, Context, Gaussian, Kernel, KLForm, Step
+from samplers.kernels.base import Affine, Carry, Gaussian, Kernel, KLForm, Step, TransitionContext
 from samplers.kernels.clipped_flow_sde import ClippedFlowSDE
 from samplers.kernels.cps import CPS
 from samplers.kernels.dance_sde import DanceSDE
@@ -13,7 +13,7 @@ from samplers.kernels.linear_sde import LinearSDE
 from samplers.kernels.ode import ODE
 
 __all__ = [
-    "Affine", "Carry", "Context", "Gaussian", "Kernel", "KLForm", "Step",
+    "Affine", "Carry", "TransitionContext", "Gaussian", "Kernel", "KLForm", "Step",
     "ODE", "FlowSDE", "ClippedFlowSDE", "DanceSDE", "LinearSDE", "CPS", "DDIM",
     "DPMSolver", "Guided", "Ascent", "ProcessReward", "RewardGradient", "SPSA", "spsa_gradient",
 ]  # fmt: skip

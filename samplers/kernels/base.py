@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from samplers.paths import Path, RectifiedFlow
+from samplers.paths import Path
 
 Reduce = Literal["mean", "sum"]
 Constants = Literal["full", "none"]
@@ -22,10 +22,10 @@ _HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
 
 @dataclass(frozen=True, eq=False)
 class Affine:
-    """One step per row: x' ~ N(alpha·x + slope·v, std²). Each [N], float64; slope is the b of the literature, < 0."""
+    """One step per row: x' ~ N(alpha·x + velocity_coef·v, std²). Each [N], float64; velocity_coef is the b of the literature, < 0."""
 
     alpha: Tensor
-    slope: Tensor
+    velocity_coef: Tensor
     std: Tensor
 
 
@@ -33,16 +33,16 @@ class Affine:
 class Gaussian:
     """N(mean, std²·I), one per row. Rows with std 0 are deterministic: they can be drawn, but have no density.
 
-    mean [N, *]; std, slope (∂mean/∂v), length (h = σ - σ') [N].
+    mean [N, *]; std, velocity_coef (∂mean/∂v), length (h = σ - σ') [N].
     reduce: log_prob and kl are the "mean" over the D elements of a row (every reference implementation; clip ranges
     of 1e-5..1e-3 assume it) or the "sum" (nats). constants "none": log_prob is -reduce((x' - mean)²), without 1/(2 std²)
-    and the normaliser (Flow-CPS), which weights a step by 2·std² and is 0 with zero gradient where std is 0.
+    and the normalizer (Flow-CPS), which weights a step by 2·std² and is 0 with zero gradient where std is 0.
     """
 
     mean: Tensor
     std: Tensor
-    slope: Tensor
-    length: Tensor
+    velocity_coef: Tensor
+    step_size: Tensor
     reduce: Reduce = "mean"
     constants: Constants = "full"
 
@@ -78,12 +78,12 @@ class Gaussian:
         if form == "mean_sq":
             return square
         if form == "velocity":
-            return square / self.slope.square()
+            return square / self.velocity_coef.square()
         if form not in ("exact", "exact_times_h"):
             raise ValueError(f"kl form {form!r} came; expected 'exact', 'exact_times_h', 'velocity' or 'mean_sq'")
         self._need_density(f"kl(form={form!r})")
         exact = square / (2.0 * self.std.square())
-        return exact * self.length if form == "exact_times_h" else exact
+        return exact * self.step_size if form == "exact_times_h" else exact
 
     def _reduce(self, values: Tensor) -> Tensor:
         flat = values.flatten(1)
@@ -112,28 +112,28 @@ class Carry:
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """One transition: `policy` is scored, `behaviour` is drawn from; the same object unless the step is guided.
+    """One transition: `policy` is scored, `behavior` is drawn from; the same object unless the step is guided.
 
     carry: what the children of these rows inherit from a multistep solver; None from all others.
     """
 
     policy: Gaussian
-    behaviour: Gaussian
+    behavior: Gaussian
     carry: Carry | None = None
 
     @property
     def mean(self) -> Tensor:
-        """Mean of the behaviour [N, *]."""
-        return self.behaviour.mean
+        """Mean of the behavior [N, *]."""
+        return self.behavior.mean
 
     @property
     def std(self) -> Tensor:
-        """Standard deviation of the behaviour [N]."""
-        return self.behaviour.std
+        """Standard deviation of the behavior [N]."""
+        return self.behavior.std
 
     def sample(self, noise: Tensor) -> Tensor:
-        """A draw from the behaviour."""
-        return self.behaviour.sample(noise)
+        """A draw from the behavior."""
+        return self.behavior.sample(noise)
 
     def log_prob(self, x_next: Tensor) -> Tensor:
         """Log density of `x_next` under the policy [N]."""
@@ -145,7 +145,7 @@ class Step:
 
 
 @dataclass(frozen=True, eq=False)
-class Context:
+class TransitionContext:
     """What a kernel may know of the rows it steps.
 
     level: [N] or one factor of the kernel's own noise level; 0 = the exact Euler step. rows [N]: condition rows (a
@@ -162,12 +162,12 @@ class Context:
     replay: bool = False
 
 
-DEFAULT_CONTEXT = Context()
+DEFAULT_CONTEXT = TransitionContext()
 
 
 class Kernel(Protocol):
     """One denoising transition. A new kernel is a final dataclass; usually `coefficients` is all it writes, and its
-    `__call__` is `affine_step`, its `on` is `on_rectified_flow`."""
+    `__call__` is `affine_step`, its `on` is `bind_rectified_flow`."""
 
     @property
     def reduce(self) -> Reduce: ...
@@ -175,7 +175,12 @@ class Kernel(Protocol):
     @property
     def constants(self) -> Constants: ...
 
-    def on(self, path: Path) -> "Kernel":
+    @property
+    def uses_rows(self) -> bool:
+        """Whether a step depends on `ctx.rows`, as reward guidance does: then one process must hold all trees."""
+        ...
+
+    def bind(self, path: Path) -> "Kernel":
         """The kernel for a policy on `path`: itself, or bound to the path's levels; ValueError if it cannot be."""
         ...
 
@@ -189,7 +194,7 @@ class Kernel(Protocol):
         v: Tensor,
         sigma: Tensor | float,
         sigma_next: Tensor | float,
-        ctx: Context = DEFAULT_CONTEXT,
+        ctx: TransitionContext = DEFAULT_CONTEXT,
     ) -> Step:
         """x, v [N, *] (at least one axis after the rows); σ, σ' one number or [N]."""
         ...
@@ -201,7 +206,7 @@ def affine_step(
     v: Tensor,
     sigma: Tensor | float,
     sigma_next: Tensor | float,
-    ctx: Context = DEFAULT_CONTEXT,
+    ctx: TransitionContext = DEFAULT_CONTEXT,
 ) -> Step:
     """The step of an unguided one-step kernel: its coefficients applied to x, v [N, *], in at least fp32; σ, σ' one
     number or [N]. ValueError for other shapes."""
@@ -213,18 +218,18 @@ def affine_step(
     sigma, sigma_next = _per_row("sigma", sigma, len(x)), _per_row("sigma_next", sigma_next, len(x))
     level = _per_row("level", ctx.level, len(x))
     affine = kernel.coefficients(sigma, sigma_next, level)
-    alpha, slope, std, length = (
-        c.to(x.device, dtype) for c in (affine.alpha, affine.slope, affine.std, sigma - sigma_next)
+    alpha, velocity_coef, std, length = (
+        c.to(x.device, dtype) for c in (affine.alpha, affine.velocity_coef, affine.std, sigma - sigma_next)
     )
     # α is exactly 1 on deterministic rows, so this is diffusers' x + (σ' - σ)·v bit for bit there.
-    mean = spread(alpha, x) * x + spread(slope, x) * v
-    gaussian = Gaussian(mean, std, slope, length, kernel.reduce, kernel.constants)
-    return Step(policy=gaussian, behaviour=gaussian)
+    mean = spread(alpha, x) * x + spread(velocity_coef, x) * v
+    gaussian = Gaussian(mean, std, velocity_coef, length, kernel.reduce, kernel.constants)
+    return Step(policy=gaussian, behavior=gaussian)
 
 
-def on_rectified_flow(kernel: Kernel, path: Path) -> Kernel:
+def bind_rectified_flow(kernel: Kernel, path: Path) -> Kernel:
     """`kernel` itself, written for rectified flows; ValueError for a policy on another path."""
-    if not isinstance(path, RectifiedFlow):
+    if not path.rectified:
         raise ValueError(
             f"{type(kernel).__name__} came for a policy on {type(path).__name__}; its formula is that of a rectified "
             "flow: take DDIM for Stable Diffusion 1.5"
@@ -256,7 +261,7 @@ def euler_maruyama(g: Tensor, sigma: Tensor, sigma_next: Tensor) -> Affine:
     """
     h = sigma - sigma_next
     pull = g.square() * h / (2.0 * sigma)
-    return Affine(alpha=1.0 - pull, slope=-h - pull * (1.0 - sigma), std=g * h.sqrt())
+    return Affine(alpha=1.0 - pull, velocity_coef=-h - pull * (1.0 - sigma), std=g * h.sqrt())
 
 
 def euler_where_silent(affine: Affine, level: Tensor, sigma: Tensor, sigma_next: Tensor) -> Affine:
@@ -264,7 +269,7 @@ def euler_where_silent(affine: Affine, level: Tensor, sigma: Tensor, sigma_next:
     silent = level == 0
     return Affine(
         alpha=torch.where(silent, torch.ones_like(affine.alpha), affine.alpha),
-        slope=torch.where(silent, sigma_next - sigma, affine.slope),
+        velocity_coef=torch.where(silent, sigma_next - sigma, affine.velocity_coef),
         std=torch.where(silent, torch.zeros_like(affine.std), affine.std),
     )
 

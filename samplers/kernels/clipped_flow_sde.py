@@ -10,11 +10,11 @@ from samplers.kernels.base import (
     Constants,
     Reduce,
     affine_step,
+    bind_rectified_flow,
     check_choices,
     check_noise_level,
     euler_maruyama,
     euler_where_silent,
-    on_rectified_flow,
     step_inputs,
 )
 from samplers.kernels.flow_sde import check_cap, flow_diffusion
@@ -33,6 +33,7 @@ class ClippedFlowSDE:
     sigma_cap: float | None = None
     reduce: Reduce = "mean"
     constants: Constants = "full"
+    uses_rows = False
 
     def __post_init__(self) -> None:
         check_noise_level(self.noise_level)
@@ -41,7 +42,7 @@ class ClippedFlowSDE:
         if not self.max_std > 0:
             raise ValueError(f"max_std={self.max_std} came; expected a number > 0, the largest std of one step")
 
-    on = on_rectified_flow
+    bind = bind_rectified_flow
     __call__ = affine_step
 
     def coefficients(self, sigma: Tensor, sigma_next: Tensor, level: Tensor | float = 1.0) -> Affine:

@@ -10,10 +10,10 @@ from samplers.kernels.base import (
     Constants,
     Reduce,
     affine_step,
+    bind_rectified_flow,
     check_choices,
     check_noise_level,
     euler_where_silent,
-    on_rectified_flow,
     step_inputs,
 )
 
@@ -31,12 +31,13 @@ class CPS:
     noise_level: float = 0.7
     reduce: Reduce = "mean"
     constants: Constants = "none"
+    uses_rows = False
 
     def __post_init__(self) -> None:
         check_noise_level(self.noise_level, highest=1.0)
         check_choices(self.reduce, self.constants)
 
-    on = on_rectified_flow
+    bind = bind_rectified_flow
     __call__ = affine_step
 
     def coefficients(self, sigma: Tensor, sigma_next: Tensor, level: Tensor | float = 1.0) -> Affine:
@@ -51,7 +52,7 @@ class CPS:
         old = sigma_next * angle.cos()
         affine = Affine(
             alpha=(1.0 - sigma_next) + old,
-            slope=-sigma * (1.0 - sigma_next) + (1.0 - sigma) * old,
+            velocity_coef=-sigma * (1.0 - sigma_next) + (1.0 - sigma) * old,
             std=sigma_next * angle.sin(),
         )
         return euler_where_silent(affine, a, sigma, sigma_next)

@@ -9,11 +9,11 @@ from samplers.kernels.base import (
     Constants,
     Reduce,
     affine_step,
+    bind_rectified_flow,
     check_choices,
     check_noise_level,
     euler_maruyama,
     euler_where_silent,
-    on_rectified_flow,
     step_inputs,
 )
 
@@ -30,12 +30,13 @@ class DanceSDE:
     noise_level: float = 0.3
     reduce: Reduce = "mean"
     constants: Constants = "full"
+    uses_rows = False
 
     def __post_init__(self) -> None:
         check_noise_level(self.noise_level)
         check_choices(self.reduce, self.constants)
 
-    on = on_rectified_flow
+    bind = bind_rectified_flow
     __call__ = affine_step
 
     def coefficients(self, sigma: Tensor, sigma_next: Tensor, level: Tensor | float = 1.0) -> Affine:

@@ -1,6 +1,7 @@
 """DDIM-η: the transition of ε- and v-prediction models (Song et al. 2010.02502, eq. 12 and 16; DDPO 2305.13301)."""
 
 from dataclasses import dataclass, field, replace
+from typing import cast
 
 from torch import Tensor
 
@@ -21,7 +22,7 @@ class DDIM:
     """x' = √ᾱ'·x̂0 + √(1-ᾱ'-s²)·ε̂ + s·z, s = η·√[(1-ᾱ')/(1-ᾱ)·(1-ᾱ/ᾱ')], η = eta·level; η = 0 is the DDIM ODE.
 
     In (x, v) with v = √ᾱ·ε - √(1-ᾱ)·x0: α = √ᾱ'·√ᾱ + e·√(1-ᾱ), b = -√ᾱ'·√(1-ᾱ) + e·√ᾱ, e = √(1-ᾱ'-s²).
-    path: the policy's own table of levels; None in a configuration, `on` fills it in.
+    path: the policy's own table of levels; None in a configuration, `bind` fills it in.
     The last step goes where the policy's grid ends: to timestep 0 (σ' = 1/K, ᾱ' = ᾱ_0 < 1) with the scheduler's
     set_alpha_to_one=False (Stable Diffusion; DDPO's code whatever it says): a small std, 0.02 in 50 steps; to clean
     data (σ' = 0, ᾱ' = 1) with true: std 0, no density. The std has no floor: such a step is drawn as its mean and
@@ -32,6 +33,7 @@ class DDIM:
     path: VariancePreserving | None = field(default=None, repr=False)
     reduce: Reduce = "mean"
     constants: Constants = "full"
+    uses_rows = False
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.eta <= 1.0:
@@ -40,17 +42,17 @@ class DDIM:
 
     __call__ = affine_step
 
-    def on(self, path: Path) -> Kernel:
+    def bind(self, path: Path) -> Kernel:
         """This kernel with the levels of a variance-preserving policy; ValueError for another path."""
-        if not isinstance(path, VariancePreserving):
+        if path.rectified:
             raise ValueError(f"DDIM came for a policy on {path}; expected VariancePreserving (Stable Diffusion 1.5): "
                              "take FlowSDE, DanceSDE or CPS for a rectified flow")  # fmt: skip
-        return replace(self, path=path)
+        return replace(self, path=cast(VariancePreserving, path))
 
     def coefficients(self, sigma: Tensor, sigma_next: Tensor, level: Tensor | float = 1.0) -> Affine:
         """α, b, s [N], float64; σ names a level of the path."""
         if self.path is None:
-            raise ValueError("DDIM without a path came; expected the policy's: DDIM(...).on(policy.path)")
+            raise ValueError("DDIM without a path came; expected the policy's: DDIM(...).bind(policy.path)")
         sigma, sigma_next, level = step_inputs(sigma, sigma_next, level)
         now, then = self.path.alpha_bar(sigma), self.path.alpha_bar(sigma_next)
         variance = (self.eta * level).square() * (1 - then) / (1 - now) * (1 - now / then)
@@ -61,4 +63,4 @@ class DDIM:
                 "noise, 1-ᾱ': lower the level"
             )
         a, b, old = now.sqrt(), (1 - now).sqrt(), kept.clamp(min=0).sqrt()
-        return Affine(alpha=then.sqrt() * a + old * b, slope=-then.sqrt() * b + old * a, std=variance.sqrt())
+        return Affine(alpha=then.sqrt() * a + old * b, velocity_coef=-then.sqrt() * b + old * a, std=variance.sqrt())

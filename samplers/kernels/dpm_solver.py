@@ -10,11 +10,11 @@ from samplers.kernels.base import (
     Affine,
     Carry,
     Constants,
-    Context,
     Gaussian,
     Kernel,
     Reduce,
     Step,
+    TransitionContext,
     spread,
 )
 from samplers.paths import Path, RectifiedFlow
@@ -45,13 +45,18 @@ class DPMSolver:
         return self.kernel.reduce
 
     @property
+    def uses_rows(self) -> bool:
+        """The kernel's."""
+        return self.kernel.uses_rows
+
+    @property
     def constants(self) -> Constants:
         """The kernel's."""
         return self.kernel.constants
 
-    def on(self, path: Path) -> Kernel:
+    def bind(self, path: Path) -> Kernel:
         """The solver for a policy on `path`; ValueError if the kernel cannot be on it."""
-        return replace(self, kernel=self.kernel.on(path), path=path)
+        return replace(self, kernel=self.kernel.bind(path), path=path)
 
     def coefficients(self, sigma: Tensor, sigma_next: Tensor, level: Tensor | float = 1.0) -> Affine:
         """α, b, s [N] of the kernel: those of a first-order step, where the row is deterministic."""
@@ -63,7 +68,7 @@ class DPMSolver:
         v: Tensor,
         sigma: Tensor | float,
         sigma_next: Tensor | float,
-        ctx: Context = DEFAULT_CONTEXT,
+        ctx: TransitionContext = DEFAULT_CONTEXT,
     ) -> Step:
         """The kernel's step, corrected. ValueError for the replay of a deterministic step."""
         step = self.kernel(x, v, sigma, sigma_next, ctx)
@@ -82,8 +87,8 @@ class DPMSolver:
         ratio = torch.where(silent & ratio.isfinite(), ratio, 0.0).to(step.mean)
         move = spread(gain.to(step.mean) * ratio, x0) * (x0 - ctx.carry.x0.to(x0))
         policy = _moved(step.policy, move, ratio)
-        behaviour = policy if step.behaviour is step.policy else _moved(step.behaviour, move, ratio)
-        return replace(step, policy=policy, behaviour=behaviour)
+        behavior = policy if step.behavior is step.policy else _moved(step.behavior, move, ratio)
+        return replace(step, policy=policy, behavior=behavior)
 
 
 def _second_order(path: Path, before: Tensor, here: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,7 +104,7 @@ def _second_order(path: Path, before: Tensor, here: Tensor, there: Tensor) -> tu
 def _moved(gaussian: Gaussian, move: Tensor, ratio: Tensor) -> Gaussian:
     """The mean moved where the ratio is not 0; ∂mean/∂v grows by 1 + r, since x̂0 is affine in v."""
     mean = torch.where(spread(ratio, move) == 0, gaussian.mean, gaussian.mean + move)
-    return replace(gaussian, mean=mean, slope=gaussian.slope * (1.0 + ratio))
+    return replace(gaussian, mean=mean, velocity_coef=gaussian.velocity_coef * (1.0 + ratio))
 
 
 def _refuse_replay(rows: Tensor) -> None:

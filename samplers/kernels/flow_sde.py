@@ -10,11 +10,11 @@ from samplers.kernels.base import (
     Constants,
     Reduce,
     affine_step,
+    bind_rectified_flow,
     check_choices,
     check_noise_level,
     euler_maruyama,
     euler_where_silent,
-    on_rectified_flow,
     step_inputs,
 )
 
@@ -46,13 +46,14 @@ class FlowSDE:
     sigma_cap: float | None = None
     reduce: Reduce = "mean"
     constants: Constants = "full"
+    uses_rows = False
 
     def __post_init__(self) -> None:
         check_noise_level(self.noise_level)
         check_choices(self.reduce, self.constants)
         check_cap(self.sigma_cap)
 
-    on = on_rectified_flow
+    bind = bind_rectified_flow
     __call__ = affine_step
 
     def coefficients(self, sigma: Tensor, sigma_next: Tensor, level: Tensor | float = 1.0) -> Affine:

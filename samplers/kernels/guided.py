@@ -11,10 +11,10 @@ from samplers.kernels.base import (
     DEFAULT_CONTEXT,
     Affine,
     Constants,
-    Context,
     Kernel,
     Reduce,
     Step,
+    TransitionContext,
     spread,
 )
 from samplers.paths import Path, RectifiedFlow
@@ -25,20 +25,20 @@ MeanOf = Literal["unguided", "guided"]
 
 @dataclass(frozen=True)
 class Guided:
-    """`kernel` with its behaviour moved by λ·∇ρ: x' = μ + λ·∇ρ + s·z; the policy keeps μ, so ratios start at 1.
+    """`kernel` with its behavior moved by λ·∇ρ: x' = μ + λ·∇ρ + s·z; the policy keeps μ, so ratios start at 1.
 
     λ = rate·h with use_delta (the released script), else the rate. rate: `scale` if given (0.01 there), else by `form`
     with temperature `beta`, g² = s²/h: "score_half" g²/(2β), the explicit score term of the SDE (what the code does
     with scale < 0); "doob" g²/β, the optimal-control drift; "full_tilt" tilts the marginals by e^{ρ/β}: v moves by
     -(b/a)·∇ρ/β (σ/(1-σ) in a flow), the score with it, so the mean by that times ∂μ/∂v; infinite at σ = 1. Only
     full_tilt reaches the tilted law at any noise level; doob does where g² = 2σ/(1-σ) (Flow-SDE with a = √2).
-    normalise: ∇ρ/|∇ρ|, each row by its own norm. Active on the grid steps start..end, every `interval`; also on
+    normalize: ∇ρ/|∇ρ|, each row by its own norm. Active on the grid steps start..end, every `interval`; also on
     deterministic rows, which only `scale` and full_tilt move: `end` keeps a tail unguided.
 
     log_prob_mean "unguided": what was drawn from the guided mean is scored under μ: off-policy without importance
     weights, by design: the gradient gains λ·∇ρ/s, and so learns the guidance. "guided": both are the moved Gaussian,
     and a replay computes ∇ρ again. ∂mean/∂v stays the kernel's: ∇ρ is a constant to it.
-    path: the policy's; None stands for a rectified flow, `on` fills it in.
+    path: the policy's; None stands for a rectified flow, `bind` fills it in.
     """
 
     kernel: Kernel
@@ -47,12 +47,13 @@ class Guided:
     form: GuidanceForm = "score_half"
     beta: float = 3.125
     use_delta: bool = True
-    normalise: bool = False
+    normalize: bool = False
     start: int = 0
     end: int | None = None
     interval: int = 1
     log_prob_mean: MeanOf = "unguided"
     path: Path | None = field(default=None, repr=False)
+    uses_rows = True
 
     def __post_init__(self) -> None:
         if self.form not in ("score_half", "full_tilt", "doob"):
@@ -81,9 +82,9 @@ class Guided:
         """The kernel's."""
         return self.kernel.constants
 
-    def on(self, path: Path) -> Kernel:
+    def bind(self, path: Path) -> Kernel:
         """The guided kernel for a policy on `path`; ValueError if the kernel cannot be on it."""
-        return replace(self, kernel=self.kernel.on(path), path=path)
+        return replace(self, kernel=self.kernel.bind(path), path=path)
 
     def coefficients(self, sigma: Tensor, sigma_next: Tensor, level: Tensor | float = 1.0) -> Affine:
         """α, b, s [N] of the kernel, without the shift."""
@@ -95,20 +96,20 @@ class Guided:
         v: Tensor,
         sigma: Tensor | float,
         sigma_next: Tensor | float,
-        ctx: Context = DEFAULT_CONTEXT,
+        ctx: TransitionContext = DEFAULT_CONTEXT,
     ) -> Step:
-        """The kernel's step with a moved behaviour. A replay under the unguided mean asks for no gradient."""
+        """The kernel's step with a moved behavior. A replay under the unguided mean asks for no gradient."""
         step = self.kernel(x, v, sigma, sigma_next, ctx)
         if ctx.replay and self.log_prob_mean == "unguided":
             return step
         shift = self.shift(step, x, v, sigma, ctx)
         if shift is None:
             return step
-        behaviour = replace(step.behaviour, mean=step.behaviour.mean + shift)
-        return replace(step, behaviour=behaviour, policy=step.policy if self.log_prob_mean == "unguided" else behaviour)
+        behavior = replace(step.behavior, mean=step.behavior.mean + shift)
+        return replace(step, behavior=behavior, policy=step.policy if self.log_prob_mean == "unguided" else behavior)
 
     @torch.no_grad()
-    def shift(self, step: Step, x: Tensor, v: Tensor, sigma: Tensor | float, ctx: Context) -> Tensor | None:
+    def shift(self, step: Step, x: Tensor, v: Tensor, sigma: Tensor | float, ctx: TransitionContext) -> Tensor | None:
         """λ·∇ρ [N, *] of the unguided `step` that leaves x [N, *]; 0 in inactive rows, None if all are.
 
         A velocity target that learns the guidance is v + shift/b: under it the kernel's own mean is the guided one.
@@ -124,7 +125,7 @@ class Guided:
         if not len(hot):
             return None
         found = self._gradient(x[hot], v[hot], sigma[hot.to(sigma.device)], ctx, hot.cpu()).to(step.mean)
-        if self.normalise:
+        if self.normalize:
             norm = spread(found.flatten(1).norm(dim=1), found)
             found = torch.where(norm == 0, found, found / norm)
         shift = torch.zeros_like(step.mean)
@@ -133,17 +134,17 @@ class Guided:
 
     def _rate(self, step: Step, sigma: Tensor) -> Tensor:
         """λ [N], before `interval` and its like; not finite where it has no value."""
-        h = step.behaviour.length
+        h = step.behavior.step_size
         if self.scale is not None:
             return self.scale * (h if self.use_delta else torch.ones_like(h))
         if self.form == "full_tilt":
             a, b, _, _ = (self.path or RectifiedFlow()).mix(sigma)
-            moved = -step.policy.slope * (b / a).to(h) / self.beta
+            moved = -step.policy.velocity_coef * (b / a).to(h) / self.beta
         else:
             moved = step.std.square() / (self.beta if self.form == "doob" else 2.0 * self.beta)
         return moved if self.use_delta else moved / h
 
-    def _active(self, ctx: Context, n: int) -> Tensor:
+    def _active(self, ctx: TransitionContext, n: int) -> Tensor:
         if self.start == 0 and self.end is None and self.interval == 1:
             return torch.ones(n, dtype=torch.bool)
         if ctx.step is None:
@@ -153,7 +154,7 @@ class Guided:
         active = (ctx.step >= self.start) & ((ctx.step - self.start) % self.interval == 0)
         return active if self.end is None else active & (ctx.step <= self.end)
 
-    def _gradient(self, x: Tensor, v: Tensor, sigma: Tensor, ctx: Context, hot: Tensor) -> Tensor:
+    def _gradient(self, x: Tensor, v: Tensor, sigma: Tensor, ctx: TransitionContext, hot: Tensor) -> Tensor:
         """∇ρ at the states of the rows `hot`: asked once per distinct state, since siblings leave the same one."""
         own = torch.arange(len(hot))
         nodes = hot if ctx.parents is None else ctx.parents.cpu()[hot]

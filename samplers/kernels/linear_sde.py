@@ -10,10 +10,10 @@ from samplers.kernels.base import (
     Constants,
     Reduce,
     affine_step,
+    bind_rectified_flow,
     check_choices,
     euler_maruyama,
     euler_where_silent,
-    on_rectified_flow,
     step_inputs,
 )
 
@@ -30,6 +30,7 @@ class LinearSDE:
     sigma_max: float = 1.0
     reduce: Reduce = "mean"
     constants: Constants = "full"
+    uses_rows = False
 
     def __post_init__(self) -> None:
         check_choices(self.reduce, self.constants)
@@ -38,7 +39,7 @@ class LinearSDE:
                 f"sigma_min={self.sigma_min}, sigma_max={self.sigma_max} came; expected 0 <= sigma_min <= sigma_max"
             )
 
-    on = on_rectified_flow
+    bind = bind_rectified_flow
     __call__ = affine_step
 
     def coefficients(self, sigma: Tensor, sigma_next: Tensor, level: Tensor | float = 1.0) -> Affine:

@@ -15,7 +15,7 @@ from samplers.kernels.base import (
     step_inputs,
 )
 from samplers.kernels.ddim import DDIM
-from samplers.paths import Path, VariancePreserving
+from samplers.paths import Path
 
 
 @dataclass(frozen=True)
@@ -24,19 +24,18 @@ class ODE:
 
     reduce: Reduce = "mean"
     constants: Constants = "none"
+    uses_rows = False
 
     def __post_init__(self) -> None:
         check_choices(self.reduce, self.constants)
 
     __call__ = affine_step
 
-    def on(self, path: Path) -> Kernel:
+    def bind(self, path: Path) -> Kernel:
         """Itself on a rectified flow; on a variance-preserving path its ODE is DDIM with η = 0."""
-        if isinstance(path, VariancePreserving):
-            return DDIM(eta=0.0, path=path, reduce=self.reduce, constants=self.constants)
-        return self
+        return self if path.rectified else DDIM(eta=0.0, reduce=self.reduce, constants=self.constants).bind(path)
 
     def coefficients(self, sigma: Tensor, sigma_next: Tensor, level: Tensor | float = 1.0) -> Affine:
         """(1, -h, 0)."""
         sigma, sigma_next, level = step_inputs(sigma, sigma_next, level)
-        return Affine(alpha=torch.ones_like(sigma), slope=sigma_next - sigma, std=torch.zeros_like(sigma))
+        return Affine(alpha=torch.ones_like(sigma), velocity_coef=sigma_next - sigma, std=torch.zeros_like(sigma))

@@ -6,6 +6,7 @@ from typing import Protocol
 
 import numpy as np
 
+from samplers.selection import Score, Select
 from samplers.trees import Cost, Tree
 
 
@@ -16,6 +17,10 @@ class Plan(Protocol):
 
     def forecast(self, num_steps: int, group_size: int) -> Cost:
         """The most that one group costs in any iteration, each number by itself."""
+        ...
+
+    def select(self, score: Score) -> Select | None:
+        """What `rollout` drops states by, given what scores them; None: every state of the tree is rolled out."""
         ...
 
 
@@ -30,6 +35,10 @@ class Bounded(Plan, Protocol):
 def costliest(plan: Bounded, num_steps: int, group_size: int) -> Cost:
     """The `forecast` of a plan that knows its extremes: the most that they cost, each number by itself."""
     return most([tree.cost() for tree in plan.extremes(num_steps, group_size)])
+
+
+def select_nothing(plan: Plan, score: Score) -> None:
+    """The `select` of a plan that drops no state."""
 
 
 def most(costs: Sequence[Cost]) -> Cost:

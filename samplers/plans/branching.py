@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from samplers.plans.base import costliest, grow
+from samplers.plans.base import costliest, grow, select_nothing
 from samplers.plans.positions import Position, Random, Steps, last_start
 from samplers.trees import Tree
 
@@ -84,6 +84,7 @@ class Branch:
         return branch(num_steps, self._seeds(group_size), self.branches, self._steps().draw(num_steps, rng))
 
     forecast = costliest
+    select = select_nothing
 
     def extremes(self, num_steps: int, group_size: int) -> Sequence[Tree]:
         """The earliest steps, with each possible last one."""
@@ -131,6 +132,7 @@ class SplitTree:
         return self._with_window(num_steps, group_size, start)
 
     forecast = costliest
+    select = select_nothing
 
     def extremes(self, num_steps: int, group_size: int) -> Sequence[Tree]:
         """One tree per position of the window."""
@@ -177,6 +179,7 @@ class TreeWindow:
         return self._at((self.position or Random()).start(iteration, self.low, last, rng), num_steps, group_size)
 
     forecast = costliest
+    select = select_nothing
 
     def extremes(self, num_steps: int, group_size: int) -> Sequence[Tree]:
         """One tree per place."""

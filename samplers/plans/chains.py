@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from samplers.plans.base import costliest, grow
+from samplers.plans.base import costliest, grow, select_nothing
 from samplers.plans.positions import Position, Random, Steps, last_start
 from samplers.trees import Tree
 
@@ -68,6 +68,7 @@ class Chain:
         return chain(num_steps, group_size, shared_start=self.shared_start, train_last=self.train_last)
 
     forecast = costliest
+    select = select_nothing
 
     def extremes(self, num_steps: int, group_size: int) -> Sequence[Tree]:
         """The one tree."""
@@ -99,6 +100,7 @@ class Window:
         return window(num_steps, group_size, start, self.size, shared_start=self.shared_start)
 
     forecast = costliest
+    select = select_nothing
 
     def extremes(self, num_steps: int, group_size: int) -> Sequence[Tree]:
         """One tree per position."""
@@ -125,6 +127,7 @@ class RandomSteps:
         return scattered(num_steps, group_size, self._steps().draw(num_steps, rng), shared_start=self.shared_start)
 
     forecast = costliest
+    select = select_nothing
 
     def extremes(self, num_steps: int, group_size: int) -> Sequence[Tree]:
         """The earliest steps, with each possible last one."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from samplers.plans.base import Bounded, costliest
+from samplers.plans.base import Bounded, costliest, select_nothing
 from samplers.trees import Tree
 
 
@@ -90,6 +90,7 @@ class Probed:
         return self._probed(self.plan.tree(num_steps, group_size, iteration, rng))
 
     forecast = costliest
+    select = select_nothing
 
     def extremes(self, num_steps: int, group_size: int) -> Sequence[Tree]:
         """The plan's, with probes."""
@@ -111,6 +112,7 @@ class Compressed:
         return compressed(self.plan.tree(num_steps, group_size, iteration, rng), self.ratio)
 
     forecast = costliest
+    select = select_nothing
 
     def extremes(self, num_steps: int, group_size: int) -> Sequence[Tree]:
         """The plan's, compressed."""

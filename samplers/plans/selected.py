@@ -13,15 +13,15 @@ from samplers.trees import Cost, Tree
 class Selected:
     """`plan` with selection on the way: counts = {grid index: how many states of each group are continued from there}.
 
-    looks: the score needs the velocities of all candidates (for their predicted x̂0), which the forecast then counts.
-    within: see Best. Pass `by(score)` to `rollout` as `select`. Selected is the outermost plan: put Probed and Compressed
+    uses_velocity: the score needs the velocities of all candidates (for their predicted x̂0), which the forecast then counts.
+    within: see Best. Pass `select(score)` to `rollout`. Selected is the outermost plan: put Probed and Compressed
     inside. Cost: `tree` is the whole tree before selection, as rows of numbers; splits multiply it also after a selection.
     """
 
     plan: Bounded
     counts: dict[int, int]
     within: Within = "group"
-    looks: bool = True
+    uses_velocity: bool = True
 
     def __post_init__(self) -> None:
         check_counts(self.counts, self.within)
@@ -33,9 +33,9 @@ class Selected:
     def forecast(self, num_steps: int, group_size: int) -> Cost:
         """What is left of the plan's extremes: exact, whichever states win."""
         trees = self.plan.extremes(num_steps, group_size)
-        costs = [selected_cost(tree, self.counts, self.within, looks=self.looks) for tree in trees]
+        costs = [selected_cost(tree, self.counts, self.within, uses_velocity=self.uses_velocity) for tree in trees]
         return most(costs)
 
-    def by(self, score: Score) -> Best:
-        """What `rollout` takes as `select`; score(tree, nodes, states, look) -> [n], the higher the better."""
-        return Best(self.counts, score, self.within)
+    def select(self, score: Score) -> Best:
+        """score(tree, nodes, states, look) -> [n], the higher the better."""
+        return Best(self.counts, score, self.within, self.uses_velocity)

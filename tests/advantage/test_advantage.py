@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from flowalign.advantage import Asymmetric, Mixed, Normalised, PerChannel, VarianceGated
+from flowalign.advantage import Asymmetric, Mixed, Normalized, PerChannel, VarianceGated
 from flowalign.credit import BranchLocal, Broadcast, EdgeValues, Gain, ReturnToGo, SubtreeFusion, TurningPoint
 from samplers import Forest, Tree, chain, window
 from tests.helpers.trees import everywhere, grown, probed, split_tree, trunk
@@ -32,40 +32,40 @@ def test_every_step_of_a_chain_counts_its_sample_once() -> None:
     rewards = [1.0, 2.0, 3.0, 6.0]
     forest = grown(chain(10, 4))
     of_edge = given([rewards[root] for root in forest.tree.root[forest.tree.edges].tolist()])
-    unbiased = Normalised(unbiased=True, delta=0).compare(forest, of_edge).values[:, 0]
+    unbiased = Normalized(unbiased=True, delta=0).compare(forest, of_edge).values[:, 0]
     expected = (np.array(rewards) - 3) / np.std(rewards, ddof=1)
     np.testing.assert_allclose(unbiased, expected[forest.tree.root[forest.tree.edges]], rtol=1e-6)
-    trimmed = Normalised(trim=0.3, delta=0).compare(forest, of_edge).values[:, 0]  # int(0.3·4) = the worst one
+    trimmed = Normalized(trim=0.3, delta=0).compare(forest, of_edge).values[:, 0]  # int(0.3·4) = the worst one
     expected = (np.array(rewards) - np.mean(rewards[1:])) / np.std(rewards[1:])
     np.testing.assert_allclose(trimmed, expected[forest.tree.root[forest.tree.edges]], rtol=1e-6)
 
 
 def test_trimming() -> None:
     forest, rewards = side_by_side(5), np.array([1.0, -100.0, 2.0, 3.0, 50.0])
-    low = column(Normalised(trim=0.2, delta=0, clip=1e9).compare(forest, given(rewards)))
+    low = column(Normalized(trim=0.2, delta=0, clip=1e9).compare(forest, given(rewards)))
     np.testing.assert_allclose(low, (rewards - rewards[[0, 2, 3, 4]].mean()) / rewards[[0, 2, 3, 4]].std(), rtol=1e-6)
-    both = column(Normalised(trim=0.2, trim_side="both", delta=0, clip=1e9).compare(forest, given(rewards)))
+    both = column(Normalized(trim=0.2, trim_side="both", delta=0, clip=1e9).compare(forest, given(rewards)))
     np.testing.assert_allclose(both, (rewards - 2) / np.std([1, 2, 3]), rtol=1e-6)
-    assert column(Normalised(trim=0.19).compare(forest, given(rewards))) == column(
-        Normalised().compare(forest, given(rewards))
+    assert column(Normalized(trim=0.19).compare(forest, given(rewards))) == column(
+        Normalized().compare(forest, given(rewards))
     )
     with pytest.raises(ValueError, match="below 0"):
-        Normalised(trim=0.5, trim_side="both")
+        Normalized(trim=0.5, trim_side="both")
 
 
 def test_per_prompt_advantages_do_not_know_the_scale_of_the_reward() -> None:
     forest, rewards = side_by_side(3, 3), np.array([1.0, 5.0, 2.0, 7.0, 7.5, 9.0])
-    plain, moved = (Normalised(delta=0).compare(forest, given(r)).values for r in (rewards, 30 * rewards - 4))
+    plain, moved = (Normalized(delta=0).compare(forest, given(r)).values for r in (rewards, 30 * rewards - 4))
     torch.testing.assert_close(plain, moved)
     assert float(plain[:3].sum().abs()) < 1e-6 and float(plain[:3].square().mean()) == pytest.approx(1, rel=1e-6)
 
 
 @pytest.mark.parametrize(
-    "rule", [Normalised(), Normalised(std="none"), VarianceGated(low=0.0, high=0.0), Asymmetric(alpha=0.01)], ids=str
+    "rule", [Normalized(), Normalized(std="none"), VarianceGated(low=0.0, high=0.0), Asymmetric(alpha=0.01)], ids=str
 )
 def test_advantages_are_clipped_at_5(rule) -> None:
     """One of 101 samples differs: its z-score is 10 (A-GRAE weighs it 50 times as much)."""
-    scale = 100.0 if rule == Normalised(std="none") else 1.0
+    scale = 100.0 if rule == Normalized(std="none") else 1.0
     assert max(column(rule.compare(side_by_side(101), given([scale] + [0.0] * 100)))) == 5.0
 
 
@@ -78,24 +78,24 @@ def test_success_rates_near_0_and_1_weigh_as_one_half_sample(rewards: list[float
 
 
 def test_the_scale_may_be_that_of_the_set_which_differs_most() -> None:
-    got = Normalised(std="largest", delta=0).compare(side_by_side(2, 2), given([0.0, 2.0, 10.0, 16.0]))
+    got = Normalized(std="largest", delta=0).compare(side_by_side(2, 2), given([0.0, 2.0, 10.0, 16.0]))
     np.testing.assert_allclose(column(got), [-1 / 3, 1 / 3, -1, 1], rtol=1e-6)
 
 
 def test_depths_are_compared_inside_one_tree() -> None:
     """Two independent chains of a prompt are two trees: a depth of one tree has one step, and nothing to compare."""
     credit = given(np.arange(6.0))
-    assert not bool(Normalised(within="tree_depth").compare(grown(chain(4, 2)), credit).valid.any())
-    assert bool(Normalised(within="prompt_step").compare(grown(chain(4, 2)), credit).valid.all())
+    assert not bool(Normalized(within="tree_depth").compare(grown(chain(4, 2)), credit).valid.any())
+    assert bool(Normalized(within="prompt_step").compare(grown(chain(4, 2)), credit).valid.all())
 
 
-def test_a_seed_group_standardises_the_noise_of_its_own_step() -> None:
-    """TempFlow-GRPO, R = x_T of a linear world: inside a seed group the advantage is the standardised noise."""
+def test_a_seed_group_standardizes_the_noise_of_its_own_step() -> None:
+    """TempFlow-GRPO, R = x_T of a linear world: inside a seed group the advantage is the standardized noise."""
     forest = grown(trunk(4, 2, 5), width=1)
     tree, edges = forest.tree, forest.tree.edges
     rewards = forest.at(tree.leaves).double()
     credit = BranchLocal().assign(forest, rewards, everywhere(rewards), ("r",))
-    got = Normalised(within="seed_step", delta=0).compare(forest, credit).values[:, 0]
+    got = Normalized(within="seed_step", delta=0).compare(forest, credit).values[:, 0]
     noise = forest.at(edges)[:, 0].double()  # the mean is common to a seed group and leaves with the baseline
     for parent in tree.parents_of_edges:
         own = tree.parent[edges] == parent
@@ -108,16 +108,16 @@ def test_two_nodes_of_one_depth_keep_only_their_sign() -> None:
     forest = grown(split_tree(5, (0, 3)))
     rewards = torch.tensor([[3.0], [5.0], [1.0], [0.5]])
     credit = Broadcast().assign(forest, rewards, everywhere(rewards), ("r",))
-    got = Normalised(within="tree_depth", unbiased=True, delta=0).compare(forest, credit).values[:, 0]
+    got = Normalized(within="tree_depth", unbiased=True, delta=0).compare(forest, credit).values[:, 0]
     np.testing.assert_allclose(got[:6], [0.70711, -0.70711] * 3, atol=1e-5)
 
 
 @pytest.mark.parametrize(
     "rule",
     [
-        Normalised(), Normalised(std="batch"), Normalised(std="largest"), Normalised(unbiased=True),
-        Normalised(trim=0.3), VarianceGated(), VarianceGated(low=0.1, high=0.4), Asymmetric(rescale="quantiles"),
-        Mixed(Normalised(), "reward_sum"), Mixed(Normalised(), "gdpo"), Mixed(Normalised(), "keep"),
+        Normalized(), Normalized(std="batch"), Normalized(std="largest"), Normalized(unbiased=True),
+        Normalized(trim=0.3), VarianceGated(), VarianceGated(low=0.1, high=0.4), Asymmetric(rescale="quantiles"),
+        Mixed(Normalized(), "reward_sum"), Mixed(Normalized(), "gdpo"), Mixed(Normalized(), "keep"),
     ],
     ids=str,
 )  # fmt: skip
@@ -143,7 +143,7 @@ def test_a_masked_sample_of_a_probed_chain_is_one_left_out(rule) -> None:
     of_kept = whole.tree.root[whole.tree.edges] != 4
     assert not bool(masked.valid[~of_kept].any())
     torch.testing.assert_close(masked.values[of_kept], left_out.values)
-    compare = Normalised(within="prompt_step")
+    compare = Normalized(within="prompt_step")
     advantages = compare.compare(whole, masked)
     torch.testing.assert_close(advantages.values[of_kept], compare.compare(rest, left_out).values)
     assert not bool(advantages.values[~of_kept].any())
@@ -153,7 +153,7 @@ def test_per_step_advantages_of_gains_have_mean_zero() -> None:
     forest = grown(probed(6, 4))
     scores = torch.randn(len(forest.tree.leaves), 1, generator=torch.Generator().manual_seed(2)).double()
     credit = Gain().assign(forest, scores, everywhere(scores), ("r",))
-    got = Normalised(within="prompt_step").compare(forest, credit).values[:, 0]
+    got = Normalized(within="prompt_step").compare(forest, credit).values[:, 0]
     step = forest.tree.index[forest.tree.parent[forest.tree.edges]]
     for i in step.unique():
         assert float(got[step == i].sum().abs()) < 1e-5
@@ -168,8 +168,8 @@ def test_branch_grpo_that_splits_at_the_start_is_grpo_with_a_shared_start() -> N
     rewards = torch.tensor([[0.3], [1.0], [-2.0], [0.7], [5.0]])
     fused = SubtreeFusion().assign(tree_forest, rewards, everywhere(rewards), ("r",))
     plain = Broadcast().assign(chain_forest, rewards, everywhere(rewards), ("r",))
-    a = Normalised(within="tree_depth").compare(tree_forest, fused)
-    b = Normalised(within="prompt").compare(chain_forest, plain)
+    a = Normalized(within="tree_depth").compare(tree_forest, fused)
+    b = Normalized(within="prompt").compare(chain_forest, plain)
     torch.testing.assert_close(a.values, b.values)
     assert torch.equal(tree_forest.tree.parent, chain_forest.tree.parent)
 
@@ -181,7 +181,7 @@ def test_branches_of_one_seed_at_one_step_are_flow_grpo_fast() -> None:
     local = BranchLocal().assign(forest, rewards, everywhere(rewards), ("r",))
     broadcast = Broadcast().assign(forest, rewards, everywhere(rewards), ("r",))
     assert torch.equal(local.values, broadcast.values)
-    a, b = Normalised(within="seed_step").compare(forest, local), Normalised().compare(forest, broadcast)
+    a, b = Normalized(within="seed_step").compare(forest, local), Normalized().compare(forest, broadcast)
     assert torch.equal(a.values, b.values)
 
 
@@ -263,43 +263,43 @@ def z(values: np.ndarray) -> np.ndarray:
     ],
 )
 def test_mixes(how, expected) -> None:
-    got = Mixed(Normalised(), how, {"a": 2.0, "b": 0.5}).compare(side_by_side(4), given(A, B)).values
+    got = Mixed(Normalized(), how, {"a": 2.0, "b": 0.5}).compare(side_by_side(4), given(A, B)).values
     np.testing.assert_allclose(got.T, expected, atol=1e-5)
 
 
-def test_gdpo_normalises_over_the_batch_and_not_the_group() -> None:
+def test_gdpo_normalizes_over_the_batch_and_not_the_group() -> None:
     forest = side_by_side(2, 4)
     rewards = np.concatenate([[0.0, 1.0], A])
     summed = np.concatenate([z(rewards[:2]), z(A)])
     np.testing.assert_allclose(
-        column(Mixed(Normalised(), "gdpo").compare(forest, given(rewards))), z(summed), atol=1e-5
+        column(Mixed(Normalized(), "gdpo").compare(forest, given(rewards))), z(summed), atol=1e-5
     )
 
 
 def test_a_sum_needs_all_its_channels() -> None:
     valid = [[True, True, True, True], [True, False, True, True]]
     for how in ("reward_sum", "advantage_sum", "gdpo"):
-        got = Mixed(Normalised(), how).compare(side_by_side(4), given(A, B, valid=valid))
+        got = Mixed(Normalized(), how).compare(side_by_side(4), given(A, B, valid=valid))
         assert got.valid[:, 0].tolist() == valid[1] and float(got.values[1]) == 0
-        ignored = Mixed(Normalised(), how, {"a": 1.0, "b": 0.0}).compare(side_by_side(4), given(A, B, valid=valid))
+        ignored = Mixed(Normalized(), how, {"a": 1.0, "b": 0.0}).compare(side_by_side(4), given(A, B, valid=valid))
         assert bool(ignored.valid.all())
-    kept = Mixed(Normalised(), "keep").compare(side_by_side(4), given(A, B, valid=valid))
+    kept = Mixed(Normalized(), "keep").compare(side_by_side(4), given(A, B, valid=valid))
     assert kept.valid.T.tolist() == valid
     with pytest.raises(ValueError, match="one for each channel"):
-        Mixed(Normalised(), "keep", {"a": 1.0}).compare(side_by_side(4), given(A, B))
+        Mixed(Normalized(), "keep", {"a": 1.0}).compare(side_by_side(4), given(A, B))
 
 
 def test_each_channel_in_its_own_set() -> None:
     """Euphonium: outcome inside the prompt, process inside prompt and step."""
     forest = grown(chain(4, 3))
     outcome, process = np.arange(9.0) ** 2, np.sin(np.arange(9.0))
-    rule = PerChannel({"outcome": Normalised(), "process": Normalised(within="prompt_step")})
+    rule = PerChannel({"outcome": Normalized(), "process": Normalized(within="prompt_step")})
     credit = given(outcome, process, channels=("outcome/hps", "process/prm"))
     got = rule.compare(forest, credit)
     one = given(process)
-    torch.testing.assert_close(got.values[:, [0]], Normalised().compare(forest, given(outcome)).values)
-    torch.testing.assert_close(got.values[:, [1]], Normalised(within="prompt_step").compare(forest, one).values)
+    torch.testing.assert_close(got.values[:, [0]], Normalized().compare(forest, given(outcome)).values)
+    torch.testing.assert_close(got.values[:, [1]], Normalized(within="prompt_step").compare(forest, one).values)
     with pytest.raises(ValueError, match="channel 'process/prm' came"):
-        PerChannel({"outcome": Normalised()}).compare(forest, credit)
+        PerChannel({"outcome": Normalized()}).compare(forest, credit)
     with pytest.raises(ValueError, match=r"parts \['other'\] match none"):
-        PerChannel({"outcome": Normalised(), "process": Normalised(), "other": Normalised()}).compare(forest, credit)
+        PerChannel({"outcome": Normalized(), "process": Normalized(), "other": Normalized()}).compare(forest, credit)

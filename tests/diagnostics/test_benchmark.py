@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from flowalign import benchmark, cli
-from flowalign.diagnostics.benchmark import compare, peak, reset_peak, table
-from flowalign.config import ConfigError, load_config
-from flowalign.diagnostics.doctor import distinct_prompts
 from flowalign.build import policy_of, task_of
+from flowalign.config import load_config
+from flowalign.diagnostics.benchmark import compare, peak, reset_peak, table
+from flowalign.diagnostics.doctor import distinct_prompts
 from flowalign.diagnostics.measure import distance, gradients, per_edge
+from flowalign.errors import ConfigError
 
-CONFIG = str(Path(__file__).parent / "data" / "tiny.yaml")
+CONFIG = str(Path(__file__).parents[1] / "data" / "tiny.yaml")
 AT_STEP_1 = ["rollout.plan.init_args.low=1", "rollout.plan.init_args.high=2"]  # one step of prefix, T = 3, 3 images
 
 
@@ -115,7 +116,7 @@ def test_bad_arguments_are_named(
 
 def test_a_benchmark_that_trains_nothing_is_said(tiny_pipeline: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flat = ["reward=rewards.FunctionReward", "reward.path=tests.diagnostics.test_benchmark:flat"]
-    overrides = [f"policy.path={tiny_pipeline}", *flat, "trainer.select=flowalign.objectives.NonZeroAdvantage"]
+    overrides = [f"policy.path={tiny_pipeline}", *flat, "trainer.signal.select=flowalign.selectors.NonZeroAdvantage"]
     assert cli.benchmark([CONFIG, "--iterations", "1", *overrides]) == 2
     assert "AllEdges" in capsys.readouterr().err
 

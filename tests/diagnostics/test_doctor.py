@@ -12,15 +12,15 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import nn
 
 from flowalign import cli
+from flowalign.build import policy_of
 from flowalign.config import load_config
 from flowalign.diagnostics.doctor import Finding, cost, diagnose, examine
 from flowalign.models import Policy
-from flowalign.build import policy_of
 from flowalign.trainers import collect
 from rewards import RewardOutput
 from samplers import rollout
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 CONFIG = str(DATA / "tiny.yaml")
 GUIDED = ["rollout.guidance_scale=3.0", "rollout.allow_cfg_update=true"]
 
@@ -223,7 +223,7 @@ def no_gradient(policy: Any) -> None:
     changed_velocity(detached)(policy)
 
 
-def grey(policy: Any) -> None:
+def gray(policy: Any) -> None:
     decode = policy.decode
     policy.decode = lambda latents: torch.zeros_like(decode(latents))
 
@@ -284,7 +284,7 @@ def unused_adapter(policy: Any) -> None:
         (changed_velocity(in_bf16), [], "velocity", "return fp32"),
         (changed_velocity(twice), [], "cost", "each distinct state once"),
         (no_gradient, [], "roles", "the velocity has no gradient at all"),
-        (grey, [], "gradient", "every advantage is 0"),
+        (gray, [], "gradient", "every advantage is 0"),
         (changed_velocity(rounded_by_batch), ["trainer.objective.clip_range=1e-9"], "floor", "set objective.clip_range"),
         (freezing_role, [], "roles", "flip only the layers' disabled flag"),
         (role_left_on, [], "roles", "must restore what it switched"),

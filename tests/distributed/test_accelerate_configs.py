@@ -11,13 +11,14 @@ from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
 from flowalign import launch
-from flowalign.config import ConfigError, PolicySettings, load_config
+from flowalign.config import PolicySettings, load_config
+from flowalign.errors import ConfigError
 from flowalign.run.launch import check_deepspeed, check_environment, check_launch, check_processes
 from flowalign.run.run import Run
 from samplers import FlowSDE, Guided, RewardGradient
 
-FOLDER = Path(__file__).parents[1] / "configs" / "accelerate"
-TINY = str(Path(__file__).parent / "data" / "tiny.yaml")
+FOLDER = Path(__file__).parents[2] / "configs" / "accelerate"
+TINY = str(Path(__file__).parents[1] / "data" / "tiny.yaml")
 FACTS = {
     "multi_gpu": {"distributed_type": DistributedType.MULTI_GPU, "num_machines": 1, "gpu_ids": "all"},
     "multi_node": {

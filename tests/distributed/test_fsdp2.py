@@ -10,18 +10,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flowalign.config import ConfigError
-from flowalign.storage.metrics_log import read_rows, without_time
-from flowalign.models import load_policy
-from flowalign.distributed.processes import Processes
 from flowalign.distributed.fsdp2 import Lockstep, shard
+from flowalign.distributed.processes import Processes
+from flowalign.errors import ConfigError
+from flowalign.models import load_policy
+from flowalign.storage.metrics_log import read_rows, without_time
 
 
 def launch(home: Path, module: str, *arguments: str) -> str:
     """What two processes print."""
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", module, *arguments],
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
         env={"OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HOME": str(home), "ACCELERATE_USE_CPU": "true"},
         timeout=300, capture_output=True, text=True,
     )  # fmt: skip

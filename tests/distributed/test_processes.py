@@ -30,7 +30,7 @@ def launch(
     environment = {"OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HOME": str(output)}
     subprocess.run(
         [sys.executable, *runner, "-m", "tests.helpers.one_iteration", str(pipeline), str(output), plan, weights],
-        cwd=Path(__file__).parents[1], env=environment, check=True, timeout=300, capture_output=True,
+        cwd=Path(__file__).parents[2], env=environment, check=True, timeout=300, capture_output=True,
     )  # fmt: skip
     results = []
     for rank in range(count):

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not is_deepspeed_available(), reason="needs pip 
 def launch(module: str, *arguments: str) -> str:
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", module, *arguments],
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
         env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "DS_ACCELERATOR": "cpu"},
         timeout=300, capture_output=True, text=True,
     )  # fmt: skip
@@ -27,7 +27,7 @@ def launch(module: str, *arguments: str) -> str:
     return done.stdout
 
 
-def test_sharded_optimisers_step_as_whole_ones(tmp_path: Path) -> None:
+def test_sharded_optimizers_step_as_whole_ones(tmp_path: Path) -> None:
     """Two of them in turn, clipped, with a warm-up; their state comes out whole, and goes in again bit for bit."""
     launch("tests.helpers.zero_steps", str(tmp_path))
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
@@ -53,7 +53,7 @@ def test_the_documented_command_runs_with_one_process(tiny_pipeline: Path, tmp_p
             "--num_processes", "1", "--main_process_port", "0", "scripts/train.py", "tests/data/tiny.yaml",
             f"policy.path={tiny_pipeline}", f"run.output={tmp_path}",
         ],
-        cwd=Path(__file__).parents[1], env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+        cwd=Path(__file__).parents[2], env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
         timeout=300, check=True, capture_output=True,
     )  # fmt: skip
     assert (tmp_path / "tiny" / "lora" / "adapter_model.safetensors").exists()
@@ -73,7 +73,7 @@ def test_a_run_under_zero2_is_the_same_run(tiny_pipeline: Path, tmp_path: Path, 
         launch(
             "tests.helpers.zero_run", weights, "tests/data/tiny.yaml", f"policy.path={tiny_pipeline}",
             f"run.output={tmp_path / name}", "run.ema_decay=0.5", "run.keep_checkpoints=3", f"policy.trainable={trained}",
-            "trainer.init_args.kl.beta=0", "trainer.init_args.optimiser.max_grad_norm=0.001",
+            "trainer.init_args.kl.beta=0", "trainer.init_args.optimizer.max_grad_norm=0.001",
             "trainer.init_args.micro_batch=1", "policy.roles.old.update=copy", "rollout.groups=3",
         )  # fmt: skip
         folder = tmp_path / name / "tiny"
@@ -103,7 +103,7 @@ def test_a_run_under_zero2_is_the_same_run(tiny_pipeline: Path, tmp_path: Path, 
 
 
 def close(ours: dict[str, dict], theirs: dict[str, dict]) -> None:
-    assert ours.keys() == theirs.keys() >= {"role_policy", "role_old", "optimiser_policy", "ema"}
+    assert ours.keys() == theirs.keys() >= {"role_policy", "role_old", "optimizer_policy", "ema"}
     for part, expected in theirs.items():
         assert ours[part].keys() == expected.keys()
         for name, tensor in expected.items():

@@ -9,9 +9,9 @@ import torch
 from flowalign.data import PromptRecord
 from flowalign.evaluation.evaluate import evaluate
 from flowalign.evaluation.paired_gain import captions, compare, paired_gain, summary
-from flowalign.storage.metrics_log import MetricsLog, read_rows
-from flowalign.models.base import Conditions
 from flowalign.evaluation.result_file import append_result
+from flowalign.models.base import Conditions
+from flowalign.storage.metrics_log import MetricsLog, read_rows
 from rewards import RewardBatch, RewardError, RewardOutput
 from samplers import RectifiedFlow
 from samplers.noise import normal

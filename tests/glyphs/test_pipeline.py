@@ -29,13 +29,13 @@ def test_folder_is_small_and_holds_no_pickle() -> None:
 
 
 @pytest.mark.parametrize(("scale", "low", "high"), [(1.0, 0.2, 0.45), (3.0, 0.42, 0.72)])
-def test_base_reads_some_words_not_all_and_its_colours_are_right(
+def test_base_reads_some_words_not_all_and_its_colors_are_right(
     pipeline: StableDiffusion3Pipeline, scale: float, low: float, high: float
 ) -> None:
     records = held_out_prompts()[:64]
     figures = judge(sample_pictures(pipeline, [record["prompt"] for record in records], 6, scale), records)
     assert low <= figures.exact <= high  # 31.6 and 59.4 % on 256; the standard error of 64 is 6 %
-    assert figures.colours >= 0.9
+    assert figures.colors >= 0.9
 
 
 def test_guidance_and_a_single_prompt_work(pipeline: StableDiffusion3Pipeline) -> None:

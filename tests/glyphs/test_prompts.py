@@ -14,7 +14,7 @@ from flowalign.glyphs.pretrain import sample_batch
 from flowalign.glyphs.prompts import INKS, PAPERS, held_out_prompts, make_prompt, parse_prompt, train_prompts
 
 
-def test_make_and_parse_are_inverse_on_the_whole_grammar_of_colours() -> None:
+def test_make_and_parse_are_inverse_on_the_whole_grammar_of_colors() -> None:
     for ink in INKS:
         for paper in PAPERS:
             assert parse_prompt(make_prompt("KITE", ink, paper)) == ("KITE", ink, paper)
@@ -35,7 +35,7 @@ def test_other_text_is_refused(prompt: str) -> None:
         parse_prompt(prompt)
 
 
-def test_lists_are_disjoint_distinct_and_even_in_colours() -> None:
+def test_lists_are_disjoint_distinct_and_even_in_colors() -> None:
     train, held_out = train_prompts(), held_out_prompts()
     words = [record["target"] for record in train + held_out]
     assert (len(train), len(held_out)) == (1024, 512)

@@ -8,7 +8,7 @@ from flowalign.glyphs.prompts import INKS, PAPERS, held_out_prompts
 from flowalign.glyphs.renderer import HEIGHT, WIDTH, letter_masks, render
 
 
-def test_ground_truth_is_read_exactly_in_every_colour_and_offset() -> None:
+def test_ground_truth_is_read_exactly_in_every_color_and_offset() -> None:
     records = held_out_prompts()[:32]
     offsets = torch.cartesian_prod(torch.arange(-1, 2), torch.arange(-1, 2)).repeat(4, 1)[:32]
     pictures = render(
@@ -19,15 +19,15 @@ def test_ground_truth_is_read_exactly_in_every_colour_and_offset() -> None:
     )
     assert pictures.shape == (32, 3, HEIGHT, WIDTH)
     figures = judge(pictures, records)
-    assert (figures.exact, figures.letters, figures.colours) == (1.0, 1.0, 1.0)
+    assert (figures.exact, figures.letters, figures.colors) == (1.0, 1.0, 1.0)
 
 
-def test_judge_sees_a_wrong_letter_and_a_wrong_colour() -> None:
+def test_judge_sees_a_wrong_letter_and_a_wrong_color() -> None:
     record = held_out_prompts()[0]
     word = ("A" if record["target"][0] != "A" else "B") + record["target"][1:]
     other_paper = next(paper for paper in PAPERS if paper != record["paper"])
     figures = judge(render([word], [record["ink"]], [other_paper]), [record])
-    assert (figures.exact, figures.letters, figures.colours) == (0.0, 0.75, 0.0)
+    assert (figures.exact, figures.letters, figures.colors) == (0.0, 0.75, 0.0)
 
 
 def test_an_offset_moves_the_picture_down_and_right() -> None:
@@ -42,7 +42,7 @@ def test_pixels_blend_from_paper_to_ink() -> None:
     corner = torch.tensor(PAPERS["yellow"]) / 255
     torch.testing.assert_close(picture[:, 0, 0], corner)
     distance = (picture - (torch.tensor(INKS["blue"]) / 255)[:, None, None]).abs().amax(0)
-    assert distance.min() < 1e-6  # a fully covered pixel has the ink's own colour
+    assert distance.min() < 1e-6  # a fully covered pixel has the ink's own color
 
 
 def test_no_letter_reaches_the_rows_that_show_the_paper() -> None:
@@ -57,7 +57,7 @@ def test_no_letter_reaches_the_rows_that_show_the_paper() -> None:
     [
         ((["kite"], ["red"], ["white"]), "capital letters"),
         ((["KITES"], ["red"], ["white"]), "4 capital letters"),
-        ((["KITE"], ["mauve"], ["white"]), "unknown colour 'mauve'"),
+        ((["KITE"], ["mauve"], ["white"]), "unknown color 'mauve'"),
         ((["KITE"], ["red"], ["white"], torch.tensor([[2, 0]])), "offsets reach 2"),
     ],
 )

@@ -1,4 +1,4 @@
-"""A trainer that uses all of the contract: two optimisers, inner epochs, a calibrated start, roles, a group-level loss."""
+"""A trainer that uses all of the contract: two optimizers, inner epochs, a calibrated start, roles, a group-level loss."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from torch import Tensor
 
 from flowalign.data import PromptRecord
 from flowalign.objectives import scalar_adjoint
-from flowalign.trainers import Rollout, Task, Update
-from flowalign.trainers.base import AdamW
-from flowalign.rollouts.collect import Collected, collect
+from flowalign.rollouts.collect import ScoredRollout, collect
+from flowalign.rollouts.task import Rollout, Task
+from flowalign.trainers import Update
+from flowalign.trainers.base import AdamWConfig
 from samplers import Path
 
 
@@ -24,11 +25,11 @@ class FakeTrainer:
     policy's velocity as seen by "sampling"."""
 
     epochs: int = 2
-    optimiser: AdamW = field(default_factory=AdamW)
+    optimizer: AdamWConfig = field(default_factory=AdamWConfig)
     calibrations: int = field(default=0, init=False)
 
     @property
-    def optimisers(self) -> dict[str, torch.optim.Optimizer]:
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         return {"policy": self._policy, "fake": self._fake}
 
     def check(self, rollout: Rollout, path: Path, reward: str) -> None: ...
@@ -41,8 +42,8 @@ class FakeTrainer:
 
     def prepare(self, task: Task, state: dict[str, Any] | None) -> None:
         self._task = task
-        self._policy = self.optimiser.build([p for _, p in task.policy.parameters_of("policy")])
-        self._fake = self.optimiser.build([p for _, p in task.policy.parameters_of("fake")])
+        self._policy = self.optimizer.build([p for _, p in task.policy.parameters_of("policy")])
+        self._fake = self.optimizer.build([p for _, p in task.policy.parameters_of("fake")])
         if state is None:  # a calibration that costs a rollout
             self.calibrations += 1
             probe = collect(task, [PromptRecord(0, "a word")] * 2, -1)
@@ -69,24 +70,24 @@ class FakeTrainer:
             yield Update(self._policy, 1.0, losses, dict)
             yield Update(self._fake, 1.0, [partial(self._regress, batch)], self._after, role="fake")
 
-    def _pairs(self, batch: Collected, old: Tensor, log_prob: Tensor) -> Tensor:
+    def _pairs(self, batch: ScoredRollout, old: Tensor, log_prob: Tensor) -> Tensor:
         tree = batch.forest.tree
         ratio, reward = (log_prob - old) * 1e3, batch.scores[:, 0][tree.leaf_of_edge[1]] / self.scale
         same = tree.group[tree.edges][:, None] == tree.group[tree.edges][None]
         gap = (ratio[:, None] - ratio[None]) - (reward[:, None] - reward[None])
         return (gap.square() * same).sum() / same.sum()
 
-    def _log_prob(self, batch: Collected, edges: Tensor) -> Tensor:
+    def _log_prob(self, batch: ScoredRollout, edges: Tensor) -> Tensor:
         forest, policy = batch.forest, self._task.policy
         parents, position = forest.tree.distinct_parents(edges)
         rows = batch.conditions.rows(forest.tree.group[parents])
         velocity = policy.velocity(forest.at(parents), forest.sigma(parents), rows)
         return forest.edge_steps(edges, velocity, position).log_prob(forest.at(edges))
 
-    def _piece(self, batch: Collected, edges: Tensor, adjoint: Tensor) -> Tensor:
+    def _piece(self, batch: ScoredRollout, edges: Tensor, adjoint: Tensor) -> Tensor:
         return (adjoint * self._log_prob(batch, edges)).sum()
 
-    def _regress(self, batch: Collected) -> Tensor:
+    def _regress(self, batch: ScoredRollout) -> Tensor:
         forest, policy = batch.forest, self._task.policy
         nodes = forest.tree.parents_of_edges
         rows, call = batch.conditions.rows(forest.tree.group[nodes]), (forest.at(nodes), forest.sigma(nodes))

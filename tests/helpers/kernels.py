@@ -29,7 +29,7 @@ EULER_MARUYAMA: dict[str, Kernel] = {
     "dance": DanceSDE(0.3),
     "linear": LinearSDE(0.1, 0.9),
 }
-PRESERVING: dict[str, Kernel] = {"cps": CPS(0.7, constants="full"), "ddim": DDIM(0.6).on(VP)}
+PRESERVING: dict[str, Kernel] = {"cps": CPS(0.7, constants="full"), "ddim": DDIM(0.6).bind(VP)}
 KERNELS: dict[str, Kernel] = {**EULER_MARUYAMA, **PRESERVING}
 
 
@@ -66,5 +66,5 @@ def moments(
     """Mean and variance after one step, exactly: the whole map x -> x' of the bed is affine in x, so two points say it."""
     x = rows(mean, mean + 1.0)
     step = kernel(x, velocity(x, torch.tensor(sigma, dtype=F64)), sigma, then)
-    at, above = step.behaviour.mean.flatten().tolist()
+    at, above = step.behavior.mean.flatten().tolist()
     return at, (above - at) ** 2 * variance + float(step.std[0]) ** 2

@@ -14,11 +14,11 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from flowalign.diagnostics.measure import watched
+from flowalign.distributed.fsdp2 import Lockstep, shard
+from flowalign.distributed.processes import Processes
 from flowalign.models import LoRA, Policy, load_policy
 from flowalign.models.roles import Role
-from flowalign.distributed.processes import Processes
-from flowalign.distributed.fsdp2 import Lockstep, shard
-from flowalign.diagnostics.measure import watched
 
 WORDS = ["KITE", "MOON", "LAMP"]
 

@@ -1,4 +1,4 @@
-"""Two optimisers under ZeRO-2 beside their plain twins, in two processes; by tests/test_zero.py.
+"""Two optimizers under ZeRO-2 beside their plain twins, in two processes; by tests/test_zero.py.
 
 `python -m tests.helpers.zero_steps OUTPUT` writes OUTPUT/<rank>.json: relative errors, norms, sizes.
 """
@@ -16,14 +16,14 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
-from flowalign.config import ConfigError
-from flowalign.storage.named_tensors import pack_optimizer, restore_optimizer
 from flowalign.distributed.processes import Processes
-from flowalign.trainers import AdamW
 from flowalign.distributed.zero2 import Zero2
+from flowalign.errors import ConfigError
+from flowalign.storage.named_tensors import pack_optimizer, restore_optimizer
+from flowalign.trainers import AdamWConfig
 
 deepspeed.ops.__compatible_ops__ = {}  # or it compiles an all-reduce for CPUs
-SETTINGS = AdamW(lr=1e-2, weight_decay=0.1, warmup=2)
+SETTINGS = AdamWConfig(lr=1e-2, weight_decay=0.1, warmup=2)
 CLIP = 0.5
 
 
@@ -44,11 +44,11 @@ def sharded_step(network: nn.Module, zero: Zero2, processes: Processes, step: in
     return zero.step(CLIP)
 
 
-def plain_step(network: nn.Module, optimiser: torch.optim.Optimizer, step: int) -> float:
+def plain_step(network: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> float:
     sum(loss(network, row, step) for row in range(5)).backward()
     norm = float(clip_grad_norm_(network.parameters(), CLIP, foreach=False))
-    optimiser.step()
-    optimiser.zero_grad()
+    optimizer.step()
+    optimizer.zero_grad()
     return norm
 
 
@@ -62,18 +62,18 @@ def run(output: Path) -> None:
     accelerator = Accelerator(cpu=True)
     processes = Processes.of(accelerator)
     ours, theirs = [network(0), network(1)], [network(0), network(1)]  # two roles
-    optimisers, plain = ([SETTINGS.build(n.parameters()) for n in networks] for networks in (ours, theirs))
-    zeros = [Zero2(optimiser) for optimiser in optimisers]
+    optimizers, plain = ([SETTINGS.build(n.parameters()) for n in networks] for networks in (ours, theirs))
+    zeros = [Zero2(optimizer) for optimizer in optimizers]
     found: dict[str, Any] = {"norms": [], "weights": []}
     for step in range(4):
-        for optimiser in (*optimisers, *plain):
-            optimiser.param_groups[0]["lr"] = SETTINGS.lr_at(step)
-        for mine, zero, twin, optimiser in zip(ours, zeros, theirs, plain, strict=True):
-            norms = sharded_step(mine, zero, processes, step), plain_step(twin, optimiser, step)
+        for optimizer in (*optimizers, *plain):
+            optimizer.param_groups[0]["lr"] = SETTINGS.lr_at(step)
+        for mine, zero, twin, optimizer in zip(ours, zeros, theirs, plain, strict=True):
+            norms = sharded_step(mine, zero, processes, step), plain_step(twin, optimizer, step)
             found["norms"].append(norms)
             found["weights"].append(error(mine.parameters(), twin.parameters()))
     [mine, _], [zero, _] = ours, zeros
-    found["held"] = sum(p.numel() for p in optimisers[0].param_groups[0]["params"])
+    found["held"] = sum(p.numel() for p in optimizers[0].param_groups[0]["params"])
 
     whole, facts = pack_optimizer(zero.whole(keep=True), mine.named_parameters())
     expected, expected_facts = pack_optimizer(plain[0], theirs[0].named_parameters())
@@ -88,9 +88,9 @@ def run(output: Path) -> None:
 
     copy = network(0)  # resumed, with a state that never lies on the GPU as a whole
     copy.load_state_dict(mine.state_dict())
-    optimiser = SETTINGS.build(copy.parameters())
-    restore_optimizer(optimiser, copy.named_parameters(), whole, facts, torch.device("cpu"))
-    resumed = Zero2(optimiser)
+    optimizer = SETTINGS.build(copy.parameters())
+    restore_optimizer(optimizer, copy.named_parameters(), whole, facts, torch.device("cpu"))
+    resumed = Zero2(optimizer)
     for step in (4, 3):
         sharded_step(mine, zero, processes, step)
         sharded_step(copy, resumed, processes, step)

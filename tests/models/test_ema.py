@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from flowalign.storage.checkpoint import CheckpointError
 from flowalign.models.ema import EMA
+from flowalign.storage.checkpoint import CheckpointError
 
 
 def walk(ema, parameter, values):

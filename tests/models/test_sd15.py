@@ -8,7 +8,8 @@ import torch
 from diffusers import DDIMScheduler, PNDMScheduler
 
 from flowalign import models
-from flowalign.config import ConfigError, load_config
+from flowalign.config import load_config
+from flowalign.errors import ConfigError
 from flowalign.models import check_lora_targets, load_policy, path_of
 from flowalign.models.families.sd15 import SD15Model
 from samplers import DDIM, ODE, RectifiedFlow, VariancePreserving
@@ -42,7 +43,7 @@ def test_the_deterministic_rollout_is_the_pipeline_under_ddim(
         call = {"prompt_embeds": embeds, "negative_prompt_embeds": negative, "latents": noise_of(3), "height": 24,
                 "width": 48, "num_inference_steps": steps, "guidance_scale": guidance}  # fmt: skip
         theirs = pipeline(**call, output_type="latent").images
-        for kernel in (ODE().on(policy.path), DDIM().on(policy.path)):  # level 0 is DDIM with η = 0
+        for kernel in (ODE().bind(policy.path), DDIM().bind(policy.path)):  # level 0 is DDIM with η = 0
             ours = deterministic(policy, kernel, noise_of(3), steps, guidance)
             assert relative(ours, theirs) <= bound, (steps, guidance)
     pipeline.vae.requires_grad_(False)  # as the policy's: torch picks its convolutions by it, also under no_grad
@@ -60,7 +61,7 @@ def test_the_stochastic_step_is_the_schedulers(tiny_sd15_pipeline: Path) -> None
             eps = pipeline.unet(x, timestep, conditions.tensors["embeds"]).sample
             v = policy.velocity(x, sigmas[step].expand(3), conditions)
         theirs = scheduler.step(eps, timestep, x, eta=0.8, variance_noise=z).prev_sample
-        ours = DDIM(eta=0.8).on(policy.path)(x, v, sigmas[step], sigmas[step + 1])
+        ours = DDIM(eta=0.8).bind(policy.path)(x, v, sigmas[step], sigmas[step + 1])
         assert relative(ours.sample(z), theirs) <= 1e-6
         assert float(ours.std[0]) > 0.01  # also in the last step, which ends at timestep 0
     torch.testing.assert_close(policy.path.noise_from_velocity(x, v, sigmas[step].expand(3)), eps, rtol=0, atol=1e-5)
@@ -74,7 +75,7 @@ def test_ddim_golden_values() -> None:
         (path.velocity_from_noise(x, eps, 1.0), 0.17454223, -0.44031922),
         (torch.full_like(x, 0.25), 0.18022459, -0.40637061),
     ):
-        step = DDIM(eta=0.6).on(path)(x, v, 1.0, 0.5)
+        step = DDIM(eta=0.6).bind(path)(x, v, 1.0, 0.5)
         assert float(step.mean) == pytest.approx(mean, abs=1e-8)
         assert float(step.std) == pytest.approx(0.23237900, abs=1e-8)
         assert float(step.log_prob(end)) == pytest.approx(log_prob, abs=1e-7)
@@ -102,7 +103,7 @@ def test_guidance_is_one_call_of_both_halves_and_counts_two(
     policy.velocity(x, sigma, conditions)
     policy.velocity(x, sigma, conditions, guidance_scale=5.0)
     assert batches == [3, 6] and policy.evaluations == 9
-    deterministic(policy, ODE().on(policy.path), x, 4, 5.0)
+    deterministic(policy, ODE().bind(policy.path), x, 4, 5.0)
     assert policy.evaluations == 9 + 3 * 4 * 2
     assert policy.encoded == len(PROMPTS) + 1  # each text once, the negative one included
 
@@ -151,7 +152,7 @@ def test_bad_configurations_are_named_before_a_model_is_loaded(tmp_path: Path, m
 def test_a_flow_policy_refuses_ddim(tiny_pipeline: Path) -> None:
     assert path_of(str(tiny_pipeline)) == RectifiedFlow()
     with pytest.raises(ValueError, match="VariancePreserving"):
-        DDIM().on(RectifiedFlow())
+        DDIM().bind(RectifiedFlow())
     with pytest.raises(ValueError, match="without a path"):
         DDIM()(noise_of(1), noise_of(1), 0.5, 0.25)
 

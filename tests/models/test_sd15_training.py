@@ -12,8 +12,8 @@ from torch import Tensor
 
 from flowalign import checkpoint
 from flowalign.cli import train as cli_train
-from flowalign.storage.metrics_log import read_rows
 from flowalign.models import LoRA, Policy, load_policy
+from flowalign.storage.metrics_log import read_rows
 from samplers import DDIM, ODE, Forest, KeyedNoise, chain, rollout
 from tests.helpers.sd15_calls import PROMPTS, SHAPE, deterministic, noise_of, relative
 
@@ -29,7 +29,7 @@ def stochastic(policy: Policy, steps: int = 4, guidance: float = 5.0) -> tuple[F
 
     noise = KeyedNoise(0, 0, [0], SHAPE)
     start = policy.start(noise.start(tree))
-    return rollout(velocity, start, policy.sigmas(steps, SHAPE), tree, DDIM().on(policy.path), noise.step), velocity
+    return rollout(velocity, start, policy.sigmas(steps, SHAPE), tree, DDIM().bind(policy.path), noise.step), velocity
 
 
 def tuned_policy(folder: Path, **settings: Any) -> Policy:
@@ -112,7 +112,7 @@ def test_the_lora_loads_in_plain_diffusers(tiny_sd15_pipeline: Path, tmp_path: P
     """alpha 6 at rank 4; the process that loads it never imports flowalign."""
     policy = tuned_policy(tiny_sd15_pipeline)
     policy.save_lora(tmp_path)
-    ours = deterministic(policy, ODE().on(policy.path), noise_of(3), 4, 5.0)
+    ours = deterministic(policy, ODE().bind(policy.path), noise_of(3), 4, 5.0)
     torch.save(noise_of(3), tmp_path / "noise.pt")  # this test's own files
     setup = "\n".join(policy.pipeline_setup())
     script = f"""

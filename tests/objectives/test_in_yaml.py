@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from flowalign import advantage, credit, objectives
-from flowalign.config import ConfigError, load_config
+from flowalign.config import load_config
+from flowalign.errors import ConfigError
 
 TINY = Path(__file__).parents[1] / "data" / "tiny.yaml"
 
@@ -14,7 +15,7 @@ TINY = Path(__file__).parents[1] / "data" / "tiny.yaml"
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts are built one at a time here; whether they fit each other is tests/test_rehearsal.py."""
-    monkeypatch.setattr("flowalign.trainers.policy_gradient.rehearse", lambda *parts: None)
+    monkeypatch.setattr("flowalign.trainers.policy_gradient.dry_run", lambda *parts: None)
 
 
 def part(name: str, **init) -> dict:
@@ -41,11 +42,11 @@ def trainer(folder: Path, **parts):
          credit.Joined({"o": credit.Broadcast(), "p": credit.Process("prm")})),
         ("advantage", part("advantage.VarianceGated", low=0.1, high=0.2), advantage.VarianceGated("prompt", 0.1, 0.2)),
         ("advantage", part("advantage.Asymmetric", rescale="quantiles"), advantage.Asymmetric(rescale="quantiles")),
-        ("advantage", part("advantage.Mixed", advantage=part("advantage.Normalised", trim=0.1), how="gdpo",
+        ("advantage", part("advantage.Mixed", advantage=part("advantage.Normalized", trim=0.1), how="gdpo",
                            weights={"a": 1.0}),
-         advantage.Mixed(advantage.Normalised(trim=0.1), "gdpo", {"a": 1.0})),
-        ("advantage", part("advantage.PerChannel", parts={"o": part("advantage.Normalised")}),
-         advantage.PerChannel({"o": advantage.Normalised()})),
+         advantage.Mixed(advantage.Normalized(trim=0.1), "gdpo", {"a": 1.0})),
+        ("advantage", part("advantage.PerChannel", parts={"o": part("advantage.Normalized")}),
+         advantage.PerChannel({"o": advantage.Normalized()})),
         ("objective", part("objectives.Guard", weight="inv_b"), objectives.Guard(weight="inv_b")),
         ("objective", part("objectives.ClippedRatio", clip_range=[1e-4, 2e-4]), objectives.ClippedRatio((1e-4, 2e-4))),
         ("objective", part("objectives.KLMask"), objectives.KLMask()),
@@ -69,7 +70,7 @@ def test_a_part_is_built_as_said(tmp_path: Path, field: str, said, expected) -> 
     ("field", "said", "named"),
     [
         ("credit", part("credit.Gain", kind="gian"), "gain"),
-        ("advantage", part("advantage.Normalised", trim=1.5), "trim"),
+        ("advantage", part("advantage.Normalized", trim=1.5), "trim"),
         ("objective", part("objectives.Guard", weight="inv"), "inv_h"),
         ("objective", part("objectives.ClippedRatio", clip_range=[1e-4, 0]), "clip_range"),
         ("select", part("objectives.BestOfN", keep=3), "keep"),

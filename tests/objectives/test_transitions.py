@@ -14,9 +14,9 @@ from flowalign.objectives import (
     Guard,
     InverseLength,
     KLMask,
-    Known,
     LongCat,
     StdOverMean,
+    Transitions,
 )
 from samplers import CPS, DanceSDE, FlowSDE, Tree, window
 from tests.helpers.trees import everywhere, grown, split_tree
@@ -37,9 +37,13 @@ class Toy:
         self.arrived = self.old.sample(self.noise)
         self.advantages = torch.tensor([[1.3, -0.2], [-0.4, 0.9]], dtype=F64)
 
-    def known(self, v: torch.Tensor, bounds=None) -> tuple[torch.Tensor, torch.Tensor, Known]:
+    def known(self, v: torch.Tensor, bounds=None) -> tuple[torch.Tensor, torch.Tensor, Transitions]:
         step = self.kernel(self.x, v, 0.7, 0.55)
-        return step.log_prob(self.arrived), self.old.log_prob(self.arrived), Known(step, self.arrived, self.old, bounds)
+        return (
+            step.log_prob(self.arrived),
+            self.old.log_prob(self.arrived),
+            Transitions(step, self.arrived, self.old, bounds),
+        )
 
     def loss(self, objective, v: torch.Tensor, bounds=None) -> torch.Tensor:
         log_prob, old, known = self.known(v, bounds)
@@ -56,7 +60,7 @@ def test_the_guarded_ratio_is_the_ratio_without_its_bias(kernel) -> None:
     torch.testing.assert_close(got, s * (log_prob - old + known.step.kl(toy.old, form="exact")))
     log_prob, old, known = toy.known(toy.v + 0.03)
     reduced = toy.noise.mean(1) if kernel.reduce == "mean" else toy.noise.sum(1)
-    torch.testing.assert_close(Guard().log_ratio(log_prob, old, known), toy.old.policy.slope * 0.03 * reduced)
+    torch.testing.assert_close(Guard().log_ratio(log_prob, old, known), toy.old.policy.velocity_coef * 0.03 * reduced)
     log_prob, old, known = toy.known(toy.v)
     assert not bool(Guard().log_ratio(log_prob, old, known).any())
 
@@ -69,8 +73,10 @@ def test_the_guarded_ratio_has_no_bias_over_noise_and_the_plain_one_has() -> Non
     old, new = toy.kernel(x, v, 0.7, 0.55), toy.kernel(x, v + shift, 0.7, 0.55)
     arrived = old.sample(noise)
     log_prob, log_old = new.log_prob(arrived), old.log_prob(arrived)
-    assert float(Guard().log_ratio(log_prob, log_old, Known(new, arrived, old)).mean()) == pytest.approx(0, abs=1e-12)
-    b, s = float(old.policy.slope[0]), float(old.std[0])
+    assert float(Guard().log_ratio(log_prob, log_old, Transitions(new, arrived, old)).mean()) == pytest.approx(
+        0, abs=1e-12
+    )
+    b, s = float(old.policy.velocity_coef[0]), float(old.std[0])
     assert float((log_prob - log_old).mean()) == pytest.approx(-(b**2) * shift**2 / (2 * s**2), rel=1e-9)
 
 
@@ -81,7 +87,7 @@ def test_guard_weights_set_the_gradient_scale(weight: str) -> None:
         toy = Toy(kernel)
         v = toy.v.clone().requires_grad_()
         (gradient,) = torch.autograd.grad(toy.loss(Guard(weight=weight), v).sum(), v)
-        b, h = toy.old.policy.slope.abs(), toy.old.policy.length
+        b, h = toy.old.policy.velocity_coef.abs(), toy.old.policy.step_size
         beta = {FlowSDE: 1 + 0.7**2 / 2, DanceSDE: 1 + 0.3**2 * 0.3 / (2 * 0.7)}[type(kernel)]
         np.testing.assert_allclose(b / h, beta)
         scale = {"none": beta * h, "inv_h": beta, "beta_over_h": beta**2, "inv_b": 1.0}[weight]
@@ -114,7 +120,7 @@ def test_bounds_of_an_edge_and_channel_take_the_place_of_the_clip_range() -> Non
     log_prob = torch.tensor([0.3, 0.3, -0.3], dtype=F64)
     advantages = torch.tensor([[1.0, 2.0], [1.0, 2.0], [-1.0, 0.0]], dtype=F64)
     bounds = torch.tensor([[[0.1, 0.1], [0.1, 9.0]], [[0.1, 0.2], [0.1, 0.3]], [[0.05, 0.1], [0.1, 0.1]]], dtype=F64)
-    known = Known(FlowSDE()(torch.zeros(3, 1), torch.zeros(3, 1), 0.7, 0.5), torch.zeros(3, 1), None, bounds)
+    known = Transitions(FlowSDE()(torch.zeros(3, 1), torch.zeros(3, 1), 0.7, 0.5), torch.zeros(3, 1), None, bounds)
     up, down = float(np.exp(0.3)), 0.95
     got = ClippedRatio(1e-4).loss(log_prob, torch.zeros(3, dtype=F64), advantages, known)
     np.testing.assert_allclose(got, [-1.1 - 2 * up, -1.2 - 2 * 1.3, down])
@@ -172,7 +178,7 @@ def test_the_mask_stops_what_is_far_and_moves_away() -> None:
         torch.testing.assert_close(far, torch.where(away, 0.0, -sign * ratio))
         assert KLMask(float(kl.min()) * 0.99).clipped(log_prob, old, advantages, known).tolist() == away.tolist()
     with pytest.raises(ValueError, match="the step under the rollout's weights"):
-        KLMask().loss(log_prob, old, advantages, Known(known.step, known.arrived))
+        KLMask().loss(log_prob, old, advantages, Transitions(known.step, known.arrived))
 
 
 def test_dynamic_bounds() -> None:
@@ -198,10 +204,10 @@ def test_step_weights_on_the_sd3_grid() -> None:
     edges = forest.tree.edges
     parents, position = forest.tree.distinct_parents(edges)
     step = forest.edge_steps(edges, torch.zeros(len(parents), 3), position)
-    gradient = LongCat().weigh(step, forest, edges) * step.policy.slope.abs() / step.std
+    gradient = LongCat().weigh(step, forest, edges) * step.policy.velocity_coef.abs() / step.std
     sigma, sigma_next = forest.step_sigmas(edges)
     np.testing.assert_allclose(gradient[sigma < 1], (1 + 0.7**2 / 2) / 0.7, rtol=1e-5)
-    np.testing.assert_allclose(gradient[sigma == 1], 1 / 0.7, rtol=1e-5)  # at σ = 1 the slope is −h alone
+    np.testing.assert_allclose(gradient[sigma == 1], 1 / 0.7, rtol=1e-5)  # at σ = 1 the velocity_coef is −h alone
     assert float(StdOverMean().weigh(step, forest, edges).mean()) == pytest.approx(1, abs=1e-6)  # over the nine steps
     np.testing.assert_allclose(InverseLength().weigh(step, forest, edges), 1 / (sigma - sigma_next), rtol=1e-6)
 

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from flowalign.report.grids import grid
-from flowalign.storage.metrics_log import MetricsLog
 from flowalign.report.html import _reward_panels, write_report
+from flowalign.storage.metrics_log import MetricsLog
 
 CAPTIONS = ['the word "KITE" in red\nocr 0.25 → 1', "<script>alert('x')</script> & more\nocr 0.5 → not valid"]
 
@@ -160,8 +160,8 @@ def test_the_newest_tree_is_shown(tmp_path):
     run = make_run(tmp_path)
     assert "<h2>Rollout</h2>" not in write_report(run).read_text()
     (run / "trees").mkdir()
-    for number, colour in ((9, "red"), (10, "blue")):
-        Image.new("RGB", (4, 3), colour).save(run / "trees" / f"iteration-{number}.png")
+    for number, color in ((9, "red"), (10, "blue")):
+        Image.new("RGB", (4, 3), color).save(run / "trees" / f"iteration-{number}.png")
     shown = re.search(r'data:image/png;base64,([^"]+)" alt="tree', write_report(run).read_text()).group(1)
     assert base64.b64decode(shown) == (run / "trees" / "iteration-10.png").read_bytes()
 

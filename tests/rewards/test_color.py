@@ -1,10 +1,10 @@
-"""Colour accuracy on synthetic pictures."""
+"""Color accuracy on synthetic pictures."""
 
 import pytest
 import torch
 
-from rewards import ColourAccuracy, RewardBatch, RewardError, score
-from rewards.color import ink_colour, paper_colour
+from rewards import ColorAccuracy, RewardBatch, RewardError, score
+from rewards.color import ink_color, paper_color
 from tests.helpers.reward_parts import in_parts
 
 PALETTE = {"red": (200, 0, 0), "blue": (0, 0, 220), "white": (255, 255, 255), "yellow": (255, 230, 0)}
@@ -28,12 +28,12 @@ def batch_of(pages, wanted):
 
 
 def judge(image, ink, paper, **options):
-    return score(ColourAccuracy(palette=PALETTE, **options), batch_of([image], [(ink, paper)]))
+    return score(ColorAccuracy(palette=PALETTE, **options), batch_of([image], [(ink, paper)]))
 
 
 @pytest.mark.parametrize("ink", ["red", "blue"])
 @pytest.mark.parametrize("paper", ["white", "yellow"])
-def test_right_colours(ink, paper):
+def test_right_colors(ink, paper):
     output = judge(page(ink, paper), ink, paper)
     assert output.scores.item() == 1 and output.info == [f"{ink} on {paper}"]
 
@@ -42,16 +42,16 @@ def test_components_tell_ink_from_paper():
     batch = batch_of(
         [page("red", "white")] * 4, [("red", "white"), ("blue", "white"), ("red", "yellow"), ("blue", "yellow")]
     )
-    mean = score(ColourAccuracy(palette=PALETTE), batch)
+    mean = score(ColorAccuracy(palette=PALETTE), batch)
     assert mean.scores.tolist() == [1, 0.5, 0.5, 0]
     assert mean.components["ink"].tolist() == [1, 0, 1, 0] and mean.components["paper"].tolist() == [1, 1, 0, 0]
-    assert score(ColourAccuracy(palette=PALETTE, metric="both"), batch).scores.tolist() == [1, 0, 0, 0]
+    assert score(ColorAccuracy(palette=PALETTE, metric="both"), batch).scores.tolist() == [1, 0, 0, 0]
 
 
 def test_exact_medians():
     image = page("red", "yellow")[None]
-    paper = paper_colour(image)
-    ink, strength = ink_colour(image, paper)
+    paper = paper_color(image)
+    ink, strength = ink_color(image, paper)
     assert torch.equal(paper[0], torch.tensor([255, 230, 0]) / 255)
     assert torch.equal(ink[0], torch.tensor([200, 0, 0]) / 255)
     assert strength.item() == pytest.approx((55**2 + 230**2) ** 0.5 / 255)
@@ -76,23 +76,23 @@ def test_ink_that_is_named_paper_is_wrong():
 def test_palette_from_the_metadata():
     batch = batch_of([page("red", "white")] * 2, [("red", "white")] * 2)
     batch.metadata[0]["palette"] = PALETTE
-    output = score(ColourAccuracy(), batch)
+    output = score(ColorAccuracy(), batch)
     assert output.valid.tolist() == [True, False] and output.scores[0] == 1 and "no palette" in output.info[1]
 
 
 def test_missing_or_unknown_name_is_invalid():
     batch = batch_of([page("red", "white")] * 4, [("red", "white")] * 2 + [(None, "white"), ("red", "wite")])
-    output = score(ColourAccuracy(palette=PALETTE), batch)
+    output = score(ColorAccuracy(palette=PALETTE), batch)
     assert output.valid.tolist() == [True, True, False, False]
     assert "metadata['ink'] is None" in output.info[2] and "metadata['paper'] is 'wite'" in output.info[3]
-    with pytest.raises(RewardError, match="reward 'colour'"):
-        score(ColourAccuracy(palette=PALETTE), batch.select([2, 3]))
+    with pytest.raises(RewardError, match="reward 'color'"):
+        score(ColorAccuracy(palette=PALETTE), batch.select([2, 3]))
 
 
 def test_batch_mates_do_not_matter():
     pages = [page("red", "white"), page("blue", "yellow"), page("red", "yellow")]
     batch = batch_of(pages, [("red", "white"), ("red", "yellow"), ("red", "white")])
-    reward = ColourAccuracy(palette=PALETTE)
+    reward = ColorAccuracy(palette=PALETTE)
     whole = score(reward, batch).scores
     assert whole.tolist() == [1, 0.5, 0.5]
     assert torch.equal(torch.cat([score(reward, part).scores for part in in_parts(batch)]), whole)
@@ -101,12 +101,12 @@ def test_batch_mates_do_not_matter():
 
 def test_empty_batch():
     empty = RewardBatch(prompts=[], images=torch.zeros(0, 3, 24, 48))
-    assert ColourAccuracy(palette=PALETTE)(empty).scores.shape == (0,)
+    assert ColorAccuracy(palette=PALETTE)(empty).scores.shape == (0,)
 
 
-@pytest.mark.parametrize("colour", [(0.5, 0.0, 0.0), (300, 0, 0), (1, 2)])
-def test_palette_is_checked_at_construction(colour):
+@pytest.mark.parametrize("color", [(0.5, 0.0, 0.0), (300, 0, 0), (1, 2)])
+def test_palette_is_checked_at_construction(color):
     with pytest.raises(ValueError, match="three whole numbers from 0 to 255"):
-        ColourAccuracy(palette={"red": colour})
+        ColorAccuracy(palette={"red": color})
     with pytest.raises(ValueError, match="metric is 'all'"):
-        ColourAccuracy(metric="all")
+        ColorAccuracy(metric="all")

@@ -1,4 +1,4 @@
-"""The OCR reward with a fake recogniser: flow_grpo's table (methods/rewards.md 6.1), variants, failures, batch laws."""
+"""The OCR reward with a fake recognizer: flow_grpo's table (methods/rewards.md 6.1), variants, failures, batch laws."""
 
 import numpy as np
 import pytest
@@ -39,7 +39,7 @@ def batch_for(*targets, shades=None):
 
 
 def only(target, lines, **options):
-    return OCR(recogniser=Fake(lines), **options)(batch_for(target))
+    return OCR(recognizer=Fake(lines), **options)(batch_for(target))
 
 
 @pytest.mark.parametrize(
@@ -67,8 +67,8 @@ def test_without_the_exemption_extra_text_costs():
     ("options", "exact"),
     [
         ({}, 1.0),
-        ({"normalise": "strict"}, 0.0),
-        ({"normalise": "loose"}, 1.0),
+        ({"normalize": "strict"}, 0.0),
+        ({"normalize": "loose"}, 1.0),
     ],
 )
 def test_case_and_spaces(options, exact):
@@ -77,7 +77,7 @@ def test_case_and_spaces(options, exact):
 
 def test_punctuation_counts_except_when_loose():
     assert only("Hi!", ["Hi"], metric="exact").scores.item() == 0
-    assert only("Hi!", ["Hi"], metric="exact", normalise="loose").scores.item() == 1
+    assert only("Hi!", ["Hi"], metric="exact", normalize="loose").scores.item() == 1
 
 
 def test_fold_forgives_listed_confusions_only():
@@ -91,15 +91,15 @@ def test_exact_is_not_exempt():
 
 
 def test_min_confidence_drops_lines():
-    sure = OCR(recogniser=Fake(["KITE"], confidence=0.4), min_confidence=0.5)
+    sure = OCR(recognizer=Fake(["KITE"], confidence=0.4), min_confidence=0.5)
     assert sure(batch_for("KITE")).scores.item() == 0
-    none = OCR(recogniser=Fake(["KITE"], confidence=0.0))  # flow_grpo: confidence > 0
+    none = OCR(recognizer=Fake(["KITE"], confidence=0.0))  # flow_grpo: confidence > 0
     assert none(batch_for("KITE")).scores.item() == 0
 
 
 @pytest.mark.parametrize("missing", [None, "", "   ", 7])
 def test_missing_target_is_invalid_not_zero(missing):
-    output = score(OCR(recogniser=Fake(["KITE"], ["KITE"])), batch_for("KITE", missing))
+    output = score(OCR(recognizer=Fake(["KITE"], ["KITE"])), batch_for("KITE", missing))
     assert output.valid.tolist() == [True, False]
     assert output.scores[0] == 1 and output.scores[1].isnan()
     assert "metadata['target'] is" in output.info[1] and output.info[0] == "read 'KITE'"
@@ -107,20 +107,20 @@ def test_missing_target_is_invalid_not_zero(missing):
 
 def test_most_targets_missing_stops_with_the_reason():
     with pytest.raises(RewardError, match=r"reward 'ocr'.*metadata\['target'\] is None"):
-        score(OCR(recogniser=Fake(["A"], ["A"], ["A"])), batch_for("A", None, None))
+        score(OCR(recognizer=Fake(["A"], ["A"], ["A"])), batch_for("A", None, None))
 
 
 def test_target_from_quotes():
     prompts = ['a sign "Hello" and "World"', "no quotes", 'an open "quote', 'empty ""']
     batch = RewardBatch(prompts=prompts, images=torch.zeros(4, 3, 4, 4))
-    output = score(OCR(target="quotes", recogniser=Fake(["hello"])), batch, max_fail_rate=1)
+    output = score(OCR(target="quotes", recognizer=Fake(["hello"])), batch, max_fail_rate=1)
     assert output.valid.tolist() == [True, False, False, False]
     assert output.scores[0] == 1
 
 
 def test_identical_pictures_are_read_once():
     fake = Fake(["KITE"], ["KITS"])
-    output = OCR(recogniser=fake)(batch_for("KITE", "KITE", "KITS", "KITS", shades=[0, 1, 0, 1]))
+    output = OCR(recognizer=fake)(batch_for("KITE", "KITE", "KITS", "KITS", shades=[0, 1, 0, 1]))
     assert fake.shown == 2
     assert output.components["exact"].tolist() == [1, 0, 0, 1]
 
@@ -135,14 +135,14 @@ def test_float_and_uint8_agree():
             return [[] for _ in images]
 
     for images in (levels, levels.float() / 255, levels.double() / 255):
-        OCR(recogniser=Spy())(RewardBatch(prompts=["a", "b"], images=images, metadata=[{"target": "A"}] * 2))
+        OCR(recognizer=Spy())(RewardBatch(prompts=["a", "b"], images=images, metadata=[{"target": "A"}] * 2))
     assert np.array_equal(shown[0], shown[1]) and np.array_equal(shown[0], shown[2])
     assert np.array_equal(shown[0], levels.permute(0, 2, 3, 1).numpy())
 
 
 def test_scores_follow_samples_through_permutation_and_chunks():
     texts = [["KITE"], ["KITS"], [], ["XX"], ["KI", "TE"]]
-    reward = OCR(recogniser=Fake(*texts))
+    reward = OCR(recognizer=Fake(*texts))
     batch = batch_for("KITE", "KITE", "SAIL", "XXAB", "KITE")
     whole = score(reward, batch)
     order = [3, 0, 4, 2, 1]
@@ -154,7 +154,7 @@ def test_scores_follow_samples_through_permutation_and_chunks():
 
 def test_empty_batch():
     fake = Fake()
-    output = OCR(recogniser=fake)(RewardBatch(prompts=[], images=torch.zeros(0, 3, 4, 4)))
+    output = OCR(recognizer=fake)(RewardBatch(prompts=[], images=torch.zeros(0, 3, 4, 4)))
     assert output.scores.shape == (0,) and output.valid.shape == (0,) and fake.shown == 0
 
 
@@ -175,13 +175,13 @@ def peaks(text, sure):
 def test_soft_is_the_geometric_mean_probability_of_a_letter():
     for sure in (1.0, 0.5, 0.2):
         fake = Fake(["KITE"], posterior=peaks("KiTe", sure))  # upper and lower case both count
-        output = OCR(metric="soft", recogniser=fake)(batch_for("kite"))
+        output = OCR(metric="soft", recognizer=fake)(batch_for("kite"))
         assert output.scores.item() == pytest.approx(sure, rel=1e-6)
 
 
 def test_soft_separates_what_reads_alike():
     scores = [
-        OCR(metric="soft", recogniser=Fake(["KITE"], posterior=peaks("KITE", p)))(batch_for("KITE")) for p in (0.6, 0.9)
+        OCR(metric="soft", recognizer=Fake(["KITE"], posterior=peaks("KITE", p)))(batch_for("KITE")) for p in (0.6, 0.9)
     ]
     assert scores[0].components["exact"] == scores[1].components["exact"] == 1
     assert scores[0].scores < scores[1].scores
@@ -191,20 +191,20 @@ def test_soft_separates_what_reads_alike():
 def test_soft_does_not_drop_to_zero_where_no_letter_wins(min_confidence):
     """Below one half the blank wins everywhere: the greedy text is empty, its confidence 0, the likelihood is not."""
     fake = Fake([""], confidence=0.0, posterior=peaks("KITE", 0.4))
-    output = OCR(metric="soft", recogniser=fake, min_confidence=min_confidence)(batch_for("KITE"))
+    output = OCR(metric="soft", recognizer=fake, min_confidence=min_confidence)(batch_for("KITE"))
     assert output.scores.item() == pytest.approx(0.4, rel=1e-6)
     assert output.components["edit"].item() == 0
 
 
 def test_soft_of_two_lines_keeps_double_letters_apart():
     fake = Fake(["A", "A"], posterior=lambda alphabet: np.eye(1, 1 + len(alphabet), 1 + alphabet.index("A")))
-    assert OCR(metric="soft", recogniser=fake)(batch_for("AA")).scores.item() == pytest.approx(1)
+    assert OCR(metric="soft", recognizer=fake)(batch_for("AA")).scores.item() == pytest.approx(1)
 
 
 def test_soft_of_nothing_read_is_zero_and_a_reader_without_posterior_is_refused():
-    assert OCR(metric="soft", recogniser=Fake([]))(batch_for("KITE")).scores.item() == 0
-    with pytest.raises(RewardError, match="needs a recogniser with posteriors"):
-        score(OCR(metric="soft", recogniser=Fake(["KITE"])), batch_for("KITE"))
+    assert OCR(metric="soft", recognizer=Fake([]))(batch_for("KITE")).scores.item() == 0
+    with pytest.raises(RewardError, match="needs a recognizer with posteriors"):
+        score(OCR(metric="soft", recognizer=Fake(["KITE"])), batch_for("KITE"))
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_soft_of_nothing_read_is_zero_and_a_reader_without_posterior_is_refused(
     [
         ({"metric": "edt"}, "metric is 'edt'"),
         ({"target": "prompt"}, "target is 'prompt'"),
-        ({"normalise": "lose"}, "normalise is 'lose'"),
+        ({"normalize": "lose"}, "normalize is 'lose'"),
         ({"fold": {"0": "OO"}}, "one character to one"),
     ],
 )

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from rewards import OCR, ColourAccuracy, Line, Mix, RapidReader, RewardBatch, score
+from rewards import OCR, ColorAccuracy, Line, Mix, RapidReader, RewardBatch, score
 from rewards.ocr.rapid import Engine, strip
 from tests.helpers.reward_parts import in_parts
 
@@ -40,7 +40,7 @@ def batch_of(pictures, words):
 
 def test_small_drawings_read_exactly(reader):
     output = score(
-        OCR(metric="soft", substring_exempt=False, recogniser=reader), batch_of(list(map(drawing, WORDS)), WORDS)
+        OCR(metric="soft", substring_exempt=False, recognizer=reader), batch_of(list(map(drawing, WORDS)), WORDS)
     )
     assert output.info == [f"read {word!r}" for word in WORDS]
     assert output.components["exact"].tolist() == output.components["edit"].tolist() == [1] * 4
@@ -49,7 +49,7 @@ def test_small_drawings_read_exactly(reader):
 
 def test_wrong_word_and_blank_paper_score_low_but_valid(reader):
     pictures = [drawing("KITE"), drawing(""), np.zeros((24, 48, 3), dtype=np.uint8)]
-    output = score(OCR(recogniser=reader, substring_exempt=False), batch_of(pictures, ["KIXE", "KITE", "KITE"]))
+    output = score(OCR(recognizer=reader, substring_exempt=False), batch_of(pictures, ["KIXE", "KITE", "KITE"]))
     assert output.valid.all() and output.scores.tolist() == [0.75, 0, 0]
     assert output.components["soft"][1:].max() < 0.1
 
@@ -57,7 +57,7 @@ def test_wrong_word_and_blank_paper_score_low_but_valid(reader):
 def test_batches_chunks_and_mates_do_not_matter(reader):
     pictures = [drawing(word) for word in WORDS] + [drawing("")]
     batch = batch_of(pictures, [*WORDS, "KITE"])
-    reward = OCR(metric="soft", recogniser=reader)
+    reward = OCR(metric="soft", recognizer=reader)
     whole = score(reward, batch).scores
     alone = torch.cat([score(reward, part).scores for part in in_parts(batch)])
     assert torch.allclose(whole, alone, atol=1e-5)  # onnxruntime rounds otherwise in another batch size
@@ -68,7 +68,7 @@ def test_batches_chunks_and_mates_do_not_matter(reader):
 def test_soft_tells_apart_what_reads_alike(reader):
     """A T turns into an X: the reading jumps once, its likelihood falls all the way."""
     blends = [((1 - k) * drawing("KITE") + k * drawing("KIXE")).round().astype(np.uint8) for k in (0, 0.4, 0.45, 0.5)]
-    output = score(OCR(metric="soft", recogniser=reader), batch_of(blends, ["KITE"] * 4))
+    output = score(OCR(metric="soft", recognizer=reader), batch_of(blends, ["KITE"] * 4))
     assert output.components["edit"].tolist() == [1, 1, 0.75, 0.75]
     assert (output.scores[:-1] > 1.1 * output.scores[1:]).all() and output.scores[0] > 0.99
 
@@ -112,9 +112,9 @@ def test_glyphs_ground_truth_scores_one(reader):
         images=render(*([record[key] for record in records] for key in ("target", "ink", "paper"))),
         metadata=[dict(record) for record in records],
     )
-    parts = [OCR(metric="exact", fold={"0": "O"}, recogniser=reader), ColourAccuracy(palette=INKS | PAPERS)]
+    parts = [OCR(metric="exact", fold={"0": "O"}, recognizer=reader), ColorAccuracy(palette=INKS | PAPERS)]
     assert score(Mix(parts, [0.5, 0.5]), batch).scores.tolist() == [1] * 16
-    quoted = OCR(metric="exact", target="quotes", fold={"0": "O"}, recogniser=reader)
+    quoted = OCR(metric="exact", target="quotes", fold={"0": "O"}, recognizer=reader)
     assert score(quoted, batch).scores.tolist() == [1] * 16
 
 

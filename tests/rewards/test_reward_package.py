@@ -37,8 +37,8 @@ init_args:
       init_args:
         metric: soft
         fold: {{"0": "O"}}
-        recogniser: {{class_path: rewards.RapidReader, init_args: {{workers: 2}}}}
-    - class_path: rewards.ColourAccuracy
+        recognizer: {{class_path: rewards.RapidReader, init_args: {{workers: 2}}}}
+    - class_path: rewards.ColorAccuracy
       init_args: {{palette: {{red: [200, 0, 0], white: [255, 255, 255]}}}}
     - class_path: rewards.FunctionReward
       init_args: {{path: "{tmp_path}/my_rewards.py:shininess"}}
@@ -46,8 +46,8 @@ init_args:
       init_args: {{divide_by: 500}}
   weights: [1, 0.5, 0.1, 2]
 """)
-    assert [part.name for part in mix.rewards] == ["ocr", "colour", "shininess", "jpeg_compressibility"]
-    assert mix.rewards[0].recogniser.workers == 2 and mix.rewards[0].fold == {"0": "O"}
+    assert [part.name for part in mix.rewards] == ["ocr", "color", "shininess", "jpeg_compressibility"]
+    assert mix.rewards[0].recognizer.workers == 2 and mix.rewards[0].fold == {"0": "O"}
     assert mix.rewards[1].palette["red"] == (200, 0, 0) and mix.weights == [1, 0.5, 0.1, 2]
 
 

@@ -1,11 +1,11 @@
-"""Edit distance, normalisations, and the CTC likelihood against enumeration of all paths."""
+"""Edit distance, normalizations, and the CTC likelihood against enumeration of all paths."""
 
 import itertools
 
 import numpy as np
 import pytest
 
-from rewards.ocr.text import ctc_log_prob, edit_distance, normalise_text, similarity
+from rewards.ocr.text import ctc_log_prob, edit_distance, normalize_text, similarity
 
 
 @pytest.mark.parametrize(
@@ -19,13 +19,13 @@ def test_edit_distance(a, b, distance):
 @pytest.mark.parametrize(
     ("rule", "expected"), [("flow_grpo", "hello\tw０rld!"), ("strict", "He llo\tW０rld!"), ("loose", "hellow0rld")]
 )
-def test_normalise(rule, expected):
-    assert normalise_text("He llo\tW０rld!", rule) == expected
+def test_normalize(rule, expected):
+    assert normalize_text("He llo\tW０rld!", rule) == expected
 
 
 def test_unknown_rule():
     with pytest.raises(ValueError, match="expected 'flow_grpo', 'strict' or 'loose'"):
-        normalise_text("a", "lose")
+        normalize_text("a", "lose")
 
 
 def test_similarity_is_capped_at_the_target():

@@ -16,12 +16,12 @@ from safetensors import SafetensorError
 
 from flowalign import checkpoint, cli
 from flowalign import run as run_module
-from flowalign.storage.checkpoint import CheckpointError
-from flowalign.config import ConfigError
-from flowalign.run.folder import describe, open_folder
-from flowalign.storage.metrics_log import read_rows, without_time
-from flowalign.run.run import Interrupted, Run
+from flowalign.errors import ConfigError
 from flowalign.evaluation.result_file import load_result
+from flowalign.run.folder import describe, open_folder
+from flowalign.run.run import Interrupted, Run
+from flowalign.storage.checkpoint import CheckpointError
+from flowalign.storage.metrics_log import read_rows, without_time
 from flowalign.trainers import Update
 from tests.run.test_train import CONFIG, result, run_it
 
@@ -347,8 +347,8 @@ print(killed)
 
 
 def test_a_run_killed_at_any_moment_ends_in_the_same_bits(tiny_pipeline: Path, tmp_path: Path) -> None:
-    config = str(Path(__file__).parent / "data" / "tiny.yaml")
-    here = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+    config = str(Path(__file__).parents[1] / "data" / "tiny.yaml")
+    here = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     script = [sys.executable, "-W", "ignore", "-c", KILLER, config, str(tiny_pipeline), str(tmp_path)]
     said = subprocess.run(script, check=True, stdout=subprocess.PIPE, text=True, env=here, timeout=300).stdout
     assert int(said.split()[-1]) >= 1  # it did die on the way

@@ -11,14 +11,15 @@ import torch
 
 from flowalign import checkpoint
 from flowalign import run as run_module
-from flowalign.config import ConfigError, load_config
+from flowalign.config import load_config
+from flowalign.errors import ConfigError
 from flowalign.loop import train
-from flowalign.storage.metrics_log import read_rows, without_time
 from flowalign.models import LoRA, load_policy
 from flowalign.run.run import Run
+from flowalign.storage.metrics_log import read_rows, without_time
 from flowalign.trainers import Update
 
-CONFIG = str(Path(__file__).parent / "data" / "tiny.yaml")
+CONFIG = str(Path(__file__).parents[1] / "data" / "tiny.yaml")
 
 
 class Killed(BaseException):
@@ -70,7 +71,7 @@ POINTS = {
     "rollout": ("flowalign.rollouts.collect.rollout", 2),
     "reward": ("flowalign.rollouts.collect.score", 2),
     "backward": ("flowalign.run.run.Run.backward", 2),
-    "optimiser": ("flowalign.run.run.Run.step", 2),
+    "optimizer": ("flowalign.run.run.Run.step", 2),
     "ema": ("flowalign.models.ema.EMA.update", 2),
     "first metrics append": ("flowalign.storage.metrics_log.append_line", 1),
     "first temporary write": ("flowalign.storage.checkpoint._write", 1),

@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 from samplers import (  # fmt: skip
     CPS,
     DDIM,
-    Context,
     FlowSDE,
     Forest,
     KeyedNoise,
+    TransitionContext,
     Tree,
     VariancePreserving,
     chain,
@@ -91,7 +91,7 @@ def test_a_file_gives_the_forest_back_bit_for_bit(tmp_path: Path, dtype: torch.d
 
 def test_a_kernel_with_a_table_is_rebuilt_too(tmp_path: Path) -> None:
     table = torch.linspace(0.99, 0.01, 4)
-    kernel = DDIM(0.5).on(VariancePreserving(table))
+    kernel = DDIM(0.5).bind(VariancePreserving(table))
     save_forest(tmp_path / "f", replace(grown(chain(4, 2)), kernel=kernel))
     read = load_forest(tmp_path / "f").kernel
     sigma = torch.tensor([1.0, 0.5]).double()
@@ -110,7 +110,7 @@ class Strange:
     def coefficients(self, sigma, sigma_next, level=1.0):
         return self.inner.coefficients(sigma, sigma_next, level)
 
-    def __call__(self, x, v, sigma, sigma_next, ctx: Context = DEFAULT_CONTEXT) -> Step:
+    def __call__(self, x, v, sigma, sigma_next, ctx: TransitionContext = DEFAULT_CONTEXT) -> Step:
         return self.inner(x, v, sigma, sigma_next, ctx)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.distributions import Normal
 
-from samplers import CPS, DDIM, ODE, ClippedFlowSDE, Context, FlowSDE, LinearSDE, VariancePreserving
+from samplers import CPS, DDIM, ODE, ClippedFlowSDE, FlowSDE, LinearSDE, TransitionContext, VariancePreserving
 from tests.helpers.kernels import EULER_MARUYAMA, F64, FLOW, KERNELS, PRESERVING, VP, bed, moments, path_of, rows
 
 X, V = rows(0.3), rows(-1.1)
@@ -36,7 +36,7 @@ def test_golden_ddim_from_all_three_predictions(predicted: str) -> None:
     }[predicted]
     assert float(path.x0_from_velocity(X, v, 1.0)) == pytest.approx(x0, abs=1e-8)
     assert float(path.noise_from_velocity(X, v, 1.0)) == pytest.approx(eps, abs=1e-8)
-    step = DDIM(0.6).on(path)(X, v, 1.0, 0.5)
+    step = DDIM(0.6).bind(path)(X, v, 1.0, 0.5)
     mean, log_prob = (0.17454223, -0.44031922) if predicted == "noise" else (0.18022459, -0.40637061)
     got = [float(step.std), float(step.mean), float(step.log_prob(rows(0.5)))]
     np.testing.assert_allclose(got, [0.23237900, mean, log_prob], atol=1e-8)
@@ -82,7 +82,7 @@ def test_the_exact_kl_is_b_squared_over_two_s_squared_times_dv_squared(name: str
     kernel, dv = KERNELS[name], rows(0.02, 0.3)
     x, v = rows(0.3, -0.5), rows(-1.1, 0.4)
     here, there = kernel(x, v, 0.7, 0.5), kernel(x, v + dv, 0.7, 0.5)
-    b, s = here.policy.slope, here.std
+    b, s = here.policy.velocity_coef, here.std
     torch.testing.assert_close(here.kl(there, form="exact"), (b * dv[:, 0]) ** 2 / (2 * s**2))
     expected = torch.distributions.kl_divergence(Normal(here.mean, s[:, None]), Normal(there.mean, s[:, None])).sum(1)
     torch.testing.assert_close(here.kl(there, form="exact"), expected)
@@ -98,11 +98,11 @@ def test_b_is_the_derivative_by_v_and_log_prob_the_normal_density(name: str) -> 
     v.requires_grad_()
     sigma, then = torch.tensor([0.9, 0.7, 0.2]).double(), torch.tensor([0.1, 0.5, 0.1]).double()
     kernel = KERNELS[name]
-    step = kernel(x, v, sigma, then, Context(level=torch.tensor([1.0, 0.5, 1.0])))
-    (slope,) = torch.autograd.grad(step.mean.sum(), v, retain_graph=True)
-    b = kernel.coefficients(sigma, then, torch.tensor([1.0, 0.5, 1.0])).slope
-    torch.testing.assert_close(slope, b[:, None].expand(3, 7))
-    assert torch.equal(step.policy.slope, b)
+    step = kernel(x, v, sigma, then, TransitionContext(level=torch.tensor([1.0, 0.5, 1.0])))
+    (velocity_coef,) = torch.autograd.grad(step.mean.sum(), v, retain_graph=True)
+    b = kernel.coefficients(sigma, then, torch.tensor([1.0, 0.5, 1.0])).velocity_coef
+    torch.testing.assert_close(velocity_coef, b[:, None].expand(3, 7))
+    assert torch.equal(step.policy.velocity_coef, b)
     arrived = step.sample(z).detach()
     torch.testing.assert_close(
         step.log_prob(arrived) * 7, Normal(step.mean, step.std[:, None]).log_prob(arrived).sum(1)
@@ -112,10 +112,10 @@ def test_b_is_the_derivative_by_v_and_log_prob_the_normal_density(name: str) -> 
 @pytest.mark.parametrize("name", KERNELS)
 def test_without_noise_every_kernel_is_its_paths_ode(name: str) -> None:
     """Level -> 0 continuously, and level 0 exactly: Euler for a flow, DDIM with η = 0 for a VP path."""
-    kernel, euler = KERNELS[name], ODE().on(path_of(name))
+    kernel, euler = KERNELS[name], ODE().bind(path_of(name))
     exact = euler(X, V, 0.7, 0.5).mean
-    torch.testing.assert_close(kernel(X, V, 0.7, 0.5, Context(level=1e-7)).mean, exact, rtol=0, atol=1e-6)
-    silent = kernel(X, V, 0.7, 0.5, Context(level=0.0))
+    torch.testing.assert_close(kernel(X, V, 0.7, 0.5, TransitionContext(level=1e-7)).mean, exact, rtol=0, atol=1e-6)
+    silent = kernel(X, V, 0.7, 0.5, TransitionContext(level=0.0))
     assert torch.equal(silent.mean, exact) and float(silent.std) == 0
 
 
@@ -184,7 +184,7 @@ def test_weak_order_one_of_euler_maruyama(name: str) -> None:
 
 def test_the_last_step_of_ddim() -> None:
     """set_alpha_to_one=False: a step to the cleanest level has a small std; true: to σ = 0, x̂0 itself, no density."""
-    small, none = DDIM(1.0).on(VP)(X, V, 0.2, 0.1), DDIM(1.0).on(VP)(X, V, 0.1, 0.0)
+    small, none = DDIM(1.0).bind(VP)(X, V, 0.2, 0.1), DDIM(1.0).bind(VP)(X, V, 0.1, 0.0)
     assert 0 < float(small.std) < 0.2 and bool(small.log_prob(X).isfinite().all())
     assert float(none.std) == 0
     torch.testing.assert_close(none.mean, VP.x0_from_velocity(X, V, 0.1))
@@ -195,13 +195,13 @@ def test_the_last_step_of_ddim() -> None:
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: DDIM(1.0).on(VP)(X, V, 0.7, 0.5, Context(level=2.0)),
-        lambda: CPS(0.7)(X, V, 0.7, 0.5, Context(level=2.0)),
+        lambda: DDIM(1.0).bind(VP)(X, V, 0.7, 0.5, TransitionContext(level=2.0)),
+        lambda: CPS(0.7)(X, V, 0.7, 0.5, TransitionContext(level=2.0)),
         lambda: ClippedFlowSDE(max_std=0.0),
         lambda: ClippedFlowSDE(sigma_cap=1.0),
         lambda: LinearSDE(0.5, 0.2),
-        lambda: LinearSDE().on(VP),
-        lambda: DDIM().on(FLOW),
+        lambda: LinearSDE().bind(VP),
+        lambda: DDIM().bind(FLOW),
         lambda: VP.x0_from_velocity(X, V, 0.55),
     ],
 )

@@ -15,12 +15,12 @@ from samplers import (
     DDIM,
     ODE,
     Carry,
-    Context,
     DPMSolver,
     FlowSDE,
     Forest,
     Kernel,
     KeyedNoise,
+    TransitionContext,
     Tree,
     diffusers_sigmas,
     load_forest,
@@ -31,7 +31,7 @@ from samplers import (
 )
 from tests.helpers.kernels import F64, FLOW, VP, bed, rows
 
-SILENT = Context(level=0.0)
+SILENT = TransitionContext(level=0.0)
 
 
 def curved(x: Tensor, sigma: Tensor, root: Tensor | None = None) -> Tensor:
@@ -98,7 +98,7 @@ def test_a_point_mass_is_exact_at_any_step_size(path) -> None:
     velocity, _ = bed(path, 0.6, 0.0)
     grid = torch.tensor([0.9, 0.8, 0.3, 0.2, 0.0], dtype=F64)
     eps = rows(-1.3, 0.4)
-    kernel = DPMSolver(ODE()).on(path)
+    kernel = DPMSolver(ODE()).bind(path)
     states = solve(kernel, velocity, path.add_noise(rows(0.6, 0.6), eps, 0.9), grid)
     for sigma, state in zip(grid, states, strict=True):
         torch.testing.assert_close(state, path.add_noise(rows(0.6, 0.6), eps, sigma), rtol=0, atol=1e-12)
@@ -113,23 +113,25 @@ def test_order_of_convergence(kernel: Kernel, order: int) -> None:
     for count in counts:
         end = solve(kernel, velocity, rows(start), torch.linspace(0.9, 0.1, count + 1, dtype=F64))[-1]
         errors.append(abs(float(end) - exact))
-    slope = -np.polyfit(np.log2(counts), np.log2(errors), 1)[0]
-    assert order - 0.1 < slope < order + 0.1, (slope, errors)
+    velocity_coef = -np.polyfit(np.log2(counts), np.log2(errors), 1)[0]
+    assert order - 0.1 < velocity_coef < order + 0.1, (velocity_coef, errors)
 
 
 def test_b_is_the_derivative_of_a_second_order_step() -> None:
     v = rows(0.3, -0.8).requires_grad_()
-    ctx = Context(level=0.0, carry=Carry(rows(0.1, 0.2), torch.tensor([0.8, torch.nan])))
+    ctx = TransitionContext(level=0.0, carry=Carry(rows(0.1, 0.2), torch.tensor([0.8, torch.nan])))
     step = DPMSolver(FlowSDE())(rows(0.5, 0.6), v, 0.6, 0.4, ctx)
-    (slope,) = torch.autograd.grad(step.mean.sum(), v)
-    torch.testing.assert_close(step.policy.slope, slope[:, 0])
-    assert float(slope[0]) < -0.2 and float(slope[1]) == pytest.approx(-0.2)  # without history: Euler's -h
-    assert step.policy is step.behaviour
+    (velocity_coef,) = torch.autograd.grad(step.mean.sum(), v)
+    torch.testing.assert_close(step.policy.velocity_coef, velocity_coef[:, 0])
+    assert float(velocity_coef[0]) < -0.2 and float(velocity_coef[1]) == pytest.approx(
+        -0.2
+    )  # without history: Euler's -h
+    assert step.policy is step.behavior
 
 
 def test_on_a_variance_preserving_path_first_order_is_ddim() -> None:
-    kernel = DPMSolver(DDIM(1.0)).on(VP)
-    first, ddim = (k(rows(0.4), rows(-0.7), 0.7, 0.5, SILENT) for k in (kernel, DDIM(1.0).on(VP)))
+    kernel = DPMSolver(DDIM(1.0)).bind(VP)
+    first, ddim = (k(rows(0.4), rows(-0.7), 0.7, 0.5, SILENT) for k in (kernel, DDIM(1.0).bind(VP)))
     assert torch.equal(first.mean, ddim.mean) and first.carry is not None
     second = kernel(rows(0.4), rows(-0.7), 0.7, 0.5, replace(SILENT, carry=Carry(rows(0.1), torch.tensor([0.9]))))
     a, b, _, _ = VP.mix(torch.tensor([0.9, 0.7, 0.5], dtype=F64))
@@ -174,7 +176,7 @@ def test_a_mixed_frontier_is_every_trajectory_by_itself(across_noise: bool) -> N
             s, then = float(grid[tree.index[up]]), float(grid[tree.index[node]])
             v = curved(x, torch.tensor([s], dtype=F64))
             x0, hot = x - s * v, float(tree.level[node]) > 0
-            plain = FlowSDE(0.7)(x, v, s, then, Context(level=float(tree.level[node])))
+            plain = FlowSDE(0.7)(x, v, s, then, TransitionContext(level=float(tree.level[node])))
             if hot:
                 x = plain.sample(noise.step(tree, torch.tensor([node])).double())
             elif then == 0 or history is None:
@@ -213,7 +215,7 @@ def test_stochastic_states_do_not_depend_on_the_solver_of_the_others() -> None:
 
 
 def test_a_forest_of_the_solver_is_saved_and_read(tmp_path) -> None:
-    forest = grow(window(4, 2, 1, 1), DPMSolver(CPS(0.6)).on(FLOW), diffusers_sigmas(4), torch.float32)
+    forest = grow(window(4, 2, 1, 1), DPMSolver(CPS(0.6)).bind(FLOW), diffusers_sigmas(4), torch.float32)
     save_forest(tmp_path / "forest.safetensors", forest)
     assert load_forest(tmp_path / "forest.safetensors").kernel == DPMSolver(CPS(0.6), path=FLOW)
 

@@ -14,7 +14,6 @@ from samplers import (
     DDIM,
     ODE,
     SPSA,
-    Context,
     DanceSDE,
     DPMSolver,
     FlowSDE,
@@ -23,6 +22,7 @@ from samplers import (
     KeyedNoise,
     LinearSDE,
     RewardGradient,
+    TransitionContext,
     Tree,
     chain,
     normal,
@@ -80,7 +80,7 @@ ASCENT = RewardGradient(Quadratic())
 @pytest.mark.parametrize("use_delta", [True, False])
 @pytest.mark.parametrize("name", KERNELS)
 def test_a_quadratic_reward_moves_the_mean_by_minus_lambda_kappa_times_the_gap(name: str, use_delta: bool) -> None:
-    kernel, ctx = KERNELS[name], Context(rows=torch.tensor([4, 0, 2]))
+    kernel, ctx = KERNELS[name], TransitionContext(rows=torch.tensor([4, 0, 2]))
     guided = Guided(kernel, ASCENT, scale=0.01, use_delta=use_delta)
     step, plain = guided(X, V, 0.7, 0.5, ctx), kernel(X, V, 0.7, 0.5, ctx)
     factor = 0.01 * (0.2 if use_delta else 1.0)
@@ -101,7 +101,7 @@ def test_rates_of_the_three_forms(name: str) -> None:
     ∇ρ/β larger."""
     kernel, path = KERNELS[name], path_of(name)
     gradient, plain = -2.0 * X, kernel(X, V, 0.7, 0.5)
-    ctx = Context(rows=torch.zeros(3, dtype=torch.int64))
+    ctx = TransitionContext(rows=torch.zeros(3, dtype=torch.int64))
     got = {form: Guided(kernel, ASCENT, form=form, beta=0.8, path=path)(X, V, 0.7, 0.5, ctx).mean
            for form in ("score_half", "doob", "full_tilt")}  # fmt: skip
     s2 = plain.std[:, None] ** 2
@@ -117,19 +117,19 @@ def test_rates_of_the_three_forms(name: str) -> None:
 
 def test_the_released_scale_is_score_half_at_its_beta() -> None:
     """Dance η = .25, β = 3.125: η²/2β = .01 (§9.8)."""
-    ctx = Context(rows=torch.zeros(3, dtype=torch.int64))
+    ctx = TransitionContext(rows=torch.zeros(3, dtype=torch.int64))
     by_beta, by_scale = (Guided(DanceSDE(0.25), ASCENT, scale=s)(X, V, 0.7, 0.5, ctx).mean for s in (None, 0.01))
     torch.testing.assert_close(by_beta, by_scale)
 
 
-def test_a_normalised_gradient_has_each_rows_own_norm() -> None:
-    ctx = Context(rows=torch.tensor([0, 0, 3]))
-    guided = Guided(DanceSDE(), ASCENT, scale=0.5, use_delta=False, normalise=True)
+def test_a_normalized_gradient_has_each_rows_own_norm() -> None:
+    ctx = TransitionContext(rows=torch.tensor([0, 0, 3]))
+    guided = Guided(DanceSDE(), ASCENT, scale=0.5, use_delta=False, normalize=True)
     moved = (guided(X, V, 0.7, 0.5, ctx).mean - DanceSDE()(X, V, 0.7, 0.5).mean).norm(dim=1)
     torch.testing.assert_close(moved, torch.full((3,), 0.5, dtype=F64))
-    alone = guided(X[1:2], V[1:2], 0.7, 0.5, Context(rows=torch.tensor([0])))
+    alone = guided(X[1:2], V[1:2], 0.7, 0.5, TransitionContext(rows=torch.tensor([0])))
     torch.testing.assert_close(alone.mean, guided(X, V, 0.7, 0.5, ctx).mean[1:2], rtol=0, atol=0)
-    at_top = guided(torch.zeros(1, 2, dtype=F64), V[:1], 0.7, 0.5, Context(rows=torch.tensor([0])))
+    at_top = guided(torch.zeros(1, 2, dtype=F64), V[:1], 0.7, 0.5, TransitionContext(rows=torch.tensor([0])))
     assert bool(at_top.mean.isfinite().all())  # no gradient, no direction
 
 
@@ -146,7 +146,7 @@ def test_a_normalised_gradient_has_each_rows_own_norm() -> None:
 def test_without_guidance_it_is_the_kernel_bit_for_bit(name: str, guided) -> None:
     step = torch.tensor([4, 4, 4])
     x, v = X.float(), V.float()
-    got, plain = (k(x, v, 0.7, 0.5, Context(step=step)) for k in (guided(KERNELS[name]), KERNELS[name]))
+    got, plain = (k(x, v, 0.7, 0.5, TransitionContext(step=step)) for k in (guided(KERNELS[name]), KERNELS[name]))
     assert torch.equal(got.mean, plain.mean) and torch.equal(got.sample(x), plain.sample(x))
     assert torch.equal(got.log_prob(v), plain.log_prob(v))
 
@@ -154,7 +154,7 @@ def test_without_guidance_it_is_the_kernel_bit_for_bit(name: str, guided) -> Non
 def test_active_steps() -> None:
     guided = Guided(DanceSDE(), ASCENT, scale=1.0, start=2, end=7, interval=3)
     x, v = X[:1].expand(10, 2), V[:1].expand(10, 2)
-    ctx = Context(step=torch.arange(10), rows=torch.zeros(10, dtype=torch.int64))
+    ctx = TransitionContext(step=torch.arange(10), rows=torch.zeros(10, dtype=torch.int64))
     moved = (guided(x, v, 0.7, 0.5, ctx).mean != DanceSDE()(x, v, 0.7, 0.5).mean).any(1)
     assert moved.nonzero().flatten().tolist() == [2, 5]
 
@@ -180,7 +180,7 @@ def shares(kernel: Kernel, beta: float, steps: int = 800) -> tuple[dict[str, flo
 
 def test_how_much_of_the_tilt_each_form_reaches() -> None:
     """§9 box: Flow-SDE a = .7, m = .5, δ = .8, c = 1, β = .7: target mean 1.4143. The fractions are (a²/2)/(1+a²/2) =
-    19.7 %, a²/(1+a²/2) = 39.4 % and 1; within 0.3 %, the discretisation of 800 steps."""
+    19.7 %, a²/(1+a²/2) = 39.4 % and 1; within 0.3 %, the discretization of 800 steps."""
     fraction, mean = shares(FlowSDE(0.7), 0.7)
     assert mean["none"] == pytest.approx(0.5, abs=1e-9)
     assert fraction["score_half"] == pytest.approx(0.245 / 1.245, abs=3e-3)
@@ -205,10 +205,10 @@ def test_the_distilled_velocity_makes_the_kernels_own_mean_the_guided_one(name: 
     """§9.6: v + shift/b, for every kernel."""
     kernel = KERNELS[name]
     guided = Guided(kernel, ASCENT, form=form, beta=0.5, path=path_of(name))
-    plain, ctx = kernel(X, V, 0.7, 0.5), Context()
+    plain, ctx = kernel(X, V, 0.7, 0.5), TransitionContext()
     shift = guided.shift(plain, X, V, 0.7, ctx)
     assert shift is not None and float(shift.abs().max()) > 1e-3
-    target = V + shift / plain.policy.slope[:, None]
+    target = V + shift / plain.policy.velocity_coef[:, None]
     torch.testing.assert_close(kernel(X, target, 0.7, 0.5).mean, guided(X, V, 0.7, 0.5, ctx).mean)
 
 
@@ -221,14 +221,14 @@ def test_the_network_is_detached_and_the_policy_gradient_gains_the_guidance() ->
     for mode, extra in (("unguided", 1.0), ("guided", 0.0)):
         v = V.clone().requires_grad_()
         guided = Guided(FlowSDE(), ASCENT, scale=0.5, log_prob_mean=mode)
-        step = guided(x, v, 0.7, 0.5, Context())
+        step = guided(x, v, 0.7, 0.5, TransitionContext())
         arrived = step.sample(z).detach()
         (gradient,) = torch.autograd.grad(step.log_prob(arrived).sum(), v)
         shift = (step.mean - FlowSDE()(X, V, 0.7, 0.5).mean).detach()
-        b, s = step.policy.slope[:, None], step.std[:, None]
+        b, s = step.policy.velocity_coef[:, None], step.std[:, None]
         torch.testing.assert_close(gradient, (b / s) * (z + extra * shift / s) / 2)
-    (slope,) = torch.autograd.grad(guided(X, v, 0.7, 0.5).mean.sum(), v)
-    torch.testing.assert_close(slope, step.policy.slope[:, None].expand(3, 2))
+    (velocity_coef,) = torch.autograd.grad(guided(X, v, 0.7, 0.5).mean.sum(), v)
+    torch.testing.assert_close(velocity_coef, step.policy.velocity_coef[:, None].expand(3, 2))
 
 
 def test_the_reward_runs_in_fp32_under_autocast() -> None:
@@ -291,15 +291,15 @@ def test_guidance_raises_the_reward_of_a_rollout() -> None:
 def test_spsa_is_unbiased_on_linear_and_quadratic_rewards() -> None:
     """f = g·x - ½κ|x|²: exactly ∇f·u per draw, so the mean over 40,000 draws is ∇f within 5 standard errors, whose
     variance |∇f|² + ∇f_d² is the closed form of one draw."""
-    slope = torch.tensor([0.5, -1.0, 2.0], dtype=F64)
+    velocity_coef = torch.tensor([0.5, -1.0, 2.0], dtype=F64)
     x0 = torch.tensor([[0.3, -0.2, 0.1], [0.0, 1.0, 0.4]], dtype=F64)
     count = 40_000
     noise = normal((count, 2, 3), 0, "spsa").double()
     for kappa in (0.0, 1.5):
-        exact = slope - kappa * x0
+        exact = velocity_coef - kappa * x0
 
         def score(x: Tensor, kappa: float = kappa) -> Tensor:
-            return x @ slope - 0.5 * kappa * x.square().sum(1)
+            return x @ velocity_coef - 0.5 * kappa * x.square().sum(1)
 
         one = spsa_gradient(score, x0, noise[:1], tau=0.01)
         torch.testing.assert_close(one, (exact * noise[0]).sum(1, keepdim=True) * noise[0], rtol=1e-9, atol=1e-9)
@@ -316,7 +316,9 @@ def test_spsa_guides_at_the_predicted_clean_latent_with_noise_of_the_state() -> 
 
     counted = Counted(Quadratic())
     guided = Guided(DanceSDE(), SPSA(counted, keyed), scale=1.0, use_delta=False)
-    ctx = Context(rows=torch.tensor([1, 1, 0]), parents=torch.tensor([7, 7, 9]), nodes=torch.tensor([11, 12, 13]))
+    ctx = TransitionContext(
+        rows=torch.tensor([1, 1, 0]), parents=torch.tensor([7, 7, 9]), nodes=torch.tensor([11, 12, 13])
+    )
     x, v = X[[0, 0, 2]], V[[0, 0, 2]]
     shift = guided(x, v, 0.7, 0.5, ctx).mean - DanceSDE()(x, v, 0.7, 0.5).mean
     assert torch.equal(shift[0], shift[1]) and len(counted.calls[0][0]) == 2  # siblings: one state
@@ -331,10 +333,10 @@ def test_spsa_guides_at_the_predicted_clean_latent_with_noise_of_the_state() -> 
 
 
 def test_on_binds_the_kernel_and_the_guide_to_the_path() -> None:
-    guided = Guided(DPMSolver(DDIM(0.6)), ASCENT, form="full_tilt").on(VP)
+    guided = Guided(DPMSolver(DDIM(0.6)), ASCENT, form="full_tilt").bind(VP)
     assert guided == Guided(DPMSolver(DDIM(0.6, VP), path=VP), ASCENT, form="full_tilt", path=VP)
     with pytest.raises(ValueError, match="rectified flow"):
-        Guided(FlowSDE(), ASCENT).on(VP)
+        Guided(FlowSDE(), ASCENT).bind(VP)
 
 
 def test_yaml_builds_all_of_it() -> None:

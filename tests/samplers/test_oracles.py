@@ -10,13 +10,13 @@ from samplers import (
     CPS,
     ODE,
     Chain,
-    Context,
     DanceSDE,
     Fixed,
     FlowSDE,
     KeyedNoise,
     Random,
     Sliding,
+    TransitionContext,
     Tree,
     Window,
     chain,
@@ -96,7 +96,7 @@ def test_log_prob_is_the_normal_density_and_its_gradient_is_b_z_over_s_d(kernel)
     log_prob = step.log_prob(arrived)
     torch.testing.assert_close(log_prob * 7, Normal(step.mean, step.std[:, None]).log_prob(arrived).sum(1))
     (gradient,) = torch.autograd.grad(log_prob.sum(), v)
-    torch.testing.assert_close(gradient, step.policy.slope[:, None] * z / (step.std[:, None] * 7))
+    torch.testing.assert_close(gradient, step.policy.velocity_coef[:, None] * z / (step.std[:, None] * 7))
 
 
 @pytest.mark.parametrize("reduce", ["mean", "sum"])
@@ -112,16 +112,16 @@ def test_without_noise_every_kernel_is_euler(kernel) -> None:
 
 
 def gaussian_velocity(m: float = 0.5, delta: float = 0.8):
-    """v*(x, σ) of data N(m, δ²): affine in x. Returns (velocity, slope)."""
+    """v*(x, σ) of data N(m, δ²): affine in x. Returns (velocity, velocity_coef)."""
 
-    def slope(sigma):
+    def velocity_coef(sigma):
         return (sigma - (1 - sigma) * delta**2) / ((1 - sigma) ** 2 * delta**2 + sigma**2)
 
     def velocity(x, sigma, root=None):
         sigma = sigma.to(x).reshape(-1, *([1] * (x.ndim - 1)))
-        return -m + slope(sigma) * (x - (1 - sigma) * m)
+        return -m + velocity_coef(sigma) * (x - (1 - sigma) * m)
 
-    return velocity, slope
+    return velocity, velocity_coef
 
 
 @pytest.mark.parametrize(("sigma", "sigma_next"), [(0.9, 0.5), (0.7, 0.55), (0.3, 0.1)])
@@ -144,13 +144,13 @@ def test_weak_order_one_of_the_euler_maruyama_kernels(kernel) -> None:
     """From the exact marginal at σ = 0.9 to 0.2: halving h halves the error of the variance (exact recursion).
 
     Not CPS: its noise does not shrink with h, and each step loses AB(1-cosφ)²/(A+B) of the variance."""
-    _, slope = gaussian_velocity()
+    _, velocity_coef = gaussian_velocity()
     marginal = lambda sigma: (1 - sigma) ** 2 * 0.8**2 + sigma**2  # noqa: E731
     errors = []
     for steps in (64, 128, 256, 512):
         grid = torch.linspace(0.9, 0.2, steps + 1, dtype=F64)
         one = kernel.coefficients(grid[:-1], grid[1:], torch.ones(steps, dtype=F64))
-        pull = one.alpha + one.slope * slope(grid[:-1])
+        pull = one.alpha + one.velocity_coef * velocity_coef(grid[:-1])
         variance = marginal(0.9)
         for i in range(steps):
             variance = float(pull[i]) ** 2 * variance + float(one.std[i]) ** 2
@@ -160,18 +160,18 @@ def test_weak_order_one_of_the_euler_maruyama_kernels(kernel) -> None:
 
 
 def test_cps_step_on_gaussian_data_loses_exactly_its_known_variance() -> None:
-    _, slope = gaussian_velocity()
+    _, velocity_coef = gaussian_velocity()
     sigma = torch.tensor([0.6], dtype=F64)
     one = CPS(0.7).coefficients(sigma, sigma - 1e-9, torch.ones(1, dtype=F64))
     a, b = 0.4**2 * 0.8**2, 0.6**2
-    after = float(one.alpha + one.slope * slope(sigma)) ** 2 * (a + b) + float(one.std) ** 2
+    after = float(one.alpha + one.velocity_coef * velocity_coef(sigma)) ** 2 * (a + b) + float(one.std) ** 2
     assert a + b - after == pytest.approx(a * b * (1 - np.cos(0.35 * np.pi)) ** 2 / (a + b), abs=1e-7)
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=IDS)
 def test_gaussian_bed_moments(kernel) -> None:
     """Mean and variance of seven steps: exact recursion against sampling."""
-    velocity, slope = gaussian_velocity()
+    velocity, velocity_coef = gaussian_velocity()
     count = 40_000
     x = normal((count, 1), 0, "start").double()
     grid = plain_sigmas(8, 3.0)
@@ -182,9 +182,9 @@ def test_gaussian_bed_moments(kernel) -> None:
         one = kernel.coefficients(grid[i : i + 1].double(), grid[i + 1 : i + 2].double(), torch.ones(1, dtype=F64))
         a, b, s, k, sigma = (
             float(one.alpha),
-            float(one.slope),
+            float(one.velocity_coef),
             float(one.std),
-            float(slope(grid[i].double())),
+            float(velocity_coef(grid[i].double())),
             float(grid[i]),
         )
         mean = a * mean + b * (-0.5 + k * (mean - (1 - sigma) * 0.5))
@@ -198,14 +198,14 @@ def test_gaussian_bed_moments(kernel) -> None:
 )
 def test_policy_gradient_golden(kernel, golden: float) -> None:
     """dE[x_T]/dθ for v* + θ, plain grid T=10, k=3, last step ODE: closed form, and REINFORCE through rollout."""
-    velocity, slope = gaussian_velocity()
+    velocity, velocity_coef = gaussian_velocity()
     grid = plain_sigmas(10, 3.0)
     exact = grid.double()
     level = torch.ones(10, dtype=F64)
     level[9] = 0.0
     c = kernel.coefficients(exact[:-1], exact[1:], level)
-    pulls = c.alpha + c.slope * slope(exact[:-1])
-    analytic = sum(float(c.slope[i] * pulls[i + 1 :].prod()) for i in range(9))
+    pulls = c.alpha + c.velocity_coef * velocity_coef(exact[:-1])
+    analytic = sum(float(c.velocity_coef[i] * pulls[i + 1 :].prod()) for i in range(9))
     assert analytic == pytest.approx(golden, abs=1e-5)
     groups = 4000
     tree = chain(10, groups)
@@ -214,7 +214,7 @@ def test_policy_gradient_golden(kernel, golden: float) -> None:
     edges = tree.edges
     parents, position = tree.distinct_parents(edges)
     step = forest.edge_steps(edges, velocity(forest.at(parents), forest.sigma(parents)), position)
-    score = (step.policy.slope / step.std)[:, None] * (forest.at(edges) - step.mean) / step.std[:, None]
+    score = (step.policy.velocity_coef / step.std)[:, None] * (forest.at(edges) - step.mean) / step.std[:, None]
     total = torch.zeros(groups, 16).index_add_(0, tree.root[edges], score.float())
     reward = forest.at(tree.leaves)[tree.root[tree.leaves].argsort()]
     samples = (total * (reward - reward.mean())).flatten()
@@ -334,7 +334,7 @@ def test_window_schedules() -> None:
         lambda: Chain().forecast(0, 2),
         lambda: FlowSDE()(X, V, 0.5, 0.7),
         lambda: FlowSDE(-1.0),
-        lambda: FlowSDE()(X, V, 0.7, 0.5, Context(level=0.0)).log_prob(X),
+        lambda: FlowSDE()(X, V, 0.7, 0.5, TransitionContext(level=0.0)).log_prob(X),
         lambda: rollout(lambda x, s, r: x, torch.zeros(2, 2), diffusers_sigmas(3), chain(4, 2), CPS(), lambda t, n: n),
     ],
 )

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flowalign.config import ConfigError, load_config
+from flowalign.config import load_config
+from flowalign.errors import ConfigError
 from samplers import (
     Branch,
     Chain,
@@ -53,7 +54,7 @@ def plan_of(folder: Path, said: object) -> Plan:
     ],
 )  # fmt: skip
 def test_plans_are_named_in_yaml(tmp_path: Path, said: object, expected: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flowalign.trainers.policy_gradient.rehearse", lambda *parts: None)  # it would refuse a teacher
+    monkeypatch.setattr("flowalign.trainers.policy_gradient.dry_run", lambda *parts: None)  # it would refuse a teacher
     plan = plan_of(tmp_path, said)
     assert plan == expected and plan.forecast(4, 4) == expected.forecast(4, 4)
 

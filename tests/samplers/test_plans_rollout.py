@@ -57,12 +57,12 @@ def roll(
 
 def moments(kernel, levels: list[float], steps: int) -> tuple[float, float]:
     """Exact mean and variance of x_T on the Gaussian bed, for steps with these levels."""
-    _, slope = gaussian_velocity()
+    _, velocity_coef = gaussian_velocity()
     grid = plain_sigmas(steps, 3.0).double()
     one = kernel.coefficients(grid[:-1], grid[1:], torch.tensor(levels, dtype=F64))
     mean, variance = 0.0, 1.0
     for i in range(steps):
-        a, b, s, k = (float(t[i]) for t in (one.alpha, one.slope, one.std, slope(grid)))
+        a, b, s, k = (float(t[i]) for t in (one.alpha, one.velocity_coef, one.std, velocity_coef(grid)))
         mean = a * mean + b * (-0.5 + k * (mean - (1 - float(grid[i])) * 0.5))
         variance = (a + b * k) ** 2 * variance + s**2
     return mean, variance

@@ -94,7 +94,9 @@ def test_best_of_n_starts() -> None:
     both = Tree.cat([chain(6, 5), chain(6, 5)])
     forest, whole = roll(both, Best({2: 2}, first_element)), roll(both)
     assert (
-        forest.evaluations == 2 * (5 * 2 + 2 * 4) == 2 * Selected(Chain(), {2: 2}, looks=False).forecast(6, 5).rollout
+        forest.evaluations
+        == 2 * (5 * 2 + 2 * 4)
+        == 2 * Selected(Chain(), {2: 2}, uses_velocity=False).forecast(6, 5).rollout
     )
     same_where_left(forest, whole)
     for group in range(2):
@@ -116,7 +118,7 @@ def beam(steps: int, width: int, factor: int, splits: int) -> Cost:
 
 @pytest.mark.parametrize(("width", "factor"), [(1, 2), (2, 2), (2, 3), (3, 3)])
 def test_path_search_costs_what_it_says(width: int, factor: int) -> None:
-    plan = Selected(SplitTree((0, 1, 2), factor), {i: min(width, factor**i) for i in (1, 2, 3)}, looks=False)
+    plan = Selected(SplitTree((0, 1, 2), factor), {i: min(width, factor**i) for i in (1, 2, 3)}, uses_velocity=False)
     cost, by_hand = plan.forecast(6, factor**3), beam(6, width, factor, 3)
     assert (cost.rollout, cost.leaves) == (by_hand.rollout, by_hand.leaves)
     whole = plan.tree(6, factor**3, 0, generator(0))
@@ -141,7 +143,7 @@ def test_what_a_score_looks_at_is_evaluated_once(plan: Bounded) -> None:
 
 
 def test_probes_of_dropped_states_are_never_computed() -> None:
-    plan = Selected(Probed(SplitTree((0,), 4, train_last=False)), {1: 2}, looks=False)
+    plan = Selected(Probed(SplitTree((0,), 4, train_last=False)), {1: 2}, uses_velocity=False)
     cost = plan.forecast(5, 4)
     probes = 4 + 2 * (
         3 + 2 + 1

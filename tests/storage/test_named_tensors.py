@@ -1,4 +1,4 @@
-"""Optimiser and parameters by name: bit-exact, free of the order of parameters, mismatches named (I7)."""
+"""Optimizer and parameters by name: bit-exact, free of the order of parameters, mismatches named (I7)."""
 
 import pytest
 import torch

@@ -12,12 +12,12 @@ from torch import nn
 from flowalign import checkpoint
 from flowalign.config import load_config
 from flowalign.loop import train
-from flowalign.storage.metrics_log import read_rows, without_time
 from flowalign.objectives import scalar_adjoint
 from flowalign.run.run import Run
+from flowalign.storage.metrics_log import read_rows, without_time
 
-CONFIG = str(Path(__file__).parent / "data" / "contract.yaml")
-TINY = str(Path(__file__).parent / "data" / "tiny.yaml")
+CONFIG = str(Path(__file__).parents[1] / "data" / "contract.yaml")
+TINY = str(Path(__file__).parents[1] / "data" / "tiny.yaml")
 
 
 def run_it(pipeline: Path, output: Path, *overrides: str):
@@ -41,7 +41,7 @@ def whole(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def test_every_role_goes_its_own_way(whole: Path) -> None:
-    """Six policy steps: old copied the sixth, sampling and fast_ema lag, fake has gone where its own optimiser led."""
+    """Six policy steps: old copied the sixth, sampling and fast_ema lag, fake has gone where its own optimizer led."""
     tensors, state, rows = saved(whole)
     assert state["steps"] == 6
     weights = {
@@ -61,7 +61,7 @@ def test_a_stopped_run_is_taken_up_without_a_second_calibration(
 
     def dies(self: Run, update) -> None:
         steps.append(1)
-        if len(steps) == 7:  # inside the second iteration, between the two optimisers
+        if len(steps) == 7:  # inside the second iteration, between the two optimizers
             raise KeyError("killed")
         original(self, update)
 
@@ -99,7 +99,7 @@ def test_the_adjoint_gives_the_gradient_of_the_whole_group() -> None:
 
 def test_a_run_in_two_processes_ends_where_one_does(tiny_pipeline: Path, tmp_path: Path) -> None:
     """Two iterations; then taken up for a third. (`accelerate launch --cpu --num_processes 2` would give one process.)"""
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     settings = [f"policy.path={tiny_pipeline}", "rollout.groups=3"]
 
     def launch(output: Path, iterations: int) -> None:

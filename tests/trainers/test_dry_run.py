@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flowalign.config import ConfigError, TrainConfig, load_config
+from flowalign.config import TrainConfig, load_config
+from flowalign.errors import ConfigError
 
-TINY = Path(__file__).parent / "data" / "tiny.yaml"
+TINY = Path(__file__).parents[1] / "data" / "tiny.yaml"
 TREE = {"splits": [0, 1], "train_last": False}
 
 
@@ -24,7 +25,7 @@ def credit(name: str, **init: object) -> object:
 
 
 def within(sets: str) -> object:
-    return part("flowalign.advantage.Normalised", within=sets)
+    return part("flowalign.advantage.Normalized", within=sets)
 
 
 def load(folder: Path, rollout: dict, trainer: dict) -> TrainConfig:
@@ -47,12 +48,12 @@ def load(folder: Path, rollout: dict, trainer: dict) -> TrainConfig:
          {"credit": credit("BranchLocal"), "advantage": within("seed_step")}),
         ({"plan": plan("SplitTree", **TREE)},
          {"credit": credit("SubtreeFusion"), "advantage": within("tree_depth"),
-          "select": part("flowalign.objectives.ParentTop1")}),
+          "select": part("flowalign.selectors.ParentTop1")}),
         ({"plan": plan("TreeWindow", depth=2)}, {"dynamic_clip": {}, "layer_tuning": {}}),
         ({"plan": plan("Selected", plan=plan("Chain"), counts={2: 2})}, {}),
-        ({"plan": plan("Selected", plan=plan("Chain", train_last=True), counts={4: 2}, looks=False)}, {}),  # no preview
+        ({"plan": plan("Selected", plan=plan("Chain", train_last=True), counts={4: 2}, uses_velocity=False)}, {}),  # no preview
         ({"plan": plan("Window", size=1)},  # where the window is drawn, and what is left out of it: not in every iteration
-         {"select": part("flowalign.objectives.DepthWindow", size=2, start=0, stop=0)}),
+         {"select": part("flowalign.selectors.DepthWindow", size=2, start=0, stop=0)}),
     ],
     ids=["DenseGRPO", "TP-GRPO", "TempFlow", "BranchGRPO", "Dynamic-TreeRPO", "path search", "best of n", "moving"],
 )  # fmt: skip
@@ -60,7 +61,7 @@ def test_methods_are_let_through(tmp_path: Path, rollout: dict, trainer: dict) -
     config = load(tmp_path, rollout, trainer)
     for built, said in (
         (config.rollout.plan, rollout["plan"]),
-        (config.trainer.credit, trainer.get("credit", "Broadcast")),
+        (config.trainer.signal.credit, trainer.get("credit", "Broadcast")),
     ):
         assert type(built).__name__ in str(said)
     assert config.rollout.plan.forecast(4, 4).edges >= 2
@@ -75,14 +76,14 @@ def test_methods_are_let_through(tmp_path: Path, rollout: dict, trainer: dict) -
         ({"plan": plan("Probed", plan=plan("SplitTree", **TREE))}, {"credit": credit("TurningPoint")}, "take Gain"),
         ({}, {"credit": credit("Process", score="prm")}, "no states were scored by 'prm'"),
         ({"plan": plan("Chain")}, {"advantage": within("tree_depth")}, "take a wider set"),
-        ({}, {"select": part("flowalign.objectives.Fraction", share=0.5)}, "leaves out every step"),
+        ({}, {"select": part("flowalign.selectors.Fraction", share=0.5)}, "leaves out every step"),
         ({}, {"advantage": part("flowalign.advantage.PerChannel", parts={"ocr": within("prompt")})}, "add it to parts"),
         ({}, {"advantage": part("flowalign.advantage.Mixed", advantage=within("prompt"), weights={"ocr": 1.0})},
          "one for each channel"),
         ({"plan": plan("TreeWindow", depth=2), "kernel": "samplers.CPS"}, {}, "CPS needs at most 1"),
         ({"plan": plan("SplitTree", splits=[0, 1]), "kernel": "samplers.CPS"}, {}, "train_last=false"),
         ({"plan": plan("Sourced", plan=plan("Chain"), teacher=1)}, {}, "teacher=0"),
-        ({"plan": plan("Selected", plan=plan("Chain"), counts={2: 2}, looks=False)}, {}, "looks=true"),
+        ({"plan": plan("Selected", plan=plan("Chain"), counts={2: 2}, uses_velocity=False)}, {}, "uses_velocity=true"),
         ({}, {"objective": part("flowalign.objectives.KLMask"), "dynamic_clip": {}}, "dynamic_clip=null"),
     ],
 )  # fmt: skip

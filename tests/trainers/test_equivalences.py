@@ -5,17 +5,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from flowalign.advantage import Normalised
+from flowalign.advantage import Normalized
 from flowalign.credit import BranchLocal, Broadcast, SubtreeFusion
 from samplers import Branch, Chain, FlowSDE, SplitTree, Window
 from tests.trainers.test_policy_gradient import PROMPTS, gradients, make, run_updates
 
-FLOW_GRPO = (Chain(), Broadcast(), Normalised())
-ALL_BUT_LAST = (Window(size=3, low=0, high=3, shared_start=False), Broadcast(), Normalised())
-FAST = (Window(size=1, low=1, high=2), Broadcast(), Normalised())
-TEMP_FLOW = (Branch(branches=4, count=1, candidates=(1,)), BranchLocal(), Normalised(within="seed_step"))
+FLOW_GRPO = (Chain(), Broadcast(), Normalized())
+ALL_BUT_LAST = (Window(size=3, low=0, high=3, shared_start=False), Broadcast(), Normalized())
+FAST = (Window(size=1, low=1, high=2), Broadcast(), Normalized())
+TEMP_FLOW = (Branch(branches=4, count=1, candidates=(1,)), BranchLocal(), Normalized(within="seed_step"))
 BRANCH_GRPO = (
-    SplitTree((1,), 4, window=1, low=1, high=2), SubtreeFusion(), Normalised(within="tree_depth"),
+    SplitTree((1,), 4, window=1, low=1, high=2), SubtreeFusion(), Normalized(within="tree_depth"),
 )  # fmt: skip
 
 

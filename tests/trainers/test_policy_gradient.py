@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from flowalign.advantage import Normalised, set_keys
+from flowalign.advantage import Normalized, set_keys
 from flowalign.credit import Broadcast, EdgeValues
 from flowalign.data import PromptRecord
 from flowalign.models import LoRA, load_policy
-from flowalign.objectives import AllEdges, ClippedRatio, FlatGradient, KLPenalty, NonZeroAdvantage, StdOverMean, Uniform
-from flowalign.trainers import PolicyGradient, Rollout, Task
+from flowalign.objectives import ClippedRatio, FlatGradient, KLPenalty, StdOverMean, Uniform
 from flowalign.rollouts.collect import grow
+from flowalign.rollouts.task import Rollout, Task
+from flowalign.selectors import AllEdges, NonZeroAdvantage
+from flowalign.trainers import PolicyGradient
 from rewards import RewardOutput
 from samplers import (
     CPS,
@@ -62,7 +64,7 @@ def make(
         if "lora_B" in name:
             parameter.data.normal_(std=0.05)
     trainer = PolicyGradient(
-        **{"credit": Broadcast(), "advantage": Normalised(), "select": AllEdges(), "objective": ClippedRatio(1e-2),
+        **{"credit": Broadcast(), "advantage": Normalized(), "select": AllEdges(), "objective": ClippedRatio(1e-2),
            "step_weight": Uniform(), **parts}
     )  # fmt: skip
     settings = Rollout(
@@ -223,7 +225,9 @@ def test_first_update_replays_and_merged_siblings_give_the_per_edge_gradient(tin
     run_updates(trainer, batch)
     merged = gradients(policy)
     forest, tree = batch.forest, batch.forest.tree
-    advantages = trainer.advantage.compare(forest, trainer.credit.assign(forest, batch.scores, batch.valid, ("r",)))
+    advantages = trainer.signal.advantage.compare(
+        forest, trainer.signal.credit.assign(forest, batch.scores, batch.valid, ("r",))
+    )
     for row, edge in enumerate(tree.edges):  # one forward and backward per edge
         edges, parent = edge[None], tree.parent[edge][None]
         conditions = batch.conditions.rows(tree.group[parent])
@@ -287,8 +291,8 @@ def test_masked_samples_leave_statistics_and_edges(tiny_pipeline: Path) -> None:
     valid = batch.valid.clone()
     valid[0] = False
     forest = batch.forest
-    values = trainer.credit.assign(forest, torch.where(valid, batch.scores, torch.nan), valid, ("r",))
-    advantages = trainer.advantage.compare(forest, values)
+    values = trainer.signal.credit.assign(forest, torch.where(valid, batch.scores, torch.nan), valid, ("r",))
+    advantages = trainer.signal.advantage.compare(forest, values)
     assert int((~advantages.valid).sum()) == 3  # the three trained steps of that one sample
     assert bool(advantages.values.isfinite().all())
     assert abs(float(advantages.values.sum())) < 1e-4
@@ -309,12 +313,12 @@ def values(*rewards: float) -> EdgeValues:
 
 def test_advantage_golden() -> None:
     forest = forest_of(window(4, 4, 1, 1), 4)
-    got = Normalised().compare(forest, values(1, 2, 3, 6)).values[:, 0]
+    got = Normalized().compare(forest, values(1, 2, 3, 6)).values[:, 0]
     np.testing.assert_allclose(got, [-1.068988, -0.534494, 0, 1.603482], atol=1e-6)
-    unbiased = Normalised(unbiased=True, delta=1e-8).compare(forest, values(1, 2, 3, 6)).values[:, 0]
+    unbiased = Normalized(unbiased=True, delta=1e-8).compare(forest, values(1, 2, 3, 6)).values[:, 0]
     np.testing.assert_allclose(unbiased, (np.array([1, 2, 3, 6]) - 3) / np.std([1, 2, 3, 6], ddof=1), rtol=1e-5)
-    assert float(Normalised(std="none").compare(forest, values(1, 2, 3, 6)).values[3, 0]) == 3.0
-    flat = Normalised().compare(forest, values(2, 2, 2, 2))
+    assert float(Normalized(std="none").compare(forest, values(1, 2, 3, 6)).values[3, 0]) == 3.0
+    flat = Normalized().compare(forest, values(2, 2, 2, 2))
     assert flat.zero_std_ratio == 1.0 and not bool(flat.values.any())
 
 
@@ -322,10 +326,10 @@ def test_advantage_sets_and_scales() -> None:
     forest = forest_of(Tree.cat([window(4, 2, 1, 1), window(4, 2, 2, 1)]), 4)
     edges = forest.tree.edges
     rewards = torch.where(forest.tree.group[edges] == 0, 10.0, 1.0) + torch.tensor([0.0, 1.0, 0.0, 1.0])
-    per_prompt = Normalised(delta=0).compare(forest, values(*rewards.tolist())).values[:, 0]
+    per_prompt = Normalized(delta=0).compare(forest, values(*rewards.tolist())).values[:, 0]
     assert sorted(per_prompt.tolist()) == pytest.approx([-1, -1, 1, 1])
     raw = rewards.double()
-    batch = Normalised(std="batch", delta=0).compare(forest, values(*rewards.tolist())).values[:, 0]
+    batch = Normalized(std="batch", delta=0).compare(forest, values(*rewards.tolist())).values[:, 0]
     assert float(batch.abs().max()) == pytest.approx(0.5 / float(raw.std(unbiased=False)))
     assert len(set_keys(forest, "batch").unique()) == 1
     assert len(set_keys(forest, "seed_step").unique()) == 2
@@ -376,13 +380,13 @@ def test_step_weights() -> None:
     weights = torch.stack([StdOverMean().weigh(step, forest, edges)[order == i][0] for i in range(9)])
     golden = [1.577, 1.673, 1.208, 1.004, 0.882, 0.795, 0.719, 0.635, 0.508]  # TempFlow, SD3 grid, a = 0.7
     np.testing.assert_allclose(weights, golden, atol=1e-3)
-    flat = FlatGradient().weigh(step, forest, edges) * step.policy.slope.abs() / step.std
+    flat = FlatGradient().weigh(step, forest, edges) * step.policy.velocity_coef.abs() / step.std
     np.testing.assert_allclose(flat, 1.0, rtol=1e-6)
 
 
 def test_zero_advantage_edges_can_be_skipped() -> None:
     forest = forest_of(Tree.cat([window(4, 2, 1, 1)] * 2), 4)
-    advantages = Normalised().compare(forest, values(1, 1, 0, 1))
+    advantages = Normalized().compare(forest, values(1, 1, 0, 1))
     group = forest.tree.group[forest.tree.edges]
     flat = int(group[0])  # edges 0 and 1 are of one group
     assert NonZeroAdvantage().choose(forest, advantages)[group == flat].tolist() == [False, False]

@@ -1,6 +1,6 @@
 """`flowalign doctor`: measures whether a configuration can train, before hours are spent on it.
 
-Two prompts are rolled out as the configuration says, one optimiser step is taken on a policy that is thrown away. Where
+Two prompts are rolled out as the configuration says, one optimizer step is taken on a policy that is thrown away. Where
 a reward is not what is checked, brightness stands for it, so that gradients are judged apart from the reward. Not
 checked: several processes, evaluation, checkpoints.
 """
@@ -14,6 +14,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
+from flowalign.build import policy_of, task_of
 from flowalign.config import TrainConfig, load_config
 from flowalign.data import PromptRecord, load_prompts
 from flowalign.diagnostics.doctor.base import Finding, guarded
@@ -34,11 +35,10 @@ from flowalign.diagnostics.doctor.update import (
     check_reached,
     check_replay,
 )
-from flowalign.models import Policy
-from flowalign.build import policy_of, task_of
-from flowalign.trainers import Task
-from flowalign.rollouts.collect import Collected
 from flowalign.diagnostics.measure import gradients, now, watched
+from flowalign.models import Policy
+from flowalign.rollouts.collect import ScoredRollout
+from flowalign.rollouts.task import Task
 from rewards import FunctionReward
 
 __all__ = ["Finding", "diagnose", "examine"]
@@ -72,7 +72,7 @@ def diagnose(path: str, overrides: Sequence[str] = ()) -> Iterator[Finding]:
 
 
 def examine(config: TrainConfig, policy: Policy) -> Iterator[Finding]:
-    """The findings about a policy, of which the weights are changed by one optimiser step."""
+    """The findings about a policy, of which the weights are changed by one optimizer step."""
     settings, trainer, failed = config.policy, config.trainer, set[str]()
     prompts = distinct_prompts(config, prompts_of(config))
     texts = [record.prompt for record in prompts]
@@ -80,7 +80,7 @@ def examine(config: TrainConfig, policy: Policy) -> Iterator[Finding]:
     task = Task(policy, FunctionReward(STAND_IN), real.rollout, real.seed, real.height, real.width)
 
     @cache
-    def first() -> tuple[Collected, int]:
+    def first() -> tuple[ScoredRollout, int]:
         trainer.prepare(task, None)
         with watched(policy) as calls:
             batch = trainer.collect(prompts, 0)
@@ -93,9 +93,9 @@ def examine(config: TrainConfig, policy: Policy) -> Iterator[Finding]:
         return found, sum(call.rows for call in calls)
 
     @cache
-    def moved() -> tuple[Collected, dict[str, Tensor], float]:
-        for optimiser in trainer.optimisers.values():
-            optimiser.step()
+    def moved() -> tuple[ScoredRollout, dict[str, Tensor], float]:
+        for optimizer in trainer.optimizers.values():
+            optimizer.step()
         batch, began = trainer.collect(prompts, 0), now()
         return batch, gradients(policy, trainer, batch), now() - began
 
@@ -126,7 +126,7 @@ def examine(config: TrainConfig, policy: Policy) -> Iterator[Finding]:
 
 
 def _rewards(
-    config: TrainConfig, task: Task, prompts: Sequence[PromptRecord], batch: Callable[[], Collected],
+    config: TrainConfig, task: Task, prompts: Sequence[PromptRecord], batch: Callable[[], ScoredRollout],
     ask: Callable[..., Finding],
 ) -> Iterator[Finding]:  # fmt: skip
     """The reward that is trained on, and those of the evaluation (on held-out prompts: only the form of the answer)."""
@@ -143,7 +143,9 @@ def _rewards(
         )
 
 
-def _time(config: TrainConfig, task: Task, batch: Collected, update: float, prompts: Sequence[PromptRecord]) -> Finding:
+def _time(
+    config: TrainConfig, task: Task, batch: ScoredRollout, update: float, prompts: Sequence[PromptRecord]
+) -> Finding:
     shown = fixture(task, batch, prompts)
     shown = shown.select(range(min(16, len(shown))))
     began = now()
@@ -152,7 +154,7 @@ def _time(config: TrainConfig, task: Task, batch: Collected, update: float, prom
 
 
 def prompts_of(config: TrainConfig) -> int:
-    """How many prompts the doctor rolls out: two, or as many as the optimiser steps of one iteration need."""
+    """How many prompts the doctor rolls out: two, or as many as the optimizer steps of one iteration need."""
     return max(2, config.trainer.updates_per_iteration())
 
 

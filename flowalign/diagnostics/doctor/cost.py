@@ -11,15 +11,16 @@ import torch
 from flowalign.config import TrainConfig
 from flowalign.data import PromptRecord
 from flowalign.diagnostics.doctor.base import Finding
-from flowalign.trainers import PolicyGradient, Task, Trainer
-from flowalign.rollouts.collect import Collected, decoded
+from flowalign.rollouts.collect import ScoredRollout, decoded
+from flowalign.rollouts.task import Task
+from flowalign.trainers import Trainer, policy_gradient
 from rewards import Reward, RewardBatch, score
-from samplers import Selected
+from samplers import unscored
 
 MIB = 2**20
 
 
-def fixture(task: Task, batch: Collected, prompts: Sequence[PromptRecord]) -> RewardBatch:
+def fixture(task: Task, batch: ScoredRollout, prompts: Sequence[PromptRecord]) -> RewardBatch:
     """The decoded images of a rollout, as a reward gets them."""
     leaves = batch.forest.tree.leaves
     return decoded(task, prompts, batch.forest.tree.group[leaves], batch.forest.at(leaves))
@@ -57,13 +58,13 @@ def check_reward(reward: Reward, batch: RewardBatch, *, trained: bool) -> Findin
     return Finding(name, not advice, figure, advice)
 
 
-def check_cost(task: Task, trainer: Trainer, batch: Collected, rows: int, updated: int) -> Finding:
+def check_cost(task: Task, trainer: Trainer, batch: ScoredRollout, rows: int, updated: int) -> Finding:
     """Counted network rows of a rollout (`rows`) and of its update (`updated`) against the topology and against the
     plan's forecast (I2). Where a plan selects, the topology is what is left, and the engine's own count stands for it."""
     settings, tree = task.rollout, batch.forest.tree
     guided = 2 if settings.guidance_scale != 1 else 1
     forecast = settings.plan.forecast(settings.num_inference_steps, settings.group_size)
-    seen = batch.forest.evaluations if isinstance(settings.plan, Selected) else len(tree.evaluated)
+    seen = len(tree.evaluated) if settings.plan.select(unscored) is None else batch.forest.evaluations
     states, limit = guided * seen, guided * settings.groups * forecast.rollout
     reported = round(batch.metrics["cost/rollout_per_image"] * batch.images)
     allowed = guided * settings.groups * forecast.train * (1 + trainer.needs_reference())
@@ -76,12 +77,12 @@ def check_cost(task: Task, trainer: Trainer, batch: Collected, rows: int, update
         advice = f"{rows} rows ran, {reported} were reported, {states} are distinct: evaluate each distinct state once"
     elif rows > limit:
         advice = "the rollout costs more than the plan's forecast: Plan.forecast must say the most expensive iteration"
-    elif isinstance(trainer, PolicyGradient) and updated > allowed:
+    elif policy_gradient(trainer) is not None and updated > allowed:
         advice = f"the update ran {updated} rows, the forecast allows {allowed}: one row per distinct state and role"
     return Finding("cost", not advice, figure, advice)
 
 
-def check_memory(config: TrainConfig, task: Task, batch: Collected, available: float | None = None) -> Finding:
+def check_memory(config: TrainConfig, task: Task, batch: ScoredRollout, available: float | None = None) -> Finding:
     """Forecast in MiB, less activations and the pipeline's other parts, against the memory of the device."""
     trained = [p for _, p in task.policy.trainable_parameters()]
     weights = sum(p.numel() * p.element_size() for net in task.policy.modules().values() for p in net.parameters())
@@ -89,12 +90,12 @@ def check_memory(config: TrainConfig, task: Task, batch: Collected, available: f
     roles = config.policy.roles.values()
     copies = len(roles) + config.policy.reference_copy if config.policy.trainable == "full" else 0
     frozen = weights - own + copies * own
-    optimised = 1 + sum(role.update == "trained" for role in roles)
+    optimized = 1 + sum(role.update == "trained" for role in roles)
     states = batch.forest.states.numel() * batch.forest.states.element_size() * config.rollout.groups
     parts = {
         "trainable": own,
         "frozen": frozen,
-        "gradient + AdamW": 3 * own * optimised,
+        "gradient + AdamW": 3 * own * optimized,
         "EMA": own if config.run.ema_decay is not None else 0,
         "states": states / task.rollout.groups,
     }
@@ -110,7 +111,7 @@ def _memory(device: torch.device) -> float:
     return prod(os.sysconf(name) for name in ("SC_PAGE_SIZE", "SC_PHYS_PAGES"))
 
 
-def check_time(config: TrainConfig, task: Task, batch: Collected, update: float, reward: float) -> Finding:
+def check_time(config: TrainConfig, task: Task, batch: ScoredRollout, update: float, reward: float) -> Finding:
     """Seconds of one iteration, scaled from the doctor's few prompts; `update` and `reward`: seconds per image."""
     images = config.rollout.groups * batch.images / task.rollout.groups
     rollout = (batch.metrics["time/rollout"] + batch.metrics["time/decode"]) / batch.images

@@ -13,12 +13,12 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from flowalign.config import PolicySettings
 from flowalign.diagnostics.doctor.base import Finding
+from flowalign.diagnostics.measure import distance
 from flowalign.evaluation.evaluate import sample
 from flowalign.models import Policy, check_lora_targets
 from flowalign.models.load import DTYPES, FAMILIES, inspect_checkpoint, resolve
-from flowalign.trainers import Task
-from flowalign.diagnostics.measure import distance
-from samplers import RectifiedFlow, normal
+from flowalign.rollouts.task import Task
+from samplers import normal
 
 
 def rounding(settings: PolicySettings, exact: float) -> float:
@@ -136,7 +136,7 @@ def check_parity(task: Task, settings: PolicySettings, texts: Sequence[str]) -> 
         ).images.float()  # fmt: skip
         conditions, steps = task.policy.encode(prompts), task.rollout.num_inference_steps
         worst = max(worst, relative(sample(task.policy, conditions, start, steps, scale), theirs))
-    limit = rounding(settings, 0.0 if isinstance(task.policy.path, RectifiedFlow) else 2e-6)
+    limit = rounding(settings, 0.0 if task.policy.path.rectified else 2e-6)
     advice = (
         "the deterministic rollout is not the pipeline's: compare policy.sigmas with the checkpoint's scheduler (class, "
         "shift, spacing), then the order of prompts"

@@ -8,15 +8,16 @@ from torch import Tensor
 from flowalign.config import PolicySettings
 from flowalign.diagnostics.doctor.base import Finding
 from flowalign.diagnostics.doctor.network import rounding
-from flowalign.objectives import Known
-from flowalign.trainers import PolicyGradient, Task, Trainer
-from flowalign.rollouts.collect import Collected
 from flowalign.diagnostics.measure import Siblings, distance, gradients, per_edge, with_edges
+from flowalign.objectives import Transitions
+from flowalign.rollouts.collect import ScoredRollout
+from flowalign.rollouts.task import Task
+from flowalign.trainers import PolicyGradient, Trainer, policy_gradient
 
 NO_REPLAY = "this trainer scores no stochastic step"
 
 
-def check_dtypes(task: Task, batch: Collected) -> Finding:
+def check_dtypes(task: Task, batch: ScoredRollout) -> Finding:
     """States, log-probs and trained parameters are fp32, whatever the frozen network is."""
     found = {
         "states": batch.forest.states.dtype,
@@ -31,7 +32,7 @@ def check_dtypes(task: Task, batch: Collected) -> Finding:
 
 
 @torch.no_grad()
-def log_ratios(task: Task, trainer: PolicyGradient, batch: Collected, edges: Tensor, rows: int) -> Tensor:
+def log_ratios(task: Task, trainer: PolicyGradient, batch: ScoredRollout, edges: Tensor, rows: int) -> Tensor:
     """ln ratio [E] of an unchanged policy, as the objective has it, from network calls of `rows` states."""
     forest, tree = batch.forest, batch.forest.tree
     parents, position = tree.distinct_parents(edges)
@@ -48,18 +49,19 @@ def log_ratios(task: Task, trainer: PolicyGradient, batch: Collected, edges: Ten
 
     step, arrived = forest.edge_steps(edges, replayed(rows), position), forest.at(edges)
     old = forest.role_steps("old", edges) if trainer.objective.needs_old_means else None
-    return trainer.objective.log_ratio(step.log_prob(arrived), forest.log_prob[edges], Known(step, arrived, old))
+    return trainer.objective.log_ratio(step.log_prob(arrived), forest.log_prob[edges], Transitions(step, arrived, old))
 
 
-def check_replay(task: Task, settings: PolicySettings, trainer: Trainer, batch: Collected) -> Finding:
+def check_replay(task: Task, settings: PolicySettings, trainer: Trainer, batch: ScoredRollout) -> Finding:
     """Invariant I1: the stored steps under unchanged weights, in the update's batch shapes, have ratio 1."""
-    if not isinstance(trainer, PolicyGradient):
+    gradient = policy_gradient(trainer)
+    if gradient is None:
         return Finding("replay", True, NO_REPLAY)
     edges = batch.forest.tree.edges
-    drift = log_ratios(task, trainer, batch, edges, trainer.micro_batch).abs()
+    drift = log_ratios(task, gradient, batch, edges, gradient.micro_batch).abs()
     elements = 1 if task.rollout.kernel.reduce == "mean" else batch.forest.states[0].numel()
     plain = settings.dtype == "fp32" and not torch.cuda.is_available()
-    limit = 1e-6 * elements if plain else trainer.objective.drift_limit
+    limit = 1e-6 * elements if plain else gradient.objective.drift_limit
     ok = float(drift.max()) <= limit
     advice = (
         "stored log-probs do not repeat: rollout and update must have the same guidance_scale, mode (eval) and dtypes"
@@ -67,15 +69,16 @@ def check_replay(task: Task, settings: PolicySettings, trainer: Trainer, batch: 
     return Finding("replay", ok, f"{_by_step(batch, edges, drift)} (allowed {limit:.0e})", "" if ok else advice)
 
 
-def check_floor(task: Task, trainer: Trainer, batch: Collected) -> Finding:
+def check_floor(task: Task, trainer: Trainer, batch: ScoredRollout) -> Finding:
     """Rounding of log-probs between batch shapes (one state per call against the rollout's) against the clip range."""
-    if not isinstance(trainer, PolicyGradient):
+    gradient = policy_gradient(trainer)
+    if gradient is None:
         return Finding("floor", True, NO_REPLAY)
     tree = batch.forest.tree
     step = tree.index[tree.parent[tree.edges]]
     few = torch.cat([tree.edges[step == at][:8] for at in step.unique()])
-    floor = log_ratios(task, trainer, batch, few, 1).abs()
-    clip = trainer.objective.drift_limit if trainer.dynamic_clip is None else trainer.dynamic_clip.low
+    floor = log_ratios(task, gradient, batch, few, 1).abs()
+    clip = gradient.objective.drift_limit if gradient.dynamic_clip is None else gradient.dynamic_clip.low
     clipped = float((floor > clip).double().mean())
     figure = f"{_by_step(batch, few, floor)}; clip range {clip:.1e}, {clipped:.0%} of unchanged steps outside"
     ok = float(floor.max()) <= clip
@@ -85,7 +88,7 @@ def check_floor(task: Task, trainer: Trainer, batch: Collected) -> Finding:
     return Finding("floor", ok, figure, "" if ok else advice)
 
 
-def _by_step(batch: Collected, edges: Tensor, values: Tensor) -> str:
+def _by_step(batch: ScoredRollout, edges: Tensor, values: Tensor) -> str:
     step = batch.forest.tree.index[batch.forest.tree.parent[edges]]
     return ", ".join(f"step {at} {float(values[step == at].max()):.1e}" for at in step.unique().tolist())
 
@@ -99,8 +102,8 @@ def check_gradient(task: Task, found: dict[str, Tensor]) -> Finding:
     return Finding("gradient", ok, figure, "" if ok else advice)
 
 
-def check_reached(task: Task, batch: Collected, found: dict[str, Tensor]) -> Finding:
-    """After one optimiser step every trained tensor gets gradient (LoRA's A gets none while B is 0). Left out: tensors
+def check_reached(task: Task, batch: ScoredRollout, found: dict[str, Tensor]) -> Finding:
+    """After one optimizer step every trained tensor gets gradient (LoRA's A gets none while B is 0). Left out: tensors
     from which no path leads to the velocity, such as the last query of SD3's text stream."""
     can = _that_can_act(task, batch)
     missed = [name for name in can if name not in found or not bool(found[name].any())]
@@ -114,7 +117,7 @@ def check_reached(task: Task, batch: Collected, found: dict[str, Tensor]) -> Fin
     return Finding("reached", not advice, figure, advice)
 
 
-def _that_can_act(task: Task, batch: Collected) -> list[str]:
+def _that_can_act(task: Task, batch: ScoredRollout) -> list[str]:
     forest = batch.forest
     root = torch.zeros(1, dtype=torch.int64)
     rows = batch.conditions.rows(forest.tree.group[root])
@@ -124,15 +127,16 @@ def _that_can_act(task: Task, batch: Collected) -> list[str]:
     return [name for name, grad in zip(names, grads, strict=True) if grad is not None and bool(grad.any())]
 
 
-def check_merged(task: Task, settings: PolicySettings, trainer: Trainer, batch: Collected) -> Finding:
+def check_merged(task: Task, settings: PolicySettings, trainer: Trainer, batch: ScoredRollout) -> Finding:
     """One forward and backward per distinct state gives the gradient of one per edge: two states, three children each."""
-    if not isinstance(trainer, PolicyGradient):
+    gradient = policy_gradient(trainer)
+    if gradient is None:
         return Finding("merged", True, NO_REPLAY)
-    parts = per_edge(trainer, task, batch, states=2, children=3)
+    parts = per_edge(gradient, task, batch, states=2, children=3)
     if len(parts) < 2:
         return Finding("merged", True, "no state has two trained children: nothing is merged")
     children = tuple(range(len(parts)))
-    merged = gradients(task.policy, with_edges(trainer, task, Siblings(trainer.select, children, 2)), batch)
+    merged = gradients(task.policy, with_edges(gradient, task, Siblings(gradient.signal.select, children, 2)), batch)
     single: dict[str, Tensor] = {}
     for part, share in parts:
         for name, grad in gradients(task.policy, part, batch).items():

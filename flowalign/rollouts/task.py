@@ -1,0 +1,45 @@
+"""What a rollout is asked to do, and what a trainer is given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from flowalign.distributed.processes import Processes
+from flowalign.models.base import Policy
+from rewards import Reward
+from samplers import Kernel, Plan
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One iteration's rollout: `groups` prompts, `group_size` images each, whatever the number of processes.
+
+    guidance_scale 1 is no guidance (one evaluation per state; above 1 two). A guided update inside a window of few steps
+    is refused unless `allow_cfg_update`: peers report collapse with it. `draw`: whether a random plan draws once per
+    group or once per iteration (never inside a group). `branch_scale`: correlated noise of siblings (BranchGRPO's s, 4
+    there), see KeyedNoise; None makes it independent. `micro_batch`: rows per network call."""
+
+    plan: Plan
+    kernel: Kernel
+    groups: int = 48
+    group_size: int = 24
+    num_inference_steps: int = 10
+    guidance_scale: float = 1.0
+    draw: Literal["group", "iteration"] = "group"
+    branch_scale: float | None = None
+    micro_batch: int = 64
+    allow_cfg_update: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """What a trainer is given: the loaded policy, the reward, and the rollout with its kernel bound to the policy's path."""
+
+    policy: Policy
+    reward: Reward
+    rollout: Rollout
+    seed: int
+    height: int
+    width: int
+    processes: Processes = field(default_factory=Processes)

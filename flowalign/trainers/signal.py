@@ -1,0 +1,46 @@
+"""From the scores of leaves to the trained edges: credit, advantage and selection as one value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from flowalign.advantage import Advantage, Advantages
+from flowalign.credit import Credit, EdgeValues
+from flowalign.selectors import START, SelectionContext, Selector
+from samplers import Forest
+
+
+@dataclass(frozen=True, eq=False)
+class EdgeSignal:
+    """What a signal found at the edges of a forest, rows in the order of `forest.tree.edges`: their credit, their
+    advantages, and which of them are trained, chosen [E] bool."""
+
+    credit: EdgeValues
+    advantages: Advantages
+    chosen: Tensor
+
+
+@dataclass(frozen=True)
+class Signal:
+    """credit: scores of leaves to values of edges. advantage: those values to advantages. select: which edges train."""
+
+    credit: Credit
+    advantage: Advantage
+    select: Selector
+
+    def edges(
+        self,
+        forest: Forest,
+        scores: Tensor,
+        valid: Tensor,
+        channels: tuple[str, ...],
+        context: SelectionContext = START,
+    ) -> EdgeSignal:
+        """scores, valid [L, C]: a row per leaf, a column per name of `channels`. An edge without any valid advantage is
+        never chosen, whatever the selector returns."""
+        credit = self.credit.assign(forest, scores, valid, channels)
+        advantages = self.advantage.compare(forest, credit)
+        chosen = self.select.choose(forest, advantages, context) & advantages.valid.any(1)
+        return EdgeSignal(credit, advantages, chosen)
