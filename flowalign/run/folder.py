@@ -13,8 +13,8 @@ from typing import IO, Any
 import torch
 import yaml
 
-from flowalign import checkpoint
 from flowalign.errors import ConfigError
+from flowalign.storage import checkpoint
 from flowalign.storage.files import write_atomic
 from flowalign.storage.metrics_log import MetricsLog
 

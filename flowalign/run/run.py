@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from flowalign import checkpoint
 from flowalign.build import policy_of, task_of
 from flowalign.config import TrainConfig
 from flowalign.data import PromptRecord, digest, load_prompts, prompts_of_iteration
@@ -36,6 +35,7 @@ from flowalign.run.checkpoints import pack, restore
 from flowalign.run.folder import describe, open_folder
 from flowalign.run.launch import check_deepspeed, check_environment, check_launch, check_processes
 from flowalign.run.preflight import forecast
+from flowalign.storage import checkpoint
 from flowalign.storage.checkpoint import CheckpointError, Tensors
 from flowalign.storage.files import DamagedFile, write_atomic
 from flowalign.storage.metrics_log import MetricsLog

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from flowalign import benchmark, cli
+from flowalign import cli
 from flowalign.build import policy_of, task_of
 from flowalign.config import load_config
+from flowalign.diagnostics import benchmark
 from flowalign.diagnostics.benchmark import compare, peak, reset_peak, table
 from flowalign.diagnostics.doctor import distinct_prompts
 from flowalign.diagnostics.measure import distance, gradients, per_edge

@@ -16,7 +16,7 @@ from flowalign.build import policy_of
 from flowalign.config import load_config
 from flowalign.diagnostics.doctor import Finding, cost, diagnose, examine
 from flowalign.models import Policy
-from flowalign.trainers import collect
+from flowalign.rollouts import collect
 from rewards import RewardOutput
 from samplers import rollout
 

@@ -10,9 +10,9 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
-from flowalign import launch
 from flowalign.config import PolicySettings, load_config
 from flowalign.errors import ConfigError
+from flowalign.run import launch
 from flowalign.run.launch import check_deepspeed, check_environment, check_launch, check_processes
 from flowalign.run.run import Run
 from samplers import FlowSDE, Guided, RewardGradient

@@ -13,8 +13,8 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import FullyShardedDataParallelPlugin
 
 from flowalign import cli
-from flowalign import run as run_module
 from flowalign.distributed.fsdp2 import Lockstep
+from flowalign.run import run as run_module
 
 Launched = run_module.Accelerator
 

@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DeepSpeedPlugin
 
 from flowalign import cli
-from flowalign import run as run_module
+from flowalign.run import run as run_module
 
 Launched = run_module.Accelerator
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowalign import checkpoint
 from flowalign.cli import train as cli_train
 from flowalign.models import LoRA, Policy, load_policy
+from flowalign.storage import checkpoint
 from flowalign.storage.metrics_log import read_rows
 from samplers import DDIM, ODE, Forest, KeyedNoise, chain, rollout
 from tests.helpers.sd15_calls import PROMPTS, SHAPE, deterministic, noise_of, relative

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rewards import JPEGCompressibility, RewardBatch, RewardError, RewardOutput, WithTimeout, score
-from tests.rewards.test_reward_guard import Plain, batch_of, brightness
+from tests.helpers.plain_rewards import Plain, batch_of, brightness
 
 
 def failing_on(bad: int, how: Callable[[], None]) -> Callable[[RewardBatch], RewardOutput]:

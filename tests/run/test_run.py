@@ -14,16 +14,17 @@ import torch
 import yaml
 from safetensors import SafetensorError
 
-from flowalign import checkpoint, cli
-from flowalign import run as run_module
+from flowalign import cli
 from flowalign.errors import ConfigError
 from flowalign.evaluation.result_file import load_result
+from flowalign.run import run as run_module
 from flowalign.run.folder import describe, open_folder
 from flowalign.run.run import Interrupted, Run
+from flowalign.storage import checkpoint
 from flowalign.storage.checkpoint import CheckpointError
 from flowalign.storage.metrics_log import read_rows, without_time
 from flowalign.trainers import Update
-from tests.run.test_train import CONFIG, result, run_it
+from tests.helpers.tiny_run import CONFIG, result, run_it
 
 
 @pytest.fixture(scope="module")

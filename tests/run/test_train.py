@@ -9,33 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from flowalign import checkpoint
-from flowalign import run as run_module
-from flowalign.config import load_config
 from flowalign.errors import ConfigError
-from flowalign.loop import train
 from flowalign.models import LoRA, load_policy
+from flowalign.run import run as run_module
 from flowalign.run.run import Run
-from flowalign.storage.metrics_log import read_rows, without_time
+from flowalign.storage import checkpoint
+from flowalign.storage.metrics_log import read_rows
 from flowalign.trainers import Update
-
-CONFIG = str(Path(__file__).parents[1] / "data" / "tiny.yaml")
+from tests.helpers.tiny_run import result, run_it
 
 
 class Killed(BaseException):
     """Stands for SIGKILL: nothing of ours catches it."""
-
-
-def run_it(pipeline: Path, output: Path, *overrides: str) -> dict:
-    return train(*load_config(CONFIG, [f"policy.path={pipeline}", f"run.output={output}", *overrides]))
-
-
-def result(output: Path) -> tuple[dict, dict, list]:
-    """What two equal runs agree on: final tensors, final state and metrics, less the clock."""
-    tensors, state = checkpoint.load(checkpoint.latest(output / "tiny"))
-    flat = {f"{section}/{name}": value for section, part in tensors.items() for name, value in part.items()}
-    state = {key: value for key, value in state.items() if not key.startswith("time/")}
-    return flat, state, [without_time(row) for row in read_rows(output / "tiny" / "metrics.jsonl")]
 
 
 @pytest.fixture(scope="module")

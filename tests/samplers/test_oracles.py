@@ -28,6 +28,7 @@ from samplers import (
     rollout,
     window,
 )
+from tests.helpers.gaussian import gaussian_velocity
 
 F64 = torch.float64
 X, V, NEXT = (torch.tensor([[value]], dtype=F64) for value in (0.3, -1.1, 0.5))
@@ -109,19 +110,6 @@ def test_no_rows_have_no_log_probs(reduce) -> None:
 @pytest.mark.parametrize("kernel", [FlowSDE(1e-7), DanceSDE(1e-7), CPS(1e-7)], ids=IDS)
 def test_without_noise_every_kernel_is_euler(kernel) -> None:
     torch.testing.assert_close(kernel(X, V, 0.7, 0.55).mean, ODE()(X, V, 0.7, 0.55).mean, rtol=0, atol=1e-6)
-
-
-def gaussian_velocity(m: float = 0.5, delta: float = 0.8):
-    """v*(x, σ) of data N(m, δ²): affine in x. Returns (velocity, velocity_coef)."""
-
-    def velocity_coef(sigma):
-        return (sigma - (1 - sigma) * delta**2) / ((1 - sigma) ** 2 * delta**2 + sigma**2)
-
-    def velocity(x, sigma, root=None):
-        sigma = sigma.to(x).reshape(-1, *([1] * (x.ndim - 1)))
-        return -m + velocity_coef(sigma) * (x - (1 - sigma) * m)
-
-    return velocity, velocity_coef
 
 
 @pytest.mark.parametrize(("sigma", "sigma_next"), [(0.9, 0.5), (0.7, 0.55), (0.3, 0.1)])

@@ -31,7 +31,7 @@ from samplers import (
     unshared,
     window,
 )
-from tests.samplers.test_oracles import gaussian_velocity
+from tests.helpers.gaussian import gaussian_velocity
 
 F64 = torch.float64
 SHAPES = {

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from flowalign import checkpoint
+from flowalign.storage import checkpoint
 from flowalign.storage.checkpoint import CheckpointError, discard_after, latest, load, save
 from flowalign.storage.named_tensors import pack_optimizer, pack_parameters, restore_optimizer
-from tests.storage.test_named_tensors import trained
+from tests.helpers.trained_net import trained
 
 
 def content(step):

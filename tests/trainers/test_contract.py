@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from flowalign import checkpoint
 from flowalign.config import load_config
 from flowalign.loop import train
 from flowalign.objectives import scalar_adjoint
 from flowalign.run.run import Run
+from flowalign.storage import checkpoint
 from flowalign.storage.metrics_log import read_rows, without_time
 
 CONFIG = str(Path(__file__).parents[1] / "data" / "contract.yaml")

@@ -31,7 +31,9 @@ def within(sets: str) -> object:
 def load(folder: Path, rollout: dict, trainer: dict) -> TrainConfig:
     config = yaml.safe_load(TINY.read_text())
     config["rollout"] |= {"num_inference_steps": 4, "group_size": 4, **rollout}
-    config["trainer"]["init_args"] |= trainer
+    given = config["trainer"]["init_args"]
+    for name, value in trainer.items():
+        (given["signal"] if name in given["signal"] else given)[name] = value
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config))
     return load_config(str(path), [])[0]

@@ -8,7 +8,7 @@ import torch
 from flowalign.advantage import Normalized
 from flowalign.credit import BranchLocal, Broadcast, SubtreeFusion
 from samplers import Branch, Chain, FlowSDE, SplitTree, Window
-from tests.trainers.test_policy_gradient import PROMPTS, gradients, make, run_updates
+from tests.helpers.policy_gradient import PROMPTS, gradients, make, run_updates
 
 FLOW_GRPO = (Chain(), Broadcast(), Normalized())
 ALL_BUT_LAST = (Window(size=3, low=0, high=3, shared_start=False), Broadcast(), Normalized())

@@ -11,7 +11,7 @@ from flowalign.distributed.processes import Processes
 from flowalign.objectives import ClippedRatio, DynamicClip, Guard, KLMask, KLPenalty, LayerTuning
 from flowalign.selectors import All, Fraction, NonZeroAdvantage
 from samplers import Chain, Fixed, Window
-from tests.trainers.test_policy_gradient import PROMPTS, gradients, make, run_updates
+from tests.helpers.policy_gradient import PROMPTS, gradients, make, run_updates
 
 SHARED = Window(size=2, low=0, high=3, position=Fixed(0))
 
@@ -108,7 +108,7 @@ def test_equal_channels_with_half_the_weight_are_one(tiny_pipeline: Path) -> Non
     batch = trainer.collect(PROMPTS, 0)
     run_updates(trainer, batch)
     one = gradients(policy)
-    trainer.signal.advantage = Mixed(Normalized(), "keep", {"a": 0.5, "b": 0.5})
+    trainer.signal = replace(trainer.signal, advantage=Mixed(Normalized(), "keep", {"a": 0.5, "b": 0.5}))
     twice = replace(batch, scores=batch.scores.repeat(1, 2), valid=batch.valid.repeat(1, 2), channels=("a", "b"))
     run_updates(trainer, twice)
     both = gradients(policy)

@@ -10,13 +10,10 @@ import torch
 
 from flowalign.advantage import Normalized, set_keys
 from flowalign.credit import Broadcast, EdgeValues
-from flowalign.data import PromptRecord
-from flowalign.models import LoRA, load_policy
-from flowalign.objectives import ClippedRatio, FlatGradient, KLPenalty, StdOverMean, Uniform
+from flowalign.objectives import ClippedRatio, FlatGradient, KLPenalty, StdOverMean
 from flowalign.rollouts.collect import grow
-from flowalign.rollouts.task import Rollout, Task
+from flowalign.rollouts.task import Rollout
 from flowalign.selectors import AllEdges, NonZeroAdvantage
-from flowalign.trainers import PolicyGradient
 from rewards import RewardOutput
 from samplers import (
     CPS,
@@ -35,58 +32,7 @@ from samplers import (
     rollout,
     window,
 )
-
-
-@dataclass(frozen=True)
-class Brightness:
-    """Mean pixel value: differs between any two images."""
-
-    name: str = "brightness"
-
-    def load(self) -> None: ...
-
-    def close(self) -> None: ...
-
-    def __call__(self, batch) -> RewardOutput:
-        scores = batch.images.mean((1, 2, 3))
-        return RewardOutput(scores, torch.ones(len(scores), dtype=torch.bool))
-
-
-PROMPTS = [PromptRecord(i, f'the word "{w}" in red on a yellow background') for i, w in enumerate(["KITE", "MOON"])]
-
-
-def make(
-    pipeline: Path, plan, kernel=None, group_size: int = 3, steps: int = 4, guidance: float = 1.0, reward=None, **parts
-):  # fmt: skip
-    torch.manual_seed(0)
-    policy = load_policy(str(pipeline), lora=LoRA(rank=4, alpha=8, targets=("attn.to_q", "attn.to_v", "ff.net.2")))
-    for name, parameter in policy.trainable_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(std=0.05)
-    trainer = PolicyGradient(
-        **{"credit": Broadcast(), "advantage": Normalized(), "select": AllEdges(), "objective": ClippedRatio(1e-2),
-           "step_weight": Uniform(), **parts}
-    )  # fmt: skip
-    settings = Rollout(
-        plan, kernel or FlowSDE(), groups=2, group_size=group_size, num_inference_steps=steps, guidance_scale=guidance
-    )
-    trainer.prepare(Task(policy, reward or Brightness(), settings, 0, 24, 48), None)
-    return policy, trainer
-
-
-def gradients(policy) -> dict[str, torch.Tensor]:
-    found = {name: p.grad.clone() for name, p in policy.trainable_parameters() if p.grad is not None}
-    for _, parameter in policy.trainable_parameters():
-        parameter.grad = None
-    return found
-
-
-def run_updates(trainer, batch) -> None:
-    for update in trainer.updates(batch):
-        for micro_batch in update.micro_batches:
-            micro_batch().backward()
-        update.after()
-
+from tests.helpers.policy_gradient import PROMPTS, Brightness, gradients, make, run_updates
 
 # ---------------------------------------------------------------------------------------------- the rollout's report
 

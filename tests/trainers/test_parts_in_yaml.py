@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flowalign import advantage, credit, objectives
+from flowalign import advantage, credit, objectives, selectors
 from flowalign.config import load_config
 from flowalign.errors import ConfigError
 
@@ -14,7 +14,7 @@ TINY = Path(__file__).parents[1] / "data" / "tiny.yaml"
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parts are built one at a time here; whether they fit each other is tests/test_rehearsal.py."""
+    """Parts are built one at a time here; whether they fit each other is tests/trainers/test_dry_run.py."""
     monkeypatch.setattr("flowalign.trainers.policy_gradient.dry_run", lambda *parts: None)
 
 
@@ -24,7 +24,9 @@ def part(name: str, **init) -> dict:
 
 def trainer(folder: Path, **parts):
     said = yaml.safe_load(TINY.read_text())
-    said["trainer"]["init_args"] |= parts
+    given = said["trainer"]["init_args"]
+    for name, value in parts.items():
+        (given["signal"] if name in given["signal"] else given)[name] = value
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(said))
     return load_config(str(path), [])[0].trainer
@@ -53,17 +55,18 @@ def trainer(folder: Path, **parts):
         ("step_weight", part("objectives.LongCat"), objectives.LongCat()),
         ("dynamic_clip", {"low": 1e-4, "high": 1e-3}, objectives.DynamicClip(1e-4, 1e-3)),
         ("layer_tuning", {"target": "best_leaf_fm", "fade": 30}, objectives.LayerTuning("best_leaf_fm", fade=30)),
-        ("select", part("objectives.All", parts=[part("objectives.Fraction", share=0.5), part("objectives.ParentTop1")]),
-         objectives.All([objectives.Fraction(0.5), objectives.ParentTop1()])),
-        ("select", part("objectives.BestOfN", keep=4), objectives.BestOfN(4)),
-        ("select", part("objectives.ExtremeB", b=2), objectives.ExtremeB(2)),
-        ("select", part("objectives.DepthWindow", start=9, stop=15), objectives.DepthWindow(start=9, stop=15)),
-        ("select", part("objectives.PositiveNegativeBalance"), objectives.PositiveNegativeBalance()),
+        ("select", part("selectors.All", parts=[part("selectors.Fraction", share=0.5), part("selectors.ParentTop1")]),
+         selectors.All([selectors.Fraction(0.5), selectors.ParentTop1()])),
+        ("select", part("selectors.BestOfN", keep=4), selectors.BestOfN(4)),
+        ("select", part("selectors.ExtremeB", b=2), selectors.ExtremeB(2)),
+        ("select", part("selectors.DepthWindow", start=9, stop=15), selectors.DepthWindow(start=9, stop=15)),
+        ("select", part("selectors.PositiveNegativeBalance"), selectors.PositiveNegativeBalance()),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
 def test_a_part_is_built_as_said(tmp_path: Path, field: str, said, expected) -> None:
-    assert vars(trainer(tmp_path, **{field: said}))[field] == expected
+    built = trainer(tmp_path, **{field: said})
+    assert (vars(built) | vars(built.signal))[field] == expected
 
 
 @pytest.mark.parametrize(
@@ -73,8 +76,8 @@ def test_a_part_is_built_as_said(tmp_path: Path, field: str, said, expected) -> 
         ("advantage", part("advantage.Normalized", trim=1.5), "trim"),
         ("objective", part("objectives.Guard", weight="inv"), "inv_h"),
         ("objective", part("objectives.ClippedRatio", clip_range=[1e-4, 0]), "clip_range"),
-        ("select", part("objectives.BestOfN", keep=3), "keep"),
-        ("select", part("objectives.Fraction", shrae=0.3), "shrae"),
+        ("select", part("selectors.BestOfN", keep=3), "keep"),
+        ("select", part("selectors.Fraction", shrae=0.3), "shrae"),
         ("dynamic_clip", {"low": 2e-4, "high": 1e-4}, "low"),
     ],
 )
