@@ -167,5 +167,5 @@ def _score(log_prob: Tensor, step: Step, x: Tensor, tree: Tree, children: Tensor
     hot = (tree.level[children] > 0).to(x.device)
     if bool(hot.any()):
         policy = step.policy
-        rows = {name: vars(policy)[name][hot] for name in ("mean", "std", "velocity_coef", "length")}
+        rows = {name: vars(policy)[name][hot] for name in ("mean", "std", "velocity_coef", "step_size")}
         log_prob[children.to(x.device)[hot]] = replace(policy, **rows).log_prob(x[hot]).to(log_prob)

@@ -27,7 +27,7 @@ from flowalign.diagnostics.measure import now, per_edge, watched
 from flowalign.errors import ConfigError
 from flowalign.rollouts.task import Task
 from flowalign.storage.files import write_atomic
-from flowalign.trainers import PolicyGradient, policy_gradient
+from flowalign.trainers import PolicyGradient, as_policy_gradient
 from samplers import Forest, Kernel, Noise, Select, Tree, Velocity, unshared
 
 VARIANTS = ("merged", "per-edge", "unshared")
@@ -54,7 +54,7 @@ def compare(config: TrainConfig, variants: Sequence[str], iterations: int) -> li
         raise ConfigError(f"variants {list(variants)} came; expected some of {', '.join(VARIANTS)}")
     if iterations < 1:
         raise ConfigError(f"iterations={iterations} came; expected at least 1")
-    trainer = policy_gradient(config.trainer)
+    trainer = as_policy_gradient(config.trainer)
     if trainer is None:
         raise ConfigError(
             f"trainer {type(config.trainer).__name__} came; expected PolicyGradient, whose steps are merged"

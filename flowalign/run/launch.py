@@ -101,6 +101,6 @@ def check_processes(count: int, rollout: Rollout) -> None:
         )
     if count > 1 and rollout.kernel.uses_rows:
         raise ConfigError(
-            f"{count} processes came with rollout.kernel={rollout.kernel}, whose steps depend on the row numbers of one "
+            f"{count} processes came with rollout.kernel={type(rollout.kernel).__name__}, whose steps depend on the row numbers of one "
             "process's own trees: launch one process"
         )

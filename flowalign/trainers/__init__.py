@@ -1,7 +1,7 @@
 """Trainers: prepare, collect, updates. One file per kind of trainer; a method is a configuration of one of them."""
 
 from flowalign.trainers.base import AdamWConfig, Trainer, Update
-from flowalign.trainers.policy_gradient import PolicyGradient, policy_gradient
+from flowalign.trainers.policy_gradient import PolicyGradient, as_policy_gradient
 from flowalign.trainers.signal import Signal
 
-__all__ = ["AdamWConfig", "PolicyGradient", "Signal", "Trainer", "Update", "policy_gradient"]
+__all__ = ["AdamWConfig", "PolicyGradient", "Signal", "Trainer", "Update", "as_policy_gradient"]

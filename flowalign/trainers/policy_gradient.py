@@ -318,6 +318,6 @@ class PolicyGradient:
         return metrics | ({"ratio/drift_max": float(log_ratio.abs().max())} if whole.first else {})
 
 
-def policy_gradient(trainer: Trainer) -> PolicyGradient | None:
+def as_policy_gradient(trainer: Trainer) -> PolicyGradient | None:
     """`trainer` if its loss is one of transitions, which alone have a replay and siblings to merge; else None."""
     return trainer if isinstance(trainer, PolicyGradient) else None

@@ -37,8 +37,9 @@ def costliest(plan: Bounded, num_steps: int, group_size: int) -> Cost:
     return most([tree.cost() for tree in plan.extremes(num_steps, group_size)])
 
 
-def select_nothing(plan: Plan, score: Score) -> None:
+def select_nothing(plan: Plan, score: Score) -> Select | None:
     """The `select` of a plan that drops no state."""
+    return None
 
 
 def most(costs: Sequence[Cost]) -> Cost:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from samplers.plans.base import Bounded, most
-from samplers.selection import Best, Score, Within, check_counts, selected_cost
+from samplers.selection import Best, Score, Select, Within, check_counts, selected_cost
 from samplers.trees import Cost, Tree
 
 
@@ -36,6 +36,6 @@ class Selected:
         costs = [selected_cost(tree, self.counts, self.within, uses_velocity=self.uses_velocity) for tree in trees]
         return most(costs)
 
-    def select(self, score: Score) -> Best:
+    def select(self, score: Score) -> Select | None:
         """score(tree, nodes, states, look) -> [n], the higher the better."""
         return Best(self.counts, score, self.within, self.uses_velocity)

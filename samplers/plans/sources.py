@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from samplers.plans.base import Bounded
+from samplers.plans.base import Bounded, select_nothing
 from samplers.trees import SOURCES, Cost, Tree
 
 
@@ -29,6 +29,8 @@ class Sourced:
     def tree(self, num_steps: int, group_size: int, iteration: int, rng: np.random.Generator) -> Tree:
         """The plan's tree, marked."""
         return self._marked(self.plan.tree(num_steps, group_size, iteration, rng))
+
+    select = select_nothing
 
     def forecast(self, num_steps: int, group_size: int) -> Cost:
         """The plan's own."""

@@ -161,5 +161,5 @@ def test_a_rollout_that_processes_cannot_share_is_refused() -> None:
         check_processes(3, rollout)
     guided = replace(rollout, kernel=Guided(FlowSDE(), RewardGradient(None)))
     check_processes(1, guided)
-    with pytest.raises(ConfigError, match=r"samplers\.Guided.*launch one process"):
+    with pytest.raises(ConfigError, match=r"kernel=Guided.*launch one process"):
         check_processes(2, guided)

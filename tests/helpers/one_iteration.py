@@ -22,7 +22,7 @@ from flowalign.models import LoRA, load_policy
 from flowalign.objectives import ClippedRatio, Guard, KLPenalty, Uniform
 from flowalign.rollouts.task import Rollout, Task
 from flowalign.selectors import All, BestOfN, NonZeroAdvantage
-from flowalign.trainers import PolicyGradient
+from flowalign.trainers import PolicyGradient, Signal
 from rewards import RewardOutput
 from samplers import Chain, FlowSDE, Selected, Window
 
@@ -69,7 +69,7 @@ def run(pipeline: str, output: Path, plan: str, weights: str) -> None:
         processes = shard(policy, processes)
     chosen, group_size, objective = PLANS[plan]
     trainer = PolicyGradient(
-        credit=Broadcast(), advantage=Normalized(std="batch"), select=All([NonZeroAdvantage(), BestOfN(2)]),
+        Signal(Broadcast(), Normalized(std="batch"), All([NonZeroAdvantage(), BestOfN(2)])),
         objective=objective, step_weight=Uniform(), kl=KLPenalty(0.1), micro_batch=2,
     )  # fmt: skip
     settings = Rollout(chosen, FlowSDE(), groups=5, group_size=group_size, num_inference_steps=5, micro_batch=5)

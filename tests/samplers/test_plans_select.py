@@ -122,7 +122,7 @@ def test_path_search_costs_what_it_says(width: int, factor: int) -> None:
     cost, by_hand = plan.forecast(6, factor**3), beam(6, width, factor, 3)
     assert (cost.rollout, cost.leaves) == (by_hand.rollout, by_hand.leaves)
     whole = plan.tree(6, factor**3, 0, generator(0))
-    forest = roll(Tree.cat([whole, whole]), plan.by(first_element), micro=4)
+    forest = roll(Tree.cat([whole, whole]), plan.select(first_element), micro=4)
     assert forest.evaluations == 2 * cost.rollout and len(forest.tree.leaves) == 2 * cost.leaves
     # where the best come from tells how many of the edges above lead on: at most the forecast of any one winner
     assert forest.tree.cost().rollout <= forest.evaluations
@@ -137,7 +137,7 @@ def test_what_a_score_looks_at_is_evaluated_once(plan: Bounded) -> None:
 
     chosen = Selected(plan, {2: 2})
     topology = chosen.tree(6, 5, 0, generator(0))
-    forest, blind = roll(topology, chosen.by(preview), micro=4), roll(topology, chosen.by(first_element))
+    forest, blind = roll(topology, chosen.select(preview), micro=4), roll(topology, chosen.select(first_element))
     assert forest.evaluations == chosen.forecast(6, 5).rollout == blind.evaluations + 3
     same_where_left(forest, blind)  # 0.7 x orders as x does
 
@@ -150,7 +150,7 @@ def test_probes_of_dropped_states_are_never_computed() -> None:
     )  # of the root; of the states 1, 2, 3 of both survivors, their own velocities being shared
     assert cost.rollout == 1 + 2 * 4 + probes
     topology = plan.tree(5, 4, 0, generator(0))
-    forest = roll(topology, plan.by(first_element))
+    forest = roll(topology, plan.select(first_element))
     assert forest.evaluations == cost.rollout and forest.tree.cost() == cost
     same_where_left(forest, roll(topology))
     assert bool((forest.tree.completion(forest.tree.edges) >= 0).all())

@@ -145,8 +145,7 @@ from pathlib import Path
 import torch
 from flowalign.storage.checkpoint import POINTS, latest, save, step_of
 torch.set_num_threads(1)
-sys.path.insert(0, sys.argv[2])
-from test_checkpoint import content
+from tests.storage.test_checkpoint import content
 
 def child(work):
     pid = os.fork()
@@ -185,9 +184,9 @@ for trial in range(12):
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("killed")
-    here = Path(__file__).parent
-    environment = {**os.environ, "PYTHONPATH": str(here.parent), "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-c", KILLER, str(folder), str(here)], check=True, env=environment, timeout=300)
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", KILLER, str(folder)], check=True, env=environment, timeout=300)
     return folder
 
 

@@ -13,7 +13,7 @@ from flowalign.data import PromptRecord
 from flowalign.diagnostics.doctor.base import Finding
 from flowalign.rollouts.collect import ScoredRollout, decoded
 from flowalign.rollouts.task import Task
-from flowalign.trainers import Trainer, policy_gradient
+from flowalign.trainers import Trainer, as_policy_gradient
 from rewards import Reward, RewardBatch, score
 from samplers import unscored
 
@@ -77,7 +77,7 @@ def check_cost(task: Task, trainer: Trainer, batch: ScoredRollout, rows: int, up
         advice = f"{rows} rows ran, {reported} were reported, {states} are distinct: evaluate each distinct state once"
     elif rows > limit:
         advice = "the rollout costs more than the plan's forecast: Plan.forecast must say the most expensive iteration"
-    elif policy_gradient(trainer) is not None and updated > allowed:
+    elif as_policy_gradient(trainer) is not None and updated > allowed:
         advice = f"the update ran {updated} rows, the forecast allows {allowed}: one row per distinct state and role"
     return Finding("cost", not advice, figure, advice)
 

@@ -12,7 +12,7 @@ from flowalign.diagnostics.measure import Siblings, distance, gradients, per_edg
 from flowalign.objectives import Transitions
 from flowalign.rollouts.collect import ScoredRollout
 from flowalign.rollouts.task import Task
-from flowalign.trainers import PolicyGradient, Trainer, policy_gradient
+from flowalign.trainers import PolicyGradient, Trainer, as_policy_gradient
 
 NO_REPLAY = "this trainer scores no stochastic step"
 
@@ -54,7 +54,7 @@ def log_ratios(task: Task, trainer: PolicyGradient, batch: ScoredRollout, edges:
 
 def check_replay(task: Task, settings: PolicySettings, trainer: Trainer, batch: ScoredRollout) -> Finding:
     """Invariant I1: the stored steps under unchanged weights, in the update's batch shapes, have ratio 1."""
-    gradient = policy_gradient(trainer)
+    gradient = as_policy_gradient(trainer)
     if gradient is None:
         return Finding("replay", True, NO_REPLAY)
     edges = batch.forest.tree.edges
@@ -71,7 +71,7 @@ def check_replay(task: Task, settings: PolicySettings, trainer: Trainer, batch: 
 
 def check_floor(task: Task, trainer: Trainer, batch: ScoredRollout) -> Finding:
     """Rounding of log-probs between batch shapes (one state per call against the rollout's) against the clip range."""
-    gradient = policy_gradient(trainer)
+    gradient = as_policy_gradient(trainer)
     if gradient is None:
         return Finding("floor", True, NO_REPLAY)
     tree = batch.forest.tree
@@ -129,7 +129,7 @@ def _that_can_act(task: Task, batch: ScoredRollout) -> list[str]:
 
 def check_merged(task: Task, settings: PolicySettings, trainer: Trainer, batch: ScoredRollout) -> Finding:
     """One forward and backward per distinct state gives the gradient of one per edge: two states, three children each."""
-    gradient = policy_gradient(trainer)
+    gradient = as_policy_gradient(trainer)
     if gradient is None:
         return Finding("merged", True, NO_REPLAY)
     parts = per_edge(gradient, task, batch, states=2, children=3)
