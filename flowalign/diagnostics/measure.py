@@ -70,7 +70,9 @@ def gradients(policy: Policy, trainer: Trainer, batch: ScoredRollout) -> dict[st
         parameter.grad = None
     for update in trainer.updates(batch):
         for micro_batch in update.micro_batches:
-            micro_batch().backward()
+            loss = micro_batch()
+            with policy.role(update.role):  # activation checkpointing computes the forward again
+                loss.backward()
     return {name: p.grad.clone() for name, p in policy.trainable_parameters() if p.grad is not None}
 
 
