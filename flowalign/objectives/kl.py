@@ -3,11 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from torch import Tensor
 
 from samplers import Kernel, Step
+
+
+class Regularizer(Protocol):
+    """beta · divergence of the policy's transitions from a role's, the mean over edges. Off where beta is 0."""
+
+    @property
+    def name(self) -> str:
+        """The metric `loss/<name>`."""
+        ...
+
+    @property
+    def role(self) -> str: ...
+
+    @property
+    def beta(self) -> float: ...
+
+    def check(self, kernel: Kernel) -> None:
+        """ValueError where it does not mean with this kernel what it says."""
+        ...
+
+    def divergence(self, step: Step, other: Step) -> Tensor:
+        """[E] of the transitions `step` under the policy from `other`, the same ones under the role; without beta."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -20,6 +43,8 @@ class KLPenalty:
 
     beta: float = 0.0
     form: Literal["exact", "exact_times_h", "velocity", "mean_sq"] = "exact_times_h"
+    role: str = "reference"
+    name: str = "kl"
 
     def __post_init__(self) -> None:
         if self.beta < 0:
@@ -34,5 +59,5 @@ class KLPenalty:
                 "mean_sq for Δμ² without a variance"
             )
 
-    def __call__(self, step: Step, reference: Step) -> Tensor:
-        return step.kl(reference, form=self.form)
+    def divergence(self, step: Step, other: Step) -> Tensor:
+        return step.kl(other, form=self.form)

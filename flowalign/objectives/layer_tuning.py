@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -31,6 +31,32 @@ class Targets:
         return weight * error.square().flatten(1).mean(1)
 
 
+class Supervision(Protocol):
+    """A regression of the velocities at trained states onto targets."""
+
+    @property
+    def name(self) -> str:
+        """The metric `loss/<name>`."""
+        ...
+
+    @property
+    def needs_old(self) -> bool:
+        """Whether forest.velocities["old"] must hold the rollout's own velocities."""
+        ...
+
+    def check(self, path: Path) -> None:
+        """ValueError unless its formula holds for a policy on `path`."""
+        ...
+
+    def scale_at(self, iteration: int) -> float:
+        """The factor of its loss."""
+        ...
+
+    def targets(self, forest: Forest, scores: Tensor, valid: Tensor, channels: tuple[str, ...]) -> Targets:
+        """scores, valid [L, C] in the order of the leaves."""
+        ...
+
+
 @dataclass(frozen=True)
 class LayerTuning:
     """Pulls each state towards its tree's best path (Dynamic-TreeRPO 2509.23352, whose formula is not public: our reading).
@@ -45,6 +71,7 @@ class LayerTuning:
     target: Literal["best_path_velocity", "best_leaf_fm"] = "best_path_velocity"
     scale: float = 0.01
     fade: int | None = None
+    name: str = "sft"
 
     def __post_init__(self) -> None:
         if self.target not in ("best_path_velocity", "best_leaf_fm"):
@@ -69,10 +96,13 @@ class LayerTuning:
         """λ in this iteration."""
         return self.scale * (1.0 if self.fade is None else max(0.0, 1 - iteration / self.fade))
 
-    def targets(self, forest: Forest, scores: Tensor, valid: Tensor) -> Targets:
-        """The targets of the trained states; `scores`, `valid` [L], one reward, in the order of the leaves.
+    def targets(self, forest: Forest, scores: Tensor, valid: Tensor, channels: tuple[str, ...]) -> Targets:
+        """The targets of the trained states. ValueError for several channels: leaves are ranked by one.
 
         States below which a leaf is invalid have none, nor have trees without a valid leaf."""
+        if len(channels) > 1:
+            raise ValueError(f"got LayerTuning with the rewards {list(channels)}; expected one, to rank leaves by")
+        scores, valid = scores[:, 0], valid[:, 0]
         tree = forest.tree
         nodes, best_leaf, best_state = [], [], []
         for root in tree.root[tree.edges].unique().tolist():

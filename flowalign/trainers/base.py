@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from flowalign.data import PromptRecord
+from flowalign.models.roles import Role
 from flowalign.rollouts.task import Rollout, Task
 from samplers import Path
 
@@ -65,6 +66,34 @@ class Update:
     role: str = "policy"
 
 
+@dataclass(frozen=True)
+class UpdateForecast:
+    """Of one iteration: how many updates, how many states with forward and backward, and how many more network rows
+    without gradient (roles, rescoring)."""
+
+    updates: int
+    trained: int
+    frozen: int = 0
+
+
+class Batch(Protocol):
+    """What the run reads of what `collect` returned, and nothing else."""
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Of the rollout; the run adds those of the updates."""
+        ...
+
+    @property
+    def images(self) -> int:
+        """Samples; probes are none."""
+        ...
+
+    def picture(self) -> bytes | None:
+        """A PNG for the report, such as the tree."""
+        ...
+
+
 class Trainer(Protocol):
     """A kind of trainer. Everything that must survive a resume is in `optimizers` and `state`."""
 
@@ -76,10 +105,12 @@ class Trainer(Protocol):
         the rollout's kernel is bound; reward: its name."""
         ...
 
-    def updates_per_iteration(self) -> int: ...
+    def roles(self) -> Mapping[str, Role]:
+        """The roles it will ask the policy for, by name; the run provides them."""
+        ...
 
-    def needs_reference(self) -> bool:
-        """Whether it will ask the policy for the role "reference"."""
+    def forecast(self, rollout: Rollout) -> UpdateForecast:
+        """What its updates cost in one iteration, at most."""
         ...
 
     def prepare(self, task: Task, state: dict[str, Any] | None) -> None:
@@ -88,9 +119,8 @@ class Trainer(Protocol):
         optimizers are put back afterwards."""
         ...
 
-    def collect(self, prompts: Sequence[PromptRecord], iteration: int) -> Any:
-        """Rolls out and scores; what it returns is passed to `updates`. Has `metrics: dict[str, float]` and `images: int`,
-        samples without probes."""
+    def collect(self, records: Sequence[PromptRecord], iteration: int) -> Any:
+        """Rolls out and scores; what it returns is passed to `updates`, and read as a Batch."""
         ...
 
     def updates(self, batch: Any) -> Iterable[Update]: ...
