@@ -103,9 +103,7 @@ class Forest:
         Usually `nodes` are tree.distinct_parents(edges)[0]: one row serves all the steps that leave a state.
         """
         if role in self.velocities:
-            raise ValueError(
-                f"the velocities of {role!r} came twice; expected once per rollout: read forest.velocities"
-            )
+            raise ValueError(f"got the velocities of {role!r} twice; expected once per rollout: read forest.velocities")
         if values.shape != (len(nodes), *self.states.shape[1:]) or len(nodes.unique()) != len(nodes):
             raise ValueError(
                 f"velocities {list(values.shape)} came for {len(nodes)} nodes ({len(nodes.unique())} distinct) and "
@@ -118,9 +116,9 @@ class Forest:
     def with_scores(self, name: str, values: Tensor) -> "Forest":
         """This forest with `values` [N] (nan = not scored) as the states' scores called `name`; set once."""
         if name in self.scores:
-            raise ValueError(f"the state scores {name!r} came twice; expected once per rollout")
+            raise ValueError(f"got the state scores {name!r} twice; expected once per rollout")
         if values.shape != (len(self.tree),):
-            raise ValueError(f"state scores {list(values.shape)} came; expected one per node, [{len(self.tree)}]")
+            raise ValueError(f"got state scores {list(values.shape)}; expected one per node, [{len(self.tree)}]")
         return replace(self, scores={**self.scores, name: values.detach()})
 
     def role_steps(self, role: str, edges: Tensor) -> Step:
@@ -157,10 +155,10 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def _check_positions(edges: Tensor, parents: Tensor, rows: int, parent_pos: Tensor) -> None:
     if bool((parents < 0).any()):
-        raise ValueError(f"roots {edges[parents < 0][:8].tolist()} came; expected nodes that a step arrives at")
+        raise ValueError(f"got roots {edges[parents < 0][:8].tolist()}; expected nodes that a step arrives at")
     if parent_pos.shape != edges.shape or bool(((parent_pos < 0) | (parent_pos >= rows)).any()):
         raise ValueError(
-            f"parent_pos {list(parent_pos.shape)} came for edges {list(edges.shape)} and {rows} velocity rows; expected "
+            f"got parent_pos {list(parent_pos.shape)} for edges {list(edges.shape)} and {rows} velocity rows; expected "
             "one row number per edge: use tree.distinct_parents(edges)"
         )
     owner = torch.full((rows,), -1, dtype=parents.dtype)

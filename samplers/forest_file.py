@@ -87,7 +87,7 @@ def _rebuild(said: dict[str, Any], given: Kernel | None) -> Kernel:
     """The kernel of the file; `given` must be described alike."""
     if given is not None:
         if _describe(given) != said:
-            raise ValueError(f"the kernel {_describe(given)} came; expected {said}, which rolled this forest out")
+            raise ValueError(f"got the kernel {_describe(given)}; expected {said}, which rolled this forest out")
         return given
     if said["fields"] is None or not said["class"].startswith("samplers."):
         raise ValueError(

@@ -24,7 +24,7 @@ def generator(*key: int | str) -> np.random.Generator:
     Each part is encoded with its type and length, so ("a", 1), ("a1",) and ("a", "1") are three keys.
     """
     if not key:
-        raise ValueError("an empty key came; expected integers and strings, such as (seed, 'select', iteration)")
+        raise ValueError("got an empty key; expected integers and strings, such as (seed, 'select', iteration)")
     digest = blake2b(b"".join(_encode(part) for part in key), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
 
@@ -55,11 +55,11 @@ class KeyedNoise:
 
     def __post_init__(self) -> None:
         if self.branch_scale is not None and not 0.0 < self.branch_scale < math.inf:
-            raise ValueError(f"branch_scale={self.branch_scale} came; expected a finite number > 0, or None")
+            raise ValueError(f"got branch_scale={self.branch_scale}; expected a finite number > 0, or None")
         if self.visits is None:
             return
         if len(self.visits) != len(self.uids):
-            raise ValueError(f"{len(self.visits)} visits came for {len(self.uids)} uids; expected one per group")
+            raise ValueError(f"got {len(self.visits)} visits for {len(self.uids)} uids; expected one per group")
         if len(set(zip(self.uids, self.visits, strict=True))) < len(self.uids):
             raise ValueError("two groups have the same (uid, visit); they would get the same noise: count visits up")
 
@@ -74,7 +74,7 @@ class KeyedNoise:
         With a branch_scale: streams "branch-common", with the parent's `local`, and "branch-own", with the node's.
         """
         if bool((tree.parent[nodes] < 0).any()):
-            raise ValueError("a root came; expected nodes that a step arrives at: use start(tree) for the roots")
+            raise ValueError("got a root; expected nodes that a step arrives at: use start(tree) for the roots")
         parents, position = tree.distinct_parents(nodes)
         own = torch.stack([tree.local[nodes], tree.index[parents][position]], 1)
         if self.branch_scale is None:
@@ -85,7 +85,7 @@ class KeyedNoise:
 
     def _draw(self, stream: str, tree: Tree, nodes: Tensor, tails: Tensor) -> Tensor:
         if tree.num_groups != len(self.uids):
-            raise ValueError(f"{len(self.uids)} uids came for {tree.num_groups} groups; expected one uid per group")
+            raise ValueError(f"got {len(self.uids)} uids for {tree.num_groups} groups; expected one uid per group")
         number = self.visits if self.visits is not None else visits(self.uids)
         out = torch.empty((len(nodes), *self.shape), dtype=torch.float32)
         for row, (group, tail) in enumerate(zip(tree.group[nodes].tolist(), tails.tolist(), strict=True)):

@@ -28,9 +28,9 @@ def _mix(path: Path, sigma: Tensor | float, like: Tensor) -> tuple[Tensor, Tenso
     """The four coefficients in the dtype of `like`, shaped to broadcast over its elements."""
     rows = torch.as_tensor(sigma, dtype=torch.float64)
     if rows.ndim > 1 or (rows.ndim == 1 and len(rows) not in (1, len(like))):
-        raise ValueError(f"sigma of shape {tuple(rows.shape)} came; expected one number or [{len(like)}], one per row")
+        raise ValueError(f"got sigma of shape {tuple(rows.shape)}; expected one number or [{len(like)}], one per row")
     if not bool(((rows >= 0) & (rows <= 1)).all()):
-        raise ValueError(f"sigma {rows.flatten()[:8].tolist()} came; expected levels inside [0, 1], not timesteps")
+        raise ValueError(f"got sigma {rows.flatten()[:8].tolist()}; expected levels inside [0, 1], not timesteps")
     rows = rows.reshape(-1, *[1] * (like.ndim - 1)) if rows.ndim else rows
     a, b, c, d = (t.to(like.device, like.dtype) for t in path.mix(rows))
     return a, b, c, d
@@ -165,7 +165,7 @@ class VariancePreserving:
     def __post_init__(self) -> None:
         table = self.alphas_cumprod
         if table.ndim != 1 or len(table) < 1 or not bool(((table >= 0) & (table <= 1)).all()):
-            raise ValueError(f"alphas_cumprod of shape {tuple(table.shape)} came; expected [K] numbers inside [0, 1]")
+            raise ValueError(f"got alphas_cumprod of shape {tuple(table.shape)}; expected [K] numbers inside [0, 1]")
 
     def alpha_bar(self, sigma: Tensor) -> Tensor:
         """ᾱ at the levels σ, float64."""
@@ -173,7 +173,7 @@ class VariancePreserving:
         place = sigma.double() * steps
         if bool(((place - place.round()).abs() > 1e-3).any()):
             raise ValueError(
-                f"sigma {sigma.flatten()[:8].tolist()} came; expected multiples of 1/{steps}: (t+1)/{steps}"
+                f"got sigma {sigma.flatten()[:8].tolist()}; expected multiples of 1/{steps}: (t+1)/{steps}"
             )
         table = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod.double().cpu()])
         return table[place.round().long().cpu()].to(sigma.device)

@@ -62,9 +62,7 @@ class Best:
         """The best of each set. ValueError for a set with fewer candidates than stay, or a score that is not finite."""
         scores = self.score(tree, nodes, states, look).cpu()
         if scores.shape != nodes.shape or not bool(scores.isfinite().all()):
-            raise ValueError(
-                f"scores {list(scores.shape)} came for {len(nodes)} states; expected a finite one for each"
-            )
+            raise ValueError(f"got scores {list(scores.shape)} for {len(nodes)} states; expected a finite one for each")
         count = self.counts[int(tree.index[nodes[0]])]
         sets = {"group": tree.group, "root": tree.root, "parent": tree.parent}[self.within][nodes]
         keep = torch.zeros(len(nodes), dtype=torch.bool)
@@ -116,7 +114,7 @@ def check_frontiers(tree: Tree, select: Select) -> None:
         generations = tree.generation[able & (tree.index == index)].unique().tolist()
         if len(generations) != 1:
             raise ValueError(
-                f"selection at grid index {index} came; its candidates are of the generations {generations}, expected "
+                f"got selection at grid index {index}; its candidates are of the generations {generations}, expected "
                 "one: choose an index that every trained trajectory visits after equally many steps"
             )
 
@@ -192,6 +190,6 @@ def _below(tree: Tree) -> Tensor:
 def check_counts(counts: Mapping[int, int], within: str) -> None:
     """ValueError unless at least one state stays at each index."""
     if within not in ("group", "root", "parent"):
-        raise ValueError(f"within={within!r} came; expected 'group', 'root' or 'parent'")
+        raise ValueError(f"got within={within!r}; expected 'group', 'root' or 'parent'")
     if not counts or any(index < 0 or count < 1 for index, count in counts.items()):
-        raise ValueError(f"counts={dict(counts)} came; expected grid index >= 0 -> how many stay, at least one")
+        raise ValueError(f"got counts={dict(counts)}; expected grid index >= 0 -> how many stay, at least one")

@@ -26,7 +26,7 @@ def check_columns(columns: Mapping[str, Tensor], num_steps: int) -> None:
         if column.shape != (n,) or column.dtype != kind:
             raise ValueError(f"Tree.{name} is {column.dtype}{list(column.shape)}; expected {kind}[{n}]: one per node")
     if n == 0 or num_steps < 1:
-        raise ValueError(f"a tree of {n} nodes and {num_steps} steps came; expected at least one of each")
+        raise ValueError(f"got a tree of {n} nodes and {num_steps} steps; expected at least one of each")
     inner = (parent >= 0).nonzero().flatten()
     roots = n - len(inner)
     up = parent[inner]

@@ -92,10 +92,10 @@ class Tree:
     def cat(trees: Sequence["Tree"]) -> "Tree":
         """One tree holding all groups of all `trees`, re-sorted by generation; roots and groups keep their order."""
         if not trees:
-            raise ValueError("no trees came; expected at least one: pass the trees of the groups to roll out together")
+            raise ValueError("got no trees; expected at least one: pass the trees of the groups to roll out together")
         steps = {tree.num_steps for tree in trees}
         if len(steps) > 1:
-            raise ValueError(f"trees with num_steps {sorted(steps)} came; expected one grid: roll them out separately")
+            raise ValueError(f"got trees with num_steps {sorted(steps)}; expected one grid: roll them out separately")
         columns = {
             name: torch.cat([vars(tree)[name] for tree in trees]) for name in ("local", "index", "level", "source")
         }
@@ -145,9 +145,7 @@ class Tree:
         ValueError if a group loses all its leaves.
         """
         if mask.shape != (len(self),) or mask.dtype != torch.bool:
-            raise ValueError(
-                f"mask {mask.dtype}{list(mask.shape)} came; expected torch.bool[{len(self)}], one per node"
-            )
+            raise ValueError(f"got mask {mask.dtype}{list(mask.shape)}; expected torch.bool[{len(self)}], one per node")
         reached = mask.clone()
         for nodes in self.generations[1:]:
             reached[nodes] &= reached[self.parent[nodes]]
@@ -164,7 +162,7 @@ class Tree:
     def with_source(self, source: Tensor) -> "Tree":
         """This tree with who rolls each root out: `source` [R], places in SOURCES."""
         if source.shape != (self.num_roots,):
-            raise ValueError(f"source {list(source.shape)} came; expected one per root, [{self.num_roots}]")
+            raise ValueError(f"got source {list(source.shape)}; expected one per root, [{self.num_roots}]")
         return replace(self, source=source.to(torch.int64)[self.root])
 
     def __len__(self) -> int:
@@ -223,7 +221,7 @@ class Tree:
         """
         if values.shape != (len(self),):
             raise ValueError(
-                f"values of shape {tuple(values.shape)} came; expected one per node, [{len(self)}]: "
+                f"got values of shape {tuple(values.shape)}; expected one per node, [{len(self)}]: "
                 "scatter per-edge values into zeros(len(tree)) at tree.edges first"
             )
         total = torch.where(self.level.to(values.device) > 0, values, torch.zeros_like(values))

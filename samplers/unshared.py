@@ -72,7 +72,7 @@ def unshared(tree: Tree, per: Literal["trajectory", "step"] = "trajectory") -> U
     it, for each branch and each probe anew. Rows = steps; trained rows = stochastic steps.
     """
     if per not in ("trajectory", "step"):
-        raise ValueError(f"per={per!r} came; expected 'trajectory' or 'step'")
+        raise ValueError(f"got per={per!r}; expected 'trajectory' or 'step'")
     parent, origin = _by_trajectory(tree) if per == "trajectory" else _by_step(tree)
     source = torch.tensor(origin, dtype=torch.int64)
     root: list[int] = []

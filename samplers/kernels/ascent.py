@@ -88,9 +88,9 @@ def spsa_gradient(score: Callable[[Tensor], Tensor], x0: Tensor, noise: Tensor, 
     has variance |g|² + g_d² in element d, so it grows with the number of elements.
     """
     if noise.ndim != x0.ndim + 1 or noise.shape[1:] != x0.shape or not len(noise):
-        raise ValueError(f"noise {list(noise.shape)} came for states {list(x0.shape)}; expected [M, n, *], M >= 1")
+        raise ValueError(f"got noise {list(noise.shape)} for states {list(x0.shape)}; expected [M, n, *], M >= 1")
     if not tau > 0:
-        raise ValueError(f"tau={tau} came; expected a number > 0, the length of a probe")
+        raise ValueError(f"got tau={tau}; expected a number > 0, the length of a probe")
     total = torch.zeros_like(x0)
     for u in noise.to(x0):
         up, down = (_one_each(score(x0 + side * tau * u), len(x0)) for side in (1.0, -1.0))

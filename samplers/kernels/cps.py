@@ -13,7 +13,7 @@ from samplers.kernels.base import (
     bind_rectified_flow,
     check_choices,
     check_noise_level,
-    euler_where_silent,
+    euler_where_deterministic,
     step_inputs,
 )
 
@@ -40,13 +40,15 @@ class CPS:
     bind = bind_rectified_flow
     __call__ = affine_step
 
-    def coefficients(self, sigma: Tensor, sigma_next: Tensor, level: Tensor | float = 1.0) -> Affine:
+    def coefficients(
+        self, sigma: Tensor, sigma_next: Tensor, level: Tensor | float = 1.0, step: Tensor | int | None = None
+    ) -> Affine:
         """α, b, s [N], float64."""
         sigma, sigma_next, level = step_inputs(sigma, sigma_next, level)
         a = self.noise_level * level
         if bool((a > 1.0 + 1e-12).any()):
             raise ValueError(
-                f"noise_level·level = {float(a.max())} came; CPS needs at most 1 (all noise refreshed): lower the level"
+                f"got noise_level·level = {float(a.max())}; CPS needs at most 1 (all noise refreshed): lower the level"
             )
         angle = a * (math.pi / 2.0)
         old = sigma_next * angle.cos()
@@ -55,4 +57,4 @@ class CPS:
             velocity_coef=-sigma * (1.0 - sigma_next) + (1.0 - sigma) * old,
             std=sigma_next * angle.sin(),
         )
-        return euler_where_silent(affine, a, sigma, sigma_next)
+        return euler_where_deterministic(affine, a, sigma, sigma_next)

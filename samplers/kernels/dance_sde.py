@@ -13,7 +13,7 @@ from samplers.kernels.base import (
     check_choices,
     check_noise_level,
     euler_maruyama,
-    euler_where_silent,
+    euler_where_deterministic,
     step_inputs,
 )
 
@@ -39,8 +39,10 @@ class DanceSDE:
     bind = bind_rectified_flow
     __call__ = affine_step
 
-    def coefficients(self, sigma: Tensor, sigma_next: Tensor, level: Tensor | float = 1.0) -> Affine:
+    def coefficients(
+        self, sigma: Tensor, sigma_next: Tensor, level: Tensor | float = 1.0, step: Tensor | int | None = None
+    ) -> Affine:
         """α, b, s [N], float64."""
         sigma, sigma_next, level = step_inputs(sigma, sigma_next, level)
         affine = euler_maruyama(self.noise_level * level, sigma, sigma_next)
-        return euler_where_silent(affine, level, sigma, sigma_next)
+        return euler_where_deterministic(affine, level, sigma, sigma_next)
