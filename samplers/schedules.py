@@ -47,13 +47,13 @@ def dynamic_sigmas(
 ) -> Tensor:
     """FLUX's grid, bit for bit its pipeline's: u = linspace(1, 1/T, T), σ = e^m/(e^m + 1/u - 1), then 0.
 
-    m grows linearly with the number of image tokens; e^m plays the part of k. Some repositories mistype 1.15 as 1.16.
+    m grows linearly with the number of image tokens; e^m takes the place of k. Some repositories write 1.16 for 1.15.
     """
     _check(num_steps, 1.0)
     if image_tokens < 1:
         raise ValueError(f"got image_tokens={image_tokens}; expected the number of latent patches, (h/16)·(w/16)")
-    velocity_coef = (max_shift - base_shift) / (max_tokens - base_tokens)
-    m = image_tokens * velocity_coef + (base_shift - velocity_coef * base_tokens)
+    slope = (max_shift - base_shift) / (max_tokens - base_tokens)
+    m = image_tokens * slope + (base_shift - slope * base_tokens)
     u = np.linspace(1.0, 1 / num_steps, num_steps).astype(np.float32)
     return _append_zero(torch.from_numpy(math.exp(m) / (math.exp(m) + (1 / u - 1))).to(torch.float32))
 

@@ -71,8 +71,8 @@ class StdOverMean:
 
     def weigh(self, step: Step, forest: Forest, edges: Tensor) -> Tensor:
         sigmas = forest.sigmas.double()
-        level, step = torch.ones_like(sigmas[:-2]), torch.arange(len(sigmas) - 2, device=sigmas.device)
-        coefficients = forest.kernel.coefficients(sigmas[:-2], sigmas[1:-1], level, step)
+        level, index = torch.ones_like(sigmas[:-2]), torch.arange(len(sigmas) - 2, device=sigmas.device)
+        coefficients = forest.kernel.coefficients(sigmas[:-2], sigmas[1:-1], level, index)
         return step.std / coefficients.std.mean().to(step.std)
 
 

@@ -1,23 +1,17 @@
-"""What a denoising transition is: an affine mean in (x, v), a Gaussian around it, and the arithmetic all kernels share.
+"""A denoising transition: what a kernel is given, what it returns, and the arithmetic that all kernels share.
 
-Drawing and measuring are methods of one Gaussian, so rollout and update cannot disagree. Coefficients are computed in
-float64 on the device of the sigmas, then cast to the dtype of the states (at least fp32).
+Coefficients are computed in float64 on the device of the sigmas, then cast to the dtype of the states (at least fp32).
 """
 
 import math
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from samplers.kernels.gaussian import Constants, Gaussian, KLForm, Reduce, check_same_shape, spread
 from samplers.paths import Path
-
-Reduce = Literal["mean", "sum"]
-Constants = Literal["full", "none"]
-KLForm = Literal["exact", "exact_times_h", "velocity", "mean_sq"]
-
-_HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,77 +24,8 @@ class Affine:
 
 
 @dataclass(frozen=True, eq=False)
-class Gaussian:
-    """N(mean, std²·I), one per row. Rows with std 0 are deterministic: they can be drawn, but have no density.
-
-    mean [N, *]; std, velocity_coef (∂mean/∂v), step_size (h = σ - σ') [N].
-    reduce: log_prob and kl are the "mean" over the D elements of a row (every reference implementation; clip ranges
-    of 1e-5..1e-3 assume it) or the "sum" (nats). constants "none": log_prob is -reduce((x' - mean)²), without 1/(2 std²)
-    and the normalizer (Flow-CPS), which weights a step by 2·std² and is 0 with zero gradient where std is 0.
-    """
-
-    mean: Tensor
-    std: Tensor
-    velocity_coef: Tensor
-    step_size: Tensor
-    reduce: Reduce = "mean"
-    constants: Constants = "full"
-
-    def sample(self, noise: Tensor) -> Tensor:
-        """mean + std·noise [N, *]; where std is 0 the mean, bit for bit."""
-        _same_shape("noise", noise, self.mean)
-        std = spread(self.std, self.mean)
-        return torch.where(std == 0, self.mean, self.mean + std * noise.to(self.mean.dtype))
-
-    def log_prob(self, x_next: Tensor) -> Tensor:
-        """[N] log density of `x_next` [N, *], reduced over elements. ValueError: full constants where std is 0."""
-        _same_shape("x_next", x_next, self.mean)
-        error = x_next.to(self.mean.dtype) - self.mean
-        if self.constants == "none":
-            return -self._reduce(error.square())
-        self._need_density("log_prob")
-        elements = 1 if self.reduce == "mean" else self.mean.shape[1:].numel()
-        quadratic = self._reduce((error / spread(self.std, self.mean)).square())
-        return -0.5 * quadratic - elements * (self.std.log() + _HALF_LOG_2PI)
-
-    def kl(self, other: "Gaussian", form: KLForm = "exact_times_h") -> Tensor:
-        """[N] divergence to `other`, the same step under another velocity; reduced like log_prob.
-
-        exact: Δμ²/(2 std²). exact_times_h: h times that, what flow_grpo's betas are tuned for. velocity: Δv² = (Δμ/b)².
-        mean_sq: Δμ². Gradients reach both sides; detach the reference. Means are subtracted in the states' dtype: in
-        fp32 a Δv near 1e-7·|x|/|b| is rounding.
-        """
-        _same_shape("the other mean", other.mean, self.mean)
-        if not torch.equal(self.std, other.std):
-            raise ValueError("got two Gaussians of different std; expected one step under two velocities: use the same "
-                             "kernel, sigmas and level for both")  # fmt: skip
-        square = self._reduce((self.mean - other.mean).square())
-        if form == "mean_sq":
-            return square
-        if form == "velocity":
-            return square / self.velocity_coef.square()
-        if form not in ("exact", "exact_times_h"):
-            raise ValueError(f"got kl form {form!r}; expected 'exact', 'exact_times_h', 'velocity' or 'mean_sq'")
-        self._need_density(f"kl(form={form!r})")
-        exact = square / (2.0 * self.std.square())
-        return exact * self.step_size if form == "exact_times_h" else exact
-
-    def _reduce(self, values: Tensor) -> Tensor:
-        flat = values.flatten(1)
-        return flat.mean(1) if self.reduce == "mean" else flat.sum(1)
-
-    def _need_density(self, what: str) -> None:
-        if bool((self.std == 0).any()):
-            rows = (self.std == 0).nonzero().flatten().tolist()
-            raise ValueError(
-                f"got {what} of deterministic steps (std 0) in rows {rows[:8]}; expected std > 0, which a density needs: leave "
-                "these steps out of training (level 0 in the plan), or take constants='none'"
-            )
-
-
-@dataclass(frozen=True, eq=False)
 class Carry:
-    """What a multistep solver hands to the children of a step: x̂0 [N, *] as predicted at σ [N]; σ nan: no history."""
+    """What a multistep solver passes on to the children of a step: x̂0 [N, *] as predicted at σ [N]; σ nan: no history."""
 
     x0: Tensor
     sigma: Tensor
@@ -114,7 +39,7 @@ class Carry:
 class Step:
     """One transition: `policy` is scored, `behavior` is drawn from; the same object unless the step is guided.
 
-    carry: what the children of these rows inherit from a multistep solver; None from all others.
+    carry: what a multistep solver passes on to the children of these rows; None from other kernels.
     """
 
     policy: Gaussian
@@ -150,7 +75,7 @@ class TransitionContext:
 
     level: [N] or one factor of the kernel's own noise level; 0 = the path's deterministic step. rows [N]: condition rows
     (a tree's roots). nodes [N]: the child nodes; parents [N]: the nodes they leave. step [N]: grid index of the parent.
-    carry [N]: what the parents' steps handed over. tail [N] bool: no stochastic step follows; None: true of all rows.
+    carry [N]: what the parents' steps passed on. tail [N] bool: no stochastic step follows; None: true of all rows.
     replay: the step was drawn before and only its policy is needed; carry and tail are None then.
     """
 
@@ -221,7 +146,7 @@ def affine_step(
     number or [N]. ValueError for other shapes."""
     if x.ndim < 2:
         raise ValueError(f"got x of shape {tuple(x.shape)}; expected [N, *], rows first: add an axis to flat states")
-    _same_shape("v", v, x)
+    check_same_shape("v", v, x)
     dtype = torch.promote_types(torch.promote_types(x.dtype, v.dtype), torch.float32)
     x, v = x.to(dtype), v.to(dtype)
     sigma, sigma_next = _per_row("sigma", sigma, len(x)), _per_row("sigma_next", sigma_next, len(x))
@@ -265,8 +190,8 @@ def euler_maruyama(g: Tensor, sigma: Tensor, sigma_next: Tensor) -> Affine:
     """One Euler-Maruyama step of the reverse SDE with diffusion coefficient g; where g is 0, the Euler step.
 
     Flow-GRPO 2505.05470 eq. 9 in our variables: μ = x - h·v - (h g²/2σ)·ε̂, s = g√h.
-    Not kept: the marginals, which are right to first order in h; the extra noise of a step on point-mass data is
-    (g²h²/σ)(1 + g²/4σ).
+    Not kept: the marginals. While g²h/σ is small their error is of first order in h; a step on point-mass data adds the
+    variance (g²h²/σ)(1 + g²/4σ).
     """
     h = sigma - sigma_next
     pull = g.square() * h / (2.0 * sigma)
@@ -281,11 +206,6 @@ def euler_where_deterministic(affine: Affine, level: Tensor, sigma: Tensor, sigm
         velocity_coef=torch.where(deterministic, sigma_next - sigma, affine.velocity_coef),
         std=torch.where(deterministic, torch.zeros_like(affine.std), affine.std),
     )
-
-
-def spread(rows: Tensor, like: Tensor) -> Tensor:
-    """[N] -> [N, 1, …, 1], to broadcast over the elements of `like`."""
-    return rows.reshape(-1, *[1] * (like.ndim - 1))
 
 
 def check_choices(reduce: str, constants: str) -> None:
@@ -307,14 +227,6 @@ def _per_row(name: str, value: Tensor | float, n: int) -> Tensor:
     if rows.ndim > 1 or (rows.ndim == 1 and len(rows) not in (1, n)):
         raise ValueError(f"got {name} of shape {tuple(rows.shape)}; expected one number or [{n}], one per row of x")
     return rows.expand(n)
-
-
-def _same_shape(name: str, value: Tensor, expected: Tensor) -> None:
-    if value.shape != expected.shape:
-        raise ValueError(
-            f"got {name} of shape {tuple(value.shape)}; expected {tuple(expected.shape)}, that of the states: one row "
-            "per step, so repeat a state that several children leave"
-        )
 
 
 def _some(rows: Tensor) -> list[float]:

@@ -7,8 +7,6 @@ from torch import Tensor
 
 from samplers.kernels.base import (
     Affine,
-    Constants,
-    Reduce,
     affine_step,
     bind_rectified_flow,
     check_choices,
@@ -18,6 +16,7 @@ from samplers.kernels.base import (
     step_inputs,
 )
 from samplers.kernels.flow_sde import check_cap, flow_diffusion
+from samplers.kernels.gaussian import Constants, Reduce
 
 
 @dataclass(frozen=True)

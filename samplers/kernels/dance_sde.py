@@ -6,8 +6,6 @@ from torch import Tensor
 
 from samplers.kernels.base import (
     Affine,
-    Constants,
-    Reduce,
     affine_step,
     bind_rectified_flow,
     check_choices,
@@ -16,6 +14,7 @@ from samplers.kernels.base import (
     euler_where_deterministic,
     step_inputs,
 )
+from samplers.kernels.gaussian import Constants, Reduce
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,7 @@ class DanceSDE:
     """Euler-Maruyama with g = η = noise_level·level; h = σ - σ'.
 
     α = 1 - η²h/(2σ), b = -h(1 + η²(1-σ)/(2σ)), s = η√h.
-    noise_level: 0.3 (FLUX and Wan images), 0.25 (HunyuanVideo). Not kept: the marginals, to first order in h;
+    noise_level: 0.3 (FLUX and Wan images), 0.25 (HunyuanVideo). Not kept: the marginals, whose error is of first order in h;
     DanceGRPO itself never lets the noise of the last step reach the reward (a last step of level 0 does the same).
     """
 

@@ -5,15 +5,8 @@ from typing import cast
 
 from torch import Tensor
 
-from samplers.kernels.base import (
-    Affine,
-    Constants,
-    Kernel,
-    Reduce,
-    affine_step,
-    check_choices,
-    step_inputs,
-)
+from samplers.kernels.base import Affine, Kernel, affine_step, check_choices, step_inputs
+from samplers.kernels.gaussian import Constants, Reduce
 from samplers.paths import Path, VariancePreserving
 
 
@@ -56,13 +49,18 @@ class DDIM:
         if self.path is None:
             raise ValueError("got DDIM without a path; expected the policy's: DDIM(...).bind(policy.path)")
         sigma, sigma_next, level = step_inputs(sigma, sigma_next, level)
-        now, then = self.path.alpha_bar(sigma), self.path.alpha_bar(sigma_next)
-        variance = (self.eta * level).square() * (1 - then) / (1 - now) * (1 - now / then)
-        kept = 1 - then - variance
-        if bool((kept < -1e-9).any()):
+        alpha_bar, alpha_bar_next = self.path.alpha_bar(sigma), self.path.alpha_bar(sigma_next)
+        a, b = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+        variance = (
+            (self.eta * level).square() * (1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next)
+        )
+        kept_variance = 1 - alpha_bar_next - variance
+        if bool((kept_variance < -1e-9).any()):
             raise ValueError(
-                f"got eta={self.eta} times level {float(level.max())}; the fresh noise of a step would exceed all its "
-                "noise, 1-ᾱ': lower the level"
+                f"got eta={self.eta} times level {float(level.max())}; expected fresh noise within the step's total noise, "
+                "1-ᾱ': lower the level"
             )
-        a, b, old = now.sqrt(), (1 - now).sqrt(), kept.clamp(min=0).sqrt()
-        return Affine(alpha=then.sqrt() * a + old * b, velocity_coef=-then.sqrt() * b + old * a, std=variance.sqrt())
+        a_next, kept_noise = alpha_bar_next.sqrt(), kept_variance.clamp(min=0).sqrt()
+        return Affine(
+            alpha=a_next * a + kept_noise * b, velocity_coef=-a_next * b + kept_noise * a, std=variance.sqrt()
+        )

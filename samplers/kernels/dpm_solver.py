@@ -5,18 +5,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from samplers.kernels.base import (
-    DEFAULT_CONTEXT,
-    Affine,
-    Carry,
-    Constants,
-    Gaussian,
-    Kernel,
-    Reduce,
-    Step,
-    TransitionContext,
-    spread,
-)
+from samplers.kernels.base import DEFAULT_CONTEXT, Affine, Carry, Kernel, Step, TransitionContext
+from samplers.kernels.gaussian import Constants, Gaussian, Reduce, spread
 from samplers.paths import Path, RectifiedFlow
 
 

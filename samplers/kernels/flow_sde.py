@@ -7,8 +7,6 @@ from torch import Tensor
 
 from samplers.kernels.base import (
     Affine,
-    Constants,
-    Reduce,
     affine_step,
     bind_rectified_flow,
     check_choices,
@@ -17,6 +15,7 @@ from samplers.kernels.base import (
     euler_where_deterministic,
     step_inputs,
 )
+from samplers.kernels.gaussian import Constants, Reduce
 
 
 def flow_diffusion(

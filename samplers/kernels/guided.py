@@ -7,16 +7,8 @@ import torch
 from torch import Tensor
 
 from samplers.kernels.ascent import Ascent
-from samplers.kernels.base import (
-    DEFAULT_CONTEXT,
-    Affine,
-    Constants,
-    Kernel,
-    Reduce,
-    Step,
-    TransitionContext,
-    spread,
-)
+from samplers.kernels.base import DEFAULT_CONTEXT, Affine, Kernel, Step, TransitionContext
+from samplers.kernels.gaussian import Constants, Reduce, spread
 from samplers.paths import Path, RectifiedFlow
 
 GuidanceForm = Literal["score_half", "full_tilt", "doob"]

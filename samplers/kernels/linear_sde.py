@@ -7,8 +7,6 @@ from torch import Tensor
 
 from samplers.kernels.base import (
     Affine,
-    Constants,
-    Reduce,
     affine_step,
     bind_rectified_flow,
     check_choices,
@@ -16,6 +14,7 @@ from samplers.kernels.base import (
     euler_where_deterministic,
     step_inputs,
 )
+from samplers.kernels.gaussian import Constants, Reduce
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,7 @@ class LinearSDE:
     """Euler-Maruyama with g = level·(sigma_min + (sigma_max - sigma_min)·σ).
 
     flow_grpo takes the second and the last value of its own grid, about 0.98 (20 steps, shift 3) and 0; give them here.
-    Unlike Flow-SDE, g stays finite at σ = 1. Not kept: the marginals, to first order in h.
+    Unlike Flow-SDE, g stays finite at σ = 1. Not kept: the marginals, whose error is of first order in h.
     """
 
     sigma_min: float = 0.0

@@ -5,16 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from samplers.kernels.base import (
-    Affine,
-    Constants,
-    Kernel,
-    Reduce,
-    affine_step,
-    check_choices,
-    step_inputs,
-)
+from samplers.kernels.base import Affine, Kernel, affine_step, check_choices, step_inputs
 from samplers.kernels.ddim import DDIM
+from samplers.kernels.gaussian import Constants, Reduce
 from samplers.paths import Path
 
 
