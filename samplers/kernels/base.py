@@ -165,8 +165,8 @@ def bind_rectified_flow(kernel: Kernel, path: Path) -> Kernel:
     """`kernel` itself, written for rectified flows; ValueError for a policy on another path."""
     if not path.rectified:
         raise ValueError(
-            f"got {type(kernel).__name__} for a policy on {type(path).__name__}; its formula is that of a rectified "
-            "flow: take DDIM for Stable Diffusion 1.5"
+            f"got {type(kernel).__name__} for a policy on {type(path).__name__}; expected a rectified flow, which its formula "
+            "is for: take DDIM for Stable Diffusion 1.5"
         )
     return kernel
 
