@@ -88,7 +88,7 @@ def test_methods_are_let_through(tmp_path: Path, rollout: dict, trainer: dict) -
         ({}, {"advantage": part("flowalign.advantage.PerChannel", parts={"ocr": within("prompt")})},
          "Take the advantage alone"),
         ({}, {"advantage": part("flowalign.advantage.Mixed", advantage=within("prompt"), how="gdpo")},
-         r"Mixed\(how='gdpo'\) combines several"),
+         r"one channel, .* for Mixed\(how='gdpo'\)"),
         ({"plan": plan("Probed", plan=plan("Chain"))}, {}, "which reads none of them"),
         ({"plan": plan("Probed", plan=plan("SplitTree", **TREE))}, {"credit": credit("SubtreeFusion")}, "Gain, TurningPoint"),
         ({"kernel": "samplers.CPS"}, {"kl": {"beta": 0.04}}, "trainer.kl.form=exact"),
