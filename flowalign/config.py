@@ -163,6 +163,11 @@ def check(config: TrainConfig) -> None:
     for key, scale in (("rollout", rollout.guidance_scale), ("evaluation", config.evaluation.guidance_scale)):
         if not 1 <= scale < math.inf:  # at 0 the prompt would be ignored, where diffusers means no guidance
             raise ConfigError(f"{key}.guidance_scale={scale}: expected a number from 1 (no guidance)")
+    if rollout.detach_uncond and rollout.guidance_scale == 1:
+        raise ConfigError(
+            "got rollout.detach_uncond=true with rollout.guidance_scale=1, which has no unconditional half: it would "
+            "silently do nothing; set detach_uncond=false, or a guidance_scale above 1"
+        )
     if rollout.branch_scale is not None and not 0 < rollout.branch_scale < math.inf:
         raise ConfigError(f"rollout.branch_scale={rollout.branch_scale}: expected a number above 0, or null")
     for tracker in config.run.trackers:

@@ -1,6 +1,6 @@
 """What an advantage is, and the sets it is taken in.
 
-The sets (grpo_family §11.1): `prompt` all edges of a prompt's group; `prompt_step` those of one grid step (DenseGRPO,
+The sets: `prompt` all edges of a prompt's group; `prompt_step` those of one grid step (DenseGRPO,
 TP-GRPO); `seed_step` those of one start noise and grid step (TempFlow-GRPO's seed group); `tree_depth` those of one root
 and generation (BranchGRPO); `batch` everything. Statistics are gathered by these keys, never by position, and from valid
 edges only.
@@ -19,7 +19,7 @@ from flowalign.credit import EdgeValues
 from samplers import Forest
 
 Within = Literal["prompt", "prompt_step", "seed_step", "tree_depth", "batch"]
-FLAT = 1e-6  # a set whose spread is below this has no order: its advantages are 0
+FLAT = 1e-6  # a set whose std is below this has no order: its advantages are 0
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,9 @@ class Advantages:
 
 
 class Advantage(Protocol):
-    def compare(self, forest: Forest, credit: EdgeValues) -> Advantages: ...
+    def compare(self, forest: Forest, credit: EdgeValues) -> Advantages:
+        """Advantages of all edges, rows in the order of `forest.tree.edges`; a column per channel, or one for their sum."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,10 +86,10 @@ def by_channel(
     keys = set_keys(forest, within)
     steps = forest.tree.index[forest.tree.parent[forest.tree.edges]]
     values, valid, flat = [], [], []
-    for column, known in zip(credit.values.T, credit.valid.T, strict=True):
-        sets = _sets(keys, steps, column, known)
+    for column, scored in zip(credit.values.T, credit.valid.T, strict=True):
+        sets = _sets(keys, steps, column, scored)
         advantage, spread = rule(sets)
-        kept = known & sets.usable[keys]
+        kept = scored & sets.usable[keys]
         values.append(torch.where(kept & (spread > FLAT)[keys], advantage, 0.0))
         valid.append(kept)
         usable = spread[sets.usable]

@@ -16,10 +16,10 @@ from samplers import Forest
 class VarianceGated:
     """ω · (value − mean) / max(std, high): sets in which almost nothing differs are not blown up to unit spread.
 
-    VG-GRPO (Multi-ORFT / SCORP 2604.11734), in our reading (grpo_family §10.1): the gate ω is 0 below `low`, 1 from
+    VG-GRPO (SCORP, 2604.11734) in our reading, since its thresholds are not public: the gate ω is 0 below `low`, 1 from
     `high` on, linear between; both in units of the set's std. None: the 10 % and 50 % quantile of the stds of this
     batch's sets (not of a running buffer: nothing to keep for a resume). low = high = 0 is the plain z-score, and
-    |advantage| never exceeds it."""
+    |advantage| never exceeds it. Clamped to ±clip."""
 
     within: Within = "prompt"
     low: float | None = None
@@ -28,9 +28,9 @@ class VarianceGated:
 
     def __post_init__(self) -> None:
         if (self.low is None) != (self.high is None):
-            raise ValueError(f"low={self.low}, high={self.high} came; expected two numbers, or neither for quantiles")
+            raise ValueError(f"got low={self.low}, high={self.high}; expected two numbers, or neither for quantiles")
         if self.low is not None and self.high is not None and not 0 <= self.low <= self.high:
-            raise ValueError(f"low={self.low}, high={self.high} came; expected 0 <= low <= high")
+            raise ValueError(f"got low={self.low}, high={self.high}; expected 0 <= low <= high")
 
     def compare(self, forest: Forest, credit: EdgeValues) -> Advantages:
         return by_channel(forest, credit, self.within, self._rule)

@@ -15,14 +15,14 @@ from samplers import Forest
 
 @dataclass(frozen=True)
 class Normalized:
-    """(value − mean of its set) / (std + delta), clipped (grpo_family §2.3).
+    """(value − mean of its set) / (std + delta), clamped to ±clip (Flow-GRPO, 2505.05470).
 
-    `std`: "set" the set's own (per-prompt), "batch" that of all valid edges (Flow-GRPO's global std), "largest" the
-    largest of all sets (LongCat), "none" no division (Dr. GRPO). Population std unless `unbiased` (DanceGRPO), where a
-    set has as many samples as one grid step has edges. `trim`: this share of each set's samples, rounded down, is left
-    out of mean and std, the worst ones ("low", MixGRPO) or as many best ones too ("both", UniRL); they still get an
-    advantage. A set of fewer than two valid edges has no baseline: its edges are invalid. A set whose spread is below
-    1e-6 gets advantage 0."""
+    std: "set" the set's own (per-prompt), "batch" that of all valid edges (flow_grpo's global std), "largest" the
+    largest of all sets (LongCat-Video), "none" no division (Dr. GRPO). Population std unless `unbiased` (DanceGRPO),
+    which counts samples: as many as one grid step of the set has edges. trim: this share of each set's samples, rounded
+    down, is left out of mean and std, the worst ones ("low", MixGRPO) or as many best ones too ("both", UniRL); they
+    still get an advantage. A set of fewer than two valid edges has no baseline: its edges are invalid. A set whose std
+    is below 1e-6 gets advantage 0."""
 
     within: Within = "prompt"
     std: Literal["set", "batch", "largest", "none"] = "set"
@@ -34,19 +34,21 @@ class Normalized:
 
     def __post_init__(self) -> None:
         if self.delta < 0 or self.clip <= 0:  # clamp(-clip, clip) would give them all one value
-            raise ValueError(f"advantage.delta={self.delta}, advantage.clip={self.clip} came; expected >= 0 and > 0")
+            raise ValueError(f"got advantage.delta={self.delta}, advantage.clip={self.clip}; expected >= 0 and > 0")
         if not 0 <= self.trim < (0.5 if self.trim_side == "both" else 1):
             raise ValueError(
-                f"advantage.trim={self.trim} came; expected a share from 0 to below 1, below 0.5 with trim_side='both'"
+                f"got advantage.trim={self.trim}; expected a share from 0 to below 1, below 0.5 with trim_side='both'"
             )
 
     def compare(self, forest: Forest, credit: EdgeValues) -> Advantages:
         return by_channel(forest, credit, self.within, self._rule)
 
     def _rule(self, sets: Sets) -> tuple[Tensor, Tensor]:
-        mean, std = sets.moments(self._trimmed(sets))
+        left_out = (self.trim * sets.samples + 1e-9).floor()  # samples of each set, on one side
+        mean, std = sets.moments(self._inner(sets, left_out))
         if self.unbiased:
-            std = std * (sets.samples / (sets.samples - 1).clamp(min=1)).sqrt()
+            count = sets.samples - left_out * (2 if self.trim_side == "both" else 1)
+            std = std * (count / (count - 1).clamp(min=1)).sqrt()
         advantage = sets.values - mean[sets.keys]
         if self.std != "none":
             advantage = advantage / (self._scale(std, sets)[sets.keys] + self.delta)
@@ -59,8 +61,8 @@ class Normalized:
             return (std[sets.usable].max() if bool(sets.usable.any()) else std.new_zeros(())).expand_as(std)
         return std
 
-    def _trimmed(self, sets: Sets) -> Tensor:
-        """[E] the valid edges that count in the statistics."""
+    def _inner(self, sets: Sets, left_out: Tensor) -> Tensor:
+        """[E] the valid edges that count in the statistics; `left_out` [K] samples on one side do not."""
         if not self.trim:
             return sets.valid
         order = torch.argsort(sets.values, stable=True)
@@ -69,10 +71,10 @@ class Normalized:
         begin = sets.count.cumsum(0) - sets.count
         rank = torch.arange(len(order)) - begin[sets.keys[order]]
         per_sample = sets.count / sets.samples.clamp(min=1)  # in a chain a sample has this many edges, of one value
-        cut = ((self.trim * sets.samples + 1e-9).floor() * per_sample)[sets.keys[order]]
+        cut = (left_out * per_sample)[sets.keys[order]]
         inside = rank >= cut
         if self.trim_side == "both":
             inside &= rank < sets.count[sets.keys[order]] - cut
-        among = torch.zeros_like(sets.valid)
-        among[order[inside]] = True
-        return among
+        inner = torch.zeros_like(sets.valid)
+        inner[order[inside]] = True
+        return inner

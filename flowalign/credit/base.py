@@ -29,14 +29,14 @@ class Credit(Protocol):
 
 
 def completed(tree: Tree, nodes: Tensor, scores: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """V(state): the score of its ODE completion, the leaf that deterministic steps alone lead to. ([n, C], valid [n, C]).
+    """V of the states `nodes` [n]: the score of the leaf that deterministic steps alone lead to. (values, valid), [n, C].
 
-    Not valid where a state of `nodes` [n] has no completion. ValueError if none of them has one."""
+    Not valid where a state has no such leaf, or the leaf no score. ValueError if none of them has one."""
     leaf = tree.completion(nodes)
     if len(nodes) and not bool((leaf >= 0).any()):
         raise ValueError(
-            "no state is completed by deterministic steps, so nothing scores it: wrap the plan in samplers.Probed, or take "
-            "a credit that needs leaves only (Broadcast, SubtreeFusion)"
+            "no state of this plan is followed by deterministic steps alone to a leaf, so none has a score of its own: wrap "
+            "the plan in samplers.Probed, or take a credit that needs samples only (Broadcast, SubtreeFusion)"
         )
     place = torch.zeros(len(tree), dtype=torch.int64)
     place[tree.leaves] = torch.arange(len(tree.leaves))
@@ -70,15 +70,15 @@ def lines(tree: Tree) -> Lines:
         nearest[nodes] = torch.where(position[nodes] >= 0, position[nodes], nearest[tree.parent[nodes]])
     above = nearest[tree.parent[edges]]
     inner = above >= 0
-    # the step that continues the line
-    heir = torch.full((count,), count).scatter_reduce(0, above[inner], torch.arange(count)[inner], "amin")
+    # the step that continues the line; `count` where none does
+    following = torch.full((count,), count).scatter_reduce(0, above[inner], torch.arange(count)[inner], "amin")
     first, last = torch.arange(count), torch.arange(count)
     by_generation = [position[nodes][position[nodes] >= 0] for nodes in tree.generations]
     for here in by_generation:
         first[here] = torch.where(above[here] >= 0, first[above[here]], here)
     for here in reversed(by_generation):
-        has = heir[here] < count
-        last[here[has]] = last[heir[here[has]]]
+        goes_on = following[here] < count
+        last[here[goes_on]] = last[following[here[goes_on]]]
     return Lines(above, first, last)
 
 

@@ -22,7 +22,7 @@ class Gain:
 
     def __post_init__(self) -> None:
         if self.kind not in ("gain", "value"):
-            raise ValueError(f"Gain.kind={self.kind!r} came; expected 'gain' or 'value'")
+            raise ValueError(f"got Gain.kind={self.kind!r}; expected 'gain' or 'value'")
 
     def assign(self, forest: Forest, scores: Tensor, valid: Tensor, channels: tuple[str, ...]) -> EdgeValues:
         tree = forest.tree
@@ -30,8 +30,8 @@ class Gain:
         if self.kind == "value":
             return EdgeValues(after, reached, channels)
         before, left = completed(tree, tree.parent[tree.edges], scores, valid)
-        known = left & reached
-        return EdgeValues(torch.where(known, after - before, 0.0), known, channels)
+        both = left & reached
+        return EdgeValues(torch.where(both, after - before, 0.0), both, channels)
 
 
 @dataclass(frozen=True)
@@ -58,15 +58,16 @@ class TurningPoint:
             )
         before, left = completed(tree, tree.parent[tree.edges], scores, valid)
         after, reached = completed(tree, tree.edges, scores, valid)
-        gain, whole, to_come = after - before, after[line.last] - before, after[line.last] - after
+        gain, to_the_end, rest = after - before, after[line.last] - before, after[line.last] - after
         agrees = gain.sign() * (after[line.last] - before[line.first]).sign()
-        goes_on = gain.sign() * to_come.sign() > 0
+        goes_on = gain.sign() * rest.sign() > 0
         previous = line.above.clamp(min=0)
         turned = torch.where(inner[:, None], (agrees[previous] < 0) & (agrees > 0), self.first_step) & goes_on
-        own = left & reached
-        known = own & reached[line.last] & left[line.first] & (own[previous] | ~inner[:, None])
-        turned &= known
+        both = left & reached
+        valid_edge = both & reached[line.last] & left[line.first] & (both[previous] | ~inner[:, None])
+        turned &= valid_edge
         if self.balanced:
-            picked = [largest_of_each_sign(r, here) for r, here in zip(whole.T, turned.T, strict=True)]
+            picked = [largest_of_each_sign(r, here) for r, here in zip(to_the_end.T, turned.T, strict=True)]
             turned = torch.stack(picked, 1)
-        return EdgeValues(torch.where(known, torch.where(turned, whole, gain), 0.0), known, channels)
+        values = torch.where(turned, to_the_end, gain)
+        return EdgeValues(torch.where(valid_edge, values, 0.0), valid_edge, channels)

@@ -25,63 +25,66 @@ class Process:
 
     def __post_init__(self) -> None:
         if self.timing not in ("pre", "post", "gain"):
-            raise ValueError(f"Process.timing={self.timing!r} came; expected 'pre', 'post' or 'gain'")
+            raise ValueError(f"got Process.timing={self.timing!r}; expected 'pre', 'post' or 'gain'")
 
     def assign(self, forest: Forest, scores: Tensor, valid: Tensor, channels: tuple[str, ...]) -> EdgeValues:
         if self.score not in forest.scores:
             raise ValueError(
-                f"no states were scored by {self.score!r}; scored were {sorted(forest.scores)}: set them with "
-                "forest.with_scores before the credit is assigned"
+                f"got a rollout whose states {self.score!r} did not score (scored by: {sorted(forest.scores) or 'nothing'}). "
+                "No configuration scores states yet: take a credit of samples or probes (Broadcast, SubtreeFusion, Gain), "
+                "or, in code of your own, call forest.with_scores before the credit is assigned"
             )
         of_state = forest.scores[self.score].double().cpu()
         before, after = of_state[forest.tree.parent[forest.tree.edges]], of_state[forest.tree.edges]
         values = {"pre": before, "post": after, "gain": after - before}[self.timing][:, None]
-        known = values.isfinite()
-        return EdgeValues(torch.where(known, values, 0.0), known, (self.score,))
+        scored = values.isfinite()
+        return EdgeValues(torch.where(scored, values, 0.0), scored, (self.score,))
 
 
 @dataclass(frozen=True)
 class ReturnToGo:
     """The credit of a step and of the stochastic steps after it: G = r + discount · (mean of G over the next steps).
 
-    `steps` says r. On a chain with Gain and discount 1 it is V_n − V_k. Valid only if every step below is."""
+    steps: the credit r of each step. On a chain with Gain and discount 1 it is V_n − V_k. Valid only if every step below is."""
 
     steps: Credit
     discount: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.discount <= 1:
-            raise ValueError(f"ReturnToGo.discount={self.discount} came; expected a number inside [0, 1]")
+            raise ValueError(f"got ReturnToGo.discount={self.discount}; expected a number inside [0, 1]")
 
     def assign(self, forest: Forest, scores: Tensor, valid: Tensor, channels: tuple[str, ...]) -> EdgeValues:
         own = self.steps.assign(forest, scores, valid, channels)
-        values, known = own.values.clone(), own.valid.clone()
+        values, complete = own.values.clone(), own.valid.clone()
         above, generation = lines(forest.tree).above, forest.tree.generation[forest.tree.edges]
         count = above[above >= 0].bincount(minlength=len(above))
         for depth in generation.unique().flip(0).tolist():  # a step's next ones lie deeper: they are complete
             here = (generation == depth) & (above >= 0)
-            up = above[here]
-            values.index_add_(0, up, self.discount * values[here] / count[up, None])
-            broken = torch.zeros_like(values).index_add_(0, up, (~known[here]).double())
-            known &= broken == 0
-        return EdgeValues(torch.where(known, values, 0.0), known, own.channels)
+            before = above[here]
+            values.index_add_(0, before, self.discount * values[here] / count[before, None])
+            incomplete = torch.zeros_like(values).index_add_(0, before, (~complete[here]).double())
+            complete &= incomplete == 0
+        return EdgeValues(torch.where(complete, values, 0.0), complete, own.channels)
 
 
 @dataclass(frozen=True)
 class Joined:
     """Several credits side by side: channel c of the part called p becomes the channel "p/c" (say an outcome reward
-    broadcast and a process reward). PerChannel normalizes them in different sets, a clipped ratio sums their terms."""
+    broadcast and a gain). PerChannel normalizes them in different sets, a clipped ratio sums their terms."""
 
     parts: dict[str, Credit]
 
     def __post_init__(self) -> None:
-        if not self.parts:
-            raise ValueError("Joined.parts is empty; expected at least one credit by name")
+        if len(self.parts) < 2:
+            raise ValueError(
+                f"got Joined.parts {sorted(self.parts)}; expected at least two credits by name: take a single one itself"
+            )
 
     def assign(self, forest: Forest, scores: Tensor, valid: Tensor, channels: tuple[str, ...]) -> EdgeValues:
-        got = {name: part.assign(forest, scores, valid, channels) for name, part in self.parts.items()}
+        assigned = {name: part.assign(forest, scores, valid, channels) for name, part in self.parts.items()}
         return EdgeValues(
-            torch.cat([part.values for part in got.values()], 1),
-            torch.cat([part.valid for part in got.values()], 1),
-            tuple(f"{name}/{channel}" for name, part in got.items() for channel in part.channels),
+            torch.cat([part.values for part in assigned.values()], 1),
+            torch.cat([part.valid for part in assigned.values()], 1),
+            tuple(f"{name}/{channel}" for name, part in assigned.items() for channel in part.channels),
         )

@@ -100,7 +100,8 @@ def _iteration(
                 for micro_batch in update.micro_batches:
                     loss = share * micro_batch()
                     forwarded = now()
-                    loss.backward()
+                    with task.policy.role(update.role):
+                        loss.backward()
                     backward += now() - forwarded
         ended = now()
     for _, parameter in task.policy.trainable_parameters():

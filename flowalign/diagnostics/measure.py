@@ -70,7 +70,9 @@ def gradients(policy: Policy, trainer: Trainer, batch: ScoredRollout) -> dict[st
         parameter.grad = None
     for update in trainer.updates(batch):
         for micro_batch in update.micro_batches:
-            micro_batch().backward()
+            loss = micro_batch()
+            with policy.role(update.role):  # activation checkpointing computes the forward again
+                loss.backward()
     return {name: p.grad.clone() for name, p in policy.trainable_parameters() if p.grad is not None}
 
 
@@ -98,8 +100,8 @@ class Siblings:
     numbers: tuple[int, ...]
     states: int | None = None
 
-    def choose(self, forest: Forest, advantages: Advantages, moment: SelectionContext = START) -> Tensor:
-        chosen = self.inner.choose(forest, advantages, moment) & advantages.valid.any(1)
+    def choose(self, forest: Forest, advantages: Advantages, context: SelectionContext = START) -> Tensor:
+        chosen = self.inner.choose(forest, advantages, context) & advantages.valid.any(1)
         number, several = _numbered(forest, chosen)
         chosen = chosen & torch.isin(number, torch.tensor(self.numbers))
         if self.states is None:

@@ -64,8 +64,13 @@ class Policy(Protocol):
         """The states at the first σ, from unit noise."""
         ...
 
-    def velocity(self, x: Tensor, sigma: Tensor, conditions: Conditions, *, guidance_scale: float = 1.0) -> Tensor:
-        """v [n, *] fp32 at states x [n, *] with noise levels sigma [n], one condition row per state."""
+    def velocity(
+        self, x: Tensor, sigma: Tensor, conditions: Conditions, *, guidance_scale: float = 1.0,
+        detach_uncond: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """v [n, *] fp32 at states x [n, *] with noise levels sigma [n], one condition row per state.
+
+        detach_uncond: no gradient through the unconditional half of a guided velocity."""
         ...
 
     def decode(self, latents: Tensor, grad: bool = False) -> Tensor:

@@ -65,8 +65,8 @@ class PipelinePolicy:
         self, x: Tensor, sigma: Tensor, conditions: Conditions, *, guidance_scale: float = 1.0,
         detach_uncond: bool = False,
     ) -> Tensor:  # fmt: skip
-        """See Policy. `detach_uncond`: no gradient through the unconditional half (old flow_grpo); the guided velocity
-        is the same to rounding, its gradient guidance_scale · ∂v_c."""
+        """See Policy. With `detach_uncond` (old flow_grpo) the guided velocity is the same to rounding, its gradient is
+        guidance_scale · ∂v_c."""
         x = x.to(self.model.network.device, torch.float32)
         if guidance_scale == 1.0:
             return self.model.to_velocity(self._predict(x, sigma, conditions), x, sigma)

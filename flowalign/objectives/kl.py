@@ -7,23 +7,32 @@ from typing import Literal
 
 from torch import Tensor
 
-from samplers import Step
+from samplers import Kernel, Step
 
 
 @dataclass(frozen=True)
 class KLPenalty:
-    """beta · KL(policy ‖ reference) of the transition, in one of the forms of grpo_family §1.6.
+    """beta · KL(policy ‖ reference) of the transition; Δμ, Δv: differences to the reference, s: std, h: step size.
 
-    "exact_times_h" (Δμ²/2g², which forgets the step length) reproduces Flow-GRPO's betas (.04 GenEval and OCR, .01
-    PickScore); "exact" is the Gaussian KL; "velocity" and "mean_sq" are the bare squared differences. Reduced over
-    elements as the kernel's log-prob is."""
+    form: "exact" Δμ²/(2s²), the Gaussian KL, and what CPS code means by its β (TP-GRPO: 1e-4); "exact_times_h" h times
+    that, Flow-GRPO's (2505.05470; β .04 for GenEval and OCR, .01 for PickScore); "velocity" Δv² and "mean_sq" Δμ², without
+    a variance. Each [E], reduced over elements as the kernel's log-prob is."""
 
     beta: float = 0.0
     form: Literal["exact", "exact_times_h", "velocity", "mean_sq"] = "exact_times_h"
 
     def __post_init__(self) -> None:
         if self.beta < 0:
-            raise ValueError(f"kl.beta={self.beta}: expected 0 (off) or a positive weight")
+            raise ValueError(f"got kl.beta={self.beta}; expected 0 (off) or a positive weight")
+
+    def check(self, kernel: Kernel) -> None:
+        """ValueError for a form that is not what β means with this kernel."""
+        if self.beta and self.form == "exact_times_h" and kernel.constants == "none":
+            raise ValueError(
+                f"got trainer.kl.form=exact_times_h with rollout.kernel={kernel}; code with such log-probs (CPS) means the "
+                "exact KL by its β, of which this form is the step size's share, 4 to 27 % on SD3's ten steps: set "
+                "trainer.kl.form=exact, or mean_sq for Δμ² without a variance"
+            )
 
     def __call__(self, step: Step, reference: Step) -> Tensor:
         return step.kl(reference, form=self.form)

@@ -1,4 +1,4 @@
-"""Velocity targets: a supervised term beside the policy gradient, which draws velocities at some states to targets."""
+"""Velocity targets: a supervised term beside the policy gradient, which pulls velocities at some states towards targets."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Targets:
 
 @dataclass(frozen=True)
 class LayerTuning:
-    """Draws each state towards its tree's best path (Dynamic-TreeRPO 2509.23352, our reading; grpo_family §6.2).
+    """Pulls each state towards its tree's best path (Dynamic-TreeRPO 2509.23352, whose formula is not public: our reading).
 
     ℓ* is the tree's best leaf; a trained state n with fused reward R̄(n) gets weight clip((R* − R̄)/(R* − R_min + 1e-6),
     0, 1); states on the best path get no target.
@@ -48,9 +48,9 @@ class LayerTuning:
 
     def __post_init__(self) -> None:
         if self.target not in ("best_path_velocity", "best_leaf_fm"):
-            raise ValueError(f"target={self.target!r} came; expected 'best_path_velocity' or 'best_leaf_fm'")
+            raise ValueError(f"got target={self.target!r}; expected 'best_path_velocity' or 'best_leaf_fm'")
         if self.scale < 0 or (self.fade is not None and self.fade < 1):
-            raise ValueError(f"scale={self.scale}, fade={self.fade} came; expected scale >= 0 and fade >= 1 or None")
+            raise ValueError(f"got scale={self.scale}, fade={self.fade}; expected scale >= 0 and fade >= 1 or None")
 
     def check(self, path: Path) -> None:
         """ValueError unless the target's formula holds for a policy on `path`."""
@@ -74,7 +74,7 @@ class LayerTuning:
 
         States below which a leaf is invalid have none, nor have trees without a valid leaf."""
         tree = forest.tree
-        nodes, best, twin = [], [], []
+        nodes, best_leaf, best_state = [], [], []
         for root in tree.root[tree.edges].unique().tolist():
             own = ((tree.root[tree.leaves] == root) & valid).nonzero().flatten()
             if not len(own):
@@ -85,33 +85,36 @@ class LayerTuning:
                 other = path.get(int(tree.index[node]))
                 if other is not None and other != node:
                     nodes.append(node)
-                    best.append(leaf)
-                    twin.append(other)
-        states, ends, twins = (torch.tensor(column, dtype=torch.int64) for column in (nodes, best, twin))
+                    best_leaf.append(leaf)
+                    best_state.append(other)
+        states, ends, beside = (torch.tensor(column, dtype=torch.int64) for column in (nodes, best_leaf, best_state))
         if self.target == "best_leaf_fm":
             here = forest.at(states)
             velocity = (here - forest.at(ends)) / spread(forest.sigma(states).to(here), here)
         elif "old" in forest.velocities:
-            velocity = forest.velocities["old"].at(twins)
+            velocity = forest.velocities["old"].at(beside)
         else:
-            raise ValueError("LayerTuning(target='best_path_velocity') came for a forest without velocities['old']")
+            raise ValueError(
+                "got a forest without velocities['old'] for LayerTuning(target='best_path_velocity'); expected those of the "
+                "rollout: collect with keep_velocities=True"
+            )
         return Targets(states, velocity, self._weights(forest, states, scores, valid))
 
     def _weights(self, forest: Forest, states: Tensor, scores: Tensor, valid: Tensor) -> Tensor:
         """ω [S]; R̄ of a state is the mean of the leaves below the stochastic steps that leave it."""
         tree = forest.tree
-        known = torch.where(valid, scores.double(), 0.0)
+        rewards = torch.where(valid, scores.double(), 0.0)
         edge, leaf = tree.leaf_of_edge
         total, count, bad = (torch.zeros(len(tree), dtype=torch.float64) for _ in range(3))
-        for column, values in ((total, known[leaf]), (count, torch.ones_like(known[leaf])), (bad, ~valid[leaf])):
+        for column, values in ((total, rewards[leaf]), (count, torch.ones_like(rewards[leaf])), (bad, ~valid[leaf])):
             column.index_add_(0, tree.parent[tree.edges[edge]], values.double())
         root = tree.root[tree.leaves[valid]]
-        top = torch.full((tree.num_roots,), -torch.inf, dtype=torch.float64)
-        low = -top
-        top.scatter_reduce_(0, root, known[valid], "amax")
-        low.scatter_reduce_(0, root, known[valid], "amin")
+        best = torch.full((tree.num_roots,), -torch.inf, dtype=torch.float64)
+        worst = -best
+        best.scatter_reduce_(0, root, rewards[valid], "amax")
+        worst.scatter_reduce_(0, root, rewards[valid], "amin")
         own = tree.root[states]
-        gap = (top[own] - total[states] / count[states].clamp(min=1)) / (top[own] - low[own] + 1e-6)
+        gap = (best[own] - total[states] / count[states].clamp(min=1)) / (best[own] - worst[own] + 1e-6)
         return torch.where(bad[states] > 0, 0.0, gap.clamp(0, 1))
 
 

@@ -1,7 +1,8 @@
-"""Step weights: what an edge's loss is multiplied by (the table of grpo_family §1.5).
+"""Step weights: what an edge's loss is multiplied by.
 
-At ratio 1 the gradient of an edge is (velocity_coef/std)·z/D, whose size differs 26-fold over the steps of one grid; with
-constants "none" it is 2·std² times that. Scales named below are those of full constants."""
+At ratio 1 the gradient of an edge is (b/s)·z/D, with b = ∂μ/∂v (velocity_coef), s the std, z the step's unit noise and D
+elements. |b|/s differs 26-fold over the steps of SD3's grid (T = 10, Flow-SDE a = 0.7); with constants "none" the gradient
+is 2·s² times that. Scales named below are those of full constants."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ class StepWeight(Protocol):
         ...
 
     def weigh(self, step: Step, forest: Forest, edges: Tensor) -> Tensor:
-        """Weights [E] of the transitions in `step`, which arrived at `edges` [E]."""
+        """Weights [E], >= 0, of the transitions in `step`, which arrived at `edges` [E]."""
         ...
 
 
@@ -30,7 +31,7 @@ def on_any_path(weight: StepWeight, path: Path) -> None:
 
 @dataclass(frozen=True)
 class Uniform:
-    """1: gradient scale |b|/s (Flow-GRPO, DanceGRPO, MixGRPO)."""
+    """1: gradient scale |b|/s (Flow-GRPO 2505.05470, DanceGRPO 2505.07818, MixGRPO 2507.21802)."""
 
     check = on_any_path
 
@@ -55,7 +56,7 @@ class FlatGradient:
 
 @dataclass(frozen=True)
 class InverseLength:
-    """1/h (GRPO-Guard's weight, meant for its normalized ratio)."""
+    """1/h (GRPO-Guard's weight, 2510.22319, meant for its normalized ratio)."""
 
     check = on_any_path
 
@@ -65,7 +66,7 @@ class InverseLength:
 
 @dataclass(frozen=True)
 class StdOverMean:
-    """s / mean of s over all steps but the last (TempFlow-GRPO's noise-aware weight): gradient scale ∝ |b|."""
+    """s / mean of s over all steps but the last (TempFlow-GRPO's noise-aware weight, 2508.04324): gradient scale ∝ |b|."""
 
     check = on_any_path
 
@@ -78,7 +79,7 @@ class StdOverMean:
 
 @dataclass(frozen=True)
 class LongCat:
-    """√(σ/(1−σ))/√h (LongCat-Video's loss_reweighting, in GenRL): flat gradients with Flow-SDE, whatever its noise level.
+    """√(σ/(1−σ))/√h (LongCat-Video 2510.22200, loss_reweighting in GenRL): flat gradients with Flow-SDE, whatever its noise level.
 
     At the first step of the grid (index 0) its σ' stands for σ inside 1−σ, as in Flow-SDE. The KL's weight (its square) is not kept."""
 

@@ -40,9 +40,8 @@ class Objective(Protocol):
         """Whether `transitions.bounds` may take the place of its own."""
         ...
 
-    @property
-    def drift_limit(self) -> float:
-        """How far `log_ratio` may be from 0 with unchanged weights before the update would act on rounding."""
+    def drift_limit(self, transitions: Transitions) -> Tensor:
+        """[E] how far abs(log_ratio) may be from 0 with unchanged weights before the update would act on rounding."""
         ...
 
     def log_ratio(self, log_prob: Tensor, old_log_prob: Tensor, transitions: Transitions | None = None) -> Tensor:
@@ -64,11 +63,12 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class ClippedRatio:
-    """PPO's clipped surrogate, one term per advantage channel (grpo_family §2.4): max(−A r, −A clip(r, 1−lo, 1+hi)).
+    """PPO's clipped surrogate, one term per advantage channel: max(−A·r, −A·clip(r, 1−lo, 1+hi)) (1707.06347).
 
-    `clip_range` is one number or (below, above). It acts on the ratio of the kernel's own log-probs: 1e-4 is the
-    Flow-GRPO value for mean-reduced log-probs of about 65,536 elements; for D elements scale it by √(65,536/D). A term's
-    coefficient is a factor on its channel (Mixed.weights). `transitions.bounds` take the place of clip_range."""
+    r = exp(log_prob − old_log_prob) [E], A the advantages [E, C]. clip_range: one number or (lo, hi), > 0, of the ratio of
+    the kernel's own log-probs: 1e-4 is the Flow-GRPO value (2505.05470) for mean-reduced log-probs of about 65,536
+    elements; for D elements scale it by √(65,536/D). A term's coefficient is a factor on its channel (Mixed.weights).
+    `transitions.bounds` take the place of clip_range."""
 
     clip_range: float | tuple[float, float] = 1e-4
     has_clip_range = True
@@ -80,9 +80,8 @@ class ClippedRatio:
     def needs_old_means(self) -> bool:
         return False
 
-    @property
-    def drift_limit(self) -> float:
-        return min(_pair(self.clip_range))
+    def drift_limit(self, transitions: Transitions) -> Tensor:
+        return _narrowest(self.clip_range, transitions)
 
     def log_ratio(self, log_prob: Tensor, old_log_prob: Tensor, transitions: Transitions | None = None) -> Tensor:
         return log_prob - old_log_prob
@@ -100,14 +99,14 @@ class ClippedRatio:
 
 @dataclass(frozen=True)
 class Guard:
-    """GRPO-Guard: the clipped surrogate of a ratio without bias, ln r̂ = s·[ln r + Δμ²/(2s²)] = ⟨z·Δμ⟩ (grpo_family §2.8).
+    """GRPO-Guard (2510.22319): the clipped surrogate of a ratio without bias, ln r̂ = s·[ln r + ⟨Δμ²⟩/(2s²)] = ⟨z·Δμ⟩.
 
     z = (x' − μ_old)/s, Δμ = μ − μ_old, ⟨⟩ reduced like the kernel's log-prob; computed from the means, where fp32 keeps
-    what a difference of log-probs would lose. The ratio spreads alike at every step, so one small clip range serves all:
-    2e-6 (GenEval, OCR), 4e-6 (PickScore) for 65,536 elements.
-    `weight` of a step: "inv_h" 1/h (flat gradients with Flow-SDE), "beta_over_h" |b|/h² (the paper's for Dance-SDE, as
-    others read it; the gradient scale is then β²), "inv_b" 1/|b| (flat for every kernel), "none".
-    Needs the old means: the trainer evaluates the rollout's weights once more, unless the forest knows them."""
+    what a difference of log-probs would lose. The ratio has the same spread at every step, so one small clip range serves
+    all: 2e-6 (GenEval, OCR), 4e-6 (PickScore) for 65,536 elements.
+    weight of a step: "inv_h" 1/h (flat gradients with Flow-SDE), "beta_over_h" |b|/h² (Eq. 12 for Dance-SDE, as others
+    read it; the gradient scale is then (|b|/h)²), "inv_b" 1/|b| (flat for every kernel), "none".
+    Needs the old means: those of the velocities that the rollout kept."""
 
     clip_range: float | tuple[float, float] = 2e-6
     weight: Literal["none", "inv_h", "beta_over_h", "inv_b"] = "inv_h"
@@ -116,25 +115,24 @@ class Guard:
     def __post_init__(self) -> None:
         _check_clip(self.clip_range)
         if self.weight not in ("none", "inv_h", "beta_over_h", "inv_b"):
-            raise ValueError(f"weight={self.weight!r} came; expected 'none', 'inv_h', 'beta_over_h' or 'inv_b'")
+            raise ValueError(f"got weight={self.weight!r}; expected 'none', 'inv_h', 'beta_over_h' or 'inv_b'")
 
     @property
     def needs_old_means(self) -> bool:
         return True
 
-    @property
-    def drift_limit(self) -> float:
-        return min(_pair(self.clip_range))
+    def drift_limit(self, transitions: Transitions) -> Tensor:
+        return _narrowest(self.clip_range, transitions)
 
     def log_ratio(self, log_prob: Tensor, old_log_prob: Tensor, transitions: Transitions | None = None) -> Tensor:
-        here, old = _both(transitions)
+        here, old = _with_old(transitions)
         z = (here.arrived.to(old.policy.mean) - old.policy.mean) / spread(old.policy.std, old.policy.mean)
         return _reduce(here.step, z * (here.step.policy.mean - old.policy.mean))
 
     def loss(
         self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, transitions: Transitions | None = None
     ) -> Tensor:
-        here, _ = _both(transitions)
+        here, _ = _with_old(transitions)
         log_ratio = self.log_ratio(log_prob, old_log_prob, here)
         return self._weigh(here.step) * _surrogate(log_ratio, advantages, _bounds(self.clip_range, here))
 
@@ -152,25 +150,32 @@ class Guard:
 
 @dataclass(frozen=True)
 class KLMask:
-    """Flow-DPPO's trust region (2606.11025; grpo_family §2.9): −A·r unclipped, but 0 where the step has already moved by
-    `max_kl` or more from the rollout's weights and the loss would move it further (A > 0 and r > 1, or both mirrored).
+    """Flow-DPPO's trust region (2606.11025): −A·r unclipped, but 0 where the step has already moved by `max_kl` or more from
+    the rollout's weights and the loss would move it further (A > 0 and r > 1, or A < 0 and r < 1).
 
-    KL is exact, Δμ²/(2s²), reduced like the log-prob: 1e-5 is for means over elements. Needs the old means."""
+    KL is exact, ⟨Δμ²⟩/(2s²), reduced like the log-prob: 1e-5 is for means over elements. Needs the old means."""
 
     max_kl: float = 1e-5
     has_clip_range = False
 
     def __post_init__(self) -> None:
         if not self.max_kl > 0:
-            raise ValueError(f"max_kl={self.max_kl} came; expected a number above 0")
+            raise ValueError(f"got max_kl={self.max_kl}; expected a number above 0")
 
     @property
     def needs_old_means(self) -> bool:
         return True
 
-    @property
-    def drift_limit(self) -> float:
-        return self.max_kl
+    def drift_limit(self, transitions: Transitions) -> Tensor:
+        """The log ratio that a step of KL = max_kl hardly exceeds.
+
+        Rounding moves means at random, so ln r is normal with mean −KL and std √(2·KL/D) over D elements (D = 1 where
+        log-probs are sums): the limit is max_kl + 5·√(2·max_kl/D), which one step of KL = max_kl in two million exceeds.
+        Without constants a log-prob, hence its limit, is 2·std² times that."""
+        step = transitions.step.policy
+        elements = step.mean[0].numel() if step.reduce == "mean" and len(step.mean) else 1
+        limit = self.max_kl + 5 * (2 * self.max_kl / elements) ** 0.5
+        return limit * (torch.ones_like(step.std) if step.constants == "full" else 2 * step.std.square())
 
     def log_ratio(self, log_prob: Tensor, old_log_prob: Tensor, transitions: Transitions | None = None) -> Tensor:
         return log_prob - old_log_prob
@@ -188,7 +193,7 @@ class KLMask:
         return self._masked(ratio, advantages, transitions).any(1)
 
     def _masked(self, ratio: Tensor, advantages: Tensor, transitions: Transitions | None) -> Tensor:
-        here, old = _both(transitions)
+        here, old = _with_old(transitions)
         far = here.step.kl(old, form="exact").detach() >= self.max_kl
         away = ((advantages > 0) & (ratio > 1)) | ((advantages < 0) & (ratio < 1))
         return far[:, None] & away
@@ -199,10 +204,10 @@ def _surrogate(log_ratio: Tensor, advantages: Tensor, bounds: Tensor) -> Tensor:
 
     That is −A·min(r, 1+hi) for A > 0 and −A·max(r, 1−lo) for A < 0. The logarithms are compared: near 1, fp32 keeps the
     ratio to 1e-7 only, a twentieth of Guard's clip range."""
-    ratio = log_ratio[:, None].expand_as(advantages)
-    below, above = (-bounds[..., 0].clamp(max=1)).log1p().to(ratio), bounds[..., 1].log1p().to(ratio)
-    held = torch.where(advantages > 0, torch.minimum(ratio, above), torch.maximum(ratio, below))
-    return (-advantages * held.exp()).sum(1)
+    per_channel = log_ratio[:, None].expand_as(advantages)
+    below, above = (-bounds[..., 0].clamp(max=1)).log1p().to(per_channel), bounds[..., 1].log1p().to(per_channel)
+    clipped = torch.where(advantages > 0, torch.minimum(per_channel, above), torch.maximum(per_channel, below))
+    return (-advantages * clipped.exp()).sum(1)
 
 
 def _outside(log_ratio: Tensor, bounds: Tensor) -> Tensor:
@@ -216,19 +221,25 @@ def _bounds(clip_range: float | tuple[float, float], transitions: Transitions | 
     return torch.tensor(_pair(clip_range), dtype=torch.float64).reshape(1, 1, 2)
 
 
+def _narrowest(clip_range: float | tuple[float, float], transitions: Transitions) -> Tensor:
+    """[E] the smallest distance of any bound from ratio 1."""
+    return _bounds(clip_range, transitions).min().expand(len(transitions.arrived))
+
+
 def _pair(clip_range: float | tuple[float, float]) -> tuple[float, float]:
     return clip_range if isinstance(clip_range, tuple) else (clip_range, clip_range)
 
 
 def _check_clip(clip_range: float | tuple[float, float]) -> None:
     if min(_pair(clip_range)) <= 0:
-        raise ValueError(f"clip_range={clip_range}: expected numbers above 0; a large one switches clipping off")
+        raise ValueError(f"got clip_range={clip_range}; expected numbers above 0 (a large one switches clipping off)")
 
 
-def _both(transitions: Transitions | None) -> tuple[Transitions, Step]:
+def _with_old(transitions: Transitions | None) -> tuple[Transitions, Step]:
     if transitions is None or transitions.old is None:
         raise ValueError(
-            "this objective needs the step under the rollout's weights: pass Transitions(step, arrived, old)"
+            "got transitions without the step under the rollout's weights, which this objective needs: pass "
+            "Transitions(step, arrived, old)"
         )
     return transitions, transitions.old
 

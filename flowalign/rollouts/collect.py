@@ -5,23 +5,25 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
 from flowalign.data import PromptRecord
 from flowalign.models.base import Conditions, encode_singly
-from flowalign.rollouts.gather import gather_forest, gather_output, survivors
+from flowalign.rollouts.gather import gather_forest, gather_output, gather_tree
 from flowalign.rollouts.task import Rollout, Task
 from rewards import RewardBatch, RewardOutput, score
-from samplers import Forest, KeyedNoise, Tree, VelocityLookup, rollout, sampled
+from samplers import FlowSDE, Forest, KeyedNoise, Tree, VelocityLookup, rollout, sampled, unscored
 from samplers.noise import generator, visits
 
 
 @dataclass(frozen=True, eq=False)
 class ScoredRollout:
-    """A scored forest. `conditions` has one row per group; scores [L, C] and valid [L, C] follow `tree.leaves`."""
+    """A scored forest. conditions: one row per group. scores [L, C], valid [L, C]: of `tree.leaves`, probes among them.
+
+    uids: the prompt uid of each group."""
 
     forest: Forest
     conditions: Conditions
@@ -32,19 +34,31 @@ class ScoredRollout:
     metrics: dict[str, float]
     uids: tuple[int, ...] = ()
 
-    @property
+    @cached_property
     def images(self) -> int:
-        return len(self.scores)
+        """How many samples there are; the leaf of a probe is none."""
+        return int(sampled(self.forest.tree).sum())
 
 
 def grow(settings: Rollout, seed: int, iteration: int, groups: Iterable[int]) -> Tree:
-    """The topology of some groups of an iteration. A plan draws from a generator keyed by iteration and group, so it does
-    not matter which process rolls the group out."""
+    """The topology of some groups of an iteration. A plan draws from a generator keyed by iteration and group: the same
+    whichever process rolls the group out."""
     trees = []
     for group in groups:
         rng = generator(seed, "select", iteration, group if settings.draw == "group" else 0)
         trees.append(settings.plan.tree(settings.num_inference_steps, settings.group_size, iteration, rng))
     return Tree.cat(trees)
+
+
+def leaves_per_group(settings: Rollout) -> tuple[int, int]:
+    """(samples, probes) that one group ends in, counted on the first iteration's topology, after the plan's selection."""
+    tree, steps = grow(settings, 0, 0, [0]), settings.num_inference_steps
+    forest = rollout(
+        lambda x, sigma, root: x, torch.zeros(tree.num_roots, 1), torch.linspace(1, 0, steps + 1), tree, FlowSDE(),
+        lambda tree, nodes: torch.zeros(len(nodes), 1), select=settings.plan.select(unscored),
+    )  # fmt: skip
+    samples = int(sampled(forest.tree).sum())
+    return samples, len(forest.tree.leaves) - samples
 
 
 @torch.no_grad()
@@ -55,7 +69,7 @@ def collect(
     """Rolls out `prompts` (one group each), decodes every leaf and scores it.
 
     keep_velocities: the forest keeps the rollout's own velocities, as the role "old". roll: another engine with the
-    arguments of `rollout`. Each process does whole groups, its share; what comes back is the batch of all."""
+    arguments of `rollout`. Each process rolls out whole groups, its share; what is returned is the batch of all."""
     processes, rows_before = task.processes, task.policy.evaluations
     share = processes.share(len(prompts))
     conditions = encode_singly(task.policy, [record.prompt for record in prompts])
@@ -69,11 +83,14 @@ def collect(
     rows = processes.total(task.policy.evaluations - rows_before)
     if processes.count > 1:
         planned = grow(task.rollout, task.seed, iteration, range(len(prompts)))
-        whole = survivors(processes, planned, forest.tree)
-        forest, output = gather_forest(processes, whole, forest), gather_output(processes, whole, output)
+        tree = gather_tree(processes, planned, forest.tree)
+        forest, output = gather_forest(processes, tree, forest), gather_output(processes, tree, output)
+    sample = sampled(forest.tree)
+    images, probes = int(sample.sum()), int((~sample).sum())
     metrics = {
-        **_reward_metrics(task.reward.name, output, sampled(forest.tree)),
-        "cost/rollout_per_image": rows / len(output.scores),
+        **_reward_metrics(task.reward.name, output, sample),
+        "cost/rollout_per_image": rows / images,
+        **({"cost/probes_per_image": probes / images} if probes else {}),
         "time/rollout": rolled - began,
         "time/decode": decoding,
         "time/reward": output.elapsed,
@@ -95,7 +112,7 @@ def _roll_out(
     task: Task, prompts: Sequence[PromptRecord], conditions: Conditions, iteration: int, share: range,
     roll: Callable[..., Forest],
 ) -> Forest:  # fmt: skip
-    """The forest of this process's groups. A `Selected` plan goes on with the states whose previews score highest."""
+    """The forest of this process's groups. A plan that selects continues the states whose previews score highest."""
     settings, policy = task.rollout, task.policy
     tree = grow(settings, task.seed, iteration, share)
     shape = policy.latent_shape(task.height, task.width)
@@ -109,7 +126,9 @@ def _roll_out(
 
     def velocity(x: Tensor, sigma: Tensor, root: Tensor) -> Tensor:
         rows = conditions.rows(group_of_root[root])
-        return policy.velocity(x, sigma, rows, guidance_scale=settings.guidance_scale)
+        return policy.velocity(
+            x, sigma, rows, guidance_scale=settings.guidance_scale, detach_uncond=settings.detach_uncond
+        )
 
     def preview(tree: Tree, nodes: Tensor, x: Tensor, velocities: VelocityLookup) -> Tensor:
         """The reward of the predicted x̂0; a state that cannot be scored comes last."""
@@ -144,7 +163,7 @@ def _judge(task: Task, prompts: Sequence[PromptRecord], owner: Tensor, latents: 
 
 
 def _reward_metrics(name: str, output: RewardOutput, sample: Tensor) -> dict[str, float]:
-    """Of the leaves `sample` [L] that end a sample: probes of noisier states would pull the curve down."""
+    """Of the leaves `sample` [L] that end a sample: probes of noisier states would lower the mean. `invalid` is of all."""
 
     def mean(values: Tensor) -> float:
         values = values[sample]

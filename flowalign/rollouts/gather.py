@@ -10,12 +10,12 @@ from rewards import RewardOutput
 from samplers import Forest, Tree
 
 
-def survivors(processes: Processes, tree: Tree, mine: Tree) -> Tree:
-    """What all processes left of `tree`; `mine` is what this one left of its share."""
+def gather_tree(processes: Processes, tree: Tree, mine: Tree) -> Tree:
+    """The nodes of `tree`, the plan of all groups, that selection kept on any process; `mine`: those of this one's share."""
     begin = processes.share(tree.num_groups).start
-    left = processes.gather(torch.stack([mine.group + begin, mine.local], 1))
+    kept = processes.gather(torch.stack([mine.group + begin, mine.local], 1))
     span = int(tree.local.max()) + 1
-    stays = torch.isin(tree.group * span + tree.local, left[:, 0] * span + left[:, 1])
+    stays = torch.isin(tree.group * span + tree.local, kept[:, 0] * span + kept[:, 1])
     return tree if bool(stays.all()) else tree.keep(stays)
 
 
@@ -30,14 +30,14 @@ def gather_forest(processes: Processes, tree: Tree, forest: Forest) -> Forest:
     states = forest.states.new_empty((int(kept.sum()), *forest.states.shape[1:]))
     states[row[nodes[kept[nodes]]]] = processes.gather(forest.states)
     evaluations = round(processes.total(forest.evaluations))
-    whole = Forest(tree, forest.sigmas, forest.kernel, states, row, log_prob, evaluations)
-    for role, said in sorted(forest.velocities.items()):
-        known = torch.zeros(len(tree), dtype=torch.bool)
-        known[nodes] = processes.gather(said.row >= 0)
-        values = processes.gather(said.values)
-        order = nodes[known[nodes]].argsort()
-        whole = whole.with_velocities(role, known.nonzero().flatten(), values[order.to(values.device)])
-    return whole
+    gathered = Forest(tree, forest.sigmas, forest.kernel, states, row, log_prob, evaluations)
+    for role, velocities in sorted(forest.velocities.items()):
+        evaluated = torch.zeros(len(tree), dtype=torch.bool)
+        evaluated[nodes] = processes.gather(velocities.row >= 0)
+        values = processes.gather(velocities.values)
+        order = nodes[evaluated[nodes]].argsort()
+        gathered = gathered.with_velocities(role, evaluated.nonzero().flatten(), values[order.to(values.device)])
+    return gathered
 
 
 def gather_output(processes: Processes, tree: Tree, output: RewardOutput) -> RewardOutput:
@@ -46,14 +46,14 @@ def gather_output(processes: Processes, tree: Tree, output: RewardOutput) -> Rew
     order = torch.searchsorted(tree.leaves, nodes[tree.index[nodes] == tree.num_steps])
 
     def gathered(values: Tensor) -> Tensor:
-        whole = processes.gather(values)
-        return whole.new_empty(whole.shape).index_copy(0, order.to(whole.device), whole)
+        by_process = processes.gather(values)
+        return by_process.new_empty(by_process.shape).index_copy(0, order.to(by_process.device), by_process)
 
     components = {name: gathered(values) for name, values in sorted(output.components.items())}
     return RewardOutput(gathered(output.scores), gathered(output.valid), components, elapsed=output.elapsed)
 
 
 def _by_process(processes: Processes, tree: Tree) -> Tensor:
-    """[N] the nodes of the first process's groups, then the second's, …"""
+    """[N] the nodes of `tree`: those of the first process's groups, then the second's, and so on."""
     shares = processes.shares(tree.num_groups)
     return torch.cat([((tree.group >= s.start) & (tree.group < s.stop)).nonzero().flatten() for s in shares])

@@ -15,10 +15,12 @@ from samplers import Kernel, Plan
 class Rollout:
     """One iteration's rollout: `groups` prompts, `group_size` images each, whatever the number of processes.
 
-    guidance_scale 1 is no guidance (one evaluation per state; above 1 two). A guided update inside a window of few steps
-    is refused unless `allow_cfg_update`: peers report collapse with it. `draw`: whether a random plan draws once per
-    group or once per iteration (never inside a group). `branch_scale`: correlated noise of siblings (BranchGRPO's s, 4
-    there), see KeyedNoise; None makes it independent. `micro_batch`: rows per network call."""
+    guidance_scale: 1 is no guidance (one evaluation per state; above 1 two). detach_uncond: the update sends no gradient
+    through the unconditional half (flow_grpo's released code), so the gradient is guidance_scale · ∂v_c; the rollout then
+    calls the network as the update does. allow_cfg_update: a guided update inside a window of few steps is refused
+    without it, since peers report collapse. draw: whether a random plan draws once per group or once per iteration (never
+    inside a group). branch_scale: correlated noise of siblings (BranchGRPO's s, 4 there), see KeyedNoise; None makes it
+    independent. micro_batch: states per network call."""
 
     plan: Plan
     kernel: Kernel
@@ -30,6 +32,7 @@ class Rollout:
     branch_scale: float | None = None
     micro_batch: int = 64
     allow_cfg_update: bool = False
+    detach_uncond: bool = False
 
 
 @dataclass(frozen=True, eq=False)

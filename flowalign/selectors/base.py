@@ -14,10 +14,10 @@ from samplers import Forest
 
 @dataclass(frozen=True)
 class SelectionContext:
-    """When a selection is made: what selectors that draw or move with time depend on, and nothing else.
+    """What a selector that draws at random or moves with the iteration depends on, and nothing else.
 
-    uids: the prompt uid of each group, so that a draw does not depend on which process holds the prompt; () stands for
-    the groups' numbers."""
+    seed: of the run. iteration: of the loop. uids: the prompt uid of each group, so that a draw does not depend on which
+    process holds the prompt; () stands for the groups' numbers."""
 
     seed: int = 0
     iteration: int = 0

@@ -37,7 +37,7 @@ class All:
 
     def __post_init__(self) -> None:
         if not self.parts:
-            raise ValueError("All.parts is empty; expected at least one selector")
+            raise ValueError("got no All.parts; expected at least one selector")
 
     def choose(self, forest: Forest, advantages: Advantages, context: SelectionContext = START) -> Tensor:
         return torch.stack([part.choose(forest, advantages, context) for part in self.parts]).all(0)

@@ -1,4 +1,4 @@
-"""Pruning of trees (BranchGRPO 2509.06040; grpo_family §5.4): it only removes edges from the update, all leaves are scored."""
+"""Pruning of trees (BranchGRPO, 2509.06040, width and depth pruning): it only removes edges from the update, all leaves are scored."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class ParentTop1:
         score = _scores(advantages)
         losers = torch.zeros(len(score), dtype=torch.bool)
         for parent in tree.parent[tree.edges[split]].unique().tolist():
-            twigs = (tree.parent[tree.edges] == parent).nonzero().flatten()
-            losers[twigs] = True
-            losers[twigs[score[twigs].argmax()]] = False
+            siblings = (tree.parent[tree.edges] == parent).nonzero().flatten()
+            losers[siblings] = True
+            losers[siblings[score[siblings].argmax()]] = False
         return ~torch.isin(line.last, line.last[losers & split]) | ~_below(line, split)
 
 
@@ -40,7 +40,7 @@ class ExtremeB:
 
     def __post_init__(self) -> None:
         if self.b < 1:
-            raise ValueError(f"select.b={self.b} came; expected at least 1")
+            raise ValueError(f"got select.b={self.b}; expected at least 1")
 
     def choose(self, forest: Forest, advantages: Advantages, context: SelectionContext = START) -> Tensor:
         tree, line = forest.tree, lines(forest.tree)
@@ -61,18 +61,18 @@ class ExtremeB:
 class DepthWindow:
     """Leaves out the steps of a window of `size` grid steps, which moves by one towards `stop` every `every` iterations.
 
-    It covers first..first+size−1, `first` going from `start` to `stop` and staying there. Smaller is shallower (noisier):
-    the authors' script goes from 15 to 9, one reading of the paper goes the other way, so the two ends say the sign.
-    size: 4 in the script; the paper's own cost table fits 5."""
+    It covers first..first+size−1, `first` going from `start` to `stop` and staying there. Smaller is shallower (noisier).
+    The authors' script names states, from depth 15 to 9 of 20; step i arrives at depth i + 1, hence 14 and 8. One reading
+    of the paper goes the other way, so the two ends say the sign. size: 4 in the script; the paper's cost table fits 5."""
 
     size: int = 4
-    start: int = 15
-    stop: int = 9
+    start: int = 14
+    stop: int = 8
     every: int = 30
 
     def __post_init__(self) -> None:
         if self.size < 1 or self.every < 1 or min(self.start, self.stop) < 0:
-            raise ValueError(f"{self} came; expected size and every at least 1, start and stop at least 0")
+            raise ValueError(f"got {self}; expected size and every at least 1, start and stop at least 0")
 
     def first(self, iteration: int) -> int:
         """The first step that is left out in this iteration."""
@@ -97,9 +97,9 @@ def _last_split(forest: Forest, line: Lines) -> Tensor:
     several = parent.bincount(minlength=len(tree))[parent] > 1
     above_split = torch.zeros(len(parent), dtype=torch.bool)
     for step in tree.generation[tree.edges].argsort(descending=True).tolist():
-        up = int(line.above[step])
-        if up >= 0 and bool(several[step] | above_split[step]):
-            above_split[up] = True
+        before = int(line.above[step])
+        if before >= 0 and bool(several[step] | above_split[step]):
+            above_split[before] = True
     return several & ~above_split
 
 
@@ -107,6 +107,6 @@ def _below(line: Lines, split: Tensor) -> Tensor:
     """[E] the steps that come after one of `split`."""
     after = torch.zeros_like(split)
     for step in range(len(split)):  # edges are sorted by generation: what comes before stands before
-        up = int(line.above[step])
-        after[step] = up >= 0 and bool(split[up] | after[up])
+        before = int(line.above[step])
+        after[step] = before >= 0 and bool(split[before] | after[before])
     return after

@@ -18,21 +18,21 @@ from samplers.noise import visits
 class Fraction:
     """A random share of each sample's steps, ⌊share · steps⌋ of them, drawn anew for every sample and iteration.
 
-    DanceGRPO's timestep_fraction (0.6: 9 of 15). A draw is a function of (seed, iteration, prompt uid, the sample's last
+    DanceGRPO's timestep_fraction (2505.07818; 0.6: 9 of 15). A draw is a function of (seed, iteration, prompt uid, the sample's last
     step). A sample is a line of stochastic steps (flowalign.credit.base.lines); a line of one step loses it."""
 
     share: float = 0.6
 
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
-            raise ValueError(f"select.share={self.share} came; expected a number inside (0, 1]")
+            raise ValueError(f"got select.share={self.share}; expected a number inside (0, 1]")
 
     def choose(self, forest: Forest, advantages: Advantages, context: SelectionContext = START) -> Tensor:
         tree = forest.tree
         last = lines(tree).last
         uids = context.uids or range(tree.num_groups)
         if len(uids) != tree.num_groups:
-            raise ValueError(f"{len(uids)} uids came for {tree.num_groups} groups; expected one per group")
+            raise ValueError(f"got {len(uids)} uids for {tree.num_groups} groups; expected one per group")
         names = list(zip(uids, visits(uids), strict=True))
         chosen = torch.zeros(len(tree.edges), dtype=torch.bool)
         for end in last.unique().tolist():
@@ -46,23 +46,23 @@ class Fraction:
 
 @dataclass(frozen=True)
 class BestOfN:
-    """The `keep`/2 best and `keep`/2 worst samples of each group, by the mean advantage of their steps (DanceGRPO).
+    """The `keep`/2 best and `keep`/2 worst samples of each group, by the mean advantage of their steps (DanceGRPO, 2505.07818).
 
     Advantages were taken over the whole group and are not taken again. A sample is a line of stochastic steps; one
-    without a valid step is no candidate. A group of `keep` candidates or fewer stays whole."""
+    without a valid step is no candidate. In a group of at most `keep` candidates all are chosen."""
 
     keep: int = 8
 
     def __post_init__(self) -> None:
         if self.keep < 2 or self.keep % 2:
-            raise ValueError(f"select.keep={self.keep} came; expected an even number, half best and half worst")
+            raise ValueError(f"got select.keep={self.keep}; expected an even number, half best and half worst")
 
     def choose(self, forest: Forest, advantages: Advantages, context: SelectionContext = START) -> Tensor:
         tree = forest.tree
-        last, known = lines(tree).last, advantages.valid.any(1)
+        last, usable = lines(tree).last, advantages.valid.any(1)
         total, count = (torch.zeros(len(last), dtype=torch.float64) for _ in range(2))
-        total.index_add_(0, last[known], advantages.values[known].double().sum(1))
-        count.index_add_(0, last[known], torch.ones(int(known.sum()), dtype=torch.float64))
+        total.index_add_(0, last[usable], advantages.values[usable].double().sum(1))
+        count.index_add_(0, last[usable], torch.ones(int(usable.sum()), dtype=torch.float64))
         chosen = torch.zeros(len(last), dtype=torch.bool)
         for group in range(tree.num_groups):
             ends = ((count > 0) & (tree.group[tree.edges] == group)).nonzero().flatten()

@@ -18,9 +18,9 @@ from samplers import Path
 
 @dataclass(frozen=True)
 class AdamWConfig:
-    """AdamW and its schedule; defaults of flow_grpo for SD3.5 with LoRA (grpo_family §2.11).
+    """AdamW and its schedule; defaults of flow_grpo (2505.05470) for SD3.5 with LoRA.
 
-    lr rises linearly over `warmup` optimizer steps, then stays. Gradients are clipped to norm `max_grad_norm`."""
+    lr rises linearly over `warmup` updates, then stays. Gradients are clipped to norm `max_grad_norm`."""
 
     lr: float = 3e-4
     betas: tuple[float, float] = (0.9, 0.999)
@@ -31,9 +31,9 @@ class AdamWConfig:
 
     def __post_init__(self) -> None:
         if not (self.lr > 0 and math.isfinite(self.lr)) or self.max_grad_norm <= 0 or self.warmup < 0:
-            raise ValueError(f"{self} came; expected lr > 0, max_grad_norm > 0 and warmup >= 0")
+            raise ValueError(f"got {self}; expected lr > 0, max_grad_norm > 0 and warmup >= 0")
         if not all(0 <= beta < 1 for beta in self.betas) or self.weight_decay < 0 or self.eps < 0:
-            raise ValueError(f"{self} came; expected 0 <= betas < 1, weight_decay >= 0 and eps >= 0")
+            raise ValueError(f"got {self}; expected 0 <= betas < 1, weight_decay >= 0 and eps >= 0")
 
     def build(self, parameters: Iterable[Parameter]) -> torch.optim.AdamW:
         # foreach=False: one code path on every device, and the same order of operations after a resume
@@ -41,9 +41,9 @@ class AdamWConfig:
             parameters, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay, foreach=False
         )
 
-    def lr_at(self, step: int) -> float:
-        """The learning rate of optimizer step `step` (0 is the first)."""
-        return self.lr * min(1.0, (step + 1) / (self.warmup + 1))
+    def lr_at(self, update: int) -> float:
+        """The learning rate of update number `update` (0 is the first)."""
+        return self.lr * min(1.0, (update + 1) / (self.warmup + 1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,9 +51,12 @@ class Update:
     """One optimizer step.
 
     micro_batches: each, when called, returns its part of the loss: the parts of all micro-batches and processes add up to
-    the loss of the step, so they are already divided by the global count. All processes have equally many, and call the
+    the loss of the update, so they are already divided by the global count. All processes have equally many, and call the
     network equally often in each. after: called once the step is taken; returns metrics. role: whose weights are stepped,
-    see Policy.parameters_of."""
+    see Policy.parameters_of.
+
+    Whoever runs the backward runs it inside `policy.role(role)`: with activation checkpointing it computes the forward
+    again, and under another role's weights the gradient would be wrong without a word."""
 
     optimizer: torch.optim.Optimizer
     max_grad_norm: float
@@ -86,7 +89,8 @@ class Trainer(Protocol):
         ...
 
     def collect(self, prompts: Sequence[PromptRecord], iteration: int) -> Any:
-        """Rolls out and scores; whatever it returns is passed to `updates`. Has `metrics: dict[str, float]`."""
+        """Rolls out and scores; what it returns is passed to `updates`. Has `metrics: dict[str, float]` and `images: int`,
+        samples without probes."""
         ...
 
     def updates(self, batch: Any) -> Iterable[Update]: ...

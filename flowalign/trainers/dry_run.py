@@ -1,14 +1,15 @@
-"""The parts of a policy gradient tried on random scores: what cannot work together shows before a model is loaded."""
+"""The dry run: credit, advantage and selection on random scores, which refuses what cannot work before a model is loaded."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from flowalign.rollouts.collect import grow
 from flowalign.rollouts.task import Rollout
 from flowalign.selectors import SelectionContext
 from flowalign.trainers.signal import Signal
-from samplers import Forest, Path, generator
+from samplers import Forest, Path, generator, sampled
 
 ITERATIONS = 8  # where windows and selections move, one iteration may have nothing to train
 
@@ -16,7 +17,7 @@ ITERATIONS = 8  # where windows and selections move, one iteration may have noth
 def dry_run(signal: Signal, rollout: Rollout, reward: str, path: Path) -> None:
     """ValueError if credit, advantage or selection does not fit the plan, or if they would never train a step of it.
 
-    path: the policy's. Two groups at most, no network. Where a plan selects, all its states stand for those that stay."""
+    path: the policy's. At most two groups, no network. Where a plan selects, the dry run takes all its states."""
     reason = ""
     for iteration in range(ITERATIONS):
         forest = _forest(rollout, iteration)
@@ -24,6 +25,7 @@ def dry_run(signal: Signal, rollout: Rollout, reward: str, path: Path) -> None:
             _check_last_step(forest)
         reason = _untrained(signal, forest, iteration, reward)
         if not reason:
+            _check_probes(signal, forest, reward)
             return
     raise ValueError(f"nothing would be trained: {reason}")
 
@@ -33,8 +35,8 @@ def _forest(rollout: Rollout, iteration: int) -> Forest:
     steps, tree = rollout.num_inference_steps, grow(rollout, 0, iteration, range(min(2, rollout.groups)))
     if bool(tree.source.any()):
         raise ValueError(
-            "rollout.plan leaves samples to a hinted student or to a teacher, but this trainer rolls all of them out with "
-            "the policy: set hinted=0 and teacher=0, or take the plan inside Sourced"
+            "got a rollout.plan (Sourced) with samples of a hinted student or of a teacher, but this trainer rolls all of "
+            "them out with the policy, so they would be its own: take the plan inside Sourced, or set hinted=0, teacher=0"
         )
     level = tree.level[tree.edges].unique()
     half = torch.full_like(level, 0.5)
@@ -53,28 +55,50 @@ def _check_last_step(forest: Forest) -> None:
     std = forest.kernel.coefficients(torch.full_like(level, 0.5), torch.zeros_like(level), level).std
     if bool((std == 0).any()):
         raise ValueError(
-            f"rollout.plan trains the last step, in which rollout.kernel={forest.kernel} draws no noise, so that it has no "
+            f"got a rollout.plan that trains the last step, in which rollout.kernel={forest.kernel} draws no noise, so that it has no "
             "log-prob: leave it deterministic (train_last=false, high below num_inference_steps), or take FlowSDE"
         )
 
 
+def _check_probes(signal: Signal, forest: Forest, reward: str) -> None:
+    """ValueError if the plan has probes and the credit is the same whatever they score."""
+    tree, sample = forest.tree, sampled(forest.tree)
+    if bool(sample.all()):
+        return
+    scores, others = (_random_scores(forest, name) for name in ("samples", "probes"))
+    valid = torch.ones_like(scores, dtype=torch.bool)
+    plain, changed = (
+        signal.credit.assign(forest, given, valid, (reward,)).values
+        for given in (scores, torch.where(sample[:, None], scores, others))
+    )
+    if torch.equal(plain, changed):
+        probes = int((~sample).sum()) // tree.num_groups
+        raise ValueError(
+            f"got a rollout.plan with probes, {probes} of each prompt to decode and score, and signal.credit={signal.credit}, "
+            "which reads none of them: take a credit that does (Gain, TurningPoint), or the plan without samplers.Probed"
+        )
+
+
+def _random_scores(forest: Forest, *key: str | int) -> Tensor:
+    """[L, 1] in [0, 1)."""
+    return torch.from_numpy(generator(0, "data", "dry_run", *key).random((len(forest.tree.leaves), 1)))
+
+
 def _untrained(signal: Signal, forest: Forest, iteration: int, reward: str) -> str:
     """Why no step of the forest is trained; "" if one is."""
-    rng = generator(0, "data", "rehearsal", iteration)
-    scores = torch.from_numpy(rng.random((len(forest.tree.leaves), 1)))
-    found = signal.edges(
-        forest, scores, torch.ones_like(scores, dtype=torch.bool), (reward,), SelectionContext(0, iteration)
-    )
-    if not bool(found.credit.valid.any()):
+    scores = _random_scores(forest, iteration)
+    valid = torch.ones_like(scores, dtype=torch.bool)
+    edges = signal.edges(forest, scores, valid, (reward,), SelectionContext(0, iteration))
+    if not bool(edges.credit.valid.any()):
         return (
             f"signal.credit={signal.credit} finds the scores it needs at no step of rollout.plan; take samplers.Probed "
             "around the plan, or a credit that needs leaves only (Broadcast, SubtreeFusion)"
         )
-    if not bool(found.advantages.valid.any()):
+    if not bool(edges.advantages.valid.any()):
         return (
             f"signal.advantage={signal.advantage} compares the steps of one set, and no set of rollout.plan has two; "
             "take a wider set (within=prompt), or a plan whose samples share their start"
         )
-    if not bool(found.chosen.any()):
+    if not bool(edges.chosen.any()):
         return f"signal.select={signal.select} leaves out every step of rollout.plan; take AllEdges, or select less"
     return ""

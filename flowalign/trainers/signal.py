@@ -14,8 +14,8 @@ from samplers import Forest
 
 @dataclass(frozen=True, eq=False)
 class EdgeSignal:
-    """What a signal found at the edges of a forest, rows in the order of `forest.tree.edges`: their credit, their
-    advantages, and which of them are trained, chosen [E] bool."""
+    """Credit and advantages of the edges of a forest, rows in the order of `forest.tree.edges`; chosen [E] bool: the edges
+    that are trained."""
 
     credit: EdgeValues
     advantages: Advantages
@@ -24,7 +24,8 @@ class EdgeSignal:
 
 @dataclass(frozen=True)
 class Signal:
-    """credit: scores of leaves to values of edges. advantage: those values to advantages. select: which edges train."""
+    """credit: from scores of leaves to values of edges. advantage: from those values to advantages. select: which edges are
+    trained."""
 
     credit: Credit
     advantage: Advantage

@@ -37,7 +37,7 @@ from flowalign.diagnostics.doctor.update import (
 )
 from flowalign.diagnostics.measure import gradients, now, watched
 from flowalign.models import Policy
-from flowalign.rollouts.collect import ScoredRollout
+from flowalign.rollouts.collect import ScoredRollout, leaves_per_group
 from flowalign.rollouts.task import Task
 from rewards import FunctionReward
 
@@ -55,8 +55,9 @@ def diagnose(path: str, overrides: Sequence[str] = ()) -> Iterator[Finding]:
         configs.append(load_config(path, overrides)[0])
         rollout = configs[0].rollout
         distinct_prompts(configs[0], prompts_of(configs[0]))
-        leaves = rollout.plan.forecast(rollout.num_inference_steps, rollout.group_size).leaves
-        images = f"{rollout.groups} prompts × {leaves} images × {rollout.num_inference_steps} steps"
+        images = (
+            f"{rollout.groups} prompts × {leaves_per_group(rollout)[0]} images × {rollout.num_inference_steps} steps"
+        )
         return Finding("configuration", True, f"{path}: {images}")
 
     def load() -> Finding:

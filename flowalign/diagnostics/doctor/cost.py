@@ -112,10 +112,12 @@ def _memory(device: torch.device) -> float:
 
 
 def check_time(config: TrainConfig, task: Task, batch: ScoredRollout, update: float, reward: float) -> Finding:
-    """Seconds of one iteration, scaled from the doctor's few prompts; `update` and `reward`: seconds per image."""
+    """Seconds of one iteration, scaled from the doctor's few prompts; `update`: seconds per image,
+    `reward`: per scored picture."""
     images = config.rollout.groups * batch.images / task.rollout.groups
     rollout = (batch.metrics["time/rollout"] + batch.metrics["time/decode"]) / batch.images
-    parts = {"rollout": images * rollout, "reward": images * reward, "update": images * update}
+    scored = images * len(batch.scores) / batch.images  # probes too
+    parts = {"rollout": images * rollout, "reward": scored * reward, "update": images * update}
     whole = sum(parts.values())
     figure = f"about {whole:.1f} s per iteration (" + ", ".join(f"{k} {v:.1f}" for k, v in parts.items()) + ")"
     return Finding("time", True, f"{figure}, {whole * config.run.iterations / 60:.1f} min for {config.run.iterations}")

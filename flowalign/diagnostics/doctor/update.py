@@ -32,8 +32,10 @@ def check_dtypes(task: Task, batch: ScoredRollout) -> Finding:
 
 
 @torch.no_grad()
-def log_ratios(task: Task, trainer: PolicyGradient, batch: ScoredRollout, edges: Tensor, rows: int) -> Tensor:
-    """ln ratio [E] of an unchanged policy, as the objective has it, from network calls of `rows` states."""
+def log_ratios(
+    task: Task, trainer: PolicyGradient, batch: ScoredRollout, edges: Tensor, rows: int
+) -> tuple[Tensor, Tensor]:
+    """ln ratio [E] of an unchanged policy, as the objective has it, from network calls of `rows` states; its limits [E]."""
     forest, tree = batch.forest, batch.forest.tree
     parents, position = tree.distinct_parents(edges)
 
@@ -41,7 +43,7 @@ def log_ratios(task: Task, trainer: PolicyGradient, batch: ScoredRollout, edges:
         parts = [
             task.policy.velocity(
                 forest.at(nodes), forest.sigma(nodes), batch.conditions.rows(tree.group[nodes]),
-                guidance_scale=task.rollout.guidance_scale,
+                guidance_scale=task.rollout.guidance_scale, detach_uncond=task.rollout.detach_uncond,
             )
             for nodes in parents.split(size)
         ]  # fmt: skip
@@ -49,7 +51,9 @@ def log_ratios(task: Task, trainer: PolicyGradient, batch: ScoredRollout, edges:
 
     step, arrived = forest.edge_steps(edges, replayed(rows), position), forest.at(edges)
     old = forest.role_steps("old", edges) if trainer.objective.needs_old_means else None
-    return trainer.objective.log_ratio(step.log_prob(arrived), forest.log_prob[edges], Transitions(step, arrived, old))
+    transitions = Transitions(step, arrived, old)
+    log_ratio = trainer.objective.log_ratio(step.log_prob(arrived), forest.log_prob[edges], transitions)
+    return log_ratio, trainer.objective.drift_limit(transitions).to(log_ratio)
 
 
 def check_replay(task: Task, settings: PolicySettings, trainer: Trainer, batch: ScoredRollout) -> Finding:
@@ -58,15 +62,19 @@ def check_replay(task: Task, settings: PolicySettings, trainer: Trainer, batch: 
     if gradient is None:
         return Finding("replay", True, NO_REPLAY)
     edges = batch.forest.tree.edges
-    drift = log_ratios(task, gradient, batch, edges, gradient.micro_batch).abs()
+    drift, limits = log_ratios(task, gradient, batch, edges, gradient.micro_batch)
+    drift = drift.abs()
     elements = 1 if task.rollout.kernel.reduce == "mean" else batch.forest.states[0].numel()
     plain = settings.dtype == "fp32" and not torch.cuda.is_available()
-    limit = 1e-6 * elements if plain else gradient.objective.drift_limit
-    ok = float(drift.max()) <= limit
+    if plain:
+        limits = torch.full_like(drift, 1e-6 * elements)
+    ok = bool((drift <= limits).all())
     advice = (
         "stored log-probs do not repeat: rollout and update must have the same guidance_scale, mode (eval) and dtypes"
     )
-    return Finding("replay", ok, f"{_by_step(batch, edges, drift)} (allowed {limit:.0e})", "" if ok else advice)
+    return Finding(
+        "replay", ok, f"{_by_step(batch, edges, drift)} (allowed {float(limits.min()):.0e})", "" if ok else advice
+    )
 
 
 def check_floor(task: Task, trainer: Trainer, batch: ScoredRollout) -> Finding:
@@ -77,11 +85,15 @@ def check_floor(task: Task, trainer: Trainer, batch: ScoredRollout) -> Finding:
     tree = batch.forest.tree
     step = tree.index[tree.parent[tree.edges]]
     few = torch.cat([tree.edges[step == at][:8] for at in step.unique()])
-    floor = log_ratios(task, gradient, batch, few, 1).abs()
-    clip = gradient.objective.drift_limit if gradient.dynamic_clip is None else gradient.dynamic_clip.low
+    floor, clip = log_ratios(task, gradient, batch, few, 1)
+    floor = floor.abs()
+    if gradient.dynamic_clip is not None:
+        clip = torch.full_like(floor, gradient.dynamic_clip.low)
     clipped = float((floor > clip).double().mean())
-    figure = f"{_by_step(batch, few, floor)}; clip range {clip:.1e}, {clipped:.0%} of unchanged steps outside"
-    ok = float(floor.max()) <= clip
+    figure = (
+        f"{_by_step(batch, few, floor)}; clip range {float(clip.min()):.1e}, {clipped:.0%} of unchanged steps outside"
+    )
+    ok = bool((floor <= clip).all())
     advice = (
         f"the clip range is below the rounding of log-probs: set objective.clip_range above {float(floor.max()):.1e}"
     )
