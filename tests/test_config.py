@@ -239,7 +239,7 @@ def test_a_run_without_a_name_gets_those_of_its_files(tmp_path: Path, tiny_pipel
         ("run: {seed: 1}\nrun: {seed: 2}", r"layer\.yaml, line 2: 'run' is given twice"),
         ("- a", r"layer\.yaml: expected sections .* got list"),
         # what only all files together show: the file and line of each key that the message names
-        ("rollout:\n  group_size: 0", r"group_size=0: .*\(rollout\.group_size: .*layer\.yaml, line 2\)"),
+        ("rollout:\n  group_size: 0", r"group_size=0.*\(rollout\.group_size: .*layer\.yaml, line 2\)"),
         ("rollout: {groups: 3}\ntrainer: {init_args: {updates_per_rollout: 2}}",
          r"rollout\.groups: .*layer\.yaml, line 1; trainer\.updates_per_rollout: .*layer\.yaml, line 2\)"),
         ("\nrollout: {plan: {init_args: {hihg: 1}}}", r"'hihg' is not accepted \(rollout\.plan\.hihg: .*layer\.yaml, line 2\)"),
