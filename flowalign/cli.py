@@ -1,4 +1,4 @@
-"""The command line: `flowalign train | doctor | benchmark CONFIG [key=value …]`."""
+"""The command line: `flowalign train | doctor | benchmark CONFIG … [key=value …]`."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from typing import Any, TextIO
 
-USAGE = """usage: flowalign train CONFIG.yaml [key=value ...]
-       flowalign doctor CONFIG.yaml [key=value ...]
-       flowalign benchmark CONFIG.yaml [--iterations N] [--variants NAME,NAME] [--output FOLDER] [key=value ...]
+USAGE = """usage: flowalign train CONFIG.yaml [CONFIG.yaml ...] [key=value ...]
+       flowalign doctor CONFIG.yaml [CONFIG.yaml ...] [key=value ...]
+       flowalign benchmark CONFIG.yaml [CONFIG.yaml ...] [--iterations N] [--variants NAME,NAME] [--output FOLDER]
+                           [key=value ...]
 
-Trains as CONFIG.yaml says; dotted keys override it, for example rollout.group_size=24 run.name=wide. The doctor measures
-in about a minute whether that can work: one line per check, exit code 1 if one fails. The benchmark times an iteration
-beside the same iteration with less sharing.
-On several devices: accelerate launch scripts/train.py CONFIG.yaml [key=value ...]"""
+Trains as the files say, later files over earlier ones (configs/methods/… configs/models/… configs/rewards/…); dotted keys
+override them, for example rollout.group_size=24 run.name=wide. The doctor measures in about a minute whether that can
+work: one line per check, exit code 1 if one fails. The benchmark times an iteration beside the same iteration with less
+sharing.
+On several devices: accelerate launch scripts/train.py CONFIG.yaml [CONFIG.yaml ...] [key=value ...]"""
 
 
 class Unbroken:
@@ -59,12 +61,13 @@ def train(arguments: Sequence[str]) -> int:
 
     from flowalign.config import load_config
     from flowalign.errors import ConfigError
+    from flowalign.layers import split_arguments
     from flowalign.loop import train as run
     from flowalign.storage.checkpoint import CheckpointError
 
     with redirect_stdout(Unbroken(sys.stdout)), redirect_stderr(Unbroken(sys.stderr)):
         try:
-            run(*load_config(arguments[0], arguments[1:]))
+            run(*load_config(*split_arguments(arguments)))
         except ConfigError as error:
             print(f"configuration error: {error}", file=sys.stderr)
             return 2
@@ -99,11 +102,12 @@ def doctor(arguments: Sequence[str]) -> int:
     import transformers.utils.logging
 
     from flowalign.diagnostics.doctor import diagnose
+    from flowalign.layers import split_arguments
 
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     well = True
-    for finding in diagnose(arguments[0], arguments[1:]):
+    for finding in diagnose(*split_arguments(arguments)):
         print(finding, flush=True)
         well = well and finding.ok is True
     return 0 if well else 1

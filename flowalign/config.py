@@ -1,4 +1,4 @@
-"""Configuration: one YAML plus dotted overrides -> typed objects; everything that can be checked is, before loading."""
+"""Configuration: YAML files plus dotted overrides -> typed objects; everything that can be checked is, before loading."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from flowalign.data import load_prompts
 from flowalign.errors import ConfigError
+from flowalign.layers import located, merge, origins, read_layer
 from flowalign.models.load import check_image_size, check_lora_targets, inspect_checkpoint, path_of
 from flowalign.models.lora import LoRA
 from flowalign.models.roles import Role, check_roles
@@ -119,20 +121,24 @@ def parser() -> ArgumentParser:
     return parser
 
 
-def load_config(path: str, overrides: Sequence[str] = ()) -> tuple[TrainConfig, dict[str, Any]]:
-    """The typed configuration, and as plain data (what is saved and compared on resume).
+def load_config(paths: str | Sequence[str], overrides: Sequence[str] = ()) -> tuple[TrainConfig, dict[str, Any]]:
+    """The typed configuration, and as plain data (what is saved and compared on resume; alone it gives the same run).
 
-    Raises ConfigError; no model is loaded."""
-    if not Path(path).is_file():
-        raise ConfigError(f"configuration {path!r} does not exist (working directory: {Path.cwd()})")
-    arguments = ["--config", path]
+    paths: one YAML file, or several, later ones over earlier ones (see `flowalign.layers.merge`). overrides: key=value,
+    over all files. A run without a name gets those of its files. Raises ConfigError; no model is loaded."""
+    paths = [paths] if isinstance(paths, str) else paths
+    node = _read(paths)
+    arguments = ["--config", yaml.serialize(node)]
+    if "run.name" not in dict(origins(node)):
+        arguments.append(f"--run.name={'-'.join(Path(path).stem for path in paths)}")
     for override in overrides:
         key, equals, _ = override.partition("=")
         if not equals or not key or key.startswith("-"):
-            raise ConfigError(f"override {override!r}: expected key=value, such as rollout.group_size=24")
+            raise ConfigError(
+                f"override {override!r}: expected key=value, such as rollout.group_size=24; files come before overrides"
+            )
         arguments.append(f"--{override}")
     reader = parser()
-    _check_keys(path)
     try:
         namespace = reader.parse_args(arguments)
         plain = yaml.safe_load(reader.dump(namespace, skip_unset=False))
@@ -140,18 +146,28 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> tuple[TrainConfig, 
     except ConfigError:
         raise
     except Exception as error:  # jsonargparse raises many kinds; each is a fault of the configuration
-        raise ConfigError(_explain(str(error))) from error
+        raise ConfigError(located(_explain(str(error)), node, overrides)) from error
     plain.pop("config", None)
     values = objects.as_dict() if isinstance(objects, Namespace) else dict(objects)
     values.pop("config", None)
     config = TrainConfig(**values)
     try:
         check(config)
-    except ConfigError:
-        raise
     except (ValueError, OSError) as error:
-        raise ConfigError(str(error)) from error
+        raise ConfigError(located(str(error), node, overrides)) from error
     return config, plain
+
+
+def _read(paths: Sequence[str]) -> yaml.Node:
+    """All files as one."""
+    if not paths:
+        raise ConfigError("no configuration file was named; expected at least one, such as configs/quickstart.yaml")
+    layers: list[yaml.Node] = []
+    for path in paths:
+        node, content = read_layer(path)
+        _check_keys(path, content)
+        layers.append(node)
+    return reduce(merge, layers)
 
 
 def check(config: TrainConfig) -> None:
@@ -207,34 +223,13 @@ KEYS = {
 }
 
 
-def _check_keys(path: str) -> None:
+def _check_keys(path: str, content: dict[str, Any]) -> None:
     """Unknown keys of the fixed sections, with the nearest valid spelling."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        content = yaml.safe_load(text)
-        _check_repeats(path, yaml.compose(text, yaml.SafeLoader))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML in UTF-8: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: expected sections such as run, policy, rollout; got {type(content).__name__}")
     for section, known in KEYS.items():
         given = content.get(section) if section else content
         for key in given if isinstance(given, dict) else ():
             if key not in known:
-                raise ConfigError(_unknown(f"{section}.{key}".strip("."), str(key), known))
-
-
-def _check_repeats(path: str, node: yaml.Node | None) -> None:
-    """A key that is given twice; YAML itself would keep the last in silence."""
-    if isinstance(node, yaml.MappingNode):
-        keys = [key.value for key, _ in node.value]
-        for number, (key, value) in enumerate(node.value):
-            if key.value in keys[:number]:
-                raise ConfigError(f"{path}, line {key.start_mark.line + 1}: {key.value!r} is given twice; keep one")
-            _check_repeats(path, value)
-    elif isinstance(node, yaml.SequenceNode):
-        for value in node.value:
-            _check_repeats(path, value)
+                raise ConfigError(f"{path}: {_unknown(f'{section}.{key}'.strip('.'), str(key), known)}")
 
 
 def _unknown(full: str, key: str, known: set[str]) -> str:

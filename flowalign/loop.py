@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from flowalign.config import TrainConfig
-from flowalign.run.run import Run
+from flowalign.run.run import open_run
 
 
 def train(config: TrainConfig, plain: dict[str, Any]) -> dict[str, Any]:
     """Trains and returns the summary (also in the run folder). `plain` is the configuration as data."""
     trainer = config.trainer
-    with Run(config, plain) as run:
+    with open_run(config, plain) as run:
         trainer.prepare(run.task, run.trainer_state)
         run.resume()
         run.evaluate_base()

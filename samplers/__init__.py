@@ -1,7 +1,11 @@
 """Samplers: paths, schedules, kernels, plans and the rollout engine. Tensors only.
 
-One convention everywhere: x_σ = (1−σ)·x0 + σ·ε, σ runs from 1 (noise) to 0 (data), v = ε − x0, h = σ − σ' > 0.
-A sampler knows no network: the velocity is a callable, randomness is an argument.
+One convention everywhere: x_σ = (1−σ)·x0 + σ·ε, σ runs from 1 (noise) to 0 (data), v = ε − x0; a step goes from σ to
+σ' < σ, h = σ − σ'. A rectified flow is such a path at every σ; a variance-preserving one (paths.py) names its discrete
+levels by σ and has a velocity of its own.
+Grids are fp32 [T+1] and start at 1 or just below, so a first step is known by its grid index 0, never by σ == 1.
+States are [N, *], rows first; coefficients are computed in float64, states in at least fp32, and what is stored is what
+is replayed. A sampler knows no network: the velocity is a callable, randomness is an argument.
 """
 
 from samplers.forest import Forest, Velocities
@@ -58,7 +62,7 @@ from samplers.plans import (
 )  # fmt: skip
 from samplers.rollout import Noise, Velocity, rollout
 from samplers.schedules import diffusers_sigmas, dynamic_sigmas, plain_sigmas, shift
-from samplers.selection import Best, Look, Select, candidates, sampled, unscored
+from samplers.selection import Best, Select, VelocityLookup, candidates, sampled, unscored
 from samplers.trees import SOURCES, Cost, Tree
 from samplers.unshared import UnsharedTree, unshared
 
@@ -71,7 +75,8 @@ __all__ = [
     "Affine", "Carry", "TransitionContext", "Gaussian", "Kernel", "KLForm", "Step",
     "CPS", "ClippedFlowSDE", "DDIM", "DanceSDE", "FlowSDE", "LinearSDE", "ODE",
     "DPMSolver", "Guided", "Ascent", "ProcessReward", "RewardGradient", "SPSA", "spsa_gradient",
-    "SOURCES", "Cost", "Tree", "UnsharedTree", "unshared", "Best", "Look", "Select", "candidates", "sampled", "unscored",
+    "SOURCES", "Cost", "Tree", "UnsharedTree", "unshared",
+    "Best", "Select", "VelocityLookup", "candidates", "sampled", "unscored",
     "Bounded", "Plan", "Branch", "Chain", "Compressed", "Probed", "RandomSteps", "Selected", "Sourced", "SplitTree",
     "TreeWindow", "Window", "branch", "chain", "compressed", "probed", "scattered", "tree", "window",
     "Fixed", "Position", "Random", "Sliding",

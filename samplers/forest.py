@@ -12,7 +12,7 @@ from samplers.trees import Tree
 
 @dataclass(frozen=True, eq=False)
 class Velocities:
-    """One role's velocities at some states: `values` [K, *]; row [N]: where a node's velocity lies in it (-1: unknown)."""
+    """One role's velocities at some states: `values` [K, *]; row [N]: the row of a node's velocity in it (-1: unknown)."""
 
     row: Tensor
     values: Tensor
@@ -22,8 +22,8 @@ class Velocities:
         rows = self.row[nodes]
         if bool((rows < 0).any()):
             raise ValueError(
-                f"the velocities at nodes {nodes[rows < 0][:8].tolist()} are not known for this role; expected all that are "
-                "asked for: pass them to Forest.with_velocities"
+                f"got nodes {nodes[rows < 0][:8].tolist()}, whose velocities are not known for this role; expected nodes that "
+                "were passed to Forest.with_velocities"
             )
         return self.values[rows.to(self.values.device)]
 
@@ -38,7 +38,7 @@ class Forest:
     """A rolled-out tree.
 
     states [K, *]: those that are needed again (roots, both ends of every stochastic step, nodes without children), in the
-    storage dtype; row [N]: where a node's state lies in it (-1: not kept). log_prob [N]: of the step that arrived at a
+    storage dtype; row [N]: the row of a node's state in it (-1: not kept). log_prob [N]: of the step that arrived at a
     node, under the policy that rolled out, taken after the storage cast; nan where the step is deterministic.
     evaluations: network rows of the rollout. sigmas, kernel: those of the rollout, which every replay uses.
     velocities: of other networks (reference, old, teacher, …) at its states, by role. scores: of states (a latent
@@ -84,7 +84,7 @@ class Forest:
         if bool((rows < 0).any()):
             missing = nodes[rows < 0][:8].tolist()
             raise ValueError(
-                f"the states of nodes {missing} were not kept; a forest keeps roots, leaves and both ends of every "
+                f"got nodes {missing}, whose states were not kept; expected roots, nodes without children or ends of a "
                 "stochastic step: give the step a level, or score the state during the rollout"
             )
         return self.states[rows.to(self.states.device)].to(compute_dtype(self.states.dtype))
@@ -103,12 +103,10 @@ class Forest:
         Usually `nodes` are tree.distinct_parents(edges)[0]: one row serves all the steps that leave a state.
         """
         if role in self.velocities:
-            raise ValueError(
-                f"the velocities of {role!r} came twice; expected once per rollout: read forest.velocities"
-            )
+            raise ValueError(f"got the velocities of {role!r} twice; expected once per rollout: read forest.velocities")
         if values.shape != (len(nodes), *self.states.shape[1:]) or len(nodes.unique()) != len(nodes):
             raise ValueError(
-                f"velocities {list(values.shape)} came for {len(nodes)} nodes ({len(nodes.unique())} distinct) and "
+                f"got velocities {list(values.shape)} for {len(nodes)} nodes ({len(nodes.unique())} distinct) and "
                 f"states {list(self.states.shape[1:])}; expected one row per distinct node"
             )
         row = torch.full((len(self.tree),), -1, dtype=torch.int64)
@@ -118,16 +116,16 @@ class Forest:
     def with_scores(self, name: str, values: Tensor) -> "Forest":
         """This forest with `values` [N] (nan = not scored) as the states' scores called `name`; set once."""
         if name in self.scores:
-            raise ValueError(f"the state scores {name!r} came twice; expected once per rollout")
+            raise ValueError(f"got the state scores {name!r} twice; expected once per rollout")
         if values.shape != (len(self.tree),):
-            raise ValueError(f"state scores {list(values.shape)} came; expected one per node, [{len(self.tree)}]")
+            raise ValueError(f"got state scores {list(values.shape)}; expected one per node, [{len(self.tree)}]")
         return replace(self, scores={**self.scores, name: values.detach()})
 
     def role_steps(self, role: str, edges: Tensor) -> Step:
         """The transitions arriving at `edges`, under the velocities of `role`. ValueError for a role that is not known."""
         if role not in self.velocities:
             raise ValueError(
-                f"no velocities of {role!r}; known roles are {sorted(self.velocities)}: call with_velocities"
+                f"got role {role!r}; known roles are {sorted(self.velocities)}: call with_velocities first"
             )
         parents, position = self.tree.distinct_parents(edges)
         return self.edge_steps(edges, self.velocities[role].at(parents), position)
@@ -157,13 +155,14 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def _check_positions(edges: Tensor, parents: Tensor, rows: int, parent_pos: Tensor) -> None:
     if bool((parents < 0).any()):
-        raise ValueError(f"roots {edges[parents < 0][:8].tolist()} came; expected nodes that a step arrives at")
+        raise ValueError(f"got roots {edges[parents < 0][:8].tolist()}; expected nodes that a step arrives at")
     if parent_pos.shape != edges.shape or bool(((parent_pos < 0) | (parent_pos >= rows)).any()):
         raise ValueError(
-            f"parent_pos {list(parent_pos.shape)} came for edges {list(edges.shape)} and {rows} velocity rows; expected "
+            f"got parent_pos {list(parent_pos.shape)} for edges {list(edges.shape)} and {rows} velocity rows; expected "
             "one row number per edge: use tree.distinct_parents(edges)"
         )
     owner = torch.full((rows,), -1, dtype=parents.dtype)
     owner[parent_pos.cpu()] = parents
     if bool((owner[parent_pos.cpu()] != parents).any()):
-        raise ValueError("one velocity row was given to edges of different parents; use tree.distinct_parents(edges)")
+        raise ValueError("got one velocity row for edges of different parents; expected one row per parent: use "
+                         "tree.distinct_parents(edges)")  # fmt: skip

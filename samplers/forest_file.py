@@ -23,8 +23,8 @@ _COLUMNS = ("sigmas", "states", "row", "log_prob")
 def save_forest(path: Path, forest: Forest) -> None:
     """Writes `forest` beside `path`, then renames it into place.
 
-    The kernel is kept as its import path and its fields. A kernel that holds what JSON cannot say (a reward, a network)
-    is kept by name only, and must be given to `load_forest`.
+    The kernel is written as its import path and its fields. A kernel that holds what JSON cannot (a reward, a network) is
+    written by name only, and must be passed to `load_forest`.
     """
     tree = {entry.name: vars(forest.tree)[entry.name] for entry in fields(forest.tree)}
     tensors = {name: vars(forest)[name] for name in _COLUMNS}
@@ -68,47 +68,54 @@ def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
-def _describe(part: Any) -> Any:
-    """A dataclass as {"class", "fields"}, fields None where one cannot be said; a tensor as {"dtype", "values"}."""
-    if isinstance(part, Tensor):
-        return {"dtype": str(part.dtype).removeprefix("torch."), "values": part.tolist()}
-    if not is_dataclass(part):
-        return part
-    kind = type(part)
-    said: dict[str, Any] | None = {entry.name: _describe(vars(part)[entry.name]) for entry in fields(part)}
+def _describe(value: Any) -> Any:
+    """A dataclass as {"class", "fields"}, fields None where JSON cannot hold them; a tensor as {"dtype", "values"}."""
+    if isinstance(value, Tensor):
+        return {"dtype": str(value.dtype).removeprefix("torch."), "values": value.tolist()}
+    if not is_dataclass(value):
+        return value
+    kind = type(value)
+    content: dict[str, Any] | None = {entry.name: _describe(vars(value)[entry.name]) for entry in fields(value)}
     try:
-        said = json.loads(json.dumps(said))
+        content = json.loads(json.dumps(content))
     except TypeError:
-        said = None
-    return {"class": f"{kind.__module__}.{kind.__qualname__}", "fields": said}
+        content = None
+    return {"class": f"{kind.__module__}.{kind.__qualname__}", "fields": content}
 
 
-def _rebuild(said: dict[str, Any], given: Kernel | None) -> Kernel:
-    """The kernel of the file; `given` must be described alike."""
+def _rebuild(description: dict[str, Any], given: Kernel | None) -> Kernel:
+    """The kernel of the file; `given` must have the same description."""
     if given is not None:
-        if _describe(given) != said:
-            raise ValueError(f"the kernel {_describe(given)} came; expected {said}, which rolled this forest out")
+        if _describe(given) != description:
+            raise ValueError(f"got the kernel {_describe(given)}; expected {description}, which rolled this forest out")
         return given
-    if said["fields"] is None or not said["class"].startswith("samplers."):
+    if description["fields"] is None or not description["class"].startswith("samplers."):
         raise ValueError(
-            f"this forest was rolled out with {said['class']}, which is not rebuilt from a file: pass kernel="
+            f"got a forest of {description['class']}, which is not rebuilt from a file; expected the kernel that rolled it "
+            "out: pass kernel="
         )
-    kernel: Kernel = _build(said)
+    kernel: Kernel = _build(description)
     return kernel
 
 
-def _build(said: Any) -> Any:
+def _build(description: Any) -> Any:
     """The object that `_describe` described; only tensors and dataclasses of samplers; lists become tuples again."""
-    if isinstance(said, list):
-        return tuple(_build(item) for item in said)
-    if not isinstance(said, dict):
-        return said
-    if set(said) == {"dtype", "values"}:
-        return torch.tensor(said["values"], dtype=vars(torch)[said["dtype"]])
-    module, _, name = str(said["class"]).rpartition(".")
-    if not module.startswith("samplers.") or said["fields"] is None:
-        raise ValueError(f"this forest's kernel holds {said['class']}, which is not rebuilt from a file: pass kernel=")
+    if isinstance(description, list):
+        return tuple(_build(item) for item in description)
+    if not isinstance(description, dict):
+        return description
+    if set(description) == {"dtype", "values"}:
+        return torch.tensor(description["values"], dtype=vars(torch)[description["dtype"]])
+    module, _, name = str(description["class"]).rpartition(".")
+    if not module.startswith("samplers.") or description["fields"] is None:
+        raise ValueError(
+            f"got a kernel that holds {description['class']}, which is not rebuilt from a file; expected the kernel that "
+            "rolled this forest out: pass kernel="
+        )
     kind = vars(import_module(module)).get(name)
     if not isinstance(kind, type) or not is_dataclass(kind) or kind.__module__ != module:
-        raise ValueError(f"{said['class']} is not a kernel of samplers; the file is damaged or of another version")
-    return kind(**{key: _build(value) for key, value in said["fields"].items()})
+        raise ValueError(
+            f"got {description['class']}, which is not a kernel of samplers; expected a dataclass of its own module: the "
+            "file is damaged or of another version"
+        )
+    return kind(**{key: _build(value) for key, value in description["fields"].items()})

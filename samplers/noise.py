@@ -24,7 +24,7 @@ def generator(*key: int | str) -> np.random.Generator:
     Each part is encoded with its type and length, so ("a", 1), ("a1",) and ("a", "1") are three keys.
     """
     if not key:
-        raise ValueError("an empty key came; expected integers and strings, such as (seed, 'select', iteration)")
+        raise ValueError("got an empty key; expected integers and strings, such as (seed, 'select', iteration)")
     digest = blake2b(b"".join(_encode(part) for part in key), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
 
@@ -38,9 +38,9 @@ def normal(shape: Sequence[int], *key: int | str) -> Tensor:
 class KeyedNoise:
     """The start and step noise of one iteration's rollout.
 
-    uids: prompt uid of each group of the tree, in group order. visits: how many times this prompt came before in this
-    iteration, for each group, so that a prompt seen again gets new noise; by default it is counted within `uids`, which
-    is enough unless one prompt's groups are spread over several rollouts of the same iteration. The key holds the
+    uids: prompt uid of each group of the tree, in group order. visits: for each group, how many earlier groups of this
+    iteration have the same prompt, so that a prompt seen again gets new noise; by default it is counted within `uids`,
+    which is enough unless one prompt's groups are spread over several rollouts of the same iteration. The key holds the
     visit, not the group's position: batching and order do not matter.
     branch_scale: s of BranchGRPO's noise (2509.06040; 4 is best of 1, 2, 4, 8), ξ = (ξ0 + s·η)/√(1+s²) with ξ0 common to
     the steps that leave one state: N(0, I) for each, covariance 1/(1+s²) between siblings. None: independent.
@@ -55,13 +55,14 @@ class KeyedNoise:
 
     def __post_init__(self) -> None:
         if self.branch_scale is not None and not 0.0 < self.branch_scale < math.inf:
-            raise ValueError(f"branch_scale={self.branch_scale} came; expected a finite number > 0, or None")
+            raise ValueError(f"got branch_scale={self.branch_scale}; expected a finite number > 0, or None")
         if self.visits is None:
             return
         if len(self.visits) != len(self.uids):
-            raise ValueError(f"{len(self.visits)} visits came for {len(self.uids)} uids; expected one per group")
+            raise ValueError(f"got {len(self.visits)} visits for {len(self.uids)} uids; expected one per group")
         if len(set(zip(self.uids, self.visits, strict=True))) < len(self.uids):
-            raise ValueError("two groups have the same (uid, visit); they would get the same noise: count visits up")
+            raise ValueError("got two groups of the same (uid, visit); expected different ones, or they share noise: count the "
+                             "visits of each uid up")  # fmt: skip
 
     def start(self, tree: Tree) -> Tensor:
         """[R, *shape], one per root; key (seed, "start", iteration, uid, visit, local)."""
@@ -74,27 +75,29 @@ class KeyedNoise:
         With a branch_scale: streams "branch-common", with the parent's `local`, and "branch-own", with the node's.
         """
         if bool((tree.parent[nodes] < 0).any()):
-            raise ValueError("a root came; expected nodes that a step arrives at: use start(tree) for the roots")
+            raise ValueError("got a root; expected nodes that a step arrives at: use start(tree) for the roots")
         parents, position = tree.distinct_parents(nodes)
-        own = torch.stack([tree.local[nodes], tree.index[parents][position]], 1)
+        own_key = torch.stack([tree.local[nodes], tree.index[parents][position]], 1)
         if self.branch_scale is None:
-            return self._draw("step", tree, nodes, own)
-        common = self._draw("branch-common", tree, parents, torch.stack([tree.local[parents], tree.index[parents]], 1))
-        spread = self.branch_scale * self._draw("branch-own", tree, nodes, own)
-        return (common[position] + spread) / math.sqrt(1.0 + self.branch_scale**2)
+            return self._draw("step", tree, nodes, own_key)
+        common_key = torch.stack([tree.local[parents], tree.index[parents]], 1)
+        common = self._draw("branch-common", tree, parents, common_key)
+        own = self.branch_scale * self._draw("branch-own", tree, nodes, own_key)
+        return (common[position] + own) / math.sqrt(1.0 + self.branch_scale**2)
 
-    def _draw(self, stream: str, tree: Tree, nodes: Tensor, tails: Tensor) -> Tensor:
+    def _draw(self, stream: str, tree: Tree, nodes: Tensor, keys: Tensor) -> Tensor:
+        """[n, *shape] for `nodes` [n]; keys [n, k]: the last parts of each node's key."""
         if tree.num_groups != len(self.uids):
-            raise ValueError(f"{len(self.uids)} uids came for {tree.num_groups} groups; expected one uid per group")
+            raise ValueError(f"got {len(self.uids)} uids for {tree.num_groups} groups; expected one uid per group")
         number = self.visits if self.visits is not None else visits(self.uids)
         out = torch.empty((len(nodes), *self.shape), dtype=torch.float32)
-        for row, (group, tail) in enumerate(zip(tree.group[nodes].tolist(), tails.tolist(), strict=True)):
-            out[row] = normal(self.shape, self.seed, stream, self.iteration, self.uids[group], number[group], *tail)
+        for row, (group, key) in enumerate(zip(tree.group[nodes].tolist(), keys.tolist(), strict=True)):
+            out[row] = normal(self.shape, self.seed, stream, self.iteration, self.uids[group], number[group], *key)
         return out
 
 
 def visits(uids: Sequence[int]) -> list[int]:
-    """How many times each uid stands earlier in the list."""
+    """How many earlier entries of the list equal each uid."""
     seen: Counter[int] = Counter()
     counts = []
     for uid in uids:
@@ -106,7 +109,7 @@ def visits(uids: Sequence[int]) -> list[int]:
 def _encode(part: int | str) -> bytes:
     """Type, length, content: no two sequences of parts share an encoding."""
     if isinstance(part, bool):
-        raise TypeError(f"a key part is {part!r}; expected an integer or a string: write 0 or 1 if that is meant")
+        raise TypeError(f"got key part {part!r}; expected an integer or a string: write 0 or 1 for a flag")
     if isinstance(part, str):
         kind, body = b"s", part.encode()
     else:

@@ -12,25 +12,29 @@ from torch import Tensor
 
 
 class Path(Protocol):
-    """A noising law. `mix(sigma)` gives (a, b, c, d); σ goes from 1 (noise) to 0 (data)."""
+    """A noising law, with σ from 1 (noise) to 0 (data)."""
 
     @property
     def rectified(self) -> bool:
-        """Whether it is the straight law x = (1-σ)·x0 + σ·ε at every σ inside [0, 1]."""
+        """Whether it is the straight law x = (1-σ)·x0 + σ·ε, at every σ in [0, 1]: what FlowSDE and CPS are written for."""
         ...
 
-    def mix(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
+    def mix(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(a, b, c, d) of x = a·x0 + b·ε and v = c·x0 + d·ε, each of the shape of σ."""
+        ...
 
-    def x0_from_velocity(self, x: Tensor, v: Tensor, sigma: Tensor | float) -> Tensor: ...
+    def x0_from_velocity(self, x: Tensor, v: Tensor, sigma: Tensor | float) -> Tensor:
+        """x̂0 = d·x - b·v, finite at every σ."""
+        ...
 
 
 def _mix(path: Path, sigma: Tensor | float, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The four coefficients in the dtype of `like`, shaped to broadcast over its elements."""
     rows = torch.as_tensor(sigma, dtype=torch.float64)
     if rows.ndim > 1 or (rows.ndim == 1 and len(rows) not in (1, len(like))):
-        raise ValueError(f"sigma of shape {tuple(rows.shape)} came; expected one number or [{len(like)}], one per row")
+        raise ValueError(f"got sigma of shape {tuple(rows.shape)}; expected one number or [{len(like)}], one per row")
     if not bool(((rows >= 0) & (rows <= 1)).all()):
-        raise ValueError(f"sigma {rows.flatten()[:8].tolist()} came; expected levels inside [0, 1], not timesteps")
+        raise ValueError(f"got sigma {rows.flatten()[:8].tolist()}; expected levels inside [0, 1], not timesteps")
     rows = rows.reshape(-1, *[1] * (like.ndim - 1)) if rows.ndim else rows
     a, b, c, d = (t.to(like.device, like.dtype) for t in path.mix(rows))
     return a, b, c, d
@@ -165,18 +169,18 @@ class VariancePreserving:
     def __post_init__(self) -> None:
         table = self.alphas_cumprod
         if table.ndim != 1 or len(table) < 1 or not bool(((table >= 0) & (table <= 1)).all()):
-            raise ValueError(f"alphas_cumprod of shape {tuple(table.shape)} came; expected [K] numbers inside [0, 1]")
+            raise ValueError(f"got alphas_cumprod of shape {tuple(table.shape)}; expected [K] numbers inside [0, 1]")
 
     def alpha_bar(self, sigma: Tensor) -> Tensor:
         """ᾱ at the levels σ, float64."""
         steps = len(self.alphas_cumprod)
-        place = sigma.double() * steps
-        if bool(((place - place.round()).abs() > 1e-3).any()):
+        level = sigma.double() * steps  # t + 1, or 0 for clean data
+        if bool(((level - level.round()).abs() > 1e-3).any()):
             raise ValueError(
-                f"sigma {sigma.flatten()[:8].tolist()} came; expected multiples of 1/{steps}: (t+1)/{steps}"
+                f"got sigma {sigma.flatten()[:8].tolist()}; expected multiples of 1/{steps}: (t+1)/{steps}"
             )
         table = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod.double().cpu()])
-        return table[place.round().long().cpu()].to(sigma.device)
+        return table[level.round().long().cpu()].to(sigma.device)
 
     def a(self, sigma: Tensor) -> Tensor:
         """Coefficient of the data."""

@@ -30,84 +30,84 @@ def rollout(
     select: Select | None = None,
     keep_velocities: bool = False,
 ) -> Forest:
-    """Roll `tree` out from `x_start` [R, *] (one row per root) over `sigmas` [T+1], without gradient.
+    """Rolls `tree` out from `x_start` [R, *] (one row per root) over `sigmas` [T+1], without gradient.
 
     velocity(x [n, *], sigma [n], root [n]) -> v [n, *]: called on distinct states of one generation, at most `micro_batch`
     rows at a time; root says which row of `x_start` (hence which condition) a state descends from.
     noise(tree, nodes) -> [n, *]: the draws of the stochastic steps that arrive at `nodes`, such as KeyedNoise.step.
     store_dtype: states are cast to it before log-probs are taken and before the next step, so that a replay sees the
     numbers of the rollout; the network gets them in at least fp32.
-    select: drops states on the way. What they would lead to is not computed, and the forest's tree is what is left
-    (Tree.keep); its `evaluations` count all rows. The noise of what stays is the same, and velocities that the selection
-    asked for are not evaluated again.
+    select: drops states during the rollout. Their descendants are not computed, and the forest's tree holds what is left
+    (Tree.keep); its `evaluations` count all rows. The noise of the others is unchanged, and velocities that the selection
+    read are not evaluated again.
     keep_velocities: the forest holds, as the role "old", the velocities at the states that stochastic steps leave.
     """
     _check(x_start, sigmas, tree, micro_batch)
     if select is not None:
         check_frontiers(tree, select)
-    wanted, able = _wanted(tree), candidates(tree)
-    stays = torch.zeros(len(tree), dtype=torch.bool)
-    log_prob = torch.full((len(tree),), torch.nan, dtype=compute_dtype(store_dtype), device=x_start.device)
+    needed, trained_part, compute = _needed(tree), candidates(tree), compute_dtype(store_dtype)
+    continued = torch.zeros(len(tree), dtype=torch.bool)
+    log_prob = torch.full((len(tree),), torch.nan, dtype=compute, device=x_start.device)
     x, nodes, carry, evaluations = x_start.to(store_dtype), tree.generations[0], None, 0
     stored: list[Tensor] = []
-    asked, said = torch.zeros(len(tree), dtype=torch.bool), [x_start[:0].to(compute_dtype(store_dtype))]
+    old_nodes, old_velocities = torch.zeros(len(tree), dtype=torch.bool), [x_start[:0].to(compute)]
     for generation in (*tree.generations[1:], torch.empty(0, dtype=torch.int64)):
-        frontier = _Frontier(velocity, x.to(compute_dtype(store_dtype)), sigmas, tree, nodes, micro_batch)
-        stays[nodes] = True if select is None else choose(select, tree, nodes, x, able, frontier.velocities)
-        stored.append(x[(wanted & stays)[nodes].to(x.device)])
-        children = generation[stays[tree.parent[generation]]]
+        frontier = _Frontier(velocity, x.to(compute), sigmas, tree, nodes, micro_batch)
+        continued[nodes] = True if select is None else choose(select, tree, nodes, x, trained_part, frontier.velocities)
+        stored.append(x[(needed & continued)[nodes].to(x.device)])
+        children = generation[continued[tree.parent[generation]]]
         parents, position = tree.distinct_parents(children)
-        spot = torch.searchsorted(nodes, parents)
-        x, v = frontier.x[spot.to(x.device)], frontier.velocities(spot)
+        rows = torch.searchsorted(nodes, parents)
+        x_parents, v_parents = frontier.x[rows.to(x.device)], frontier.velocities(rows)
         evaluations += int(frontier.known.sum())
         if keep_velocities:
-            hot = torch.isin(parents, tree.parents_of_edges)
-            asked[parents[hot]] = True
-            said.append(v[hot.to(v.device)])
+            trained = torch.isin(parents, tree.parents_of_edges)
+            old_nodes[parents[trained]] = True
+            old_velocities.append(v_parents[trained.to(v_parents.device)])
         if not len(children):
             break
-        place = position.to(x.device)
-        history = None if carry is None else carry.rows(spot[position])
-        step = _step(kernel, x[place], v[place], sigmas, tree, children, history)
+        row_of_child = position.to(x.device)
+        history = None if carry is None else carry.rows(rows[position])
+        tail = ~trained_part[children]
+        step = _step(kernel, x_parents[row_of_child], v_parents[row_of_child], sigmas, tree, children, history, tail)
         x = _draw(step, tree, children, noise).to(store_dtype)
         carry, nodes = step.carry, children
-        _score(log_prob, step, x, tree, children)
-    states = torch.cat(stored)
-    kept = wanted & stays
+        _write_log_probs(log_prob, step, x, tree, children)
+    kept = needed & continued
     row = torch.where(kept, kept.cumsum(0) - 1, -1)
-    forest = Forest(tree, sigmas, kernel, states, row, log_prob, evaluations)
+    forest = Forest(tree, sigmas, kernel, torch.cat(stored), row, log_prob, evaluations)
     if keep_velocities:
-        forest = forest.with_velocities("old", asked.nonzero().flatten(), torch.cat(said))
-    return forest if select is None else _pruned(forest, stays)
+        forest = forest.with_velocities("old", old_nodes.nonzero().flatten(), torch.cat(old_velocities))
+    return forest if select is None else _pruned(forest, continued)
 
 
 def _check(x_start: Tensor, sigmas: Tensor, tree: Tree, micro_batch: int | None) -> None:
     check_sigmas(sigmas)
     if len(sigmas) != tree.num_steps + 1:
-        raise ValueError(f"{len(sigmas)} sigmas came for a tree of {tree.num_steps} steps; expected num_steps + 1")
+        raise ValueError(f"got {len(sigmas)} sigmas for a tree of {tree.num_steps} steps; expected num_steps + 1")
     if x_start.ndim < 2 or len(x_start) != tree.num_roots:
         raise ValueError(
-            f"x_start {list(x_start.shape)} came; expected [R, *] with one row per root, R = {tree.num_roots}"
+            f"got x_start {list(x_start.shape)}; expected [R, *] with one row per root, R = {tree.num_roots}"
         )
     if micro_batch is not None and micro_batch < 1:
-        raise ValueError(f"micro_batch={micro_batch} came; expected at least 1, or None for no limit")
+        raise ValueError(f"got micro_batch={micro_batch}; expected at least 1, or None for no limit")
 
 
-def _wanted(tree: Tree) -> Tensor:
-    """[N] whose states are stored: nobody asks for the others again."""
-    wanted = tree.parent < 0
-    wanted[tree.edges] = True
-    wanted[tree.parents_of_edges] = True
+def _needed(tree: Tree) -> Tensor:
+    """[N] whose states are stored, since an update, a decoder or a score reads them later."""
+    needed = tree.parent < 0
+    needed[tree.edges] = True
+    needed[tree.parents_of_edges] = True
     childless = torch.ones(len(tree), dtype=torch.bool)
     childless[tree.evaluated] = False
-    return wanted | childless
+    return needed | childless
 
 
-def _pruned(forest: Forest, stays: Tensor) -> Forest:
-    """The forest of what is left of its tree: neither the states that were dropped nor those that then lead nowhere."""
-    alive, tree = forest.tree.alive(stays), forest.tree.keep(stays)
+def _pruned(forest: Forest, continued: Tensor) -> Forest:
+    """The forest without the states that were dropped, their descendants, and what then leads to no leaf."""
+    alive, tree = forest.tree.alive(continued), forest.tree.keep(continued)
     used = forest.row[alive & forest.kept]
-    velocities = {role: said.of(alive) for role, said in forest.velocities.items()}
+    velocities = {role: velocities.of(alive) for role, velocities in forest.velocities.items()}
     return replace(
         forest,
         tree=tree,
@@ -119,7 +119,7 @@ def _pruned(forest: Forest, stays: Tensor) -> Forest:
 
 
 class _Frontier:
-    """The states of one generation and their velocities: each evaluated once, when it is first asked for."""
+    """The states of one generation and their velocities: each evaluated once, when it is first read."""
 
     def __init__(
         self, velocity: Velocity, x: Tensor, sigmas: Tensor, tree: Tree, nodes: Tensor, micro_batch: int | None
@@ -133,39 +133,50 @@ class _Frontier:
         """[n, *] at `rows` [n] of the generation."""
         new = rows[~self.known[rows]]
         for part in new.split(self._limit) if len(new) else ():
-            place = part.to(self.x.device)
-            x = self.x[place]
-            v = self._velocity(x, self._sigma[place], self._root[part])
+            on_device = part.to(self.x.device)
+            x = self.x[on_device]
+            v = self._velocity(x, self._sigma[on_device], self._root[part])
             if v.shape != x.shape:
-                raise ValueError(f"velocity gave {list(v.shape)} for states {list(x.shape)}; expected equal shapes")
+                raise ValueError(f"got velocities {list(v.shape)} for states {list(x.shape)}; expected equal shapes")
             self._v = self._v if self._v is not None else torch.empty_like(self.x, dtype=v.dtype)
-            self._v[place], self.known[part] = v, True
+            self._v[on_device], self.known[part] = v, True
         return self.x[:0] if self._v is None else self._v[rows.to(self.x.device)]
 
 
 def _step(
-    kernel: Kernel, x: Tensor, v: Tensor, sigmas: Tensor, tree: Tree, children: Tensor, carry: Carry | None
+    kernel: Kernel,
+    x: Tensor,
+    v: Tensor,
+    sigmas: Tensor,
+    tree: Tree,
+    children: Tensor,
+    carry: Carry | None,
+    tail: Tensor,
 ) -> Step:
     """The transitions that arrive at `children` [n], from their parents' states x and velocities v [n, *]."""
     parents = tree.parent[children]
-    ctx = TransitionContext(tree.level[children], tree.root[children], children, parents, tree.index[parents], carry)
+    ctx = TransitionContext(
+        level=tree.level[children], rows=tree.root[children], nodes=children, parents=parents,
+        step=tree.index[parents], carry=carry, tail=tail,
+    )  # fmt: skip
     return kernel(x, v, sigmas[tree.index[parents]], sigmas[tree.index[children]], ctx)
 
 
 def _draw(step: Step, tree: Tree, children: Tensor, noise: Noise) -> Tensor:
-    """The next states; noise is asked for at stochastic steps only."""
-    hot = tree.level[children] > 0
-    if not bool(hot.any()):
+    """The next states; noise is drawn at stochastic steps only."""
+    stochastic = tree.level[children] > 0
+    if not bool(stochastic.any()):
         return step.behavior.mean
     draws = torch.zeros_like(step.behavior.mean)
-    draws[hot.to(draws.device)] = noise(tree, children[hot]).to(draws)
+    draws[stochastic.to(draws.device)] = noise(tree, children[stochastic]).to(draws)
     return step.sample(draws)
 
 
-def _score(log_prob: Tensor, step: Step, x: Tensor, tree: Tree, children: Tensor) -> None:
-    """Log-probs of the stored states of stochastic steps, under the policy."""
-    hot = (tree.level[children] > 0).to(x.device)
-    if bool(hot.any()):
+def _write_log_probs(log_prob: Tensor, step: Step, x: Tensor, tree: Tree, children: Tensor) -> None:
+    """Sets `log_prob` [N] at the children of stochastic steps: of their states x as stored, under the policy."""
+    stochastic = (tree.level[children] > 0).to(x.device)
+    if bool(stochastic.any()):
         policy = step.policy
-        rows = {name: vars(policy)[name][hot] for name in ("mean", "std", "velocity_coef", "step_size")}
-        log_prob[children.to(x.device)[hot]] = replace(policy, **rows).log_prob(x[hot]).to(log_prob)
+        rows = {name: vars(policy)[name][stochastic] for name in ("mean", "std", "velocity_coef", "step_size")}
+        arrived = x[stochastic]
+        log_prob[children.to(x.device)[stochastic]] = replace(policy, **rows).log_prob(arrived).to(log_prob)

@@ -47,13 +47,13 @@ def dynamic_sigmas(
 ) -> Tensor:
     """FLUX's grid, bit for bit its pipeline's: u = linspace(1, 1/T, T), σ = e^m/(e^m + 1/u - 1), then 0.
 
-    m grows linearly with the number of image tokens; e^m plays the part of k. Some repositories mistype 1.15 as 1.16.
+    m grows linearly with the number of image tokens; e^m takes the place of k. Some repositories write 1.16 for 1.15.
     """
     _check(num_steps, 1.0)
     if image_tokens < 1:
-        raise ValueError(f"image_tokens={image_tokens} came; expected the number of latent patches, (h/16)·(w/16)")
-    velocity_coef = (max_shift - base_shift) / (max_tokens - base_tokens)
-    m = image_tokens * velocity_coef + (base_shift - velocity_coef * base_tokens)
+        raise ValueError(f"got image_tokens={image_tokens}; expected the number of latent patches, (h/16)·(w/16)")
+    slope = (max_shift - base_shift) / (max_tokens - base_tokens)
+    m = image_tokens * slope + (base_shift - slope * base_tokens)
     u = np.linspace(1.0, 1 / num_steps, num_steps).astype(np.float32)
     return _append_zero(torch.from_numpy(math.exp(m) / (math.exp(m) + (1 / u - 1))).to(torch.float32))
 
@@ -61,10 +61,10 @@ def dynamic_sigmas(
 def check_sigmas(sigmas: Tensor) -> None:
     """A grid is one-dimensional, of at least two levels, strictly decreasing inside [0, 1]."""
     if sigmas.ndim != 1 or len(sigmas) < 2 or not sigmas.is_floating_point():
-        raise ValueError(f"sigmas {sigmas.dtype}{list(sigmas.shape)} came; expected floating point [T+1] with T >= 1")
+        raise ValueError(f"got sigmas {sigmas.dtype}{list(sigmas.shape)}; expected floating point [T+1] with T >= 1")
     if not (bool((sigmas.diff() < 0).all()) and float(sigmas[-1]) >= 0.0 and float(sigmas[0]) <= 1.0):
         raise ValueError(
-            f"sigmas {sigmas[:12].tolist()} came; expected strictly decreasing levels inside [0, 1], from noise to "
+            f"got sigmas {sigmas[:12].tolist()}; expected strictly decreasing levels inside [0, 1], from noise to "
             "data: check for a reversed grid or for timesteps 0..1000 passed as sigmas"
         )
 
@@ -75,6 +75,6 @@ def _append_zero(sigmas: Tensor) -> Tensor:
 
 def _check(num_steps: int, k: float) -> None:
     if num_steps < 1:
-        raise ValueError(f"num_steps={num_steps} came; expected at least 1 denoising step")
+        raise ValueError(f"got num_steps={num_steps}; expected at least 1 denoising step")
     if not k > 0:
-        raise ValueError(f"shift k={k} came; expected a number > 0 (1 = no shift)")
+        raise ValueError(f"got shift k={k}; expected a number > 0 (1 = no shift)")

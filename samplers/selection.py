@@ -1,4 +1,4 @@
-"""Selection on the way: at declared grid indices some states stay and the others are never continued."""
+"""Selection during a rollout: at declared grid indices some states are continued and the others dropped."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,20 +10,20 @@ from torch import Tensor
 
 from samplers.trees import Cost, Tree
 
-Look = Callable[[], Tensor]
-Score = Callable[[Tree, Tensor, Tensor, Look], Tensor]
+VelocityLookup = Callable[[], Tensor]  # the velocities [n, *] at the candidates; evaluated when first called
+Score = Callable[[Tree, Tensor, Tensor, VelocityLookup], Tensor]
 Within = Literal["group", "root", "parent"]
 
 
-def unscored(tree: Tree, nodes: Tensor, states: Tensor, look: Look) -> Tensor:
-    """A score by which all candidates are alike: enough to ask a plan what it selects."""
+def unscored(tree: Tree, nodes: Tensor, states: Tensor, velocities: VelocityLookup) -> Tensor:
+    """The same score for all candidates: enough to read from a plan's `select` which counts it keeps."""
     return torch.zeros(len(nodes))
 
 
 class Select(Protocol):
-    """Which candidates stay. A candidate is a state that a stochastic step arrives at, or from which one follows later.
+    """Which candidates are continued. A candidate is a state that a stochastic step arrives at or follows later.
 
-    Probes and deterministic tails are no candidates: they stay or go with the state that they leave.
+    Probes and deterministic tails are no candidates: they are kept or dropped with the state that they leave.
     """
 
     @property
@@ -33,12 +33,15 @@ class Select(Protocol):
 
     @property
     def uses_velocity(self) -> bool:
-        """Whether `keep` may ask for velocities; the cost of those of dropped states is then in the plan's forecast."""
+        """Whether `keep` may call `velocities`; the plan's forecast then counts those of the dropped states too."""
         ...
 
-    def keep(self, tree: Tree, nodes: Tensor, states: Tensor, look: Look) -> Tensor:
-        """[n] bool: which of the candidates `nodes` [n] stay. states [n, *]: theirs, in the storage dtype. look() gives
-        their velocities [n, *]: those of the candidates that go are extra cost, the others are needed anyway."""
+    def keep(self, tree: Tree, nodes: Tensor, states: Tensor, velocities: VelocityLookup) -> Tensor:
+        """[n] bool: which of the candidates `nodes` [n] stay. states [n, *]: theirs, in the storage dtype.
+
+        velocities() gives their velocities [n, *]: an extra cost for the candidates that are dropped only, since the
+        rollout needs those of the others anyway.
+        """
         ...
 
 
@@ -46,8 +49,8 @@ class Select(Protocol):
 class Best:
     """The highest-scored candidates stay: best-of-n, path search, potential assessment.
 
-    counts: grid index -> how many stay in each group. within: they are the best of the "group", or shared out equally
-    among its roots, or among the parents. score(tree, nodes, states, look) -> [n]; ties go to the earlier node.
+    counts: grid index -> how many stay in each group. within: the best of the "group", or of each "root" or "parent",
+    equally many of each. score(tree, nodes, states, velocities) -> [n]; ties go to the earlier node.
     """
 
     counts: Mapping[int, int]
@@ -58,13 +61,11 @@ class Best:
     def __post_init__(self) -> None:
         check_counts(self.counts, self.within)
 
-    def keep(self, tree: Tree, nodes: Tensor, states: Tensor, look: Look) -> Tensor:
+    def keep(self, tree: Tree, nodes: Tensor, states: Tensor, velocities: VelocityLookup) -> Tensor:
         """The best of each set. ValueError for a set with fewer candidates than stay, or a score that is not finite."""
-        scores = self.score(tree, nodes, states, look).cpu()
+        scores = self.score(tree, nodes, states, velocities).cpu()
         if scores.shape != nodes.shape or not bool(scores.isfinite().all()):
-            raise ValueError(
-                f"scores {list(scores.shape)} came for {len(nodes)} states; expected a finite one for each"
-            )
+            raise ValueError(f"got scores {list(scores.shape)} for {len(nodes)} states; expected a finite one for each")
         count = self.counts[int(tree.index[nodes[0]])]
         sets = {"group": tree.group, "root": tree.root, "parent": tree.parent}[self.within][nodes]
         keep = torch.zeros(len(nodes), dtype=torch.bool)
@@ -73,125 +74,135 @@ class Best:
             share, rest = divmod(count, len(members))
             if rest:
                 raise ValueError(
-                    f"{count} states are to stay in a group of {len(members)} {self.within}s; expected a multiple: the "
-                    "numbers are to be equal"
+                    f"got counts={dict(self.counts)} in a group of {len(members)} {self.within}s; expected a multiple of "
+                    f"{len(members)} in place of {count}, since each {self.within} keeps equally many"
                 )
             for member in members:
                 rows = (sets == member).nonzero().flatten()
                 if len(rows) < share:
                     raise ValueError(
-                        f"counts={dict(self.counts)} keeps {share} states per {self.within} at grid index "
-                        f"{int(tree.index[nodes[0]])}, where there are {len(rows)}; expected at most as many"
+                        f"got counts={dict(self.counts)}, {share} states per {self.within} at grid index "
+                        f"{int(tree.index[nodes[0]])}; expected at most {len(rows)}, as many as there are"
                     )
                 keep[rows[scores[rows].argsort(descending=True, stable=True)[:share]]] = True
         return keep
 
 
 def candidates(tree: Tree) -> Tensor:
-    """[N] the states on the trained part: a stochastic step arrives at them, or follows somewhere below."""
-    hot = tree.level > 0
+    """[N] the states on the trained part: a stochastic step arrives at them or at a descendant."""
+    trained_part = tree.level > 0
     for nodes in reversed(tree.generations[1:]):
-        hot[tree.parent[nodes[hot[nodes]]]] = True
-    return hot
+        trained_part[tree.parent[nodes[trained_part[nodes]]]] = True
+    return trained_part
 
 
 def sampled(tree: Tree) -> Tensor:
-    """[L] the leaves, in the order of tree.leaves, that end a sample; the others end a probe of a state on its way.
+    """[L] the leaves, in the order of tree.leaves, that end a sample; the others end a probe of an earlier state.
 
-    A probe leaves a state whose samples go on by other steps, and no stochastic step follows."""
-    hot = candidates(tree)
-    goes_on = torch.zeros(len(tree), dtype=torch.bool)
-    goes_on[tree.parent[hot & (tree.parent >= 0)]] = True
+    A probe is a run of deterministic steps from a state whose samples continue by other, trained steps."""
+    trained_part = candidates(tree)
+    continues = torch.zeros(len(tree), dtype=torch.bool)
+    continues[tree.parent[trained_part & (tree.parent >= 0)]] = True
     probe = torch.zeros(len(tree), dtype=torch.bool)
     for nodes in tree.generations[1:]:
-        up = tree.parent[nodes]
-        probe[nodes] = probe[up] | (goes_on[up] & ~hot[nodes])
+        parents = tree.parent[nodes]
+        probe[nodes] = probe[parents] | (continues[parents] & ~trained_part[nodes])
     return ~probe[tree.leaves]
 
 
 def check_frontiers(tree: Tree, select: Select) -> None:
-    """ValueError unless the candidates of each declared index exist, and are of one generation: on hand together."""
-    able = candidates(tree)
+    """ValueError unless each declared index has candidates, all of one generation, so that they are compared at once."""
+    trained_part = candidates(tree)
     for index in select.counts:
-        generations = tree.generation[able & (tree.index == index)].unique().tolist()
+        generations = tree.generation[trained_part & (tree.index == index)].unique().tolist()
         if len(generations) != 1:
             raise ValueError(
-                f"selection at grid index {index} came; its candidates are of the generations {generations}, expected "
-                "one: choose an index that every trained trajectory visits after equally many steps"
+                f"got a selection at grid index {index}, whose candidates are of the generations {generations}; expected "
+                "one generation: choose an index that every trained trajectory visits after equally many steps"
             )
 
 
 def choose(
-    select: Select, tree: Tree, nodes: Tensor, states: Tensor, able: Tensor, velocities: Callable[[Tensor], Tensor]
+    select: Select,
+    tree: Tree,
+    nodes: Tensor,
+    states: Tensor,
+    trained_part: Tensor,
+    velocities: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """[n] bool: which of `nodes` [n], one generation, are continued: all but the candidates that `select` drops."""
-    stays = torch.ones(len(nodes), dtype=torch.bool)
+    """[n] bool: which of `nodes` [n], one generation, are continued: all but the candidates that `select` drops.
+
+    trained_part [N]: candidates(tree). velocities: rows [m] of `nodes` -> their velocities [m, *].
+    """
+    continued = torch.ones(len(nodes), dtype=torch.bool)
     for index, count in select.counts.items():
-        here = (able[nodes] & (tree.index[nodes] == index)).nonzero().flatten()
-        if not len(here):
+        rows = (trained_part[nodes] & (tree.index[nodes] == index)).nonzero().flatten()
+        if not len(rows):
             continue
-        kept = select.keep(tree, nodes[here], states[here.to(states.device)], partial(velocities, here)).cpu()
-        if kept.shape != here.shape or kept.dtype != torch.bool:
-            raise ValueError(f"keep gave {kept.dtype}{list(kept.shape)}; expected torch.bool[{len(here)}]")
-        groups = tree.group[nodes[here]]
+        kept = select.keep(tree, nodes[rows], states[rows.to(states.device)], partial(velocities, rows)).cpu()
+        if kept.shape != rows.shape or kept.dtype != torch.bool:
+            raise ValueError(f"got {kept.dtype}{list(kept.shape)} from keep; expected torch.bool[{len(rows)}]")
+        groups = tree.group[nodes[rows]]
         numbers = {group: int(kept[groups == group].sum()) for group in groups.unique().tolist()}
         if any(number != count if count is not None else number < 1 for number in numbers.values()):
             raise ValueError(
-                f"at grid index {index} {numbers} states stay (by group); expected "
+                f"got {numbers} states kept at grid index {index}, by group; expected "
                 f"{'at least one' if count is None else count} in each"
             )
-        stays[here] = kept
-    return stays
+        continued[rows] = kept
+    return continued
 
 
 def selected_cost(tree: Tree, counts: Mapping[int, int], within: Within, *, uses_velocity: bool = False) -> Cost:
-    """What `tree` costs when `Best` selects on it, whichever states win.
+    """What `tree` costs when `Best` selects on it, whichever states stay.
 
-    rollout counts every state evaluated, also those that then turn out to lead nowhere, and if the score uses velocities (`uses_velocity`) those that it
-    drops. ValueError where candidates of one index lead to subtrees of different cost: then it
-    depends on who wins.
+    `rollout` counts every state evaluated: also those whose descendants are all dropped later and, with `uses_velocity`,
+    the dropped candidates. ValueError where candidates of one index lead to subtrees of different cost: the cost would
+    then depend on the scores.
     """
-    seen = torch.zeros(len(tree), dtype=torch.bool)
+    evaluated_for_score = torch.zeros(len(tree), dtype=torch.bool)
 
-    def any_will_do(tree: Tree, nodes: Tensor, states: Tensor, look: Look) -> Tensor:
-        seen[nodes] = uses_velocity
+    def equal_scores(tree: Tree, nodes: Tensor, states: Tensor, velocities: VelocityLookup) -> Tensor:
+        evaluated_for_score[nodes] = uses_velocity
         return torch.zeros(len(nodes))
 
-    best = Best(counts, any_will_do, within)
+    best = Best(counts, equal_scores, within)
     check_frontiers(tree, best)
-    able, below = candidates(tree), _below(tree)
+    trained_part, subtree_costs = candidates(tree), _subtree_costs(tree)
     for index in counts:
-        kinds = below[able & (tree.index == index)].unique(dim=0)
-        if len(kinds) > 1:
+        distinct = subtree_costs[trained_part & (tree.index == index)].unique(dim=0)
+        if len(distinct) > 1:
             raise ValueError(
-                f"the states at grid index {index} lead to unequal subtrees, (rows, trained states, edges, leaves) = "
-                f"{kinds.tolist()[:4]}; the cost would depend on which stay: select at another index"
+                f"got a selection at grid index {index}, whose states lead to unequal subtrees, (rows, trained states, "
+                f"edges, leaves) = {distinct.tolist()[:4]}; expected equal ones, or the cost depends on which stay: select "
+                "at another index"
             )
-    stays = torch.zeros(len(tree), dtype=torch.bool)
+    continued = torch.zeros(len(tree), dtype=torch.bool)
     for generation in tree.generations:
-        ups = tree.parent[generation]
-        nodes = generation[(ups < 0) | stays[ups.clamp(min=0)]]
-        stays[nodes] = choose(best, tree, nodes, nodes, able, torch.clone)
-    rest = tree.keep(stays).cost()
-    return Cost(int((stays | seen)[tree.evaluated].sum()), rest.train, rest.edges, rest.leaves)
+        parents = tree.parent[generation]
+        nodes = generation[(parents < 0) | continued[parents.clamp(min=0)]]
+        continued[nodes] = choose(best, tree, nodes, nodes, trained_part, torch.clone)
+    rest = tree.keep(continued).cost()
+    rollout = int((continued | evaluated_for_score)[tree.evaluated].sum())
+    return Cost(rollout, rest.train, rest.edges, rest.leaves)
 
 
-def _below(tree: Tree) -> Tensor:
-    """[N, 4] evaluated rows, trained states, edges and leaves in the subtree of each node; its own arrival not counted."""
-    own = torch.zeros(len(tree), 4, dtype=torch.int64)
-    own[tree.evaluated, 0] = 1
-    own[tree.parents_of_edges, 1] = 1
-    own[tree.leaves, 3] = 1
+def _subtree_costs(tree: Tree) -> Tensor:
+    """[N, 4] evaluated rows, trained states, edges and leaves from each node down, without the step that arrives at it."""
+    costs = torch.zeros(len(tree), 4, dtype=torch.int64)
+    costs[tree.evaluated, 0] = 1
+    costs[tree.parents_of_edges, 1] = 1
+    costs[tree.leaves, 3] = 1
     for nodes in reversed(tree.generations[1:]):
-        arriving = own[nodes]
-        arriving[:, 2] += tree.level[nodes] > 0
-        own.index_add_(0, tree.parent[nodes], arriving)
-    return own
+        with_arrival = costs[nodes]
+        with_arrival[:, 2] += tree.level[nodes] > 0
+        costs.index_add_(0, tree.parent[nodes], with_arrival)
+    return costs
 
 
 def check_counts(counts: Mapping[int, int], within: str) -> None:
     """ValueError unless at least one state stays at each index."""
     if within not in ("group", "root", "parent"):
-        raise ValueError(f"within={within!r} came; expected 'group', 'root' or 'parent'")
+        raise ValueError(f"got within={within!r}; expected 'group', 'root' or 'parent'")
     if not counts or any(index < 0 or count < 1 for index, count in counts.items()):
-        raise ValueError(f"counts={dict(counts)} came; expected grid index >= 0 -> how many stay, at least one")
+        raise ValueError(f"got counts={dict(counts)}; expected grid index >= 0 -> how many stay, at least one")

@@ -44,8 +44,8 @@ class Tree:
     local  [N] int64  number of the node inside its group
     index  [N] int64  the node sits at noise level sigmas[index], 0 <= index <= num_steps
     level  [N] float64  noise level of the arriving step, a factor of the kernel's own; 0 = deterministic, roots have 0
-    source [N] int64  who rolls the node's root out: its place in SOURCES (further teachers follow); 0 = the student.
-                      Row r of `x_start` is node r, so a velocity callback reads source[root]
+    source [N] int64  which network rolls the node's root out: its index in SOURCES (further teachers follow); 0 = the
+                      student. Row r of `x_start` is node r, so a velocity callback reads source[root]
     """
 
     parent: Tensor
@@ -67,16 +67,17 @@ class Tree:
         Nodes are re-ordered by generation (stable); `local` counts them in that order.
         """
         depth: list[int] = []
-        for node, up in enumerate(parent):
-            if not -1 <= up < node:
-                raise ValueError(f"node {node} has parent {up}; expected -1 or an earlier node: list parents first")
-            depth.append(0 if up < 0 else depth[up] + 1)
+        for node, parent_of_node in enumerate(parent):
+            if not -1 <= parent_of_node < node:
+                raise ValueError(f"got parent {parent_of_node} of node {node}; expected -1 or an earlier node: list parents "
+                                 "first")  # fmt: skip
+            depth.append(0 if parent_of_node < 0 else depth[parent_of_node] + 1)
         order = sorted(range(len(depth)), key=depth.__getitem__)
-        place = {old: new for new, old in enumerate(order)}
-        parents = [place[parent[old]] if parent[old] >= 0 else -1 for old in order]
+        new_number = {old: new for new, old in enumerate(order)}
+        parents = [new_number[parent[old]] if parent[old] >= 0 else -1 for old in order]
         root: list[int] = []
-        for node, up in enumerate(parents):
-            root.append(node if up < 0 else root[up])
+        for node, parent_of_node in enumerate(parents):
+            root.append(node if parent_of_node < 0 else root[parent_of_node])
         return Tree(
             parent=torch.tensor(parents, dtype=torch.int64),
             root=torch.tensor(root, dtype=torch.int64),
@@ -92,10 +93,10 @@ class Tree:
     def cat(trees: Sequence["Tree"]) -> "Tree":
         """One tree holding all groups of all `trees`, re-sorted by generation; roots and groups keep their order."""
         if not trees:
-            raise ValueError("no trees came; expected at least one: pass the trees of the groups to roll out together")
+            raise ValueError("got no trees; expected at least one: pass the trees of the groups to roll out together")
         steps = {tree.num_steps for tree in trees}
         if len(steps) > 1:
-            raise ValueError(f"trees with num_steps {sorted(steps)} came; expected one grid: roll them out separately")
+            raise ValueError(f"got trees with num_steps {sorted(steps)}; expected one grid: roll them out separately")
         columns = {
             name: torch.cat([vars(tree)[name] for tree in trees]) for name in ("local", "index", "level", "source")
         }
@@ -104,50 +105,49 @@ class Tree:
             "root": [tree.num_roots for tree in trees],
             "group": [tree.num_groups for tree in trees],
         }
-        moved = {name: _offset_cat([vars(tree)[name] for tree in trees], size) for name, size in sizes.items()}
-        return _in_order({**columns, **moved}, trees[0].num_steps)
+        numbers = {name: _offset_cat([vars(tree)[name] for tree in trees], size) for name, size in sizes.items()}
+        return _in_order({**columns, **numbers}, trees[0].num_steps)
 
     def extended(self, parent: Sequence[int], index: Sequence[int]) -> "Tree":
         """This tree with more nodes, all reached by deterministic steps.
 
-        A parent is a node of this tree, or len(self) + j for the j-th new one (an earlier one). The nodes that were here
-        keep their `local`, hence their noise; only their numbers move.
+        A parent is a node of this tree, or len(self) + j for the j-th new one (an earlier one). The nodes of this tree
+        keep their `local`, hence their noise; only their numbers change.
         """
         if not len(parent):
             return self
-        up, start = torch.tensor(parent, dtype=torch.int64), len(self)
-        top = up.clone()  # each new node's nearest ancestor that was here
-        while bool((top >= start).any()):
-            top = torch.where(top >= start, up[(top - start).clamp(min=0)], top)
+        parents, count = torch.tensor(parent, dtype=torch.int64), len(self)
+        ancestor = parents.clone()  # each new node's nearest ancestor in this tree
+        while bool((ancestor >= count).any()):
+            ancestor = torch.where(ancestor >= count, parents[(ancestor - count).clamp(min=0)], ancestor)
         new = {
-            "parent": up,
-            "root": self.root[top],
-            "group": self.group[top],
-            "local": int(self.local.max()) + 1 + torch.arange(len(up)),
+            "parent": parents,
+            "root": self.root[ancestor],
+            "group": self.group[ancestor],
+            "local": int(self.local.max()) + 1 + torch.arange(len(parents)),
             "index": torch.tensor(index, dtype=torch.int64),
-            "level": torch.zeros(len(up), dtype=torch.float64),
-            "source": self.source[top],
+            "level": torch.zeros(len(parents), dtype=torch.float64),
+            "source": self.source[ancestor],
         }
-        return _in_order({name: torch.cat([vars(self)[name], more]) for name, more in new.items()}, self.num_steps)
+        return _in_order({name: torch.cat([vars(self)[name], added]) for name, added in new.items()}, self.num_steps)
 
     def keep(self, mask: Tensor) -> "Tree":
         """The tree of the nodes that are `alive(mask)`, in the same order, with the same `local`, hence the same noise."""
         alive = self.alive(mask)
-        place = torch.where(alive, alive.cumsum(0) - 1, -1)
+        new_number = torch.where(alive, alive.cumsum(0) - 1, -1)
         columns = {name: vars(self)[name][alive] for name in COLUMNS}
         parent = columns.pop("parent")
-        return replace(self, parent=torch.where(parent >= 0, place[parent.clamp(min=0)], -1), **columns)
+        return replace(self, parent=torch.where(parent >= 0, new_number[parent.clamp(min=0)], -1), **columns)
 
     def alive(self, mask: Tensor) -> Tensor:
-        """[N] the nodes that stay when those outside `mask` [N] go with all they lead to, and what then leads to no leaf.
+        """[N] the nodes left when those outside `mask` [N] are dropped with all their descendants, and then every node
+        that no longer leads to a leaf.
 
         Roots stay, with children or without, so that rows of `x_start` and of the conditions keep their numbers.
         ValueError if a group loses all its leaves.
         """
         if mask.shape != (len(self),) or mask.dtype != torch.bool:
-            raise ValueError(
-                f"mask {mask.dtype}{list(mask.shape)} came; expected torch.bool[{len(self)}], one per node"
-            )
+            raise ValueError(f"got mask {mask.dtype}{list(mask.shape)}; expected torch.bool[{len(self)}], one per node")
         reached = mask.clone()
         for nodes in self.generations[1:]:
             reached[nodes] &= reached[self.parent[nodes]]
@@ -157,14 +157,16 @@ class Tree:
             useful[self.parent[nodes[useful[nodes]]]] = True
         empty = sorted(set(range(self.num_groups)) - set(self.group[useful].tolist()))
         if empty:
-            raise ValueError(f"nothing stays of group(s) {empty[:8]}; expected at least one leaf in every group")
+            raise ValueError(
+                f"got a mask that leaves no leaf of groups {empty[:8]}; expected at least one leaf in every group"
+            )
         useful[: self.num_roots] = True
         return useful
 
     def with_source(self, source: Tensor) -> "Tree":
-        """This tree with who rolls each root out: `source` [R], places in SOURCES."""
+        """This tree with the network that rolls each root out: `source` [R], indices in SOURCES."""
         if source.shape != (self.num_roots,):
-            raise ValueError(f"source {list(source.shape)} came; expected one per root, [{self.num_roots}]")
+            raise ValueError(f"got source {list(source.shape)}; expected one per root, [{self.num_roots}]")
         return replace(self, source=source.to(torch.int64)[self.root])
 
     def __len__(self) -> int:
@@ -223,7 +225,7 @@ class Tree:
         """
         if values.shape != (len(self),):
             raise ValueError(
-                f"values of shape {tuple(values.shape)} came; expected one per node, [{len(self)}]: "
+                f"got values of shape {tuple(values.shape)}; expected one per node, [{len(self)}]: "
                 "scatter per-edge values into zeros(len(tree)) at tree.edges first"
             )
         total = torch.where(self.level.to(values.device) > 0, values, torch.zeros_like(values))
@@ -254,29 +256,30 @@ class Tree:
 
     @cached_property
     def _completions(self) -> Tensor:
-        nowhere = len(self)
-        reached = torch.full((len(self),), nowhere)
+        no_leaf = len(self)
+        reached = torch.full((len(self),), no_leaf)
         reached[self.leaves] = self.leaves
         for nodes in reversed(self.generations[1:]):
-            quiet = nodes[self.level[nodes] == 0]
-            reached.scatter_reduce_(0, self.parent[quiet], reached[quiet], "amin")
-        return torch.where(reached < nowhere, reached, -1)
+            deterministic = nodes[self.level[nodes] == 0]
+            reached.scatter_reduce_(0, self.parent[deterministic], reached[deterministic], "amin")
+        return torch.where(reached < no_leaf, reached, -1)
 
 
 def _in_order(columns: dict[str, Tensor], num_steps: int) -> Tree:
     """The tree of nodes in any order: sorts them by generation (stable) and renumbers the parents."""
     order = generation_of(columns["parent"]).argsort(stable=True)
-    place = torch.empty_like(order)
-    place[order] = torch.arange(len(order))
+    new_number = torch.empty_like(order)
+    new_number[order] = torch.arange(len(order))
     sorted_columns = {name: column[order] for name, column in columns.items()}
     parent = sorted_columns.pop("parent")
-    return Tree(parent=torch.where(parent >= 0, place[parent.clamp(min=0)], -1), **sorted_columns, num_steps=num_steps)
+    parent = torch.where(parent >= 0, new_number[parent.clamp(min=0)], -1)
+    return Tree(parent=parent, **sorted_columns, num_steps=num_steps)
 
 
 def _offset_cat(parts: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
-    """Concatenate numberings, moving each past the ones before it; -1 stays -1."""
-    start, moved = 0, []
+    """Concatenates numberings, each offset by the sizes before it; -1 stays -1."""
+    start, offset = 0, []
     for part, size in zip(parts, sizes, strict=True):
-        moved.append(torch.where(part >= 0, part + start, -1))
+        offset.append(torch.where(part >= 0, part + start, -1))
         start += size
-    return torch.cat(moved)
+    return torch.cat(offset)

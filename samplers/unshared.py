@@ -1,4 +1,4 @@
-"""What code without sharing computes: the same rollout with states copied, to count and to time against."""
+"""The same rollout without sharing: every state copied for each use, to count and to time sharing against."""
 
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -14,7 +14,7 @@ from samplers.trees import Tree
 
 @dataclass(frozen=True, eq=False)
 class UnsharedTree:
-    """`tree`: `shared` with states copied, a topology like any other. origin [M]: which state each node is a copy of."""
+    """`tree` is `shared` with its states copied. origin [M]: the node of `shared` that each node of `tree` is a copy of."""
 
     shared: Tree
     tree: Tree
@@ -32,8 +32,9 @@ class UnsharedTree:
     ) -> Forest:
         """`rollout` of the shared tree, paying for every copy; all arguments are those of the shared tree.
 
-        The forest is that of the shared tree (of each state one copy), so credit and updates go on as ever; only
-        `evaluations` tells. UnsharedTree are equal bit for bit where the velocity of a row does not depend on its batch.
+        The forest is that of the shared tree (one copy of each state), so credit and updates use it as usual; only its
+        `evaluations` count the copies. The copies of a state are equal bit for bit where the velocity of a row does not
+        depend on its batch.
         """
         row_of_root = self.origin[: self.tree.num_roots]
         forest = rollout(
@@ -48,7 +49,7 @@ class UnsharedTree:
         return self._folded(forest)
 
     def _folded(self, forest: Forest) -> Forest:
-        """One copy of each state, a stored one if there is any."""
+        """The forest of `shared`: of each state the first stored copy, or the first copy if none is stored."""
         copies = torch.arange(len(self.origin))
         chosen = torch.full((len(self.shared),), len(copies))
         chosen.scatter_reduce_(0, self.origin, torch.where(forest.kept, copies, len(copies)), "amin")
@@ -65,64 +66,64 @@ class UnsharedTree:
 
 
 def unshared(tree: Tree, per: Literal["trajectory", "step"] = "trajectory") -> UnsharedTree:
-    """`tree` with every state copied for all that use it.
+    """`tree` with every state copied for each use.
 
-    "trajectory": each leaf has its own states all the way from its own start: per-sample code.
-    "step": each step evaluates its own copy of the state it leaves, as code does that stores a state and comes back to
-    it, for each branch and each probe anew. Rows = steps; trained rows = stochastic steps.
+    "trajectory": each leaf has its own states from its own start on, as in code that rolls samples out one by one.
+    "step": each step evaluates its own copy of the state it leaves, as in code that stores a state and evaluates it again
+    for each branch and each probe. Network rows = steps; trained rows = stochastic steps.
     """
     if per not in ("trajectory", "step"):
-        raise ValueError(f"per={per!r} came; expected 'trajectory' or 'step'")
+        raise ValueError(f"got per={per!r}; expected 'trajectory' or 'step'")
     parent, origin = _by_trajectory(tree) if per == "trajectory" else _by_step(tree)
-    source = torch.tensor(origin, dtype=torch.int64)
+    origins = torch.tensor(origin, dtype=torch.int64)
     root: list[int] = []
     number = 0
-    for up in parent:
-        root.append(root[up] if up >= 0 else number)
-        number += up < 0
-    order = tree.generation[source].argsort(stable=True)
-    place = torch.empty_like(order)
-    place[order] = torch.arange(len(order))
-    ups = torch.tensor(parent, dtype=torch.int64)[order]
-    source = source[order]
+    for copy_of_parent in parent:
+        root.append(root[copy_of_parent] if copy_of_parent >= 0 else number)
+        number += copy_of_parent < 0
+    order = tree.generation[origins].argsort(stable=True)
+    new_number = torch.empty_like(order)
+    new_number[order] = torch.arange(len(order))
+    parents = torch.tensor(parent, dtype=torch.int64)[order]
+    origins = origins[order]
     copied = Tree(
-        parent=torch.where(ups >= 0, place[ups.clamp(min=0)], -1),
+        parent=torch.where(parents >= 0, new_number[parents.clamp(min=0)], -1),
         root=torch.tensor(root, dtype=torch.int64)[order],
-        group=tree.group[source],
-        local=torch.arange(len(source)),
-        index=tree.index[source],
-        level=tree.level[source],
-        source=tree.source[source],
+        group=tree.group[origins],
+        local=torch.arange(len(origins)),
+        index=tree.index[origins],
+        level=tree.level[origins],
+        source=tree.source[origins],
         num_steps=tree.num_steps,
     )
-    return UnsharedTree(tree, copied, source)
+    return UnsharedTree(tree, copied, origins)
 
 
 def _by_trajectory(tree: Tree) -> tuple[list[int], list[int]]:
-    """(parents among the copies, originals)."""
-    up = tree.parent.tolist()
+    """(parent of each copy among the copies, node that it is a copy of)."""
+    parent_of = tree.parent.tolist()
     parent: list[int] = []
     origin: list[int] = []
     for leaf in tree.leaves.tolist():
-        way = [leaf]
-        while up[way[-1]] >= 0:
-            way.append(up[way[-1]])
-        parent += [-1, *range(len(parent), len(parent) + len(way) - 1)]
-        origin += reversed(way)
+        path = [leaf]
+        while parent_of[path[-1]] >= 0:
+            path.append(parent_of[path[-1]])
+        parent += [-1, *range(len(parent), len(parent) + len(path) - 1)]
+        origin += reversed(path)
     return parent, origin
 
 
 def _by_step(tree: Tree) -> tuple[list[int], list[int]]:
-    """(parents among the copies, originals): as many copies of a state as it has children, all after one step."""
-    up = tree.parent.tolist()
+    """As `_by_trajectory`, with as many copies of a state as it has children, all reached by the same step."""
+    parent_of = tree.parent.tolist()
     children = torch.bincount(tree.parent[tree.parent >= 0], minlength=len(tree)).tolist()
-    free: list[list[int]] = []  # per state, its copies that no child has taken
+    unused: list[list[int]] = []  # per state, its copies that have no child yet
     parent: list[int] = []
     origin: list[int] = []
     for node in range(len(tree)):
-        above = free[up[node]].pop(0) if up[node] >= 0 else -1
+        copy_of_parent = unused[parent_of[node]].pop(0) if parent_of[node] >= 0 else -1
         copies = max(1, children[node])
-        free.append(list(range(len(parent), len(parent) + copies)))
-        parent += [above] * copies
+        unused.append(list(range(len(parent), len(parent) + copies)))
+        parent += [copy_of_parent] * copies
         origin += [node] * copies
     return parent, origin

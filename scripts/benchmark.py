@@ -1,4 +1,4 @@
-"""python scripts/benchmark.py CONFIG.yaml [--iterations N] [--variants merged,per-edge,unshared] [key=value ...]"""
+"""python scripts/benchmark.py CONFIG.yaml [CONFIG.yaml ...] [--iterations N] [--variants merged,per-edge] [key=value ...]"""
 
 import sys
 

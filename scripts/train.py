@@ -1,4 +1,4 @@
-"""accelerate launch scripts/train.py CONFIG.yaml [key=value ...]"""
+"""accelerate launch scripts/train.py CONFIG.yaml [CONFIG.yaml ...] [key=value ...]"""
 
 import sys
 

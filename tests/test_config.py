@@ -1,12 +1,16 @@
 """I9: a configuration that cannot work is a named error before any model is loaded."""
 
+from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
-from flowalign import models
+from flowalign import cli, models
 from flowalign.config import load_config
 from flowalign.errors import ConfigError
+from flowalign.layers import merge, split_arguments
 from flowalign.run.preflight import forecast
 
 CONFIG = str(Path(__file__).parent / "data" / "tiny.yaml")
@@ -121,7 +125,7 @@ def test_a_bad_configuration_is_named(
 def test_unknown_keys_in_the_file_suggest_the_right_one(tmp_path: Path) -> None:
     text = Path(CONFIG).read_text().replace("group_size", "grup_size")
     (tmp_path / "c.yaml").write_text(text)
-    with pytest.raises(ConfigError, match="'group_size'"):
+    with pytest.raises(ConfigError, match=r"c\.yaml: unknown key 'rollout\.grup_size': did you mean 'group_size'"):
         load_config(str(tmp_path / "c.yaml"))
 
 
@@ -162,8 +166,141 @@ def test_overrides_win_and_the_forecast_counts_what_they_say(tiny_pipeline: Path
     assert "reference" not in forecast(config)
 
 
-@pytest.mark.parametrize("path", sorted(Path("configs").glob("*.yaml")), ids=lambda path: path.name)
-def test_every_shipped_configuration_builds(path: Path, tiny_pipeline: Path, tiny_sd15_pipeline: Path) -> None:
-    tiny = tiny_sd15_pipeline if path.stem.startswith("sd15") else tiny_pipeline
-    config, _ = load_config(str(path), [f"policy.path={tiny}"])
-    assert config.run.iterations > 0
+# ------------------------------------------------------------------------------------------ layers
+
+
+def merged(*texts: str) -> Any:
+    nodes = [yaml.compose(text, yaml.SafeLoader) for text in texts]
+    return yaml.safe_load(yaml.serialize(reduce(merge, nodes)))
+
+
+@pytest.mark.parametrize(
+    ("former", "later", "expected"),
+    [
+        ("a: {b: 1, c: {d: 2}}", "a: {c: {e: 3}}", {"a": {"b": 1, "c": {"d": 2, "e": 3}}}),
+        ("a: [1, 2]", "a: [3]", {"a": [3]}),
+        ("a: {b: 1}", "a: null", {"a": None}),
+        ("a: {b: 1}", "a: text", {"a": "text"}),
+        ("x: 1e-4", "y: '1e-4'", {"x": "1e-4", "y": "1e-4"}),  # YAML's own reading; jsonargparse takes x for a number
+        # parts: the same class keeps its arguments, another class none of them
+        ("p: {class_path: A, init_args: {u: 1, v: 2}}", "p: {class_path: A, init_args: {v: 3}}",
+         {"p": {"class_path": "A", "init_args": {"u": 1, "v": 3}}}),
+        ("p: {class_path: A, init_args: {u: 1}}", "p: {class_path: B, init_args: {v: 3}}",
+         {"p": {"class_path": "B", "init_args": {"v": 3}}}),
+        ("p: {class_path: A, init_args: {u: 1}}", "p: {class_path: B}", {"p": {"class_path": "B"}}),
+        # a plain string is a part as well
+        ("p: {class_path: A, init_args: {u: 1}}", "p: A", {"p": {"class_path": "A", "init_args": {"u": 1}}}),
+        ("p: {class_path: A, init_args: {u: 1}}", "p: B", {"p": {"class_path": "B"}}),
+        ("p: A", "p: {class_path: A, init_args: {u: 1}}", {"p": {"class_path": "A", "init_args": {"u": 1}}}),
+        ("p: A", "p: {class_path: B, init_args: {u: 1}}", {"p": {"class_path": "B", "init_args": {"u": 1}}}),
+        ("p: A", "p: B", {"p": "B"}),
+        # init_args alone go to the class that the other file names
+        ("p: A", "p: {init_args: {u: 1}}", {"p": {"class_path": "A", "init_args": {"u": 1}}}),
+        ("p: {init_args: {u: 1}}", "p: A", {"p": {"class_path": "A", "init_args": {"u": 1}}}),
+        # parts inside parts
+        ("p: {class_path: A, init_args: {q: {class_path: C, init_args: {w: 1}}}}", "p: {init_args: {q: D}}",
+         {"p": {"class_path": "A", "init_args": {"q": {"class_path": "D"}}}}),
+        # anchors of one file do not reach the other
+        ("a: &x {b: 1}\nc: *x", "a: {b: 2}", {"a": {"b": 2}, "c": {"b": 1}}),
+    ],
+)  # fmt: skip
+def test_later_files_go_over_earlier_ones(former: str, later: str, expected: Any) -> None:
+    assert merged(former, later) == expected
+
+
+def test_layers_load_as_the_one_file_that_they_make(tmp_path: Path, tiny_pipeline: Path) -> None:
+    """Three layers and an override; what is saved of the run gives the same configuration by itself."""
+    (tmp_path / "wide.yaml").write_text("rollout: {group_size: 5, plan: {init_args: {high: 1}}}\n")
+    (tmp_path / "dance.yaml").write_text("rollout: {groups: 4, kernel: samplers.DanceSDE}\nrun: {seed: 7}\n")
+    paths = [CONFIG, str(tmp_path / "wide.yaml"), str(tmp_path / "dance.yaml")]
+    config, plain = load_config(paths, [f"policy.path={tiny_pipeline}", "run.seed=8"])
+    rollout = plain["rollout"]
+    assert (rollout["group_size"], rollout["groups"], config.run.seed, config.run.name) == (5, 4, 8, "tiny")
+    assert rollout["plan"]["init_args"] | {"position": None, "shared_start": None} == {
+        "size": 1, "low": 0, "high": 1, "position": None, "shared_start": None,
+    }  # fmt: skip
+    assert rollout["kernel"]["class_path"] == "samplers.DanceSDE"
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
+    assert load_config(str(tmp_path / "config.yaml"))[1] == plain
+
+
+def test_a_run_without_a_name_gets_those_of_its_files(tmp_path: Path, tiny_pipeline: Path) -> None:
+    (tmp_path / "unnamed.yaml").write_text(Path(CONFIG).read_text().replace("name: tiny, ", ""))
+    (tmp_path / "seeded.yaml").write_text("run: {seed: 1}\n")
+    paths = [str(tmp_path / "unnamed.yaml"), str(tmp_path / "seeded.yaml")]
+    assert load_config(paths, [f"policy.path={tiny_pipeline}"])[0].run.name == "unnamed-seeded"
+    assert load_config(paths, [f"policy.path={tiny_pipeline}", "run.name=mine"])[0].run.name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("layer", "named"),
+    [
+        ("rollout: {grup_size: 4}", r"layer\.yaml: unknown key 'rollout.grup_size': did you mean 'group_size'"),
+        ("run: {seed: 1}\nrun: {seed: 2}", r"layer\.yaml, line 2: 'run' is given twice"),
+        ("- a", r"layer\.yaml: expected sections .* got list"),
+        # what only all files together show: the file and line of each key that the message names
+        ("rollout:\n  group_size: 0", r"group_size=0.*\(rollout\.group_size: .*layer\.yaml, line 2\)"),
+        ("rollout: {groups: 3}\ntrainer: {init_args: {updates_per_rollout: 2}}",
+         r"rollout\.groups: .*layer\.yaml, line 1; trainer\.updates_per_rollout: .*layer\.yaml, line 2\)"),
+        ("\nrollout: {plan: {init_args: {hihg: 1}}}", r"'hihg' is not accepted \(rollout\.plan\.hihg: .*layer\.yaml, line 2\)"),
+        ("policy: {dtype: bf16, trainable: full}", r"policy\.dtype: .*layer\.yaml, line 1; policy\.trainable: "),
+    ],
+)  # fmt: skip
+def test_an_error_names_the_layer(layer: str, named: str, tmp_path: Path, tiny_pipeline: Path) -> None:
+    (tmp_path / "layer.yaml").write_text(layer)
+    with pytest.raises(ConfigError, match=named):
+        load_config([CONFIG, str(tmp_path / "layer.yaml")], [f"policy.path={tiny_pipeline}"])
+
+
+def test_an_error_does_not_blame_a_file_for_an_override(tiny_pipeline: Path) -> None:
+    with pytest.raises(ConfigError, match="group_size=0") as caught:
+        load_config(CONFIG, [f"policy.path={tiny_pipeline}", "rollout.group_size=0"])
+    assert "tiny.yaml" not in str(caught.value)
+    with pytest.raises(ConfigError, match="updates_per_rollout") as caught:
+        load_config(CONFIG, [f"policy.path={tiny_pipeline}", "trainer.updates_per_rollout=3"])
+    assert "(rollout.groups: " in str(caught.value) and "trainer.updates_per_rollout:" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "files", "overrides"),
+    [
+        ("a.yaml b.yaml run.name=x prompts=c.txt", "a.yaml b.yaml", "run.name=x prompts=c.txt"),
+        ("runs/lr=1/config.yaml run.name=x", "runs/lr=1/config.yaml", "run.name=x"),
+        ("./a=b.yaml", "./a=b.yaml", ""),
+        ("a.yaml run.name=x b.yaml", "a.yaml", "run.name=x b.yaml"),
+        ("a.yaml --run.name=x", "a.yaml", "--run.name=x"),
+        ("run.name=x", "", "run.name=x"),
+    ],
+)
+def test_files_come_before_overrides(arguments: str, files: str, overrides: str) -> None:
+    assert split_arguments(arguments.split()) == (files.split(), overrides.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ([CONFIG, "run.name=x", CONFIG], "files come before overrides"),
+        ([CONFIG, "nowhere.yaml"], "'nowhere.yaml' does not exist"),
+        ([CONFIG, "rollout.group_size"], "key=value"),
+        (["run.name=x"], "no configuration file"),
+    ],
+)
+def test_what_cannot_be_read_is_named_on_the_command_line(
+    arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.train(arguments) == 2
+    assert named in capsys.readouterr().err
+    assert cli.doctor(arguments) == 1
+    assert named in capsys.readouterr().out
+    assert cli.benchmark(arguments) == 2
+    assert named in capsys.readouterr().err
+
+
+def test_the_command_line_takes_several_files(
+    tmp_path: Path, tiny_pipeline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[Any] = []
+    monkeypatch.setattr("flowalign.loop.train", lambda config, plain: trained.append(config))
+    (tmp_path / "layer.yaml").write_text("rollout: {group_size: 5}\n")
+    assert cli.train([CONFIG, str(tmp_path / "layer.yaml"), f"policy.path={tiny_pipeline}", "run.seed=8"]) == 0
+    assert (trained[0].rollout.group_size, trained[0].run.seed) == (5, 8)

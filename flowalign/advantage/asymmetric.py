@@ -51,14 +51,14 @@ class Asymmetric:
 
     def _success(self, sets: Sets) -> Sets:
         """The same sets with rewards in [0, 1]."""
-        known = sets.values[sets.valid]
+        rewards = sets.values[sets.valid]
         if self.rescale == "none":
-            if bool(((known < 0) | (known > 1)).any()):
+            if bool(((rewards < 0) | (rewards > 1)).any()):
                 raise ValueError(
-                    f"got rewards from {float(known.min()):.3g} to {float(known.max()):.3g}; A-GRAE expects success rates "
+                    f"got rewards from {float(rewards.min()):.3g} to {float(rewards.max()):.3g}; A-GRAE expects success rates "
                     "inside [0, 1]: set rescale='quantiles'"
                 )
             return sets
-        low, high = float(known.quantile(0.05)), float(known.quantile(0.95))
+        low, high = float(rewards.quantile(0.05)), float(rewards.quantile(0.95))
         inside = ((sets.values - low) / max(high - low, 1e-300)).clamp(0, 1)
         return replace(sets, values=torch.where(sets.valid, inside, 0.0))

@@ -86,10 +86,10 @@ def by_channel(
     keys = set_keys(forest, within)
     steps = forest.tree.index[forest.tree.parent[forest.tree.edges]]
     values, valid, flat = [], [], []
-    for column, known in zip(credit.values.T, credit.valid.T, strict=True):
-        sets = _sets(keys, steps, column, known)
+    for column, scored in zip(credit.values.T, credit.valid.T, strict=True):
+        sets = _sets(keys, steps, column, scored)
         advantage, spread = rule(sets)
-        kept = known & sets.usable[keys]
+        kept = scored & sets.usable[keys]
         values.append(torch.where(kept & (spread > FLAT)[keys], advantage, 0.0))
         valid.append(kept)
         usable = spread[sets.usable]

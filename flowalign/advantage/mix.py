@@ -41,18 +41,18 @@ class Mixed:
         weights = self._weights(credit.channels)
         needed = weights != 0
         if self.how == "reward_sum":
-            known = credit.valid[:, needed].all(1, keepdim=True)
+            complete = credit.valid[:, needed].all(1, keepdim=True)
             total = torch.where(credit.valid, credit.values, 0.0) @ weights[:, None]
-            return self.advantage.compare(forest, EdgeValues(total, known, ("sum",)))
+            return self.advantage.compare(forest, EdgeValues(total, complete, ("sum",)))
         each = self.advantage.compare(forest, credit)
         if self.how == "keep":
             return Advantages((each.values * weights).float(), each.valid & needed, each.zero_std_ratio)
-        known = each.valid[:, needed].all(1, keepdim=True)
-        total = torch.where(known, (each.values.double() @ weights)[:, None], 0.0)
-        if self.how == "gdpo" and bool(known.any()):
-            mean, std = total[known].mean(), total[known].std(correction=0)
-            total = torch.where(known & (std > FLAT), (total - mean) / (std + self.delta), 0.0)
-        return Advantages(total.clamp(-self.clip, self.clip).float(), known, each.zero_std_ratio)
+        complete = each.valid[:, needed].all(1, keepdim=True)
+        total = torch.where(complete, (each.values.double() @ weights)[:, None], 0.0)
+        if self.how == "gdpo" and bool(complete.any()):
+            mean, std = total[complete].mean(), total[complete].std(correction=0)
+            total = torch.where(complete & (std > FLAT), (total - mean) / (std + self.delta), 0.0)
+        return Advantages(total.clamp(-self.clip, self.clip).float(), complete, each.zero_std_ratio)
 
     def _weights(self, channels: tuple[str, ...]) -> Tensor:
         weights = dict.fromkeys(channels, 1.0) if self.weights is None else self.weights
@@ -95,7 +95,7 @@ class PerChannel:
 def _need_several(part: str, channels: tuple[str, ...]) -> None:
     if len(channels) < 2:
         raise ValueError(
-            f"{part} combines several channels; got one, {list(channels)}, and would change nothing that was meant: a "
-            "reward that sums others (rewards.Mix) is one channel. Take the advantage alone (Normalized), or a credit "
-            "with several channels (Joined)"
+            f"got one channel, {list(channels)}, for {part}, which combines several, so there is nothing to combine: a reward "
+            "that sums others (rewards.Mix) is one channel. Take the advantage alone (Normalized), or a credit with several "
+            "channels (Joined)"
         )

@@ -25,6 +25,7 @@ from flowalign.config import TrainConfig, load_config
 from flowalign.data import PromptRecord, load_prompts, prompts_of_iteration
 from flowalign.diagnostics.measure import now, per_edge, watched
 from flowalign.errors import ConfigError
+from flowalign.layers import split_arguments
 from flowalign.rollouts.task import Task
 from flowalign.storage.files import write_atomic
 from flowalign.trainers import PolicyGradient, as_policy_gradient
@@ -201,15 +202,15 @@ def peak() -> float:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """`CONFIG [--iterations N] [--variants A,B] [--output FOLDER] [key=value …]`. Raises ConfigError."""
+    """`CONFIG … [--iterations N] [--variants A,B] [--output FOLDER] [key=value …]`. Raises ConfigError."""
     reader = argparse.ArgumentParser(prog="flowalign benchmark", description=__doc__)
-    reader.add_argument("config")
-    reader.add_argument("overrides", nargs="*", metavar="key=value")
+    reader.add_argument("arguments", nargs="+", metavar="CONFIG.yaml … key=value", help="files, then overrides")
     reader.add_argument("--iterations", type=int, default=3)
     reader.add_argument("--variants", default=",".join(VARIANTS), help="the first is what the others are compared with")
     reader.add_argument("--output", type=Path, help="folder for benchmark.md and benchmark.json")
     asked = reader.parse_intermixed_args(list(arguments))
-    config, _ = load_config(asked.config, asked.overrides)
+    files, overrides = split_arguments(asked.arguments)
+    config, _ = load_config(files, overrides)
     if asked.output is not None:
         try:
             asked.output.mkdir(parents=True, exist_ok=True)
@@ -221,7 +222,7 @@ def main(arguments: Sequence[str]) -> None:
         device = (
             torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
         )
-        result = {"config": asked.config, "overrides": asked.overrides, "iterations": asked.iterations, "unit": UNIT,
+        result = {"config": files, "overrides": overrides, "iterations": asked.iterations, "unit": UNIT,
                   "device": device, "torch": torch.__version__, "rows": rows}  # fmt: skip
         write_atomic(asked.output / "benchmark.json", json.dumps(result, indent=1).encode())
         write_atomic(asked.output / "benchmark.md", (table(rows) + "\n").encode())

@@ -100,8 +100,8 @@ class Siblings:
     numbers: tuple[int, ...]
     states: int | None = None
 
-    def choose(self, forest: Forest, advantages: Advantages, moment: SelectionContext = START) -> Tensor:
-        chosen = self.inner.choose(forest, advantages, moment) & advantages.valid.any(1)
+    def choose(self, forest: Forest, advantages: Advantages, context: SelectionContext = START) -> Tensor:
+        chosen = self.inner.choose(forest, advantages, context) & advantages.valid.any(1)
         number, several = _numbered(forest, chosen)
         chosen = chosen & torch.isin(number, torch.tensor(self.numbers))
         if self.states is None:

@@ -23,7 +23,7 @@ class Stepper(Protocol):
         """Clips and steps; the norm before clipping. If that is not finite, no weight has changed."""
         ...
 
-    def whole(self, keep: bool) -> Optimizer:
+    def full_optimizer(self, keep: bool) -> Optimizer:
         """The optimizer with its whole state, for a checkpoint; it may be empty unless `keep`."""
         ...
 
@@ -47,5 +47,5 @@ class Summed:
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def whole(self, keep: bool) -> Optimizer:
+    def full_optimizer(self, keep: bool) -> Optimizer:
         return self.optimizer

@@ -53,7 +53,7 @@ class Zero2:
         self._engine.step()
         return float(self._engine.get_global_grad_norm())
 
-    def whole(self, keep: bool) -> Optimizer:
+    def full_optimizer(self, keep: bool) -> Optimizer:
         """The optimizer as it were without DeepSpeed, its state on the CPU; empty unless `keep`."""
         from deepspeed.utils import safe_get_full_optimizer_state
 

@@ -72,7 +72,8 @@ class StdOverMean:
 
     def weigh(self, step: Step, forest: Forest, edges: Tensor) -> Tensor:
         sigmas = forest.sigmas.double()
-        coefficients = forest.kernel.coefficients(sigmas[:-2], sigmas[1:-1], torch.ones_like(sigmas[:-2]))
+        level, index = torch.ones_like(sigmas[:-2]), torch.arange(len(sigmas) - 2, device=sigmas.device)
+        coefficients = forest.kernel.coefficients(sigmas[:-2], sigmas[1:-1], level, index)
         return step.std / coefficients.std.mean().to(step.std)
 
 
@@ -80,7 +81,7 @@ class StdOverMean:
 class LongCat:
     """√(σ/(1−σ))/√h (LongCat-Video 2510.22200, loss_reweighting in GenRL): flat gradients with Flow-SDE, whatever its noise level.
 
-    Where σ is 1 the σ' of the step stands for it inside 1−σ, as in Flow-SDE. The KL's weight (its square) is not kept."""
+    At the first step of the grid (index 0) its σ' stands for σ inside 1−σ, as in Flow-SDE. The KL's weight (its square) is not kept."""
 
     def check(self, path: Path) -> None:
         if not path.rectified:
@@ -91,5 +92,6 @@ class LongCat:
 
     def weigh(self, step: Step, forest: Forest, edges: Tensor) -> Tensor:
         sigma, sigma_next = (values.double() for values in forest.step_sigmas(edges))
-        capped = torch.where(sigma == 1, sigma_next, sigma)
-        return (sigma / (1 - capped) / (sigma - sigma_next)).sqrt().to(step.std)
+        first = (forest.tree.index[forest.tree.parent[edges]] == 0).to(sigma.device)
+        bounded = torch.where(first, sigma_next, sigma)
+        return (sigma / (1 - bounded) / (sigma - sigma_next)).sqrt().to(step.std)

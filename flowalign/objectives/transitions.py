@@ -160,7 +160,7 @@ class KLMask:
 
     def __post_init__(self) -> None:
         if not self.max_kl > 0:
-            raise ValueError(f"max_kl={self.max_kl} came; expected a number above 0")
+            raise ValueError(f"got max_kl={self.max_kl}; expected a number above 0")
 
     @property
     def needs_old_means(self) -> bool:

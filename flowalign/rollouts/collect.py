@@ -15,7 +15,7 @@ from flowalign.models.base import Conditions, encode_singly
 from flowalign.rollouts.gather import gather_forest, gather_output, gather_tree
 from flowalign.rollouts.task import Rollout, Task
 from rewards import RewardBatch, RewardOutput, score
-from samplers import FlowSDE, Forest, KeyedNoise, Look, Tree, rollout, sampled, unscored
+from samplers import FlowSDE, Forest, KeyedNoise, Tree, VelocityLookup, rollout, sampled, unscored
 from samplers.noise import generator, visits
 
 
@@ -130,10 +130,10 @@ def _roll_out(
             x, sigma, rows, guidance_scale=settings.guidance_scale, detach_uncond=settings.detach_uncond
         )
 
-    def preview(tree: Tree, nodes: Tensor, x: Tensor, look: Look) -> Tensor:
+    def preview(tree: Tree, nodes: Tensor, x: Tensor, velocities: VelocityLookup) -> Tensor:
         """The reward of the predicted x̂0; a state that cannot be scored comes last."""
         sigma = sigmas[tree.index[nodes]]
-        x0 = x if int(tree.index[nodes[0]]) == tree.num_steps else policy.path.x0_from_velocity(x, look(), sigma)
+        x0 = x if int(tree.index[nodes[0]]) == tree.num_steps else policy.path.x0_from_velocity(x, velocities(), sigma)
         output, _ = _judge(task, prompts, tree.group[nodes] + share.start, x0)
         return torch.where(output.valid, output.scores, torch.finfo(output.scores.dtype).min)
 

@@ -1,23 +1,32 @@
-"""How accelerate launched the run: what it can ask for and the run would not follow is refused."""
+"""Validates accelerate's launch settings; any that flowalign would ignore is an error. Builds what a run needs of them."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate import Accelerator
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, compare_versions, is_deepspeed_available
 from torch.distributed.fsdp import CPUOffloadPolicy
+from torch.optim import Optimizer
 
-from flowalign.config import PolicySettings
+from flowalign.config import PolicySettings, TrainConfig
+from flowalign.distributed.fsdp2 import shard
+from flowalign.distributed.processes import Processes
+from flowalign.distributed.stepper import Stepper, Summed
+from flowalign.distributed.zero2 import Zero2
 from flowalign.errors import ConfigError
+from flowalign.models import Policy
 from flowalign.rollouts.task import Rollout
 
 KINDS = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU", "FSDP", "DEEPSPEED")
-OLDEST_DEEPSPEED = (
-    "0.19.8"  # the first tried; one that lacks a setting of flowalign.distributed.zero2 would ignore it in silence
-)
-FOLLOWED: dict[str, tuple[Any, ...]] = {  # what accelerate makes of deepspeed_zero2.yaml; all else unset
+# the oldest that was tested; one that lacks a setting of flowalign.distributed.zero2 would silently ignore it
+OLDEST_DEEPSPEED = "0.19.8"
+SUPPORTED: dict[str, tuple[Any, ...]] = {  # what accelerate makes of deepspeed_zero2.yaml; everything else is unset
     "zero_optimization.stage": (2,),
     "zero_optimization.offload_optimizer.device": ("none",),
     "zero_optimization.offload_param.device": ("none",),
@@ -32,8 +41,51 @@ FOLLOWED: dict[str, tuple[Any, ...]] = {  # what accelerate makes of deepspeed_z
 }
 
 
+@dataclass(frozen=True, eq=False)
+class Launch:
+    """The run's accelerator, and how weights and optimizer steps are shared out over its processes.
+
+    fsdp: the plugin if the frozen weights are sharded, else None. deepspeed: whether ZeRO-2 takes the optimizer steps."""
+
+    accelerator: Accelerator
+    fsdp: FullyShardedDataParallelPlugin | None
+    deepspeed: bool
+
+    @staticmethod
+    def of(config: TrainConfig, folder: Path) -> Launch:
+        """Asks accelerate how this process was launched. ConfigError for settings that would be ignored."""
+        check_environment()
+        accelerator = Accelerator(log_with=list(config.run.trackers) or None, project_dir=str(folder / "logs"))
+        kind = accelerator.distributed_type
+        fsdp = accelerator.state.fsdp_plugin if kind == DistributedType.FSDP else None
+        check_launch(kind, accelerator.mixed_precision, fsdp, config.policy)
+        if kind == DistributedType.DEEPSPEED:
+            check_deepspeed(accelerator.state.deepspeed_plugin.deepspeed_config)
+        check_processes(accelerator.num_processes, config.rollout)
+        return Launch(accelerator, fsdp, kind == DistributedType.DEEPSPEED)
+
+    @property
+    def network_device(self) -> str | None:
+        """Where the network is loaded, if not on the accelerator's device: FSDP2 moves it there block by block."""
+        return None if self.fsdp is None else "cpu"
+
+    @property
+    def optimizer_device(self) -> torch.device | None:
+        """Where the optimizer state of a checkpoint goes, if not beside the parameters: ZeRO-2 takes each process's part
+        from there."""
+        return torch.device("cpu") if self.deepspeed else None
+
+    def shard(self, policy: Policy, processes: Processes) -> Processes:
+        """Shards the policy's frozen weights under FSDP2; the processes to use from then on."""
+        return processes if self.fsdp is None else shard(policy, processes, self.fsdp.reshard_after_forward)
+
+    def steppers(self, optimizers: Iterable[Optimizer], processes: Processes) -> dict[Optimizer, Stepper]:
+        """Who takes the steps of each optimizer. Weights and optimizer state must be final: ZeRO-2 copies them."""
+        return {each: Zero2(each) if self.deepspeed else Summed(each, processes) for each in optimizers}
+
+
 def check_environment(environment: Mapping[str, str] = os.environ) -> None:
-    """ConfigError for a DeepSpeed that is asked for and not there, before accelerate looks for it."""
+    """ConfigError if DeepSpeed was asked for and is not installed, before accelerate imports it."""
     if environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
         return
     if not is_deepspeed_available() or compare_versions("deepspeed", "<", OLDEST_DEEPSPEED):
@@ -44,13 +96,13 @@ def check_environment(environment: Mapping[str, str] = os.environ) -> None:
 
 
 def check_deepspeed(config: Mapping[str, Any]) -> None:
-    """ConfigError for a setting of DeepSpeed, of accelerate's or of a file of its own, that the run would not follow."""
+    """ConfigError for a DeepSpeed setting, from accelerate or from a DeepSpeed file, that the run would ignore."""
     for name, value in _flat(config):
-        expected = FOLLOWED.get(name, (None,))
+        expected = SUPPORTED.get(name, (None,))
         if value not in expected:
             raise ConfigError(
-                f"DeepSpeed's {name}={value} came; expected {expected[0]}, as in configs/accelerate/deepspeed_zero2.yaml, "
-                "and no setting beyond it: gradients are clipped and accumulated as the trainer says"
+                f"got DeepSpeed's {name}={value}; expected {expected[0]}, as in configs/accelerate/deepspeed_zero2.yaml, "
+                "and no further setting: the trainer says how gradients are clipped and accumulated"
             )
 
 
@@ -65,42 +117,42 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 def check_launch(
     kind: DistributedType, mixed_precision: str, plugin: FullyShardedDataParallelPlugin | None, policy: PolicySettings
 ) -> None:
-    """ConfigError for a way to launch that the run would not follow; before the model is loaded."""
+    """ConfigError for launch settings that the run would ignore; before the model is loaded."""
     if kind.value not in KINDS:
-        raise ConfigError(f"accelerate's distributed_type={kind.value} came; expected one of {', '.join(KINDS)}")
+        raise ConfigError(f"got accelerate's distributed_type={kind.value}; expected one of {', '.join(KINDS)}")
     if mixed_precision != "no":
         raise ConfigError(
-            f"accelerate's mixed_precision={mixed_precision} came; expected 'no': policy.dtype says what the frozen "
-            "network is, and adapters and log-probs are fp32"
+            f"got accelerate's mixed_precision={mixed_precision}; expected 'no': policy.dtype is the dtype of the frozen "
+            "network, adapters and log-probs are fp32"
         )
     if plugin is None:
         return
     if plugin.fsdp_version != 2:
-        raise ConfigError(f"accelerate's fsdp_version={plugin.fsdp_version} came; expected 2 (see fsdp2.yaml)")
+        raise ConfigError(f"got accelerate's fsdp_version={plugin.fsdp_version}; expected 2 (see fsdp2.yaml)")
     if policy.trainable != "lora":
         raise ConfigError(
-            f"policy.trainable={policy.trainable} came with FSDP2, which shards frozen weights only: set "
+            f"got policy.trainable={policy.trainable} with FSDP2, which shards frozen weights only: set "
             "policy.trainable=lora, or launch with configs/accelerate/deepspeed_zero2.yaml"
         )
-    unfollowed = {
-        "fsdp_cpu_ram_efficient_loading": plugin.cpu_ram_efficient_loading,  # text encoders would stay empty off rank 0
+    ignored = {
+        "fsdp_cpu_ram_efficient_loading": plugin.cpu_ram_efficient_loading,  # only rank 0 would get its text encoders
         "fsdp_offload_params": isinstance(plugin.cpu_offload, CPUOffloadPolicy),
         "fsdp_activation_checkpointing": plugin.activation_checkpointing,
     }
-    for name, given in unfollowed.items():
-        if given:
-            raise ConfigError(f"accelerate's {name}=true came; expected false, as in configs/accelerate/fsdp2.yaml")
+    for name, is_set in ignored.items():
+        if is_set:
+            raise ConfigError(f"got accelerate's {name}=true; expected false, as in configs/accelerate/fsdp2.yaml")
 
 
 def check_processes(count: int, rollout: Rollout) -> None:
     """ConfigError for a rollout that `count` processes cannot share."""
     if count > rollout.groups:
         raise ConfigError(
-            f"{count} processes came for rollout.groups={rollout.groups}: a prompt's tree lives on one process, so launch at "
-            "most as many processes as there are groups"
+            f"got {count} processes for rollout.groups={rollout.groups}; expected at most one per group, since a prompt's "
+            "tree lives on one process: launch fewer processes, or raise rollout.groups"
         )
     if count > 1 and rollout.kernel.uses_rows:
         raise ConfigError(
-            f"{count} processes came with rollout.kernel={type(rollout.kernel).__name__}, whose steps depend on the row numbers of one "
-            "process's own trees: launch one process"
+            f"got {count} processes with rollout.kernel={type(rollout.kernel).__name__}; expected one, since its steps depend "
+            "on row numbers within one process: launch one process"
         )

@@ -1,9 +1,23 @@
-"""What a run will cost, said before anything is loaded."""
+"""What is done before the model is loaded: the forecast of the cost, prompts, what an earlier start left, a trial of each
+reward."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
 from flowalign.config import TrainConfig
+from flowalign.data import PromptRecord, digest, load_prompts
+from flowalign.errors import ConfigError
+from flowalign.evaluation.evaluate import EvaluationResult
+from flowalign.evaluation.result_file import load_result
 from flowalign.rollouts.collect import leaves_per_group
+from flowalign.storage import checkpoint
+from flowalign.storage.checkpoint import Tensors
+from rewards import RewardBatch, RewardError, score
 
 
 def forecast(config: TrainConfig) -> str:
@@ -37,3 +51,69 @@ def forecast(config: TrainConfig) -> str:
             *notes,
         ]
     )
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The prompt sets of a run: what it trains on, and what it is evaluated on."""
+
+    train: list[PromptRecord]
+    held_out: list[PromptRecord]
+
+    @staticmethod
+    def of(config: TrainConfig) -> Prompts:
+        held_out = load_prompts(config.evaluation.prompts)
+        return Prompts(load_prompts(config.prompts), held_out[: config.evaluation.count])
+
+    def digests(self) -> dict[str, str]:
+        """Hashes by which a resumed run recognizes its prompts."""
+        return {"train": digest(self.train), "held_out": digest(self.held_out)}
+
+
+@dataclass(frozen=True, eq=False)
+class Saved:
+    """What an earlier start left in the run folder.
+
+    iteration: of the latest checkpoint, 0 without one. tensors, state: what it holds, both empty without one. base: the
+    evaluation of the base model, None if it must be made."""
+
+    iteration: int
+    tensors: dict[str, Tensors]
+    state: dict[str, Any]
+    base: EvaluationResult | None
+
+
+def read_saved(config: TrainConfig, folder: Path, digests: dict[str, str]) -> Saved:
+    """Reads and checks what the folder holds. ConfigError if the base evaluation is lost, or if prompts have changed."""
+    path, base_file = checkpoint.latest(folder), folder / "evaluation" / "base.safetensors"
+    iteration = 0 if path is None else checkpoint.step_of(path)
+    tensors, state = ({}, {}) if path is None else checkpoint.load(path)
+    if iteration and not base_file.exists():
+        raise ConfigError(
+            f"{base_file} is missing, though the run is at iteration {iteration}: restore it, or choose another run.name"
+        )
+    base = load_result(base_file) if base_file.exists() else None
+    if path is None and base is not None and base.digest != digests["held_out"]:
+        base = None  # nothing is trained yet, and the prompts have changed: evaluated again
+    if path is not None and state.get("prompts") != digests:
+        raise ConfigError(
+            f"the prompts of {config.prompts} or {config.evaluation.prompts} have changed since {folder} was begun: restore "
+            "them, or choose another run.name"
+        )
+    return Saved(iteration, tensors, state, base)
+
+
+def try_rewards(config: TrainConfig, prompts: Prompts) -> None:
+    """Each reward scores two black images. ConfigError for one that cannot: a name is misspelt, a shape is wrong."""
+    trials = [(config.reward, prompts.train), *((reward, prompts.held_out) for reward in config.evaluation.rewards)]
+    for reward, records in trials:
+        two = (records * 2)[:2]
+        batch = RewardBatch(
+            prompts=[record.prompt for record in two],
+            images=torch.zeros(2, 3, config.policy.height, config.policy.width),
+            metadata=[record.metadata for record in two],
+        )
+        try:
+            score(reward, batch, max_fail_rate=1.0)
+        except RewardError as error:
+            raise ConfigError(f"tried on two black images, {error}") from error

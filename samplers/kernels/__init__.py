@@ -1,13 +1,14 @@
 """Denoising transitions, one kernel per file."""
 
 from samplers.kernels.ascent import SPSA, Ascent, ProcessReward, RewardGradient, spsa_gradient
-from samplers.kernels.base import Affine, Carry, Gaussian, Kernel, KLForm, Step, TransitionContext
+from samplers.kernels.base import Affine, Carry, Kernel, Step, TransitionContext
 from samplers.kernels.clipped_flow_sde import ClippedFlowSDE
 from samplers.kernels.cps import CPS
 from samplers.kernels.dance_sde import DanceSDE
 from samplers.kernels.ddim import DDIM
 from samplers.kernels.dpm_solver import DPMSolver
 from samplers.kernels.flow_sde import FlowSDE
+from samplers.kernels.gaussian import Gaussian, KLForm
 from samplers.kernels.guided import Guided
 from samplers.kernels.linear_sde import LinearSDE
 from samplers.kernels.ode import ODE

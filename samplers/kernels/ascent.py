@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from samplers.kernels.base import spread
+from samplers.kernels.gaussian import spread
 from samplers.paths import Path, RectifiedFlow
 
 
@@ -21,7 +21,7 @@ class ProcessReward(Protocol):
 
 
 class Ascent(Protocol):
-    """Where guidance goes: ∇ρ at some states."""
+    """What moves a guided mean: ∇ρ at some states."""
 
     def gradient(self, x: Tensor, v: Tensor, sigma: Tensor, rows: Tensor, nodes: Tensor) -> Tensor:
         """[n, *] in at least fp32, without graph. x, v [n, *], detached; σ, condition rows, nodes [n] of the states."""
@@ -42,21 +42,21 @@ class RewardGradient:
     def gradient(self, x: Tensor, v: Tensor, sigma: Tensor, rows: Tensor, nodes: Tensor) -> Tensor:
         """One forward and backward of the reward per state; `v` and `nodes` do not matter."""
         parts = torch.arange(len(x)).split(self.micro_batch or len(x))
-        found = torch.cat([self._part(x[part.to(x.device)], sigma[part], rows[part]) for part in parts])
-        bad = ~found.flatten(1).isfinite().all(1)
+        gradient = torch.cat([self._part(x[part.to(x.device)], sigma[part], rows[part]) for part in parts])
+        bad = ~gradient.flatten(1).isfinite().all(1)
         if bool(bad.any()):
             raise ValueError(
-                f"the gradient of the process reward is not finite in rows {bad.nonzero().flatten()[:8].tolist()}; "
-                "expected numbers: repair the reward, or end the guidance before these steps"
+                f"got a gradient of the process reward that is not finite in rows {bad.nonzero().flatten()[:8].tolist()}; "
+                "expected finite numbers: repair the reward, or end the guidance before these steps"
             )
-        return found
+        return gradient
 
     def _part(self, x: Tensor, sigma: Tensor, rows: Tensor) -> Tensor:
         with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
-            leaf = x.detach().to(torch.promote_types(x.dtype, torch.float32)).requires_grad_()
-            scores = _one_each(self.reward.score(leaf, sigma.to(leaf), rows), len(leaf))
-            (found,) = torch.autograd.grad(scores.sum(), leaf)
-        return found
+            x = x.detach().to(torch.promote_types(x.dtype, torch.float32)).requires_grad_()
+            scores = _checked_scores(self.reward.score(x, sigma.to(x), rows), len(x))
+            (gradient,) = torch.autograd.grad(scores.sum(), x)
+        return gradient
 
 
 @dataclass(frozen=True)
@@ -88,19 +88,21 @@ def spsa_gradient(score: Callable[[Tensor], Tensor], x0: Tensor, noise: Tensor, 
     has variance |g|² + g_d² in element d, so it grows with the number of elements.
     """
     if noise.ndim != x0.ndim + 1 or noise.shape[1:] != x0.shape or not len(noise):
-        raise ValueError(f"noise {list(noise.shape)} came for states {list(x0.shape)}; expected [M, n, *], M >= 1")
+        raise ValueError(f"got noise {list(noise.shape)} for states {list(x0.shape)}; expected [M, n, *], M >= 1")
     if not tau > 0:
-        raise ValueError(f"tau={tau} came; expected a number > 0, the length of a probe")
+        raise ValueError(f"got tau={tau}; expected a number > 0, the length of a probing step")
     total = torch.zeros_like(x0)
     for u in noise.to(x0):
-        up, down = (_one_each(score(x0 + side * tau * u), len(x0)) for side in (1.0, -1.0))
-        total += spread((up - down).to(x0) / (2.0 * tau), x0) * u
+        plus, minus = (_checked_scores(score(x0 + sign * tau * u), len(x0)) for sign in (1.0, -1.0))
+        total += spread((plus - minus).to(x0) / (2.0 * tau), x0) * u
     if not bool(total.isfinite().all()):
-        raise ValueError("a probed score is not finite; expected numbers: repair the reward")
+        raise ValueError("got a probed score that is not finite; expected finite numbers: repair the reward")
     return total / len(noise)
 
 
-def _one_each(scores: Tensor, states: int) -> Tensor:
+def _checked_scores(scores: Tensor, states: int) -> Tensor:
     if scores.shape != (states,):
-        raise ValueError(f"a process reward gave {list(scores.shape)} for {states} states; expected [{states}]")
+        raise ValueError(
+            f"got process rewards {list(scores.shape)} for {states} states; expected [{states}], one number per state"
+        )
     return scores

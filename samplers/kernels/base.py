@@ -1,28 +1,22 @@
-"""What a denoising transition is: an affine mean in (x, v), a Gaussian around it, and the arithmetic all kernels share.
+"""A denoising transition: what a kernel is given, what it returns, and the arithmetic that all kernels share.
 
-Drawing and measuring are methods of one Gaussian, so rollout and update cannot disagree. Coefficients are computed in
-float64 on the device of the sigmas, then cast to the dtype of the states (at least fp32).
+Coefficients are computed in float64 on the device of the sigmas, then cast to the dtype of the states (at least fp32).
 """
 
 import math
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from samplers.kernels.gaussian import Constants, Gaussian, KLForm, Reduce, check_same_shape, spread
 from samplers.paths import Path
-
-Reduce = Literal["mean", "sum"]
-Constants = Literal["full", "none"]
-KLForm = Literal["exact", "exact_times_h", "velocity", "mean_sq"]
-
-_HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
 
 
 @dataclass(frozen=True, eq=False)
 class Affine:
-    """One step per row: x' ~ N(alpha·x + velocity_coef·v, std²). Each [N], float64; velocity_coef is the b of the literature, < 0."""
+    """One step per row: x' ~ N(α·x + b·v, s²), α = alpha, b = velocity_coef < 0, s = std. Each [N], float64."""
 
     alpha: Tensor
     velocity_coef: Tensor
@@ -30,77 +24,8 @@ class Affine:
 
 
 @dataclass(frozen=True, eq=False)
-class Gaussian:
-    """N(mean, std²·I), one per row. Rows with std 0 are deterministic: they can be drawn, but have no density.
-
-    mean [N, *]; std, velocity_coef (∂mean/∂v), length (h = σ - σ') [N].
-    reduce: log_prob and kl are the "mean" over the D elements of a row (every reference implementation; clip ranges
-    of 1e-5..1e-3 assume it) or the "sum" (nats). constants "none": log_prob is -reduce((x' - mean)²), without 1/(2 std²)
-    and the normalizer (Flow-CPS), which weights a step by 2·std² and is 0 with zero gradient where std is 0.
-    """
-
-    mean: Tensor
-    std: Tensor
-    velocity_coef: Tensor
-    step_size: Tensor
-    reduce: Reduce = "mean"
-    constants: Constants = "full"
-
-    def sample(self, noise: Tensor) -> Tensor:
-        """mean + std·noise [N, *]; where std is 0 the mean, bit for bit."""
-        _same_shape("noise", noise, self.mean)
-        std = spread(self.std, self.mean)
-        return torch.where(std == 0, self.mean, self.mean + std * noise.to(self.mean.dtype))
-
-    def log_prob(self, x_next: Tensor) -> Tensor:
-        """[N] log density of `x_next` [N, *], reduced over elements. ValueError: full constants where std is 0."""
-        _same_shape("x_next", x_next, self.mean)
-        error = x_next.to(self.mean.dtype) - self.mean
-        if self.constants == "none":
-            return -self._reduce(error.square())
-        self._need_density("log_prob")
-        elements = 1 if self.reduce == "mean" else self.mean.shape[1:].numel()
-        quadratic = self._reduce((error / spread(self.std, self.mean)).square())
-        return -0.5 * quadratic - elements * (self.std.log() + _HALF_LOG_2PI)
-
-    def kl(self, other: "Gaussian", form: KLForm = "exact_times_h") -> Tensor:
-        """[N] divergence to `other`, the same step under another velocity; reduced like log_prob.
-
-        exact: Δμ²/(2 std²). exact_times_h: h times that, what flow_grpo's betas are tuned for. velocity: Δv² = (Δμ/b)².
-        mean_sq: Δμ². Gradients reach both sides; detach the reference. Means are subtracted in the states' dtype: in
-        fp32 a Δv near 1e-7·|x|/|b| is rounding.
-        """
-        _same_shape("the other mean", other.mean, self.mean)
-        if not torch.equal(self.std, other.std):
-            raise ValueError("the two Gaussians have different std; expected one step under two velocities: use the "
-                             "same kernel, sigmas and level for both")  # fmt: skip
-        square = self._reduce((self.mean - other.mean).square())
-        if form == "mean_sq":
-            return square
-        if form == "velocity":
-            return square / self.velocity_coef.square()
-        if form not in ("exact", "exact_times_h"):
-            raise ValueError(f"kl form {form!r} came; expected 'exact', 'exact_times_h', 'velocity' or 'mean_sq'")
-        self._need_density(f"kl(form={form!r})")
-        exact = square / (2.0 * self.std.square())
-        return exact * self.step_size if form == "exact_times_h" else exact
-
-    def _reduce(self, values: Tensor) -> Tensor:
-        flat = values.flatten(1)
-        return flat.mean(1) if self.reduce == "mean" else flat.sum(1)
-
-    def _need_density(self, what: str) -> None:
-        if bool((self.std == 0).any()):
-            rows = (self.std == 0).nonzero().flatten().tolist()
-            raise ValueError(
-                f"{what} was asked of deterministic steps (std 0) in rows {rows[:8]}; a density needs std > 0: "
-                "leave these steps out (level 0 in the plan), or use constants='none'"
-            )
-
-
-@dataclass(frozen=True, eq=False)
 class Carry:
-    """What a multistep solver hands to the children of a step: x̂0 [N, *] as predicted at σ [N]; σ nan: no history."""
+    """What a multistep solver passes on to the children of a step: x̂0 [N, *] as predicted at σ [N]; σ nan: no history."""
 
     x0: Tensor
     sigma: Tensor
@@ -114,7 +39,7 @@ class Carry:
 class Step:
     """One transition: `policy` is scored, `behavior` is drawn from; the same object unless the step is guided.
 
-    carry: what the children of these rows inherit from a multistep solver; None from all others.
+    carry: what a multistep solver passes on to the children of these rows; None from other kernels.
     """
 
     policy: Gaussian
@@ -148,9 +73,10 @@ class Step:
 class TransitionContext:
     """What a kernel may know of the rows it steps.
 
-    level: [N] or one factor of the kernel's own noise level; 0 = the exact Euler step. rows [N]: condition rows (a
-    tree's roots). nodes [N]: the child nodes, parents [N]: the nodes they leave. step [N]: grid index left. carry [N]:
-    what the parents handed over. replay: the step was drawn before and only its policy is asked for; no carry then.
+    level: [N] or one factor of the kernel's own noise level; 0 = the path's deterministic step. rows [N]: condition rows
+    (a tree's roots). nodes [N]: the child nodes; parents [N]: the nodes they leave. step [N]: grid index of the parent.
+    carry [N]: what the parents' steps passed on. tail [N] bool: no stochastic step follows; None: true of all rows.
+    replay: the step was drawn before and only its policy is needed; carry and tail are None then.
     """
 
     level: Tensor | float = 1.0
@@ -159,6 +85,7 @@ class TransitionContext:
     parents: Tensor | None = None
     step: Tensor | None = None
     carry: Carry | None = None
+    tail: Tensor | None = None
     replay: bool = False
 
 
@@ -167,7 +94,7 @@ DEFAULT_CONTEXT = TransitionContext()
 
 class Kernel(Protocol):
     """One denoising transition. A new kernel is a final dataclass; usually `coefficients` is all it writes, and its
-    `__call__` is `affine_step`, its `on` is `bind_rectified_flow`."""
+    `__call__` is `affine_step`, its `bind` is `bind_rectified_flow`."""
 
     @property
     def reduce(self) -> Reduce: ...
@@ -177,15 +104,22 @@ class Kernel(Protocol):
 
     @property
     def uses_rows(self) -> bool:
-        """Whether a step depends on `ctx.rows`, as reward guidance does: then one process must hold all trees."""
+        """Whether a step reads `ctx.rows`, as reward guidance does. These are row numbers of one process's conditions, so
+        such a kernel runs on one process only."""
         ...
 
     def bind(self, path: Path) -> "Kernel":
         """The kernel for a policy on `path`: itself, or bound to the path's levels; ValueError if it cannot be."""
         ...
 
-    def coefficients(self, sigma: Tensor, sigma_next: Tensor, level: Tensor | float = 1.0) -> Affine:
-        """α, b, s [N] in float64 for σ > σ' [N]; level 0 gives the path's deterministic step, (1, -h, 0) for a flow."""
+    def coefficients(
+        self, sigma: Tensor, sigma_next: Tensor, level: Tensor | float = 1.0, step: Tensor | int | None = None
+    ) -> Affine:
+        """α, b, s [N] in float64 for σ > σ' [N]; level 0 gives the path's deterministic step, (1, -h, 0) for a flow.
+
+        step [N] or one: grid index that each row leaves. A kernel whose first step of a grid is special (Flow-SDE) goes
+        by index 0, not by σ = 1: some grids start just below 1. None: not known, so no row is taken as the first.
+        """
         ...
 
     def __call__(
@@ -211,19 +145,19 @@ def affine_step(
     """The step of an unguided one-step kernel: its coefficients applied to x, v [N, *], in at least fp32; σ, σ' one
     number or [N]. ValueError for other shapes."""
     if x.ndim < 2:
-        raise ValueError(f"x of shape {tuple(x.shape)} came; expected [N, *], rows first: add an axis to flat states")
-    _same_shape("v", v, x)
+        raise ValueError(f"got x of shape {tuple(x.shape)}; expected [N, *], rows first: add an axis to flat states")
+    check_same_shape("v", v, x)
     dtype = torch.promote_types(torch.promote_types(x.dtype, v.dtype), torch.float32)
     x, v = x.to(dtype), v.to(dtype)
     sigma, sigma_next = _per_row("sigma", sigma, len(x)), _per_row("sigma_next", sigma_next, len(x))
     level = _per_row("level", ctx.level, len(x))
-    affine = kernel.coefficients(sigma, sigma_next, level)
-    alpha, velocity_coef, std, length = (
+    affine = kernel.coefficients(sigma, sigma_next, level, ctx.step)
+    alpha, velocity_coef, std, step_size = (
         c.to(x.device, dtype) for c in (affine.alpha, affine.velocity_coef, affine.std, sigma - sigma_next)
     )
     # α is exactly 1 on deterministic rows, so this is diffusers' x + (σ' - σ)·v bit for bit there.
     mean = spread(alpha, x) * x + spread(velocity_coef, x) * v
-    gaussian = Gaussian(mean, std, velocity_coef, length, kernel.reduce, kernel.constants)
+    gaussian = Gaussian(mean, std, velocity_coef, step_size, kernel.reduce, kernel.constants)
     return Step(policy=gaussian, behavior=gaussian)
 
 
@@ -231,8 +165,8 @@ def bind_rectified_flow(kernel: Kernel, path: Path) -> Kernel:
     """`kernel` itself, written for rectified flows; ValueError for a policy on another path."""
     if not path.rectified:
         raise ValueError(
-            f"{type(kernel).__name__} came for a policy on {type(path).__name__}; its formula is that of a rectified "
-            "flow: take DDIM for Stable Diffusion 1.5"
+            f"got {type(kernel).__name__} for a policy on {type(path).__name__}; expected a rectified flow, which its formula "
+            "is for: take DDIM for Stable Diffusion 1.5"
         )
     return kernel
 
@@ -244,11 +178,11 @@ def step_inputs(sigma: Tensor, sigma_next: Tensor, level: Tensor | float) -> tup
     ordered = (sigma <= 1) & (sigma > sigma_next) & (sigma_next >= 0)
     if not bool(ordered.all()):
         raise ValueError(
-            f"sigma {_some(sigma)} -> sigma_next {_some(sigma_next)} came; expected 1 >= sigma > sigma_next >= 0 in "
+            f"got sigma {_some(sigma)} -> sigma_next {_some(sigma_next)}; expected 1 >= sigma > sigma_next >= 0 in "
             "every row: noise levels go down from 1 (noise) to 0 (data)"
         )
     if not bool(((level >= 0) & level.isfinite()).all()):
-        raise ValueError(f"level {_some(level)} came; expected finite factors >= 0 of the kernel's own noise level")
+        raise ValueError(f"got level {_some(level)}; expected finite factors >= 0 of the kernel's own noise level")
     return sigma, sigma_next, level.expand_as(sigma)
 
 
@@ -256,56 +190,43 @@ def euler_maruyama(g: Tensor, sigma: Tensor, sigma_next: Tensor) -> Affine:
     """One Euler-Maruyama step of the reverse SDE with diffusion coefficient g; where g is 0, the Euler step.
 
     Flow-GRPO 2505.05470 eq. 9 in our variables: μ = x - h·v - (h g²/2σ)·ε̂, s = g√h.
-    Not kept: the marginals, which are right to first order in h; the extra noise of a step on point-mass data is
-    (g²h²/σ)(1 + g²/4σ).
+    Not kept: the marginals. While g²h/σ is small their error is of first order in h; a step on point-mass data adds the
+    variance (g²h²/σ)(1 + g²/4σ).
     """
     h = sigma - sigma_next
     pull = g.square() * h / (2.0 * sigma)
     return Affine(alpha=1.0 - pull, velocity_coef=-h - pull * (1.0 - sigma), std=g * h.sqrt())
 
 
-def euler_where_silent(affine: Affine, level: Tensor, sigma: Tensor, sigma_next: Tensor) -> Affine:
+def euler_where_deterministic(affine: Affine, level: Tensor, sigma: Tensor, sigma_next: Tensor) -> Affine:
     """`affine`, but the exact Euler step (1, -h, 0) in the rows whose level is 0."""
-    silent = level == 0
+    deterministic = level == 0
     return Affine(
-        alpha=torch.where(silent, torch.ones_like(affine.alpha), affine.alpha),
-        velocity_coef=torch.where(silent, sigma_next - sigma, affine.velocity_coef),
-        std=torch.where(silent, torch.zeros_like(affine.std), affine.std),
+        alpha=torch.where(deterministic, torch.ones_like(affine.alpha), affine.alpha),
+        velocity_coef=torch.where(deterministic, sigma_next - sigma, affine.velocity_coef),
+        std=torch.where(deterministic, torch.zeros_like(affine.std), affine.std),
     )
-
-
-def spread(rows: Tensor, like: Tensor) -> Tensor:
-    """[N] -> [N, 1, …, 1], to broadcast over the elements of `like`."""
-    return rows.reshape(-1, *[1] * (like.ndim - 1))
 
 
 def check_choices(reduce: str, constants: str) -> None:
     """The two switches every kernel carries."""
     if reduce not in ("mean", "sum"):
-        raise ValueError(f"reduce={reduce!r} came; expected 'mean' or 'sum'")
+        raise ValueError(f"got reduce={reduce!r}; expected 'mean' or 'sum'")
     if constants not in ("full", "none"):
-        raise ValueError(f"constants={constants!r} came; expected 'full' or 'none'")
+        raise ValueError(f"got constants={constants!r}; expected 'full' or 'none'")
 
 
 def check_noise_level(noise_level: float, highest: float = math.inf) -> None:
     """A noise level is a finite number in [0, highest]."""
     if not (math.isfinite(noise_level) and 0.0 <= noise_level <= highest):
-        raise ValueError(f"noise_level={noise_level} came; expected a finite number from 0 (ODE) to {highest}")
+        raise ValueError(f"got noise_level={noise_level}; expected a finite number from 0 (ODE) to {highest}")
 
 
 def _per_row(name: str, value: Tensor | float, n: int) -> Tensor:
     rows = torch.as_tensor(value, dtype=torch.float64)
     if rows.ndim > 1 or (rows.ndim == 1 and len(rows) not in (1, n)):
-        raise ValueError(f"{name} of shape {tuple(rows.shape)} came; expected one number or [{n}], one per row of x")
+        raise ValueError(f"got {name} of shape {tuple(rows.shape)}; expected one number or [{n}], one per row of x")
     return rows.expand(n)
-
-
-def _same_shape(name: str, came: Tensor, expected: Tensor) -> None:
-    if came.shape != expected.shape:
-        raise ValueError(
-            f"{name} of shape {tuple(came.shape)} came; expected {tuple(expected.shape)}, that of the states: one row "
-            "per step, repeated where several children leave one state"
-        )
 
 
 def _some(rows: Tensor) -> list[float]:

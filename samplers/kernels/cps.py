@@ -7,22 +7,22 @@ from torch import Tensor
 
 from samplers.kernels.base import (
     Affine,
-    Constants,
-    Reduce,
     affine_step,
     bind_rectified_flow,
     check_choices,
     check_noise_level,
-    euler_where_silent,
+    euler_where_deterministic,
     step_inputs,
 )
+from samplers.kernels.gaussian import Constants, Reduce
 
 
 @dataclass(frozen=True)
 class CPS:
     """x' = (1-σ')·x̂0 + σ'cosφ·ε̂ + σ'sinφ·z, φ = a·π/2, a = noise_level·level in [0, 1].
 
-    α = (1-σ') + σ'cosφ, b = -σ(1-σ') + (1-σ)σ'cosφ, s = σ'sinφ; deterministic at σ' = 0.
+    α = (1-σ') + σ'cosφ, b = -σ(1-σ') + (1-σ)σ'cosφ, s = σ'sinφ; deterministic at σ' = 0. For its KL take the form "exact", which is
+    that of the reference code.
     noise_level: 0.7 (SD3.5), 0.8 (FLUX). constants "none" (every reference implementation; clip 1e-5 assumes it).
     Kept: the total noise, exactly, at any step size. Not kept: the marginals of spread-out data: where the variance V
     is right, one step adds -(1-cosφ)²σ²(1-σ²/V) to it as h -> 0, so more steps at one φ do not converge.
@@ -40,19 +40,21 @@ class CPS:
     bind = bind_rectified_flow
     __call__ = affine_step
 
-    def coefficients(self, sigma: Tensor, sigma_next: Tensor, level: Tensor | float = 1.0) -> Affine:
+    def coefficients(
+        self, sigma: Tensor, sigma_next: Tensor, level: Tensor | float = 1.0, step: Tensor | int | None = None
+    ) -> Affine:
         """α, b, s [N], float64."""
         sigma, sigma_next, level = step_inputs(sigma, sigma_next, level)
         a = self.noise_level * level
         if bool((a > 1.0 + 1e-12).any()):
             raise ValueError(
-                f"noise_level·level = {float(a.max())} came; CPS needs at most 1 (all noise refreshed): lower the level"
+                f"got noise_level·level = {float(a.max())}; expected at most 1, where CPS refreshes all noise: lower the level"
             )
         angle = a * (math.pi / 2.0)
-        old = sigma_next * angle.cos()
+        kept_noise = sigma_next * angle.cos()
         affine = Affine(
-            alpha=(1.0 - sigma_next) + old,
-            velocity_coef=-sigma * (1.0 - sigma_next) + (1.0 - sigma) * old,
+            alpha=(1.0 - sigma_next) + kept_noise,
+            velocity_coef=-sigma * (1.0 - sigma_next) + (1.0 - sigma) * kept_noise,
             std=sigma_next * angle.sin(),
         )
-        return euler_where_silent(affine, a, sigma, sigma_next)
+        return euler_where_deterministic(affine, a, sigma, sigma_next)

@@ -6,16 +6,15 @@ from torch import Tensor
 
 from samplers.kernels.base import (
     Affine,
-    Constants,
-    Reduce,
     affine_step,
     bind_rectified_flow,
     check_choices,
     check_noise_level,
     euler_maruyama,
-    euler_where_silent,
+    euler_where_deterministic,
     step_inputs,
 )
+from samplers.kernels.gaussian import Constants, Reduce
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,7 @@ class DanceSDE:
     """Euler-Maruyama with g = η = noise_level·level; h = σ - σ'.
 
     α = 1 - η²h/(2σ), b = -h(1 + η²(1-σ)/(2σ)), s = η√h.
-    noise_level: 0.3 (FLUX and Wan images), 0.25 (HunyuanVideo). Not kept: the marginals, to first order in h;
+    noise_level: 0.3 (FLUX and Wan images), 0.25 (HunyuanVideo). Not kept: the marginals, whose error is of first order in h;
     DanceGRPO itself never lets the noise of the last step reach the reward (a last step of level 0 does the same).
     """
 
@@ -39,8 +38,10 @@ class DanceSDE:
     bind = bind_rectified_flow
     __call__ = affine_step
 
-    def coefficients(self, sigma: Tensor, sigma_next: Tensor, level: Tensor | float = 1.0) -> Affine:
+    def coefficients(
+        self, sigma: Tensor, sigma_next: Tensor, level: Tensor | float = 1.0, step: Tensor | int | None = None
+    ) -> Affine:
         """α, b, s [N], float64."""
         sigma, sigma_next, level = step_inputs(sigma, sigma_next, level)
         affine = euler_maruyama(self.noise_level * level, sigma, sigma_next)
-        return euler_where_silent(affine, level, sigma, sigma_next)
+        return euler_where_deterministic(affine, level, sigma, sigma_next)

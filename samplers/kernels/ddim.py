@@ -5,15 +5,8 @@ from typing import cast
 
 from torch import Tensor
 
-from samplers.kernels.base import (
-    Affine,
-    Constants,
-    Kernel,
-    Reduce,
-    affine_step,
-    check_choices,
-    step_inputs,
-)
+from samplers.kernels.base import Affine, Kernel, affine_step, check_choices, step_inputs
+from samplers.kernels.gaussian import Constants, Reduce
 from samplers.paths import Path, VariancePreserving
 
 
@@ -37,7 +30,7 @@ class DDIM:
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.eta <= 1.0:
-            raise ValueError(f"eta={self.eta} came; expected a number from 0 (deterministic) to 1 (ancestral)")
+            raise ValueError(f"got eta={self.eta}; expected a number from 0 (deterministic) to 1 (ancestral)")
         check_choices(self.reduce, self.constants)
 
     __call__ = affine_step
@@ -45,22 +38,29 @@ class DDIM:
     def bind(self, path: Path) -> Kernel:
         """This kernel with the levels of a variance-preserving policy; ValueError for another path."""
         if path.rectified:
-            raise ValueError(f"DDIM came for a policy on {path}; expected VariancePreserving (Stable Diffusion 1.5): "
+            raise ValueError(f"got DDIM for a policy on {path}; expected VariancePreserving (Stable Diffusion 1.5): "
                              "take FlowSDE, DanceSDE or CPS for a rectified flow")  # fmt: skip
         return replace(self, path=cast(VariancePreserving, path))
 
-    def coefficients(self, sigma: Tensor, sigma_next: Tensor, level: Tensor | float = 1.0) -> Affine:
+    def coefficients(
+        self, sigma: Tensor, sigma_next: Tensor, level: Tensor | float = 1.0, step: Tensor | int | None = None
+    ) -> Affine:
         """α, b, s [N], float64; σ names a level of the path."""
         if self.path is None:
-            raise ValueError("DDIM without a path came; expected the policy's: DDIM(...).bind(policy.path)")
+            raise ValueError("got DDIM without a path; expected the policy's: DDIM(...).bind(policy.path)")
         sigma, sigma_next, level = step_inputs(sigma, sigma_next, level)
-        now, then = self.path.alpha_bar(sigma), self.path.alpha_bar(sigma_next)
-        variance = (self.eta * level).square() * (1 - then) / (1 - now) * (1 - now / then)
-        kept = 1 - then - variance
-        if bool((kept < -1e-9).any()):
+        alpha_bar, alpha_bar_next = self.path.alpha_bar(sigma), self.path.alpha_bar(sigma_next)
+        a, b = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+        variance = (
+            (self.eta * level).square() * (1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next)
+        )
+        kept_variance = 1 - alpha_bar_next - variance
+        if bool((kept_variance < -1e-9).any()):
             raise ValueError(
-                f"eta={self.eta} times level {float(level.max())} came; the fresh noise of a step would exceed all its "
-                "noise, 1-ᾱ': lower the level"
+                f"got eta={self.eta} times level {float(level.max())}; expected fresh noise within the step's total noise, "
+                "1-ᾱ': lower the level"
             )
-        a, b, old = now.sqrt(), (1 - now).sqrt(), kept.clamp(min=0).sqrt()
-        return Affine(alpha=then.sqrt() * a + old * b, velocity_coef=-then.sqrt() * b + old * a, std=variance.sqrt())
+        a_next, kept_noise = alpha_bar_next.sqrt(), kept_variance.clamp(min=0).sqrt()
+        return Affine(
+            alpha=a_next * a + kept_noise * b, velocity_coef=-a_next * b + kept_noise * a, std=variance.sqrt()
+        )

@@ -7,28 +7,45 @@ from torch import Tensor
 
 from samplers.kernels.base import (
     Affine,
-    Constants,
-    Reduce,
     affine_step,
     bind_rectified_flow,
     check_choices,
     check_noise_level,
     euler_maruyama,
-    euler_where_silent,
+    euler_where_deterministic,
     step_inputs,
 )
+from samplers.kernels.gaussian import Constants, Reduce
 
 
-def flow_diffusion(sigma: Tensor, sigma_next: Tensor, sigma_cap: float | None) -> Tensor:
-    """√(σ/(1-σ)), where sigma_cap (None: σ' of the row, where σ is 1) bounds the σ of 1-σ."""
-    capped = torch.where(sigma == 1, sigma_next, sigma) if sigma_cap is None else sigma.clamp(max=sigma_cap)
-    return (sigma / (1.0 - capped)).sqrt()
+def flow_diffusion(
+    a: Tensor, sigma: Tensor, sigma_next: Tensor, sigma_cap: float | None, step: Tensor | int | None
+) -> Tensor:
+    """g = a·√(σ/(1-σ)) [N], where a number `sigma_cap` bounds the σ of 1-σ; with None, σ' stands for it at index 0.
+
+    `step`: grid index that each row leaves. ValueError for a stochastic row at σ = 1, where g is infinite, if neither
+    bounds it.
+    """
+    if sigma_cap is not None:
+        bounded = sigma.clamp(max=sigma_cap)
+    elif step is not None:
+        bounded = torch.where(torch.as_tensor(step, device=sigma.device) == 0, sigma_next, sigma)
+    elif bool(((sigma == 1) & (a > 0)).any()):
+        raise ValueError(
+            "got a stochastic step from sigma = 1 without its grid index, where Flow-SDE's noise is infinite; expected "
+            "step=0, the first step of a grid: pass TransitionContext(step=...), or give the kernel a sigma_cap"
+        )
+    else:
+        bounded = sigma
+    return a * (sigma / (1.0 - bounded)).sqrt()
 
 
 def check_cap(sigma_cap: float | None) -> None:
     """A cap lies inside (0, 1)."""
     if sigma_cap is not None and not 0.0 < sigma_cap < 1.0:
-        raise ValueError(f"sigma_cap={sigma_cap} came; expected a number inside (0, 1), or None for σ' at σ=1")
+        raise ValueError(
+            f"got sigma_cap={sigma_cap}; expected a number inside (0, 1), or None for σ' at the first step"
+        )
 
 
 @dataclass(frozen=True)
@@ -37,9 +54,12 @@ class FlowSDE:
 
     α = 1 - a²h/(2(1-σ)), b = -h(1 + a²/2), s = a√(σh/(1-σ)).
     noise_level: 0.7 (SD3.5, flow_grpo), 0.9 (FLUX, TempFlow-GRPO), 1.2 (Qwen-Image, verl-omni); not comparable between
-    kernels. sigma_cap: what stands for σ inside the 1-σ of g. None: the row's own σ' where σ is exactly 1
-    (flow_grpo; a first step has s = a); a number: min(σ, sigma_cap) (UniRL: 0.99). The two are not interchangeable.
-    Not kept: the marginals, to first order in h; a last step to σ' = 0 leaves noise behind.
+    kernels. sigma_cap: what stands for σ inside the 1-σ of g. None: σ' at the first step of a grid, that is where the
+    grid index is 0 (flow_grpo; from σ = 1 such a step has s = a whatever its length); a number: min(σ, sigma_cap) at
+    every step (UniRL: 0.99). The two are not interchangeable.
+    Not kept: the marginals. From a level below 1, or with a number as sigma_cap, the error of the variance falls as h;
+    from σ = 1 with None only as h^min(1, a²) (h^0.49 at 0.7), since the first step is off by a⁴/4 however short it is,
+    and by level σ the later ones have shrunk that error by (h/(1-σ))^a² only. A last step to σ' = 0 leaves noise behind.
     """
 
     noise_level: float = 0.7
@@ -56,8 +76,10 @@ class FlowSDE:
     bind = bind_rectified_flow
     __call__ = affine_step
 
-    def coefficients(self, sigma: Tensor, sigma_next: Tensor, level: Tensor | float = 1.0) -> Affine:
+    def coefficients(
+        self, sigma: Tensor, sigma_next: Tensor, level: Tensor | float = 1.0, step: Tensor | int | None = None
+    ) -> Affine:
         """α, b, s [N], float64."""
         sigma, sigma_next, level = step_inputs(sigma, sigma_next, level)
-        g = self.noise_level * level * flow_diffusion(sigma, sigma_next, self.sigma_cap)
-        return euler_where_silent(euler_maruyama(g, sigma, sigma_next), level, sigma, sigma_next)
+        g = flow_diffusion(self.noise_level * level, sigma, sigma_next, self.sigma_cap, step)
+        return euler_where_deterministic(euler_maruyama(g, sigma, sigma_next), level, sigma, sigma_next)

@@ -7,20 +7,14 @@ import torch
 from torch import Tensor
 
 from samplers.kernels.ascent import Ascent
-from samplers.kernels.base import (
-    DEFAULT_CONTEXT,
-    Affine,
-    Constants,
-    Kernel,
-    Reduce,
-    Step,
-    TransitionContext,
-    spread,
-)
+from samplers.kernels.base import DEFAULT_CONTEXT, Affine, Kernel, Step, TransitionContext
+from samplers.kernels.gaussian import Constants, Reduce, spread
 from samplers.paths import Path, RectifiedFlow
 
 GuidanceForm = Literal["score_half", "full_tilt", "doob"]
 MeanOf = Literal["unguided", "guided"]
+
+_LEAST_DATA = 1e-3  # the least a(σ) at which full_tilt acts; grids start at σ = 1 or just below, such as 0.99999
 
 
 @dataclass(frozen=True)
@@ -30,7 +24,7 @@ class Guided:
     λ = rate·h with use_delta (the released script), else the rate. rate: `scale` if given (0.01 there), else by `form`
     with temperature `beta`, g² = s²/h: "score_half" g²/(2β), the explicit score term of the SDE (what the code does
     with scale < 0); "doob" g²/β, the optimal-control drift; "full_tilt" tilts the marginals by e^{ρ/β}: v moves by
-    -(b/a)·∇ρ/β (σ/(1-σ) in a flow), the score with it, so the mean by that times ∂μ/∂v; infinite at σ = 1. Only
+    -(b/a)·∇ρ/β (σ/(1-σ) in a flow), the score with it, so the mean by that times ∂μ/∂v; unbounded near σ = 1. Only
     full_tilt reaches the tilted law at any noise level; doob does where g² = 2σ/(1-σ) (Flow-SDE with a = √2).
     normalize: ∇ρ/|∇ρ|, each row by its own norm. Active on the grid steps start..end, every `interval`; also on
     deterministic rows, which only `scale` and full_tilt move: `end` keeps a tail unguided.
@@ -57,18 +51,18 @@ class Guided:
 
     def __post_init__(self) -> None:
         if self.form not in ("score_half", "full_tilt", "doob"):
-            raise ValueError(f"form={self.form!r} came; expected 'score_half', 'full_tilt' or 'doob'")
+            raise ValueError(f"got form={self.form!r}; expected 'score_half', 'full_tilt' or 'doob'")
         if self.log_prob_mean not in ("unguided", "guided"):
-            raise ValueError(f"log_prob_mean={self.log_prob_mean!r} came; expected 'unguided' or 'guided'")
+            raise ValueError(f"got log_prob_mean={self.log_prob_mean!r}; expected 'unguided' or 'guided'")
         if self.scale is not None and not self.scale >= 0:
             raise ValueError(
-                f"scale={self.scale} came; expected a number >= 0, or None for the rate of `form` and `beta`"
+                f"got scale={self.scale}; expected a number >= 0, or None for the rate of `form` and `beta`"
             )
         if not self.beta > 0:
-            raise ValueError(f"beta={self.beta} came; expected a temperature > 0")
+            raise ValueError(f"got beta={self.beta}; expected a temperature > 0")
         if self.start < 0 or self.interval < 1 or (self.end is not None and self.end < self.start):
             raise ValueError(
-                f"start={self.start}, end={self.end}, interval={self.interval} came; expected 0 <= start <= end (None: "
+                f"got start={self.start}, end={self.end}, interval={self.interval}; expected 0 <= start <= end (None: "
                 "to the last step) and interval >= 1"
             )
 
@@ -86,9 +80,11 @@ class Guided:
         """The guided kernel for a policy on `path`; ValueError if the kernel cannot be on it."""
         return replace(self, kernel=self.kernel.bind(path), path=path)
 
-    def coefficients(self, sigma: Tensor, sigma_next: Tensor, level: Tensor | float = 1.0) -> Affine:
+    def coefficients(
+        self, sigma: Tensor, sigma_next: Tensor, level: Tensor | float = 1.0, step: Tensor | int | None = None
+    ) -> Affine:
         """α, b, s [N] of the kernel, without the shift."""
-        return self.kernel.coefficients(sigma, sigma_next, level)
+        return self.kernel.coefficients(sigma, sigma_next, level, step)
 
     def __call__(
         self,
@@ -117,19 +113,20 @@ class Guided:
         sigma = torch.as_tensor(sigma, dtype=torch.float64).expand(len(x))
         rate = torch.where(self._active(ctx, len(x)).to(step.std.device), self._rate(step, sigma), 0.0)
         if not bool(rate.isfinite().all()):
+            unbounded = (~rate.isfinite()).to(sigma.device)
             raise ValueError(
-                f"the guidance {self.form!r} has no finite rate at sigma {sigma[~rate.isfinite().cpu()][:8].tolist()}; "
-                "expected active steps below sigma = 1: set start=1"
+                f"got form={self.form!r} at sigma {sigma[unbounded][:8].tolist()}, where its rate has no bound; expected "
+                f"active steps with a data coefficient of at least {_LEAST_DATA}: set start=1"
             )
-        hot = (rate != 0).nonzero().flatten()
-        if not len(hot):
+        guided = (rate != 0).nonzero().flatten()
+        if not len(guided):
             return None
-        found = self._gradient(x[hot], v[hot], sigma[hot.to(sigma.device)], ctx, hot.cpu()).to(step.mean)
+        gradient = self._gradient(x[guided], v[guided], sigma[guided.to(sigma.device)], ctx, guided.cpu()).to(step.mean)
         if self.normalize:
-            norm = spread(found.flatten(1).norm(dim=1), found)
-            found = torch.where(norm == 0, found, found / norm)
+            norm = spread(gradient.flatten(1).norm(dim=1), gradient)
+            gradient = torch.where(norm == 0, gradient, gradient / norm)
         shift = torch.zeros_like(step.mean)
-        shift[hot] = spread(rate[hot], found) * found
+        shift[guided] = spread(rate[guided], gradient) * gradient
         return shift
 
     def _rate(self, step: Step, sigma: Tensor) -> Tensor:
@@ -139,34 +136,33 @@ class Guided:
             return self.scale * (h if self.use_delta else torch.ones_like(h))
         if self.form == "full_tilt":
             a, b, _, _ = (self.path or RectifiedFlow()).mix(sigma)
-            moved = -step.policy.velocity_coef * (b / a).to(h) / self.beta
+            odds = torch.where(a < _LEAST_DATA, torch.inf, b / a)
+            rate = -step.policy.velocity_coef * odds.to(h) / self.beta
         else:
-            moved = step.std.square() / (self.beta if self.form == "doob" else 2.0 * self.beta)
-        return moved if self.use_delta else moved / h
+            rate = step.std.square() / (self.beta if self.form == "doob" else 2.0 * self.beta)
+        return rate if self.use_delta else rate / h
 
     def _active(self, ctx: TransitionContext, n: int) -> Tensor:
         if self.start == 0 and self.end is None and self.interval == 1:
             return torch.ones(n, dtype=torch.bool)
         if ctx.step is None:
             raise ValueError(
-                "Guided with start, end or interval was called without ctx.step; expected grid indices [N]"
+                f"got start={self.start}, end={self.end}, interval={self.interval} but no ctx.step; expected grid indices "
+                "[N]: pass TransitionContext(step=...)"
             )
         active = (ctx.step >= self.start) & ((ctx.step - self.start) % self.interval == 0)
         return active if self.end is None else active & (ctx.step <= self.end)
 
-    def _gradient(self, x: Tensor, v: Tensor, sigma: Tensor, ctx: TransitionContext, hot: Tensor) -> Tensor:
-        """∇ρ at the states of the rows `hot`: asked once per distinct state, since siblings leave the same one."""
-        own = torch.arange(len(hot))
-        nodes = hot if ctx.parents is None else ctx.parents.cpu()[hot]
-        rows = hot if ctx.rows is None else ctx.rows.cpu()[hot]
+    def _gradient(self, x: Tensor, v: Tensor, sigma: Tensor, ctx: TransitionContext, guided: Tensor) -> Tensor:
+        """∇ρ at the states of the rows `guided`: computed once per distinct state, since siblings leave the same one."""
+        nodes = guided if ctx.parents is None else ctx.parents.cpu()[guided]
+        rows = guided if ctx.rows is None else ctx.rows.cpu()[guided]
         distinct, position = nodes.unique(return_inverse=True)
-        first = torch.full((len(distinct),), len(hot)).scatter_reduce(0, position, own, "amin")
-        at = first.to(x.device)
-        found = self.ascent.gradient(
-            x[at].detach(), v[at].detach(), sigma[first.to(sigma.device)], rows[first], distinct
-        )
-        if found.shape != x[at].shape:
+        first = torch.full((len(distinct),), len(nodes)).scatter_reduce(0, position, torch.arange(len(nodes)), "amin")
+        states, velocities = x[first.to(x.device)].detach(), v[first.to(v.device)].detach()
+        gradient = self.ascent.gradient(states, velocities, sigma[first.to(sigma.device)], rows[first], distinct)
+        if gradient.shape != states.shape:
             raise ValueError(
-                f"a gradient {list(found.shape)} came for states {list(x[at].shape)}; expected equal shapes"
+                f"got a gradient {list(gradient.shape)} for states {list(states.shape)}; expected equal shapes"
             )
-        return found[position.to(found.device)]
+        return gradient[position.to(gradient.device)]

@@ -5,16 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from samplers.kernels.base import (
-    Affine,
-    Constants,
-    Kernel,
-    Reduce,
-    affine_step,
-    check_choices,
-    step_inputs,
-)
+from samplers.kernels.base import Affine, Kernel, affine_step, check_choices, step_inputs
 from samplers.kernels.ddim import DDIM
+from samplers.kernels.gaussian import Constants, Reduce
 from samplers.paths import Path
 
 
@@ -35,7 +28,9 @@ class ODE:
         """Itself on a rectified flow; on a variance-preserving path its ODE is DDIM with η = 0."""
         return self if path.rectified else DDIM(eta=0.0, reduce=self.reduce, constants=self.constants).bind(path)
 
-    def coefficients(self, sigma: Tensor, sigma_next: Tensor, level: Tensor | float = 1.0) -> Affine:
+    def coefficients(
+        self, sigma: Tensor, sigma_next: Tensor, level: Tensor | float = 1.0, step: Tensor | int | None = None
+    ) -> Affine:
         """(1, -h, 0)."""
         sigma, sigma_next, level = step_inputs(sigma, sigma_next, level)
         return Affine(alpha=torch.ones_like(sigma), velocity_coef=sigma_next - sigma, std=torch.zeros_like(sigma))

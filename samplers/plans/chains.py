@@ -1,6 +1,6 @@
 """Chains: every sample is a trajectory of its own, from the start or from where the group parts.
 
-`chain` and `window` are functions for direct use; `Chain`, `Window` and `RandomSteps` are the same as plans.
+`chain`, `window` and `scattered` are functions for direct use; `Chain`, `Window` and `RandomSteps` the same as plans.
 """
 
 from collections.abc import Collection, Sequence
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from samplers.plans.base import costliest, grow, select_nothing
-from samplers.plans.positions import Position, Random, Steps, last_start
+from samplers.plans.positions import Position, Random, Steps, window_end
 from samplers.trees import Tree
 
 
@@ -27,26 +27,27 @@ def window(num_steps: int, group_size: int, start: int, size: int, *, shared_sta
     """Steps start..start+size-1 stochastic, the others deterministic (Flow-GRPO-Fast, MixGRPO 2507.21802).
 
     shared_start: one root; the deterministic prefix runs once and `group_size` children part at step `start`.
-    A window that holds the last step (num_steps - 1) trains it: a CPS step to σ = 0 has no noise and no gradient.
+    A window that holds the last step (num_steps - 1) trains it: the reward then sees the noise of Flow-SDE and Dance-SDE;
+    a CPS step to σ = 0 has no noise and no gradient.
     """
     if size < 1 or start < 0 or start + size > num_steps:
         raise ValueError(
-            f"window start={start}, size={size} came for {num_steps} steps; expected size >= 1 and "
+            f"got window start={start}, size={size} for {num_steps} steps; expected size >= 1 and "
             f"0 <= start <= num_steps - size = {num_steps - size}"
         )
     return scattered(num_steps, group_size, range(start, start + size), shared_start=shared_start)
 
 
 def scattered(num_steps: int, group_size: int, steps: Collection[int], *, shared_start: bool = True) -> Tree:
-    """The steps of `steps` stochastic, the others deterministic; `window` without its being in one piece.
+    """The steps of `steps` stochastic, the others deterministic; `window`, but the steps need not be consecutive.
 
     shared_start: one root; `group_size` children part at the first stochastic step.
     """
     if any(not 0 <= step < num_steps for step in steps):
-        raise ValueError(f"steps {sorted(steps)} came; expected numbers inside 0..{num_steps - 1}")
+        raise ValueError(f"got steps {sorted(steps)}; expected numbers inside 0..{num_steps - 1}")
     if shared_start and (group_size < 2 or not steps):
         raise ValueError(
-            f"shared_start came with group_size={group_size} and {len(steps)} stochastic steps; expected a group of at "
+            f"got shared_start with group_size={group_size} and {len(steps)} stochastic steps; expected a group of at "
             "least 2 that parts at a stochastic step: use shared_start=False or a larger group"
         )
     width = [1] * num_steps
@@ -77,7 +78,7 @@ class Chain:
 
 @dataclass(frozen=True)
 class Window:
-    """`window` as a plan: `size` stochastic steps, all inside low..high-1, at a place given by `position`.
+    """`window` as a plan: `size` stochastic steps, all inside low..high-1, that start where `position` says.
 
     high: None stands for num_steps - 1, which keeps the last step deterministic; num_steps allows it.
     position: None stands for Random().
@@ -91,12 +92,12 @@ class Window:
 
     def __post_init__(self) -> None:
         if self.size < 1 or self.low < 0:
-            raise ValueError(f"Window(size={self.size}, low={self.low}) came; expected size >= 1 and low >= 0")
+            raise ValueError(f"got Window(size={self.size}, low={self.low}); expected size >= 1 and low >= 0")
 
     def tree(self, num_steps: int, group_size: int, iteration: int, rng: np.random.Generator) -> Tree:
         """The window of this iteration."""
-        last = last_start(self.size, self.low, self.high, num_steps)
-        start = (self.position or Random()).start(iteration, self.low, last, rng)
+        high = window_end(self.size, self.low, self.high, num_steps)
+        start = (self.position or Random()).start(iteration, self.low, high, self.size, rng)
         return window(num_steps, group_size, start, self.size, shared_start=self.shared_start)
 
     forecast = costliest
@@ -104,8 +105,9 @@ class Window:
 
     def extremes(self, num_steps: int, group_size: int) -> Sequence[Tree]:
         """One tree per position."""
-        starts = (self.position or Random()).starts(self.low, last_start(self.size, self.low, self.high, num_steps))
-        return [window(num_steps, group_size, at, self.size, shared_start=self.shared_start) for at in starts]
+        high = window_end(self.size, self.low, self.high, num_steps)
+        starts = (self.position or Random()).starts(self.low, high, self.size)
+        return [window(num_steps, group_size, start, self.size, shared_start=self.shared_start) for start in starts]
 
 
 @dataclass(frozen=True)

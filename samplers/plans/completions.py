@@ -14,7 +14,7 @@ from samplers.trees import Tree
 def subgrid(index: int, num_steps: int, count: int) -> list[int]:
     """The `count` grid indices after `index` up to num_steps, as even as whole steps allow (halves go up).
 
-    All that remain if there are no more than `count`.
+    All the remaining ones if there are no more than `count`.
     """
     left = num_steps - index
     count = min(count, left)
@@ -24,51 +24,52 @@ def subgrid(index: int, num_steps: int, count: int) -> list[int]:
 def probed(tree: Tree, steps: int | None = None, *, at: Collection[int] | None = None, duplicate: bool = False) -> Tree:
     """`tree` with a deterministic completion from every state on its trained part (DenseGRPO 2601.20218, TP-GRPO).
 
-    The trained part are the states that a stochastic step leaves or arrives at; `at` names grid indices instead. steps:
-    how many the completion takes, on a sub-grid of the remaining ones; None: all of them. Where the tree itself goes on
-    deterministically that is the completion (in its own steps), so no probe is made, unless `duplicate`. Probes share
-    their state's velocity and are stepped with all others: Tree.completion(state) is the leaf where a state's ends.
-    Not changed: `local` of the states that were there, hence their noise.
+    The trained part is the states that a stochastic step leaves or arrives at; `at` names grid indices instead. steps:
+    how many the completion takes, on a sub-grid of the remaining ones; None: all of them. A state that the tree itself
+    continues deterministically has its completion already, in the tree's own steps: it gets none, unless `duplicate`.
+    Completions (probes) share their state's velocity and are rolled out with all other states; Tree.completion(state) is
+    the leaf of a state's completion. The other states keep their `local`, hence their noise.
     """
     if steps is not None and steps < 1:
-        raise ValueError(f"steps={steps} came; expected at least 1, or None for all remaining steps")
+        raise ValueError(f"got steps={steps}; expected at least 1, or None for all remaining steps")
     if at is None:
         targets = torch.cat([tree.edges, tree.parents_of_edges]).unique()
     else:
         targets = torch.isin(tree.index, torch.tensor(sorted(at), dtype=torch.int64)).nonzero().flatten()
-    onward = torch.full((len(tree),), -1)  # the first deterministic child
-    quiet = ((tree.level == 0) & (tree.parent >= 0)).nonzero().flatten().flip(0)
-    onward[tree.parent[quiet]] = quiet
-    ends = set()
+    continuation = torch.full((len(tree),), -1)  # of each node, its first deterministic child
+    deterministic = ((tree.level == 0) & (tree.parent >= 0)).nonzero().flatten().flip(0)
+    continuation[tree.parent[deterministic]] = deterministic
+    probed_nodes = set()
     for node in targets.tolist():
-        while not duplicate and int(onward[node]) >= 0:
-            node = int(onward[node])
-        ends.add(node)
-    return _with_tails(tree, dict.fromkeys(ends, steps))
+        while not duplicate and int(continuation[node]) >= 0:
+            node = int(continuation[node])
+        probed_nodes.add(node)
+    return _with_tails(tree, dict.fromkeys(probed_nodes, steps))
 
 
 def compressed(tree: Tree, ratio: float) -> Tree:
-    """`tree` whose deterministic tails take ceil(ratio·n) steps instead of n (MixGRPO-Flash 2507.21802; §3.4).
+    """`tree` whose deterministic tails take ceil(ratio·n) steps instead of n (MixGRPO-Flash 2507.21802).
 
     A tail begins where a stochastic step arrives and only deterministic steps follow; it jumps along the grid.
     """
     if not 0.0 < ratio <= 1.0:
-        raise ValueError(f"ratio={ratio} came; expected a number inside (0, 1]")
-    hot_below = torch.zeros(len(tree), dtype=torch.bool)
+        raise ValueError(f"got ratio={ratio}; expected a number inside (0, 1]")
+    stochastic_below = torch.zeros(len(tree), dtype=torch.bool)
     for nodes in reversed(tree.generations[1:]):
-        hot_below[tree.parent[nodes[hot_below[nodes] | (tree.level[nodes] > 0)]]] = True
-    first = (tree.level > 0) & ~hot_below & (tree.index < tree.num_steps)
-    old = torch.zeros(len(tree), dtype=torch.bool)
+        stochastic_below[tree.parent[nodes[stochastic_below[nodes] | (tree.level[nodes] > 0)]]] = True
+    tail_start = (tree.level > 0) & ~stochastic_below & (tree.index < tree.num_steps)
+    old_tail = torch.zeros(len(tree), dtype=torch.bool)
     for nodes in tree.generations[1:]:
-        old[nodes] = (first | old)[tree.parent[nodes]]
-    starts = first.nonzero().flatten().tolist()
+        old_tail[nodes] = (tail_start | old_tail)[tree.parent[nodes]]
     # 1e-9: 0.28·25 is 7.000000000000001 in floating point, and meant to be 7
     counts: dict[int, int | None] = {
-        node: math.ceil(ratio * (tree.num_steps - int(tree.index[node])) - 1e-9) for node in starts
+        node: math.ceil(ratio * (tree.num_steps - int(tree.index[node])) - 1e-9)
+        for node in tail_start.nonzero().flatten().tolist()
     }
-    grown = _with_tails(tree, counts)
-    span = int(grown.local.max()) + 1
-    return grown.keep(~torch.isin(grown.group * span + grown.local, (tree.group * span + tree.local)[old]))
+    extended = _with_tails(tree, counts)
+    span = int(extended.local.max()) + 1  # (group, local) as one number
+    dropped = (tree.group * span + tree.local)[old_tail]
+    return extended.keep(~torch.isin(extended.group * span + extended.local, dropped))
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,8 @@ class Probed:
     """`plan` with an ODE completion (probe) of every state that a stochastic step leaves or arrives at: `probed` as a plan.
 
     steps: of a completion; None, all remaining ones, is best (DenseGRPO), 1 is the single jump to x̂0. at: probe the states
-    at these grid indices instead. duplicate: probe also states whose sample goes on deterministically and so is their
-    completion; code that scores V_0..V_T one by one does that (more images, no more network rows).
+    at these grid indices instead. duplicate: probe also states whose sample continues deterministically and so is their
+    completion already; code that scores each state by itself does that (more images; no more network rows on a chain).
     """
 
     plan: Bounded
@@ -124,8 +125,8 @@ def _with_tails(tree: Tree, counts: dict[int, int | None]) -> Tree:
     parent: list[int] = []
     index: list[int] = []
     for node, count in sorted(counts.items()):
-        places = subgrid(int(tree.index[node]), tree.num_steps, tree.num_steps if count is None else count)
-        for number, place in enumerate(places):
+        indices = subgrid(int(tree.index[node]), tree.num_steps, tree.num_steps if count is None else count)
+        for number, grid_index in enumerate(indices):
             parent.append(node if number == 0 else len(tree) + len(parent) - 1)
-            index.append(place)
+            index.append(grid_index)
     return tree.extended(parent, index)

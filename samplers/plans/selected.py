@@ -1,4 +1,4 @@
-"""A plan of which only the best states are continued."""
+"""A plan whose rollout continues only the best states."""
 
 from dataclasses import dataclass
 
@@ -11,11 +11,12 @@ from samplers.trees import Cost, Tree
 
 @dataclass(frozen=True)
 class Selected:
-    """`plan` with selection on the way: counts = {grid index: how many states of each group are continued from there}.
+    """`plan` with selection during the rollout: counts = {grid index: how many states of each group are continued there}.
 
-    uses_velocity: the score needs the velocities of all candidates (for their predicted x̂0), which the forecast then counts.
-    within: see Best. Pass `select(score)` to `rollout`. Selected is the outermost plan: put Probed and Compressed
-    inside. Cost: `tree` is the whole tree before selection, as rows of numbers; splits multiply it also after a selection.
+    uses_velocity: the score reads the velocities of all candidates (for their predicted x̂0); the forecast counts them.
+    within: see Best. Pass `select(score)` to `rollout`. Selected is the outermost plan: put Probed and Compressed inside.
+    Cost: `tree` builds the tree before selection in full, so splits multiply its nodes also after a selection; these
+    are rows of numbers, not states.
     """
 
     plan: Bounded
@@ -27,15 +28,15 @@ class Selected:
         check_counts(self.counts, self.within)
 
     def tree(self, num_steps: int, group_size: int, iteration: int, rng: np.random.Generator) -> Tree:
-        """The plan's whole tree."""
+        """The plan's tree, before selection."""
         return self.plan.tree(num_steps, group_size, iteration, rng)
 
     def forecast(self, num_steps: int, group_size: int) -> Cost:
-        """What is left of the plan's extremes: exact, whichever states win."""
+        """The cost of the plan's extremes after selection: exact, whichever states stay."""
         trees = self.plan.extremes(num_steps, group_size)
         costs = [selected_cost(tree, self.counts, self.within, uses_velocity=self.uses_velocity) for tree in trees]
         return most(costs)
 
     def select(self, score: Score) -> Select | None:
-        """score(tree, nodes, states, look) -> [n], the higher the better."""
+        """score(tree, nodes, states, velocities) -> [n], the higher the better."""
         return Best(self.counts, score, self.within, self.uses_velocity)

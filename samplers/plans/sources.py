@@ -1,4 +1,4 @@
-"""Who rolls each sample out: some trajectories of a group are not the student's own."""
+"""Which network rolls each sample out: a teacher or a hinted student may give some of a group."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from samplers.trees import SOURCES, Cost, Tree
 
 @dataclass(frozen=True)
 class Sourced:
-    """`plan`, whose last roots are rolled out by the teacher, and those before them by the student with a hint.
+    """`plan` whose last `teacher` roots are rolled out by the teacher, and the `hinted` before them by a hinted student.
 
     The topology is unchanged; a velocity callback reads tree.source[root] (0 student, 1 hinted, 2 teacher).
     ValueError if no root is left to the student: a plan with a shared start has one root per tree.
@@ -24,7 +24,7 @@ class Sourced:
 
     def __post_init__(self) -> None:
         if self.hinted < 0 or self.teacher < 0:
-            raise ValueError(f"hinted={self.hinted}, teacher={self.teacher} came; expected counts >= 0")
+            raise ValueError(f"got hinted={self.hinted}, teacher={self.teacher}; expected counts >= 0")
 
     def tree(self, num_steps: int, group_size: int, iteration: int, rng: np.random.Generator) -> Tree:
         """The plan's tree, marked."""
@@ -44,7 +44,7 @@ class Sourced:
         own = tree.num_roots - self.hinted - self.teacher
         if own < 1:
             raise ValueError(
-                f"hinted={self.hinted}, teacher={self.teacher} came for {tree.num_roots} roots; expected at least one "
+                f"got hinted={self.hinted}, teacher={self.teacher} for {tree.num_roots} roots; expected at least one "
                 "root for the student: take a larger group, or shared_start=False"
             )
         counts = {"student": own, "hinted": self.hinted, "teacher": self.teacher}

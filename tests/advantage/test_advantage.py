@@ -1,4 +1,4 @@
-"""Advantages against golden values (grpo_family §2.3, §10.1, §10.2), mixes by hand, and what masking must not change."""
+"""Advantages against golden values, mixes by hand, and what masking must not change."""
 
 import numpy as np
 import pytest
@@ -46,6 +46,13 @@ def test_trimming() -> None:
     np.testing.assert_allclose(low, (rewards - rewards[[0, 2, 3, 4]].mean()) / rewards[[0, 2, 3, 4]].std(), rtol=1e-6)
     both = column(Normalized(trim=0.2, trim_side="both", delta=0, clip=1e9).compare(forest, given(rewards)))
     np.testing.assert_allclose(both, (rewards - 2) / np.std([1, 2, 3]), rtol=1e-6)
+    last, middle = (Normalized(unbiased=True, trim=0.34, trim_side=side, delta=0, clip=1e9) for side in ("low", "both"))
+    got = column(last.compare(side_by_side(3), given([0.0, 1.0, 3.0])))  # mean and std of 1 and 3: 2 and √2
+    np.testing.assert_allclose(got, (np.array([0.0, 1.0, 3.0]) - 2) / 2**0.5, rtol=1e-6)
+    got = column(middle.compare(side_by_side(5), given([0.0, 1.0, 3.0, 4.0, 50.0])))
+    np.testing.assert_allclose(
+        got, (np.array([0.0, 1.0, 3.0, 4.0, 50.0]) - 8 / 3) / np.std([1, 3, 4], ddof=1), rtol=1e-6
+    )
     assert column(Normalized(trim=0.19).compare(forest, given(rewards))) == column(
         Normalized().compare(forest, given(rewards))
     )
@@ -104,7 +111,7 @@ def test_a_seed_group_standardizes_the_noise_of_its_own_step() -> None:
 
 
 def test_two_nodes_of_one_depth_keep_only_their_sign() -> None:
-    """BranchGRPO with a split at step 0: ±0.7071 with the unbiased std (grpo_family §5.3); constant between splits."""
+    """BranchGRPO with a split at step 0: ±0.7071 with the unbiased std; constant between splits."""
     forest = grown(split_tree(5, (0, 3)))
     rewards = torch.tensor([[3.0], [5.0], [1.0], [0.5]])
     credit = Broadcast().assign(forest, rewards, everywhere(rewards), ("r",))
@@ -117,7 +124,6 @@ def test_two_nodes_of_one_depth_keep_only_their_sign() -> None:
     [
         Normalized(), Normalized(std="batch"), Normalized(std="largest"), Normalized(unbiased=True),
         Normalized(trim=0.3), VarianceGated(), VarianceGated(low=0.1, high=0.4), Asymmetric(rescale="quantiles"),
-        Mixed(Normalized(), "reward_sum"), Mixed(Normalized(), "gdpo"), Mixed(Normalized(), "keep"),
     ],
     ids=str,
 )  # fmt: skip
@@ -131,6 +137,16 @@ def test_a_masked_sample_is_a_sample_left_out(rule) -> None:
     assert masked.valid[:, 0].tolist() == mask
     torch.testing.assert_close(masked.values[torch.tensor(mask)], left_out.values)
     assert float(masked.values[2]) == 0 and masked.zero_std_ratio == left_out.zero_std_ratio
+
+
+@pytest.mark.parametrize("how", ["reward_sum", "advantage_sum", "gdpo", "keep"])
+def test_a_masked_sample_of_a_mix_is_a_sample_left_out(how) -> None:
+    rule, kept = Mixed(Normalized(), how), np.array([True, True, False, True, True, True, True])
+    first, second = (np.array(r) for r in ([0.1, 0.9, 9e9, 0.4, 0.2, 0.8, 0.3], [3.0, 1.0, -9e9, 2.0, 5.0, 4.0, 4.5]))
+    masked = rule.compare(side_by_side(4, 3), given(first, second, valid=[kept.tolist()] * 2))
+    left_out = rule.compare(side_by_side(3, 3), given(first[kept], second[kept]))
+    torch.testing.assert_close(masked.values[torch.tensor(kept)], left_out.values)
+    assert not bool(masked.values[2].any()) and not bool(masked.valid[2].any())
 
 
 @pytest.mark.parametrize("rule", [Broadcast(), Gain(), TurningPoint(), ReturnToGo(Gain())], ids=str)
@@ -163,7 +179,7 @@ def test_per_step_advantages_of_gains_have_mean_zero() -> None:
 
 
 def test_branch_grpo_that_splits_at_the_start_is_grpo_with_a_shared_start() -> None:
-    """grpo_family §5.10: B = {0}, K = G; the depth-wise set is then the group."""
+    """B = {0}, K = G; the depth-wise set is then the group."""
     tree_forest, chain_forest = grown(split_tree(4, (0,), 5)), grown(chain(4, 5, shared_start=True, train_last=True))
     rewards = torch.tensor([[0.3], [1.0], [-2.0], [0.7], [5.0]])
     fused = SubtreeFusion().assign(tree_forest, rewards, everywhere(rewards), ("r",))
@@ -175,7 +191,7 @@ def test_branch_grpo_that_splits_at_the_start_is_grpo_with_a_shared_start() -> N
 
 
 def test_branches_of_one_seed_at_one_step_are_flow_grpo_fast() -> None:
-    """grpo_family §11.4: TempFlow with one seed and one branching step, Flow-GRPO-Fast with a window of 1."""
+    """TempFlow with one seed and one branching step, Flow-GRPO-Fast with a window of 1."""
     forest = grown(window(5, 6, 2, 1))
     rewards = torch.randn(6, 1, generator=torch.Generator().manual_seed(0)).double()
     local = BranchLocal().assign(forest, rewards, everywhere(rewards), ("r",))
@@ -214,7 +230,7 @@ def test_gate_thresholds_are_quantiles_of_the_batch() -> None:
 
 
 def test_asymmetric_golden() -> None:
-    """A-GRAE §10.2: p = .25, batch mean ω = .5, alpha 1."""
+    """A-GRAE: p = .25, batch mean ω = .5, alpha 1."""
     got = column(Asymmetric(alpha=1.0).compare(side_by_side(4, 4), given([1, 0, 0, 0, 1, 1, 1, 0])))
     np.testing.assert_allclose(got[:4], [0.683013, -0.455342, -0.455342, -0.455342], atol=1e-6)
     undamped = column(Asymmetric(alpha=0.5).compare(side_by_side(4, 4), given([1, 0, 0, 0, 1, 1, 1, 0])))
@@ -238,9 +254,20 @@ def test_asymmetric_needs_rewards_between_0_and_1() -> None:
     rewards = np.array([21.0, 22.0, 23.0, 24.0])
     low, high = np.quantile(rewards, [0.05, 0.95])
     mapped = ((rewards - low) / (high - low)).clip(0, 1)
-    a = column(Asymmetric(rescale="quantiles").compare(side_by_side(4), given(rewards)))
-    b = column(Asymmetric().compare(side_by_side(4), given(mapped)))
-    np.testing.assert_allclose(a, b, rtol=1e-6)
+    got = column(Asymmetric(rescale="quantiles").compare(side_by_side(4), given(rewards)))
+    rate = mapped.mean()  # of the prompt and of the batch, .5; the z-scores are those of the rewards themselves
+    focus = rate / (2 * rate**0.5) + (1 - rate) / (2 * (1 - rate) ** 0.5)
+    np.testing.assert_allclose(got, focus * (rewards - rewards.mean()) / rewards.std(), rtol=1e-6)
+
+
+def test_rescaling_for_success_rates_ties_no_samples() -> None:
+    """The best of 41 samples lies beyond the 95 % quantile: it keeps its z-score and is better than the second best."""
+    rewards = np.append(np.linspace(0.0, 1.0, 40), 8.0)
+    got = np.array(column(Asymmetric(rescale="quantiles", clip=1e9).compare(side_by_side(41), given(rewards))))
+    assert got[40] > got[39] > got[38]
+    z = (rewards - rewards.mean()) / rewards.std()
+    np.testing.assert_allclose(got / got[0], np.where(z < 0, z / z[0], got / got[0]), rtol=1e-6)
+    np.testing.assert_allclose(got[40] / got[39], z[40] / z[39], rtol=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------- channels
@@ -271,9 +298,34 @@ def test_gdpo_normalizes_over_the_batch_and_not_the_group() -> None:
     forest = side_by_side(2, 4)
     rewards = np.concatenate([[0.0, 1.0], A])
     summed = np.concatenate([z(rewards[:2]), z(A)])
+    equal = np.ones(6)  # a channel in which nothing differs adds 0
     np.testing.assert_allclose(
-        column(Mixed(Normalized(), "gdpo").compare(forest, given(rewards))), z(summed), atol=1e-5
+        column(Mixed(Normalized(), "gdpo").compare(forest, given(rewards, equal))), z(summed), atol=1e-5
     )
+
+
+@pytest.mark.parametrize("how", ["advantage_sum", "gdpo"])
+def test_sums_of_advantages_are_clamped(how) -> None:
+    """Four channels agree that one of 12 samples is best: the z-scores of 3.3 add up to 13, MixGRPO clamps at 5."""
+    rewards = [np.array([1.0] + [0.0] * 11)] * 4
+    credit = given(*rewards, channels=("a", "b", "c", "d"))
+    got = column(Mixed(Normalized(), how).compare(side_by_side(12), credit))
+    loose = column(Mixed(Normalized(), how, clip=1e9).compare(side_by_side(12), credit))
+    assert max(loose) == pytest.approx(4 * 11**0.5 if how == "advantage_sum" else 11**0.5, rel=1e-3)
+    assert max(got) == pytest.approx(min(5.0, max(loose))) and min(got) == min(loose)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        *(Mixed(Normalized(), how) for how in ("reward_sum", "advantage_sum", "gdpo", "keep")),
+        PerChannel({"a": Normalized()}),
+    ],
+    ids=str,
+)
+def test_one_channel_is_no_mix(rule) -> None:
+    with pytest.raises(ValueError, match="Take the advantage alone"):
+        rule.compare(side_by_side(3), given([1.0, 2.0, 3.0]))
 
 
 def test_a_sum_needs_all_its_channels() -> None:
@@ -299,7 +351,7 @@ def test_each_channel_in_its_own_set() -> None:
     one = given(process)
     torch.testing.assert_close(got.values[:, [0]], Normalized().compare(forest, given(outcome)).values)
     torch.testing.assert_close(got.values[:, [1]], Normalized(within="prompt_step").compare(forest, one).values)
-    with pytest.raises(ValueError, match="channel 'process/prm' came"):
+    with pytest.raises(ValueError, match="got channel 'process/prm'"):
         PerChannel({"outcome": Normalized()}).compare(forest, credit)
     with pytest.raises(ValueError, match=r"parts \['other'\] match none"):
         PerChannel({"outcome": Normalized(), "process": Normalized(), "other": Normalized()}).compare(forest, credit)

@@ -1,4 +1,4 @@
-"""Credit rules against hand-computed trees, telescoping sums and the golden values of grpo_family §5.10, §7.6, §8.6."""
+"""Credit rules against hand-computed trees, telescoping sums and golden values."""
 
 import itertools
 from dataclasses import replace
@@ -92,6 +92,20 @@ def test_fused_reward_is_unbiased_for_the_value_of_its_node() -> None:
         assert total[action] / mass[action] == pytest.approx(expected[action])
 
 
+@pytest.mark.parametrize("rule", [Broadcast(), SubtreeFusion(), SubtreeFusion(2.0)], ids=str)
+def test_probes_are_no_samples(rule) -> None:
+    """Chains with probes get the terminal reward of the chain, whatever the probes score and even if they have none."""
+    forest = grown(probed(5, 2))
+    states = {0: [9.0, 8.0, 7.0, 6.0, 1.0], 1: [-9.0, -8.0, -7.0, -6.0, 4.0]}
+    scores = leaf_scores(forest.tree, states)
+    ends = torch.isin(scores, torch.tensor([1.0, 4.0], dtype=torch.float64))
+    for valid in (torch.ones_like(ends), ends):
+        got, known = credit(rule, forest, scores, valid)
+        assert bool(known.all())
+        np.testing.assert_allclose(by_step(forest, got, 0), [1.0] * 4)
+        np.testing.assert_allclose(by_step(forest, got, 1), [4.0] * 4)
+
+
 def test_an_edge_is_valid_only_if_all_leaves_below_are() -> None:
     forest = grown(split_tree(4, (0, 2)))
     valid = torch.tensor([True, False, True, True])
@@ -116,7 +130,7 @@ def test_a_branch_is_credited_with_its_own_leaf() -> None:
 def test_where_nothing_is_completed_it_is_said() -> None:
     forest = grown(chain(3, 2, train_last=True))
     for rule in (Gain(), TurningPoint()):
-        with pytest.raises(ValueError, match="no state is completed by deterministic steps"):
+        with pytest.raises(ValueError, match=r"wrap the plan in samplers\.Probed"):
             credit(rule, forest, [1.0, 2.0])
 
 
@@ -170,8 +184,8 @@ def test_a_gain_needs_both_scores() -> None:
 @pytest.mark.parametrize(
     ("states", "expected"),
     [
-        ([0.50, 0.40, 0.70, 0.80], [-0.1, 0.4, 0.1]),  # §8.6
-        ([0.5, 0.6, 0.4, 0.3], [0.1, -0.3, -0.1]),  # §8.6
+        ([0.50, 0.40, 0.70, 0.80], [-0.1, 0.4, 0.1]),  # step 1 turns up
+        ([0.5, 0.6, 0.4, 0.3], [0.1, -0.3, -0.1]),  # step 1 turns down
         ([0.0, 0.1, 0.3, 0.6], [0.6, 0.2, 0.3]),  # first-step bonus; no later step turns
         ([0.0, 0.0, 0.3, 0.6], [0.0, 0.3, 0.3]),  # a tie has no direction
         ([0.5, 0.4, 0.7, 0.6], [-0.1, 0.3, -0.1]),  # step 1 turns, but what comes after it does not go on
@@ -245,7 +259,7 @@ def test_process_scores_before_after_and_their_difference() -> None:
         got = Process("prm", timing).assign(forest, torch.zeros(1, 1), everywhere(torch.zeros(1, 1)), ("r",))
         assert got.channels == ("prm",)
         assert got.values[:, 0].tolist() == expected and got.valid[:, 0].tolist() == known
-    with pytest.raises(ValueError, match=r"scored were \['prm'\]"):
+    with pytest.raises(ValueError, match=r"scored by: \['prm'\]"):
         credit(Process("other"), forest, [1.0])
 
 
@@ -279,9 +293,14 @@ def test_joined_credits_stand_side_by_side() -> None:
     assert torch.equal(got.values[:, 2], forest.tree.edges.double())
 
 
+def test_one_credit_is_not_joined_with_anything() -> None:
+    with pytest.raises(ValueError, match="at least two credits"):
+        Joined({"outcome": Broadcast()})
+
+
 def test_a_prefix_without_an_end_of_its_own_has_no_value() -> None:
     forest = grown(window(5, 3, 1, 2))
-    with pytest.raises(ValueError, match="no state is completed"):
+    with pytest.raises(ValueError, match=r"wrap the plan in samplers\.Probed"):
         credit(Gain(), forest, [1.0, 2.0, 3.0])
     values, known = credit(Gain("value"), forest, [1.0, 2.0, 3.0])
     assert known.tolist() == [False] * 3 + [True] * 3 and values.tolist() == [0, 0, 0, 1, 2, 3]

@@ -14,7 +14,7 @@ from flowalign.config import PolicySettings, load_config
 from flowalign.errors import ConfigError
 from flowalign.run import launch
 from flowalign.run.launch import check_deepspeed, check_environment, check_launch, check_processes
-from flowalign.run.run import Run
+from flowalign.run.run import open_run
 from samplers import FlowSDE, Guided, RewardGradient
 
 FOLDER = Path(__file__).parents[2] / "configs" / "accelerate"
@@ -93,7 +93,7 @@ def test_fsdp2_is_followed_to_the_letter(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("name", ["CPU_RAM_EFFICIENT_LOADING", "OFFLOAD_PARAMS", "ACTIVATION_CHECKPOINTING"])
 def test_what_fsdp_would_be_told_in_vain_is_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     made = plugin(monkeypatch, **{f"FSDP_{name}": "true"})
-    with pytest.raises(ConfigError, match=f"fsdp_{name.lower()}=true came; expected false"):
+    with pytest.raises(ConfigError, match=f"fsdp_{name.lower()}=true; expected false"):
         check_launch(DistributedType.FSDP, "no", made, PolicySettings())
 
 
@@ -101,11 +101,11 @@ def test_other_ways_to_launch_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_p
     first = plugin(
         monkeypatch, FSDP_VERSION="1", FSDP_RESHARD_AFTER_FORWARD="FULL_SHARD", FSDP_SYNC_MODULE_STATES="false"
     )
-    with pytest.raises(ConfigError, match="fsdp_version=1 came; expected 2"):
+    with pytest.raises(ConfigError, match="fsdp_version=1; expected 2"):
         check_launch(DistributedType.FSDP, "no", first, PolicySettings())
-    with pytest.raises(ConfigError, match="distributed_type=MEGATRON_LM came; expected one of NO,"):
+    with pytest.raises(ConfigError, match="distributed_type=MEGATRON_LM; expected one of NO,"):
         check_launch(DistributedType.MEGATRON_LM, "no", None, PolicySettings())
-    with pytest.raises(ConfigError, match=r"mixed_precision=fp16 came; expected 'no': policy\.dtype"):
+    with pytest.raises(ConfigError, match=r"mixed_precision=fp16; expected 'no': policy\.dtype"):
         check_launch(DistributedType.MULTI_GPU, "fp16", None, PolicySettings())
 
 
@@ -118,12 +118,12 @@ def test_deepspeed_is_followed_to_the_letter(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
-        ("DEEPSPEED_ZERO_STAGE", "1", r"zero_optimization\.stage=1 came; expected 2"),
-        ("DEEPSPEED_ZERO_STAGE", "3", r"zero_optimization\.stage=3 came; expected 2"),
-        ("DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "cpu", r"offload_optimizer\.device=cpu came; expected none"),
-        ("DEEPSPEED_OFFLOAD_PARAM_DEVICE", "nvme", r"offload_param\.device=nvme came; expected none"),
-        ("GRADIENT_ACCUMULATION_STEPS", "4", "gradient_accumulation_steps=4 came; expected 1"),
-        ("GRADIENT_CLIPPING", "1.0", "gradient_clipping=1.0 came; expected auto"),
+        ("DEEPSPEED_ZERO_STAGE", "1", r"zero_optimization\.stage=1; expected 2"),
+        ("DEEPSPEED_ZERO_STAGE", "3", r"zero_optimization\.stage=3; expected 2"),
+        ("DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "cpu", r"offload_optimizer\.device=cpu; expected none"),
+        ("DEEPSPEED_OFFLOAD_PARAM_DEVICE", "nvme", r"offload_param\.device=nvme; expected none"),
+        ("GRADIENT_ACCUMULATION_STEPS", "4", "gradient_accumulation_steps=4; expected 1"),
+        ("GRADIENT_CLIPPING", "1.0", "gradient_clipping=1.0; expected auto"),
     ],
 )
 def test_what_deepspeed_would_be_told_in_vain_is_refused(
@@ -134,11 +134,11 @@ def test_what_deepspeed_would_be_told_in_vain_is_refused(
 
 
 def test_deepspeed_is_told_of_precision_and_by_files_in_vain(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"bf16\.enabled=True came; expected False"):
+    with pytest.raises(ConfigError, match=r"bf16\.enabled=True; expected False"):
         check_deepspeed(deepspeed(monkeypatch, mixed_precision="bf16"))
     own = tmp_path / "own.json"
     own.write_text('{"zero_optimization": {"stage": 2, "round_robin_gradients": true}}')
-    with pytest.raises(ConfigError, match=r"zero_optimization\.round_robin_gradients=True came; expected None"):
+    with pytest.raises(ConfigError, match=r"zero_optimization\.round_robin_gradients=True; expected None"):
         check_deepspeed(deepspeed(monkeypatch, ACCELERATE_DEEPSPEED_CONFIG_FILE=str(own)))
 
 
@@ -151,13 +151,13 @@ def test_a_run_without_a_deepspeed_that_can_follow_says_so(
     monkeypatch.setattr(launch, "is_deepspeed_available", lambda: installed)
     monkeypatch.setattr(launch, "compare_versions", lambda *asked: True)  # too old
     with pytest.raises(ConfigError, match=r"deepspeed >= 0\.19\.8 is not installed: pip install .*multi_gpu\.yaml"):
-        Run(config, plain)
+        open_run(config, plain).__enter__()
 
 
 def test_a_rollout_that_processes_cannot_share_is_refused() -> None:
     rollout = load_config(TINY, [])[0].rollout
     check_processes(rollout.groups, rollout)
-    with pytest.raises(ConfigError, match=r"3 processes came for rollout\.groups=2"):
+    with pytest.raises(ConfigError, match=r"3 processes for rollout\.groups=2"):
         check_processes(3, rollout)
     guided = replace(rollout, kernel=Guided(FlowSDE(), RewardGradient(None)))
     check_processes(1, guided)

@@ -21,7 +21,7 @@ from samplers import Path
 
 @dataclass
 class FakeTrainer:
-    """Pairs of the group: (log-ratio difference - reward difference)², `epochs` times per rollout; "fake" regresses the
+    """Pairs in a group: (log-ratio difference - reward difference)², `epochs` times per rollout; "fake" regresses the
     policy's velocity as seen by "sampling"."""
 
     epochs: int = 2

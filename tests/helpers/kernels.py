@@ -1,4 +1,4 @@
-"""What the kernel tests share: every kernel under one roof, and the Gaussian bed (other_trainers §0.8) on any path."""
+"""Shared by the kernel tests: the affine kernels by name, and exact steps of Gaussian data on any path."""
 
 from collections.abc import Callable
 
@@ -63,7 +63,7 @@ def bed(path: Path, m: float = 0.5, delta: float = 0.8) -> tuple[Callable[..., T
 def moments(
     kernel: Kernel, velocity: Callable[..., Tensor], mean: float, variance: float, sigma: float, then: float
 ) -> tuple[float, float]:
-    """Mean and variance after one step, exactly: the whole map x -> x' of the bed is affine in x, so two points say it."""
+    """Mean and variance after one step, exactly: for Gaussian data the map x -> x' is affine in x, so two points determine it."""
     x = rows(mean, mean + 1.0)
     step = kernel(x, velocity(x, torch.tensor(sigma, dtype=F64)), sigma, then)
     at, above = step.behavior.mean.flatten().tolist()

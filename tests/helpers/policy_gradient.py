@@ -36,7 +36,8 @@ PROMPTS = [PromptRecord(i, f'the word "{w}" in red on a yellow background') for 
 
 
 def make(
-    pipeline: Path, plan, kernel=None, group_size: int = 3, steps: int = 4, guidance: float = 1.0, reward=None, **parts
+    pipeline: Path, plan, kernel=None, group_size: int = 3, steps: int = 4, guidance: float = 1.0, reward=None,
+    detach_uncond: bool = False, **parts,
 ):  # fmt: skip
     torch.manual_seed(0)
     policy = load_policy(str(pipeline), lora=LoRA(rank=4, alpha=8, targets=("attn.to_q", "attn.to_v", "ff.net.2")))
@@ -48,8 +49,9 @@ def make(
     parts = {"objective": ClippedRatio(1e-2), "step_weight": Uniform(), **parts}
     trainer = PolicyGradient(signal, **parts)
     settings = Rollout(
-        plan, kernel or FlowSDE(), groups=2, group_size=group_size, num_inference_steps=steps, guidance_scale=guidance
-    )
+        plan, kernel or FlowSDE(), groups=2, group_size=group_size, num_inference_steps=steps, guidance_scale=guidance,
+        detach_uncond=detach_uncond,
+    )  # fmt: skip
     trainer.prepare(Task(policy, reward or Brightness(), settings, 0, 24, 48), None)
     return policy, trainer
 
@@ -62,7 +64,10 @@ def gradients(policy) -> dict[str, torch.Tensor]:
 
 
 def run_updates(trainer, batch) -> None:
+    policy = trainer._task.policy
     for update in trainer.updates(batch):
         for micro_batch in update.micro_batches:
-            micro_batch().backward()
+            loss = micro_batch()
+            with policy.role(update.role):
+                loss.backward()
         update.after()

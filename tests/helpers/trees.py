@@ -24,20 +24,20 @@ def probed(steps: int, samples: int) -> Tree:
             index.append(step)
             level.append(float(0 < step < steps))
         for step in range(steps - 1):
-            for place in range(step + 1, steps + 1):
-                parent.append(start + step if place == step + 1 else len(parent) - 1)
-                index.append(place)
+            for grid_index in range(step + 1, steps + 1):
+                parent.append(start + step if grid_index == step + 1 else len(parent) - 1)
+                index.append(grid_index)
                 level.append(0.0)
     return Tree.from_parents(parent, index, level, steps)
 
 
 def split_tree(steps: int, splits: tuple[int, ...], width: int = 2) -> Tree:
     """One root; every step stochastic; each state has `width` children at the steps of `splits` (BranchGRPO)."""
-    parent, index, level, tips = [-1], [0], [0.0], [0]
+    parent, index, level, states = [-1], [0], [0.0], [0]
     for step in range(steps):
-        above = [tip for tip in tips for _ in range(width if step in splits else 1)]
-        tips = list(range(len(parent), len(parent) + len(above)))
-        parent, index, level = parent + above, index + [step + 1] * len(above), level + [1.0] * len(above)
+        parents = [state for state in states for _ in range(width if step in splits else 1)]
+        states = list(range(len(parent), len(parent) + len(parents)))
+        parent, index, level = parent + parents, index + [step + 1] * len(parents), level + [1.0] * len(parents)
     return Tree.from_parents(parent, index, level, steps)
 
 
@@ -51,10 +51,10 @@ def trunk(steps: int, seeds: int, width: int) -> Tree:
         level += [0.0] * (steps + 1)
         for step in range(steps - 1):
             for _ in range(width):
-                for place in range(step + 1, steps + 1):
-                    parent.append(start + step if place == step + 1 else len(parent) - 1)
-                    index.append(place)
-                    level.append(float(place == step + 1))
+                for grid_index in range(step + 1, steps + 1):
+                    parent.append(start + step if grid_index == step + 1 else len(parent) - 1)
+                    index.append(grid_index)
+                    level.append(float(grid_index == step + 1))
     return Tree.from_parents(parent, index, level, steps)
 
 

@@ -75,12 +75,12 @@ def run(output: Path) -> None:
     [mine, _], [zero, _] = ours, zeros
     found["held"] = sum(p.numel() for p in optimizers[0].param_groups[0]["params"])
 
-    whole, facts = pack_optimizer(zero.whole(keep=True), mine.named_parameters())
+    whole, facts = pack_optimizer(zero.full_optimizer(keep=True), mine.named_parameters())
     expected, expected_facts = pack_optimizer(plain[0], theirs[0].named_parameters())
     assert whole.keys() == expected.keys()
     assert facts == expected_facts
     found["state"] = error(whole.values(), [expected[name] for name in whole])
-    found["kept elsewhere"] = len(zero.whole(keep=False).state)
+    found["kept elsewhere"] = len(zero.full_optimizer(keep=False).state)
 
     before = [p.detach().clone() for p in mine.parameters()]
     found["broken"] = str(sharded_step(mine, zero, processes, 4, scale=float("nan")))

@@ -1,4 +1,4 @@
-"""State targets: the supervised loss by finite differences, LayerTuning by hand (grpo_family §6.2, §6.4)."""
+"""State targets: the supervised loss by finite differences, LayerTuning by hand."""
 
 import pytest
 import torch

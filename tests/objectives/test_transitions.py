@@ -1,4 +1,4 @@
-"""Trust regions against their formulas, finite differences and the identities of grpo_family §2.8, §2.9, §6.2."""
+"""Trust regions against their formulas, finite differences and identities."""
 
 from dataclasses import replace
 
@@ -179,6 +179,29 @@ def test_the_mask_stops_what_is_far_and_moves_away() -> None:
         assert KLMask(float(kl.min()) * 0.99).clipped(log_prob, old, advantages, known).tolist() == away.tolist()
     with pytest.raises(ValueError, match="the step under the rollout's weights"):
         KLMask().loss(log_prob, old, advantages, Transitions(known.step, known.arrived))
+
+
+@pytest.mark.parametrize(
+    "kernel", [FlowSDE(0.7), CPS(0.7), CPS(0.7, constants="full"), FlowSDE(0.7, reduce="sum")], ids=str
+)
+def test_the_mask_lets_rounding_below_its_own_bound_pass_and_nothing_far_beyond(kernel) -> None:
+    """Random errors of the means, as bf16 makes them, of KL max_kl/2 and 9·max_kl, in 64 steps of 4,096 elements."""
+    generator = torch.Generator().manual_seed(0)
+    x, v, noise, error = (torch.randn(64, 4096, generator=generator, dtype=F64) for _ in range(4))
+    max_kl = 1e-5 if kernel.reduce == "mean" else 1e-2
+    old = kernel(x, v, 0.7, 0.55)
+    arrived, objective = old.sample(noise), KLMask(max_kl)
+    unit = kernel(x, v + error, 0.7, 0.55).kl(old, form="exact").sqrt()[:, None]
+    largest = {}
+    for share in (0.5, 9.0):
+        new = kernel(x, v + error * (share * max_kl) ** 0.5 / unit, 0.7, 0.55)
+        torch.testing.assert_close(new.kl(old, form="exact"), torch.full((64,), share * max_kl, dtype=F64))
+        transitions = Transitions(new, arrived, old)
+        drift = objective.log_ratio(new.log_prob(arrived), old.log_prob(arrived)).abs()
+        limit = objective.drift_limit(transitions)
+        assert limit.shape == (64,) and bool((drift > limit).any()) == (share > 1)
+        largest[share] = float(drift.max())
+    assert largest[0.5] > max_kl  # what would have been taken for a changed policy
 
 
 def test_dynamic_bounds() -> None:

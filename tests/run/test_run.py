@@ -17,9 +17,11 @@ from safetensors import SafetensorError
 from flowalign import cli
 from flowalign.errors import ConfigError
 from flowalign.evaluation.result_file import load_result
+from flowalign.run import interrupt
 from flowalign.run import run as run_module
 from flowalign.run.folder import describe, open_folder
-from flowalign.run.run import Interrupted, Run
+from flowalign.run.interrupt import Interrupted
+from flowalign.run.run import Run
 from flowalign.storage import checkpoint
 from flowalign.storage.checkpoint import CheckpointError
 from flowalign.storage.metrics_log import read_rows, without_time
@@ -129,7 +131,7 @@ def test_a_second_ctrl_c_stops_at_once(
         os.kill(os.getpid(), signal.SIGINT)
 
     shutil.copy(done / "prompts.txt", tmp_path)
-    monkeypatch.setattr(run_module, "ONE_REQUEST", 0.0)
+    monkeypatch.setattr(interrupt, "ONE_REQUEST", 0.0)
     monkeypatch.setattr(Run, "backward", interrupted)
     with pytest.raises(KeyboardInterrupt, match=r"^$"):
         start(tiny_pipeline, tmp_path)
@@ -231,7 +233,7 @@ def test_a_disk_that_is_full_is_told_in_a_sentence(
     def fails(*args: object) -> None:
         raise error
 
-    monkeypatch.setattr(Run, "__enter__", fails)
+    monkeypatch.setattr("flowalign.loop.open_run", fails)
     assert cli.train([CONFIG]) == 1
     assert said in capsys.readouterr().err
 
@@ -252,7 +254,7 @@ def test_an_error_that_is_not_the_disks_keeps_its_traceback(monkeypatch: pytest.
     def fails(*args: object) -> None:
         raise ConnectionResetError(errno.ECONNRESET, "reset")
 
-    monkeypatch.setattr(Run, "__enter__", fails)
+    monkeypatch.setattr("flowalign.loop.open_run", fails)
     with pytest.raises(ConnectionResetError):
         cli.train([CONFIG])
 

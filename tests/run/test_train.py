@@ -11,7 +11,7 @@ import torch
 
 from flowalign.errors import ConfigError
 from flowalign.models import LoRA, load_policy
-from flowalign.run import run as run_module
+from flowalign.run.interrupt import Interrupted
 from flowalign.run.run import Run
 from flowalign.storage import checkpoint
 from flowalign.storage.metrics_log import read_rows
@@ -63,7 +63,7 @@ POINTS = {
     "temporary write": ("flowalign.storage.checkpoint._write", 2),
     "last prune": ("flowalign.storage.checkpoint._remove", 2),
     "metrics append": ("flowalign.storage.metrics_log.append_line", 2),
-    "evaluation": ("flowalign.run.run.append_result", 2),
+    "evaluation": ("flowalign.run.evaluations.append_result", 2),
 }
 
 
@@ -109,7 +109,7 @@ def test_ctrl_c_finishes_the_iteration_and_saves(
 
     with monkeypatch.context() as patch:
         patch.setattr(Run, "backward", interrupted)
-        with pytest.raises(run_module.Interrupted, match="iteration 1"):
+        with pytest.raises(Interrupted, match="iteration 1"):
             run_it(tiny_pipeline, tmp_path, "run.ema_decay=0.5", "run.checkpoint_every=3")
     assert checkpoint.latest(tmp_path / "tiny").name == "step-1"
     run_it(tiny_pipeline, tmp_path, "run.ema_decay=0.5", "run.checkpoint_every=3")

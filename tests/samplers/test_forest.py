@@ -40,18 +40,18 @@ def test_a_role_is_read_where_it_was_set() -> None:
     forest = grown(Tree.cat([window(4, 3, 1, 2), window(4, 3, 0, 2)]))
     nodes = forest.tree.parents_of_edges.flip(0)
     values = torch.randn(len(nodes), 3)
-    told = forest.with_velocities("reference", nodes, values)
-    assert torch.equal(told.velocities["reference"].at(nodes), values)
-    assert torch.equal((told.velocities["reference"].row >= 0).nonzero().flatten(), nodes.sort().values)
-    assert not forest.velocities  # the forest that came is unchanged
-    with pytest.raises(ValueError, match="came twice"):
-        told.with_velocities("reference", nodes, values)
+    with_reference = forest.with_velocities("reference", nodes, values)
+    assert torch.equal(with_reference.velocities["reference"].at(nodes), values)
+    assert torch.equal((with_reference.velocities["reference"].row >= 0).nonzero().flatten(), nodes.sort().values)
+    assert not forest.velocities  # the forest itself is unchanged
+    with pytest.raises(ValueError, match="twice; expected once"):
+        with_reference.with_velocities("reference", nodes, values)
     with pytest.raises(ValueError, match="not known for this role"):
-        told.velocities["reference"].at(forest.tree.leaves)
+        with_reference.velocities["reference"].at(forest.tree.leaves)
     with pytest.raises(ValueError, match="one row per distinct node"):
         forest.with_velocities("reference", nodes, values[:, :2])
     with pytest.raises(ValueError, match=r"known roles are \['reference'\]"):
-        told.role_steps("old", forest.tree.edges)
+        with_reference.role_steps("old", forest.tree.edges)
 
 
 def test_the_rollouts_own_velocities_replay_its_log_probs() -> None:
@@ -100,40 +100,40 @@ def test_a_kernel_with_a_table_is_rebuilt_too(tmp_path: Path) -> None:
 
 
 @dataclass(frozen=True)
-class Strange:
-    """A kernel that samplers does not own."""
+class UsersKernel:
+    """A kernel from outside samplers."""
 
     inner: FlowSDE
     reduce: str = "mean"
     constants: str = "full"
 
-    def coefficients(self, sigma, sigma_next, level=1.0):
-        return self.inner.coefficients(sigma, sigma_next, level)
+    def coefficients(self, sigma, sigma_next, level=1.0, step=None):
+        return self.inner.coefficients(sigma, sigma_next, level, step)
 
     def __call__(self, x, v, sigma, sigma_next, ctx: TransitionContext = DEFAULT_CONTEXT) -> Step:
         return self.inner(x, v, sigma, sigma_next, ctx)
 
 
-def test_a_strangers_kernel_is_passed_in_or_refused(tmp_path: Path) -> None:
+def test_a_users_kernel_is_passed_in_or_refused(tmp_path: Path) -> None:
     path = tmp_path / "forest.safetensors"
-    save_forest(path, grown(chain(3, 2), Strange(FlowSDE(0.5))))
+    save_forest(path, grown(chain(3, 2), UsersKernel(FlowSDE(0.5))))
     with pytest.raises(ValueError, match="pass kernel="):
         load_forest(path)
     with pytest.raises(ValueError, match="which rolled this forest out"):
-        load_forest(path, Strange(FlowSDE(0.4)))
-    assert load_forest(path, Strange(FlowSDE(0.5))).kernel == Strange(FlowSDE(0.5))
+        load_forest(path, UsersKernel(FlowSDE(0.4)))
+    assert load_forest(path, UsersKernel(FlowSDE(0.5))).kernel == UsersKernel(FlowSDE(0.5))
 
 
-def test_a_kernel_that_json_cannot_say_is_passed_in(tmp_path: Path) -> None:
+def test_a_kernel_that_json_cannot_hold_is_passed_in(tmp_path: Path) -> None:
     path = tmp_path / "forest.safetensors"
     forest = grown(chain(3, 2))
-    save_forest(path, replace(forest, kernel=Strange(lambda x: x)))
+    save_forest(path, replace(forest, kernel=UsersKernel(lambda x: x)))
     with pytest.raises(ValueError, match="pass kernel="):
         load_forest(path)
 
 
 @pytest.mark.parametrize(
-    ("said", "message"),
+    ("description", "message"),
     [
         ({"class": "samplers.kernels.flow_sde.FlowSDE", "fields": {"noise_level": {"class": "os.system", "fields": {}}}},
          "os.system, which is not rebuilt"),
@@ -143,12 +143,12 @@ def test_a_kernel_that_json_cannot_say_is_passed_in(tmp_path: Path) -> None:
     ],
     ids=["nested", "outer", "not a class", "imported there"],
 )  # fmt: skip
-def test_a_file_cannot_name_what_is_not_a_dataclass_of_samplers(tmp_path: Path, said, message: str) -> None:
+def test_a_file_cannot_name_what_is_not_a_dataclass_of_samplers(tmp_path: Path, description, message: str) -> None:
     path = tmp_path / "forest.safetensors"
     save_forest(path, grown(chain(3, 2)))
     with safe_open(str(path), framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         header = json.loads(file.metadata()["forest"])
-    save_file(tensors, path, {"forest": json.dumps(header | {"kernel": said})})
+    save_file(tensors, path, {"forest": json.dumps(header | {"kernel": description})})
     with pytest.raises(ValueError, match=message):
         load_forest(path)

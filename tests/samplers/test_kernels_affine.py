@@ -1,4 +1,4 @@
-"""Kernels that are affine in (x, v): golden values, point masses, Gaussian data, densities (grpo_family §1.3 to §1.9)."""
+"""Kernels that are affine in (x, v): golden values, point masses, Gaussian data, densities."""
 
 import itertools
 
@@ -7,10 +7,26 @@ import pytest
 import torch
 from torch.distributions import Normal
 
-from samplers import CPS, DDIM, ODE, ClippedFlowSDE, FlowSDE, LinearSDE, TransitionContext, VariancePreserving
+from samplers import (
+    CPS,
+    DDIM,
+    ODE,
+    ClippedFlowSDE,
+    DanceSDE,
+    FlowSDE,
+    Kernel,
+    KeyedNoise,
+    LinearSDE,
+    TransitionContext,
+    VariancePreserving,
+    chain,
+    plain_sigmas,
+    rollout,
+)
 from tests.helpers.kernels import EULER_MARUYAMA, F64, FLOW, KERNELS, PRESERVING, VP, bed, moments, path_of, rows
 
 X, V = rows(0.3), rows(-1.1)
+FIRST = TransitionContext(step=torch.tensor([0]))  # the first step of a grid
 STEPS = [(0.9, 0.1), (0.7, 0.5), (0.2, 0.1)]  # levels of both paths, far and near
 
 
@@ -18,7 +34,7 @@ STEPS = [(0.9, 0.1), (0.7, 0.5), (0.2, 0.1)]  # levels of both paths, far and ne
 
 
 def test_golden_conversions_of_a_flow() -> None:
-    """§1.9: σ = 0.7, x = 0.3, v = -1.1."""
+    """σ = 0.7, x = 0.3, v = -1.1."""
     assert float(FLOW.x0_from_velocity(X, V, 0.7)) == pytest.approx(1.07, abs=1e-12)
     assert float(FLOW.noise_from_velocity(X, V, 0.7)) == pytest.approx(-0.03, abs=1e-12)
     assert float(FLOW.score_from_velocity(X, V, 0.7)) == pytest.approx(0.04285714, abs=1e-8)
@@ -26,7 +42,7 @@ def test_golden_conversions_of_a_flow() -> None:
 
 @pytest.mark.parametrize("predicted", ["noise", "velocity", "x0"])
 def test_golden_ddim_from_all_three_predictions(predicted: str) -> None:
-    """§1.9: ᾱ = .5, ᾱ' = .8, η = .6, x = .3, ε = .4 or v = .25; an x0-model must give the same step."""
+    """ᾱ = .5, ᾱ' = .8, η = .6, x = .3, ε = .4 or v = .25; an x0-model must give the same step."""
     path = VariancePreserving(torch.tensor([0.8, 0.5], dtype=F64))
     eps, x0 = (0.4, 0.02426407) if predicted == "noise" else (0.38890873, 0.03535534)
     v = {
@@ -44,8 +60,8 @@ def test_golden_ddim_from_all_three_predictions(predicted: str) -> None:
 
 @pytest.mark.parametrize("path", [FLOW, VP], ids=["flow", "vp"])
 @pytest.mark.parametrize("known", ["x0", "noise", "score", "velocity"])
-def test_conversions_go_round(path, known: str) -> None:
-    """From any of the four to the other three and back, and the four say the same (x0, ε) that made x."""
+def test_conversions_agree_and_invert(path, known: str) -> None:
+    """From any of the four to the other three; all are those of the (x0, ε) that x was made of."""
     x0, eps, sigma = rows(0.7, -1.2), rows(-0.4, 0.9), torch.tensor([0.3, 0.8], dtype=F64)
     x = path.add_noise(x0, eps, sigma)
     a, b = path.a(sigma)[:, None], path.b(sigma)[:, None]
@@ -59,8 +75,8 @@ def test_conversions_go_round(path, known: str) -> None:
         ("score", "velocity"): path.score_from_velocity, ("velocity", "x0"): path.velocity_from_x0,
         ("velocity", "noise"): path.velocity_from_noise, ("velocity", "score"): path.velocity_from_score,
     }  # fmt: skip
-    for wanted in truth.keys() - {known}:
-        torch.testing.assert_close(convert[wanted, known](x, truth[known], sigma), truth[wanted])
+    for target in truth.keys() - {known}:
+        torch.testing.assert_close(convert[target, known](x, truth[known], sigma), truth[target])
 
 
 def test_golden_clipped_and_linear_steps() -> None:
@@ -69,8 +85,8 @@ def test_golden_clipped_and_linear_steps() -> None:
     assert torch.equal(free.mean, flow.mean) and torch.equal(free.std, flow.std)
     assert float(ClippedFlowSDE(0.7, max_std=0.2)(X, V, 0.7, 0.55).std) == pytest.approx(0.2, abs=1e-15)
     # the first step: σ_1 stands for σ inside 1-σ, so s = min(a, c)
-    assert float(ClippedFlowSDE(0.7)(X, V, 1.0, 0.9601).std) == pytest.approx(0.45, abs=1e-12)
-    assert float(ClippedFlowSDE(0.3)(X, V, 1.0, 0.9601).std) == pytest.approx(0.3, abs=1e-12)
+    assert float(ClippedFlowSDE(0.7)(X, V, 1.0, 0.9601, FIRST).std) == pytest.approx(0.45, abs=1e-12)
+    assert float(ClippedFlowSDE(0.3)(X, V, 1.0, 0.9601, FIRST).std) == pytest.approx(0.3, abs=1e-12)
     # g = .1 + .8·.7 = .66: α = 1 - g²h/2σ, and μ = x - h·v - (hg²/2σ)·ε̂ with ε̂ = -0.03
     linear = LinearSDE(0.1, 0.9)(X, V, 0.7, 0.55)
     assert float(linear.mean) == pytest.approx(0.465 + 0.03 * 0.15 * 0.66**2 / 1.4, abs=1e-12)
@@ -115,8 +131,8 @@ def test_without_noise_every_kernel_is_its_paths_ode(name: str) -> None:
     kernel, euler = KERNELS[name], ODE().bind(path_of(name))
     exact = euler(X, V, 0.7, 0.5).mean
     torch.testing.assert_close(kernel(X, V, 0.7, 0.5, TransitionContext(level=1e-7)).mean, exact, rtol=0, atol=1e-6)
-    silent = kernel(X, V, 0.7, 0.5, TransitionContext(level=0.0))
-    assert torch.equal(silent.mean, exact) and float(silent.std) == 0
+    deterministic = kernel(X, V, 0.7, 0.5, TransitionContext(level=0.0))
+    assert torch.equal(deterministic.mean, exact) and float(deterministic.std) == 0
 
 
 @pytest.mark.parametrize(("sigma", "then"), STEPS)
@@ -145,7 +161,7 @@ def test_point_mass_is_exact_for_cps_and_ddim_at_any_step_size(name: str, sigma:
 @pytest.mark.parametrize(("sigma", "then"), STEPS)
 @pytest.mark.parametrize("name", PRESERVING)
 def test_gaussian_data_map_of_cps_and_ddim_at_any_step_size(name: str, sigma: float, then: float) -> None:
-    """The mean is exact; V goes to (a'·aδ²/V + e·b/V)²·V + s², e = √(b'² - s²): §1.9's closed form on either path."""
+    """The mean is exact; V goes to (a'·aδ²/V + e·b/V)²·V + s², e = √(b'² - s²): in closed form on either path."""
     path, kernel, (m, delta) = path_of(name), PRESERVING[name], (0.5, 0.8)
     velocity, marginal = bed(path, m, delta)
     a, b, _, _ = (float(t) for t in path.mix(torch.tensor(sigma, dtype=F64)))
@@ -179,6 +195,66 @@ def test_weak_order_one_of_euler_maruyama(name: str) -> None:
     assert 0.9 < order < 1.1, errors
 
 
+# ---------------------------------------------------------------------------------------------- the first step
+
+
+@pytest.mark.parametrize("kernel", [FlowSDE(0.7), ClippedFlowSDE(0.7, max_std=1.0)], ids=["flow", "clipped"])
+@pytest.mark.parametrize("top", [1.0, 0.99999, 0.9998])
+def test_the_first_step_goes_by_the_grid_index(kernel: FlowSDE, top: float) -> None:
+    """UniPC's grids start just below 1: α = 1 - a²h/(2(1-σ')) and s = a√(σh/(1-σ')), near those from σ = 1."""
+    sigma, then, a = torch.tensor([top], dtype=F64), torch.tensor([0.9643], dtype=F64), 0.7
+    got, whole = (kernel.coefficients(s, then, 1.0, 0) for s in (sigma, torch.ones(1, dtype=F64)))
+    h = top - 0.9643
+    assert float(got.alpha) == pytest.approx(1 - a**2 * h / (2 * (1 - 0.9643)), rel=1e-12)
+    assert float(got.std) == pytest.approx(a * (top * h / (1 - 0.9643)) ** 0.5, rel=1e-12)
+    assert float(got.alpha) == pytest.approx(float(whole.alpha), abs=2e-3)
+    later = kernel.coefficients(torch.tensor([0.7], dtype=F64), torch.tensor([0.55], dtype=F64), 1.0, 3)
+    assert torch.equal(later.std, kernel(X, V, 0.7, 0.55).std)  # other steps do not read the index
+
+
+@pytest.mark.parametrize("kernel", [FlowSDE(0.7), ClippedFlowSDE(0.7), FlowSDE(0.7, sigma_cap=0.99), *KERNELS.values()])
+def test_a_rollout_from_just_below_one_is_near_that_from_one(kernel: Kernel) -> None:
+    path = VP if isinstance(kernel, DDIM) else FLOW
+    velocity, _ = bed(path)
+    tree, noise = chain(10, 4), KeyedNoise(0, 0, [0], (3,))
+    ends = []
+    for top in (1.0, 1.0 if path is VP else 0.99999):
+        grid = torch.arange(10, -1, -1) / 10 if path is VP else plain_sigmas(10)
+        grid[0] = top
+        forest = rollout(velocity, noise.start(tree).double(), grid, tree, kernel, noise.step, store_dtype=F64)
+        parents, position = tree.distinct_parents(tree.edges)
+        step = forest.edge_steps(tree.edges, velocity(forest.at(parents), forest.sigma(parents)), position)
+        assert torch.equal(step.log_prob(forest.at(tree.edges)), forest.log_prob[tree.edges])
+        ends.append(forest.at(tree.leaves))
+    torch.testing.assert_close(*ends, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "order"),
+    [
+        (FlowSDE(0.7), 0.49), (FlowSDE(0.6), 0.36), (FlowSDE(1.2), 1.0),
+        (FlowSDE(0.7, sigma_cap=0.9), 1.0), (FlowSDE(0.7, sigma_cap=0.99), 1.0), (DanceSDE(0.3), 1.0), (LinearSDE(), 1.0),
+    ],
+)  # fmt: skip
+def test_weak_order_of_euler_maruyama_from_pure_noise(kernel: Kernel, order: float) -> None:
+    """From σ = 1 to 0.2 on Gaussian data the error of the variance falls as h^min(1, a²) where the first step of
+    Flow-SDE has s = a whatever its length, and as h where a number caps g, or g is finite."""
+    velocity, marginal = bed(FLOW)
+    errors, counts = [], [4096, 8192, 16384, 32768]
+    for count in counts:
+        grid = torch.linspace(1.0, 0.2, count + 1, dtype=F64)
+        one = kernel.coefficients(grid[:-1], grid[1:], torch.ones(count, dtype=F64), torch.arange(count))
+        slope = velocity(torch.ones(count, 1, dtype=F64), grid[:-1]) - velocity(
+            torch.zeros(count, 1, dtype=F64), grid[:-1]
+        )
+        variance = 1.0
+        for gain, std in zip((one.alpha + one.velocity_coef * slope[:, 0]).tolist(), one.std.tolist(), strict=True):
+            variance = gain**2 * variance + std**2
+        errors.append(abs(variance - marginal(0.2)))
+    fitted = -np.polyfit(np.log2(counts), np.log2(errors), 1)[0]
+    assert fitted == pytest.approx(order, abs=0.06), errors
+
+
 # ---------------------------------------------------------------------------------------------- last steps, refusals
 
 
@@ -203,8 +279,10 @@ def test_the_last_step_of_ddim() -> None:
         lambda: LinearSDE().bind(VP),
         lambda: DDIM().bind(FLOW),
         lambda: VP.x0_from_velocity(X, V, 0.55),
+        lambda: FlowSDE()(X, V, 1.0, 0.9),  # infinite noise, unless it is known to be the first step
+        lambda: ClippedFlowSDE()(X, V, 1.0, 0.9),
     ],
 )
 def test_bad_input_says_what_to_do(make) -> None:
-    with pytest.raises(ValueError, match=r"came"):
+    with pytest.raises(ValueError, match=r"got .*expected"):
         make()

@@ -1,4 +1,4 @@
-"""DPM-Solver++(2M): against the formula, diffusers, the exact ODE; in mixed frontiers and in replay (§3.4)."""
+"""DPM-Solver++(2M): against the formula, diffusers, the exact ODE; in mixed frontiers and in replay."""
 
 import itertools
 import math
@@ -22,16 +22,19 @@ from samplers import (
     KeyedNoise,
     TransitionContext,
     Tree,
+    chain,
+    compressed,
     diffusers_sigmas,
     load_forest,
     plain_sigmas,
     rollout,
     save_forest,
+    scattered,
     window,
 )
 from tests.helpers.kernels import F64, FLOW, VP, bed, rows
 
-SILENT = TransitionContext(level=0.0)
+DETERMINISTIC = TransitionContext(level=0.0)
 
 
 def curved(x: Tensor, sigma: Tensor, root: Tensor | None = None) -> Tensor:
@@ -43,14 +46,16 @@ def solve(kernel: Kernel, velocity, x: Tensor, grid: Tensor) -> Tensor:
     """All states of one chain, stepped by hand."""
     states, carry = [x], None
     for sigma, then in itertools.pairwise(grid):
-        step = kernel(states[-1], velocity(states[-1], sigma.expand(len(x))), sigma, then, replace(SILENT, carry=carry))
+        step = kernel(
+            states[-1], velocity(states[-1], sigma.expand(len(x))), sigma, then, replace(DETERMINISTIC, carry=carry)
+        )
         states.append(step.mean)
         carry = step.carry
     return torch.stack(states)
 
 
 def by_formula(velocity, x: float, grid: list[float]) -> float:
-    """§3.4 in plain numbers: λ = ln((1-σ)/σ), x_j = (σ_j/σ_{j-1})·x_{j-1} - (1-σ_j)(e^{-η_j} - 1)·D_j."""
+    """The algorithm in plain numbers: λ = ln((1-σ)/σ), x_j = (σ_j/σ_{j-1})·x_{j-1} - (1-σ_j)(e^{-η_j} - 1)·D_j."""
     log_snr = [-math.inf if s == 1 else math.inf if s == 0 else math.log((1 - s) / s) for s in grid]
     before = None
     for j in range(1, len(grid)):
@@ -131,9 +136,11 @@ def test_b_is_the_derivative_of_a_second_order_step() -> None:
 
 def test_on_a_variance_preserving_path_first_order_is_ddim() -> None:
     kernel = DPMSolver(DDIM(1.0)).bind(VP)
-    first, ddim = (k(rows(0.4), rows(-0.7), 0.7, 0.5, SILENT) for k in (kernel, DDIM(1.0).bind(VP)))
+    first, ddim = (k(rows(0.4), rows(-0.7), 0.7, 0.5, DETERMINISTIC) for k in (kernel, DDIM(1.0).bind(VP)))
     assert torch.equal(first.mean, ddim.mean) and first.carry is not None
-    second = kernel(rows(0.4), rows(-0.7), 0.7, 0.5, replace(SILENT, carry=Carry(rows(0.1), torch.tensor([0.9]))))
+    second = kernel(
+        rows(0.4), rows(-0.7), 0.7, 0.5, replace(DETERMINISTIC, carry=Carry(rows(0.1), torch.tensor([0.9])))
+    )
     a, b, _, _ = VP.mix(torch.tensor([0.9, 0.7, 0.5], dtype=F64))
     log_snr = (a / b).log()
     r = (log_snr[2] - log_snr[1]) / (2 * (log_snr[1] - log_snr[0]))
@@ -161,9 +168,9 @@ def mixed() -> Tree:
 
 @pytest.mark.parametrize("across_noise", [True, False])
 def test_a_mixed_frontier_is_every_trajectory_by_itself(across_noise: bool) -> None:
-    """Each end's path is walked alone in fp64, its deterministic steps by §3.4's formula on its own history."""
+    """Each end's path is walked alone in fp64, its deterministic steps by the formula on its own history."""
     grid, tree = 0.97 * plain_sigmas(6, 3.0).double(), mixed()
-    kernel = DPMSolver(FlowSDE(0.7), across_noise=across_noise)
+    kernel = DPMSolver(FlowSDE(0.7), across_noise=across_noise, prefix=True)
     forest = grow(tree, kernel, grid)
     noise = KeyedNoise(0, 0, [0, 1, 2], (3,))
     second_order = 0
@@ -175,9 +182,11 @@ def test_a_mixed_frontier_is_every_trajectory_by_itself(across_noise: bool) -> N
         for up, node in itertools.pairwise(path):
             s, then = float(grid[tree.index[up]]), float(grid[tree.index[node]])
             v = curved(x, torch.tensor([s], dtype=F64))
-            x0, hot = x - s * v, float(tree.level[node]) > 0
-            plain = FlowSDE(0.7)(x, v, s, then, TransitionContext(level=float(tree.level[node])))
-            if hot:
+            x0, stochastic = x - s * v, float(tree.level[node]) > 0
+            plain = FlowSDE(0.7)(
+                x, v, s, then, TransitionContext(level=float(tree.level[node]), step=tree.index[up : up + 1])
+            )
+            if stochastic:
                 x = plain.sample(noise.step(tree, torch.tensor([node])).double())
             elif then == 0 or history is None:
                 x = plain.mean
@@ -186,7 +195,7 @@ def test_a_mixed_frontier_is_every_trajectory_by_itself(across_noise: bool) -> N
                 r = (log_snr[2] - log_snr[1]) / (2 * (log_snr[1] - log_snr[0]))
                 x = then / s * x + (s - then) / s * ((1 + r) * x0 - r * history[1])
                 second_order += 1
-            history = None if hot and not across_noise else (s, x0)
+            history = None if stochastic and not across_noise else (s, x0)
         torch.testing.assert_close(x, forest.at(torch.tensor([end])), rtol=0, atol=1e-12)
     assert second_order == (18 if across_noise else 11)  # counted by hand on `mixed`
 
@@ -203,6 +212,31 @@ def test_stochastic_edges_replay_and_deterministic_ones_are_refused(inner: Kerne
     inner_tail = (tree.level == 0) & (tree.index < 6) & (tree.parent >= 0) & forest.kept[tree.parent]
     with pytest.raises(ValueError, match="does not store the history"):
         forest.edge_steps(inner_tail.nonzero()[0], torch.zeros(1, 3), torch.tensor([0]))
+
+
+@pytest.mark.parametrize("across_noise", [True, False])
+def test_before_a_stochastic_step_it_is_euler_and_after_the_last_one_second_order(across_noise: bool) -> None:
+    """MixGRPO-Flash: the prefix is the ODE's bit for bit, so are the window's states those of the plain kernel; the tail
+    is not. A deterministic step between two stochastic ones is Euler too. `prefix` makes the first steps DPM's."""
+    grid = plain_sigmas(16)
+    for tree in (window(16, 3, 5, 3), scattered(16, 3, {5, 8}), compressed(window(16, 3, 5, 3), 0.4)):
+        solver = DPMSolver(FlowSDE(), across_noise=across_noise)
+        ode, plain, solved = (grow(tree, kernel, grid, torch.float32) for kernel in (ODE(), FlowSDE(), solver))
+        first = tree.parents_of_edges[:1]
+        assert int(tree.index[first]) == 5 and torch.equal(solved.at(first), ode.at(first))
+        trained = torch.cat([tree.parents_of_edges, tree.edges])
+        assert torch.equal(solved.at(trained), plain.at(trained))
+        assert float((solved.at(tree.leaves) - plain.at(tree.leaves)).abs().max()) > 1e-3
+        early = grow(tree, replace(solver, prefix=True), grid, torch.float32)
+        assert float((early.at(first) - ode.at(first)).abs().max()) > 1e-4
+
+
+def test_without_a_stochastic_step_every_step_is_second_order() -> None:
+    tree, grid = chain(6, 2), plain_sigmas(6).double()
+    tree = replace(tree, level=torch.zeros_like(tree.level))
+    forest = grow(tree, DPMSolver(ODE()), grid)
+    start = KeyedNoise(0, 0, [0], (3,)).start(tree).double()
+    torch.testing.assert_close(forest.at(tree.leaves), solve(DPMSolver(ODE()), curved, start, grid)[-1])
 
 
 def test_stochastic_states_do_not_depend_on_the_solver_of_the_others() -> None:
@@ -231,9 +265,9 @@ def test_an_n_step_completion_on_a_sub_grid_is_a_run_of_jumps(kernel: Kernel) ->
     parent, index, level = [-1, 0, 1, 2], [0, 1, 2, 3], [0.0, 1.0, 1.0, 1.0]
     for route in routes:
         up = 3
-        for place in route:
+        for grid_index in route:
             parent.append(up)
-            index.append(place)
+            index.append(grid_index)
             level.append(0.0)
             up = len(parent) - 1
     tree, grid = Tree.from_parents(parent, index, level, 12), plain_sigmas(12).double()

@@ -1,4 +1,4 @@
-"""Reward-guided kernels: exact shifts, exact tilts, what is scored, and gradients from values (§9.2 to §9.10)."""
+"""Reward-guided kernels: exact shifts, exact tilts, what is scored, and gradients from values."""
 
 import itertools
 from dataclasses import dataclass, replace
@@ -48,7 +48,7 @@ class Quadratic:
 
 @dataclass(frozen=True)
 class Tilt:
-    """β·(log-tilt of the marginal) for data N(m, δ²) and clean reward c·x: c·E[x0 | x] and a constant (§9 box)."""
+    """β·(log-tilt of the marginal) for data N(m, δ²) and clean reward c·x: c·E[x0 | x] and a constant."""
 
     m: float = 0.5
     delta: float = 0.8
@@ -61,7 +61,7 @@ class Tilt:
 
 
 class Counted:
-    """A reward that remembers what it was asked."""
+    """A reward that records its calls."""
 
     def __init__(self, reward) -> None:
         self.reward, self.calls = reward, []
@@ -116,7 +116,7 @@ def test_rates_of_the_three_forms(name: str) -> None:
 
 
 def test_the_released_scale_is_score_half_at_its_beta() -> None:
-    """Dance η = .25, β = 3.125: η²/2β = .01 (§9.8)."""
+    """Dance η = .25, β = 3.125: η²/2β = .01 (2602.04928)."""
     ctx = TransitionContext(rows=torch.zeros(3, dtype=torch.int64))
     by_beta, by_scale = (Guided(DanceSDE(0.25), ASCENT, scale=s)(X, V, 0.7, 0.5, ctx).mean for s in (None, 0.01))
     torch.testing.assert_close(by_beta, by_scale)
@@ -179,7 +179,7 @@ def shares(kernel: Kernel, beta: float, steps: int = 800) -> tuple[dict[str, flo
 
 
 def test_how_much_of_the_tilt_each_form_reaches() -> None:
-    """§9 box: Flow-SDE a = .7, m = .5, δ = .8, c = 1, β = .7: target mean 1.4143. The fractions are (a²/2)/(1+a²/2) =
+    """Flow-SDE a = .7, m = .5, δ = .8, c = 1, β = .7: target mean 1.4143. The fractions are (a²/2)/(1+a²/2) =
     19.7 %, a²/(1+a²/2) = 39.4 % and 1; within 0.3 %, the discretization of 800 steps."""
     fraction, mean = shares(FlowSDE(0.7), 0.7)
     assert mean["none"] == pytest.approx(0.5, abs=1e-9)
@@ -202,7 +202,7 @@ def test_doob_is_the_full_tilt_of_the_memoryless_schedule_and_the_ode_needs_full
 @pytest.mark.parametrize("form", ["score_half", "full_tilt"])
 @pytest.mark.parametrize("name", KERNELS)
 def test_the_distilled_velocity_makes_the_kernels_own_mean_the_guided_one(name: str, form) -> None:
-    """§9.6: v + shift/b, for every kernel."""
+    """v + shift/b, for every kernel."""
     kernel = KERNELS[name]
     guided = Guided(kernel, ASCENT, form=form, beta=0.5, path=path_of(name))
     plain, ctx = kernel(X, V, 0.7, 0.5), TransitionContext()
@@ -216,7 +216,7 @@ def test_the_distilled_velocity_makes_the_kernels_own_mean_the_guided_one(name: 
 
 
 def test_the_network_is_detached_and_the_policy_gradient_gains_the_guidance() -> None:
-    """∂log π/∂v = (b/s)(z + λ∇ρ/s)/D (§9.3): nothing flows through ∇ρ, in either mode."""
+    """∂log π/∂v = (b/s)(z + λ∇ρ/s)/D: nothing flows through ∇ρ, in either mode."""
     x, z = X.clone().requires_grad_(), torch.tensor([[0.5, -1.0]] * 3, dtype=F64)
     for mode, extra in (("unguided", 1.0), ("guided", 0.0)):
         v = V.clone().requires_grad_()
@@ -252,8 +252,8 @@ def test_the_reward_runs_in_fp32_under_autocast() -> None:
 @pytest.mark.parametrize("mode", ["unguided", "guided"])
 @pytest.mark.parametrize("inner", [FlowSDE(0.7), DPMSolver(CPS(0.7, constants="full"))], ids=["flow", "dpm cps"])
 def test_a_guided_rollout_replays(inner: Kernel, mode) -> None:
-    """Ratio 1 in both modes; each distinct state's gradient is asked for once, with its own condition row; a replay
-    under the unguided mean asks for none."""
+    """Ratio 1 in both modes; each distinct state's gradient is computed once, with its own condition row; a replay
+    under the unguided mean computes none."""
     counted = Counted(Quadratic())
     kernel = Guided(inner, RewardGradient(counted), scale=0.3, start=1, end=3, log_prob_mean=mode)
     tree = Tree.cat([window(6, 4, 2, 2), chain(6, 3)])
@@ -261,9 +261,9 @@ def test_a_guided_rollout_replays(inner: Kernel, mode) -> None:
     grid = plain_sigmas(6)
     forest = rollout(lambda x, s, r: -0.3 * x, noise.start(tree), grid, tree, kernel, noise.step)
     inside = tree.evaluated[(tree.index[tree.evaluated] >= 1) & (tree.index[tree.evaluated] <= 3)]
-    asked = torch.cat([rows for _, _, rows, _ in counted.calls])
-    assert len(asked) == len(inside) == (1 + 1 + 4) + 3 * 3  # the window's trunk, its four branches; three chains
-    assert asked.bincount().tolist() == tree.root[inside].bincount().tolist()
+    scored = torch.cat([rows for _, _, rows, _ in counted.calls])
+    assert len(scored) == len(inside) == (1 + 1 + 4) + 3 * 3  # the window's trunk, its four branches; three chains
+    assert scored.bincount().tolist() == tree.root[inside].bincount().tolist()
     count = len(counted.calls)
     edges = tree.edges.flip(0)
     parents, position = tree.distinct_parents(edges)
@@ -332,7 +332,7 @@ def test_spsa_guides_at_the_predicted_clean_latent_with_noise_of_the_state() -> 
 # ---------------------------------------------------------------------------------------------- building, refusing
 
 
-def test_on_binds_the_kernel_and_the_guide_to_the_path() -> None:
+def test_bind_binds_the_kernel_and_the_guide_to_the_path() -> None:
     guided = Guided(DPMSolver(DDIM(0.6)), ASCENT, form="full_tilt").bind(VP)
     assert guided == Guided(DPMSolver(DDIM(0.6, VP), path=VP), ASCENT, form="full_tilt", path=VP)
     with pytest.raises(ValueError, match="rectified flow"):
@@ -345,10 +345,10 @@ def test_yaml_builds_all_of_it() -> None:
     flow = {"class_path": "samplers.ClippedFlowSDE", "init_args": {"max_std": 0.3}}
     reward = {"class_path": "tests.samplers.test_kernels_guided.Quadratic", "init_args": {"kappa": 3.0}}
     ascent = {"class_path": "samplers.RewardGradient", "init_args": {"reward": reward}}
-    said = {"class_path": "samplers.Guided", "init_args": {
+    guided = {"class_path": "samplers.Guided", "init_args": {
         "kernel": {"class_path": "samplers.DPMSolver", "init_args": {"kernel": flow}}, "ascent": ascent, "start": 3,
     }}  # fmt: skip
-    built = parser.instantiate_classes(parser.parse_object({"kernel": said})).kernel
+    built = parser.instantiate_classes(parser.parse_object({"kernel": guided})).kernel
     assert isinstance(built, Guided) and isinstance(built.kernel, DPMSolver) and built.start == 3
     assert vars(built.kernel.kernel)["max_std"] == 0.3 and built.ascent == RewardGradient(Quadratic(3.0))
     linear = {"class_path": "samplers.LinearSDE", "init_args": {"sigma_max": 0.98}}
@@ -369,13 +369,17 @@ class Broken:
     ("make", "message"),
     [
         (lambda: Guided(FlowSDE(), ASCENT, form="half"), "score_half"),
-        (lambda: Guided(FlowSDE(), ASCENT, scale=-1.0), "scale=-1.0 came"),
+        (lambda: Guided(FlowSDE(), ASCENT, scale=-1.0), "got scale=-1.0"),
         (lambda: Guided(FlowSDE(), ASCENT, beta=0.0), "temperature"),
         (lambda: Guided(FlowSDE(), ASCENT, start=4, end=3), "start <= end"),
         (lambda: Guided(FlowSDE(), ASCENT, log_prob_mean="both"), "'unguided' or 'guided'"),
         (lambda: Guided(FlowSDE(), ASCENT, start=1)(X, V, 0.7, 0.5), "ctx.step"),
-        (lambda: Guided(FlowSDE(), ASCENT, form="full_tilt")(X, V, 1.0, 0.9), "set start=1"),
-        (lambda: Guided(FlowSDE(), RewardGradient(Broken("shape")))(X, V, 0.7, 0.5), r"gave \[\] for 3 states"),
+        (lambda: Guided(ODE(), ASCENT, form="full_tilt")(X, V, 1.0, 0.9), "set start=1"),
+        (lambda: Guided(ODE(), ASCENT, form="full_tilt")(X, V, 0.99999, 0.9), "set start=1"),
+        (
+            lambda: Guided(FlowSDE(), RewardGradient(Broken("shape")))(X, V, 0.7, 0.5),
+            r"got process rewards \[\] for 3 states",
+        ),
         (lambda: Guided(FlowSDE(), RewardGradient(Broken("nan")))(X, V, 0.7, 0.5), r"not finite in rows \[0, 1, 2\]"),
         (lambda: spsa_gradient(lambda x: x.sum(1), X, X), r"\[M, n, \*\]"),
         (lambda: spsa_gradient(lambda x: x.sum(1) * torch.nan, X, X[None]), "not finite"),

@@ -1,4 +1,4 @@
-"""Kernels, noise, plans and the engine against closed forms (grpo_family §1.9, §2.14, §3.7)."""
+"""Kernels, noise, plans and the engine against closed forms."""
 
 import numpy as np
 import pytest
@@ -57,7 +57,7 @@ def test_golden_steps(kernel, mean: float, std: float, log_prob: float) -> None:
 
 def test_golden_euler_and_first_step() -> None:
     assert float(ODE()(X, V, 0.7, 0.55).mean) == pytest.approx(0.465, abs=1e-12)
-    first = FlowSDE(0.7)(X, V, 1.0, 0.9601)
+    first = FlowSDE(0.7)(X, V, 1.0, 0.9601, TransitionContext(step=torch.tensor([0])))
     np.testing.assert_allclose([float(first.mean), float(first.std)], [0.27039, 0.7], atol=1e-8)
 
 
@@ -69,6 +69,22 @@ def test_golden_kl(kernel, exact: float) -> None:
     assert float(here.kl(there, form="exact")) == pytest.approx(exact, rel=1e-6)
     assert float(here.kl(there, form="exact_times_h")) == pytest.approx(0.15 * exact, rel=1e-6)
     assert float(here.kl(there, form="velocity")) == pytest.approx(4e-4, rel=1e-6)
+    assert float(here.kl(there, form="mean_sq")) == pytest.approx(2 * float(here.std) ** 2 * exact, rel=1e-6)
+
+
+@pytest.mark.parametrize("sigma_next", [0.96, 0.55, 0.05])
+def test_the_exact_kl_is_that_of_cps_code_and_times_h_is_h_of_it(sigma_next: float) -> None:
+    """The released code divides mean(Δμ²) by 2·(σ'·sin(aπ/2))², though its log-prob has no such factor."""
+    a, dv, sigma = 0.7, torch.tensor([[0.02, -0.3, 0.1]], dtype=F64), sigma_next + 0.03
+    x, v = torch.tensor([[0.3, -1.0, 0.8]], dtype=F64), torch.tensor([[-1.1, 0.4, 0.2]], dtype=F64)
+    here, there = (CPS(a)(x, velocity, sigma, sigma_next) for velocity in (v, v + dv))
+    code = ((here.mean - there.mean) ** 2).mean() / (2 * (sigma_next * np.sin(a * np.pi / 2)) ** 2)
+    b = -sigma * (1 - sigma_next) + (1 - sigma) * sigma_next * np.cos(a * np.pi / 2)
+    closed = (b**2 * dv**2).mean() / (2 * (sigma_next * np.sin(a * np.pi / 2)) ** 2)
+    assert CPS(a).constants == "none"
+    assert float(here.kl(there, form="exact")) == pytest.approx(float(code), rel=1e-12)
+    assert float(here.kl(there, form="exact")) == pytest.approx(float(closed), rel=1e-9)
+    assert float(here.kl(there, form="exact_times_h")) == pytest.approx(0.03 * float(code), rel=1e-12)
 
 
 def test_schedules() -> None:
@@ -165,9 +181,10 @@ def test_gaussian_bed_moments(kernel) -> None:
     grid = plain_sigmas(8, 3.0)
     mean, variance = 0.0, 1.0
     for i in range(7):
-        step = kernel(x, velocity(x, grid[i].expand(count)), grid[i], grid[i + 1])
+        ctx = TransitionContext(step=torch.full((count,), i))
+        step = kernel(x, velocity(x, grid[i].expand(count)), grid[i], grid[i + 1], ctx)
         x = step.sample(normal((count, 1), 0, "step", i).double())
-        one = kernel.coefficients(grid[i : i + 1].double(), grid[i + 1 : i + 2].double(), torch.ones(1, dtype=F64))
+        one = kernel.coefficients(grid[i : i + 1].double(), grid[i + 1 : i + 2].double(), 1.0, i)
         a, b, s, k, sigma = (
             float(one.alpha),
             float(one.velocity_coef),
@@ -191,7 +208,7 @@ def test_policy_gradient_golden(kernel, golden: float) -> None:
     exact = grid.double()
     level = torch.ones(10, dtype=F64)
     level[9] = 0.0
-    c = kernel.coefficients(exact[:-1], exact[1:], level)
+    c = kernel.coefficients(exact[:-1], exact[1:], level, torch.arange(10))
     pulls = c.alpha + c.velocity_coef * velocity_coef(exact[:-1])
     analytic = sum(float(c.velocity_coef[i] * pulls[i + 1 :].prod()) for i in range(9))
     assert analytic == pytest.approx(golden, abs=1e-5)
@@ -232,15 +249,15 @@ def test_evaluations_equal_a_brute_force_enumeration(
     steps: int, group: int, start: int, size: int, shared: bool
 ) -> None:
     tree = window(steps, group, start, size, shared_start=shared)
-    states = {(0, ()) if shared else (0, (member,)) for member in range(group)}  # (grid index, what told it apart)
+    states = {(0, ()) if shared else (0, (member,)) for member in range(group)}  # (grid index, the sample's own draws)
     evaluated, trained = set(), set()
     for member in range(group):
-        told: tuple = () if shared else (member,)
+        draws: tuple = () if shared else (member,)
         for i in range(steps):
-            evaluated.add((i, told))
+            evaluated.add((i, draws))
             if start <= i < start + size:
-                trained.add((i, told))
-                told = (member,)
+                trained.add((i, draws))
+                draws = (member,)
     assert len(states) == tree.num_roots
     cost = tree.cost()
     assert (cost.rollout, cost.train, cost.edges, cost.leaves) == (len(evaluated), len(trained), group * size, group)
@@ -302,10 +319,10 @@ def test_a_tree_may_probe_any_state_and_share_its_velocity() -> None:
 def test_window_schedules() -> None:
     rng = generator(0, "select")
     slide = Sliding(every=25, stride=1)
-    assert [slide.start(m, 0, 21, rng) for m in (0, 24, 25, 299)] == [0, 0, 1, 11]
-    assert Sliding(every=1).start(10_000, 0, 21, rng) == 21
-    assert Sliding(every=2, roll_back=True).start(6, 0, 2, rng) == 0
-    starts = {Random().start(m, 2, 5, rng) for m in range(200)}
+    assert [slide.start(m, 0, 25, 4, rng) for m in (0, 24, 25, 299)] == [0, 0, 1, 11]
+    assert Sliding(every=1).start(10_000, 0, 25, 4, rng) == 21
+    assert Sliding(every=2, roll_back=True).start(6, 0, 6, 4, rng) == 0
+    starts = {Random().start(m, 2, 7, 2, rng) for m in range(200)}
     assert starts == {2, 3, 4, 5}
     for iteration in range(60):
         plan = Window(size=4, low=0, high=None, position=Sliding(every=1))

@@ -36,22 +36,22 @@ from samplers import (
     window,
 )
 
-# A trajectory is a list of (state, level of the step that arrived); a state is (grid index, all that told it apart).
+# A trajectory is a list of (state, level of the step that arrived); a state is (grid index, its draws so far).
 
 
-def walk(told: tuple, levels: list[float], choices: dict[int, object]) -> list:
-    """One trajectory over all steps: at the steps of `choices` something tells it apart."""
-    path = [((0, told), 0.0)]
+def walk(draws: tuple, levels: list[float], choices: dict[int, object]) -> list:
+    """One trajectory over all steps: at the steps of `choices` it takes a draw of its own."""
+    path = [((0, draws), 0.0)]
     for step, level in enumerate(levels):
         if step in choices:
-            told = (*told, (step, choices[step]))
-        path.append(((step + 1, told), level))
+            draws = (*draws, (step, choices[step]))
+        path.append(((step + 1, draws), level))
     return path
 
 
-def chains(steps: int, group: int, hot: set[int], shared: bool) -> list:
-    levels = [float(i in hot) for i in range(steps)]
-    return [walk(() if shared else (s,), levels, dict.fromkeys(hot, s)) for s in range(group)]
+def chains(steps: int, group: int, trained: set[int], shared: bool) -> list:
+    levels = [float(i in trained) for i in range(steps)]
+    return [walk(() if shared else (s,), levels, dict.fromkeys(trained, s)) for s in range(group)]
 
 
 def branches(steps: int, seeds: int, count: int, at: tuple[int, ...]) -> list:
@@ -69,18 +69,18 @@ def trees(levels: list[float], splits: tuple[int, ...], factor: int, roots: int 
 def with_probes(paths: list, steps: int, count: int | None) -> list:
     """Each state that a stochastic step leaves or reaches, followed to the end without a choice: on the deterministic
     steps of any trajectory as far as they go, then alone."""
-    onward = {state: to for path in paths for (state, _), (to, level) in pairwise(path) if level == 0}
-    hot = {end for path in paths for (state, _), (to, level) in pairwise(path) if level > 0 for end in (state, to)}
+    continuation = {state: to for path in paths for (state, _), (to, level) in pairwise(path) if level == 0}
+    trained = {end for path in paths for (state, _), (to, level) in pairwise(path) if level > 0 for end in (state, to)}
     out = list(paths)
-    for state in hot:
+    for state in trained:
         way = [(state, 0.0)]
-        while way[-1][0] in onward:
-            way.append((onward[way[-1][0]], 0.0))
-        index, told = way[-1][0]
+        while way[-1][0] in continuation:
+            way.append((continuation[way[-1][0]], 0.0))
+        index, draws = way[-1][0]
         left = steps - index
         n = left if count is None else min(count, left)
-        places = [index + math.floor(j * left / n + 0.5) for j in range(1, n + 1)]
-        out.append(way + [((place, (*told, "probe", index)), 0.0) for place in places])
+        indices = [index + math.floor(j * left / n + 0.5) for j in range(1, n + 1)]
+        out.append(way + [((index_reached, (*draws, "probe", index)), 0.0) for index_reached in indices])
     return out
 
 
@@ -88,11 +88,11 @@ def with_short_tails(paths: list, steps: int, ratio: float) -> list:
     out = []
     for path in paths:
         last = max(i for i, (_, level) in enumerate(path) if level > 0)
-        index, told = path[last][0]
+        index, draws = path[last][0]
         left = steps - index
         n = math.ceil(round(ratio * left, 6))
-        places = [index + math.floor(j * left / n + 0.5) for j in range(1, n + 1)]
-        out.append(path[: last + 1] + [((place, told), 0.0) for place in places])
+        indices = [index + math.floor(j * left / n + 0.5) for j in range(1, n + 1)]
+        out.append(path[: last + 1] + [((index_reached, draws), 0.0) for index_reached in indices])
     return out
 
 
@@ -116,7 +116,8 @@ CASES = [
     (scattered(8, 3, {1, 4, 6}, shared_start=False), chains(8, 3, {1, 4, 6}, False)),
     (branch(6, 2, 3), branches(6, 2, 3, (0, 1, 2, 3, 4))),
     (branch(6, 2, 3, (1, 4)), branches(6, 2, 3, (1, 4))),
-    (tree(7, (0, 2, 3), 2), trees([1.0] * 7, (0, 2, 3), 2)),
+    (tree(7, (0, 2, 3), 2), trees([1.0] * 6 + [0.0], (0, 2, 3), 2)),
+    (tree(7, (0, 2, 3), 2, train_last=True), trees([1.0] * 7, (0, 2, 3), 2)),
     (tree(6, (1, 3), 3, levels=[0, 1, 0, 2, 0, 0], roots=2), trees([0, 1, 0, 2, 0, 0], (1, 3), 3, 2)),
     (probed(chain(6, 3)), with_probes(chains(6, 3, set(range(5)), False), 6, None)),
     (probed(chain(9, 2), 3), with_probes(chains(9, 2, set(range(8)), False), 9, 3)),
@@ -124,7 +125,8 @@ CASES = [
     (probed(window(8, 3, 2, 3), 2), with_probes(chains(8, 3, {2, 3, 4}, True), 8, 2)),
     (probed(scattered(9, 3, {1, 4, 6})), with_probes(chains(9, 3, {1, 4, 6}, True), 9, None)),
     (probed(branch(6, 2, 3)), with_probes(branches(6, 2, 3, (0, 1, 2, 3, 4)), 6, None)),
-    (probed(tree(7, (0, 2), 2), 2), with_probes(trees([1.0] * 7, (0, 2), 2), 7, 2)),
+    (probed(tree(7, (0, 2), 2), 2), with_probes(trees([1.0] * 6 + [0.0], (0, 2), 2), 7, 2)),
+    (probed(tree(7, (0, 2), 2, train_last=True), 2), with_probes(trees([1.0] * 7, (0, 2), 2), 7, 2)),
     (compressed(window(12, 3, 2, 3), 0.4), with_short_tails(chains(12, 3, {2, 3, 4}, True), 12, 0.4)),
     (compressed(branch(9, 2, 2), 0.5), with_short_tails(branches(9, 2, 2, tuple(range(8))), 9, 0.5)),
     (
@@ -167,15 +169,20 @@ def test_tempflow() -> None:
     ],
 )  # fmt: skip
 def test_branch_grpo(splits: tuple[int, ...], factor: int, rows: int, edges: int, leaves: int) -> None:
-    assert SplitTree(splits, factor).forecast(20, leaves) == Cost(rows, rows, edges, leaves)
-    assert unshared(tree(20, splits, factor)).tree.cost() == Cost(20 * leaves, 20 * leaves, 20 * leaves, leaves)
-    assert unshared(tree(20, splits, factor), "step").tree.cost().rollout == edges
+    """The paper's counts, which include the last step: train_last=True."""
+    assert SplitTree(splits, factor, train_last=True).forecast(20, leaves) == Cost(rows, rows, edges, leaves)
+    assert SplitTree(splits, factor).forecast(20, leaves) == Cost(rows, rows - leaves, edges - leaves, leaves)
+    assert unshared(tree(20, splits, factor, train_last=True)).tree.cost() == Cost(
+        20 * leaves, 20 * leaves, 20 * leaves, leaves
+    )
+    assert unshared(tree(20, splits, factor, train_last=True), "step").tree.cost().rollout == edges
 
 
 def test_branch_grpo_mix_and_the_last_step() -> None:
     mix = SplitTree(window=4, position=Fixed(0))
     assert mix.forecast(20, 16).edges == 34 and mix.forecast(20, 32).edges == 68
-    assert SplitTree(train_last=False).forecast(20, 16).edges == 218 - 16
+    assert SplitTree().forecast(20, 16).edges == 218 - 16
+    assert not bool((SplitTree().tree(20, 16, 0, np.random.default_rng(0)).level[-16:] > 0).any())
 
 
 @pytest.mark.parametrize(("start", "rows"), [(0, 207), (4, 147), (8, 87)])

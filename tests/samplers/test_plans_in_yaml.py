@@ -29,16 +29,16 @@ def part(name: str, **init: object) -> object:
     return {"class_path": f"samplers.{name}", "init_args": init} if init else f"samplers.{name}"
 
 
-def plan_of(folder: Path, said: object) -> Plan:
+def plan_of(folder: Path, plan: object) -> Plan:
     config = yaml.safe_load(TINY.read_text())
-    config["rollout"] |= {"plan": said, "num_inference_steps": 4, "group_size": 4}
+    config["rollout"] |= {"plan": plan, "num_inference_steps": 4, "group_size": 4}
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config))
     return load_config(str(path), [])[0].rollout.plan
 
 
 @pytest.mark.parametrize(
-    ("said", "expected"),
+    ("plan", "expected"),
     [
         (part("Branch", branches=2, count=1, candidates=[0, 2]), Branch(2, 1, (0, 2))),
         (part("SplitTree", splits=[0, 1], train_last=False), SplitTree((0, 1), train_last=False)),
@@ -53,10 +53,10 @@ def plan_of(folder: Path, said: object) -> Plan:
         (part("Selected", plan=part("Chain"), counts={1: 4}, within="root"), Selected(Chain(), {1: 4}, "root")),
     ],
 )  # fmt: skip
-def test_plans_are_named_in_yaml(tmp_path: Path, said: object, expected: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plans_are_named_in_yaml(tmp_path: Path, plan: object, expected: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flowalign.trainers.policy_gradient.dry_run", lambda *parts: None)  # it would refuse a teacher
-    plan = plan_of(tmp_path, said)
-    assert plan == expected and plan.forecast(4, 4) == expected.forecast(4, 4)
+    built = plan_of(tmp_path, plan)
+    assert built == expected and built.forecast(4, 4) == expected.forecast(4, 4)
 
 
 def test_a_selection_is_not_wrapped(tmp_path: Path) -> None:

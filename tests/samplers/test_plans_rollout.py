@@ -35,13 +35,13 @@ from tests.helpers.gaussian import gaussian_velocity
 
 F64 = torch.float64
 SHAPES = {
-    "tree": tree(6, (0, 2, 3), 2),
+    "tree": tree(6, (0, 2, 3), 2, train_last=True),
     "mix": tree(6, (1, 3), 2, levels=[0, 1, 0, 1, 1, 0]),
     "branch": branch(6, 2, 3),
     "probed chain": probed(chain(6, 2)),
     "probed window": probed(window(8, 3, 2, 3), 2),
     "flash": compressed(window(12, 3, 2, 3), 0.4),
-    "probed tree": probed(tree(6, (0, 2), 2), 3),
+    "probed tree": probed(tree(6, (0, 2), 2, train_last=True), 3),
 }
 
 
@@ -59,7 +59,7 @@ def moments(kernel, levels: list[float], steps: int) -> tuple[float, float]:
     """Exact mean and variance of x_T on the Gaussian bed, for steps with these levels."""
     _, velocity_coef = gaussian_velocity()
     grid = plain_sigmas(steps, 3.0).double()
-    one = kernel.coefficients(grid[:-1], grid[1:], torch.tensor(levels, dtype=F64))
+    one = kernel.coefficients(grid[:-1], grid[1:], torch.tensor(levels, dtype=F64), torch.arange(steps))
     mean, variance = 0.0, 1.0
     for i in range(steps):
         a, b, s, k = (float(t[i]) for t in (one.alpha, one.velocity_coef, one.std, velocity_coef(grid)))
@@ -87,7 +87,7 @@ def test_every_leaf_has_the_marginal_of_the_chain_along_its_way(which: str, scal
 
 @pytest.mark.parametrize("scale", [0.5, 4.0])
 def test_branch_noise_is_standard_and_correlated_between_siblings_only(scale: float) -> None:
-    topology, n = tree(4, (0, 2), 2), 100_000
+    topology, n = tree(4, (0, 2), 2, train_last=True), 100_000
     noise = KeyedNoise(0, 0, [0], (n,), branch_scale=scale)
     nodes = topology.edges
     draws = noise.step(topology, nodes).double()
@@ -104,12 +104,12 @@ def test_branch_noise_is_a_function_of_its_key() -> None:
     together = KeyedNoise(3, 1, [9, 7], (5,), branch_scale=4.0)
     both = Tree.cat([other, one])
     mine = both.edges[both.group[both.edges] == 1]
-    wanted = alone.step(one, one.edges)
-    assert torch.equal(together.step(both, mine), wanted)
+    expected = alone.step(one, one.edges)
+    assert torch.equal(together.step(both, mine), expected)
     shuffled = torch.randperm(len(mine), generator=torch.Generator().manual_seed(0))
-    assert torch.equal(together.step(both, mine[shuffled]), wanted[shuffled])
-    assert torch.equal(torch.cat([alone.step(one, edge[None]) for edge in one.edges]), wanted)
-    assert not torch.equal(KeyedNoise(3, 2, [7], (5,), branch_scale=4.0).step(one, one.edges), wanted)
+    assert torch.equal(together.step(both, mine[shuffled]), expected[shuffled])
+    assert torch.equal(torch.cat([alone.step(one, edge[None]) for edge in one.edges]), expected)
+    assert not torch.equal(KeyedNoise(3, 2, [7], (5,), branch_scale=4.0).step(one, one.edges), expected)
     for bad in (0.0, -1.0, math.inf):
         with pytest.raises(ValueError, match="branch_scale"):
             KeyedNoise(0, 0, [0], (1,), branch_scale=bad)
@@ -134,7 +134,7 @@ def test_chain_is_the_window_of_all_but_the_last() -> None:
 
 
 def test_one_split_is_fast_grpo_with_one_step_is_one_branching_step() -> None:
-    """grpo_family §11.4 no. 2: same topology, same noise keys, so the same numbers bit for bit."""
+    """Same topology, same noise keys, so the same numbers bit for bit."""
     levels = [float(i == 2) for i in range(6)]
     forests = [roll(t) for t in (tree(6, (2,), 4, levels=levels), window(6, 4, 2, 1), branch(6, 1, 4, (2,)))]
     for forest in forests[1:]:
@@ -196,7 +196,8 @@ def test_without_noise_every_leaf_is_the_ode_sample(which: str) -> None:
 
 @pytest.mark.parametrize("steps", [None, 1, 3])
 def test_probes_are_the_states_own_ode_completions_and_change_no_sample(steps: int | None) -> None:
-    bare, topology = tree(7, (1, 3), 2), probed(tree(7, (1, 3), 2), steps)
+    bare = tree(7, (1, 3), 2, train_last=True)
+    topology = probed(bare, steps)
     before, after = by_local(roll(bare)), by_local(roll(topology))
     assert all(torch.equal(after[key], value) for key, value in before.items())
     forest, (velocity, _) = roll(topology), gaussian_velocity()
@@ -206,8 +207,8 @@ def test_probes_are_the_states_own_ode_completions_and_change_no_sample(steps: i
     for node, leaf in zip(nodes.tolist(), topology.completion(nodes).tolist(), strict=True):
         x, index = forest.at(torch.tensor([node])), int(topology.index[node])
         count = 7 - index if steps is None else min(steps, 7 - index)
-        places = [index] + [index + math.floor(j * (7 - index) / count + 0.5) for j in range(1, count + 1)]
-        for here, there in pairwise(places):
+        indices = [index] + [index + math.floor(j * (7 - index) / count + 0.5) for j in range(1, count + 1)]
+        for here, there in pairwise(indices):
             x = x + (grid[there] - grid[here]) * velocity(x, grid[here].expand(1))
         torch.testing.assert_close(forest.at(torch.tensor([leaf])), x)
 

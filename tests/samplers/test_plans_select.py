@@ -16,7 +16,6 @@ from samplers import (
     FlowSDE,
     Forest,
     KeyedNoise,
-    Look,
     Probed,
     RandomSteps,
     Select,
@@ -24,6 +23,7 @@ from samplers import (
     Sliding,
     SplitTree,
     Tree,
+    VelocityLookup,
     Window,
     branch,
     candidates,
@@ -47,12 +47,14 @@ def roll(topology: Tree, select: Select | None = None, micro: int | None = None)
     )  # fmt: skip
 
 
-def first_element(topology: Tree, nodes: torch.Tensor, states: torch.Tensor, look: Look) -> torch.Tensor:
+def first_element(
+    topology: Tree, nodes: torch.Tensor, states: torch.Tensor, velocities: VelocityLookup
+) -> torch.Tensor:
     return states[:, 0]
 
 
 def same_where_left(small: Forest, large: Forest) -> None:
-    """Each node of the pruned forest is the node of the whole one with its (group, local), bit for bit."""
+    """Each node of the pruned forest is the node of the unpruned one with its (group, local), bit for bit."""
     place = {
         (g, n): i for i, (g, n) in enumerate(zip(large.tree.group.tolist(), large.tree.local.tolist(), strict=True))
     }
@@ -131,9 +133,9 @@ def test_path_search_costs_what_it_says(width: int, factor: int) -> None:
 
 @pytest.mark.parametrize("plan", [Chain(), Probed(Chain())])
 def test_what_a_score_looks_at_is_evaluated_once(plan: Bounded) -> None:
-    def preview(topology: Tree, nodes: torch.Tensor, states: torch.Tensor, look: Look) -> torch.Tensor:
-        assert torch.equal(look(), 0.3 * states) and torch.equal(look(), 0.3 * states)
-        return states[:, 0] - look()[:, 0]
+    def preview(topology: Tree, nodes: torch.Tensor, states: torch.Tensor, velocities: VelocityLookup) -> torch.Tensor:
+        assert torch.equal(velocities(), 0.3 * states) and torch.equal(velocities(), 0.3 * states)
+        return states[:, 0] - velocities()[:, 0]
 
     chosen = Selected(plan, {2: 2})
     topology = chosen.tree(6, 5, 0, generator(0))
@@ -143,7 +145,7 @@ def test_what_a_score_looks_at_is_evaluated_once(plan: Bounded) -> None:
 
 
 def test_probes_of_dropped_states_are_never_computed() -> None:
-    plan = Selected(Probed(SplitTree((0,), 4, train_last=False)), {1: 2}, uses_velocity=False)
+    plan = Selected(Probed(SplitTree((0,), 4)), {1: 2}, uses_velocity=False)
     cost = plan.forecast(5, 4)
     probes = 4 + 2 * (
         3 + 2 + 1
@@ -154,8 +156,10 @@ def test_probes_of_dropped_states_are_never_computed() -> None:
     assert forest.evaluations == cost.rollout and forest.tree.cost() == cost
     same_where_left(forest, roll(topology))
     assert bool((forest.tree.completion(forest.tree.edges) >= 0).all())
-    hot = candidates(topology)
-    assert bool(hot[topology.edges].all()) and not bool(hot[(topology.level == 0) & (topology.index == 1)].any())
+    trained_part = candidates(topology)
+    assert bool(trained_part[topology.edges].all()) and not bool(
+        trained_part[(topology.level == 0) & (topology.index == 1)].any()
+    )
 
 
 @pytest.mark.parametrize(
@@ -170,24 +174,24 @@ def test_probes_are_no_samples(plain: Bounded, group: int) -> None:
 
 
 def test_shares_are_equal_where_asked() -> None:
-    topology = tree(4, (0, 1), 3)
+    topology = tree(4, (0, 1), 3, train_last=True)
     forest = roll(topology, Best({2: 3}, first_element, "parent"))
     assert forest.tree.parent[forest.tree.index == 2].bincount().tolist()[-3:] == [1, 1, 1]
-    anywhere = roll(topology, Best({2: 3}, lambda t, n, x, look: -t.local[n].double(), "group"))
+    anywhere = roll(topology, Best({2: 3}, lambda t, n, x, velocities: -t.local[n].double(), "group"))
     assert len(anywhere.tree.parent[anywhere.tree.index == 2].unique()) == 1
     with pytest.raises(ValueError, match="multiple"):
         roll(topology, Best({2: 4}, first_element, "parent"))
-    with pytest.raises(ValueError, match="where there are 3"):
+    with pytest.raises(ValueError, match="expected at most 3"):
         roll(topology, Best({2: 12}, first_element, "parent"))
 
 
 class Own:
-    """A rule of one's own."""
+    """A selection rule that a user writes."""
 
     def __init__(self, counts, rule) -> None:
         self.counts, self._rule = counts, rule
 
-    def keep(self, topology, nodes, states, look):
+    def keep(self, topology, nodes, states, velocities):
         return self._rule(nodes)
 
 
@@ -203,7 +207,7 @@ def test_a_rule_is_held_to_its_counts() -> None:
     with pytest.raises(ValueError, match=r"torch.bool\[6\]"):
         roll(both, Own({2: 1}, lambda nodes: nodes))
     with pytest.raises(ValueError, match="finite"):
-        roll(both, Best({2: 2}, lambda t, n, x, look: x[:, 0] * math.nan))
+        roll(both, Best({2: 2}, lambda t, n, x, velocities: x[:, 0] * math.nan))
 
 
 def test_what_cannot_be_selected_is_refused() -> None:
@@ -243,20 +247,21 @@ def test_random_steps_are_drawn_evenly_and_from_the_generator_alone() -> None:
             bad()
 
 
-def state_machine(plan: Sliding, low: int, last: int, iterations: int) -> list[int]:
-    """MixGRPO's progression, one iteration after the other (grpo_family §3.3)."""
-    at, spent, out = low, 0, []
+def state_machine(plan: Sliding, low: int, high: int, size: int, iterations: int) -> list[int]:
+    """MixGRPO's progression (2507.21802, code), one iteration after the other, with windows of full size."""
+    at, spent, out, l_max = low, 0, [], high - 1
     for _ in range(iterations):
         out.append(at)
         spent += 1
-        lasts = {
+        fewest = plan.every_min or max(1, plan.every // 4)
+        duration = {
             "constant": plan.every,
-            "decay": int(plan.every * (1 - at / last) + (plan.every_min or max(1, plan.every // 4)) * at / last + 1e-9),
+            "decay": max(fewest, int(plan.every * (1 - at / l_max) + fewest * at / l_max + 1e-9)),
             "exp_decay": math.ceil(plan.every * math.exp(-plan.rate * max(0, at - plan.threshold))),
         }[plan.strategy]
-        if spent == lasts:
+        if spent == duration:
             spent = 0
-            at = at + plan.stride if at + plan.stride <= last else (low if plan.roll_back else at)
+            at = at + plan.stride if at + plan.stride <= high - size else (low if plan.roll_back else at)
     return out
 
 
@@ -265,11 +270,26 @@ def state_machine(plan: Sliding, low: int, last: int, iterations: int) -> list[i
 @pytest.mark.parametrize("roll_back", [False, True])
 def test_sliding_windows_follow_the_state_machine(strategy: str, stride: int, roll_back: bool) -> None:
     plan = Sliding(10, stride, roll_back, strategy, every_min=1, threshold=5)  # type: ignore[arg-type]
-    for low in (0, 2):
-        stateless = [plan.start(m, low, 20, np.random.default_rng(0)) for m in range(600)]
-        assert stateless == state_machine(plan, low, 20, 600)
-    default = replace(plan, every_min=None)
-    assert [default.start(m, 0, 20, np.random.default_rng(0)) for m in range(400)] == state_machine(default, 0, 20, 400)
+    for each in (plan, replace(plan, every_min=None)):
+        for low, high, size in ((0, 24, 4), (2, 24, 4), (0, 9, 3), (0, 3, 3), (0, 1, 1)):
+            stateless = [each.start(m, low, high, size, np.random.default_rng(0)) for m in range(600)]
+            assert stateless == state_machine(each, low, high, size, 600) if high > 1 else [0] * 600
+
+
+def test_a_decaying_window_lasts_as_long_as_in_mix_grpos_code() -> None:
+    """T = 25: l_max = 23. τ_max = 10 and τ_min = 1 (its script), then τ = 25 and the default τ_min = 6."""
+    script = [10, 9, 9, 8, 8, 8, 7, 7, 6, 6, 6, 5, 5, 4, 4, 4, 3, 3, 2, 2, 2, 1, 1, 1]
+    default = [25, 24, 23, 22, 21, 20, 20, 19, 18, 17, 16, 15, 15, 14, 13, 12, 11, 10, 10, 9, 8, 7, 6, 6]
+    assert [Sliding(10, strategy="decay", every_min=1).duration(at, 24) for at in range(24)] == script
+    assert [Sliding(25, strategy="decay").duration(at, 24) for at in range(24)] == default
+    plan = Window(4, position=Sliding(10, strategy="decay", every_min=1))
+    starts = []
+    for iteration in range(130):
+        topology = plan.tree(25, 2, iteration, np.random.default_rng(0))
+        trained = (topology.index[topology.edges] - 1).unique()
+        assert len(trained) == 4  # never shorter, at the end neither
+        starts.append(int(trained[0]))
+    assert [starts.count(at) for at in range(20)] == script[:20] and starts[-1] == 20
 
 
 def test_the_window_of_mix_grpo_as_a_plan() -> None:

@@ -28,7 +28,7 @@ def told(forest: Forest, values, valid=None) -> Advantages:
 
 
 def branch_grpo() -> tuple[Forest, Advantages]:
-    """Dense splits (0, 3, 6, 9), T = 20, K = 2: 16 leaves, 218 edges (grpo_family §5.7)."""
+    """Dense splits (0, 3, 6, 9), T = 20, K = 2: 16 leaves, 218 edges."""
     forest = grown(split_tree(20, (0, 3, 6, 9)), width=1)
     rewards = torch.randn(16, 1, generator=torch.Generator().manual_seed(3)).double()
     credit = SubtreeFusion().assign(forest, rewards, everywhere(rewards), ("r",))
@@ -68,7 +68,7 @@ def test_width_pruning_leaves_138_edges() -> None:
 def test_depth_pruning_moves_between_its_ends() -> None:
     forest, advantages = branch_grpo()
     step = forest.tree.index[forest.tree.parent[forest.tree.edges]]
-    for iteration, first in ((0, 15), (29, 15), (30, 14), (179, 10), (180, 9), (9999, 9)):
+    for iteration, first in ((0, 14), (29, 14), (30, 13), (179, 9), (180, 8), (9999, 8)):  # 0-based: depths 15 to 9
         kept = DepthWindow().choose(forest, advantages, SelectionContext(iteration=iteration))
         assert sorted(step[~kept].unique().tolist()) == list(range(first, first + 4))
     assert int(DepthWindow(size=5).choose(forest, advantages).sum()) == 138  # 5 · 16 edges fewer

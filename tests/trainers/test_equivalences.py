@@ -1,4 +1,4 @@
-"""Methods that are the same method under another name have the same gradient, bit for bit (grpo_family §11.4)."""
+"""Methods that are the same method under another name have the same gradient, bit for bit."""
 
 from pathlib import Path
 

@@ -135,3 +135,22 @@ def test_where_no_advantage_is_left_there_is_no_step(tiny_pipeline: Path) -> Non
     silent, loud = trainer.updates(batch)
     assert not silent.micro_batches and "ratio/clip_fraction" not in silent.after()
     assert len(loud.micro_batches) == 1
+
+
+def test_a_mask_does_not_stop_on_rounding_below_its_bound(tiny_pipeline: Path) -> None:
+    """Weights moved so little that no step reaches max_kl: the log ratio is beyond max_kl all the same, being its root."""
+    policy, trainer = make(tiny_pipeline, SHARED, objective=KLMask(1e-6))
+    batch = trainer.collect(PROMPTS, 0)
+    with torch.no_grad():
+        for _, parameter in policy.trainable_parameters():
+            parameter.mul_(1.002)
+    (update,) = trainer.updates(batch)
+    for micro_batch in update.micro_batches:
+        micro_batch()
+    metrics = update.after()
+    assert metrics["ratio/clip_fraction"] == 0 and metrics["ratio/drift_max"] > 1e-6
+    with torch.no_grad():
+        for _, parameter in policy.trainable_parameters():
+            parameter.mul_(1.5)
+    with pytest.raises(RuntimeError, match="replay drift"):
+        run_updates(trainer, batch)

@@ -46,19 +46,18 @@ __all__ = ["Finding", "diagnose", "examine"]
 STAND_IN = "flowalign.diagnostics.measure:brightness"
 
 
-def diagnose(path: str, overrides: Sequence[str] = ()) -> Iterator[Finding]:
-    """All findings of a configuration file, one by one."""
+def diagnose(paths: str | Sequence[str], overrides: Sequence[str] = ()) -> Iterator[Finding]:
+    """All findings of a configuration (see `load_config`), one by one."""
     configs: list[TrainConfig] = []
     policies: list[Policy] = []
 
     def read() -> Finding:
-        configs.append(load_config(path, overrides)[0])
+        configs.append(load_config(paths, overrides)[0])
         rollout = configs[0].rollout
         distinct_prompts(configs[0], prompts_of(configs[0]))
-        images = (
-            f"{rollout.groups} prompts × {leaves_per_group(rollout)[0]} images × {rollout.num_inference_steps} steps"
-        )
-        return Finding("configuration", True, f"{path}: {images}")
+        images = leaves_per_group(rollout)[0]
+        figure = f"{rollout.groups} prompts × {images} images × {rollout.num_inference_steps} steps"
+        return Finding("configuration", True, f"{configs[0].run.name}: {figure}")
 
     def load() -> Finding:
         began, device = time.perf_counter(), "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,78 @@
+"""A run's evaluations on held-out prompts: the base model once per run, the tuned model with its average."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from flowalign.config import TrainConfig
+from flowalign.data import PromptRecord
+from flowalign.distributed.processes import Processes
+from flowalign.evaluation.evaluate import EvaluationResult, evaluate
+from flowalign.evaluation.result_file import append_result, save_result
+from flowalign.models import Policy
+from flowalign.models.ema import EMA
+from flowalign.storage.metrics_log import MetricsLog
+
+
+@dataclass
+class Evaluations:
+    """Evaluates as `config.evaluation` says and keeps the results in the run folder.
+
+    known_base: the base model's result, once it is there; read from the folder when a run resumes."""
+
+    config: TrainConfig
+    folder: Path
+    policy: Policy
+    held_out: list[PromptRecord]
+    ema: EMA | None
+    processes: Processes
+    known_base: EvaluationResult | None
+
+    def base(self) -> EvaluationResult:
+        """The untrained model, evaluated once per run: a resumed run compares with the same figures."""
+        if self.known_base is None:
+            self.known_base = self._evaluate("base")
+            self._log(0, "base", self.known_base)
+        return self.known_base
+
+    def tuned(self, step: int) -> EvaluationResult:
+        """The trained model after iteration `step`; kept in the folder."""
+        result = self.evaluate_average()
+        self._log(step, "tuned", result)
+        return result
+
+    def evaluate_average(self) -> EvaluationResult:
+        """The trained model; under its moving average, if the run keeps one."""
+        with self.averaged():
+            return self._evaluate("tuned")
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Inside, the trained weights are their moving average, if the run keeps one."""
+        return nullcontext() if self.ema is None else self.ema.applied()
+
+    def _evaluate(self, label: str) -> EvaluationResult:
+        settings, policy = self.config.evaluation, self.config.policy
+        total = len(self.processes.share(len(self.held_out) * settings.samples_per_prompt))
+        with tqdm(
+            total=total, desc=f"evaluate {label}", unit="img", leave=False, disable=not self.processes.is_main
+        ) as bar:
+            return evaluate(
+                self.policy, self.held_out, settings.rewards, num_inference_steps=settings.num_inference_steps,
+                guidance_scale=settings.guidance_scale, seed=settings.seed, batch_size=settings.batch_size,
+                height=policy.height, width=policy.width, samples_per_prompt=settings.samples_per_prompt,
+                progress=bar.update, processes=self.processes,
+            )  # fmt: skip
+
+    def _log(self, step: int, label: str, result: EvaluationResult) -> None:
+        """One row per step, however often the run is started. The row comes first: the file of the base evaluation says
+        that its row is there."""
+        if not self.processes.is_main:
+            return
+        log = self.folder / "evaluations.jsonl"
+        MetricsLog(log).cut_back(step - 1)
+        append_result(log, step, label, result)
+        save_result(self.folder / "evaluation" / f"{label}.safetensors", result)

@@ -1,0 +1,86 @@
+"""The metrics row of an iteration: what is added up, what is derived, and where it is written."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from accelerate import Accelerator
+
+from flowalign.config import TrainConfig
+from flowalign.run.checkpoints import Progress
+from flowalign.storage.metrics_log import MetricsLog
+
+ADDED_UP = ("time/", "cost/", "loss/")  # over the updates of an iteration; of other metrics the last update's stands
+
+
+@dataclass
+class IterationLog:
+    """Collects the metrics of one iteration after another.
+
+    updates: metrics of this iteration's updates so far. began: time.monotonic() of the iteration. summary: the latest row
+    in a few words, for the progress bar."""
+
+    config: TrainConfig
+    metrics: MetricsLog
+    accelerator: Accelerator
+    progress: Progress
+    updates: dict[str, float] = field(default_factory=dict)
+    began: float = 0.0
+    summary: str = ""
+
+    def begin(self) -> None:
+        """An iteration begins."""
+        self.began = time.monotonic()
+
+    def add_norm(self, role: str, norm: float) -> None:
+        """The gradient norm of an update of the role's weights."""
+        self.progress.reached = self.progress.reached or norm > 0
+        self.updates["optim/grad_norm" if role == "policy" else f"optim/{role}_grad_norm"] = norm
+
+    def add(self, metrics: Mapping[str, float]) -> None:
+        """The metrics of an update."""
+        for name, value in metrics.items():
+            before = self.updates.get(name, 0.0) if name.startswith(ADDED_UP) else 0.0
+            self.updates[name] = before + value
+
+    def close(self, images: int, metrics: Mapping[str, float]) -> dict[str, float]:
+        """The iteration's row: `metrics` of its batch and those of its updates. Adds it to the totals of the run."""
+        row = {**metrics, **self.updates}
+        self.updates = {}
+        backward = 2.0 if self.config.policy.trainable == "lora" else 3.0  # forward equivalents of a trained state
+        trained = backward * row.pop("cost/trained_per_image")
+        row["cost/update_per_image"] = trained + row.get("cost/reference_per_image", 0.0)
+        row["time/iteration"] = time.monotonic() - self.began
+        self._add_to_totals(images, row)
+        self.summary = (
+            f"reward {row['reward/mean']:.3f}, {row['cost/rollout_per_image']:.1f}+{row['cost/update_per_image']:.1f} "
+            f"evals/img, roll {row['time/rollout']:.1f} s, reward {row['time/reward']:.1f} s, "
+            f"update {row['time/update']:.1f} s"
+        )
+        return row
+
+    def check_first_gradient(self, row: Mapping[str, float]) -> None:
+        """RuntimeError if no gradient was above 0 yet although there was something to learn from."""
+        equal_scores = row.get("group/zero_std_ratio", 0.0) == 1  # in every group: then there was nothing
+        expected = self.config.run.gradient_check and "optim/grad_norm" in row and not equal_scores
+        if expected and not self.progress.reached:
+            raise RuntimeError(
+                "the first gradient is exactly 0: the policy is frozen or the loss does not reach it; run `flowalign doctor` "
+                "on this configuration"
+            )
+
+    def write(self, step: int, row: Mapping[str, float]) -> None:
+        """Appends the row to metrics.jsonl and gives it to the trackers. `step` 1 is the first iteration."""
+        if self.accelerator.is_main_process:
+            self.metrics.append(step, row)
+        self.accelerator.log({name: value for name, value in row.items() if math.isfinite(value)}, step=step)
+
+    def _add_to_totals(self, images: int, row: Mapping[str, float]) -> None:
+        totals = self.progress.totals
+        totals["images"] += images
+        totals["rollout"] += images * row["cost/rollout_per_image"]
+        totals["update"] += images * row["cost/update_per_image"]
+        totals["drift"] = max(totals["drift"], row.get("ratio/drift_max", 0.0))

@@ -1,0 +1,106 @@
+"""The Gaussian of one denoising step: drawing from it, its log density, its divergence from another.
+
+Drawing and measuring are methods of one object, so rollout and update cannot disagree.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Reduce = Literal["mean", "sum"]
+Constants = Literal["full", "none"]
+KLForm = Literal["exact", "exact_times_h", "velocity", "mean_sq"]
+
+_HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
+
+
+@dataclass(frozen=True, eq=False)
+class Gaussian:
+    """N(mean, std²·I), one per row. Rows with std 0 are deterministic: they can be drawn, but have no density.
+
+    mean [N, *]; std, velocity_coef (∂mean/∂v), step_size (h = σ - σ') [N].
+    reduce: log_prob and kl are the "mean" over the D elements of a row (every reference implementation; clip ranges
+    of 1e-5..1e-3 assume it) or the "sum" (nats). constants "none": log_prob is -reduce((x' - mean)²), without 1/(2 std²)
+    and the normalizer (Flow-CPS), which weights a step by 2·std² and is 0 with zero gradient where std is 0.
+    """
+
+    mean: Tensor
+    std: Tensor
+    velocity_coef: Tensor
+    step_size: Tensor
+    reduce: Reduce = "mean"
+    constants: Constants = "full"
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """mean + std·noise [N, *]; where std is 0 the mean, bit for bit."""
+        check_same_shape("noise", noise, self.mean)
+        std = spread(self.std, self.mean)
+        return torch.where(std == 0, self.mean, self.mean + std * noise.to(self.mean.dtype))
+
+    def log_prob(self, x_next: Tensor) -> Tensor:
+        """[N] log density of `x_next` [N, *], reduced over elements. ValueError: full constants where std is 0."""
+        check_same_shape("x_next", x_next, self.mean)
+        error = x_next.to(self.mean.dtype) - self.mean
+        if self.constants == "none":
+            return -self._reduce(error.square())
+        self._need_density("log_prob")
+        elements = 1 if self.reduce == "mean" else self.mean.shape[1:].numel()
+        quadratic = self._reduce((error / spread(self.std, self.mean)).square())
+        return -0.5 * quadratic - elements * (self.std.log() + _HALF_LOG_2PI)
+
+    def kl(self, other: "Gaussian", form: KLForm = "exact_times_h") -> Tensor:
+        """[N] divergence to `other`, the same step under another velocity; reduced like log_prob.
+
+        exact: Δμ²/(2·std²), the KL divergence itself, whatever `constants`. It is the KL of CPS's code (2509.05952), whose
+            denominator is the full std of a step: take it for betas tuned with CPS.
+        exact_times_h: h·Δμ²/(2·std²), which is Δμ²/(2·g²) where std = g·√h: the KL of flow_grpo's code (2505.05470), which
+            forgets h, so what betas of Flow-SDE are tuned for. On CPS no code means it: h times the KL of CPS's.
+        velocity: Δv² = (Δμ/b)², without any variance, as in Flow-Factory ("v-based").
+        mean_sq: Δμ², without any variance, as in Flow-Factory ("x-based") and GenRL's CPS.
+        The first two need std > 0, else ValueError; mean_sq is finite at every step, velocity where b is not 0.
+        Gradients reach both sides; detach the reference. Means are subtracted in the states' dtype: in fp32 a Δv near
+        1e-7·|x|/|b| is rounding.
+        """
+        check_same_shape("the other mean", other.mean, self.mean)
+        if not torch.equal(self.std, other.std):
+            raise ValueError("got two Gaussians of different std; expected one step under two velocities: use the same "
+                             "kernel, sigmas and level for both")  # fmt: skip
+        square = self._reduce((self.mean - other.mean).square())
+        if form == "mean_sq":
+            return square
+        if form == "velocity":
+            return square / self.velocity_coef.square()
+        if form not in ("exact", "exact_times_h"):
+            raise ValueError(f"got kl form {form!r}; expected 'exact', 'exact_times_h', 'velocity' or 'mean_sq'")
+        self._need_density(f"kl(form={form!r})")
+        exact = square / (2.0 * self.std.square())
+        return exact * self.step_size if form == "exact_times_h" else exact
+
+    def _reduce(self, values: Tensor) -> Tensor:
+        flat = values.flatten(1)
+        return flat.mean(1) if self.reduce == "mean" else flat.sum(1)
+
+    def _need_density(self, what: str) -> None:
+        if bool((self.std == 0).any()):
+            rows = (self.std == 0).nonzero().flatten().tolist()
+            raise ValueError(
+                f"got {what} of deterministic steps (std 0) in rows {rows[:8]}; expected std > 0, which a density needs: leave "
+                "these steps out of training (level 0 in the plan), or take constants='none'"
+            )
+
+
+def spread(rows: Tensor, like: Tensor) -> Tensor:
+    """[N] -> [N, 1, …, 1], to broadcast over the elements of `like`."""
+    return rows.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def check_same_shape(name: str, value: Tensor, expected: Tensor) -> None:
+    """ValueError unless `value` has the shape of the states."""
+    if value.shape != expected.shape:
+        raise ValueError(
+            f"got {name} of shape {tuple(value.shape)}; expected {tuple(expected.shape)}, that of the states: one row "
+            "per step, so repeat a state that several children leave"
+        )

@@ -1,0 +1,35 @@
+"""What the forecast says before anything is loaded: samples without probes, and guidance that differs."""
+
+from pathlib import Path
+
+from flowalign.config import load_config
+from flowalign.run.preflight import forecast
+
+TINY = str(Path(__file__).parents[1] / "data" / "tiny.yaml")
+PROBED = [
+    "rollout.plan.class_path=samplers.Probed",
+    "rollout.plan.init_args.plan=samplers.Chain",
+    "trainer.signal.credit=flowalign.credit.Gain",
+    "trainer.signal.advantage.within=prompt_step",
+    "rollout.num_inference_steps=4",
+]
+
+
+def text(tmp_path: Path, *overrides: str) -> str:
+    return forecast(load_config(TINY, [f"run.output={tmp_path}", *overrides])[0])
+
+
+def test_probes_are_counted_apart(tmp_path: Path) -> None:
+    """Two prompts, three samples each, with three probes; 4 + 3 + 2 + 1 velocities a sample, three of them trained."""
+    said = text(tmp_path, *PROBED)
+    assert "3 iterations × 2 prompts × 3 images = 18 images" in said and "per iteration: 6 images" in said
+    assert "rollout 10.00, update at most 3.00" in said and "reference at most 3.00" in said
+    assert "probes: 3.00 per image" in said
+    assert "probes" not in text(tmp_path)
+
+
+def test_guidance_that_differs_is_said(tmp_path: Path) -> None:
+    said = text(tmp_path, "rollout.guidance_scale=4.5", "rollout.allow_cfg_update=true")
+    assert "rollout.guidance_scale=4.5, evaluation.guidance_scale=1;" in said
+    both = ("rollout.guidance_scale=4.5", "rollout.allow_cfg_update=true", "evaluation.guidance_scale=4.5")
+    assert "guidance" not in text(tmp_path, *both) and "guidance" not in text(tmp_path)

@@ -1,0 +1,205 @@
+"""The shipped configurations: every layer combines with every other, and the quickstart is one complete file."""
+
+from functools import reduce
+from itertools import permutations, product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from flowalign.config import TrainConfig, load_config
+from flowalign.data import load_prompts
+from flowalign.errors import ConfigError
+from flowalign.layers import merge, read_layer
+from rewards import RewardBatch, score
+
+FOLDER = Path(__file__).parents[1] / "configs"
+METHODS, MODELS, REWARDS = (
+    sorted(path.stem for path in (FOLDER / kind).glob("*.yaml")) for kind in ("methods", "models", "rewards")
+)
+GUIDED_WINDOWS = {("flow_grpo_fast", "sd15"), ("flow_grpo_fast", "sd35_medium")}
+
+# what the complete files glyphs_flow_grpo, glyphs_flow_grpo_fast and sd15_ddpo said before they became layers
+GLYPHS = {
+    "prompts": "flowalign.glyphs:train_prompts",
+    "policy.height": 24,
+    "policy.width": 48,
+    "policy.dtype": "fp32",
+    "policy.lora.rank": 32,
+    "policy.lora.alpha": 64,
+    "policy.lora.targets": [
+        "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj",
+        "attn.add_v_proj", "attn.to_add_out", "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2",
+    ],
+    "rollout.groups": 8,
+    "rollout.group_size": 24,
+    "rollout.num_inference_steps": 10,
+    "rollout.guidance_scale": 1.0,
+    "rollout.kernel.class_path": "samplers.FlowSDE",
+    "rollout.kernel.noise_level": 0.7,
+    "reward.class_path": "rewards.OCR",
+    "reward.metric": "edit",
+    "reward.fold": {"0": "O"},
+    "trainer.signal.advantage.std": "batch",
+    "trainer.objective.clip_range": 4.4e-4,
+    "trainer.kl.beta": 0.04,
+    "trainer.kl.form": "exact_times_h",
+    "trainer.updates_per_rollout": 2,
+    "trainer.micro_batch": 16,
+    "trainer.optimizer.lr": 3e-4,
+    "evaluation.prompts": "flowalign.glyphs:held_out_prompts",
+    "evaluation.count": 256,
+    "evaluation.num_inference_steps": 6,
+    "evaluation.guidance_scale": 1.0,
+    "evaluation.batch_size": 64,
+}  # fmt: skip
+BEFORE: dict[tuple[str, str, str], dict[str, Any]] = {
+    ("flow_grpo", "glyphs", "ocr_glyphs"): {
+        **GLYPHS, "rollout.plan.class_path": "samplers.Chain", "rollout.plan.shared_start": False,
+        "rollout.plan.train_last": False,
+    },
+    ("flow_grpo_fast", "glyphs", "ocr_glyphs"): {
+        **GLYPHS, "rollout.plan.class_path": "samplers.Window", "rollout.plan.shared_start": False,
+        "rollout.plan.size": 2, "rollout.plan.low": 0, "rollout.plan.high": 9,
+    },
+    ("ddpo", "sd15", "jpeg"): {
+        "prompts": "configs/prompts/animals.txt",
+        "policy.height": 512,
+        "policy.width": 512,
+        "policy.dtype": "bf16",
+        "policy.lora.rank": 4,
+        "policy.lora.alpha": 4,
+        "policy.lora.targets": ["to_q", "to_k", "to_v", "to_out.0"],
+        "rollout.groups": 16,
+        "rollout.group_size": 16,
+        "rollout.num_inference_steps": 50,
+        "rollout.guidance_scale": 5.0,
+        "rollout.micro_batch": 16,
+        "rollout.plan.class_path": "samplers.Chain",
+        "rollout.plan.shared_start": False,
+        "rollout.plan.train_last": True,
+        "rollout.kernel.class_path": "samplers.DDIM",
+        "rollout.kernel.eta": 1.0,
+        "reward.class_path": "rewards.JPEGCompressibility",
+        "reward.divide_by": 1.0,
+        "trainer.signal.advantage.std": "set",
+        "trainer.objective.clip_range": 1e-4,
+        "trainer.kl.beta": 0.0,
+        "trainer.updates_per_rollout": 4,
+        "trainer.micro_batch": 8,
+        "trainer.optimizer.lr": 3e-4,
+        "evaluation.prompts": "configs/prompts/animals.txt",
+        "evaluation.count": 45,
+        "evaluation.num_inference_steps": 50,
+        "evaluation.guidance_scale": 5.0,
+        "evaluation.batch_size": 16,
+    },
+}  # fmt: skip
+
+
+@pytest.fixture
+def tiny(tiny_pipeline: Path, tiny_sd15_pipeline: Path) -> dict[str, str]:
+    """Model layer -> an override that puts a tiny pipeline of its family in its place."""
+    return {model: f"policy.path={tiny_sd15_pipeline if model == 'sd15' else tiny_pipeline}" for model in MODELS}
+
+
+def files(method: str, model: str, reward: str) -> list[str]:
+    return [f"configs/methods/{method}.yaml", f"configs/models/{model}.yaml", f"configs/rewards/{reward}.yaml"]
+
+
+def flat(plain: Any, prefix: str = "") -> dict[str, Any]:
+    """Values by dotted key, `init_args` left out; mappings stand under their own key too."""
+    found = {prefix: plain} if prefix else {}
+    for key, value in plain.items() if isinstance(plain, dict) else ():
+        found |= flat(value, prefix if key == "init_args" else f"{prefix}.{key}".strip("."))
+    return found
+
+
+def load(model: str, paths: list[str], tiny: dict[str, str], *overrides: str) -> tuple[TrainConfig, dict[str, Any]]:
+    return load_config(paths, [tiny[model], *overrides])
+
+
+@pytest.mark.parametrize("layers", BEFORE, ids="-".join)
+def test_layers_say_what_the_complete_files_said(layers: tuple[str, str, str], tiny: dict[str, str]) -> None:
+    _, plain = load(layers[1], files(*layers), tiny)
+    values = flat(plain)
+    assert {key: values[key] for key in BEFORE[layers]} == BEFORE[layers]
+    assert plain["run"] | {"name": ""} == {
+        "name": "", "iterations": 100, "seed": 0, "output": "runs", "checkpoint_every": 10, "keep_checkpoints": 2,
+        "ema_decay": None, "trackers": ["tensorboard"], "resume": "auto", "gradient_check": True,
+    }  # fmt: skip
+    assert plain["run"]["name"] == "-".join(layers)
+    assert [flat(reward)["class_path"] for reward in plain["evaluation"]["rewards"]] == [values["reward.class_path"]]
+    for part in ("signal.credit", "signal.select", "objective", "step_weight"):
+        assert values[f"trainer.{part}.class_path"].rpartition(".")[2] in (
+            "Broadcast", "AllEdges", "ClippedRatio", "Uniform",
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "model"), product(METHODS, MODELS))
+def test_all_layers_combine(method: str, model: str, tiny: dict[str, str]) -> None:
+    for reward in REWARDS:
+        paths = files(method, model, reward)
+        if (method, model) in GUIDED_WINDOWS:
+            with pytest.raises(ConfigError, match=r"allow_cfg_update=true.*sd.*\.yaml, line"):
+                load(model, paths, tiny)
+            config, _ = load(model, paths, tiny, "rollout.allow_cfg_update=true")
+        else:
+            config, _ = load(model, paths, tiny)
+        assert config.run.name == f"{method}-{model}-{reward}" and config.run.iterations > 0
+
+
+@pytest.mark.parametrize("layers", product(METHODS, MODELS, REWARDS), ids="-".join)
+def test_no_layer_undoes_another(layers: tuple[str, str, str]) -> None:
+    """A method, a model and a reward never disagree about a key, so their order does not matter."""
+    nodes = [read_layer(path)[0] for path in files(*layers)]
+    merged = [yaml.safe_load(yaml.serialize(reduce(merge, order))) for order in permutations(nodes)]
+    assert all(content == merged[0] for content in merged[1:])
+
+
+@pytest.mark.parametrize(("model", "elements"), [("glyphs", 3456), ("sd35_medium", 65_536)])
+def test_clip_ranges_of_flows_are_scaled_by_the_size_of_the_latents(model: str, elements: int) -> None:
+    content = read_layer(f"configs/models/{model}.yaml")[1]
+    clip_range = content["trainer"]["init_args"]["objective"]["init_args"]["clip_range"]
+    assert clip_range == pytest.approx(1e-4 * (65_536 / elements) ** 0.5, rel=0.02)
+
+
+@pytest.mark.parametrize("reward", ["color_glyphs", "jpeg"])
+def test_a_reward_can_score_its_own_prompts(reward: str, tiny: dict[str, str]) -> None:
+    config, _ = load("glyphs", files("flow_grpo", "glyphs", reward), tiny)
+    for judge, source in ((config.reward, config.prompts), (config.evaluation.rewards[0], config.evaluation.prompts)):
+        records = load_prompts(source)[:2]
+        images = torch.rand(2, 3, 24, 48, generator=torch.Generator().manual_seed(0))
+        batch = RewardBatch(
+            prompts=[record.prompt for record in records],
+            images=images,
+            metadata=[record.metadata for record in records],
+        )
+        assert bool(score(judge, batch).valid.all()), judge.name
+
+
+def test_the_recipe_of_stable_diffusion_3_5_is_that_of_flow_grpo(tiny: dict[str, str]) -> None:
+    """2505.05470 and its code: 48 × 24 images, 10 steps to train, 40 to evaluate, guidance 4.5, LoRA 32/64, β .04."""
+    _, plain = load("sd35_medium", files("flow_grpo", "sd35_medium", "ocr_glyphs"), tiny)
+    values = flat(plain)
+    expected = {
+        "rollout.groups": 48, "rollout.group_size": 24, "rollout.num_inference_steps": 10,
+        "rollout.guidance_scale": 4.5, "rollout.kernel.noise_level": 0.7, "evaluation.num_inference_steps": 40,
+        "evaluation.guidance_scale": 4.5, "policy.height": 512, "policy.lora.rank": 32, "policy.lora.alpha": 64,
+        "policy.lora.targets": None, "trainer.optimizer.lr": 3e-4, "trainer.objective.clip_range": 1e-4,
+        "trainer.kl.beta": 0.04, "trainer.signal.advantage.clip": 5.0, "trainer.optimizer.weight_decay": 1e-4,
+    }  # fmt: skip
+    assert {key: values[key] for key in expected} == expected
+    assert (
+        read_layer("configs/models/sd35_medium.yaml")[1]["policy"]["path"] == "stabilityai/stable-diffusion-3.5-medium"
+    )
+
+
+def test_the_quickstart_is_complete_and_takes_layers(tiny_pipeline: Path) -> None:
+    path = f"policy.path={tiny_pipeline}"
+    config, plain = load_config("configs/quickstart.yaml", [path])
+    assert config.run.name == "quickstart" and plain == load_config(["configs/quickstart.yaml"], [path])[1]
+    changed, _ = load_config(["configs/quickstart.yaml", "configs/rewards/color_glyphs.yaml"], [path])
+    assert changed.reward.name == "color" and changed.rollout == config.rollout
