@@ -46,6 +46,12 @@ def load(folder: Path, rollout: dict, trainer: dict) -> TrainConfig:
          {"credit": credit("Gain"), "advantage": within("prompt_step")}),
         ({"plan": plan("Probed", plan=plan("Chain"), steps=1)},
          {"credit": credit("TurningPoint"), "advantage": within("prompt_step")}),
+        ({"plan": plan("Probed", plan=plan("Chain"))},  # the outcome beside the gains
+         {"credit": credit("Joined", parts={"outcome": credit("Broadcast"), "gain": credit("Gain")}),
+          "advantage": part("flowalign.advantage.PerChannel",
+                            parts={"outcome": within("prompt"), "gain": within("prompt_step")})}),
+        ({"kernel": "samplers.CPS"}, {"kl": {"beta": 1e-4, "form": "exact"}}),
+        ({"guidance_scale": 4.5, "detach_uncond": True, "plan": plan("Chain")}, {}),
         ({"plan": plan("Branch", branches=2, count=1)},
          {"credit": credit("BranchLocal"), "advantage": within("seed_step")}),
         ({"plan": plan("SplitTree", **TREE)},
@@ -57,15 +63,16 @@ def load(folder: Path, rollout: dict, trainer: dict) -> TrainConfig:
         ({"plan": plan("Window", size=1)},  # where the window is drawn, and what is left out of it: not in every iteration
          {"select": part("flowalign.selectors.DepthWindow", size=2, start=0, stop=0)}),
     ],
-    ids=["DenseGRPO", "TP-GRPO", "TempFlow", "BranchGRPO", "Dynamic-TreeRPO", "path search", "best of n", "moving"],
+    ids=["DenseGRPO", "TP-GRPO", "outcome and gain", "CPS", "half the guidance", "TempFlow", "BranchGRPO",
+         "Dynamic-TreeRPO", "path search", "best of n", "moving"],
 )  # fmt: skip
 def test_methods_are_let_through(tmp_path: Path, rollout: dict, trainer: dict) -> None:
     config = load(tmp_path, rollout, trainer)
-    for built, said in (
-        (config.rollout.plan, rollout["plan"]),
+    for built, expected in (
+        (config.rollout.plan, rollout.get("plan", "Window")),
         (config.trainer.signal.credit, trainer.get("credit", "Broadcast")),
     ):
-        assert type(built).__name__ in str(said)
+        assert type(built).__name__ in str(expected)
     assert config.rollout.plan.forecast(4, 4).edges >= 2
 
 
@@ -76,14 +83,19 @@ def test_methods_are_let_through(tmp_path: Path, rollout: dict, trainer: dict) -
         ({"plan": plan("Branch", branches=2)}, {"credit": credit("Gain")}, "samplers.Probed"),
         ({"plan": plan("Window", size=2, high=3)}, {"credit": credit("TurningPoint")}, "samplers.Probed"),
         ({"plan": plan("Probed", plan=plan("SplitTree", **TREE))}, {"credit": credit("TurningPoint")}, "take Gain"),
-        ({}, {"credit": credit("Process", score="prm")}, "no states were scored by 'prm'"),
+        ({}, {"credit": credit("Process", score="prm")}, "No configuration scores states yet"),
         ({"plan": plan("Chain")}, {"advantage": within("tree_depth")}, "take a wider set"),
         ({}, {"select": part("flowalign.selectors.Fraction", share=0.5)}, "leaves out every step"),
-        ({}, {"advantage": part("flowalign.advantage.PerChannel", parts={"ocr": within("prompt")})}, "add it to parts"),
-        ({}, {"advantage": part("flowalign.advantage.Mixed", advantage=within("prompt"), weights={"ocr": 1.0})},
-         "one for each channel"),
-        ({"plan": plan("TreeWindow", depth=2), "kernel": "samplers.CPS"}, {}, "expected at most 1, where CPS"),
-        ({"plan": plan("SplitTree", splits=[0, 1], train_last=True), "kernel": "samplers.CPS"}, {}, "train_last=false"),
+        ({}, {"advantage": part("flowalign.advantage.PerChannel", parts={"ocr": within("prompt")})},
+         "Take the advantage alone"),
+        ({}, {"advantage": part("flowalign.advantage.Mixed", advantage=within("prompt"), how="gdpo")},
+         r"one channel, .* for Mixed\(how='gdpo'\)"),
+        ({"plan": plan("Probed", plan=plan("Chain"))}, {}, "which reads none of them"),
+        ({"plan": plan("Probed", plan=plan("SplitTree", **TREE))}, {"credit": credit("SubtreeFusion")}, "Gain, TurningPoint"),
+        ({"kernel": "samplers.CPS"}, {"kl": {"beta": 0.04}}, "trainer.kl.form=exact"),
+        ({"detach_uncond": True}, {}, "silently do nothing"),
+        ({"plan": plan("TreeWindow", depth=2), "kernel": "samplers.CPS"}, {"kl": {"beta": 0}}, "at most 1, where CPS"),
+        ({"plan": plan("SplitTree", splits=[0, 1]), "kernel": "samplers.CPS"}, {"kl": {"beta": 0}}, "train_last=false"),
         ({"plan": plan("Sourced", plan=plan("Chain"), teacher=1)}, {}, "teacher=0"),
         ({"plan": plan("Selected", plan=plan("Chain"), counts={2: 2}, uses_velocity=False)}, {}, "uses_velocity=true"),
         ({}, {"objective": part("flowalign.objectives.KLMask"), "dynamic_clip": {}}, "dynamic_clip=null"),
