@@ -215,7 +215,7 @@ def test_two_kills_around_another_checkpoint_every_before_the_first_checkpoint(
 
 
 def test_a_place_that_cannot_be_written_is_named(done: Path, tiny_pipeline: Path, no_model: None) -> None:
-    with pytest.raises(ConfigError, match=r"cannot be written .* choose another run\.output"):
+    with pytest.raises(ConfigError, match=r"cannot write .* choose another run\.output"):
         start(tiny_pipeline, done, f"run.output={done}/prompts.txt")
 
 
