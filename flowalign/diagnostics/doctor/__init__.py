@@ -48,6 +48,7 @@ STAND_IN = "flowalign.diagnostics.measure:brightness"
 
 def diagnose(paths: str | Sequence[str], overrides: Sequence[str] = ()) -> Iterator[Finding]:
     """All findings of a configuration (see `load_config`), one by one."""
+    path = paths if isinstance(paths, str) else " ".join(paths)
     configs: list[TrainConfig] = []
     policies: list[Policy] = []
 
@@ -57,7 +58,7 @@ def diagnose(paths: str | Sequence[str], overrides: Sequence[str] = ()) -> Itera
         distinct_prompts(configs[0], prompts_of(configs[0]))
         leaves = rollout.plan.forecast(rollout.num_inference_steps, rollout.group_size).leaves
         images = f"{rollout.groups} prompts × {leaves} images × {rollout.num_inference_steps} steps"
-        return Finding("configuration", True, f"{configs[0].run.name}: {images}")
+        return Finding("configuration", True, f"{path}: {images}")
 
     def load() -> Finding:
         began, device = time.perf_counter(), "cuda" if torch.cuda.is_available() else "cpu"
