@@ -16,7 +16,7 @@ from flowalign.rollouts.task import Task
 def policy_of(
     config: TrainConfig, device: str | torch.device, network_device: str | torch.device | None = None
 ) -> Policy:
-    """Loads it, with its roles; see load_policy. ConfigError for an image size it cannot make, or nothing to train."""
+    """The policy with its roles; see load_policy. ConfigError for an image size it cannot make, or for nothing to train."""
     settings = config.policy
     policy = load_policy(
         settings.path, lora=settings.lora, trainable=settings.trainable, dtype=settings.dtype,
@@ -26,14 +26,14 @@ def policy_of(
     policy.latent_shape(settings.height, settings.width)
     policy.add_roles(settings.roles)
     if not policy.trainable_parameters():
-        raise ConfigError("policy: no parameter is trainable; check policy.trainable and policy.lora.targets")
+        raise ConfigError("got a policy without trainable parameters: check policy.trainable and policy.lora.targets")
     return policy
 
 
 def task_of(
     config: TrainConfig, policy: Policy, *, groups: int | None = None, processes: Processes | None = None
 ) -> Task:
-    """What the trainer is given. groups: another number of prompts; processes: of a run, by default one."""
+    """What the trainer is given. groups: number of prompts, by default the configuration's. processes: by default one."""
     rollout = replace(
         config.rollout, kernel=config.rollout.kernel.bind(policy.path), groups=groups or config.rollout.groups
     )

@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
-from typing import Any, TextIO
+from typing import BinaryIO, TextIO
 
 USAGE = """usage: flowalign train CONFIG.yaml [CONFIG.yaml ...] [key=value ...]
        flowalign doctor CONFIG.yaml [CONFIG.yaml ...] [key=value ...]
@@ -22,9 +22,18 @@ sharing.
 On several devices: accelerate launch scripts/train.py CONFIG.yaml [CONFIG.yaml ...] [key=value ...]"""
 
 
-class Unbroken:
-    """A stream whose reader may go first, as `| tee log` does on Ctrl-C: then it is heard no more, and the run goes on to
-    save what it has."""
+HELP = ("-h", "--help")
+
+
+def usage(arguments: Sequence[str]) -> int:
+    """Prints how the command is used. Exit code: 0 if that was asked for, else 2."""
+    asked = bool(arguments) and arguments[0] in HELP
+    print(USAGE, file=sys.stdout if asked else sys.stderr)
+    return 0 if asked else 2
+
+
+class IgnoresBrokenPipe:
+    """Ignores BrokenPipeError: if `tee` exits on Ctrl-C, output is dropped and the run still saves."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -33,29 +42,52 @@ class Unbroken:
         try:
             return self._stream.write(text)
         except BrokenPipeError:
-            return self._into_nothing(len(text))
+            self._drop_output()
+            return len(text)
 
     def flush(self) -> None:
         try:
             self._stream.flush()
         except BrokenPipeError:
-            self._into_nothing(0)
+            self._drop_output()
 
-    def _into_nothing(self, count: int) -> int:
-        nothing = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nothing, self._stream.fileno())
-        os.close(nothing)
-        return count
+    def _drop_output(self) -> None:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, self._stream.fileno())
+        os.close(null)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
+    # what else progress bars, loggers and trackers read of a stream
+
+    @property
+    def encoding(self) -> str:
+        return self._stream.encoding
+
+    @property
+    def errors(self) -> str | None:
+        return self._stream.errors
+
+    @property
+    def closed(self) -> bool:
+        return self._stream.closed
+
+    @property
+    def buffer(self) -> BinaryIO:
+        return self._stream.buffer
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    def writable(self) -> bool:
+        return True
 
 
 def train(arguments: Sequence[str]) -> int:
     """Exit code: 0 done, 1 stopped by an error in the run, 2 a configuration that cannot work, 130 interrupted."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE)
-        return 0 if arguments else 2
+    if not arguments or arguments[0] in HELP:
+        return usage(arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from safetensors import SafetensorError
 
@@ -65,7 +97,7 @@ def train(arguments: Sequence[str]) -> int:
     from flowalign.loop import train as run
     from flowalign.storage.checkpoint import CheckpointError
 
-    with redirect_stdout(Unbroken(sys.stdout)), redirect_stderr(Unbroken(sys.stderr)):
+    with redirect_stdout(IgnoresBrokenPipe(sys.stdout)), redirect_stderr(IgnoresBrokenPipe(sys.stderr)):
         try:
             run(*load_config(*split_arguments(arguments)))
         except ConfigError as error:
@@ -75,9 +107,11 @@ def train(arguments: Sequence[str]) -> int:
             print(f"stopped: {error}", file=sys.stderr)
             return 1
         except (OSError, SafetensorError) as error:
-            if not _of_the_disk(error):
+            if not _is_disk_error(error):
                 raise
-            print(f"stopped: {error}. Mend that; the same command goes on from the last checkpoint", file=sys.stderr)
+            print(
+                f"stopped: {error}. Free the disk; the same command goes on from the last checkpoint", file=sys.stderr
+            )
             return 1
         except KeyboardInterrupt as stop:
             print(str(stop) or "stopped at once; the last checkpoint stands", file=sys.stderr)
@@ -85,18 +119,17 @@ def train(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _of_the_disk(error: Exception) -> bool:
-    """Whether it is full, over the quota, read-only or failing; safetensors tells in words only."""
-    said = re.search(r"os error (\d+)", str(error))
-    number = error.errno if isinstance(error, OSError) else int(said[1]) if said else 0
+def _is_disk_error(error: Exception) -> bool:
+    """Whether the disk is full, over its quota, read-only or failing; safetensors gives the number in its message only."""
+    match = re.search(r"os error (\d+)", str(error))
+    number = error.errno if isinstance(error, OSError) else int(match[1]) if match else 0
     return number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
 def doctor(arguments: Sequence[str]) -> int:
-    """Prints the findings as they come. Exit code: 0 all well, 1 a failure, 2 no configuration was named."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE)
-        return 0 if arguments else 2
+    """Prints each finding once it is known. Exit code: 0 all well, 1 a failure, 2 no configuration was named."""
+    if not arguments or arguments[0] in HELP:
+        return usage(arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import diffusers.utils.logging
     import transformers.utils.logging
@@ -115,6 +148,8 @@ def doctor(arguments: Sequence[str]) -> int:
 
 def benchmark(arguments: Sequence[str]) -> int:
     """Exit code: 0 done, 1 stopped by a reward that fails, 2 a configuration that cannot work."""
+    if not arguments or arguments[0] in HELP:
+        return usage(arguments)
     from flowalign.diagnostics.benchmark import main as run
     from flowalign.errors import ConfigError
     from rewards import RewardError
@@ -137,8 +172,7 @@ def main() -> None:
     arguments = sys.argv[1:]
     if arguments and arguments[0] in COMMANDS:
         sys.exit(COMMANDS[arguments[0]](arguments[1:]))
-    print(USAGE, file=sys.stdout if arguments[:1] in (["-h"], ["--help"]) else sys.stderr)
-    sys.exit(0 if arguments[:1] in (["-h"], ["--help"]) else 2)
+    sys.exit(usage(arguments))
 
 
 if __name__ == "__main__":

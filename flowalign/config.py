@@ -44,8 +44,9 @@ class PolicySettings:
 
 @dataclass(frozen=True)
 class RunSettings:
-    """A run: its folder `output`/`name`, its length and what it keeps. `resume`: "auto" goes on with an unfinished run
-    of the same configuration, "never" refuses a folder that exists."""
+    """A run: its folder `output`/`name`, its length and what it keeps. `resume`: "auto" goes on with a run of the same
+    configuration, up to settings of length, speed and memory; "changed" also with other settings (a wider clip range,
+    say), which are noted in provenance.json; "never" refuses a folder that exists."""
 
     name: str
     iterations: int = 100
@@ -55,7 +56,7 @@ class RunSettings:
     keep_checkpoints: int = 2
     ema_decay: float | None = None
     trackers: list[Literal["tensorboard", "wandb"]] = field(default_factory=lambda: ["tensorboard"])
-    resume: Literal["auto", "never"] = "auto"
+    resume: Literal["auto", "changed", "never"] = "auto"
     gradient_check: bool = True
 
     def __post_init__(self) -> None:

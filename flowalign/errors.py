@@ -1,4 +1,4 @@
-"""Errors that any floor may raise. They stand on the ground floor, so that raising one never points an arrow up."""
+"""Errors that any package of flowalign may raise; this module imports none of them."""
 
 
 class ConfigError(ValueError):

@@ -68,7 +68,7 @@ def merge(former: yaml.Node, later: yaml.Node) -> yaml.Node:
     if not (isinstance(former, yaml.MappingNode) and isinstance(later, yaml.MappingNode)):
         return later
     old, new = _entries(former), _entries(later)
-    named = [entries["class_path"][1].value for entries in (old, new) if "class_path" in entries]
+    named = [str(entries["class_path"][1].value) for entries in (old, new) if "class_path" in entries]
     if len(set(named)) > 1:
         return later
     for name, (key, value) in new.items():

@@ -22,6 +22,7 @@ SIGN = "\N{SECTION SIGN}"
 # notes that are not in the repository
 ABSENT = re.compile(f"{SIGN}|grpo_{'family'}|other_{'trainers'}|forward_{'process'}(?:[.]md| {SIGN})")
 COMING = {"tests/conformance"}  # integrator: empty this once the branch that brings the folder is merged
+UNUSED = {"Process"}  # a credit whose scores no trainer provides
 LINK = re.compile(r"\]\(([^)#\s]*)(#[\w-]+)?\)")
 
 
@@ -106,7 +107,7 @@ def test_the_tables_of_parts_name_what_there_is() -> None:
     ):
         choices = {name for name in package.__all__ if method in vars(vars(package)[name])}
         protocols = {name for name in choices if vars(vars(package)[name]).get("_is_protocol")}
-        assert choices - protocols <= names, choices - protocols - names
+        assert choices - protocols - UNUSED <= names, choices - protocols - names
 
 
 def test_the_glossary_has_every_word_once_and_in_order() -> None:

@@ -30,7 +30,7 @@ class Process:
     def assign(self, forest: Forest, scores: Tensor, valid: Tensor, channels: tuple[str, ...]) -> EdgeValues:
         if self.score not in forest.scores:
             raise ValueError(
-                f"got a rollout whose states {self.score!r} did not score (scored by: {sorted(forest.scores) or 'nothing'}). "
+                f"got no state scores named {self.score!r} (this rollout has: {sorted(forest.scores) or 'none'}). "
                 "No configuration scores states yet: take a credit of samples or probes (Broadcast, SubtreeFusion, Gain), "
                 "or, in code of your own, call forest.with_scores before the credit is assigned"
             )
@@ -45,7 +45,8 @@ class Process:
 class ReturnToGo:
     """The credit of a step and of the stochastic steps after it: G = r + discount · (mean of G over the next steps).
 
-    steps: the credit r of each step. On a chain with Gain and discount 1 it is V_n − V_k. Valid only if every step below is."""
+    steps: the credit r of each step. On a chain with Gain and discount 1 it is V_n − V_k. Valid only if every step below
+    is."""
 
     steps: Credit
     discount: float = 1.0

@@ -1,7 +1,7 @@
-"""FSDP2 for the frozen weights of the network that is trained.
+"""FSDP2 for the frozen weights of the trained network.
 
-Adapters and their optimizer are small: they stay whole on every process, and `Processes.sum_gradients` adds their
-gradients as ever.
+Adapters and their optimizer are small: every process holds them in full, and `Processes.sum_gradients` adds their
+gradients, as without sharding.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from flowalign.models import Policy
 
 
 def shard(policy: Policy, processes: Processes, reshard_after_forward: bool = True) -> Processes:
-    """Shards the frozen weights of the policy's network, once, after its roles were added; what comes back keeps the
-    processes in step. Blocks come to the processes' device one by one, so the network may lie on the CPU before.
-    ConfigError for a policy that trains what it would shard."""
+    """Shards the frozen weights of the policy's network, once, after its roles were added. Returns processes that
+    synchronize its calls. Blocks are moved to the processes' device one by one, so the network may be on the CPU before.
+    ConfigError for a policy that trains weights which would be sharded."""
     networks = list(policy.modules().values())
     adapters = {parameter for network in networks for name, parameter in network.named_parameters() if ".lora_" in name}
     trained = [parameter for network in networks for parameter in network.parameters() if parameter.requires_grad]
     if len(networks) != 1 or not adapters.issuperset(trained):
         raise ConfigError(
-            f"a policy of {len(networks)} networks, {len(trained)} trained tensors and {len(adapters)} of adapters came; "
+            f"got a policy of {len(networks)} networks, {len(trained)} trained tensors and {len(adapters)} adapter tensors; "
             "expected one network that is frozen but for its adapters: launch with configs/accelerate/multi_gpu.yaml"
         )
     [network] = networks
@@ -44,28 +44,32 @@ def shard(policy: Policy, processes: Processes, reshard_after_forward: bool = Tr
 
 @dataclass
 class Lockstep:
-    """A sharded network's forward is collective, but processes have different numbers of states to evaluate.
+    """Keeps the collective forwards of a sharded network matched when processes have different numbers of states.
 
-    Each call announces itself; who has nothing left to evaluate (`level`) answers every announcement with a call of its
-    own on one old row, until nobody announces any more. A call with gradients cannot be answered so, since its backward
-    is collective too: trainers make equal numbers of those (see Update)."""
+    Each call announces itself. A process with nothing left to evaluate (in `level`) answers every announcement with a call
+    on one old row, until no process announces any more. A call with gradients cannot be answered like this, since its
+    backward is collective too: trainers make equal numbers of those on all processes (see Update).
+
+    dummy_calls: how many calls this process made only to answer others."""
 
     network: nn.Module
     device: torch.device | str
-    made_up: int = 0
-    _levelling: bool = False
+    dummy_calls: int = 0
+    _in_level: bool = False
     _row: tuple[tuple[Any, ...], dict[str, Any]] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        self.network.register_forward_pre_hook(self._called, prepend=True, with_kwargs=True)  # before FSDP's own
+        self.network.register_forward_pre_hook(
+            self._before_call, prepend=True, with_kwargs=True
+        )  # before FSDP's own hook
 
     def level(self) -> None:
-        """Returns when every process is here. Comes before any other collective."""
-        self._levelling = True
-        while (others := self._sum(False).tolist()) != [0, 0]:  # somebody calls the network now
+        """Returns once every process is in here. Must precede any other collective."""
+        self._in_level = True
+        while (callers := self._count_callers(False).tolist()) != [0, 0]:  # another process calls the network now
             if self._row is None:
                 raise RuntimeError("a process that never called the sharded network cannot answer the others' calls")
-            if others[1]:
+            if callers[1]:
                 raise RuntimeError(
                     "a process has no call with gradients left while another makes one; expected equal numbers on all: "
                     "deal the trained states with Processes.deal, which pads"
@@ -73,20 +77,20 @@ class Lockstep:
             args, kwargs = self._row
             with torch.no_grad():
                 self.network(*args, **kwargs)
-            self.made_up += 1
-        self._levelling = False
+            self.dummy_calls += 1
+        self._in_level = False
 
-    def _called(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._levelling:
+    def _before_call(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._in_level:
             return
-        self._sum(True)  # who calls need not know who else does
+        self._count_callers(True)  # a caller does not need the count
         if self._row is None:
             self._row = tuple(_first(a) for a in args), {name: _first(value) for name, value in kwargs.items()}
 
-    def _sum(self, calls: bool) -> Tensor:
-        """How many call the network now, and how many of them with gradients."""
-        mine = [float(calls), float(calls and torch.is_grad_enabled())]
-        callers = torch.tensor(mine, device=self.device)
+    def _count_callers(self, calls: bool) -> Tensor:
+        """How many processes call the network now, and how many of them with gradients. calls: whether this one does."""
+        own = [float(calls), float(calls and torch.is_grad_enabled())]
+        callers = torch.tensor(own, device=self.device)
         torch.distributed.all_reduce(callers)
         return callers
 

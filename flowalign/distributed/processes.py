@@ -1,9 +1,9 @@
-"""The processes of a run: who does which share of the work, and how the shares become one batch again.
+"""The processes of a run: which share of the work each does, and how the shares become one batch again.
 
 The rollout is dealt by group, the update by state. Everything in between (credit, advantages, selection) is computed by
-every process on the whole batch, so all agree without asking; gradients are summed once per optimizer step. That needs
-no hooks in the network: processes may run different numbers of forwards and backwards without waiting for each other.
-Where the network's weights are sharded they cannot, and `level` brings them together (flowalign.distributed.fsdp2).
+every process on the whole batch, so all agree without communication; gradients are summed once per optimizer step. That
+needs no hooks in the network: processes may run different numbers of forwards and backwards without waiting for each
+other. Where the network's weights are sharded they cannot, and `level` synchronizes them (flowalign.distributed.fsdp2).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.nn import Parameter
 
 
 def _nothing() -> None:
-    """Processes that share no network are always level."""
+    """Processes whose networks are not sharded need no synchronization."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Processes:
         return self.rank == 0
 
     def shares(self, n: int) -> list[range]:
-        """Who has which of `n` things: one block each, sizes differing by at most one."""
+        """The block of `n` items of each process; sizes differ by at most one."""
         return [range(n * rank // self.count, n * (rank + 1) // self.count) for rank in range(self.count)]
 
     def share(self, n: int) -> range:
@@ -58,13 +58,13 @@ class Processes:
         if self.count == 1:
             return rows
         self.level()
-        sent = rows.to(self.device, torch.uint8 if rows.dtype == torch.bool else rows.dtype)
+        own = rows.to(self.device, torch.uint8 if rows.dtype == torch.bool else rows.dtype)
         sizes = gather(torch.tensor([len(rows)], device=self.device)).tolist()
-        padded = sent.new_zeros((max(sizes), *rows.shape[1:]))
-        padded[: len(rows)] = sent
+        padded = own.new_zeros((max(sizes), *rows.shape[1:]))
+        padded[: len(rows)] = own
         parts = gather(padded).split(max(max(sizes), 1))
-        whole = torch.cat([part[:size] for part, size in zip(parts, sizes, strict=False)])
-        return whole.to(rows.device, rows.dtype)
+        gathered = torch.cat([part[:size] for part, size in zip(parts, sizes, strict=False)])
+        return gathered.to(rows.device, rows.dtype)
 
     def total(self, value: float) -> float:
         """The sum over processes."""
@@ -74,18 +74,18 @@ class Processes:
         """Adds up the gradients, in one message per dtype; a parameter that no process reached keeps None."""
         if self.count == 1:
             return
-        trained = list(parameters)
-        reached = self.gather(torch.tensor([[p.grad is not None for p in trained]])).any(0)
-        kinds: dict[torch.dtype, list[Parameter]] = {}
-        for parameter, used in zip(trained, reached.tolist(), strict=True):
+        all_parameters = list(parameters)
+        reached = self.gather(torch.tensor([[p.grad is not None for p in all_parameters]])).any(0)
+        by_dtype: dict[torch.dtype, list[Parameter]] = {}
+        for parameter, used in zip(all_parameters, reached.tolist(), strict=True):
             if used:
-                kinds.setdefault(parameter.dtype, []).append(parameter)
-        for members in kinds.values():
+                by_dtype.setdefault(parameter.dtype, []).append(parameter)
+        for members in by_dtype.values():
             grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in members]
             flat = reduce(torch.cat([grad.flatten() for grad in grads]), reduction="sum")
             for parameter, grad in zip(members, flat.split([p.numel() for p in members]), strict=True):
                 parameter.grad = grad.view_as(parameter).clone()
 
     def wait(self) -> None:
-        """Goes on when all have arrived."""
+        """Barrier."""
         self.total(0.0)

@@ -1,4 +1,4 @@
-"""How gradients of all processes become one optimizer step."""
+"""The optimizer step of all processes: gradients are summed, clipped and applied."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ class Stepper(Protocol):
         ...
 
     def full_optimizer(self, keep: bool) -> Optimizer:
-        """The optimizer with its whole state, for a checkpoint; it may be empty unless `keep`."""
+        """The optimizer with its full state, for a checkpoint; the state may be empty unless `keep`."""
         ...
 
 
 @dataclass(frozen=True)
 class Summed:
-    """The optimizer whole on every process; gradients are added up once per step, so numbers of backwards may differ."""
+    """Every process holds the full optimizer. Gradients are summed once per step, so processes may run different numbers of
+    backwards."""
 
     optimizer: Optimizer
     processes: Processes

@@ -1,4 +1,4 @@
-"""The contracts: what training asks of a Policy, and what a family's Model adds to make one."""
+"""The contracts: what training asks of a Policy, and what a family's Model must offer to become one."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Policy(Protocol):
 
     @property
     def path(self) -> samplers.Path:
-        """The noising law that `sigmas` and `velocity` speak of; kernels are bound to it by `Kernel.bind(path)`."""
+        """The noising law to which `sigmas` and `velocity` refer; kernels are bound to it by `Kernel.bind(path)`."""
         ...
 
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
@@ -82,15 +82,16 @@ class Policy(Protocol):
         ...
 
     def networks(self) -> list[nn.Module]:
-        """All networks that `velocity` may call: the trained ones, and the copies that roles keep beside full weights."""
+        """All networks that `velocity` may call: the trained ones, and the copies that roles keep when full weights are
+        trained."""
         ...
 
     def trainable_parameters(self) -> list[tuple[str, Parameter]]:
-        """What the policy's optimizer gets, by name, in a fixed order."""
+        """The tensors that the policy's optimizer steps, by name, in a fixed order."""
         ...
 
     def add_roles(self, roles: Mapping[str, Role]) -> None:
-        """Further roles, each beginning as a copy of the policy's weights; ValueError for a name that is taken."""
+        """Adds roles, each starting as a copy of the policy's weights; ValueError for a name that is taken."""
         ...
 
     def parameters_of(self, role: str) -> list[tuple[str, Parameter]]:
@@ -98,7 +99,7 @@ class Policy(Protocol):
         ...
 
     def follow(self, step: int) -> None:
-        """Moves the roles that follow the policy, after its `step`-th optimizer step (1 is the first)."""
+        """Updates the roles that follow the policy, after its `step`-th optimizer step (1 is the first)."""
         ...
 
     def role(self, name: str) -> AbstractContextManager[None]:
@@ -120,10 +121,10 @@ class Policy(Protocol):
 
 
 class Model(Protocol):
-    """What differs between families: one diffusers pipeline in the convention of `samplers`. It knows nothing of roles,
-    guidance, repeated prompts or training, which `PipelinePolicy` adds for every family alike.
+    """What differs between families: one diffusers pipeline in the convention of `samplers`. Roles, guidance, the store of
+    encoded prompts and training are not its business: `PipelinePolicy` adds them for every family alike.
 
-    network: what is trained; `predict` may be asked of a copy of it."""
+    network: the trained network; `predict` may be called with a copy of it."""
 
     network: ModelMixin
 
@@ -145,12 +146,12 @@ class Model(Protocol):
         ...
 
     def predict(self, network: nn.Module, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
-        """The network's own prediction (ε, v, velocity) at fp32 states x [n, *] with noise levels sigma [n]; guidance
+        """The prediction of `network` (ε, v or velocity) at fp32 states x [n, *] with noise levels sigma [n]; guidance
         combines such predictions linearly."""
         ...
 
     def to_velocity(self, prediction: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
-        """v, from the network's own prediction in fp32."""
+        """v [n, *] from the network's prediction [n, *], both fp32."""
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -174,10 +175,11 @@ class Model(Protocol):
 class Family:
     """What must be known of a model family before its weights are read.
 
-    model: of the loaded pipeline and `max_sequence_length`. part: name of the trained component, network: its diffusers
-    class, targets: its LoRA targets by default. path: from the scheduler's configuration, ValueError for a scheduler it
-    cannot follow. unit: what height and width are multiples of, from the network's configuration and the VAE's
-    reduction. load_arguments: of `from_pretrained`, from model_index.json."""
+    model: makes the Model from the loaded pipeline and `max_sequence_length`. part: name of the trained component;
+    network: its diffusers class; targets: its LoRA targets by default. path: the noising law from the scheduler's
+    configuration (with "_class_name"), ValueError for a scheduler whose steps the rollout cannot repeat. unit: height and
+    width must be multiples of it; from the network's configuration and the VAE's reduction. load_arguments: extra
+    arguments of `from_pretrained`, from model_index.json."""
 
     model: Callable[[Any, int | None], Model]
     part: str
@@ -191,12 +193,15 @@ class Family:
 def check_size(height: int, width: int, unit: int) -> None:
     """ValueError unless both are positive multiples of `unit`."""
     if min(height, width) < unit or height % unit or width % unit:
-        raise ValueError(f"image size {height}×{width} came; expected positive multiples of {unit} for this model")
+        raise ValueError(
+            f"got image size {height}×{width}; expected positive multiples of {unit} for this model: change policy.height "
+            "and policy.width"
+        )
 
 
 def encode_singly(policy: Policy, prompts: Sequence[str]) -> Conditions:
     """One row per prompt, each text encoded alone.
 
-    In a batch the rounding of an embedding depends on the other texts, and a resumed run, which encodes anew, may meet a
-    text among others than the first time."""
+    In a batch the rounding of an embedding depends on the other texts. A resumed run encodes its prompts again, and a text
+    may then be in another batch than the first time."""
     return Conditions.cat([policy.encode([text]) for text in prompts])

@@ -1,4 +1,4 @@
-"""From a name, folder or hub id to a policy; and what can be known of a checkpoint before its weights are read."""
+"""Loads a policy from a name, a folder or a hub id, and checks a checkpoint's configurations before its weights are read."""
 
 from __future__ import annotations
 
@@ -37,22 +37,31 @@ def inspect_checkpoint(path: str) -> dict[str, Any]:
     name = resolve(path)
     local = Path(name)
     if local.exists() and not (local / "model_index.json").is_file():
-        raise ValueError(f"policy.path={path!r} has no model_index.json; expected a diffusers pipeline folder")
+        raise ValueError(
+            f"got policy.path={path!r} without a model_index.json; expected a diffusers pipeline folder: save one with "
+            "pipe.save_pretrained"
+        )
     if not local.exists() and (name.startswith((".", "/", "~")) or name.count("/") != 1):
         raise FileNotFoundError(
-            f"policy.path={path!r} does not exist (working directory: {Path.cwd()}); expected 'glyphs', a diffusers "
-            "pipeline folder, or a hub id such as 'stabilityai/stable-diffusion-3.5-medium'"
+            f"got policy.path={path!r}, which does not exist (working directory: {Path.cwd()}); expected 'glyphs', a "
+            "diffusers pipeline folder, or a hub id such as 'stabilityai/stable-diffusion-3.5-medium'"
         )
     index = dict(DiffusionPipeline.load_config(name))
     if index.get("_class_name") not in FAMILIES:
-        raise ValueError(f"policy.path={path!r} is a {index.get('_class_name')}; expected one of {', '.join(FAMILIES)}")
+        raise ValueError(
+            f"got policy.path={path!r}, a {index.get('_class_name')}; expected one of {', '.join(FAMILIES)}"
+        )
     return index
 
 
 def path_of(path: str) -> NoisingPath:
-    """The noising law of a checkpoint, from its scheduler's config alone; ValueError for one we cannot follow."""
-    family = FAMILIES[inspect_checkpoint(path)["_class_name"]]
-    return family.path(dict(DDIMScheduler.load_config(resolve(path), subfolder="scheduler")))
+    """The noising law of a checkpoint, from its scheduler's config alone; ValueError for a scheduler we cannot follow."""
+    index = inspect_checkpoint(path)
+    family = FAMILIES[index["_class_name"]]
+    settings = dict(DDIMScheduler.load_config(resolve(path), subfolder="scheduler"))  # reads the file of any class
+    family.path(settings)
+    # diffusers loads the class that model_index.json names, whatever the scheduler's own file says
+    return family.path({**settings, "_class_name": index["scheduler"][1]})
 
 
 def check_image_size(path: str, height: int, width: int) -> None:
@@ -64,7 +73,7 @@ def check_image_size(path: str, height: int, width: int) -> None:
 
 
 def check_lora_targets(path: str, targets: Sequence[str] | None) -> list[str]:
-    """The modules that `targets` mean, from the network's config alone; ValueError if one means nothing."""
+    """The modules that `targets` match, from the network's config alone; ValueError if one matches nothing."""
     family = FAMILIES[inspect_checkpoint(path)["_class_name"]]
     config = family.network.load_config(resolve(path), subfolder=family.part)
     with init_empty_weights():
@@ -87,12 +96,16 @@ def load_policy(
     """Loads a pipeline as a policy.
 
     trainable: "lora" (the default LoRA if none is given), "full" weights (fp32 only), or "none". dtype: of the frozen
-    network; adapters are always fp32. max_sequence_length: see the family's policy. seed: of the adapters' initial
-    weights. network_device: where the trained network stays for now, if not on `device` (see flowalign.distributed.fsdp2).
-    reference_copy: keep a frozen copy, the reference of a full fine-tuning with a KL."""
+    network; adapters are always fp32. max_sequence_length: see the family's model. seed: of the adapters' initial
+    weights. network_device: the trained network's device if it is not `device` (see flowalign.distributed.fsdp2).
+    reference_copy: keeps a frozen copy of the network, the reference of a full fine-tuning with a KL.
+    Raises FileNotFoundError or ValueError, as far as possible before any weight is read."""
     index = inspect_checkpoint(path)
+    path_of(path)  # refuses a scheduler before the weights are read
     if trainable == "full" and dtype != "fp32":
-        raise ValueError(f"policy.trainable=full with policy.dtype={dtype}: expected fp32 weights for the optimizer")
+        raise ValueError(
+            f"got policy.trainable=full with policy.dtype={dtype}; expected fp32 weights for the optimizer"
+        )
     family = FAMILIES[index["_class_name"]]
     pipeline = DiffusionPipeline.from_pretrained(
         resolve(path), torch_dtype=DTYPES[dtype], **family.load_arguments(index)
@@ -100,8 +113,8 @@ def load_policy(
     pipeline.set_progress_bar_config(disable=True)
     for name, part in pipeline.components.items():
         if isinstance(part, nn.Module):
-            here = name == family.part and network_device is not None
-            part.requires_grad_(False).to(network_device if here else device)
+            elsewhere = name == family.part and network_device is not None
+            part.requires_grad_(False).to(network_device if elsewhere else device)
     network = pipeline.components[family.part].eval()
     network.requires_grad_(trainable == "full")
     frozen = None

@@ -1,7 +1,7 @@
-"""LoRA: strict targets, roles that touch nothing but a flag, and an export that keeps alpha.
+"""LoRA: strict targets, switching adapters without touching requires_grad, and an export that keeps alpha.
 
 peft's own switches (set_adapter, enable_adapters, diffusers' disable_adapters) change requires_grad and leave the policy
-silently frozen; here a role flips the layers' own flags and puts them back.
+silently frozen; here a role sets two flags of each layer and restores them.
 """
 
 from __future__ import annotations
@@ -32,11 +32,10 @@ UNET_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 @dataclass(frozen=True)
 class LoRA:
-    """Low-rank adapters; defaults of flow_grpo (rank 32, alpha 64, Gaussian init).
+    """Low-rank adapters (arXiv:2106.09685); defaults of flow_grpo (rank 32, alpha 64, Gaussian init).
 
-    `targets` are module-name suffixes such as "attn.to_q"; one that matches nothing is an error; None stands for the
-    attention layers of the model's family. `dropout` must be 0: it would make the replayed log-prob differ from the
-    stored one."""
+    `targets` are module-name suffixes such as "attn.to_q"; one that matches nothing is an error; None means the attention
+    layers of the model's family. `dropout` must be 0: it would make the replayed log-prob differ from the stored one."""
 
     rank: int = 32
     alpha: float = 64.0
@@ -46,39 +45,41 @@ class LoRA:
     def __post_init__(self) -> None:
         if self.rank < 1 or self.alpha <= 0:
             raise ValueError(
-                f"lora.rank={self.rank}, lora.alpha={self.alpha}: expected a rank of at least 1, alpha > 0"
+                f"got lora.rank={self.rank}, lora.alpha={self.alpha}; expected a rank of at least 1 and alpha > 0"
             )
         if self.dropout:
             raise ValueError(
-                f"lora.dropout={self.dropout}: expected 0, since dropout makes the ratio of an unchanged policy differ "
+                f"got lora.dropout={self.dropout}; expected 0, since dropout makes the ratio of an unchanged policy differ "
                 "from 1; regularize with kl.beta instead"
             )
         if self.targets is not None and not self.targets:
-            raise ValueError("lora.targets is empty: expected module names such as attn.to_q")
+            raise ValueError(
+                "got an empty lora.targets; expected module names such as attn.to_q, or null for the default"
+            )
 
 
 def matched_modules(network: nn.Module, targets: Sequence[str]) -> list[str]:
-    """Names of the linear layers that `targets` mean. ValueError that lists the targets that match nothing."""
+    """Names of the linear layers that `targets` match. ValueError that lists the targets that match nothing."""
     linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
     unmatched = [t for t in targets if not any(name == t or name.endswith("." + t) for name in linear)]
     if unmatched:
-        tails = sorted({".".join(_without_number(name)) for name in linear})
-        near = {t: difflib.get_close_matches(t, tails, n=2, cutoff=0.5) for t in unmatched}
+        known = sorted({".".join(_within_block(name)) for name in linear})
+        nearest = {t: difflib.get_close_matches(t, known, n=2, cutoff=0.5) for t in unmatched}
         raise ValueError(
-            f"lora.targets {unmatched} match no linear layer of {type(network).__name__}; nearest: {near}; "
-            f"available: {', '.join(tails)}"
+            f"got lora.targets {unmatched}, which match no linear layer of {type(network).__name__}; nearest: {nearest}; "
+            f"expected some of: {', '.join(known)}"
         )
     return [name for name in linear if any(name == t or name.endswith("." + t) for t in targets)]
 
 
-def _without_number(name: str) -> list[str]:
-    """transformer_blocks.3.attn.to_q -> attn.to_q: what comes after a block's number."""
+def _within_block(name: str) -> list[str]:
+    """The part of a module's name behind the block's number: transformer_blocks.3.attn.to_q -> attn, to_q."""
     parts = name.split(".")
     return parts[2:] if len(parts) > 2 and parts[1].isdigit() else parts
 
 
 def add_lora(network: ModelMixin, lora: LoRA, targets: Sequence[str], seed: int) -> None:
-    """Puts fp32 adapters on `targets` of the network, initialized from `seed` alone; everything else is frozen."""
+    """Adds fp32 adapters to the `targets` of the network, initialized from `seed` alone; everything else is frozen."""
     network.requires_grad_(False)
     modules = matched_modules(network, targets)
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=modules, init_lora_weights="gaussian")
@@ -91,9 +92,9 @@ def add_lora(network: ModelMixin, lora: LoRA, targets: Sequence[str], seed: int)
 
 
 def add_adapter(network: ModelMixin, name: str, trained: bool) -> None:
-    """A further adapter with the weights that the policy's has now; the policy's stays the active and trained one."""
-    with torch.random.fork_rng(devices=[]), answering(network, ADAPTER), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # that is the purpose
+    """Adds an adapter that starts with the policy's weights; the policy's own stays active and trained."""
+    with torch.random.fork_rng(devices=[]), using_adapter(network, ADAPTER), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # a second adapter is intended here
         network.add_adapter(copy.deepcopy(network.peft_config[ADAPTER]), adapter_name=name)
     own = adapter_parameters(network, name)
     for (_, source), (_, target) in zip(adapter_parameters(network, ADAPTER), own, strict=True):
@@ -103,14 +104,14 @@ def add_adapter(network: ModelMixin, name: str, trained: bool) -> None:
 
 
 def adapter_parameters(network: nn.Module, adapter: str) -> list[tuple[str, Parameter]]:
-    """The tensors of one adapter, in the network's order: the same for every adapter."""
+    """The tensors of one adapter, in the network's order, which is the same for every adapter."""
     return [(name, p) for name, p in network.named_parameters() if ".lora_" in name and adapter in name.split(".")]
 
 
 @contextmanager
-def answering(network: nn.Module, adapter: str | None) -> Iterator[None]:
-    """A context in which the network runs with this adapter, or without any (None). Flips only the layers' two flags, and
-    restores each to what it was."""
+def using_adapter(network: nn.Module, adapter: str | None) -> Iterator[None]:
+    """A context in which the network runs with this adapter, or without any (None). Sets only two flags of each layer, and
+    restores them."""
     layers = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
     before = [(layer._disable_adapters, layer._active_adapter) for layer in layers]
     try:
@@ -125,7 +126,7 @@ def answering(network: nn.Module, adapter: str | None) -> Iterator[None]:
 
 
 def adapter_state(network: nn.Module) -> dict[str, Tensor]:
-    """The adapter's tensors under peft's names."""
+    """The policy's adapter under peft's names, on the CPU."""
     state = get_peft_model_state_dict(network, adapter_name=ADAPTER)
     return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
@@ -133,7 +134,7 @@ def adapter_state(network: nn.Module) -> dict[str, Tensor]:
 def save_peft(network: ModelMixin, folder: Path) -> None:
     """adapter_config.json and adapter_model.safetensors, for PeftModel.from_pretrained(network, folder)."""
     config = copy.copy(network.peft_config[ADAPTER])
-    config.target_modules = sorted(config.target_modules)  # a set, in another order in each process
+    config.target_modules = sorted(config.target_modules)  # a set has another order in each process
     config.save_pretrained(str(folder))
     tensors = {f"base_model.model.{name}": tensor for name, tensor in adapter_state(network).items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})

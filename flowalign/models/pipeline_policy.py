@@ -1,4 +1,4 @@
-"""A family's model as a policy: prompts encoded once, guidance, roles and adapters, the same for every family."""
+"""A family's model as a policy: encoded prompts, guidance, roles and adapters, the same for every family."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from flowalign.models.trained_network import TrainedNetwork
 class PipelinePolicy:
     """The policy of a model. Satisfies `flowalign.models.base.Policy`, which documents what is not documented here.
 
-    part: the pipeline's name for the network. Trained: the LoRA if the network has one, else all its weights; then
-    "reference" needs `frozen`, a copy."""
+    part: the pipeline's name for the network. Trained is the LoRA if the network has one, else all its weights; in that case
+    the role "reference" needs `frozen`, a copy of the network."""
 
     def __init__(self, model: Model, part: str, *, negative_prompt: str = "", frozen: nn.Module | None = None) -> None:
         self.model = model
@@ -116,9 +116,11 @@ class PipelinePolicy:
         """pytorch_lora_weights.safetensors with its alpha (for `pipe.load_lora_weights`) and a PEFT folder beside it."""
         network = self.model.network
         if not self._trained.has_lora:
-            raise ValueError(f"the policy trains full weights and has no LoRA to save; save the {self.part} instead")
+            raise ValueError(
+                f"got save_lora of a policy that trains full weights; expected a LoRA: save the {self.part} itself instead"
+            )
         folder.mkdir(parents=True, exist_ok=True)
-        for stale in folder.glob(".tmp*"):  # safetensors writes beside the place; a kill leaves that
+        for stale in folder.glob(".tmp*"):  # safetensors writes a temporary file first; a killed save leaves it
             stale.unlink()
         self.model.save_lora(folder, adapter_state(network), network.peft_config[ADAPTER].to_dict())
         save_peft(network, folder)

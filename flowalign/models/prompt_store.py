@@ -10,7 +10,7 @@ from flowalign.models.base import Conditions
 
 
 class PromptStore:
-    """Encoded prompts by text: each distinct text goes through the encoders once per run; `encoded` counts them."""
+    """Encoded prompts by text. Not bounded: it holds every distinct text of the run, on the encoders' device."""
 
     def __init__(self, encode: Callable[[list[str]], Conditions]) -> None:
         self._encode = encode
@@ -18,12 +18,13 @@ class PromptStore:
 
     @property
     def encoded(self) -> int:
+        """How many distinct texts went through the encoders."""
         return len(self._rows)
 
     def conditions(self, prompts: Sequence[str]) -> Conditions:
         """One row per prompt."""
         new = [text for text in dict.fromkeys(prompts) if text not in self._rows]
         if new:
-            whole = self._encode(new)
-            self._rows |= {text: whole.rows(torch.tensor([row])) for row, text in enumerate(new)}
+            encoded = self._encode(new)
+            self._rows |= {text: encoded.rows(torch.tensor([row])) for row, text in enumerate(new)}
         return Conditions.cat([self._rows[text] for text in prompts])

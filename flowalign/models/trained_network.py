@@ -1,4 +1,4 @@
-"""What policies of every family share: the trained network under its roles, and the store of encoded prompts."""
+"""The trained network under its roles: which weights it runs with, and which parameters belong to which role."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from diffusers import ModelMixin
 from torch import nn
 from torch.nn import Parameter
 
-from flowalign.models.lora import ADAPTER, adapter_parameters, add_adapter, answering
+from flowalign.models.lora import ADAPTER, adapter_parameters, add_adapter, using_adapter
 from flowalign.models.roles import BUILT_IN, Role, check_roles, follow
 
 
 class TrainedNetwork:
     """One network under its roles. "policy" is what is trained: the LoRA if the network has one, else all weights.
 
-    "reference" is the network without its adapters, or `frozen`, a copy kept beside full weights. Further roles are
-    adapters on the same base, or copies of the whole network beside full weights. `active` is the network that is called now."""
+    With a LoRA, "reference" is the network without its adapters and further roles are adapters on the same base. With full
+    weights, "reference" is `frozen`, a copy, and further roles are copies too. `active` is the network to call now."""
 
     def __init__(self, network: ModelMixin, frozen: nn.Module | None) -> None:
         self.network = network
@@ -67,12 +67,12 @@ class TrainedNetwork:
             raise self._unknown(name)
         if self.has_lora:
             adapter = {"policy": ADAPTER, "reference": None}.get(name, name)
-            with answering(self.network, adapter):
+            with using_adapter(self.network, adapter):
                 yield
         elif name == "reference" and name not in self._copies:
             raise ValueError(
-                "full weights are trained and no frozen copy was kept, so there is no reference: set kl.beta=0, or "
-                "policy.reference_copy=true (it doubles the memory of the network)"
+                "got the role 'reference' of a policy that trains full weights without a frozen copy; expected a copy: set "
+                "policy.reference_copy=true (it doubles the memory of the network), or kl.beta=0"
             )
         else:
             before, self.active = self.active, self._copies.get(name, self.network)
@@ -82,4 +82,6 @@ class TrainedNetwork:
                 self.active = before
 
     def _unknown(self, name: str) -> ValueError:
-        return ValueError(f"role {name!r} came; expected one of {', '.join((*BUILT_IN, *self._roles))}")
+        return ValueError(
+            f"got role {name!r}; expected one of {', '.join((*BUILT_IN, *self._roles))}: add it under policy.roles"
+        )

@@ -79,15 +79,16 @@ class StdOverMean:
 
 @dataclass(frozen=True)
 class LongCat:
-    """√(σ/(1−σ))/√h (LongCat-Video 2510.22200, loss_reweighting in GenRL): flat gradients with Flow-SDE, whatever its noise level.
+    """√(σ/(1−σ))/√h (LongCat-Video, 2510.22200): flat gradients with Flow-SDE, whatever its noise level.
 
-    At the first step of the grid (index 0) its σ' stands for σ inside 1−σ, as in Flow-SDE. The KL's weight (its square) is not kept."""
+    loss_reweighting in GenRL. At the first step of the grid (index 0) its σ' stands for σ inside 1−σ, as in Flow-SDE. The
+    KL's weight (its square) is not kept."""
 
     def check(self, path: Path) -> None:
         if not path.rectified:
             raise ValueError(
-                f"got step_weight=LongCat for a policy on {type(path).__name__}; its formula is that of a rectified flow: take "
-                "FlatGradient"
+                f"got step_weight=LongCat for a policy on {type(path).__name__}; its formula is that of a rectified "
+                "flow: take FlatGradient"
             )
 
     def weigh(self, step: Step, forest: Forest, edges: Tensor) -> Tensor:

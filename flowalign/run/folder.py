@@ -1,10 +1,11 @@
-"""The folder of a run: held by one process at a time, made by one configuration, and never half taken up."""
+"""The run folder: locked by one process, tied to one configuration, validated before resuming."""
 
 from __future__ import annotations
 
 import fcntl
 import json
 import platform
+import re
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,16 +19,25 @@ from flowalign.storage import checkpoint
 from flowalign.storage.files import write_atomic
 from flowalign.storage.metrics_log import MetricsLog
 
-MAY_CHANGE = {
+# What a resumed run may change without a word: how long it is, what it keeps and what it shows.
+FREE = {
     "run.iterations", "run.checkpoint_every", "run.keep_checkpoints", "run.trackers", "run.resume", "run.output",
+    "run.gradient_check", "evaluation.every",
 }  # fmt: skip
+# What it may change as well, noted: speed and memory; results differ by rounding.
+SPEED = re.compile(
+    r"(rollout|trainer\.init_args)\.micro_batch|evaluation\.batch_size|(reward|evaluation\.rewards)\..*workers"
+)
+# What it may never change: the saved weights, optimizer state and base evaluation belong to it.
+FIXED = re.compile(r"(policy|evaluation)(\..*)?|trainer\.class_path")
 
 
 def open_folder(folder: Path, plain: dict[str, Any]) -> IO[str]:
-    """Makes or takes up the folder for the configuration `plain`; closing what is returned lets another process in.
+    """Makes the folder for the configuration `plain`, or opens it again; closing the result lets another process in.
 
-    Raises ConfigError, the folder as it was, if another process trains in it, if it was made otherwise, if its
-    checkpoints are gone or reach further than the configuration, or if it cannot be made."""
+    Raises ConfigError, the folder as it was, if another process trains in it, if it was made with a configuration that
+    cannot be resumed with this one, if its checkpoints are lost or reach further than the configuration, or if it cannot
+    be made."""
     try:
         if folder.is_dir() and not (folder / "config.yaml").exists() and any(_visible(folder)):
             raise ConfigError(f"{folder} exists, but is not a run (no config.yaml): choose another run.name")
@@ -40,14 +50,20 @@ def open_folder(folder: Path, plain: dict[str, Any]) -> IO[str]:
             lock.close()
             raise
     except OSError as error:
-        raise ConfigError(f"{folder} cannot be written ({error}): choose another run.output, or mend that") from error
+        raise ConfigError(f"cannot write {folder} ({error}): make it writable, or choose another run.output") from error
     return lock
 
 
 def describe(folder: Path, plain: dict[str, Any]) -> None:
-    """Writes what the run is made of, once nothing more can refuse it: a failed start leaves the name free."""
-    write_atomic(folder / "config.yaml", yaml.safe_dump(plain, sort_keys=False).encode())
-    write_atomic(folder / "provenance.json", json.dumps(_provenance(folder), indent=1).encode())
+    """Writes config.yaml and provenance.json, once nothing more can refuse the run: a failed start leaves the name free.
+    Settings that changed are noted in provenance.json and printed."""
+    config, provenance = folder / "config.yaml", folder / "provenance.json"
+    changes = _changes(yaml.safe_load(config.read_text(encoding="utf-8")), plain) if config.exists() else {}
+    text = json.dumps(_provenance(folder, changes), indent=1).encode()
+    if changes:  # before the configuration that no longer shows them, in case of a kill between the two
+        write_atomic(provenance, text)
+    write_atomic(config, yaml.safe_dump(plain, sort_keys=False).encode())
+    write_atomic(provenance, text)
 
 
 def _visible(folder: Path) -> list[Path]:
@@ -73,18 +89,45 @@ def _check_saved(folder: Path, plain: dict[str, Any]) -> None:
     try:
         saved = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
         every = saved["run"]["checkpoint_every"]
+        changes = _changes(saved, plain)
     except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ConfigError(f"{folder / 'config.yaml'} is damaged ({error!r}): restore it, or remove {folder}") from error
-    changed = [key for key in differences(saved, plain) if key not in MAY_CHANGE]
-    if changed:
+    _check_changes(folder, changes, plain["run"]["resume"])
+    _check_logs(folder, plain["run"]["iterations"], every)
+
+
+Changes = dict[str, tuple[Any, Any]]
+
+
+def _changes(saved: dict[str, Any], plain: dict[str, Any]) -> Changes:
+    return {key: values for key, values in differences(saved, plain).items() if key not in FREE}
+
+
+def _check_changes(folder: Path, changes: Changes, resume: str) -> None:
+    """ConfigError for changed settings, unless they only change speed or run.resume=changed allows them."""
+    others = [key for key in changes if not SPEED.fullmatch(key)]
+    fixed = [key for key in others if FIXED.fullmatch(key)]
+    if None in changes.get("run.ema_decay", ()):
+        fixed.append("run.ema_decay")  # the checkpoint has an average, or has none
+    if fixed:
         raise ConfigError(
-            f"{folder} was made with another configuration; different: {', '.join(changed)}. Choose another "
-            "run.name, or go back to the saved config.yaml to resume"
+            f"got another {', '.join(fixed)} than {folder} was begun with; expected the same, since the saved weights, "
+            "optimizer state and base evaluation belong to it: go back to the saved config.yaml, or choose another run.name"
         )
+    if others and resume != "changed":
+        raise ConfigError(
+            f"{folder} was made with another configuration; different: {', '.join(others)}. Go back to the saved "
+            "config.yaml, choose another run.name, or set run.resume=changed to go on with the new settings"
+        )
+
+
+def _check_logs(folder: Path, iterations: int, every: int) -> None:
+    """ConfigError if checkpoints or rows are lost, or if the run is longer than `iterations`. every: the saved
+    run.checkpoint_every."""
     path = checkpoint.latest(folder)
     rows = MetricsLog(folder / "metrics.jsonl").rows()
     evaluations = MetricsLog(folder / "evaluations.jsonl").rows()
-    # the row of an iteration is written before its checkpoint: a kill between the two has lost nothing that was kept
+    # the row of an iteration is written before its checkpoint: a kill between the two lost nothing that had been saved
     if path is None and rows and (rows[-1]["step"] > every or (folder / "summary.json").exists()):
         raise ConfigError(
             f"{folder} was trained to iteration {rows[-1]['step']}, but {folder / 'checkpoints'} holds no checkpoint: "
@@ -93,34 +136,37 @@ def _check_saved(folder: Path, plain: dict[str, Any]) -> None:
     if path is None:
         return
     done = checkpoint.step_of(path)
-    if done > plain["run"]["iterations"]:
+    if done > iterations:
         raise ConfigError(
-            f"run.iterations={plain['run']['iterations']}, but {folder} is already at iteration {done}: expected at "
-            "least that, or another run.name"
+            f"got run.iterations={iterations}, but {folder} is already at iteration {done}; expected at least that: "
+            "raise run.iterations, or choose another run.name"
         )
-    whole = {"metrics": [row["step"] for row in rows[:done]] == list(range(1, done + 1)),
-             "evaluations": [row["step"] for row in evaluations[:1]] == [0]}  # fmt: skip
-    for name, complete in whole.items():
-        if not complete:
+    complete = {"metrics": [row["step"] for row in rows[:done]] == list(range(1, done + 1)),
+                "evaluations": [row["step"] for row in evaluations[:1]] == [0]}  # fmt: skip
+    for name, is_complete in complete.items():
+        if not is_complete:
             raise ConfigError(
                 f"{folder / name}.jsonl lacks rows, though the run is at iteration {done}: restore it, or choose "
                 "another run.name"
             )
 
 
-def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
-    """The dotted keys under which two nested dicts differ."""
+def differences(old: Any, new: Any, prefix: str = "") -> Changes:
+    """Where two nests of dicts, and of lists of equal length, differ: {dotted key: (old, new)}; None where a key is
+    absent."""
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        old, new = ({str(number): value for number, value in enumerate(values)} for values in (old, new))
     if not (isinstance(old, dict) and isinstance(new, dict)):
-        return [] if old == new else [prefix]
-    return [
-        name
-        for key in sorted(old.keys() | new.keys())
-        for name in differences(old.get(key), new.get(key), f"{prefix}.{key}".strip("."))
-    ]
+        return {} if old == new else {prefix: (old, new)}
+    changes: Changes = {}
+    for key in sorted(old.keys() | new.keys()):
+        changes |= differences(old.get(key), new.get(key), f"{prefix}.{key}".strip("."))
+    return changes
 
 
-def _provenance(folder: Path) -> dict[str, Any]:
-    """What the run is made with. A later start on other software or threads is noted beside it, and said aloud."""
+def _provenance(folder: Path, changes: Changes) -> dict[str, Any]:
+    """What the run was begun with; "later" starts on other software or threads, and "changes" of settings. Both are
+    printed, too."""
     packages = ("flowalign-diffusion", "torch", "diffusers", "transformers", "accelerate", "peft", "rapidocr")
     now: dict[str, Any] = {
         "git": _commit(),
@@ -128,29 +174,35 @@ def _provenance(folder: Path) -> dict[str, Any]:
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "versions": {name: _version(name) for name in packages},
     }
-    saved = folder / "provenance.json"
-    if not saved.exists():
-        return now
+    file = folder / "provenance.json"
     try:
-        first = json.loads(saved.read_text())
+        first = json.loads(file.read_text()) if file.exists() else dict(now)
     except ValueError as error:
-        raise ConfigError(f"{saved} is damaged ({error}): restore it, or remove it") from error
-    later = first.pop("later", [])
-    changed = differences(first, now)
-    if changed:
-        print(f"note: {folder} was begun with other {', '.join(changed)}: it may not go on bit for bit", flush=True)
+        raise ConfigError(f"{file} is damaged ({error}): restore it, or remove it") from error
+    later, changed = first.pop("later", []), first.pop("changes", [])
+    others = differences(first, now)
+    if others:
+        print(f"note: {folder} was begun with other {', '.join(others)}: it may not go on bit for bit", flush=True)
         later = [*later, now] if now not in later else later
-    return {**first, "later": later} if later else first
+    if changes:
+        path = checkpoint.latest(folder)
+        iteration = 0 if path is None else checkpoint.step_of(path)
+        for key, (old, new) in changes.items():
+            print(f"note: {folder} goes on after iteration {iteration} with another {key}: {old} -> {new}", flush=True)
+        settings = {key: {"from": old, "to": new} for key, (old, new) in changes.items()}
+        entry = {"after_iteration": iteration, "settings": settings}
+        changed = [*changed, entry] if entry not in changed[-1:] else changed
+    return first | ({"later": later} if later else {}) | ({"changes": changed} if changed else {})
 
 
 def _commit() -> str | None:
     """Of the source folder; None without git, or outside a repository."""
     command = ["git", "describe", "--always", "--dirty"]
     try:
-        said = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False).stdout
+        text = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False).stdout
     except OSError:
         return None
-    return said.strip() or None
+    return text.strip() or None
 
 
 def _version(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Pruning of trees (BranchGRPO, 2509.06040, width and depth pruning): it only removes edges from the update, all leaves are scored."""
+"""Pruning of trees (BranchGRPO, 2509.06040): it removes edges from the update only; all leaves are scored."""
 
 from __future__ import annotations
 

@@ -18,8 +18,8 @@ from samplers.noise import visits
 class Fraction:
     """A random share of each sample's steps, ⌊share · steps⌋ of them, drawn anew for every sample and iteration.
 
-    DanceGRPO's timestep_fraction (2505.07818; 0.6: 9 of 15). A draw is a function of (seed, iteration, prompt uid, the sample's last
-    step). A sample is a line of stochastic steps (flowalign.credit.base.lines); a line of one step loses it."""
+    DanceGRPO's timestep_fraction (2505.07818; 0.6: 9 of 15). A draw is a function of (seed, iteration, prompt uid, the
+    sample's last step). A sample is a line of stochastic steps (flowalign.credit.base.lines); a line of one step loses it."""
 
     share: float = 0.6
 
@@ -46,9 +46,9 @@ class Fraction:
 
 @dataclass(frozen=True)
 class BestOfN:
-    """The `keep`/2 best and `keep`/2 worst samples of each group, by the mean advantage of their steps (DanceGRPO, 2505.07818).
+    """The `keep`/2 best and `keep`/2 worst samples of each group, by the mean advantage of their steps.
 
-    Advantages were taken over the whole group and are not taken again. A sample is a line of stochastic steps; one
+    DanceGRPO's best-of-n (2505.07818). Advantages were taken over the whole group and are not taken again. A sample is a line of stochastic steps; one
     without a valid step is no candidate. In a group of at most `keep` candidates all are chosen."""
 
     keep: int = 8

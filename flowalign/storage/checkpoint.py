@@ -1,4 +1,4 @@
-"""Checkpoints: our own format, safetensors and JSON, that a crash at any moment cannot leave half written.
+"""Checkpoints in a format of safetensors and JSON that a crash at any moment cannot leave half written.
 
     <run>/checkpoints/step-N/<section>.safetensors    one file per section of tensors (model, optimizer, ema, …)
                              state.json               everything that is not a tensor
@@ -50,7 +50,7 @@ def save(
     Saving the same step again with the same content does nothing. Raises CheckpointError if the step exists with
     other content or a later one exists (call `discard_after` when resuming from an earlier checkpoint)."""
     if keep < 1:
-        raise CheckpointError(f"keep={keep}: expected the number of checkpoints to keep, at least 1")
+        raise CheckpointError(f"got keep={keep}; expected the number of checkpoints to keep, at least 1")
     call = hooks or (lambda point: None)
     root = Path(run_folder) / "checkpoints"
     root.mkdir(parents=True, exist_ok=True)
@@ -73,7 +73,7 @@ def save(
 
 
 def tidy(run_folder: Path, keep: int) -> None:
-    """Leaves the last `keep` checkpoints and nothing half written: what a kill in the last `save` left undone."""
+    """Finishes what a kill in the last `save` left undone: removes temporary folders and all but the last `keep`."""
     root = Path(run_folder) / "checkpoints"
     _sweep(root)
     _prune(root, keep, lambda point: None)
@@ -95,7 +95,7 @@ def load(path: Path) -> tuple[dict[str, Tensors], State]:
         _check_part(path, name, expected)
     unlisted = sorted({file.name for file in path.iterdir()} - set(parts) - {"manifest.json"})
     if unlisted:
-        raise CheckpointError(f"{path / unlisted[0]} is not listed in manifest.json: remove it or {_way_out(path)}")
+        raise CheckpointError(f"{path / unlisted[0]} is not listed in manifest.json: remove it or {_remedy(path)}")
     files = [path / name for name in parts if name.endswith(".safetensors")]
     return {file.stem: load_file(file) for file in files}, json.loads((path / "state.json").read_text())
 
@@ -133,7 +133,7 @@ def _write(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]],
     parts = {}
     for section, content in tensors.items():
         if not re.fullmatch(r"[\w-]+", section):
-            raise CheckpointError(f"section {section!r}: expected letters, digits, _ and - (it names a file)")
+            raise CheckpointError(f"got section {section!r}; expected letters, digits, _ and -, since it names a file")
         file = folder / f"{section}.safetensors"
         save_file({name: _plain(section, name, tensor) for name, tensor in content.items()}, file)
         call("part_written")
@@ -147,11 +147,11 @@ def _write(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]],
 
 
 def _plain(section: str, name: str, tensor: Tensor) -> Tensor:
-    """An own, contiguous CPU copy: safetensors refuses views and shared memory."""
+    """A contiguous CPU copy: safetensors refuses views and shared memory."""
     if type(tensor) not in (Tensor, Parameter):
         raise CheckpointError(
-            f"{section}, {name}: a {type(tensor).__name__} (sharded or wrapped weights, as of FSDP2) cannot be saved; "
-            "gather it to a full tensor first, or train with DDP"
+            f"{section}, {name}: got a {type(tensor).__name__} (sharded or wrapped weights, as of FSDP2); expected a plain "
+            "tensor: gather it before saving"
         )
     return tensor.detach().to("cpu", copy=True).contiguous()
 
@@ -160,9 +160,13 @@ def _to_json(value: State) -> str:
     try:
         text = json.dumps(value, sort_keys=True, indent=1, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"the state is not JSON ({error}); tensors belong into a section") from error
+        raise CheckpointError(
+            f"got a state that is not JSON ({error}); expected JSON: put tensors into a section"
+        ) from error
     if json.loads(text) != value:
-        raise CheckpointError("the state changes in a JSON round trip: use text keys, and lists in place of tuples")
+        raise CheckpointError(
+            "got a state that a JSON round trip changes; expected text keys, and lists in place of tuples"
+        )
     return text
 
 
@@ -179,9 +183,9 @@ def _keep_equal(temporary: Path, final: Path) -> None:
 
 def _remove(folder: Path) -> None:
     """Renames before deleting, so that a crash in between leaves a stale temporary folder, not half a checkpoint."""
-    doomed = folder.with_name(f".tmp-old-{folder.name}")
-    folder.rename(doomed)
-    shutil.rmtree(doomed)
+    renamed = folder.with_name(f".tmp-old-{folder.name}")
+    folder.rename(renamed)
+    shutil.rmtree(renamed)
 
 
 def _read_manifest(path: Path) -> dict[str, State]:
@@ -190,28 +194,30 @@ def _read_manifest(path: Path) -> dict[str, State]:
         manifest = json.loads(file.read_text())
         found, step, parts = manifest["format"], manifest["step"], manifest["parts"]
     except FileNotFoundError as error:
-        raise CheckpointError(f"{file} is missing: not a checkpoint of flowalign; {_way_out(path)}") from error
+        raise CheckpointError(f"{file} is missing: not a checkpoint of flowalign; {_remedy(path)}") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file} is unreadable ({error!r}); {_way_out(path)}") from error
+        raise CheckpointError(f"{file} is unreadable ({error!r}); {_remedy(path)}") from error
     if found != FORMAT:
-        raise CheckpointError(f"{file} has format {found!r}, expected {FORMAT}: use the flowalign that wrote it")
+        raise CheckpointError(
+            f"got format {found!r} in {file}; expected {FORMAT}: use the version of flowalign that wrote it"
+        )
     if f"step-{step}" != path.name:
         raise CheckpointError(f"{file} is of step {step}, but its folder is {path.name}; give the folder its own name")
     if "state.json" not in parts:
-        raise CheckpointError(f"{file} lists no state.json; {_way_out(path)}")
+        raise CheckpointError(f"{file} lists no state.json; {_remedy(path)}")
     return parts
 
 
 def _check_part(path: Path, name: str, expected: State) -> None:
     file = path / name
     if not file.is_file():
-        raise CheckpointError(f"{file} is missing; {_way_out(path)}")
+        raise CheckpointError(f"{file} is missing; {_remedy(path)}")
     size = file.stat().st_size
     if size != expected["bytes"]:
-        raise CheckpointError(f"{file} has {size} bytes, expected {expected['bytes']}; {_way_out(path)}")
+        raise CheckpointError(f"{file} has {size} bytes, expected {expected['bytes']}; {_remedy(path)}")
     if _describe(file) != expected:
-        raise CheckpointError(f"{file} was changed after it was written (SHA-256 differs); {_way_out(path)}")
+        raise CheckpointError(f"{file} was changed after it was written (SHA-256 differs); {_remedy(path)}")
 
 
-def _way_out(path: Path) -> str:
+def _remedy(path: Path) -> str:
     return f"restore it from a copy, or remove {path} to resume from an earlier checkpoint"

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written beside their place, fsynced, then renamed into it."""
+"""Atomic files: written under a temporary name, fsynced, then renamed, so that a reader sees all of one or nothing."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 
 
 class DamagedFile(ValueError):
-    """A file of ours that cannot be read; the message names it and says what to do."""
+    """A file of a run that cannot be read; the message names it and says what to do."""
 
 
 def fsync(path: Path) -> None:
-    """Asks the disk to keep `path`, a file or a folder (a folder's own entries, not what its files hold)."""
+    """Flushes `path` to disk: a file's content, or a folder's entries (not what its files hold)."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -20,7 +20,7 @@ def fsync(path: Path) -> None:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Puts `data` at `path`, making its folder: a crash leaves the former file or the new one, never a part."""
+    """Writes `data` to `path`, making its folder: a crash leaves the former file or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_bytes(data)

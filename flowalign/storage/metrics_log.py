@@ -1,7 +1,7 @@
 """metrics.jsonl: one JSON object a line, appended as the run goes, cut back to the checkpoint when it resumes.
 
-A row holds `step`, the metrics under `group/name`, and what depends on the clock under `time/…`; two runs that agree on
-everything but `time/` did the same.
+A row holds `step`, metrics under `group/name`, and what depends on the clock under `time/…`. Two equal runs have equal rows
+except for `time/`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class MetricsLog:
             write_atomic(self.path, kept.encode())
 
     def rows(self) -> list[Row]:
-        """All whole rows; none if nothing was logged yet."""
+        """All complete rows; none if nothing was logged yet."""
         return read_rows(self.path) if self.path.exists() else []
 
 
@@ -68,16 +68,16 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def without_time(row: Row) -> Row:
-    """The row less its wall-clock fields: what two equal runs agree on bit for bit."""
+    """The row without its wall-clock fields: equal bit for bit in equal runs."""
     return {name: value for name, value in row.items() if not name.startswith("time/")}
 
 
 def _number(name: str, value: float) -> float | None:
     group, _, rest = name.partition("/")
     if not group or not rest:
-        raise ValueError(f"metric {name!r}: expected a name like 'group/name', e.g. 'reward/mean'")
+        raise ValueError(f"got metric {name!r}; expected a name like 'group/name', such as 'reward/mean'")
     if not isinstance(value, Real):
-        raise TypeError(f"metric {name!r}: expected a number, got {type(value).__name__}: call .item() on a tensor")
+        raise TypeError(f"metric {name!r}: got a {type(value).__name__}; expected a number: call .item() on a tensor")
     if isinstance(value, int):  # bool too: json writes it as true or false
         return value
     return float(value) if math.isfinite(value) else None

@@ -41,7 +41,7 @@ def pack_parameters(named: Named) -> Tensors:
 
 
 def restore_parameters(named: Named, tensors: Mapping[str, Tensor]) -> None:
-    """UnsharedTree a section into the parameters, bit for bit; raises CheckpointError, before any copy, on a mismatch."""
+    """Copies a section into the parameters, bit for bit; raises CheckpointError, before any copy, on a mismatch."""
     parameters = dict(named)
     check_same_names("parameters", parameters, tensors)
     with torch.no_grad():
@@ -75,17 +75,17 @@ def restore_optimizer(
     named: Named,
     tensors: Mapping[str, Tensor],
     state: State,
-    place: torch.device | None = None,
+    device: torch.device | None = None,
 ) -> None:
-    """Puts what `pack_optimizer` gave into `optimizer`, bit for bit; hyper-parameters become the saved ones. `place`:
-    where its tensors go, by default to their parameters' devices.
+    """Puts what `pack_optimizer` gave into `optimizer`, bit for bit; hyper-parameters become the saved ones. `device`:
+    of its tensors, by default that of their parameters.
 
     Unlike `load_state_dict` it matches by name and casts nothing. Raises CheckpointError, the optimizer untouched,
-    naming the parameters that one side lacks, that have another shape or that are grouped otherwise."""
+    naming the parameters that one side lacks, that have another shape or that are in other groups."""
     names = _names_of(optimizer, named)
     if state["type"] != type(optimizer).__name__:
         raise CheckpointError(
-            f"the checkpoint is of {state['type']}, expected {type(optimizer).__name__}: use that one"
+            f"got a checkpoint of {state['type']}; expected {type(optimizer).__name__}: resume with the optimizer that wrote it"
         )
     here = {name: torch.empty(parameter.shape, device="meta") for parameter, name in names.items()}
     check_same_names("optimizer", here, {n: torch.empty(shape, device="meta") for n, shape in state["shapes"].items()})
@@ -106,14 +106,14 @@ def restore_optimizer(
         group.update({k: tuple(v) if isinstance(v, list) else v for k, v in saved[member].items()})
         for parameter in group["params"]:
             if names[parameter] in entries:
-                optimizer.state[parameter] = _placed(entries[names[parameter]], place or parameter.device, group)
+                optimizer.state[parameter] = _copied(entries[names[parameter]], device or parameter.device, group)
 
 
-def _placed(entries: State, device: torch.device, group: State) -> State:
+def _copied(entries: State, device: torch.device, group: State) -> State:
     """Own copies on `device`; torch keeps the scalar `step` on the CPU unless fused or capturable."""
-    step = device if group.get("fused") or group.get("capturable") else torch.device("cpu")
+    step_device = device if group.get("fused") or group.get("capturable") else torch.device("cpu")
     return {
-        key: value.to(device if value.ndim else step, copy=True) if isinstance(value, Tensor) else value
+        key: value.to(device if value.ndim else step_device, copy=True) if isinstance(value, Tensor) else value
         for key, value in entries.items()
     }
 
@@ -124,23 +124,24 @@ def _names_of(optimizer: Optimizer, named: Named) -> dict[Tensor, str]:
     nameless = [tuple(parameter.shape) for parameter in trained if parameter not in known]
     if nameless:
         raise CheckpointError(
-            f"{len(nameless)} optimizer parameters have no name, shapes {nameless[:3]}: pass them all"
+            f"got {len(nameless)} optimizer parameters without a name, of shapes {nameless[:3]}; expected names for all: pass "
+            "all named parameters of the roles"
         )
     return {parameter: known[parameter] for parameter in trained}
 
 
 def _hyper(group: State) -> State:
     plain = {key: value for key, value in group.items() if key not in ("params", "param_names")}
-    held = [key for key, value in plain.items() if isinstance(value, Tensor)]
-    if held:
-        raise CheckpointError(f"optimizer hyper-parameters {held} are tensors; expected plain numbers")
+    tensors = [key for key, value in plain.items() if isinstance(value, Tensor)]
+    if tensors:
+        raise CheckpointError(f"got tensors as optimizer hyper-parameters {tensors}; expected plain numbers")
     return {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items()}
 
 
 def _scalar(name: str, key: str, value: Any) -> Any:
     if value is not None and not isinstance(value, bool | int | float | str):
         raise CheckpointError(
-            f"optimizer state {key!r} of {name} is a {type(value).__name__}; expected a tensor or number"
+            f"got a {type(value).__name__} as optimizer state {key!r} of {name}; expected a tensor or number"
         )
     return value
 

@@ -55,8 +55,8 @@ def _check_last_step(forest: Forest) -> None:
     std = forest.kernel.coefficients(torch.full_like(level, 0.5), torch.zeros_like(level), level).std
     if bool((std == 0).any()):
         raise ValueError(
-            f"got a rollout.plan that trains the last step, in which rollout.kernel={forest.kernel} draws no noise, so that it has no "
-            "log-prob: leave it deterministic (train_last=false, high below num_inference_steps), or take FlowSDE"
+            f"got a rollout.plan that trains the last step, in which rollout.kernel={forest.kernel} draws no noise, so that it "
+            "has no log-prob: leave it deterministic (train_last=false, high below num_inference_steps), or take FlowSDE"
         )
 
 

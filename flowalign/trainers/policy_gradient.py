@@ -127,8 +127,8 @@ class PolicyGradient:
         few = len(tree.index[tree.parents_of_edges].unique()) < rollout.num_inference_steps - 1
         if rollout.guidance_scale != 1 and few and not rollout.allow_cfg_update:
             raise ValueError(
-                f"got rollout.guidance_scale={rollout.guidance_scale} inside a window of few steps, where peers report collapse: "
-                "set rollout.guidance_scale=1, or rollout.allow_cfg_update=true to do it all the same"
+                f"got rollout.guidance_scale={rollout.guidance_scale} inside a window of few steps, where peers report "
+                "collapse: set rollout.guidance_scale=1, or rollout.allow_cfg_update=true to do it all the same"
             )
 
     def forecast(self, rollout: Rollout) -> UpdateForecast:

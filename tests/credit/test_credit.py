@@ -127,7 +127,7 @@ def test_a_branch_is_credited_with_its_own_leaf() -> None:
         assert value == float(forest.at(torch.tensor([leaf]))[0, 0])
 
 
-def test_where_nothing_is_completed_it_is_said() -> None:
+def test_where_nothing_is_completed_the_error_names_probes() -> None:
     forest = grown(chain(3, 2, train_last=True))
     for rule in (Gain(), TurningPoint()):
         with pytest.raises(ValueError, match=r"wrap the plan in samplers\.Probed"):
@@ -259,7 +259,7 @@ def test_process_scores_before_after_and_their_difference() -> None:
         got = Process("prm", timing).assign(forest, torch.zeros(1, 1), everywhere(torch.zeros(1, 1)), ("r",))
         assert got.channels == ("prm",)
         assert got.values[:, 0].tolist() == expected and got.valid[:, 0].tolist() == known
-    with pytest.raises(ValueError, match=r"scored by: \['prm'\]"):
+    with pytest.raises(ValueError, match=r"this rollout has: \['prm'\]"):
         credit(Process("other"), forest, [1.0])
 
 

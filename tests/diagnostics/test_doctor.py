@@ -1,5 +1,6 @@
 """The doctor: green on a healthy policy, red with the right sentence for each planted fault."""
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -15,6 +16,7 @@ from flowalign import cli
 from flowalign.build import policy_of
 from flowalign.config import load_config
 from flowalign.diagnostics.doctor import Finding, cost, diagnose, examine
+from flowalign.diagnostics.doctor.update import drift_margin
 from flowalign.models import Policy
 from flowalign.rollouts import collect
 from rewards import RewardOutput
@@ -297,6 +299,32 @@ def test_a_planted_fault_is_red_with_its_sentence(
     findings = examined(tiny_pipeline, *overrides, plant=plant)
     assert name in red(findings), [str(finding) for finding in findings]
     assert sentence in found(findings, name).advice
+
+
+def test_a_clip_range_just_above_the_measured_rounding_is_red_and_the_advised_one_is_green(tiny_pipeline: Path) -> None:
+    """A run meets larger rounding than the few steps of the doctor: it would die of it some iterations later."""
+    plant = changed_velocity(rounded_by_batch)
+
+    def floor(clip_range: str) -> Finding:
+        return found(examined(tiny_pipeline, f"trainer.objective.clip_range={clip_range}", plant=plant), "floor")
+
+    measured = max(float(drift) for drift in re.findall(r"step \d+ ([\d.e-]+)", floor("0.5").figure))
+    assert measured > 0 and floor("0.5").ok is True
+    near = floor(f"{1.1 * measured:.3e}")
+    assert near.ok is False
+    advised = re.findall(r"set objective.clip_range to at least ([\d.e-]+)", near.advice)[0]
+    assert 2 * measured < float(advised) < 8 * measured and floor(advised).ok is True
+
+
+def test_the_margin_covers_a_run_of_a_million_edges() -> None:
+    """Drifts are half-normal here: `count` are measured, then the largest of a million is drawn by its inverse."""
+    generator = torch.Generator().manual_seed(0)
+    for count in (6, 24, 480):
+        measured = torch.randn(4000, count, generator=generator, dtype=torch.float64).abs().amax(1)
+        quantile = torch.rand(4000, generator=generator, dtype=torch.float64) ** 1e-6
+        largest = torch.special.ndtri((1 + quantile) / 2)
+        missed = float((largest > drift_margin(count) * measured).double().mean())
+        assert 0.002 < missed < 0.05, (count, missed)  # neither too small nor wider than it must be
 
 
 def test_what_depends_on_a_failed_check_is_skipped(tiny_pipeline: Path) -> None:

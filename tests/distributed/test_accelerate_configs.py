@@ -63,7 +63,7 @@ def test_every_file_is_tested() -> None:
 
 
 @pytest.mark.parametrize("name", FACTS)
-def test_accelerate_reads_what_is_meant(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_accelerate_reads_the_file_as_intended(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     config = load_config_from_file(str(FOLDER / f"{name}.yaml"))
     assert {key: vars(config)[key] for key in FACTS[name]} == FACTS[name]
     assert config.mixed_precision == "no"  # not YAML's false
@@ -81,7 +81,7 @@ def test_accelerate_reads_what_is_meant(monkeypatch: pytest.MonkeyPatch, name: s
     check_launch(config.distributed_type, config.mixed_precision, None, PolicySettings())
 
 
-def test_fsdp2_is_followed_to_the_letter(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fsdp2_file_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     made = plugin(monkeypatch)
     assert made.fsdp_version == 2
     assert made.reshard_after_forward is True
@@ -91,7 +91,7 @@ def test_fsdp2_is_followed_to_the_letter(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("name", ["CPU_RAM_EFFICIENT_LOADING", "OFFLOAD_PARAMS", "ACTIVATION_CHECKPOINTING"])
-def test_what_fsdp_would_be_told_in_vain_is_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_fsdp_settings_that_would_be_ignored_are_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     made = plugin(monkeypatch, **{f"FSDP_{name}": "true"})
     with pytest.raises(ConfigError, match=f"fsdp_{name.lower()}=true; expected false"):
         check_launch(DistributedType.FSDP, "no", made, PolicySettings())
@@ -109,14 +109,14 @@ def test_other_ways_to_launch_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_p
         check_launch(DistributedType.MULTI_GPU, "fp16", None, PolicySettings())
 
 
-def test_deepspeed_is_followed_to_the_letter(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_deepspeed_file_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     made = deepspeed(monkeypatch)
     assert made["zero_optimization"]["stage"] == 2
     check_deepspeed(made)
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "said"),
+    ("key", "value", "message"),
     [
         ("DEEPSPEED_ZERO_STAGE", "1", r"zero_optimization\.stage=1; expected 2"),
         ("DEEPSPEED_ZERO_STAGE", "3", r"zero_optimization\.stage=3; expected 2"),
@@ -126,14 +126,16 @@ def test_deepspeed_is_followed_to_the_letter(monkeypatch: pytest.MonkeyPatch) ->
         ("GRADIENT_CLIPPING", "1.0", "gradient_clipping=1.0; expected auto"),
     ],
 )
-def test_what_deepspeed_would_be_told_in_vain_is_refused(
-    monkeypatch: pytest.MonkeyPatch, key: str, value: str, said: str
+def test_deepspeed_settings_that_would_be_ignored_are_refused(
+    monkeypatch: pytest.MonkeyPatch, key: str, value: str, message: str
 ) -> None:
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         check_deepspeed(deepspeed(monkeypatch, **{f"ACCELERATE_{key}": value}))
 
 
-def test_deepspeed_is_told_of_precision_and_by_files_in_vain(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_deepspeed_precision_and_files_that_would_be_ignored_are_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError, match=r"bf16\.enabled=True; expected False"):
         check_deepspeed(deepspeed(monkeypatch, mixed_precision="bf16"))
     own = tmp_path / "own.json"
@@ -143,9 +145,7 @@ def test_deepspeed_is_told_of_precision_and_by_files_in_vain(monkeypatch: pytest
 
 
 @pytest.mark.parametrize("installed", [False, True])
-def test_a_run_without_a_deepspeed_that_can_follow_says_so(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, installed: bool
-) -> None:
+def test_a_missing_or_old_deepspeed_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, installed: bool) -> None:
     config, plain = load_config(TINY, ["policy.path=glyphs", f"run.output={tmp_path}"])
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setattr(launch, "is_deepspeed_available", lambda: installed)

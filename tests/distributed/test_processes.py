@@ -1,4 +1,4 @@
-"""Two processes do what one does: the same noise, the same batch, the same gradient, and nobody waits for ever."""
+"""Two processes do what one does: the same noise, the same batch, the same gradient, and no process waits for ever."""
 
 import subprocess
 import sys
@@ -42,9 +42,9 @@ def launch(
 @pytest.mark.parametrize(
     ("plan", "states", "padded", "weights"),
     [  # nine states: one process runs one more, with weight 0
-        ("whole", 9, 10, "replicated"),
+        ("window", 9, 10, "replicated"),
         ("selected", 24, 24, "replicated"),
-        ("whole", 9, 10, "sharded"),
+        ("window", 9, 10, "sharded"),
     ],
 )
 def test_two_processes_equal_one(
@@ -52,26 +52,26 @@ def test_two_processes_equal_one(
 ) -> None:
     """Unequal trees, a process whose groups teach nothing, best of n, a masked reward, a prompt that comes twice."""
     [(one, metrics)] = launch(1, tiny_pipeline, tmp_path / "one", plan)
-    (first, told), (second, told_second) = launch(2, tiny_pipeline, tmp_path / "two", plan, weights)
+    (first, first_metrics), (second, second_metrics) = launch(2, tiny_pipeline, tmp_path / "two", plan, weights)
     assert first["rows"][0] != second["rows"][0]  # the trees are unequal …
     assert first["rows"][0] + second["rows"][0] == one["rows"][0]  # … and each state is evaluated by one process
     assert first["rows"][1] == second["rows"][1]
     assert not one["valid"].all()
-    assert told == told_second
-    assert told.keys() == metrics.keys()
+    assert first_metrics == second_metrics
+    assert first_metrics.keys() == metrics.keys()
     for name in ("group/trained_edges", "group/zero_std_ratio", "reward/invalid", "cost/rollout_per_image"):
-        assert told[name] == metrics[name]
+        assert first_metrics[name] == metrics[name]
     assert literal_eval(metrics["cost/trained_per_image"]) == states / 20
-    assert literal_eval(told["cost/trained_per_image"]) == padded / 20
+    assert literal_eval(first_metrics["cost/trained_per_image"]) == padded / 20
     for name in metrics.keys() - {"cost/trained_per_image", "ratio/drift_max"}:
-        assert literal_eval(told[name]) == pytest.approx(literal_eval(metrics[name]), rel=1e-4, abs=1e-7)
+        assert literal_eval(first_metrics[name]) == pytest.approx(literal_eval(metrics[name]), rel=1e-4, abs=1e-7)
     trained = [name for name in one if "lora" in name]
     assert trained
-    for mine in (first, second):
-        torch.testing.assert_close(mine["roots"], one["roots"], rtol=0, atol=0)
-        torch.testing.assert_close(mine["leaves"], one["leaves"], rtol=0, atol=1e-5)
+    for own in (first, second):
+        torch.testing.assert_close(own["roots"], one["roots"], rtol=0, atol=0)
+        torch.testing.assert_close(own["leaves"], one["leaves"], rtol=0, atol=1e-5)
         for name in trained:
-            assert (mine[name] - one[name]).norm() <= 1e-5 * one[name].norm()
+            assert (own[name] - one[name]).norm() <= 1e-5 * one[name].norm()
             assert one[name].norm() > 0
     for name in first:
         if name != "rows":

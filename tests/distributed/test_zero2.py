@@ -1,4 +1,4 @@
-"""ZeRO-2 shares out what is trained and changes nothing else: DeepSpeed itself, two processes on the CPU."""
+"""ZeRO-2 partitions what is trained and changes nothing else: DeepSpeed itself, two processes on the CPU."""
 
 import json
 import os
@@ -39,9 +39,9 @@ def test_sharded_optimizers_step_as_whole_ones(tmp_path: Path) -> None:
     assert first["state"] <= 1e-6
     assert first["held"] <= (5 * 7 + 7 + 7 * 7 + 7 + 7 * 3 + 3 + 4) / 2  # half the weights, and padding
     assert first["kept elsewhere"] == 0
-    assert (first["broken"], first["moved"]) == ("inf", 0)  # Run._check_gradient stops there
+    assert (first["broken"], first["moved"]) == ("inf", 0)  # Run.step raises there
     assert first["resumed"] == 0 < first["went on"]
-    assert "parameters took [0.0, 1.0] steps came" in first["uneven"]
+    assert "parameters took [0.0, 1.0] steps" in first["uneven"]
 
 
 @pytest.mark.slow
@@ -71,7 +71,7 @@ def test_a_run_under_zero2_is_the_same_run(tiny_pipeline: Path, tmp_path: Path, 
 
     def train(weights: str, name: str) -> tuple[list[dict], dict[str, dict]]:
         launch(
-            "tests.helpers.zero_run", weights, "tests/data/tiny.yaml", f"policy.path={tiny_pipeline}",
+            "tests.helpers.sharded_run", weights, "tests/data/tiny.yaml", f"policy.path={tiny_pipeline}",
             f"run.output={tmp_path / name}", "run.ema_decay=0.5", "run.keep_checkpoints=3", f"policy.trainable={trained}",
             "trainer.init_args.kl.beta=0", "trainer.init_args.optimizer.max_grad_norm=0.001",
             "trainer.init_args.micro_batch=1", "policy.roles.old.update=copy", "rollout.groups=3",

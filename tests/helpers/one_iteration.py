@@ -1,6 +1,6 @@
-"""One iteration of the policy gradient, run by tests/test_processes.py in one process or in several.
+"""One iteration of the policy gradient, run by tests/distributed in one process or in several.
 
-`python -m tests.helpers.one_iteration PIPELINE OUTPUT whole|selected replicated|sharded` writes OUTPUT/<rank>.safetensors:
+`python -m tests.helpers.one_iteration PIPELINE OUTPUT window|selected replicated|sharded` writes OUTPUT/<rank>.safetensors:
 gradients, start states, counts. sharded: the frozen weights are, as under FSDP2.
 """
 
@@ -50,7 +50,7 @@ class Moody:
 
 
 PLANS = {
-    "whole": (Window(size=2, low=0, high=4), 4, ClippedRatio(1e-2)),
+    "window": (Window(size=2, low=0, high=4), 4, ClippedRatio(1e-2)),
     # after three steps the better half of eight goes on; the guard reads the rollout's own velocities
     "selected": (Selected(Chain(), {3: 4}), 8, Guard(1e-2)),
 }

@@ -1,4 +1,4 @@
-"""A sharded network beside its unsharded twin, in two processes with different numbers of calls; by tests/test_sharding.py.
+"""A sharded network beside its unsharded twin, in two processes with different numbers of calls; run by tests/distributed.
 
 `python -m tests.helpers.sharded_network PIPELINE fp32|bf16 OUTPUT` writes OUTPUT/<rank>.json: relative errors and counts.
 """
@@ -42,7 +42,7 @@ def velocity(policy: Policy, rows: int) -> Tensor:
 
 
 @torch.no_grad()
-def said(policy: Policy, processes: Processes) -> Iterator[Tensor]:
+def velocities(policy: Policy, processes: Processes) -> Iterator[Tensor]:
     """Velocities of three roles; the second process evaluates each three times, the first once."""
     for role in ("reference", "old", "policy"):
         with policy.role(role):
@@ -65,14 +65,14 @@ def run(pipeline: str, dtype: str, output: Path) -> None:
     everyone = Processes.of(accelerator)
     twin, policy = policy_of(pipeline, dtype), policy_of(pipeline, dtype)
     [network] = policy.modules().values()
-    whole = sum(p.numel() for name, p in network.named_parameters() if ".lora_" not in name)
+    num_frozen = sum(p.numel() for name, p in network.named_parameters() if ".lora_" not in name)
     processes = shard(policy, everyone)
     lockstep = processes.level.__self__
     assert isinstance(lockstep, Lockstep)
     frozen = [p for p in network.parameters() if isinstance(p, DTensor)]
-    found = {"held": sum(p.to_local().numel() for p in frozen) / whole}
+    found = {"held": sum(p.to_local().numel() for p in frozen) / num_frozen}
     with watched(policy) as calls:
-        pairs = zip(said(policy, processes), said(twin, everyone), strict=True)
+        pairs = zip(velocities(policy, processes), velocities(twin, everyone), strict=True)
         found["velocity"] = max(error(ours, theirs) for ours, theirs in pairs)
         found["gradient"] = error(gradient(policy), gradient(twin))
         if processes.is_main:  # one process evaluates and saves, the other waits
@@ -81,7 +81,7 @@ def run(pipeline: str, dtype: str, output: Path) -> None:
             policy.save_lora(output / "lora")
             twin.save_lora(output / "twin")
         processes.wait()
-    found |= {"calls": len(calls), "made_up": lockstep.made_up}
+    found |= {"calls": len(calls), "dummy_calls": lockstep.dummy_calls}
     assert all(p.grad is None for p in frozen)
     (output / f"{processes.rank}.json").write_text(json.dumps(found))
     accelerator.end_training()

@@ -1,4 +1,4 @@
-"""Two optimizers under ZeRO-2 beside their plain twins, in two processes; by tests/test_zero.py.
+"""Two optimizers under ZeRO-2 beside their plain twins, in two processes; run by tests/distributed.
 
 `python -m tests.helpers.zero_steps OUTPUT` writes OUTPUT/<rank>.json: relative errors, norms, sizes.
 """
@@ -75,21 +75,21 @@ def run(output: Path) -> None:
     [mine, _], [zero, _] = ours, zeros
     found["held"] = sum(p.numel() for p in optimizers[0].param_groups[0]["params"])
 
-    whole, facts = pack_optimizer(zero.full_optimizer(keep=True), mine.named_parameters())
+    full, facts = pack_optimizer(zero.full_optimizer(keep=True), mine.named_parameters())
     expected, expected_facts = pack_optimizer(plain[0], theirs[0].named_parameters())
-    assert whole.keys() == expected.keys()
+    assert full.keys() == expected.keys()
     assert facts == expected_facts
-    found["state"] = error(whole.values(), [expected[name] for name in whole])
+    found["state"] = error(full.values(), [expected[name] for name in full])
     found["kept elsewhere"] = len(zero.full_optimizer(keep=False).state)
 
     before = [p.detach().clone() for p in mine.parameters()]
     found["broken"] = str(sharded_step(mine, zero, processes, 4, scale=float("nan")))
     found["moved"] = error(mine.parameters(), before)
 
-    copy = network(0)  # resumed, with a state that never lies on the GPU as a whole
+    copy = network(0)  # resumed, with a state that never lies on the GPU as a full
     copy.load_state_dict(mine.state_dict())
     optimizer = SETTINGS.build(copy.parameters())
-    restore_optimizer(optimizer, copy.named_parameters(), whole, facts, torch.device("cpu"))
+    restore_optimizer(optimizer, copy.named_parameters(), full, facts, torch.device("cpu"))
     resumed = Zero2(optimizer)
     for step in (4, 3):
         sharded_step(mine, zero, processes, step)

@@ -89,7 +89,7 @@ def test_names_of_parameters_differ_between_roles(policy: Policy) -> None:
 
 
 def test_bad_names(policy: Policy) -> None:
-    with pytest.raises(ValueError, match="'reference' is the model without training"):
+    with pytest.raises(ValueError, match=r"'reference' \(the model without training\)"):
         policy.add_roles({"reference": Role()})
     with pytest.raises(ValueError, match="expected one of policy, reference, old"):
         velocity(policy, "older")

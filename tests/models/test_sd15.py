@@ -51,6 +51,32 @@ def test_the_deterministic_rollout_is_the_pipeline_under_ddim(
     assert torch.equal(policy.decode(theirs), images)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"timestep_spacing": "trailing"},
+        {"timestep_spacing": "linspace"},
+        {"beta_schedule": "linear"},
+        {"trained_betas": torch.linspace(1e-4, 0.02, 1000).tolist()},
+        {"num_train_timesteps": 500},
+        {"steps_offset": 0},
+        {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
+    ],
+    ids=["trailing", "linspace", "betas-linear", "betas-given", "500-timesteps", "offset-0", "zero-snr"],
+)
+def test_scheduler_options_are_followed_or_refused(options: dict[str, Any], tmp_path: Path) -> None:
+    folder = tiny_sd15(tmp_path, **options)
+    policy, pipeline = load_policy(str(folder), trainable="none"), ddim_pipeline(folder)
+    call = {"prompt_embeds": policy.encode(PROMPTS).tensors["embeds"], "latents": noise_of(3), "height": 24, "width": 48,
+            "num_inference_steps": 4, "guidance_scale": 1.0, "output_type": "latent"}  # fmt: skip
+    if options.get("timestep_spacing") == "linspace":  # DDIM steps by K//T from timesteps that lie (K-1)/(T-1) apart
+        with pytest.raises(ValueError, match="got num_inference_steps=4 with timestep_spacing=linspace"):
+            policy.sigmas(4, SHAPE)
+    else:
+        ours = deterministic(policy, ODE().bind(policy.path), noise_of(3), 4, 1.0)
+        assert relative(ours, pipeline(**call).images) <= 1e-6
+
+
 def test_the_stochastic_step_is_the_schedulers(tiny_sd15_pipeline: Path) -> None:
     policy, pipeline = load_policy(str(tiny_sd15_pipeline), trainable="none"), ddim_pipeline(tiny_sd15_pipeline)
     scheduler, sigmas, conditions = pipeline.scheduler, policy.sigmas(5, SHAPE), policy.encode(PROMPTS)
@@ -168,7 +194,7 @@ def test_what_the_policy_itself_refuses(tiny_sd15_pipeline: Path, tmp_path: Path
             policy.latent_shape(height, 48)
     with pytest.raises(ValueError, match="num_inference_steps=1000"):
         policy.sigmas(1000, SHAPE)  # steps_offset 1 would ask for timestep 1000
-    with pytest.raises(ValueError, match="no LoRA"):
+    with pytest.raises(ValueError, match="expected a LoRA"):
         policy.save_lora(tmp_path / "lora")
     pipeline = ddim_pipeline(tiny_sd15_pipeline)
     pipeline.scheduler = DDIMScheduler()

@@ -1,17 +1,29 @@
 """The SD3 policy against diffusers' own pipeline."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import (
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
 from peft import PeftModel
 
+from flowalign.config import load_config
+from flowalign.errors import ConfigError
+from flowalign.evaluation.evaluate import sample
 from flowalign.models import LoRA, check_lora_targets, inspect_checkpoint, load_policy
+from flowalign.models.families.sd3 import SD3Model
 from samplers import ODE, FlowSDE, Tree, chain, rollout
 
+CONFIG = str(Path(__file__).parents[1] / "data" / "tiny.yaml")
 PROMPTS = ['the word "KITE" in red on a yellow background', 'the word "MOON" in blue on a white background', "a word"]
 
 
@@ -62,6 +74,74 @@ def test_a_dynamically_shifted_grid_is_the_pipelines(tiny_pipeline: Path, tmp_pa
         grid = policy.sigmas(5, policy.latent_shape(height, width))
         assert torch.equal(grid, pipeline.scheduler.sigmas)
         assert not torch.equal(grid, load_policy(str(tiny_pipeline)).sigmas(5, (3, height, width)))
+
+
+# ------------------------------------------------------------------------------------------ scheduler options
+
+
+def with_scheduler(folder: Path, source: Path, name: str = "FlowMatchEulerDiscreteScheduler", **options: Any) -> Path:
+    """A copy of the pipeline `source` in `folder`, with another scheduler class or other options of it."""
+    shutil.copytree(source, folder)
+    index, settings = folder / "model_index.json", folder / "scheduler" / "scheduler_config.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "scheduler": ["diffusers", name]}))
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), **options}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"shift": 1.0},
+        {"num_train_timesteps": 500},
+        {"shift_terminal": 0.1},
+        {"use_karras_sigmas": True},
+        {"use_exponential_sigmas": True},
+        {"use_dynamic_shifting": True},
+        {"use_dynamic_shifting": True, "time_shift_type": "linear"},
+        {"use_dynamic_shifting": True, "use_karras_sigmas": True},
+    ],
+    ids=str,
+)
+def test_scheduler_options_that_move_the_levels_are_followed(
+    options: dict[str, Any], tiny_pipeline: Path, tmp_path: Path
+) -> None:
+    folder = with_scheduler(tmp_path / "changed", tiny_pipeline, **options)
+    plain, policy = (load_policy(str(path), trainable="none") for path in (tiny_pipeline, folder))
+    assert not torch.equal(policy.sigmas(4, (3, 24, 48)), plain.sigmas(4, (3, 24, 48)))  # the option does something
+    noise = torch.randn(3, 3, 24, 48, generator=torch.Generator().manual_seed(0))
+    pipeline = StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(prompt=PROMPTS, latents=noise, num_inference_steps=4, guidance_scale=1.0, height=24, width=48,
+                      max_sequence_length=0, output_type="latent").images  # fmt: skip
+    assert torch.equal(sample(policy, policy.encode(PROMPTS), noise, 4, 1.0), theirs)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}, "stochastic_sampling=true; expected false"),
+        ("FlowMatchEulerDiscreteScheduler", {"invert_sigmas": True}, "invert_sigmas=true; expected false"),
+        ("FlowMatchHeunDiscreteScheduler", {}, "FlowMatchHeunDiscreteScheduler; expected FlowMatchEulerDiscrete"),
+        ("UniPCMultistepScheduler", {"use_flow_sigmas": True}, "UniPCMultistepScheduler; expected FlowMatchEuler"),
+    ],
+)
+def test_a_scheduler_that_samples_otherwise_is_refused_before_weights_are_read(
+    name: str, options: dict[str, Any], message: str, tiny_pipeline: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    folder = str(with_scheduler(tmp_path / "changed", tiny_pipeline, name, **options))
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
+    with pytest.raises(ValueError, match=message):
+        load_policy(folder, trainable="none")
+    with pytest.raises(ConfigError, match=message):
+        load_config(CONFIG, [f"policy.path={folder}"])
+
+
+def test_a_scheduler_put_into_a_loaded_pipeline_is_judged_alike(tiny_pipeline: Path) -> None:
+    pipeline = StableDiffusion3Pipeline.from_pretrained(tiny_pipeline, text_encoder_3=None, tokenizer_3=None)
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
+    with pytest.raises(ValueError, match="stochastic_sampling=true; expected false"):
+        SD3Model(pipeline)
 
 
 def test_detaching_the_unconditional_half_keeps_the_value(tiny_pipeline: Path) -> None:

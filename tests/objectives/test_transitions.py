@@ -37,7 +37,7 @@ class Toy:
         self.arrived = self.old.sample(self.noise)
         self.advantages = torch.tensor([[1.3, -0.2], [-0.4, 0.9]], dtype=F64)
 
-    def known(self, v: torch.Tensor, bounds=None) -> tuple[torch.Tensor, torch.Tensor, Transitions]:
+    def transitions(self, v: torch.Tensor, bounds=None) -> tuple[torch.Tensor, torch.Tensor, Transitions]:
         step = self.kernel(self.x, v, 0.7, 0.55)
         return (
             step.log_prob(self.arrived),
@@ -46,23 +46,25 @@ class Toy:
         )
 
     def loss(self, objective, v: torch.Tensor, bounds=None) -> torch.Tensor:
-        log_prob, old, known = self.known(v, bounds)
-        return objective.loss(log_prob, old, self.advantages, known)
+        log_prob, old, transitions = self.transitions(v, bounds)
+        return objective.loss(log_prob, old, self.advantages, transitions)
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=IDS)
 def test_the_guarded_ratio_is_the_ratio_without_its_bias(kernel) -> None:
     """ln r̂ = s·[ln r + ⟨Δμ²⟩/(2s²)] = ⟨z·Δμ⟩; for a constant δv it is b·δv·⟨z⟩ exactly."""
     toy = Toy(kernel)
-    log_prob, old, known = toy.known(toy.v + 0.1 * toy.shift)
-    got = Guard().log_ratio(log_prob, old, known)
+    log_prob, old, transitions = toy.transitions(toy.v + 0.1 * toy.shift)
+    got = Guard().log_ratio(log_prob, old, transitions)
     s = toy.old.std
-    torch.testing.assert_close(got, s * (log_prob - old + known.step.kl(toy.old, form="exact")))
-    log_prob, old, known = toy.known(toy.v + 0.03)
+    torch.testing.assert_close(got, s * (log_prob - old + transitions.step.kl(toy.old, form="exact")))
+    log_prob, old, transitions = toy.transitions(toy.v + 0.03)
     reduced = toy.noise.mean(1) if kernel.reduce == "mean" else toy.noise.sum(1)
-    torch.testing.assert_close(Guard().log_ratio(log_prob, old, known), toy.old.policy.velocity_coef * 0.03 * reduced)
-    log_prob, old, known = toy.known(toy.v)
-    assert not bool(Guard().log_ratio(log_prob, old, known).any())
+    torch.testing.assert_close(
+        Guard().log_ratio(log_prob, old, transitions), toy.old.policy.velocity_coef * 0.03 * reduced
+    )
+    log_prob, old, transitions = toy.transitions(toy.v)
+    assert not bool(Guard().log_ratio(log_prob, old, transitions).any())
 
 
 def test_the_guarded_ratio_has_no_bias_over_noise_and_the_plain_one_has() -> None:
@@ -120,13 +122,15 @@ def test_bounds_of_an_edge_and_channel_take_the_place_of_the_clip_range() -> Non
     log_prob = torch.tensor([0.3, 0.3, -0.3], dtype=F64)
     advantages = torch.tensor([[1.0, 2.0], [1.0, 2.0], [-1.0, 0.0]], dtype=F64)
     bounds = torch.tensor([[[0.1, 0.1], [0.1, 9.0]], [[0.1, 0.2], [0.1, 0.3]], [[0.05, 0.1], [0.1, 0.1]]], dtype=F64)
-    known = Transitions(FlowSDE()(torch.zeros(3, 1), torch.zeros(3, 1), 0.7, 0.5), torch.zeros(3, 1), None, bounds)
+    transitions = Transitions(
+        FlowSDE()(torch.zeros(3, 1), torch.zeros(3, 1), 0.7, 0.5), torch.zeros(3, 1), None, bounds
+    )
     up, down = float(np.exp(0.3)), 0.95
-    got = ClippedRatio(1e-4).loss(log_prob, torch.zeros(3, dtype=F64), advantages, known)
+    got = ClippedRatio(1e-4).loss(log_prob, torch.zeros(3, dtype=F64), advantages, transitions)
     np.testing.assert_allclose(got, [-1.1 - 2 * up, -1.2 - 2 * 1.3, down])
-    outside = ClippedRatio(1e-4).clipped(log_prob, torch.zeros(3, dtype=F64), advantages, known)
+    outside = ClippedRatio(1e-4).clipped(log_prob, torch.zeros(3, dtype=F64), advantages, transitions)
     assert outside.tolist() == [True, True, True]
-    wide = replace(known, bounds=bounds + 1.0)
+    wide = replace(transitions, bounds=bounds + 1.0)
     assert not bool(ClippedRatio(1e-4).clipped(log_prob, torch.zeros(3, dtype=F64), advantages, wide).any())
 
 
@@ -166,19 +170,19 @@ def test_a_clip_range_of_2e_6_is_kept_in_fp32() -> None:
 
 def test_the_mask_stops_what_is_far_and_moves_away() -> None:
     toy = Toy(FlowSDE())
-    log_prob, old, known = toy.known(toy.v + 0.3 * toy.shift)
-    kl, ratio = known.step.kl(toy.old, form="exact"), (log_prob - old).exp()
+    log_prob, old, transitions = toy.transitions(toy.v + 0.3 * toy.shift)
+    kl, ratio = transitions.step.kl(toy.old, form="exact"), (log_prob - old).exp()
     for sign in (1.0, -1.0):
         advantages = sign * torch.ones(2, 1, dtype=F64)
         away = sign * (ratio - 1) > 0
         assert bool(away.any()) or sign < 0
-        near = KLMask(float(kl.max()) * 1.01).loss(log_prob, old, advantages, known)
+        near = KLMask(float(kl.max()) * 1.01).loss(log_prob, old, advantages, transitions)
         torch.testing.assert_close(near, -sign * ratio)
-        far = KLMask(float(kl.min()) * 0.99).loss(log_prob, old, advantages, known)
+        far = KLMask(float(kl.min()) * 0.99).loss(log_prob, old, advantages, transitions)
         torch.testing.assert_close(far, torch.where(away, 0.0, -sign * ratio))
-        assert KLMask(float(kl.min()) * 0.99).clipped(log_prob, old, advantages, known).tolist() == away.tolist()
+        assert KLMask(float(kl.min()) * 0.99).clipped(log_prob, old, advantages, transitions).tolist() == away.tolist()
     with pytest.raises(ValueError, match="the step under the rollout's weights"):
-        KLMask().loss(log_prob, old, advantages, Transitions(known.step, known.arrived))
+        KLMask().loss(log_prob, old, advantages, Transitions(transitions.step, transitions.arrived))
 
 
 @pytest.mark.parametrize(

@@ -21,15 +21,15 @@ def text(tmp_path: Path, *overrides: str) -> str:
 
 def test_probes_are_counted_apart(tmp_path: Path) -> None:
     """Two prompts, three samples each, with three probes; 4 + 3 + 2 + 1 velocities a sample, three of them trained."""
-    said = text(tmp_path, *PROBED)
-    assert "3 iterations × 2 prompts × 3 images = 18 images" in said and "per iteration: 6 images" in said
-    assert "rollout 10.00, update at most 3.00" in said and "reference at most 3.00" in said
-    assert "probes: 3.00 per image" in said
+    printed = text(tmp_path, *PROBED)
+    assert "3 iterations × 2 prompts × 3 images = 18 images" in printed and "per iteration: 6 images" in printed
+    assert "rollout 10.00, update at most 3.00" in printed and "reference at most 3.00" in printed
+    assert "probes: 3.00 per image" in printed
     assert "probes" not in text(tmp_path)
 
 
 def test_guidance_that_differs_is_said(tmp_path: Path) -> None:
-    said = text(tmp_path, "rollout.guidance_scale=4.5", "rollout.allow_cfg_update=true")
-    assert "rollout.guidance_scale=4.5, evaluation.guidance_scale=1;" in said
+    printed = text(tmp_path, "rollout.guidance_scale=4.5", "rollout.allow_cfg_update=true")
+    assert "rollout.guidance_scale=4.5, evaluation.guidance_scale=1;" in printed
     both = ("rollout.guidance_scale=4.5", "rollout.allow_cfg_update=true", "evaluation.guidance_scale=4.5")
     assert "guidance" not in text(tmp_path, *both) and "guidance" not in text(tmp_path)

@@ -1,4 +1,4 @@
-"""A run folder under careless hands: reruns, extensions, kills, two at once, lost and damaged files; nothing is lost."""
+"""The run folder: started again, extended, killed, opened twice, with lost or damaged files; nothing is lost."""
 
 import errno
 import json
@@ -40,7 +40,7 @@ def done(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copy(done: Path, tmp_path: Path) -> Path:
-    """A copy of the finished run, to be spoilt."""
+    """A copy of the finished run, to be damaged."""
     shutil.copytree(done, tmp_path, dirs_exist_ok=True)
     return tmp_path
 
@@ -80,14 +80,14 @@ def test_a_finished_run_started_again_and_then_extended_equals_one_long_run(
     names = ["run.ema_decay=0.5", prompts, f"evaluation.{prompts}"]
     for iterations in (1, 1, 2):
         run_it(tiny_pipeline, tmp_path / "extended", *names, f"run.iterations={iterations}")
-    run_it(tiny_pipeline, tmp_path / "whole", *names, "run.iterations=2")
+    run_it(tiny_pipeline, tmp_path / "uninterrupted", *names, "run.iterations=2")
     (tensors, state, rows), (expected, expected_state, expected_rows) = (
-        result(tmp_path / name) for name in ("extended", "whole")
+        result(tmp_path / name) for name in ("extended", "uninterrupted")
     )
     assert tensors.keys() == expected.keys() and all(torch.equal(tensors[name], expected[name]) for name in expected)
     assert (state, rows) == (expected_state, expected_rows)
     assert evaluations(tmp_path / "extended") == [(0, "base"), (1, "tuned"), (2, "tuned")]  # one row each
-    assert evaluations(tmp_path / "whole") == [(0, "base"), (2, "tuned")]
+    assert evaluations(tmp_path / "uninterrupted") == [(0, "base"), (2, "tuned")]
 
 
 def test_fewer_iterations_than_done_are_refused_and_nothing_is_lost(copy: Path, no_model: None) -> None:
@@ -97,7 +97,7 @@ def test_fewer_iterations_than_done_are_refused_and_nothing_is_lost(copy: Path, 
     assert {path: path.read_bytes() for path in before} == before
 
 
-def test_another_way_to_write_the_same_folder_is_no_other_configuration(copy: Path) -> None:
+def test_another_path_to_the_same_folder_is_no_other_configuration(copy: Path) -> None:
     before = (copy / "tiny" / "config.yaml").read_bytes()
     open_folder(copy / "tiny", as_saved(copy, output="../elsewhere")).close()  # no ConfigError
     assert (copy / "tiny" / "config.yaml").read_bytes() == before
@@ -147,7 +147,7 @@ def test_two_runs_cannot_share_a_folder(copy: Path, tiny_pipeline: Path, no_mode
 
 
 @pytest.mark.parametrize(
-    ("spoil", "said"),
+    ("damage", "message"),
     [
         (lambda run: shutil.rmtree(run / "checkpoints"), "iteration 2.*holds no checkpoint"),
         (lambda run: (run / "checkpoints/step-2/state.json").unlink(), r"state\.json is missing"),
@@ -164,20 +164,20 @@ def test_two_runs_cannot_share_a_folder(copy: Path, tiny_pipeline: Path, no_mode
     ],
 )
 def test_what_is_lost_or_damaged_is_named_before_a_model_is_loaded(
-    spoil, said: str, copy: Path, tiny_pipeline: Path, no_model: None
+    damage, message: str, copy: Path, tiny_pipeline: Path, no_model: None
 ) -> None:
     plain = as_saved(copy, output=str(copy))
     plain["prompts"] = plain["evaluation"]["prompts"] = f"{copy}/prompts.txt"
     (copy / "tiny" / "config.yaml").write_text(yaml.safe_dump(plain))
-    spoil(copy / "tiny")
+    damage(copy / "tiny")
     metrics = (copy / "tiny" / "metrics.jsonl").read_bytes()
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         start(tiny_pipeline, copy)
     assert (copy / "tiny" / "metrics.jsonl").read_bytes() == metrics
 
 
-def begun(copy: Path, checkpoint_every: int) -> None:
-    """Makes of the finished run one that was killed before its first checkpoint."""
+def killed_before_the_first_checkpoint(copy: Path, checkpoint_every: int) -> None:
+    """Turns the finished run into one that was killed before its first checkpoint."""
     shutil.rmtree(copy / "tiny" / "checkpoints")
     (copy / "tiny" / "summary.json").unlink()
     plain = as_saved(copy, checkpoint_every=checkpoint_every)
@@ -188,7 +188,7 @@ def begun(copy: Path, checkpoint_every: int) -> None:
 def test_prompts_that_changed_before_the_first_checkpoint_are_evaluated_anew(
     copy: Path, tiny_pipeline: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begun(copy, checkpoint_every=10)
+    killed_before_the_first_checkpoint(copy, checkpoint_every=10)
     (copy / "prompts.txt").write_text("a cat\na dog\na cow\na pig\n")
     monkeypatch.setattr(Run, "iterations", lambda run: ())
     monkeypatch.setattr(Run, "finish", lambda run: {})
@@ -207,7 +207,7 @@ def test_two_kills_around_another_checkpoint_every_before_the_first_checkpoint(
         describe(*args)
         raise SystemExit
 
-    begun(copy, checkpoint_every=10)
+    killed_before_the_first_checkpoint(copy, checkpoint_every=10)
     monkeypatch.setattr(run_module, "describe", killed)
     for _ in range(2):
         with pytest.raises(SystemExit):  # the second time too: no ConfigError
@@ -215,42 +215,43 @@ def test_two_kills_around_another_checkpoint_every_before_the_first_checkpoint(
 
 
 def test_a_place_that_cannot_be_written_is_named(done: Path, tiny_pipeline: Path, no_model: None) -> None:
-    with pytest.raises(ConfigError, match=r"cannot be written .* choose another run\.output"):
+    with pytest.raises(ConfigError, match=r"cannot write .* choose another run\.output"):
         start(tiny_pipeline, done, f"run.output={done}/prompts.txt")
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "message"),
     [
         (OSError(errno.ENOSPC, "No space left on device", "runs/x"), "goes on from the last checkpoint"),
         (SafetensorError("I/O error: Read-only file system (os error 30)"), "goes on from the last checkpoint"),
         (CheckpointError("parameters: the checkpoint lacks 1"), "stopped: parameters"),
     ],
 )
-def test_a_disk_that_is_full_is_told_in_a_sentence(
-    error: Exception, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_full_disk_is_an_error_of_one_sentence(
+    error: Exception, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fails(*args: object) -> None:
         raise error
 
     monkeypatch.setattr("flowalign.loop.open_run", fails)
     assert cli.train([CONFIG]) == 1
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
-def test_whoever_reads_the_output_may_leave_first() -> None:
+def test_a_reader_of_the_output_may_exit_first() -> None:
     reader, writer = os.pipe()
     with os.fdopen(writer, "w", buffering=1) as stream:
-        heard = cli.Unbroken(stream)
-        heard.write("a line\n")
+        output = cli.IgnoresBrokenPipe(stream)
+        output.write("a line\n")
         os.close(reader)  # `| tee log` on Ctrl-C
         for text in ("stopping\n", "no newline"):
-            heard.write(text)
-            heard.flush()
-        assert heard.fileno() == writer  # all else is the stream's own
+            output.write(text)
+            output.flush()
+        assert output.fileno() == writer
+        assert (output.encoding, output.isatty(), output.closed) == (stream.encoding, False, False)
 
 
-def test_an_error_that_is_not_the_disks_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_other_than_of_the_disk_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*args: object) -> None:
         raise ConnectionResetError(errno.ECONNRESET, "reset")
 
@@ -260,7 +261,7 @@ def test_an_error_that_is_not_the_disks_keeps_its_traceback(monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(
-    ("body", "said"),
+    ("body", "message"),
     [
         ("def other(images, prompts): return [0.0] * len(prompts)", "'shine' does not exist"),
         ("def shine(images, prompts): return [0.0]", "one per sample"),
@@ -271,11 +272,11 @@ def test_an_error_that_is_not_the_disks_keeps_its_traceback(monkeypatch: pytest.
     ],
 )
 def test_a_reward_that_cannot_work_is_named_before_a_model_is_loaded_and_leaves_the_name_free(
-    body: str, said: str, done: Path, tiny_pipeline: Path, tmp_path: Path, no_model: None
+    body: str, message: str, done: Path, tiny_pipeline: Path, tmp_path: Path, no_model: None
 ) -> None:
     (tmp_path / "mine.py").write_text(body)
     reward = ["reward=rewards.FunctionReward", f"reward.path={tmp_path}/mine.py:shine", f"run.output={tmp_path}"]
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         start(tiny_pipeline, done, *reward)
     assert not (tmp_path / "tiny" / "config.yaml").exists()
 
@@ -291,7 +292,7 @@ def test_equal_rewards_in_the_first_iteration_are_no_frozen_policy(
     assert state["reached"] is False  # so a resumed run still looks for the first gradient
 
 
-def test_a_start_with_other_threads_is_said_and_noted(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_start_with_other_threads_is_printed_and_noted(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = copy / "tiny" / "provenance.json"
     first = json.loads(file.read_text())
     file.write_text(json.dumps({**first, "machine": "abacus, 1 threads"}))
@@ -332,13 +333,13 @@ def ended(pid):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 began = time.monotonic()
-assert ended(child(sys.argv[3] + "/whole")) == 0
-whole, killed, waited = time.monotonic() - began, 0, 0.45
+assert ended(child(sys.argv[3] + "/uninterrupted")) == 0
+uninterrupted, killed, waited = time.monotonic() - began, 0, 0.45
 while True:
     pid = child(sys.argv[3] + "/killed")
     while killed == 0 and not os.path.exists(sys.argv[3] + "/killed/tiny/metrics.jsonl"):
         time.sleep(0.0005)  # first: right after the first row, before any checkpoint
-    time.sleep(waited * whole if killed else 0.0)
+    time.sleep(waited * uninterrupted if killed else 0.0)
     os.kill(pid, signal.SIGKILL)
     code = ended(pid)
     if code == 0:
@@ -349,16 +350,16 @@ print(killed)
 """
 
 
-def test_a_run_killed_at_any_moment_ends_in_the_same_bits(tiny_pipeline: Path, tmp_path: Path) -> None:
+def test_a_run_killed_at_any_moment_ends_with_the_same_bits(tiny_pipeline: Path, tmp_path: Path) -> None:
     config = str(Path(__file__).parents[1] / "data" / "tiny.yaml")
     here = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     script = [sys.executable, "-W", "ignore", "-c", KILLER, config, str(tiny_pipeline), str(tmp_path)]
-    said = subprocess.run(script, check=True, stdout=subprocess.PIPE, text=True, env=here, timeout=300).stdout
-    assert int(said.split()[-1]) >= 1  # it did die on the way
+    message = subprocess.run(script, check=True, stdout=subprocess.PIPE, text=True, env=here, timeout=300).stdout
+    assert int(message.split()[-1]) >= 1  # it was killed at least once
     (tensors, state, rows), (expected, expected_state, expected_rows) = (
-        result(tmp_path / name) for name in ("killed", "whole")
+        result(tmp_path / name) for name in ("killed", "uninterrupted")
     )
     assert tensors.keys() == expected.keys() and all(torch.equal(tensors[name], expected[name]) for name in expected)
     assert (state, rows) == (expected_state, expected_rows)
-    results = [read_rows(tmp_path / name / "tiny" / "evaluations.jsonl") for name in ("killed", "whole")]
+    results = [read_rows(tmp_path / name / "tiny" / "evaluations.jsonl") for name in ("killed", "uninterrupted")]
     assert [without_time(row) for row in results[0]] == [without_time(row) for row in results[1]]

@@ -1,4 +1,4 @@
-"""A whole run on a tiny real pipeline: it moves weights, resumes bit for bit from any kill, and exports its LoRA."""
+"""A run on a tiny real pipeline: it moves weights, resumes bit for bit from any kill, and exports its LoRA."""
 
 import json
 import os
@@ -24,15 +24,15 @@ class Killed(BaseException):
 
 
 @pytest.fixture(scope="module")
-def whole(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def uninterrupted(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run of three iterations with EMA."""
-    output = tmp_path_factory.mktemp("whole")
+    output = tmp_path_factory.mktemp("uninterrupted")
     run_it(tiny_pipeline, output, "run.ema_decay=0.5")
     return output
 
 
-def test_a_run_leaves_what_it_promises(whole: Path) -> None:
-    folder = whole / "tiny"
+def test_a_run_writes_summary_rows_and_report(uninterrupted: Path) -> None:
+    folder = uninterrupted / "tiny"
     summary = json.loads((folder / "summary.json").read_text())
     assert {"base", "tuned", "gain_ci95", "seconds", "evaluations_per_image", "ratio_drift_max"} <= summary.keys()
     assert summary["ratio_drift_max"] <= 1e-6  # I1
@@ -44,24 +44,24 @@ def test_a_run_leaves_what_it_promises(whole: Path) -> None:
     assert not [path for path in folder.rglob("*") if path.suffix in (".pt", ".bin", ".pkl")]
 
 
-def test_every_adapter_parameter_moves(whole: Path, tiny_pipeline: Path) -> None:
+def test_every_adapter_parameter_moves(uninterrupted: Path, tiny_pipeline: Path) -> None:
     lora = LoRA(rank=4, alpha=8, targets=("attn.to_q", "attn.to_v", "ff.net.2"))
     start = dict(load_policy(str(tiny_pipeline), lora=lora, seed=0).trainable_parameters())
-    tensors, _, _ = result(whole)
+    tensors, _, _ = result(uninterrupted)
     moved = [not torch.equal(tensors[f"role_policy/{name}"], value) for name, value in start.items()]
     assert len(moved) == 12 and all(moved)
 
 
-POINTS = {
+POINTS = {  # where the run is killed: at which call of what; a checkpoint has three sections
     "rollout": ("flowalign.rollouts.collect.rollout", 2),
     "reward": ("flowalign.rollouts.collect.score", 2),
     "backward": ("flowalign.run.run.Run.backward", 2),
     "optimizer": ("flowalign.run.run.Run.step", 2),
     "ema": ("flowalign.models.ema.EMA.update", 2),
     "first metrics append": ("flowalign.storage.metrics_log.append_line", 1),
-    "first temporary write": ("flowalign.storage.checkpoint._write", 1),
-    "temporary write": ("flowalign.storage.checkpoint._write", 2),
-    "last prune": ("flowalign.storage.checkpoint._remove", 2),
+    "first temporary write": ("flowalign.storage.checkpoint.save_file", 1),
+    "temporary write": ("flowalign.storage.checkpoint.save_file", 4),
+    "last prune": ("shutil.rmtree", 2),
     "metrics append": ("flowalign.storage.metrics_log.append_line", 2),
     "evaluation": ("flowalign.run.evaluations.append_result", 2),
 }
@@ -69,7 +69,7 @@ POINTS = {
 
 @pytest.mark.parametrize("point", POINTS)
 def test_resume_after_a_kill_is_bit_exact(
-    point: str, whole: Path, tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    point: str, uninterrupted: Path, tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target, call = POINTS[point]
     owner, name = target.rsplit(".", 1)
@@ -90,7 +90,7 @@ def test_resume_after_a_kill_is_bit_exact(
         with pytest.raises(Killed):
             run_it(tiny_pipeline, tmp_path, "run.ema_decay=0.5", "run.keep_checkpoints=1")
     run_it(tiny_pipeline, tmp_path, "run.ema_decay=0.5", "run.keep_checkpoints=1")
-    (tensors, state, rows), (expected, expected_state, expected_rows) = result(tmp_path), result(whole)
+    (tensors, state, rows), (expected, expected_state, expected_rows) = result(tmp_path), result(uninterrupted)
     assert tensors.keys() == expected.keys()
     assert all(torch.equal(tensors[name], expected[name]) for name in expected)
     assert state == expected_state
@@ -99,7 +99,7 @@ def test_resume_after_a_kill_is_bit_exact(
 
 
 def test_ctrl_c_finishes_the_iteration_and_saves(
-    tiny_pipeline: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_pipeline: Path, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = Run.backward
 
@@ -113,29 +113,29 @@ def test_ctrl_c_finishes_the_iteration_and_saves(
             run_it(tiny_pipeline, tmp_path, "run.ema_decay=0.5", "run.checkpoint_every=3")
     assert checkpoint.latest(tmp_path / "tiny").name == "step-1"
     run_it(tiny_pipeline, tmp_path, "run.ema_decay=0.5", "run.checkpoint_every=3")
-    assert all(torch.equal(value, result(whole)[0][name]) for name, value in result(tmp_path)[0].items())
+    assert all(torch.equal(value, result(uninterrupted)[0][name]) for name, value in result(tmp_path)[0].items())
 
 
-def test_another_configuration_does_not_resume(whole: Path, tiny_pipeline: Path) -> None:
+def test_another_configuration_does_not_resume(uninterrupted: Path, tiny_pipeline: Path) -> None:
     with pytest.raises(ConfigError, match=r"rollout\.group_size"):
-        run_it(tiny_pipeline, whole, "run.ema_decay=0.5", "rollout.group_size=4")
+        run_it(tiny_pipeline, uninterrupted, "run.ema_decay=0.5", "rollout.group_size=4")
 
 
-def test_micro_batches_do_not_change_the_trajectory(whole: Path, tiny_pipeline: Path, tmp_path: Path) -> None:
+def test_micro_batches_do_not_change_the_trajectory(uninterrupted: Path, tiny_pipeline: Path, tmp_path: Path) -> None:
     run_it(tiny_pipeline, tmp_path, "run.ema_decay=0.5", "trainer.micro_batch=1", "rollout.micro_batch=1")
-    tensors, expected = result(tmp_path)[0], result(whole)[0]
+    tensors, expected = result(tmp_path)[0], result(uninterrupted)[0]
     for name, value in expected.items():
         if name.startswith("role_policy/"):
             torch.testing.assert_close(tensors[name], value, rtol=1e-3, atol=2e-5)
 
 
-def test_the_lora_loads_in_plain_diffusers(whole: Path, tiny_pipeline: Path, tmp_path: Path) -> None:
+def test_the_lora_loads_in_plain_diffusers(uninterrupted: Path, tiny_pipeline: Path, tmp_path: Path) -> None:
     """alpha ≠ rank; a process that never imports flowalign gives the images of the tuned evaluation."""
     from flowalign.data import load_prompts
     from flowalign.evaluation.result_file import load_result
     from samplers import normal
 
-    tuned = load_result(whole / "tiny" / "evaluation" / "tuned.safetensors")
+    tuned = load_result(uninterrupted / "tiny" / "evaluation" / "tuned.safetensors")
     records = load_prompts("flowalign.glyphs:held_out_prompts")[: len(tuned.prompts)]
     noise = torch.stack([normal((3, 24, 48), tuned.seed, "start", "evaluate", r.uid, 0) for r in records])
     torch.save(noise, tmp_path / "noise.pt")  # this test's own file, not the run's
@@ -147,7 +147,7 @@ noise = torch.load({str(tmp_path / "noise.pt")!r})
 call = dict(prompt={tuned.prompts!r}, latents=noise, num_inference_steps={tuned.num_inference_steps},
             guidance_scale=1.0, height=24, width=48, max_sequence_length=0, output_type="pt")
 base = pipe(**call).images
-pipe.load_lora_weights({str(whole / "tiny" / "lora")!r})
+pipe.load_lora_weights({str(uninterrupted / "tiny" / "lora")!r})
 torch.save((base, pipe(**call).images), {str(tmp_path / "images.pt")!r})
 assert "flowalign" not in sys.modules
 """

@@ -21,7 +21,7 @@ from samplers import Forest, Tree, chain
 from tests.helpers.trees import everywhere, grown, leaves_under, probed, split_tree
 
 
-def told(forest: Forest, values, valid=None) -> Advantages:
+def advantages_of(forest: Forest, values, valid=None) -> Advantages:
     """Advantages of one channel, given by edge."""
     column = torch.as_tensor(values, dtype=torch.float32)[:, None]
     return Advantages(column, everywhere(column) if valid is None else torch.as_tensor(valid)[:, None], 0.0)
@@ -78,7 +78,7 @@ def test_depth_pruning_moves_between_its_ends() -> None:
 
 def test_a_masked_branch_is_never_the_best_one() -> None:
     forest = grown(split_tree(3, (0,)))  # two branches of three steps
-    advantages = told(forest, [0.0, -1.0] * 3, [False, True] * 3)
+    advantages = advantages_of(forest, [0.0, -1.0] * 3, [False, True] * 3)
     assert ParentTop1().choose(forest, advantages)[2:].tolist() == [False, True, False, True]
     assert ExtremeB(1).choose(forest, advantages)[2:].tolist() == [False, True, False, True]
 
@@ -89,7 +89,7 @@ def test_a_share_of_each_samples_steps(probes: bool) -> None:
     tree = Tree.cat([probed(16, 3) if probes else chain(16, 3)] * 2)
     forest = grown(tree, width=1)
     edges = forest.tree.edges
-    advantages = told(forest, torch.ones(len(edges)))
+    advantages = advantages_of(forest, torch.ones(len(edges)))
     draws = [
         Fraction(0.6).choose(forest, advantages, SelectionContext(seed, iteration, uids))
         for seed, iteration, uids in ((0, 0, (7, 8)), (0, 1, (7, 8)), (1, 0, (7, 8)), (0, 0, (8, 7)), (0, 0, (7, 7)))
@@ -101,7 +101,9 @@ def test_a_share_of_each_samples_steps(probes: bool) -> None:
     assert draws[0][group == 0].tolist() == draws[3][group == 1].tolist()  # the prompt counts, not its place
     assert draws[4][group == 0].tolist() != draws[4][group == 1].tolist()  # a prompt seen twice draws twice
     alone = grown(Tree.cat([probed(16, 3) if probes else chain(16, 3)]), width=1)
-    single = Fraction(0.6).choose(alone, told(alone, torch.ones(len(alone.tree.edges))), SelectionContext(0, 0, (8,)))
+    single = Fraction(0.6).choose(
+        alone, advantages_of(alone, torch.ones(len(alone.tree.edges))), SelectionContext(0, 0, (8,))
+    )
     assert single.tolist() == draws[0][group == 1].tolist()
     assert bool(Fraction(1.0).choose(forest, advantages).all())
 
@@ -117,10 +119,10 @@ def test_best_and_worst_samples_of_each_group() -> None:
     assert int(kept.sum()) == 8 * 3  # whole samples
     assert bool(BestOfN(6).choose(forest, advantages).all())
     valid = root != 1  # a masked sample is no candidate: the next worst takes its place
-    kept = BestOfN(4).choose(forest, told(forest, advantages.values[:, 0] * valid, valid))
+    kept = BestOfN(4).choose(forest, advantages_of(forest, advantages.values[:, 0] * valid, valid))
     assert root[kept].unique().tolist()[:4] == [0, 2, 3, 4]
     masked = (root != 2) | (edges == edges[root == 2][0])  # a sample is as good as its mean step, however many count
-    kept = BestOfN(2).choose(forest, told(forest, advantages.values[:, 0] * masked, masked))
+    kept = BestOfN(2).choose(forest, advantages_of(forest, advantages.values[:, 0] * masked, masked))
     assert root[kept].unique().tolist()[:2] == [1, 2]
     with pytest.raises(ValueError, match="even number"):
         BestOfN(3)
@@ -129,9 +131,9 @@ def test_best_and_worst_samples_of_each_group() -> None:
 
 def test_as_many_positive_as_negative_edges() -> None:
     forest = grown(chain(4, 2), width=1)
-    advantages = told(forest, [3.0, -1.0, 2.0, -5.0, 1.0, 0.0])
+    advantages = advantages_of(forest, [3.0, -1.0, 2.0, -5.0, 1.0, 0.0])
     assert PositiveNegativeBalance().choose(forest, advantages).tolist() == [True, True, True, True, False, False]
-    one_sign = told(forest, [3.0, 1.0, 2.0, 0.0, 1.0, 0.0])
+    one_sign = advantages_of(forest, [3.0, 1.0, 2.0, 0.0, 1.0, 0.0])
     assert PositiveNegativeBalance().choose(forest, one_sign).tolist() == [True, True, True, False, True, False]
 
 
@@ -140,5 +142,5 @@ def test_selectors_compose() -> None:
     both = All([ParentTop1(), DepthWindow(size=5)]).choose(forest, advantages)
     expected = ParentTop1().choose(forest, advantages) & DepthWindow(size=5).choose(forest, advantages)
     assert torch.equal(both, expected) and int(both.sum()) == 138 - 40
-    everything = All([AllEdges(), NonZeroAdvantage()]).choose(forest, told(forest, [0.0, 1.0] * 109))
+    everything = All([AllEdges(), NonZeroAdvantage()]).choose(forest, advantages_of(forest, [0.0, 1.0] * 109))
     assert int(everything.sum()) == 109

@@ -34,15 +34,15 @@ def saved(output: Path, name: str = "contract") -> tuple[dict[str, torch.Tensor]
 
 
 @pytest.fixture(scope="module")
-def whole(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def uninterrupted(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("contract")
     assert run_it(tiny_pipeline, output).calibrations == 1
     return output
 
 
-def test_every_role_goes_its_own_way(whole: Path) -> None:
+def test_every_role_goes_its_own_way(uninterrupted: Path) -> None:
     """Six policy steps: old copied the sixth, sampling and fast_ema lag, fake has gone where its own optimizer led."""
-    tensors, state, rows = saved(whole)
+    tensors, state, rows = saved(uninterrupted)
     assert state["steps"] == 6
     weights = {
         role: torch.cat([v.flatten() for k, v in tensors.items() if k.startswith(f"role_{role}/")])
@@ -55,7 +55,7 @@ def test_every_role_goes_its_own_way(whole: Path) -> None:
 
 
 def test_a_stopped_run_is_taken_up_without_a_second_calibration(
-    whole: Path, tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    uninterrupted: Path, tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original, steps = Run.step, []
 
@@ -70,7 +70,7 @@ def test_a_stopped_run_is_taken_up_without_a_second_calibration(
         with pytest.raises(KeyError):
             run_it(tiny_pipeline, tmp_path)
     assert run_it(tiny_pipeline, tmp_path).calibrations == 0
-    (tensors, state, rows), (expected, expected_state, expected_rows) = saved(tmp_path), saved(whole)
+    (tensors, state, rows), (expected, expected_state, expected_rows) = saved(tmp_path), saved(uninterrupted)
     assert tensors.keys() == expected.keys()
     assert all(torch.equal(tensors[name], expected[name]) for name in expected)
     assert (state, rows) == (expected_state, expected_rows)

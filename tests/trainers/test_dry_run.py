@@ -63,15 +63,16 @@ def load(folder: Path, rollout: dict, trainer: dict) -> TrainConfig:
         ({"plan": plan("Window", size=1)},  # where the window is drawn, and what is left out of it: not in every iteration
          {"select": part("flowalign.selectors.DepthWindow", size=2, start=0, stop=0)}),
     ],
-    ids=["DenseGRPO", "TP-GRPO", "outcome and gain", "CPS", "half the guidance", "TempFlow", "BranchGRPO", "Dynamic-TreeRPO", "path search", "best of n", "moving"],
+    ids=["DenseGRPO", "TP-GRPO", "outcome and gain", "CPS", "half the guidance", "TempFlow", "BranchGRPO",
+         "Dynamic-TreeRPO", "path search", "best of n", "moving"],
 )  # fmt: skip
 def test_methods_are_let_through(tmp_path: Path, rollout: dict, trainer: dict) -> None:
     config = load(tmp_path, rollout, trainer)
-    for built, said in (
+    for built, expected in (
         (config.rollout.plan, rollout.get("plan", "Window")),
         (config.trainer.signal.credit, trainer.get("credit", "Broadcast")),
     ):
-        assert type(built).__name__ in str(said)
+        assert type(built).__name__ in str(expected)
     assert config.rollout.plan.forecast(4, 4).edges >= 2
 
 

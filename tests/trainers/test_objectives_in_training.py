@@ -88,10 +88,10 @@ def test_layer_tuning_is_a_mean_over_the_states_of_its_own_update(tiny_pipeline:
 
 def test_the_loss_does_not_depend_on_the_micro_batch(tiny_pipeline: Path) -> None:
     parts = {"objective": Guard(1e-3), "layer_tuning": LayerTuning(scale=1.0), "kl": KLPenalty(0.1)}
-    whole, *_ = trained(tiny_pipeline, **parts)
+    together, *_ = trained(tiny_pipeline, **parts)
     single, *_ = trained(tiny_pipeline, micro_batch=1, **parts)
-    scale = max(float(g.abs().max()) for g in whole.values())
-    for name, gradient in whole.items():
+    scale = max(float(g.abs().max()) for g in together.values())
+    for name, gradient in together.items():
         torch.testing.assert_close(single[name], gradient, rtol=1e-3, atol=1e-4 * scale)
 
 

@@ -23,17 +23,17 @@ def part(name: str, **init) -> dict:
 
 
 def trainer(folder: Path, **parts):
-    said = yaml.safe_load(TINY.read_text())
-    given = said["trainer"]["init_args"]
+    config = yaml.safe_load(TINY.read_text())
+    given = config["trainer"]["init_args"]
     for name, value in parts.items():
         (given["signal"] if name in given["signal"] else given)[name] = value
     path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(said))
+    path.write_text(yaml.safe_dump(config))
     return load_config(str(path), [])[0].trainer
 
 
 @pytest.mark.parametrize(
-    ("field", "said", "expected"),
+    ("field", "written", "expected"),
     [
         ("credit", part("credit.BranchLocal"), credit.BranchLocal()),
         ("credit", part("credit.SubtreeFusion", beta=0.5), credit.SubtreeFusion(0.5)),
@@ -64,13 +64,13 @@ def trainer(folder: Path, **parts):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
-def test_a_part_is_built_as_said(tmp_path: Path, field: str, said, expected) -> None:
-    built = trainer(tmp_path, **{field: said})
+def test_a_part_is_built_as_said(tmp_path: Path, field: str, written, expected) -> None:
+    built = trainer(tmp_path, **{field: written})
     assert (vars(built) | vars(built.signal))[field] == expected
 
 
 @pytest.mark.parametrize(
-    ("field", "said", "named"),
+    ("field", "written", "named"),
     [
         ("credit", part("credit.Gain", kind="gian"), "gain"),
         ("advantage", part("advantage.Normalized", trim=1.5), "trim"),
@@ -81,6 +81,6 @@ def test_a_part_is_built_as_said(tmp_path: Path, field: str, said, expected) -> 
         ("dynamic_clip", {"low": 2e-4, "high": 1e-4}, "low"),
     ],
 )
-def test_a_part_that_cannot_work_is_named(tmp_path: Path, field: str, said, named: str) -> None:
+def test_a_part_that_cannot_work_is_named(tmp_path: Path, field: str, written, named: str) -> None:
     with pytest.raises(ConfigError, match=named):
-        trainer(tmp_path, **{field: said})
+        trainer(tmp_path, **{field: written})

@@ -50,13 +50,13 @@ def test_reward_metrics_are_of_the_images_that_have_a_score(tiny_pipeline: Path)
     _, trainer = make(tiny_pipeline, Window(), reward=Blind())
     began = time.perf_counter()
     batch = trainer.collect(PROMPTS, 0)
-    whole, told, seen = time.perf_counter() - began, batch.metrics, batch.scores[batch.valid].double()
-    assert len(seen) == 5 and told["reward/invalid"] == 1
-    assert told["reward/mean"] == told["reward/brightness_mean"] == pytest.approx(float(seen.mean()))
-    assert told["reward/brightness_std"] == pytest.approx(float(seen.std(unbiased=False)))
-    assert told["reward/brightness.twice_mean"] == pytest.approx(2 * float(seen.mean()))
-    assert 0 < sum(told[f"time/{part}"] for part in ("rollout", "decode", "reward")) < whole
-    assert told["time/reward_ms_per_image"] == pytest.approx(1000 * told["time/reward"] / 6)
+    total, metrics, seen = time.perf_counter() - began, batch.metrics, batch.scores[batch.valid].double()
+    assert len(seen) == 5 and metrics["reward/invalid"] == 1
+    assert metrics["reward/mean"] == metrics["reward/brightness_mean"] == pytest.approx(float(seen.mean()))
+    assert metrics["reward/brightness_std"] == pytest.approx(float(seen.std(unbiased=False)))
+    assert metrics["reward/brightness.twice_mean"] == pytest.approx(2 * float(seen.mean()))
+    assert 0 < sum(metrics[f"time/{part}"] for part in ("rollout", "decode", "reward")) < total
+    assert metrics["time/reward_ms_per_image"] == pytest.approx(1000 * metrics["time/reward"] / 6)
 
 
 @pytest.mark.parametrize(("draw", "windows"), [("iteration", 1), ("group", 2)])
@@ -114,16 +114,16 @@ def test_a_selected_plan_keeps_the_best_previews_and_looks_once(tiny_pipeline: P
     rows = 2 * (2 + 5 + 3 * 2)  # the trunk; five branches, all looked at where they arrive; two go on
     assert policy.evaluations - before == rows == 2 * plan.forecast(6, 5).rollout
     assert batch.metrics["cost/rollout_per_image"] == rows / 4
-    whole = make(tiny_pipeline, plan.plan, group_size=5, steps=6)[1].collect(PROMPTS, 0)
+    unselected = make(tiny_pipeline, plan.plan, group_size=5, steps=6)[1].collect(PROMPTS, 0)
     sigmas = policy.sigmas(6, policy.latent_shape(24, 48))
     for group in range(2):
-        mine = whole.forest.tree.group[whole.forest.tree.edges] == group
-        x = whole.forest.at(whole.forest.tree.edges[mine])  # after the stochastic step, at index 2
+        mine = unselected.forest.tree.group[unselected.forest.tree.edges] == group
+        x = unselected.forest.at(unselected.forest.tree.edges[mine])  # after the stochastic step, at index 2
         rows = batch.conditions.rows(torch.full((5,), group))
         with torch.no_grad():
             x0 = x - sigmas[2] * policy.velocity(x, sigmas[2].expand(5), rows)
         best = policy.decode(x0).mean((1, 2, 3)).argsort(descending=True)[:2].sort().values
-        expected = whole.forest.tree.local[whole.forest.tree.edges[mine]][best]
+        expected = unselected.forest.tree.local[unselected.forest.tree.edges[mine]][best]
         edges = batch.forest.tree.edges
         assert torch.equal(batch.forest.tree.local[edges][batch.forest.tree.group[edges] == group], expected)
     run_updates(trainer, batch)

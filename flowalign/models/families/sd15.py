@@ -2,7 +2,9 @@
 
 The released scheduler, PNDM, is a multistep solver with no density. As in ddpo-pytorch, rollouts and evaluation use
 DDIMScheduler.from_config(pipe.scheduler.config): the same levels and the same spacing. Not kept: the images of the PNDM
-call. Timesteps 0…999 live only here: the level σ = (t+1)/1000 is timestep t, and σ = 0 is clean data.
+call, and the last bits of the DDIM call (the step is one affine map in place of x̂0 and ε̂: in fp32 latents agree to 1e-6
+of their norm, for v-prediction to 2e-6). Timesteps 0…999 are used only here: the level σ = (t+1)/1000 is timestep t, and
+σ = 0 is clean data.
 """
 
 from __future__ import annotations
@@ -33,12 +35,12 @@ class SD15Model:
     def __init__(self, pipeline: StableDiffusionPipeline, max_sequence_length: int | None = None) -> None:
         if max_sequence_length is not None:
             raise ValueError(
-                f"max_sequence_length={max_sequence_length} came; expected null, since the CLIP text encoder of this "
-                f"family always reads {pipeline.tokenizer.model_max_length} tokens"
+                f"got max_sequence_length={max_sequence_length}; expected null, since the CLIP text encoder of this "
+                f"family always reads {pipeline.tokenizer.model_max_length} tokens: leave it out"
             )
         if pipeline.unet.config.time_cond_proj_dim is not None:
-            raise ValueError("a UNet that takes the guidance scale as an input (time_cond_proj_dim, LCM) came; expected "
-                             "one of Stable Diffusion 1.x or 2.x: train an undistilled checkpoint")  # fmt: skip
+            raise ValueError("got a UNet that takes the guidance scale as an input (time_cond_proj_dim, LCM); expected one "
+                             "of Stable Diffusion 1.x or 2.x: take a checkpoint that is not distilled")  # fmt: skip
         self.pipeline = pipeline
         self.network = pipeline.unet
         self.dtype: torch.dtype = pipeline.vae.dtype
@@ -55,15 +57,15 @@ class SD15Model:
         known, settings = len(self.path.alphas_cumprod), self.scheduler.config
         self.scheduler.set_timesteps(num_inference_steps, device="cpu")
         timesteps: list[int] = self.scheduler.timesteps.tolist()
-        # DDIMScheduler.step goes from t to t - K//T, whatever the spacing; below 0 stands its final_alpha_cumprod
+        # DDIMScheduler.step goes from t to t - K//T, whatever the spacing; below 0 it takes final_alpha_cumprod
         arrivals = [t - known // num_inference_steps for t in timesteps]
         if arrivals[-1] < 0:
             arrivals[-1] = -1 if settings.set_alpha_to_one else 0
         if arrivals[:-1] != timesteps[1:] or arrivals[-1] >= timesteps[-1] or timesteps[0] >= known:
             raise ValueError(
-                f"num_inference_steps={num_inference_steps} with timestep_spacing={settings.timestep_spacing}, "
-                f"steps_offset={settings.steps_offset}, set_alpha_to_one={settings.set_alpha_to_one} came, timesteps "
-                f"{timesteps[:3]} … {timesteps[-2:]}; expected a strictly falling chain whose steps are all "
+                f"got num_inference_steps={num_inference_steps} with timestep_spacing={settings.timestep_spacing}, "
+                f"steps_offset={settings.steps_offset}, set_alpha_to_one={settings.set_alpha_to_one}, hence timesteps "
+                f"{timesteps[:3]} … {timesteps[-2:]}; expected strictly decreasing ones whose steps are all "
                 f"{known}//{num_inference_steps}: take a divisor of {known} below {known}, and a steps_offset of 1"
             )
         return (torch.tensor([*timesteps, arrivals[-1]], dtype=torch.float64) + 1).div(known).float()
@@ -113,22 +115,25 @@ def ddim(config: dict[str, Any]) -> DDIMScheduler:
     name = config.get("_class_name")
     if name not in SCHEDULERS:
         raise ValueError(
-            f"scheduler {name} came; expected one of {', '.join(SCHEDULERS)}: save the pipeline with "
+            f"got scheduler {name}; expected one of {', '.join(SCHEDULERS)}: save the pipeline with "
             "DDIMScheduler.from_config(pipe.scheduler.config)"
         )
     scheduler = DDIMScheduler.from_config(config)
     settings = scheduler.config
     if settings.clip_sample or settings.thresholding:
         raise ValueError(
-            f"a scheduler with clip_sample={settings.clip_sample}, thresholding={settings.thresholding} came (a missing "
+            f"got a scheduler with clip_sample={settings.clip_sample}, thresholding={settings.thresholding} (a missing "
             "clip_sample means true to DDIM); expected both false, or the step that is scored is not the step that was "
             "sampled: set them in the pipeline's scheduler_config.json"
         )
     if settings.prediction_type not in PREDICTIONS:
-        raise ValueError(f"prediction_type={settings.prediction_type} came; expected one of {', '.join(PREDICTIONS)}")
+        raise ValueError(
+            f"got prediction_type={settings.prediction_type}; expected one of {', '.join(PREDICTIONS)}: take a checkpoint "
+            "that predicts one of them"
+        )
     if settings.prediction_type == "epsilon" and float(scheduler.alphas_cumprod.min()) == 0:
-        raise ValueError("ε-prediction with a level of ᾱ = 0 (rescale_betas_zero_snr) came; at pure noise ε says nothing "
-                         "of the data: set rescale_betas_zero_snr=false, or use a v-prediction model")  # fmt: skip
+        raise ValueError("got ε-prediction with a level of ᾱ = 0 (rescale_betas_zero_snr); expected ᾱ > 0, since at pure "
+                         "noise ε says nothing of the data: set rescale_betas_zero_snr=false, or use a v-prediction model")  # fmt: skip
     return scheduler
 
 

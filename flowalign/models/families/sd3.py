@@ -1,4 +1,8 @@
-"""Stable Diffusion 3 and 3.5: a StableDiffusion3Pipeline as a model. Timesteps 0…1000 live only here."""
+"""Stable Diffusion 3 and 3.5: a StableDiffusion3Pipeline as a model, sampled by the Euler steps of its own scheduler.
+
+In fp32 on the CPU the deterministic rollout equals the pipeline's call exactly if the network calls have equal batches and
+the prompts were encoded in equal batches (text encoders round by batch size). Timesteps 0…1000 are used only here.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 from torch import Tensor, nn
 
 from flowalign.models.base import Conditions, Family, check_size
 from flowalign.models.lora import SD3_TARGETS
 from samplers import RectifiedFlow
+
+SCHEDULER = "FlowMatchEulerDiscreteScheduler"
+# option of the scheduler -> what the pipeline would do that the rollout does not
+NOT_FOLLOWED = {
+    "stochastic_sampling": "every step of the pipeline would add fresh noise",
+    "invert_sigmas": "the levels would rise from 0 to 1",
+}
 
 
 class SD3Model:
@@ -25,11 +36,7 @@ class SD3Model:
     path = RectifiedFlow()
 
     def __init__(self, pipeline: StableDiffusion3Pipeline, max_sequence_length: int | None = None) -> None:
-        if not isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler):
-            raise ValueError(
-                f"scheduler {type(pipeline.scheduler).__name__} came; expected FlowMatchEulerDiscreteScheduler, "
-                "whose deterministic step is the Euler step of the rollout: load the pipeline with that one"
-            )
+        _path({**pipeline.scheduler.config, "_class_name": type(pipeline.scheduler).__name__})
         self.pipeline = pipeline
         self.network = pipeline.transformer
         self.dtype: torch.dtype = pipeline.vae.dtype
@@ -96,6 +103,20 @@ def _absent(index: dict[str, Any]) -> dict[str, Any]:
 
 
 def _path(scheduler: dict[str, Any]) -> RectifiedFlow:
+    """The path of a scheduler's config; ValueError if the scheduler's step is not the Euler step of the rollout. Options
+    that only move the levels (shifts, Karras, exponential) are followed, since `sigmas` asks the scheduler."""
+    name = scheduler.get("_class_name")
+    if name != SCHEDULER:
+        raise ValueError(
+            f"got scheduler {name}; expected {SCHEDULER}, whose step is the Euler step of the rollout: save the "
+            "pipeline with that one"
+        )
+    for option, effect in NOT_FOLLOWED.items():
+        if scheduler.get(option):
+            raise ValueError(
+                f"got a scheduler with {option}=true; expected false, since {effect} and the rollout would not: set it "
+                "to false in the pipeline's scheduler_config.json"
+            )
     return RectifiedFlow()
 
 
