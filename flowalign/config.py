@@ -202,10 +202,10 @@ def check(config: TrainConfig) -> None:
         check_lora_targets(policy.path, policy.lora.targets)
     elif policy.dtype != "fp32":
         raise ConfigError(f"policy.dtype={policy.dtype} with policy.trainable=full: expected fp32 for the optimizer")
-    elif config.trainer.needs_reference() and not policy.reference_copy:
+    elif "reference" in config.trainer.roles() and not policy.reference_copy:
         raise ConfigError(
-            "policy.trainable=full with a KL (trainer.kl.beta above 0) has no reference: set trainer.kl.beta=0, or "
-            "policy.reference_copy=true (it doubles the memory of the network)"
+            "got policy.trainable=full and a trainer that needs the reference (trainer.regularizers), of which no copy is kept: "
+            "set trainer.regularizers=[], or policy.reference_copy=true (it doubles the memory of the network)"
         )
     load_prompts(config.prompts)
     held_out = load_prompts(config.evaluation.prompts)

@@ -123,7 +123,7 @@ def per_edge(
     trainer: PolicyGradient, task: Task, batch: ScoredRollout, states: int | None = None, children: int | None = None
 ) -> list[tuple[PolicyGradient, float]]:
     """Trainers, each with its share of the loss, that together train the same edges with one forward and backward per
-    edge: the n-th trains the n-th child of each state. `states`, `children`: see Siblings. LayerTuning is left out."""
+    edge: the n-th trains the n-th child of each state. `states`, `children`: see Siblings. Supervision is left out."""
     number, _ = _numbered(batch.forest, trainer.edge_signal(batch).chosen)
     widest = min(int(number.max()) + 1, children or len(number))
     parts = [(n, with_edges(trainer, task, Siblings(trainer.signal.select, (n,), states))) for n in range(widest)]
@@ -133,6 +133,6 @@ def per_edge(
 
 def with_edges(trainer: PolicyGradient, task: Task, select: Selector) -> PolicyGradient:
     """The trainer with other edges, in one update."""
-    other = replace(trainer, signal=replace(trainer.signal, select=select), layer_tuning=None, updates_per_rollout=1)
+    other = replace(trainer, signal=replace(trainer.signal, select=select), supervision=[], updates_per_rollout=1)
     other.prepare(task, None)
     return other
