@@ -60,9 +60,7 @@ class IterationLog:
         self.updates = {}
         row["time/iteration"] = time.monotonic() - self.began
         self._add_to_totals(images, row)
-        self.summary = ", ".join(
-            f"{name} {row[key]:{form}}" for key, (name, form) in SUMMARY.items() if key in row
-        )
+        self.summary = ", ".join(f"{name} {row[key]:{form}}" for key, (name, form) in SUMMARY.items() if key in row)
         return row
 
     def check_first_gradient(self, row: Mapping[str, float]) -> None:

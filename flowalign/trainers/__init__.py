@@ -1,7 +1,16 @@
 """Trainers: prepare, collect, updates. One file per kind of trainer; a method is a configuration of one of them."""
 
-from flowalign.trainers.base import AdamWConfig, Trainer, Update
+from flowalign.trainers.base import AdamWConfig, Batch, Trainer, Update, UpdateForecast
 from flowalign.trainers.policy_gradient import PolicyGradient, as_policy_gradient
 from flowalign.trainers.signal import Signal
 
-__all__ = ["AdamWConfig", "PolicyGradient", "Signal", "Trainer", "Update", "as_policy_gradient"]
+__all__ = [
+    "AdamWConfig",
+    "Batch",
+    "PolicyGradient",
+    "Signal",
+    "Trainer",
+    "Update",
+    "UpdateForecast",
+    "as_policy_gradient",
+]
