@@ -55,7 +55,12 @@ def examined(
     [
         [],
         [*GUIDED, "policy.negative_prompt=a word"],
-        ["rollout.plan.class_path=samplers.Chain", "trainer.updates_per_rollout=2", "rollout.kernel=samplers.CPS"],
+        [
+            "rollout.plan.class_path=samplers.Chain",
+            "trainer.updates_per_rollout=2",
+            "rollout.kernel=samplers.CPS",
+            "trainer.kl.form=exact",
+        ],
         ["trainer.objective.class_path=flowalign.objectives.Guard", "trainer.micro_batch=1"],
         [
             "rollout.kernel=samplers.DPMSolver",
@@ -193,7 +198,7 @@ def changed_velocity(change: Callable[..., torch.Tensor]) -> Callable[[Any], Non
 
     def plant(policy: Any) -> None:
         velocity = policy.velocity
-        policy.velocity = lambda x, sigma, conditions, *, guidance_scale=1.0: change(
+        policy.velocity = lambda x, sigma, conditions, *, guidance_scale=1.0, detach_uncond=False: change(
             velocity, x, sigma, conditions, guidance_scale
         )
 
