@@ -20,7 +20,6 @@ from flowalign.models.base import Conditions, Family, check_size
 from flowalign.models.lora import SD3_TARGETS
 from samplers import RectifiedFlow
 
-
 SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 # option of the scheduler -> what the pipeline would do that the rollout does not
 NOT_FOLLOWED = {
