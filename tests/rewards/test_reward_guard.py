@@ -141,7 +141,7 @@ def test_pixels_round_and_refuse_other_ranges():
     assert batch.pixels()[0, 0, 0].tolist() == [0, 0, 1, 255, 255]
     with pytest.raises(ValueError, match=r"got images in -1\.\.1; expected"):
         RewardBatch(prompts=["a"], images=torch.tensor([-1.0, 1.0]).expand(1, 3, 1, 2)).pixels()
-    with pytest.raises(ValueError, match="needs images"):
+    with pytest.raises(ValueError, match="expected images, which this reward needs"):
         RewardBatch(prompts=["a"]).pixels()
 
 
