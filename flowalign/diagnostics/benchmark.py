@@ -22,10 +22,10 @@ from torch import Tensor
 
 from flowalign.build import policy_of, task_of
 from flowalign.config import TrainConfig, load_config
+from flowalign.config_layers import split_arguments
 from flowalign.data import PromptRecord, load_prompts, prompts_of_iteration
 from flowalign.diagnostics.measure import count_calls, now, one_pass_per_edge
 from flowalign.errors import ConfigError
-from flowalign.layers import split_arguments
 from flowalign.rollouts.task import Task
 from flowalign.storage.files import write_atomic
 from flowalign.trainers import PolicyGradient, as_policy_gradient

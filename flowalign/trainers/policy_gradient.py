@@ -250,7 +250,7 @@ class PolicyGradient:
             raise RuntimeError(
                 f"got a replay drift of {float(drift[worst]):.2e} before the first update; expected at most "
                 f"{float(limit[worst]):.2e}, or the update would act on rounding: widen the objective's bound (clip_range, "
-                "max_kl), keep log-probs fp32, or use equal batch shapes"
+                "max_kl) and resume with run.resume=changed, or use equal batch shapes (trainer.micro_batch)"
             )
 
     def _velocity(self, batch: ScoredRollout, nodes: Tensor) -> Tensor:
