@@ -6,8 +6,8 @@ from typing import Any
 for _name in ("samplers", "rewards"):
     if vars(importlib.import_module(_name)).get("PART_OF") != "flowalign":
         raise ImportError(
-            f"the module {_name!r} that Python finds ({importlib.import_module(_name).__file__}) is not flowalign's: "
-            f"rename or remove it, or put flowalign's folder first on the path"
+            f"got another module {_name!r} ({importlib.import_module(_name).__file__}), which is not flowalign's; expected "
+            "flowalign's own: rename or remove the other, or put flowalign's folder first on the path"
         )
 
 _PUBLIC = {

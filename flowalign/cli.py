@@ -92,8 +92,8 @@ def train(arguments: Sequence[str]) -> int:
     from safetensors import SafetensorError
 
     from flowalign.config import load_config
+    from flowalign.config_layers import split_arguments
     from flowalign.errors import ConfigError
-    from flowalign.layers import split_arguments
     from flowalign.loop import train as run
     from flowalign.storage.checkpoint import CheckpointError
 
@@ -134,8 +134,8 @@ def doctor(arguments: Sequence[str]) -> int:
     import diffusers.utils.logging
     import transformers.utils.logging
 
+    from flowalign.config_layers import split_arguments
     from flowalign.diagnostics.doctor import diagnose
-    from flowalign.layers import split_arguments
 
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()

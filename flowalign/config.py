@@ -15,9 +15,9 @@ from typing import Any, Literal
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
+from flowalign.config_layers import located, merge, origins, read_layer
 from flowalign.data import load_prompts
 from flowalign.errors import ConfigError
-from flowalign.layers import located, merge, origins, read_layer
 from flowalign.models.load import check_image_size, check_lora_targets, inspect_checkpoint, path_of
 from flowalign.models.lora import LoRA
 from flowalign.models.roles import Role, check_roles
@@ -125,7 +125,7 @@ def parser() -> ArgumentParser:
 def load_config(paths: str | Sequence[str], overrides: Sequence[str] = ()) -> tuple[TrainConfig, dict[str, Any]]:
     """The typed configuration, and as plain data (what is saved and compared on resume; alone it gives the same run).
 
-    paths: one YAML file, or several, later ones over earlier ones (see `flowalign.layers.merge`). overrides: key=value,
+    paths: one YAML file, or several, later ones over earlier ones (see `flowalign.config_layers.merge`). overrides: key=value,
     over all files. A run without a name gets those of its files. Raises ConfigError; no model is loaded."""
     paths = [paths] if isinstance(paths, str) else paths
     node = _read(paths)

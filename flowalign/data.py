@@ -15,7 +15,7 @@ from samplers.noise import generator
 
 @dataclass(frozen=True)
 class PromptRecord:
-    """One prompt. `uid` is its row in the set (two rows of equal text stay two prompts); rewards read `metadata`."""
+    """One prompt. uid: its row in the set (two rows of equal text are two prompts). metadata: for rewards."""
 
     uid: int
     prompt: str
@@ -33,13 +33,13 @@ def load_prompts(source: str) -> list[PromptRecord]:
         rows = _call(source)
     else:
         raise ValueError(
-            f"prompt source {source!r}: expected a .txt file, a .jsonl file, or an import path such as "
+            f"got prompt source {source!r}; expected a .txt file, a .jsonl file, or an import path such as "
             "'flowalign.glyphs:train_prompts'"
         )
     records = []
     for number, row in enumerate(rows):
         if not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
-            raise ValueError(f"{source}, prompt {number + 1}: expected a non-empty text under 'prompt', got {row!r}")
+            raise ValueError(f"{source}, prompt {number + 1}: got {row!r}; expected a non-empty text under 'prompt'")
         records.append(PromptRecord(number, row["prompt"], {k: v for k, v in row.items() if k != "prompt"}))
     if not records:
         raise ValueError(f"{source} holds no prompts; expected at least one")
@@ -50,7 +50,7 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"prompt file {path} does not exist (working directory: {Path.cwd()})")
     try:
-        text = path.read_text(encoding="utf-8-sig")  # with or without the mark that Windows editors put first
+        text = path.read_text(encoding="utf-8-sig")  # with or without a byte order mark
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 ({error}): save it as UTF-8") from error
     # not splitlines: JSON texts may hold U+2028 and its like
@@ -66,7 +66,7 @@ def _parse(place: str, line: str) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise ValueError(f"{place}: not JSON ({error})") from error
     if not isinstance(row, dict):
-        raise ValueError(f"{place}: expected a JSON object, got {type(row).__name__}")
+        raise ValueError(f"{place}: got {type(row).__name__}; expected a JSON object")
     return row
 
 
@@ -87,13 +87,13 @@ def _call(source: str) -> list[dict[str, Any]]:
 
 
 def digest(records: Sequence[PromptRecord]) -> str:
-    """A hash of the whole set, by which a resumed run knows its prompts again."""
+    """SHA-256 of the set with its metadata, by which a resumed run checks that its prompts are the same."""
     return hashlib.sha256(repr([vars(record) for record in records]).encode()).hexdigest()
 
 
 def prompts_of_iteration(records: Sequence[PromptRecord], count: int, seed: int, iteration: int) -> list[PromptRecord]:
-    """The `count` prompts of an iteration: the set is walked in an order shuffled anew each epoch, wrapping from one
-    epoch into the next. A function of (seed, iteration) alone, so a resumed run needs no data position."""
+    """The `count` prompts of an iteration (0 is the first): the set is read in an order that is shuffled for each epoch, and
+    an iteration may span two epochs. A function of (seed, iteration) alone, so a resumed run needs no data position."""
     chosen = []
     for position in range(iteration * count, (iteration + 1) * count):
         epoch, place = divmod(position, len(records))

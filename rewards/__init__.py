@@ -1,6 +1,8 @@
-"""Rewards: images and text in, scores out. Knows nothing of samplers or trainers.
+"""Rewards: images and text in, scores out. Imports neither samplers nor trainers.
 
-A new reward is one new file, or a plain function named by its path; YAML names the class by import path.
+A new reward is one new file, or a plain function named by its path; YAML names the class by import path. base: the
+contract; guard: `score`, through which every caller asks a reward; mix, function, with_timeout: rewards made of others;
+ocr/ and workers/: reading text, and helper processes.
 """
 
 from rewards.base import Reward, RewardBatch, RewardError, RewardOutput

@@ -1,4 +1,4 @@
-"""What a reward is: a batch of samples in, scores out.
+"""The contract of a reward: a batch of samples in, scores out.
 
 A sample that cannot be scored is NaN with valid False; a reward that cannot score at all is a RewardError.
 Neither ever becomes 0, -1 or a mid-score.
@@ -23,9 +23,9 @@ class RewardBatch:
     """N samples to be scored. Every list has N entries, every tensor N rows.
 
     images [N, 3, H, W]: RGB in [0, 1]; uint8 in 0..255 is converted here, other floats become float32.
-    metadata: what the prompt set says about each prompt (targets, colors, ...).
-    sample_ids name samples in messages; group_ids tell which samples answer the same prompt. Without them: 0..N-1, each
-    its own group.
+    metadata: what the prompt set holds about each prompt (targets, colors, ...). sample_ids: names of the samples in
+    messages. group_ids: equal for samples of the same prompt. Both default to 0..N-1, so each sample is its own group.
+    ValueError or TypeError for fields of unequal length and for images of another shape or dtype.
     """
 
     prompts: list[str]
@@ -46,7 +46,7 @@ class RewardBatch:
             object.__setattr__(self, name, value)
         sizes = {name: len(value) for name, value in vars(self).items() if value is not None}
         if set(sizes.values()) != {count}:
-            raise ValueError(f"a reward batch needs one entry per sample in every field; got {sizes}")
+            raise ValueError(f"got a reward batch with {sizes}; expected one entry per sample in every field")
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -69,11 +69,11 @@ class RewardBatch:
         ValueError without images, or if a value lies more than 1e-3 outside [0, 1] (a model's [-1, 1], say).
         """
         if self.images is None:
-            raise ValueError("this reward needs images, but the batch has none")
+            raise ValueError("got a batch without images; expected images, which this reward needs")
         images = self.images.detach()
         if images.numel() and not (images.min() >= -1e-3 and images.max() <= 1 + 1e-3):
             low, high = images.min().item(), images.max().item()
-            raise ValueError(f"images must lie in [0, 1], got {low:.3g}..{high:.3g}: rescale what the decoder returns")
+            raise ValueError(f"got images in {low:.3g}..{high:.3g}; expected [0, 1]: rescale what the decoder returns")
         return (images.clamp(0, 1) * 255).round().to(torch.uint8).cpu()
 
 
@@ -81,8 +81,8 @@ class RewardBatch:
 class RewardOutput:
     """Scores of N samples.
 
-    scores float32 [N]; valid bool [N]; components: raw parts by name, float32 [N]; info: per sample, for humans, what
-    was seen or why there is no score (empty list: nothing to say); elapsed: seconds for the batch, measured by `score`.
+    scores float32 [N]; valid bool [N]; components: raw parts by name, float32 [N]; info: for humans, per sample, what was
+    seen or why there is no score (an empty list for none); elapsed: seconds for the batch, measured by `score`.
     """
 
     scores: Tensor
@@ -93,24 +93,29 @@ class RewardOutput:
 
 
 class Reward(Protocol):
-    """A reward. Construction is cheap; `load` fetches models and starts workers (a first call does it too), `close`
-    frees them. A sample's score does not depend on its batch mates."""
+    """A reward. Construction is cheap and a sample's score does not depend on its batch mates. Callers ask through `score`."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Names the reward in metrics and messages; not empty."""
+        ...
 
     def __call__(self, batch: RewardBatch) -> RewardOutput: ...
 
-    def load(self) -> None: ...
+    def load(self) -> None:
+        """Loads models and starts workers; the first call does it too."""
+        ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Frees what `load` made; may be called again, and before `load`."""
+        ...
 
 
 def _unit_float(images: Tensor) -> Tensor:
     if images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"images must be [N, 3, H, W], got {list(images.shape)}")
+        raise ValueError(f"got images {list(images.shape)}; expected [N, 3, H, W]")
     if images.dtype == torch.uint8:
         return images.float() / 255
     if not images.is_floating_point():
-        raise TypeError(f"images must be floats in [0, 1] or uint8, got {images.dtype}")
+        raise TypeError(f"got images of {images.dtype}; expected floats in [0, 1] or uint8")
     return images.float()

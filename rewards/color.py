@@ -1,4 +1,4 @@
-"""Exact color accuracy: is the paper, and is the ink, of the color that was asked for?"""
+"""Color accuracy of text on a plain background: are the ink and the paper of the colors that were asked for?"""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from rewards.base import RewardBatch, RewardOutput
 
 INK_SHARE = 0.05  # of the pixels, the ones farthest from the paper color, are taken for ink
-NO_INK = 0.1  # ink nearer than this to the paper (RGB in [0, 1], Euclidean) is no ink
+NO_INK = 0.1  # nearer than this to the paper (RGB in [0, 1], Euclidean), a color does not count as ink
 
 Palette = Mapping[str, tuple[int, int, int]]
 
@@ -25,7 +25,7 @@ class ColorAccuracy:
     pixels that lie farthest from the paper (so up to 2.5 % of stray pixels do no harm; text covering less is not seen).
     Distances are Euclidean in gamma-encoded RGB. A picture without ink has its ink wrong.
 
-    metric: "mean" of the two, or "both" (1 only if both are right). palette: name -> RGB, whole numbers 0..255; None
+    metric: "mean" of the two, or "both" (1 only if both are right). palette: name -> RGB, integers 0..255; None
     takes `metadata["palette"]`. ink_key, paper_key: where the metadata names the colors. A sample whose metadata lacks
     them, or names a color that is not in the palette, is invalid. Components: ink, paper.
     """
@@ -38,7 +38,7 @@ class ColorAccuracy:
 
     def __post_init__(self) -> None:
         if self.metric not in ("mean", "both"):
-            raise ValueError(f"metric is {self.metric!r}; expected 'mean' or 'both'")
+            raise ValueError(f"got metric={self.metric!r}; expected 'mean' or 'both'")
         if self.palette is not None:
             _colors(self.palette)
 
@@ -95,5 +95,5 @@ def _colors(palette: Palette) -> Tensor:
     """Palette as [C, 3] in [0, 1]."""
     for name, color in palette.items():
         if len(color) != 3 or not all(isinstance(part, int) and 0 <= part <= 255 for part in color):
-            raise ValueError(f"palette color {name!r} is {color!r}; expected three whole numbers from 0 to 255")
+            raise ValueError(f"got palette color {name!r}={color!r}; expected three integers from 0 to 255")
     return torch.tensor([list(color) for color in palette.values()], dtype=torch.float32) / 255

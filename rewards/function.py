@@ -24,9 +24,9 @@ from rewards.base import RewardBatch, RewardOutput
 class FunctionReward:
     """A reward from `./my_rewards.py:shininess`, `package.module:shininess` or `package.module.shininess`.
 
-    The function gets images (float32 [N, 3, H, W] in [0, 1]) and prompts (list of N texts), then by keyword those
-    metadata columns that it names (or all, with **metadata): lists of N, None where a sample lacks the key. It returns
-    N numbers: a tensor, an array or a list, in which NaN or None means "no score for this sample".
+    The function gets images (float32 [N, 3, H, W] in [0, 1]) and prompts (N texts), then by keyword the metadata columns
+    that it names (or all, with **metadata): lists of N, None where a sample lacks the key. It returns N numbers: a tensor,
+    an array or a list, in which NaN or None means "no score for this sample".
 
     The path's form and the file are checked at construction, the function is imported by `load`. Relative files are
     looked for in the working directory.
@@ -39,7 +39,7 @@ class FunctionReward:
     def __post_init__(self) -> None:
         place, attribute = split_path(self.path)
         if place.endswith(".py") and not Path(place).is_file():
-            raise ValueError(f"reward {self.path!r}: there is no file {Path(place).absolute()}")
+            raise ValueError(f"reward {self.path!r}: there is no file {Path(place).absolute()}; expected it to exist")
         self.name = self.name or attribute
 
     def load(self) -> None:
@@ -63,7 +63,7 @@ class FunctionReward:
         for each in named:
             if each.default is each.empty and each.name not in known:
                 raise ValueError(
-                    f"reward {self.path!r} wants the metadata column {each.name!r}, but the prompts have "
+                    f"reward {self.path!r} needs the metadata column {each.name!r}; the prompts have "
                     f"{near(each.name, known)}"
                 )
         takes_all = any(each.kind == each.VAR_KEYWORD for each in parameters)
@@ -76,7 +76,7 @@ def split_path(path: str) -> tuple[str, str]:
     place, _, attribute = path.rpartition(":" if ":" in path else ".")
     if not place or not attribute.isidentifier() or (place.endswith(".py") and ":" not in path) or attribute == "py":
         raise ValueError(
-            f"reward path {path!r}: expected './my_rewards.py:shininess', 'package.module:shininess' or "
+            f"got reward path {path!r}; expected './my_rewards.py:shininess', 'package.module:shininess' or "
             "'package.module.shininess'"
         )
     return place, attribute
@@ -95,7 +95,7 @@ def import_function(path: str) -> Callable[..., Any]:
 
 
 def near(name: str, known: Iterable[str]) -> str:
-    """`a, b (did you mean 'a'?)`, for messages."""
+    """The known names with a guess, for messages: `a, b (did you mean 'a'?)`."""
     known = list(known)
     return (", ".join(known) or "none") + _guess(name, known)
 
@@ -106,7 +106,7 @@ def _guess(name: str, known: list[str]) -> str:
 
 
 def as_scores(values: object, path: str) -> Tensor:
-    """float32 from what a function returned; None becomes NaN."""
+    """float32 on the CPU from what the function `path` returned; None becomes NaN."""
     if isinstance(values, (list, tuple)):
         values = [float("nan") if value is None else value for value in values]
     try:
@@ -120,7 +120,7 @@ def _import_file(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, path.absolute())
     assert spec is not None and spec.loader is not None  # it ends in .py
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
+    sys.modules[name] = module  # dataclasses look up their module
     spec.loader.exec_module(module)
     return module
 

@@ -1,4 +1,4 @@
-"""`score`: the guard through which every caller asks a reward, so that a failure never becomes a number."""
+"""`score`: every caller asks a reward through it, so that a failure never becomes a number."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from rewards.base import Reward, RewardBatch, RewardError, RewardOutput
 
 
 def score(reward: Reward, batch: RewardBatch, *, max_fail_rate: float = 0.5) -> RewardOutput:
-    """Asks a reward, without gradients, and checks what it answers: every caller asks through this guard.
+    """The reward's answer, without gradients, checked.
 
-    * A sample whose image is not finite is not shown to the reward: invalid.
+    * A sample whose image is not finite is invalid; the reward does not get it.
     * A non-finite score, or one the reward marks invalid, is NaN with valid False (its components too).
     * An exception, or an answer of the wrong form (length, dtype), is a RewardError.
     * More than `max_fail_rate` of the batch invalid in an answer is a RewardError.
     """
     started = time.perf_counter()
-    shown = _finite_rows(batch)
-    asked = batch if bool(shown.all()) else batch.select(shown)
+    finite = _finite_rows(batch)
+    asked = batch if bool(finite.all()) else batch.select(finite)
     try:
         with torch.no_grad():
             answer = reward(asked) if len(asked) else _nothing(0)
@@ -29,7 +29,7 @@ def score(reward: Reward, batch: RewardBatch, *, max_fail_rate: float = 0.5) -> 
         reason = f"reward {reward.name!r} failed on {len(asked)} samples: {type(error).__name__}: {error}"
         raise RewardError(reason) from error
     _check_form(reward.name, answer, len(asked))
-    output = _spread(_masked(answer), shown)
+    output = _to_all_rows(_masked(answer), finite)
     _check_rate(reward.name, output, batch, max_fail_rate)
     return replace(output, elapsed=time.perf_counter() - started)
 
@@ -43,7 +43,7 @@ def _finite_rows(batch: RewardBatch) -> Tensor:
 
 def _check_form(name: str, answer: RewardOutput, count: int) -> None:
     if not isinstance(answer, RewardOutput):
-        raise RewardError(f"reward {name!r} returned {type(answer).__name__}; expected a RewardOutput")
+        raise RewardError(f"got {type(answer).__name__} from reward {name!r}; expected a RewardOutput")
     named = {"scores": answer.scores, **{f"components[{key!r}]": part for key, part in answer.components.items()}}
     expected = [(key, part, torch.float32) for key, part in named.items()] + [("valid", answer.valid, torch.bool)]
     for key, part, dtype in expected:
@@ -61,28 +61,29 @@ def _check_form(name: str, answer: RewardOutput, count: int) -> None:
 
 def _masked(answer: RewardOutput) -> RewardOutput:
     """On the CPU, with NaN wherever there is no score, so that no number can be used by mistake."""
-    scores, said = answer.scores.detach().cpu(), answer.valid.cpu()
-    valid = said & torch.isfinite(scores)
+    scores, claimed = answer.scores.detach().cpu(), answer.valid.cpu()
+    valid = claimed & torch.isfinite(scores)
     info = list(answer.info) or [""] * len(scores)
-    for i in (said & ~valid).nonzero().flatten().tolist():
+    for i in (claimed & ~valid).nonzero().flatten().tolist():
         info[i] = f"the score is {scores[i].item()}; {info[i]}".removesuffix("; ")
     components = {name: part.detach().cpu().masked_fill(~valid, torch.nan) for name, part in answer.components.items()}
     return RewardOutput(scores.masked_fill(~valid, torch.nan), valid, components, info)
 
 
-def _spread(output: RewardOutput, shown: Tensor) -> RewardOutput:
-    """Back to all samples of the batch; those that were not shown are invalid."""
-    if bool(shown.all()):
+def _to_all_rows(output: RewardOutput, finite: Tensor) -> RewardOutput:
+    """The answer on the `finite` [N] samples as one on all N; the others are invalid."""
+    if bool(finite.all()):
         return output
-    rows = shown.nonzero().flatten()
-    whole = _nothing(len(shown), "its image is not finite")
-    info = list(whole.info)
+    rows = finite.nonzero().flatten()
+    unscored = _nothing(len(finite), "its image is not finite")
+    info = list(unscored.info)
     for row, text in zip(rows.tolist(), output.info, strict=True):
         info[row] = text
-    components = {name: whole.scores.index_copy(0, rows, part) for name, part in output.components.items()}
-    return RewardOutput(
-        whole.scores.index_copy(0, rows, output.scores), whole.valid.index_copy(0, rows, output.valid), components, info
-    )
+    components = {name: unscored.scores.index_copy(0, rows, part) for name, part in output.components.items()}
+    scores, valid = (
+        unscored.scores.index_copy(0, rows, output.scores), unscored.valid.index_copy(0, rows, output.valid)
+    )  # fmt: skip
+    return RewardOutput(scores, valid, components, info)
 
 
 def _nothing(count: int, info: str = "") -> RewardOutput:

@@ -1,8 +1,8 @@
-"""JPEG size as a reward (DDPO, Black et al. 2023): the classic smoke test of a training loop. No weights.
+"""JPEG size as a reward (DDPO, arXiv:2305.13301): a smoke test of a training loop, without model weights.
 
-The picture is rounded to 8 bits (round(255 x)), as flow_grpo does, and encoded by Pillow with 4:2:0 chroma, its
-default. Sizes depend on the encoder's version and grow with the resolution: compare only equal ones. Identical inputs
-give identical sizes, so a group of equal pictures has no spread.
+The image is rounded to 8 bits (round(255 x)), as flow_grpo does, and encoded by Pillow with 4:2:0 chroma, its default.
+Sizes depend on the encoder's version and grow with the resolution: compare only at one resolution. Identical images have
+identical sizes, so a group of equal images has no spread.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rewards.base import RewardBatch, RewardOutput
 
 @dataclass(frozen=True)
 class JPEGIncompressibility:
-    """Size of the JPEG in kB (1000 bytes), larger is better, never 0 or less. Component: kilobytes."""
+    """Size of the JPEG in kB (1000 bytes), above 0; larger is better. Component: kilobytes."""
 
     quality: int = 95
     name: str = "jpeg_incompressibility"
@@ -45,7 +45,7 @@ class JPEGCompressibility:
     def __post_init__(self) -> None:
         if self.divide_by <= 0:
             raise ValueError(
-                f"divide_by={self.divide_by} came; expected a number above 0, such as 1 (kB) or 500 (flow_grpo)"
+                f"got divide_by={self.divide_by}; expected a number above 0, such as 1 (kB) or 500 (flow_grpo)"
             )
 
     def load(self) -> None: ...

@@ -1,4 +1,4 @@
-"""A reward under watch: a time limit, and what becomes of the samples of a request that failed."""
+"""Adds a timeout, sub-batching and an error policy (raise or mask) to a reward."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class WithTimeout:
-    """`reward`, asked for at most `batch_size` samples at a time (None: for all), each answer within `timeout` seconds.
+    """`reward`, called with at most `batch_size` samples at a time (None: all), each call within `timeout` seconds (None: no
+    limit).
 
-    on_error: a request that raises, is late or answers in the wrong form ends the run ("raise", a RewardError), or is
-    logged and its samples have no score ("mask"); if those are more than half of the caller's batch, that is a
-    RewardError too. Same name and components as `reward`. Not kept: a late request cannot be stopped, its thread is left
-    behind.
+    on_error, for a call that raises, is late or answers in the wrong form: "raise" is a RewardError; "mask" logs it and
+    leaves its samples without a score (the caller's `score` then raises if they are more than half of its batch). Same name
+    and components as `reward`. Not kept: a late call cannot be stopped, its thread goes on.
     """
 
     reward: Reward
@@ -33,11 +33,11 @@ class WithTimeout:
 
     def __post_init__(self) -> None:
         if self.on_error not in ("raise", "mask"):
-            raise ValueError(f"on_error={self.on_error!r} came; expected 'raise' or 'mask'")
+            raise ValueError(f"got on_error={self.on_error!r}; expected 'raise' or 'mask'")
         if self.timeout is not None and not self.timeout > 0:
-            raise ValueError(f"timeout={self.timeout} came; expected seconds > 0, or None for no limit")
+            raise ValueError(f"got timeout={self.timeout}; expected seconds > 0, or None for no limit")
         if self.batch_size is not None and self.batch_size < 1:
-            raise ValueError(f"batch_size={self.batch_size} came; expected at least 1, or None for all samples at once")
+            raise ValueError(f"got batch_size={self.batch_size}; expected at least 1, or None for all samples at once")
 
     @property
     def name(self) -> str:
@@ -82,7 +82,7 @@ class WithTimeout:
 
 
 def _within(timeout: float | None, reward: Reward, batch: RewardBatch) -> RewardOutput:
-    """The guarded answer; RewardError if there is none in time."""
+    """The checked answer; RewardError if there is none in time."""
     if timeout is None:
         return score(reward, batch, max_fail_rate=1.0)
     device = torch.cuda.current_device() if torch.cuda.is_initialized() else None

@@ -23,8 +23,8 @@ _COLUMNS = ("sigmas", "states", "row", "log_prob")
 def save_forest(path: Path, forest: Forest) -> None:
     """Writes `forest` beside `path`, then renames it into place.
 
-    The kernel is written as its import path and its fields. A kernel that holds what JSON cannot (a reward, a network) is
-    written by name only, and must be passed to `load_forest`.
+    The kernel is written as its import path and its fields. A kernel that holds what JSON cannot (a reward, a network)
+    is written by name only, and must be passed to `load_forest`.
     """
     tree = {entry.name: vars(forest.tree)[entry.name] for entry in fields(forest.tree)}
     tensors = {name: vars(forest)[name] for name in _COLUMNS}

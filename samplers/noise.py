@@ -42,8 +42,8 @@ class KeyedNoise:
     iteration have the same prompt, so that a prompt seen again gets new noise; by default it is counted within `uids`,
     which is enough unless one prompt's groups are spread over several rollouts of the same iteration. The key holds the
     visit, not the group's position: batching and order do not matter.
-    branch_scale: s of BranchGRPO's noise (2509.06040; 4 is best of 1, 2, 4, 8), ξ = (ξ0 + s·η)/√(1+s²) with ξ0 common to
-    the steps that leave one state: N(0, I) for each, covariance 1/(1+s²) between siblings. None: independent.
+    branch_scale: s of BranchGRPO's noise (2509.06040; 4 is best of 1, 2, 4, 8), ξ = (ξ0 + s·η)/√(1+s²) with ξ0 common
+    to the steps that leave one state: N(0, I) for each, covariance 1/(1+s²) between siblings. None: independent.
     """
 
     seed: int

@@ -32,14 +32,14 @@ def rollout(
 ) -> Forest:
     """Rolls `tree` out from `x_start` [R, *] (one row per root) over `sigmas` [T+1], without gradient.
 
-    velocity(x [n, *], sigma [n], root [n]) -> v [n, *]: called on distinct states of one generation, at most `micro_batch`
-    rows at a time; root says which row of `x_start` (hence which condition) a state descends from.
+    velocity(x [n, *], sigma [n], root [n]) -> v [n, *]: called on distinct states of one generation, at most
+    `micro_batch` rows at a time; root says which row of `x_start` (hence which condition) a state descends from.
     noise(tree, nodes) -> [n, *]: the draws of the stochastic steps that arrive at `nodes`, such as KeyedNoise.step.
     store_dtype: states are cast to it before log-probs are taken and before the next step, so that a replay sees the
     numbers of the rollout; the network gets them in at least fp32.
-    select: drops states during the rollout. Their descendants are not computed, and the forest's tree holds what is left
-    (Tree.keep); its `evaluations` count all rows. The noise of the others is unchanged, and velocities that the selection
-    read are not evaluated again.
+    select: drops states during the rollout. Their descendants are not computed, and the forest's tree holds what is
+    left (Tree.keep); its `evaluations` count all rows. The noise of the others is unchanged, and velocities that the
+    selection read are not evaluated again.
     keep_velocities: the forest holds, as the role "old", the velocities at the states that stochastic steps leave.
     """
     _check(x_start, sigmas, tree, micro_batch)

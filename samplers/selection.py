@@ -156,9 +156,9 @@ def choose(
 def selected_cost(tree: Tree, counts: Mapping[int, int], within: Within, *, uses_velocity: bool = False) -> Cost:
     """What `tree` costs when `Best` selects on it, whichever states stay.
 
-    `rollout` counts every state evaluated: also those whose descendants are all dropped later and, with `uses_velocity`,
-    the dropped candidates. ValueError where candidates of one index lead to subtrees of different cost: the cost would
-    then depend on the scores.
+    `rollout` counts every state evaluated: also those whose descendants are all dropped later and, with
+    `uses_velocity`, the dropped candidates. ValueError where candidates of one index lead to subtrees of different
+    cost: the cost would then depend on the scores.
     """
     evaluated_for_score = torch.zeros(len(tree), dtype=torch.bool)
 

@@ -69,8 +69,8 @@ def unshared(tree: Tree, per: Literal["trajectory", "step"] = "trajectory") -> U
     """`tree` with every state copied for each use.
 
     "trajectory": each leaf has its own states from its own start on, as in code that rolls samples out one by one.
-    "step": each step evaluates its own copy of the state it leaves, as in code that stores a state and evaluates it again
-    for each branch and each probe. Network rows = steps; trained rows = stochastic steps.
+    "step": each step evaluates its own copy of the state it leaves, as in code that stores a state and evaluates it
+    again for each branch and each probe. Network rows = steps; trained rows = stochastic steps.
     """
     if per not in ("trajectory", "step"):
         raise ValueError(f"got per={per!r}; expected 'trajectory' or 'step'")

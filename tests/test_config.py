@@ -9,8 +9,8 @@ import yaml
 
 from flowalign import cli, models
 from flowalign.config import load_config
+from flowalign.config_layers import merge, split_arguments
 from flowalign.errors import ConfigError
-from flowalign.layers import merge, split_arguments
 from flowalign.run.preflight import forecast
 
 CONFIG = str(Path(__file__).parent / "data" / "tiny.yaml")

@@ -10,9 +10,9 @@ import torch
 import yaml
 
 from flowalign.config import TrainConfig, load_config
+from flowalign.config_layers import merge, read_layer
 from flowalign.data import load_prompts
 from flowalign.errors import ConfigError
-from flowalign.layers import merge, read_layer
 from rewards import RewardBatch, score
 
 FOLDER = Path(__file__).parents[1] / "configs"

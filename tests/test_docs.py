@@ -14,14 +14,13 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
 from flowalign.config import load_config
-from flowalign.layers import split_arguments
+from flowalign.config_layers import split_arguments
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 SIGN = "\N{SECTION SIGN}"
 # notes that are not in the repository
 ABSENT = re.compile(f"{SIGN}|grpo_{'family'}|other_{'trainers'}|forward_{'process'}(?:[.]md| {SIGN})")
-COMING = {"tests/conformance"}  # integrator: empty this once the branch that brings the folder is merged
 UNUSED = {"Process"}  # a credit whose scores no trainer provides
 LINK = re.compile(r"\]\(([^)#\s]*)(#[\w-]+)?\)")
 
@@ -50,7 +49,6 @@ def test_pages_and_configurations_cite_nothing_that_is_absent() -> None:
     assert len(paths) > 15 and not citations(paths)
 
 
-@pytest.mark.skip(reason="integrator: enable once the branches that remove such citations are merged")
 def test_python_cites_nothing_that_is_absent() -> None:
     paths = of_kind(".py")
     assert len(paths) > 150 and not citations(paths)
@@ -73,7 +71,7 @@ def test_every_path_that_is_named_exists(page: Path) -> None:
     if page.name == "CHANGELOG.md":  # it names what was
         return
     names = re.findall(r"`((?:configs|docs|flowalign|rewards|samplers|scripts|tests)/[\w./]*)`", page.read_text())
-    assert not [name for name in names if name not in COMING and not (ROOT / name).exists()]
+    assert not [name for name in names if not (ROOT / name).exists()]
 
 
 def test_the_table_of_folders_is_complete() -> None:

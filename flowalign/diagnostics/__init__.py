@@ -1,3 +1,3 @@
-"""Measurements of a configuration that is not trained: the doctor (can it train?) and the benchmark (what does sharing
+"""Measurements of a configuration before it is trained: the doctor (can it train?), the benchmark (what does sharing
 save?), and the measuring tools that both use.
 """

@@ -1,4 +1,4 @@
-"""What sharing saves: an iteration as configured, beside the same with less sharing, in one run, turn by turn.
+"""What sharing saves: an iteration as configured, beside the same with less sharing, taking turns in one process.
 
 `merged` is the configuration as it is. `per-edge`: one forward and backward per trained step in place of one per distinct
 state (and as many reference rows). `unshared`: that, and in the rollout every image has its own copy of its prefix.
@@ -22,10 +22,10 @@ from torch import Tensor
 
 from flowalign.build import policy_of, task_of
 from flowalign.config import TrainConfig, load_config
+from flowalign.config_layers import split_arguments
 from flowalign.data import PromptRecord, load_prompts, prompts_of_iteration
-from flowalign.diagnostics.measure import now, per_edge, watched
+from flowalign.diagnostics.measure import count_calls, now, one_pass_per_edge
 from flowalign.errors import ConfigError
-from flowalign.layers import split_arguments
 from flowalign.rollouts.task import Task
 from flowalign.storage.files import write_atomic
 from flowalign.trainers import PolicyGradient, as_policy_gradient
@@ -42,8 +42,8 @@ def rollout_unshared(
     """`rollout` that evaluates every state once for each leaf that it leads to. ConfigError for what it cannot do."""
     if select is not None or keep_velocities:
         raise ConfigError(
-            "the plan selects states, or the objective reads the rollout's velocities; code without sharing has neither: "
-            "leave out the variant 'unshared'"
+            "got a plan that selects states, or an objective that reads the rollout's velocities; expected neither, since code "
+            "without sharing has none of it: leave out the variant 'unshared'"
         )
     return unshared(tree).rollout(velocity, x_start, sigmas, kernel, noise, micro_batch=micro_batch)
 
@@ -52,13 +52,13 @@ def compare(config: TrainConfig, variants: Sequence[str], iterations: int) -> li
     """One row per variant, with ratios to the first; see `_row`."""
     unknown = [name for name in variants if name not in VARIANTS]
     if unknown or not variants:
-        raise ConfigError(f"variants {list(variants)} came; expected some of {', '.join(VARIANTS)}")
+        raise ConfigError(f"got variants {list(variants)}; expected some of {', '.join(VARIANTS)}")
     if iterations < 1:
-        raise ConfigError(f"iterations={iterations} came; expected at least 1")
+        raise ConfigError(f"got iterations={iterations}; expected at least 1")
     trainer = as_policy_gradient(config.trainer)
     if trainer is None:
         raise ConfigError(
-            f"trainer {type(config.trainer).__name__} came; expected PolicyGradient, whose steps are merged"
+            f"got trainer {type(config.trainer).__name__}; expected PolicyGradient, whose updates share states"
         )
     policy = policy_of(config, "cuda" if torch.cuda.is_available() else "cpu")
     task, prompts = task_of(config, policy), load_prompts(config.prompts)
@@ -77,8 +77,8 @@ def compare(config: TrainConfig, variants: Sequence[str], iterations: int) -> li
     rows = [_row(name, found, backward) for name, found in measured.items()]
     if any(row["evaluations"]["update"] == 0 for row in rows):
         raise ConfigError(
-            "no step was trained in any of the iterations: all images of a prompt score alike; take a graded reward, or "
-            "trainer.signal.select=flowalign.selectors.AllEdges to time the update all the same"
+            "got no trained step in any of the iterations; expected images of a prompt to score differently: take a graded "
+            "reward, or trainer.signal.select=flowalign.selectors.AllEdges to time the update all the same"
         )
     return [{**row, "ratio": _ratios(row, rows[0])} for row in rows]
 
@@ -90,11 +90,11 @@ def _iteration(
     trainer = replace(trainer)
     trainer.prepare(task, None)
     reset_peak()
-    with watched(task.policy) as calls:
+    with count_calls(task.policy) as calls:
         began = now()
         batch = trainer.collect(prompts, iteration, rollout_unshared if variant == "unshared" else None)
         collected, sampled = now(), len(calls)
-        parts = [(trainer, 1.0)] if variant == "merged" else per_edge(trainer, task, batch)
+        parts = [(trainer, 1.0)] if variant == "merged" else one_pass_per_edge(trainer, task, batch)
         updating, backward = now(), 0.0
         for part, share in parts:
             for update in part.updates(batch):
@@ -179,7 +179,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def reset_peak() -> None:
-    """From here on `peak` counts anew, where the system can (CUDA; Linux)."""
+    """Restarts what `peak` measures, where the system can (CUDA; Linux)."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return
@@ -215,7 +215,9 @@ def main(arguments: Sequence[str]) -> None:
         try:
             asked.output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ConfigError(f"--output {asked.output} cannot be made ({error}): name another folder") from error
+            raise ConfigError(
+                f"got --output {asked.output}, which cannot be made ({error}): name another folder"
+            ) from error
     rows = compare(config, asked.variants.split(","), asked.iterations)
     print(table(rows))
     if asked.output is not None:

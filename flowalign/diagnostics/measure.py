@@ -1,4 +1,5 @@
-"""What the doctor and the benchmark share: counted network rows, gradients, one pass per edge."""
+"""Measuring tools of the doctor and the benchmark: network rows counted by hooks, gradients, and the update with one pass
+per edge."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ from samplers import Forest
 
 
 def brightness(images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """A reward that needs nothing and differs between any two images, so that there is always something to learn."""
+    """A reward [N] that needs no model and differs between any two images, so that advantages are never all 0."""
     return images.mean((1, 2, 3))
 
 
@@ -36,8 +37,8 @@ class Call:
 
 
 @contextmanager
-def watched(policy: Policy) -> Iterator[list[Call]]:
-    """Inside, the list gets every call of the policy's networks, whoever makes it: what was really evaluated."""
+def count_calls(policy: Policy) -> Iterator[list[Call]]:
+    """A context that lists every call of the policy's networks, whoever makes it: what was really evaluated."""
     calls: list[Call] = []
     began: list[float] = []
 
@@ -58,7 +59,7 @@ def watched(policy: Policy) -> Iterator[list[Call]]:
 
 
 def now() -> float:
-    """Seconds of a clock, the device's work being done."""
+    """Seconds of a clock, read after the device has finished its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -76,12 +77,12 @@ def gradients(policy: Policy, trainer: Trainer, batch: ScoredRollout) -> dict[st
     return {name: p.grad.clone() for name, p in policy.trainable_parameters() if p.grad is not None}
 
 
-def distance(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
-    """‖ours − theirs‖ / ‖theirs‖ over all tensors; a missing one counts as 0."""
+def distance(gradients: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """‖gradients − expected‖ / ‖expected‖ over all tensors; a missing one counts as 0; inf if `expected` is 0."""
     error = size = 0.0
-    for name in ours.keys() | theirs.keys():
-        other = theirs[name].double() if name in theirs else torch.zeros_like(ours[name]).double()
-        mine = ours[name].double() if name in ours else torch.zeros_like(other)
+    for name in gradients.keys() | expected.keys():
+        other = expected[name].double() if name in expected else torch.zeros_like(gradients[name]).double()
+        mine = gradients[name].double() if name in gradients else torch.zeros_like(other)
         error += float((mine - other).square().sum())
         size += float(other.square().sum())
     return (error / size) ** 0.5 if size else float("inf")
@@ -91,10 +92,11 @@ def distance(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
 
 
 @dataclass(frozen=True)
-class Siblings:
-    """A selector for one pass per edge: of the edges that `inner` chooses, the n-th of each parent state for n in `numbers`.
+class NthSiblings:
+    """A selector for one pass per edge: of the edges that `inner` chooses, the n-th of each parent state for n in `numbers`
+    (0 is the first).
 
-    states: only at so many parents, the first that have several chosen edges; None: at all."""
+    states: only at that many parents, the first ones with several chosen edges; None: at all parents."""
 
     inner: Selector
     numbers: tuple[int, ...]
@@ -102,7 +104,7 @@ class Siblings:
 
     def choose(self, forest: Forest, advantages: Advantages, context: SelectionContext = START) -> Tensor:
         chosen = self.inner.choose(forest, advantages, context) & advantages.valid.any(1)
-        number, several = _numbered(forest, chosen)
+        number, several = _number_siblings(forest, chosen)
         chosen = chosen & torch.isin(number, torch.tensor(self.numbers))
         if self.states is None:
             return chosen
@@ -110,29 +112,32 @@ class Siblings:
         return chosen & torch.isin(parent, several[: self.states])
 
 
-def _numbered(forest: Forest, chosen: Tensor) -> tuple[Tensor, Tensor]:
+def _number_siblings(forest: Forest, chosen: Tensor) -> tuple[Tensor, Tensor]:
     """Each chosen edge's number among the chosen children of its parent [E]; the parents that have several."""
-    parent, seen = forest.tree.parent[forest.tree.edges], {}  # type: ignore[var-annotated]
+    parent = forest.tree.parent[forest.tree.edges]
+    last: dict[int, int] = {}  # of each parent: the number of its last child so far
     number = torch.full_like(parent, -1)
     for row in chosen.nonzero().flatten().tolist():
-        number[row] = seen[int(parent[row])] = seen.get(int(parent[row]), -1) + 1
-    return number, torch.tensor(sorted(up for up, last in seen.items() if last > 0), dtype=torch.int64)
+        state = int(parent[row])
+        number[row] = last[state] = last.get(state, -1) + 1
+    return number, torch.tensor(sorted(state for state, most in last.items() if most > 0), dtype=torch.int64)
 
 
-def per_edge(
+def one_pass_per_edge(
     trainer: PolicyGradient, task: Task, batch: ScoredRollout, states: int | None = None, children: int | None = None
 ) -> list[tuple[PolicyGradient, float]]:
     """Trainers, each with its share of the loss, that together train the same edges with one forward and backward per
-    edge: the n-th trains the n-th child of each state. `states`, `children`: see Siblings. Supervision is left out."""
-    number, _ = _numbered(batch.forest, trainer.edge_signal(batch).chosen)
+    edge: the n-th trains the n-th child of each state. states: see NthSiblings; children: at most that many of each state.
+    Supervision is left out."""
+    number, _ = _number_siblings(batch.forest, trainer.edge_signal(batch).chosen)
     widest = min(int(number.max()) + 1, children or len(number))
-    parts = [(n, with_edges(trainer, task, Siblings(trainer.signal.select, (n,), states))) for n in range(widest)]
+    parts = [(n, with_selector(trainer, task, NthSiblings(trainer.signal.select, (n,), states))) for n in range(widest)]
     counts = [int(part.edge_signal(batch).chosen.sum()) for _, part in parts]
     return [(part, count / sum(counts)) for (_, part), count in zip(parts, counts, strict=True) if count]
 
 
-def with_edges(trainer: PolicyGradient, task: Task, select: Selector) -> PolicyGradient:
-    """The trainer with other edges, in one update."""
+def with_selector(trainer: PolicyGradient, task: Task, select: Selector) -> PolicyGradient:
+    """A copy of the trainer that trains the edges of `select` in one update, without supervision."""
     other = replace(trainer, signal=replace(trainer.signal, select=select), supervision=[], updates_per_rollout=1)
     other.prepare(task, None)
     return other

@@ -21,7 +21,7 @@ from samplers import ODE, Tree, normal, rollout, scattered
 
 @dataclass(frozen=True, eq=False)
 class EvaluationResult:
-    """What an evaluation saw. N images, sample-major: every prompt's first sample, then every prompt's second, …
+    """Scores and images of one evaluation. N images, sample-major: every prompt's first sample, then every second one, …
 
     scores {reward: float64 [N]}, nan where the reward was not valid; images [k, 3, H, W] in [0, 1], the first k;
     digest: of the prompts with their metadata (`flowalign.data.digest`)."""
@@ -66,7 +66,9 @@ def evaluate(
     began, rows_before = time.monotonic(), policy.evaluations
     jobs = [(record, number) for number in range(samples_per_prompt) for record in prompts]
     if len(jobs) < everyone.count:
-        raise ValueError(f"{len(jobs)} images came for {everyone.count} processes; expected at least one for each")
+        raise ValueError(
+            f"got {len(jobs)} images for {everyone.count} processes; expected at least one for each: add prompts or samples"
+        )
     share = everyone.share(len(jobs))
     shape = policy.latent_shape(height, width)
     kept: list[Tensor] = []
@@ -106,10 +108,10 @@ def _check(prompts: Sequence[PromptRecord], rewards: Sequence[Reward], batch_siz
         )
     if len(set(names)) < len(names):
         raise ValueError(
-            f"rewards {names} share a name; give each its own `name`, or scores would overwrite each other"
+            f"got rewards {names}; expected different names, or scores would overwrite each other: give each its own `name`"
         )
     if len(set(uids)) < len(uids):
-        raise ValueError("two prompts share a uid and so their noise; use samples_per_prompt to repeat prompts")
+        raise ValueError("got two prompts with one uid, hence the same noise; use samples_per_prompt to repeat prompts")
 
 
 @torch.no_grad()
@@ -128,7 +130,7 @@ def sample(
 
 
 def _score(rewards: Sequence[Reward], records: list[PromptRecord], images: Tensor, first: int) -> dict[str, Tensor]:
-    """{reward: float64 [n]}, nan = not valid. How many may fail is judged over the whole set, not batch by batch."""
+    """{reward: float64 [n]}, nan = not valid. How many may fail is judged over all images, not batch by batch."""
     batch = RewardBatch(
         prompts=[record.prompt for record in records],
         images=images,
@@ -144,7 +146,8 @@ def _check_valid(scores: dict[str, Tensor]) -> None:
         failed = int(values.isnan().sum())
         if 2 * failed > len(values):
             raise RewardError(
-                f"reward {name!r} could not score {failed} of {len(values)} images; mend it, then evaluate"
+                f"reward {name!r} could not score {failed} of {len(values)} images; expected at most half: mend it, then "
+                "evaluate"
             )
 
 

@@ -1,4 +1,4 @@
-"""An evaluation on disk: whole as safetensors with a JSON header, and its scores as a row of evaluations.jsonl."""
+"""An evaluation on disk: everything as safetensors with a JSON header, its scores as a row of evaluations.jsonl."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Glyphs: a tiny text-to-image world, with a real Stable Diffusion 3 pipeline folder, for alignment on a CPU."""
+"""Glyphs: a tiny text-to-image world for alignment on a CPU: prompts, a renderer, a real Stable Diffusion 3 pipeline folder,
+and what made it (parts, pretrain, judge, card)."""
 
 from pathlib import Path
 from typing import Final, TypedDict

@@ -1,7 +1,9 @@
-"""Figures of a Glyphs pipeline: what RapidOCR reads, and which colors the pixels have.
+"""Figures of a Glyphs pipeline for its model card and its tests: shares of words, letters and colors that are right.
 
-For the model card and tests. Only RapidOCR's recognizer is used: a picture enlarged twice (nearest) has exactly the
-48 rows the recognizer wants. So read, all ground-truth renders of a sample of 500 were exact once "0" counts as "O".
+Apart from rewards.OCR and rewards.ColorAccuracy on purpose: the quality of the base is measured without the rewards that
+train on it, with shares of letters in their place, which no reward has, and `flowalign.glyphs` imports no reward. Only
+RapidOCR's recognizer is used: a picture enlarged twice (nearest) has exactly the 48 rows that the recognizer needs. All of
+500 ground-truth renders were read exactly, "0" counting as "O".
 """
 
 from collections.abc import Sequence
@@ -53,7 +55,7 @@ def sample_pictures(
 
 
 def judge(pictures: Tensor, records: Sequence[GlyphsPrompt]) -> Figures:
-    """Compare pictures with what their prompts ask for."""
+    """Compares pictures [N, 3, 24, 48] in [0, 1] with what their prompts ask for."""
     words = read_words(pictures)
     targets = [record["target"] for record in records]
     letters = [
@@ -68,7 +70,7 @@ def judge(pictures: Tensor, records: Sequence[GlyphsPrompt]) -> Figures:
 
 
 def read_words(pictures: Tensor) -> list[str]:
-    """What the recognizer reads, with "0" taken for "O"; "" where it reads nothing."""
+    """The words read in pictures [N, 3, 24, 48] in [0, 1], with "0" taken for "O"; "" where nothing is read."""
     rgb = (pictures.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
     bgr = [np.ascontiguousarray(image[..., ::-1].repeat(2, 0).repeat(2, 1)) for image in rgb]
     texts = _engine().recognize_txt(bgr).txts

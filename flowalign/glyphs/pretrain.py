@@ -1,8 +1,8 @@
-"""Pre-training of the Glyphs pipeline from nothing: first the VAE, then text encoders and transformer together.
+"""Pre-training of the Glyphs pipeline from random weights: first the VAE, then text encoders and transformer together.
 
 The flow model is trained as Stable Diffusion 3 was (rectified flow, Esser et al. 2024, arXiv:2403.03206, section 3):
 x_s = (1-s) x0 + s e, target e - x0, s logit-normal. All randomness of a step is keyed by (seed, stage, step), so a
-resumed run is the run that was never stopped, bit for bit, on one machine with one number of threads.
+resumed run gives the same weights as an uninterrupted one on one machine with one number of threads.
 """
 
 import math
@@ -58,7 +58,7 @@ class Batch:
 
 
 def pretrain(recipe: Pretraining, folder: Path, progress: Progress) -> StableDiffusion3Pipeline:
-    """Run or resume the recipe with checkpoints in `folder`; the pipeline with averaged weights, fp32."""
+    """Runs or resumes the recipe with checkpoints in `folder`; returns the pipeline with averaged weights, fp32."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(recipe.seed)  # initial weights
     pipeline = build_pipeline()
@@ -85,7 +85,7 @@ def sample_batch(count: int, generator: torch.Generator) -> Batch:
 
 
 def train_vae(vae: AutoencoderKL, recipe: Pretraining, folder: Path, progress: Progress) -> None:
-    """Train the VAE in place, then set scaling and shift so that its latents have mean 0 and variance 1."""
+    """Trains the VAE in place, then sets scaling and shift so that its latents have mean 0 and variance 1."""
     saved = folder / "vae.safetensors"
     optimizer = torch.optim.AdamW(vae.parameters(), lr=recipe.vae_learning_rate, weight_decay=0.0, fused=True)
     first = _load(saved, vae, None, optimizer, recipe.vae_steps)
@@ -110,7 +110,7 @@ def train_vae(vae: AutoencoderKL, recipe: Pretraining, folder: Path, progress: P
 
 
 def train_flow(pipeline: StableDiffusion3Pipeline, recipe: Pretraining, folder: Path, progress: Progress) -> None:
-    """Train transformer and text encoders in place; on return they hold the averaged weights."""
+    """Trains transformer and text encoders in place; on return they hold the averaged weights."""
     saved = folder / "flow.safetensors"
     model = nn.ModuleDict({name: pipeline.components[name] for name in TRAINED})
     average = {name: value.detach().clone() for name, value in model.named_parameters()}
@@ -192,7 +192,7 @@ def _palette(colors: dict[str, tuple[int, int, int]]) -> Tensor:
 
 
 def _generator(seed: int, stage: int, step: int) -> torch.Generator:
-    """A generator of its own for every step, so that nothing but the step number must be saved."""
+    """One generator per step, so that only the step number must be saved."""
     return torch.Generator().manual_seed((seed << 40) + (stage << 32) + step)
 
 
@@ -219,7 +219,7 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, 
 def _save(
     path: Path, step: int, model: nn.Module, average: dict[str, Tensor] | None, optimizer: torch.optim.Optimizer
 ) -> None:
-    """Write a checkpoint whole or not at all."""
+    """Writes a checkpoint atomically."""
     tensors = {"step": torch.tensor(step)}
     tensors |= {f"model/{name}": value for name, value in model.named_parameters()}
     tensors |= {f"average/{name}": value for name, value in (average or {}).items()}
@@ -232,7 +232,7 @@ def _save(
 def _load(
     path: Path, model: nn.Module, average: dict[str, Tensor] | None, optimizer: torch.optim.Optimizer, steps: int
 ) -> int:
-    """Restore a checkpoint of at most `steps` steps in place; the number of steps it has done."""
+    """Restores a checkpoint of at most `steps` steps in place; returns the number of its steps, 0 without one."""
     if not path.exists():
         return 0
     tensors = load_file(path)
@@ -248,6 +248,6 @@ def _load(
             state.setdefault(int(index), {})[name] = value
     step = int(tensors["step"])
     if step > steps:
-        raise ValueError(f"{path} has done {step} steps; expected at most {steps}: raise the steps or use a new folder")
+        raise ValueError(f"got {path} with {step} steps; expected at most {steps}: raise the steps or use a new folder")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return step

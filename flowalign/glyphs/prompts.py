@@ -51,7 +51,7 @@ def parse_prompt(prompt: str) -> Scene:
     match = _PATTERN.fullmatch(prompt)
     if match is None:
         raise ValueError(
-            f'not a Glyphs prompt: {prompt!r}; expected: the word "KITE" in INK on a PAPER background, with '
+            f'got {prompt!r}, not a Glyphs prompt; expected: the word "KITE" in INK on a PAPER background, with '
             f"{WORD_LENGTH} capitals, INK one of {', '.join(INKS)} and PAPER one of {', '.join(PAPERS)}"
         )
     return Scene(*match.groups())

@@ -2,7 +2,7 @@
 
 Ground truth for pre-training and for tests of rewards. A picture is 24x48 pixels, RGB float in [0, 1]. The 26 letter
 masks are rasterised once by PIL from DejaVu Sans Mono Bold (shipped inside every matplotlib); a batch is then one
-gather and one blend, about 2 microseconds per picture, so training never waits for drawing.
+gather and one blend, about 2 microseconds per picture, so drawing does not slow training.
 """
 
 from collections.abc import Sequence
@@ -40,13 +40,13 @@ def letter_masks() -> Tensor:
 
 
 def draw(letters: Tensor, inks: Tensor, papers: Tensor, offsets: Tensor) -> Tensor:
-    """Pictures [N, 3, HEIGHT, WIDTH] in [0, 1] of letter indices.
+    """Pictures [N, 3, HEIGHT, WIDTH] in [0, 1] of words given as letter indices.
 
     letters [N, 4] in 0..25; inks and papers [N, 3] RGB in [0, 1]; offsets [N, 2] = (down, right), each in
     -JITTER..JITTER. All on the CPU.
     """
     if offsets.abs().max() > JITTER:
-        raise ValueError(f"offsets reach {int(offsets.abs().max())}; expected at most {JITTER}: clamp them")
+        raise ValueError(f"got offsets up to {int(offsets.abs().max())}; expected at most {JITTER}: clamp them")
     count = letters.shape[0]
     line = letter_masks()[letters].permute(0, 2, 1, 3).reshape(count, HEIGHT, WORD_LENGTH * CELL)
     page = line.new_zeros(count, HEIGHT + 2 * JITTER, WIDTH + 2 * JITTER)
@@ -61,7 +61,7 @@ def render(words: Sequence[str], inks: Sequence[str], papers: Sequence[str], off
     """Pictures [N, 3, HEIGHT, WIDTH] in [0, 1] of words in named colors; without offsets, centered."""
     for word in words:
         if len(word) != WORD_LENGTH or not set(word) <= set(LETTERS):
-            raise ValueError(f"cannot draw {word!r}; expected {WORD_LENGTH} capital letters: write it like 'KITE'")
+            raise ValueError(f"got the word {word!r}; expected {WORD_LENGTH} capital letters, such as 'KITE'")
     letters = torch.tensor([[LETTERS.index(letter) for letter in word] for word in words])
     if offsets is None:
         offsets = torch.zeros(len(words), 2, dtype=torch.long)
@@ -72,5 +72,5 @@ def _rgb(names: Sequence[str], colors: dict[str, tuple[int, int, int]]) -> Tenso
     """Named colors as [N, 3] in [0, 1]."""
     unknown = sorted(set(names) - set(colors))
     if unknown:
-        raise ValueError(f"unknown color {unknown[0]!r}; expected one of {', '.join(colors)}")
+        raise ValueError(f"got unknown color {unknown[0]!r}; expected one of {', '.join(colors)}")
     return torch.tensor([colors[name] for name in names], dtype=torch.float32) / 255

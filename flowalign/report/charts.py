@@ -1,4 +1,4 @@
-"""The charts of a report: metrics of a run as SVG, text as outlines, so that a chart looks alike everywhere."""
+"""The charts of a report: metrics of a run as SVG, text as outlines, so that a chart looks the same everywhere."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ COLUMNS = 3
 
 @dataclass(frozen=True)
 class Panel:
-    """One small chart: `key` over the iterations, a band of ± `spread` around it, a log axis where it may help."""
+    """One small chart: the metric `key` over the iterations with a band of ± the metric `spread`. log: a log axis if all
+    values are positive and span more than a factor of 30."""
 
     title: str
     key: str
@@ -30,16 +31,16 @@ class Panel:
 
 def curves(rows: Sequence[Row], panels: Sequence[Panel]) -> str:
     """An SVG with one small chart per panel that has a value in `rows`; "" if none has."""
-    shown = [panel for panel in panels if any(_is_number(row.get(panel.key)) for row in rows)]
-    if not shown:
+    filled = [panel for panel in panels if any(_is_number(row.get(panel.key)) for row in rows)]
+    if not filled:
         return ""
-    lines = math.ceil(len(shown) / COLUMNS)
+    lines = math.ceil(len(filled) / COLUMNS)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10, 2.15 * lines), layout="constrained")
         axes = figure.subplots(lines, COLUMNS, squeeze=False).flatten()
-        for axis, panel in zip(axes, shown, strict=False):
+        for axis, panel in zip(axes, filled, strict=False):
             _curve(axis, rows, panel)
-        for axis in axes[len(shown) :]:
+        for axis in axes[len(filled) :]:
             axis.remove()
         return _svg(figure)
 
@@ -63,7 +64,7 @@ def bars(labels: Sequence[str], values: Sequence[float], unit: str) -> str:
 
 
 def _curve(axis: Axes, rows: Sequence[Row], panel: Panel) -> None:
-    known = [row for row in rows if panel.key in row]  # held-out values stand in few rows: they are joined
+    known = [row for row in rows if panel.key in row]  # few rows hold held-out values: a line joins them
     steps = [row["step"] for row in known]
     values = [_or_nan(row[panel.key]) for row in known]  # a null is a gap in the line
     axis.plot(steps, values, color=LINE, linewidth=1.4, marker="o" if len(steps) <= 25 else None, markersize=2.5)

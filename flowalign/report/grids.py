@@ -1,4 +1,4 @@
-"""Grids of image pairs, base beside tuned: drawn into one PNG, and read back pair by pair for the report."""
+"""Grids of image pairs, base beside tuned, with captions: drawn into one PNG, and read back pair by pair for the report."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from flowalign.evaluation.evaluate import EvaluationResult
 from flowalign.storage.files import write_atomic
 
 
@@ -29,34 +30,51 @@ class Pair:
     caption: list[str]
 
 
-def grid(images_base: Tensor, images_tuned: Tensor, captions: Sequence[str], path: Path) -> Path:
-    """Draws pairs, base left and tuned right, with their captions into one PNG, and enters it into grids.json.
+def captions(base: EvaluationResult, tuned: EvaluationResult) -> list[str]:
+    """A caption for each kept image pair: the prompt, then a line `reward base → tuned` per reward."""
+    return [
+        "\n".join(
+            [
+                prompt,
+                *(f"{name} {_score(base.scores[name][i])} → {_score(tuned.scores[name][i])}" for name in base.scores),
+            ]
+        )
+        for i, prompt in enumerate(base.prompts[: len(base.images)])
+    ]
 
-    images [k, 3, H, W] in [0, 1]; captions [k], lines parted by newlines. Tiny images are enlarged by a whole factor
+
+def _score(value: Tensor) -> str:
+    return "not valid" if bool(value.isnan()) else f"{float(value):.3g}"
+
+
+def grid(images_base: Tensor, images_tuned: Tensor, texts: Sequence[str], path: Path) -> Path:
+    """Draws pairs, base left and tuned right, with their captions into one PNG, and adds it to grids.json.
+
+    images [k, 3, H, W] in [0, 1]; texts [k]: the captions, lines separated by newlines. Tiny images are enlarged by a whole factor
     without smoothing, those above 512 pixels reduced by one. Both files are written atomically."""
-    if images_base.shape != images_tuned.shape or len(images_base) != len(captions) or not captions:
+    if images_base.shape != images_tuned.shape or len(images_base) != len(texts) or not texts:
         raise ValueError(
-            f"grid got images {list(images_base.shape)} and {list(images_tuned.shape)} and {len(captions)} captions; "
+            f"grid got images {list(images_base.shape)} and {list(images_tuned.shape)} and {len(texts)} captions; "
             "expected equal shapes [k, 3, H, W] and k >= 1 captions"
         )
     lefts, rights = ([_tile(image) for image in images] for images in (images_base, images_tuned))
     width, height = lefts[0].size
     gap, line, font = 12, 17, ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")), 13)
-    texts = [_wrap(caption, font, 2 * width + 4) for caption in captions]
-    columns = max(1, min(len(captions), 1240 // (2 * width + 4 + 2 * gap)))
-    cell = (2 * width + 4 + 2 * gap, height + gap + line * (1 + max(len(text) for text in texts)) + gap)
-    canvas = Image.new("RGB", (columns * cell[0], math.ceil(len(captions) / columns) * cell[1]), "white")
+    wrapped = [_wrap(text, font, 2 * width + 4) for text in texts]
+    columns = max(1, min(len(texts), 1240 // (2 * width + 4 + 2 * gap)))
+    cell = (2 * width + 4 + 2 * gap, height + gap + line * (1 + max(len(lines) for lines in wrapped)) + gap)
+    canvas = Image.new("RGB", (columns * cell[0], math.ceil(len(texts) / columns) * cell[1]), "white")
     draw = ImageDraw.Draw(canvas)
     entries = []
-    for number, (left, right, text) in enumerate(zip(lefts, rights, texts, strict=True)):
+    for number, (left, right, lines) in enumerate(zip(lefts, rights, wrapped, strict=True)):
         x, y = (number % columns) * cell[0] + gap, (number // columns) * cell[1] + gap
         boxes = {"base": (x, y + line, width, height), "tuned": (x + width + 4, y + line, width, height)}
         for (name, box), tile in zip(boxes.items(), (left, right), strict=True):
             draw.text((box[0], y - 1), name, fill="#52606d", font=font)
             canvas.paste(tile, box[:2])
             draw.rectangle((box[0] - 1, box[1] - 1, box[0] + width, box[1] + height), outline="#d9dee4")
-        draw.multiline_text((x, y + line + height + 3), "\n".join(text), fill="#1f2933", font=font, spacing=3)
-        entries.append({"caption": captions[number], **{name: list(box) for name, box in boxes.items()}})
+        draw.multiline_text((x, y + line + height + 3), "\n".join(lines), fill="#1f2933", font=font, spacing=3)
+        entries.append({"caption": texts[number], **{name: list(box) for name, box in boxes.items()}})
     write_atomic(path, _png(canvas))
     index = path.parent / "grids.json"
     write_atomic(index, json.dumps({**read_json(index), path.name: entries}, indent=1).encode())
@@ -105,12 +123,13 @@ def _png(picture: Image.Image) -> bytes:
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file, {} without the file; ValueError naming the file if it is damaged."""
     if not path.exists():
         return {}
     try:
         content = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); restore or remove it") from error
+        raise ValueError(f"{path} is not JSON ({error}); expected a JSON object: restore or remove it") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, expected a JSON object; restore or remove it")
+        raise ValueError(f"got {path} with a {type(content).__name__}; expected a JSON object; restore or remove it")
     return content

@@ -40,7 +40,9 @@ def write_report(run_folder: Path) -> Path:
     Raises ValueError naming the file if one that exists is damaged, FileNotFoundError without a folder."""
     folder = Path(run_folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"there is no run folder {folder} (working directory: {Path.cwd()})")
+        raise FileNotFoundError(
+            f"there is no run folder {folder} (working directory: {Path.cwd()}); expected one that a run wrote"
+        )
     rows = read_rows(folder / "metrics.jsonl") if (folder / "metrics.jsonl").exists() else []
     summary = read_json(folder / "summary.json")
     config = folder / "config.yaml"
@@ -51,7 +53,7 @@ def write_report(run_folder: Path) -> Path:
         results=_results(summary["rewards"]) if summary else [],
         pairs=newest_pairs(folder / "grids"),
         tree=trees[-1].read_bytes() if (trees := by_number(folder / "trees")) else b"",
-        rewards=_svg_url(curves(rows, _reward_panels(rows))),
+        rewards=_svg_url(curves(rows, reward_panels(rows))),
         health=_svg_url(curves(rows, HEALTH)),
         phases=_svg_url(_phase_bars(rows)),
         snippet=load_snippet(folder, summary["pipeline"]) if summary and (folder / "lora").is_dir() else None,
@@ -126,7 +128,8 @@ def _facts(summary: dict[str, Any], rows: Sequence[Row]) -> list[tuple[str, str]
     return facts
 
 
-def _reward_panels(rows: Sequence[Row]) -> list[Panel]:
+def reward_panels(rows: Sequence[Row]) -> list[Panel]:
+    """One panel per training reward, before them all rewards together unless there is only one, then the held-out ones."""
     keys = dict.fromkeys(key for row in rows for key in row)  # in the order of their first appearance
     names = [key[len("reward/") : -len("_mean")] for key in keys if re.fullmatch(r"reward/.+_mean", key)]
     panels = [Panel(name, f"reward/{name}_mean", f"reward/{name}_std") for name in names]

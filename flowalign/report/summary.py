@@ -1,4 +1,4 @@
-"""What a run found: the summary of base and tuned model, and the files that show it."""
+"""What a run found: summary.json, and the grid and page that show it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 from flowalign.config import TrainConfig
 from flowalign.evaluation.evaluate import EvaluationResult
-from flowalign.evaluation.paired_gain import captions, compare, summary
+from flowalign.evaluation.paired_gain import PairedGain, paired_gains
 from flowalign.models import Policy
-from flowalign.report.grids import grid
+from flowalign.report.grids import captions, grid
 from flowalign.report.html import write_report
 from flowalign.storage.files import write_atomic
 
@@ -21,12 +21,12 @@ def summarize(
     totals: Mapping[str, float], seconds: float,
 ) -> dict[str, Any]:  # fmt: skip
     """summary.json. The figures of the first evaluation reward stand at the top, those of all under `rewards`."""
-    whole, first = summary(compare(base, tuned)), config.evaluation.rewards[0].name
+    rewards, first = gains_table(paired_gains(base, tuned)), config.evaluation.rewards[0].name
     images = max(1, totals["images"])
     return {
         "reward": first,
-        **{key: whole[key][first] for key in ("base", "tuned", "gain", "gain_ci95", "pairs", "dropped")},
-        "rewards": whole,
+        **{key: rewards[key][first] for key in ("base", "tuned", "gain", "gain_ci95", "pairs", "dropped")},
+        "rewards": rewards,
         "seconds": seconds,
         "evaluations_per_image": {phase: totals[phase] / images for phase in ("rollout", "update")},
         "evaluation_unit": "forwards; a backward counts 1 (LoRA) or 2 (full weights), guidance doubles",
@@ -43,6 +43,18 @@ def summarize(
                 **policy.pipeline_arguments(),
             },
         },
+    }
+
+
+def gains_table(gains: dict[str, PairedGain]) -> dict[str, dict[str, Any]]:
+    """The gains as JSON for summary.json: {base, tuned, gain, gain_ci95, pairs, dropped}, each {reward: value}."""
+    return {
+        "base": {name: gain.base for name, gain in gains.items()},
+        "tuned": {name: gain.tuned for name, gain in gains.items()},
+        "gain": {name: gain.mean for name, gain in gains.items()},
+        "gain_ci95": {name: list(gain.interval) if gain.interval else None for name, gain in gains.items()},
+        "pairs": {name: gain.pairs for name, gain in gains.items()},
+        "dropped": {name: gain.dropped for name, gain in gains.items()},
     }
 
 

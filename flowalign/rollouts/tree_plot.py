@@ -16,7 +16,7 @@ from flowalign.picture_style import INK, RULE, SOFT, STYLE
 from samplers import Forest, Tree
 
 GRAY = "#9aa5b1"
-LABELLED = 300  # leaves; a picture of more does not grow, and says no rewards
+LABELLED = 300  # leaves; with more, the picture grows no further and shows no rewards
 
 
 def plot_tree(
@@ -26,23 +26,26 @@ def plot_tree(
 
     scores, valid: [L] in the order of tree.leaves. edge_values [E] (credit or advantage, in the order of tree.edges)
     color the stochastic steps; without them they are drawn in the mean reward of the leaves below. Deterministic steps
-    are thin and gray, stochastic ones without a value thick and gray; an invalid leaf is a cross. ValueError for a group that is not there."""
+    are thin and gray, stochastic ones without a value thick and gray; an invalid leaf is a cross. ValueError for a group that
+    the tree lacks."""
     tree = forest.tree
     if not 0 <= group < tree.num_groups:
-        raise ValueError(f"group={group} came; expected 0..{tree.num_groups - 1}")
+        raise ValueError(f"got group={group}; expected 0..{tree.num_groups - 1}")
     ok = torch.ones(len(scores), dtype=torch.bool) if valid is None else valid
-    height = _heights(tree, group)
+    height = node_heights(tree, group)
     own = (tree.group == group) & (tree.parent >= 0)
     color = _edge_colors(forest, scores, ok, edge_values)
     with matplotlib.rc_context(STYLE):
         rows = int((tree.group[tree.leaves] == group).sum())
         figure = Figure(figsize=(10, 0.9 + 0.2 * min(max(rows, 4), LABELLED)), layout="constrained")
         axis = figure.subplots()
-        for hot in (False, True):
-            nodes = (own & ((tree.level > 0) == hot)).nonzero().flatten()
-            ways = [_way(tree, height, node) for node in nodes.tolist()]
-            lines = LineCollection(ways, linewidths=1.8 if hot else 0.8, colors=None if hot else GRAY, zorder=1 + hot)
-            if hot:
+        for stochastic in (False, True):
+            nodes = (own & ((tree.level > 0) == stochastic)).nonzero().flatten()
+            lines = LineCollection(
+                [_step_line(tree, height, node) for node in nodes.tolist()],
+                linewidths=1.8 if stochastic else 0.8, colors=None if stochastic else GRAY, zorder=1 + stochastic,
+            )  # fmt: skip
+            if stochastic:
                 lines.set_array(color[nodes].numpy())
                 lines.set_cmap(colormaps["viridis"].with_extremes(bad=RULE))
                 lines.set_norm(_norm(color[own & (tree.level > 0)]))
@@ -78,16 +81,16 @@ def _leaves(
         axis.annotate(text, spot, xytext=(6, 0), textcoords="offset points", va="center", fontsize=7.5, color=INK)
 
 
-def _way(tree: Tree, height: Tensor, node: int) -> list[tuple[float, float]]:
-    """The step that arrives at `node` as a line: across at once, then along."""
-    up = int(tree.parent[node])
-    left, right = float(tree.index[up]), float(tree.index[node])
-    return [(left, float(height[up])), (left + 0.35, float(height[node])), (right, float(height[node]))]
+def _step_line(tree: Tree, height: Tensor, node: int) -> list[tuple[float, float]]:
+    """The points of the line of the step that ends at `node`: first to the node's height, then level."""
+    parent = int(tree.parent[node])
+    left, right = float(tree.index[parent]), float(tree.index[node])
+    return [(left, float(height[parent])), (left + 0.35, float(height[node])), (right, float(height[node]))]
 
 
-def _heights(tree: Tree, group: int) -> Tensor:
-    """[N] the line on which each node of the group is drawn: ends from top to bottom in depth-first order, a parent in
-    the middle of its children."""
+def node_heights(tree: Tree, group: int) -> Tensor:
+    """[N] the height at which each node of the group is drawn (0 on top, then −1, …; 0 for other groups): leaves from top to
+    bottom in depth-first order, a parent in the middle of its children."""
     children: dict[int, list[int]] = {}
     mine = (tree.group == group).nonzero().flatten().tolist()
     for node in mine:
@@ -100,7 +103,7 @@ def _heights(tree: Tree, group: int) -> Tensor:
             stack += children[node][::-1]
         else:
             height[node], line = -line, line + 1
-    for node in reversed(mine):  # children stand after their parents
+    for node in reversed(mine):  # children come after their parents
         if node in children:
             height[node] = height[children[node]].mean()
     return height
@@ -113,7 +116,7 @@ def _edge_colors(forest: Forest, scores: Tensor, ok: Tensor, edge_values: Tensor
     if edge_values is not None:
         if edge_values.shape != tree.edges.shape:
             raise ValueError(
-                f"edge_values {list(edge_values.shape)} came; expected one per edge, {list(tree.edges.shape)}"
+                f"got edge_values {list(edge_values.shape)}; expected one per edge, {list(tree.edges.shape)}"
             )
         color[tree.edges] = edge_values.double()
         return color

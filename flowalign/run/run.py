@@ -136,8 +136,7 @@ class Run:
     def finish(self) -> dict[str, Any]:
         """Evaluates the tuned model beside the base; writes LoRA, grid, summary and report."""
         tuned, base = self.evaluations.tuned(self.config.run.iterations), self.evaluations.base()
-        totals, seconds = self.progress.totals, self.progress.elapsed
-        result = summarize(self.config, self.task.policy, base, tuned, totals, seconds)
+        result = summarize(self.config, self.task.policy, base, tuned, self.progress.totals, self.progress.elapsed)
         if self.processes.is_main:
             if self.config.policy.trainable == "lora":
                 with self.evaluations.averaged():
@@ -179,8 +178,7 @@ def _enter(config: TrainConfig, plain: dict[str, Any], folder: Path, launch: Lau
     try_rewards(config, prompts)
     policy = policy_of(config, launch.accelerator.device, launch.network_device)
     processes = launch.shard(policy, processes)
-    decay = config.run.ema_decay
-    ema = None if decay is None else EMA(policy.trainable_parameters(), decay=decay)
+    ema = None if config.run.ema_decay is None else EMA(policy.trainable_parameters(), decay=config.run.ema_decay)
     task = task_of(config, policy, processes=processes)
     metrics, stop = MetricsLog(folder / "metrics.jsonl"), StopRequest(announce=processes.is_main)
     if processes.is_main:  # in this order: config.yaml says how many rows may lack a checkpoint

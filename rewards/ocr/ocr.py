@@ -1,4 +1,4 @@
-"""Does the picture show the text that was asked for? OCR accuracy as flow_grpo defines it, stricter, or smoother."""
+"""The OCR reward: does the image show the text that was asked for? As flow_grpo defines it, stricter, or smoother."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class OCR:
       "exact"  1 if the text read is the target, else 0: most groups of siblings then agree and teach nothing
       "soft"   p(target)^(1/L) under the recognizer's CTC posterior, the geometric mean probability of a letter: it
                tells siblings apart that are read alike. Extra text lowers it. It trusts the recognizer's confidence,
-               which a policy can learn to please: watch `exact` beside it.
+               which a policy can learn to exploit: compare with `exact`.
     target: "metadata" (metadata[target_key]) or "quotes" (between the prompt's first two straight double quotes).
     normalize: of both texts. "flow_grpo" drops ASCII spaces and case; "strict" nothing; "loose" all but letters and
       digits of the NFKC form. Recommended for new work: substring_exempt=False.
@@ -57,10 +57,10 @@ class OCR:
             ("target", self.target, ("metadata", "quotes")),
         ):
             if value not in known:
-                raise ValueError(f"{key} is {value!r}; expected one of {known}")
+                raise ValueError(f"got {key}={value!r}; expected one of {known}")
         normalize_text("", self.normalize)  # raises on an unknown rule
         if any(len(a) != 1 or len(b) != 1 for a, b in (self.fold or {}).items()):
-            raise ValueError(f"fold maps one character to one character, got {self.fold}")
+            raise ValueError(f"got fold={self.fold}; expected one character for one character")
         self._reader = self.recognizer if self.recognizer is not None else RapidReader()
 
     def load(self) -> None:
@@ -70,21 +70,21 @@ class OCR:
         self._reader.close()
 
     def __call__(self, batch: RewardBatch) -> RewardOutput:
-        said = [self._target(batch, i) for i in range(len(batch))]
-        targets = [self._clean(text) if isinstance(text, str) else "" for text in said]
-        alphabet = self._alphabet("".join(text for text in said if isinstance(text, str)))
+        given = [self._target(batch, i) for i in range(len(batch))]
+        targets = [self._clean(text) if isinstance(text, str) else "" for text in given]
+        alphabet = self._alphabet("".join(text for text in given if isinstance(text, str)))
         pages = self._read(batch.pixels().permute(0, 2, 3, 1).contiguous().numpy(), alphabet)
         rows = [self._parts(page, target, alphabet) for page, target in zip(pages, targets, strict=True)]
         components = {key: torch.tensor([row[key] for row in rows], dtype=torch.float32) for key in PARTS}
         scores = components["edit_exempt" if self.metric == "edit" and self.substring_exempt else self.metric]
         info = [
             f"read {''.join(line.text for line in page)!r}" if target else self._lacks(text)
-            for page, target, text in zip(pages, targets, said, strict=True)
+            for page, target, text in zip(pages, targets, given, strict=True)
         ]
         return RewardOutput(scores, ~scores.isnan(), components, info)
 
     def _target(self, batch: RewardBatch, i: int) -> object:
-        """What the picture should say, as given; None if nobody said."""
+        """The text that the image should show, as given; None without one."""
         if self.target == "metadata":
             return batch.metadata[i].get(self.target_key)
         parts = batch.prompts[i].split('"')
@@ -104,13 +104,13 @@ class OCR:
         return "".join(sorted(chars))
 
     def _read(self, images: np.ndarray, alphabet: str) -> list[list[Line]]:
-        """What stands in uint8 RGB images [N, H, W, 3]; equal images are read once."""
+        """The lines read in uint8 RGB images [N, H, W, 3]; equal images are read once."""
         first: dict[bytes, int] = {}
         places = [first.setdefault(image.tobytes(), len(first)) for image in images]
         distinct = [places.index(number) for number in range(len(first))]
         pages = self._reader.read(images[distinct], alphabet) if distinct else []
         if len(pages) != len(distinct):
-            raise ValueError(f"the recognizer answered {len(pages)} pictures, {len(distinct)} were asked")
+            raise ValueError(f"got {len(pages)} pages from the recognizer; expected {len(distinct)}, one per image")
         # a line in which nothing was read has no confidence, but a posterior that "soft" needs
         kept = [[line for line in page if not line.text or line.confidence > self.min_confidence] for page in pages]
         return [kept[number] for number in places]

@@ -1,6 +1,7 @@
 """RapidOCR as an engine: a detector (for pictures), a line recognizer with its CTC posterior, both on one thread.
 
-Runs inside a worker (see `worker.py`), so it imports nothing of this package and nothing heavy before `Engine()`.
+Runs in a worker process (see `rewards.workers.worker`), so it imports nothing of this package, and nothing heavy before
+`Engine()`.
 """
 
 from typing import Any
@@ -42,12 +43,12 @@ class Engine:
 
     def __call__(self, header: dict[str, Any], images: np.ndarray) -> tuple[dict[str, Any], np.ndarray]:
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-            raise TypeError(f"expected uint8 RGB [N, H, W, 3], got {images.dtype} {images.shape}")
+            raise TypeError(f"got images {images.dtype} {images.shape}; expected uint8 RGB [N, H, W, 3]")
         alphabet: str = header["alphabet"]
         columns = [0] + [self.number.get(char, -1) for char in alphabet]
         known = np.array(columns) >= 0
         pages = np.ascontiguousarray(images[..., ::-1])  # RapidOCR takes arrays as BGR
-        found = self._detect(pages) if header["detect"] else self._whole(pages)
+        found = self._detect(pages) if header["detect"] else self._as_lines(pages)
         lines: list[list[dict[str, Any]]] = []
         kept: list[np.ndarray] = []
         for page in found:
@@ -59,8 +60,8 @@ class Engine:
         empty = np.zeros((0, len(columns)), dtype=np.float32)
         return {"lines": lines}, np.concatenate([empty, *kept]).astype(np.float32)
 
-    def _whole(self, pages: np.ndarray) -> list[list[tuple[None, np.ndarray]]]:
-        """Every picture is one line of text; all in one call, for they have one size."""
+    def _as_lines(self, pages: np.ndarray) -> list[list[tuple[None, np.ndarray]]]:
+        """Every picture is one line of text; all are read in one call, since they have one size."""
         if not len(pages):
             return []
         return [[(None, posterior)] for posterior in self.session(np.stack([strip(page, 0) for page in pages]))]

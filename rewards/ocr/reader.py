@@ -1,4 +1,4 @@
-"""What reads text in pictures: the plug-in that OCR rewards take, and RapidOCR in a pool of processes behind it."""
+"""Recognizers: the contract of what reads text in images for the OCR reward, and RapidOCR in a pool of processes."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class RapidReader:
     detect: find lines first; False: the picture is one line (for small renders, about 200 times faster); None: lines
     are searched in pictures higher than 64 pixels. workers: processes with one thread each; None: the CPU cores of this
     machine shared among its local ranks, at most 16; 0: in this process (for debugging). batch_size: line pictures per
-    engine call. timeout: seconds without any answer after which the workers count as hanging.
+    engine call. timeout: seconds without an answer from any worker after which they are killed with a TimeoutError.
     """
 
     detect: bool | None = None
@@ -71,7 +71,7 @@ class RapidReader:
 
     def read(self, images: np.ndarray, alphabet: str) -> list[list[Line]]:
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-            raise TypeError(f"expected uint8 RGB [N, H, W, 3], got {images.dtype} {list(images.shape)}")
+            raise TypeError(f"got images {images.dtype} {list(images.shape)}; expected uint8 RGB [N, H, W, 3]")
         detect = images.shape[1] > LINE_PICTURE if self.detect is None else self.detect
         header = {"detect": detect, "alphabet": alphabet}
         share = -(-len(images) // max(1, self.count()))  # a small batch is spread over all workers

@@ -1,4 +1,4 @@
-"""Comparing what was asked with what was read: normalization, edit distance, and the likelihood under a CTC reader."""
+"""Compares the target text with what was read: normalization, edit distance, and the likelihood under a CTC recognizer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def normalize_text(text: str, rule: str) -> str:
         return "".join(char for char in unicodedata.normalize("NFKC", text).lower() if char.isalnum())
     if rule == "strict":
         return text
-    raise ValueError(f"normalize is {rule!r}; expected 'flow_grpo', 'strict' or 'loose'")
+    raise ValueError(f"got normalize={rule!r}; expected 'flow_grpo', 'strict' or 'loose'")
 
 
 def edit_distance(a: str, b: str) -> int:

@@ -1,4 +1,4 @@
-"""Helper processes for engines that must not live in the training process: the pool, and the script that each one runs."""
+"""Helper processes for engines that must not run in the training process: the pool, and the script of each process."""
 
 from rewards.workers.pool import Message, WorkerError, Workers
 

@@ -1,4 +1,4 @@
-"""A pool of helper processes for engines that must not live in the training process (OCR; engines with own threads).
+"""A pool of helper processes for engines that must not run in the training process (OCR; engines with their own threads).
 
 Each worker is a fresh interpreter (spawned, never forked: torch's threads do not survive a fork) that runs `worker.py`
 alone. multiprocessing's spawn would first import the caller's main module, hence torch and diffusers, in every worker
@@ -42,10 +42,10 @@ class _Worker:
 class Workers:
     """`count` processes, each with one engine from `engine_file`; started by the first `map`, also by an empty one.
 
-    timeout: the longest wait in seconds for the next answer of any worker, starting up included. After a timeout, a
-    death or an error in an engine, all workers are killed, and the next `map` starts new ones. Workers end with
-    `close`, with the last reference to the pool, at exit, and within a second of their parent's death (even SIGKILL).
-    POSIX only.
+    timeout: the longest wait in seconds for the next answer of any worker, for its start and for its taking a job; may be
+    changed between two `map`. After a timeout, a death or an error in an engine, all workers are killed, and the next `map`
+    starts new ones. Workers end with `close`, with the last reference to the pool, at exit, and within a second of their
+    parent's death (even SIGKILL); a forked copy of the parent leaves them alone. POSIX only.
     """
 
     engine_file: Path
@@ -57,15 +57,19 @@ class Workers:
 
     def __post_init__(self) -> None:
         if self.count < 1 or self.timeout <= 0:
-            raise ValueError(f"a pool needs count >= 1 and timeout > 0, got {self.count} and {self.timeout}")
+            raise ValueError(
+                f"got a pool with count={self.count}, timeout={self.timeout}; expected count >= 1, timeout > 0"
+            )
         weakref.finalize(self, _kill, self._running, os.getpid())  # runs at exit too
 
     def map(self, jobs: Sequence[Message]) -> list[Message]:
-        """The answers to the jobs, in their order; without jobs it starts the workers and waits for their engines. TimeoutError
-        or WorkerError."""
+        """The answers to the jobs, in their order; without jobs it only starts the workers and waits for their engines.
+        TimeoutError or WorkerError."""
         with self._lock:
             try:
                 self._start()
+                for each in self._running:
+                    _limit(each.connection, self.timeout)
                 return self._run(jobs)
             except BaseException:  # Ctrl-C too: no worker may stay with a job whose answer nobody awaits
                 _kill(self._running, os.getpid())
@@ -84,8 +88,8 @@ class Workers:
         if self._running:
             return
         for _ in range(self.count):
-            self._running.append(_launch(self.engine_file, self.options, self.timeout))
-        for each in self._running:  # they start side by side; each greets when its engine stands
+            self._running.append(_launch(self.engine_file, self.options))
+        for each in self._running:  # they start in parallel; each sends a message when its engine is ready
             if not each.connection.poll(self.timeout):
                 raise TimeoutError(f"a worker did not start in {self.timeout:g} s")
             _receive(each)
@@ -111,11 +115,16 @@ class Workers:
         return [answers[number] for number in range(len(jobs))]
 
 
-def _launch(engine_file: Path, options: dict[str, Any], timeout: float) -> _Worker:
+def _limit(connection: Connection, timeout: float) -> None:
+    """Lets writes and reads fail after `timeout` seconds: a stopped worker must not block us."""
+    limit = struct.pack("ll", int(timeout), int(timeout % 1 * 1e6))
+    with socket.socket(fileno=os.dup(connection.fileno())) as same:
+        for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
+            same.setsockopt(socket.SOL_SOCKET, option, limit)
+
+
+def _launch(engine_file: Path, options: dict[str, Any]) -> _Worker:
     ours, theirs = socket.socketpair()
-    limit = struct.pack("ll", int(timeout), int(timeout % 1 * 1e6))  # a stopped worker must not block our writes
-    ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
-    ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
     script = [sys.executable, "-P", worker.__file__]
     arguments = [str(theirs.fileno()), str(os.getpid()), str(engine_file), json.dumps(options)]
     one_thread = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -158,7 +167,7 @@ def _death(each: _Worker) -> str:
 
 
 def _kill(running: list[_Worker], owner: int) -> None:
-    """Kills and reaps every worker. In a forked copy of the owner it does nothing: the workers are not the copy's."""
+    """Kills every worker and waits for it. In a forked copy of the owner it does nothing: the workers are not the copy's."""
     if os.getpid() != owner:
         return
     for each in running:

@@ -1,4 +1,4 @@
-"""The child's side of `pool.py`: one process that owns one engine and answers one job after the other.
+"""The script of a worker of `pool.py`: one process with one engine, which answers one job after the other.
 
 Run as a script, `python -P worker.py FD PARENT_PID ENGINE_FILE OPTIONS_JSON`, so that it imports neither the caller's
 main module nor torch: it starts in the time its engine takes. Messages are JSON and raw array bytes, never pickles.
@@ -27,21 +27,21 @@ def send(connection: Connection, header: dict[str, Any], array: np.ndarray) -> N
 
 
 def receive(connection: Connection) -> tuple[dict[str, Any], np.ndarray]:
-    """The other end of `send`. EOFError when the other side is gone."""
+    """A message of `send`. EOFError when the other side is gone."""
     form = json.loads(connection.recv_bytes())
     array = np.frombuffer(connection.recv_bytes(), dtype=form["dtype"]).reshape(form["shape"])
     return form["header"], array
 
 
 def leave_with(parent: int) -> None:
-    """Ends this process when its parent is gone, however that died and whatever the engine is doing."""
+    """Ends this process when its parent is gone, however that ended and whatever the engine is doing."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)
 
 
 def serve(connection: Connection, engine_file: str, options: dict[str, Any]) -> None:
-    """Builds the engine, says so, then answers until the caller hangs up."""
+    """Builds the engine, sends an empty message when it is ready, then answers jobs until the caller closes the connection."""
     nothing = np.zeros(0, dtype=np.float32)
     try:
         engine = runpy.run_path(engine_file)["Engine"](**options)
@@ -57,7 +57,7 @@ def serve(connection: Connection, engine_file: str, options: dict[str, Any]) -> 
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGTERM):  # they reach the whole group; the parent decides when we leave
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole process group: the parent decides when to stop
         signal.signal(number, signal.SIG_IGN)
     file_descriptor, parent_pid, engine_path, options_json = sys.argv[1:]
     threading.Thread(target=leave_with, args=(int(parent_pid),), daemon=True).start()

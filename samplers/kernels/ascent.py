@@ -61,7 +61,8 @@ class RewardGradient:
 
 @dataclass(frozen=True)
 class SPSA:
-    """∇ρ from values at σ = 0 around the predicted x̂0: 2M scores per state, for rewards without a gradient (Euphonium).
+    """∇ρ from values at σ = 0 around the predicted x̂0: 2M scores per state, for rewards without a gradient
+    (Euphonium).
 
     noise: nodes [n] -> u [M, n, *], independent N(0, 1) and a function of the node (stream "spsa"). path: the policy's;
     None stands for a rectified flow. Not kept: ∂x̂0/∂x = I - σ·∂v/∂x; the gradient at x̂0 stands for that at x.

@@ -73,10 +73,10 @@ class Step:
 class TransitionContext:
     """What a kernel may know of the rows it steps.
 
-    level: [N] or one factor of the kernel's own noise level; 0 = the path's deterministic step. rows [N]: condition rows
-    (a tree's roots). nodes [N]: the child nodes; parents [N]: the nodes they leave. step [N]: grid index of the parent.
-    carry [N]: what the parents' steps passed on. tail [N] bool: no stochastic step follows; None: true of all rows.
-    replay: the step was drawn before and only its policy is needed; carry and tail are None then.
+    level: [N] or one factor of the kernel's own noise level; 0 = the path's deterministic step. rows [N]: condition
+    rows (a tree's roots). nodes [N]: the child nodes; parents [N]: the nodes they leave. step [N]: grid index of the
+    parent. carry [N]: what the parents' steps passed on. tail [N] bool: no stochastic step follows; None: true of all
+    rows. replay: the step was drawn before and only its policy is needed; carry and tail are None then.
     """
 
     level: Tensor | float = 1.0
@@ -104,8 +104,8 @@ class Kernel(Protocol):
 
     @property
     def uses_rows(self) -> bool:
-        """Whether a step reads `ctx.rows`, as reward guidance does. These are row numbers of one process's conditions, so
-        such a kernel runs on one process only."""
+        """Whether a step reads `ctx.rows`, as reward guidance does. These are row numbers of one process's conditions,
+        so such a kernel runs on one process only."""
         ...
 
     def bind(self, path: Path) -> "Kernel":

@@ -21,8 +21,8 @@ from samplers.kernels.gaussian import Constants, Reduce
 class CPS:
     """x' = (1-σ')·x̂0 + σ'cosφ·ε̂ + σ'sinφ·z, φ = a·π/2, a = noise_level·level in [0, 1].
 
-    α = (1-σ') + σ'cosφ, b = -σ(1-σ') + (1-σ)σ'cosφ, s = σ'sinφ; deterministic at σ' = 0. For its KL take the form "exact", which is
-    that of the reference code.
+    α = (1-σ') + σ'cosφ, b = -σ(1-σ') + (1-σ)σ'cosφ, s = σ'sinφ; deterministic at σ' = 0. For its KL take the form
+    "exact", which is that of the reference code.
     noise_level: 0.7 (SD3.5), 0.8 (FLUX). constants "none" (every reference implementation; clip 1e-5 assumes it).
     Kept: the total noise, exactly, at any step size. Not kept: the marginals of spread-out data: where the variance V
     is right, one step adds -(1-cosφ)²σ²(1-σ²/V) to it as h -> 0, so more steps at one φ do not converge.

@@ -22,8 +22,9 @@ class DanceSDE:
     """Euler-Maruyama with g = η = noise_level·level; h = σ - σ'.
 
     α = 1 - η²h/(2σ), b = -h(1 + η²(1-σ)/(2σ)), s = η√h.
-    noise_level: 0.3 (FLUX and Wan images), 0.25 (HunyuanVideo). Not kept: the marginals, whose error is of first order in h;
-    DanceGRPO itself never lets the noise of the last step reach the reward (a last step of level 0 does the same).
+    noise_level: 0.3 (FLUX and Wan images), 0.25 (HunyuanVideo). Not kept: the marginals, whose error is of first order
+    in h; DanceGRPO itself never lets the noise of the last step reach the reward (a last step of level 0 does the
+    same).
     """
 
     noise_level: float = 0.3

@@ -16,9 +16,9 @@ class DPMSolver:
 
     With λ = ln(a/b) of the path, η = λ' - λ, η₋ = λ - λ₋ and r = η/(2η₋): D = (1+r)·x̂0 - r·x̂0₋ and
     x' = (b'/b)·x + (a' - a·b'/b)·D. With D = x̂0 this is the kernel's own deterministic step (Euler, DDIM), so
-    x' = that step + (a' - a·b'/b)·r·(x̂0 - x̂0₋), which leaves first-order rows bit for bit as they were. One velocity a
-    step, as Euler. First order: without history (a root's step), at σ' = 0 (x' = x̂0), where σ₋ = 1 (r = 0; r goes to 0
-    as σ₋ goes to 1), and where a stochastic step still follows (`ctx.tail` is false) unless `prefix`.
+    x' = that step + (a' - a·b'/b)·r·(x̂0 - x̂0₋), which leaves first-order rows bit for bit as they were. One velocity
+    a step, as Euler. First order: without history (a root's step), at σ' = 0 (x' = x̂0), where σ₋ = 1 (r = 0; r goes to
+    0 as σ₋ goes to 1), and where a stochastic step still follows (`ctx.tail` is false) unless `prefix`.
     MixGRPO-Flash 2507.21802: DPMSolver(FlowSDE()) and a plan whose tail jumps grid indices (Compressed).
 
     across_noise: take x̂0₋ also over a stochastic step (MixGRPO's code); False starts a tail with one first-order step.

@@ -59,7 +59,8 @@ class FlowSDE:
     every step (UniRL: 0.99). The two are not interchangeable.
     Not kept: the marginals. From a level below 1, or with a number as sigma_cap, the error of the variance falls as h;
     from σ = 1 with None only as h^min(1, a²) (h^0.49 at 0.7), since the first step is off by a⁴/4 however short it is,
-    and by level σ the later ones have shrunk that error by (h/(1-σ))^a² only. A last step to σ' = 0 leaves noise behind.
+    and by level σ the later ones have shrunk that error by (h/(1-σ))^a² only. A last step to σ' = 0 leaves noise
+    behind.
     """
 
     noise_level: float = 0.7

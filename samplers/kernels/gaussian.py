@@ -23,8 +23,8 @@ class Gaussian:
 
     mean [N, *]; std, velocity_coef (∂mean/∂v), step_size (h = σ - σ') [N].
     reduce: log_prob and kl are the "mean" over the D elements of a row (every reference implementation; clip ranges
-    of 1e-5..1e-3 assume it) or the "sum" (nats). constants "none": log_prob is -reduce((x' - mean)²), without 1/(2 std²)
-    and the normalizer (Flow-CPS), which weights a step by 2·std² and is 0 with zero gradient where std is 0.
+    of 1e-5..1e-3 assume it) or the "sum" (nats). constants "none": log_prob is -reduce((x' - mean)²), without 1/(2
+    std²) and the normalizer (Flow-CPS), which weights a step by 2·std² and is 0 with zero gradient where std is 0.
     """
 
     mean: Tensor
@@ -54,10 +54,10 @@ class Gaussian:
     def kl(self, other: "Gaussian", form: KLForm = "exact_times_h") -> Tensor:
         """[N] divergence to `other`, the same step under another velocity; reduced like log_prob.
 
-        exact: Δμ²/(2·std²), the KL divergence itself, whatever `constants`. It is the KL of CPS's code (2509.05952), whose
-            denominator is the full std of a step: take it for betas tuned with CPS.
-        exact_times_h: h·Δμ²/(2·std²), which is Δμ²/(2·g²) where std = g·√h: the KL of flow_grpo's code (2505.05470), which
-            forgets h, so what betas of Flow-SDE are tuned for. On CPS no code means it: h times the KL of CPS's.
+        exact: Δμ²/(2·std²), the KL divergence itself, whatever `constants`. It is the KL of CPS's code (2509.05952),
+            whose denominator is the full std of a step: take it for betas tuned with CPS.
+        exact_times_h: h·Δμ²/(2·std²), which is Δμ²/(2·g²) where std = g·√h: the KL of flow_grpo's code (2505.05470),
+            which forgets h, so what betas of Flow-SDE are tuned for. On CPS no code means it: h times the KL of CPS's.
         velocity: Δv² = (Δμ/b)², without any variance, as in Flow-Factory ("v-based").
         mean_sq: Δμ², without any variance, as in Flow-Factory ("x-based") and GenRL's CPS.
         The first two need std > 0, else ValueError; mean_sq is finite at every step, velocity where b is not 0.

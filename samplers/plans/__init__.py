@@ -1,8 +1,9 @@
 """Plans: which steps are stochastic and where samples split. Pure data; each gives the Tree of one group.
 
-`chain`, `window`, `branch`, `tree` and `scattered` are functions for direct use; the classes are the same with a schedule
-over iterations, for configurations. Probed, Compressed, Sourced and Selected wrap another plan. A plan of your own is a
-dataclass with `tree` (built by Tree.from_parents), `forecast` and `select`, and with `extremes` if it is to be wrapped.
+`chain`, `window`, `branch`, `tree` and `scattered` are functions for direct use; the classes are the same with a
+schedule over iterations, for configurations. Probed, Compressed, Sourced and Selected wrap another plan. A plan of your
+own is a dataclass with `tree` (built by Tree.from_parents), `forecast` and `select`, and with `extremes` if it is to be
+wrapped.
 """
 
 from samplers.plans.base import Bounded, Plan

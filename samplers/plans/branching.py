@@ -106,9 +106,9 @@ class Branch:
 class SplitTree:
     """`tree` as a plan (BranchGRPO 2509.06040): group_size leaves, one tree per factor^len(splits) of them.
 
-    window: None makes every step stochastic, the last only if `train_last`; a size makes the splits and a window of that
-    many steps stochastic, the others deterministic (BranchGRPO-Mix). The window lies inside low..high-1 and starts where
-    `position` says; high None stands for num_steps - 1, position None for Random().
+    window: None makes every step stochastic, the last only if `train_last`; a size makes the splits and a window of
+    that many steps stochastic, the others deterministic (BranchGRPO-Mix). The window lies inside low..high-1 and starts
+    where `position` says; high None stands for num_steps - 1, position None for Random().
     The paper's setting: splits (0, 3, 6, 9) of 20 steps ("dense"), branch noise with scale 4 (KeyedNoise.branch_scale,
     in a configuration rollout.branch_scale), and train_last=True, with which one tree of 16 leaves has the paper's 218
     stochastic steps. Off by default: the noise of the last step stays on the latent that is decoded and scored.
@@ -160,12 +160,13 @@ class SplitTree:
 
 @dataclass(frozen=True)
 class TreeWindow:
-    """A tree inside a sliding window: ODE prefix, a split at each of `depth` steps, ODE tails (Dynamic-TreeRPO 2509.23352).
+    """A tree inside a sliding window: ODE prefix, a split at each of `depth` steps, ODE tails (Dynamic-TreeRPO
+    2509.23352).
 
     The noise level grows linearly with the depth k, 1 + growth·k/(depth-1) times the kernel's own: our reading of the
     paper's eq. 6, whose constants are not published. The window lies inside low..high-1 and starts where `position`
-    says; high None stands for num_steps - 1, position None for Random(). group_size leaves, one tree per factor^depth of
-    them. Network rows of one binary tree: l + (2^d - 1) + 2^d·(T-l-d), for a window that starts at step l.
+    says; high None stands for num_steps - 1, position None for Random(). group_size leaves, one tree per factor^depth
+    of them. Network rows of one binary tree: l + (2^d - 1) + 2^d·(T-l-d), for a window that starts at step l.
     """
 
     depth: int = 4

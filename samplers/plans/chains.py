@@ -27,8 +27,8 @@ def window(num_steps: int, group_size: int, start: int, size: int, *, shared_sta
     """Steps start..start+size-1 stochastic, the others deterministic (Flow-GRPO-Fast, MixGRPO 2507.21802).
 
     shared_start: one root; the deterministic prefix runs once and `group_size` children part at step `start`.
-    A window that holds the last step (num_steps - 1) trains it: the reward then sees the noise of Flow-SDE and Dance-SDE;
-    a CPS step to σ = 0 has no noise and no gradient.
+    A window that holds the last step (num_steps - 1) trains it: the reward then sees the noise of Flow-SDE and
+    Dance-SDE; a CPS step to σ = 0 has no noise and no gradient.
     """
     if size < 1 or start < 0 or start + size > num_steps:
         raise ValueError(

@@ -27,8 +27,8 @@ def probed(tree: Tree, steps: int | None = None, *, at: Collection[int] | None =
     The trained part is the states that a stochastic step leaves or arrives at; `at` names grid indices instead. steps:
     how many the completion takes, on a sub-grid of the remaining ones; None: all of them. A state that the tree itself
     continues deterministically has its completion already, in the tree's own steps: it gets none, unless `duplicate`.
-    Completions (probes) share their state's velocity and are rolled out with all other states; Tree.completion(state) is
-    the leaf of a state's completion. The other states keep their `local`, hence their noise.
+    Completions (probes) share their state's velocity and are rolled out with all other states; Tree.completion(state)
+    is the leaf of a state's completion. The other states keep their `local`, hence their noise.
     """
     if steps is not None and steps < 1:
         raise ValueError(f"got steps={steps}; expected at least 1, or None for all remaining steps")
@@ -74,11 +74,13 @@ def compressed(tree: Tree, ratio: float) -> Tree:
 
 @dataclass(frozen=True)
 class Probed:
-    """`plan` with an ODE completion (probe) of every state that a stochastic step leaves or arrives at: `probed` as a plan.
+    """`plan` with an ODE completion (probe) of every state that a stochastic step leaves or arrives at: `probed` as a
+    plan.
 
-    steps: of a completion; None, all remaining ones, is best (DenseGRPO), 1 is the single jump to x̂0. at: probe the states
-    at these grid indices instead. duplicate: probe also states whose sample continues deterministically and so is their
-    completion already; code that scores each state by itself does that (more images; no more network rows on a chain).
+    steps: of a completion; None, all remaining ones, is best (DenseGRPO), 1 is the single jump to x̂0. at: probe the
+    states at these grid indices instead. duplicate: probe also states whose sample continues deterministically and so
+    is their completion already; code that scores each state by itself does that (more images; no more network rows on a
+    chain).
     """
 
     plan: Bounded

@@ -59,8 +59,8 @@ class Sliding:
     int(every·(1 - l/l_max) + every_min·l/l_max), l_max = high - 1, which is T-2 by default as in MixGRPO's code
     (every_min None: every/4, at least 1); "exp_decay" lasts ceil(every·exp(-rate·max(0, l - threshold))).
     After the last position the window stays there, or with `roll_back` starts again.
-    Not kept: MixGRPO's code moves l on to l_max = T-2 and lets the window shrink to nothing on the way; here all windows
-    have the full size, so the last one starts at high - size and "decay" does not come down to every_min.
+    Not kept: MixGRPO's code moves l on to l_max = T-2 and lets the window shrink to nothing on the way; here all
+    windows have the full size, so the last one starts at high - size and "decay" does not come down to every_min.
     """
 
     every: int = 25

@@ -11,12 +11,13 @@ from samplers.trees import Cost, Tree
 
 @dataclass(frozen=True)
 class Selected:
-    """`plan` with selection during the rollout: counts = {grid index: how many states of each group are continued there}.
+    """`plan` with selection during the rollout: counts = {grid index: how many states of each group are continued
+    there}.
 
     uses_velocity: the score reads the velocities of all candidates (for their predicted x̂0); the forecast counts them.
-    within: see Best. Pass `select(score)` to `rollout`. Selected is the outermost plan: put Probed and Compressed inside.
-    Cost: `tree` builds the tree before selection in full, so splits multiply its nodes also after a selection; these
-    are rows of numbers, not states.
+    within: see Best. Pass `select(score)` to `rollout`. Selected is the outermost plan: put Probed and Compressed
+    inside. Cost: `tree` builds the tree before selection in full, so splits multiply its nodes also after a selection;
+    these are rows of numbers, not states.
     """
 
     plan: Bounded

@@ -12,7 +12,8 @@ from samplers.trees import SOURCES, Cost, Tree
 
 @dataclass(frozen=True)
 class Sourced:
-    """`plan` whose last `teacher` roots are rolled out by the teacher, and the `hinted` before them by a hinted student.
+    """`plan` whose last `teacher` roots are rolled out by the teacher, and the `hinted` before them by a hinted
+    student.
 
     The topology is unchanged; a velocity callback reads tree.source[root] (0 student, 1 hinted, 2 teacher).
     ValueError if no root is left to the student: a plan with a shared start has one root per tree.

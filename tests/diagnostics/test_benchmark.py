@@ -12,7 +12,7 @@ from flowalign.config import load_config
 from flowalign.diagnostics import benchmark
 from flowalign.diagnostics.benchmark import compare, peak, reset_peak, table
 from flowalign.diagnostics.doctor import distinct_prompts
-from flowalign.diagnostics.measure import distance, gradients, per_edge
+from flowalign.diagnostics.measure import distance, gradients, one_pass_per_edge
 from flowalign.errors import ConfigError
 
 CONFIG = str(Path(__file__).parents[1] / "data" / "tiny.yaml")
@@ -82,7 +82,7 @@ def test_one_pass_per_edge_gives_the_merged_gradient(tiny_pipeline: Path, plan: 
     task, trainer = task_of(config, policy, groups=2), config.trainer
     trainer.prepare(task, None)
     batch = trainer.collect(distinct_prompts(config, 2), 0)
-    parts = per_edge(trainer, task, batch)
+    parts = one_pass_per_edge(trainer, task, batch)
     assert len(parts) == 3 and sum(share for _, share in parts) == pytest.approx(1)
     whole, single = gradients(policy, trainer, batch), {}
     for part, share in parts:

@@ -55,7 +55,12 @@ def examined(
     [
         [],
         [*GUIDED, "policy.negative_prompt=a word"],
-        ["rollout.plan.class_path=samplers.Chain", "trainer.updates_per_rollout=2", "rollout.kernel=samplers.CPS"],
+        [
+            "rollout.plan.class_path=samplers.Chain",
+            "trainer.updates_per_rollout=2",
+            "rollout.kernel=samplers.CPS",
+            "trainer.kl.form=exact",
+        ],
         ["trainer.objective.class_path=flowalign.objectives.Guard", "trainer.micro_batch=1"],
         [
             "rollout.kernel=samplers.DPMSolver",
@@ -178,9 +183,9 @@ def swapped(policy: Any) -> None:
     policy.encode = lambda prompts: encode(list(prompts)[::-1])
 
 
-def swapped_in_the_store(policy: Any) -> None:
-    encode = policy._prompts._encode
-    policy._prompts._encode = lambda texts: encode(texts[::-1])
+def swapped_by_the_encoder(policy: Any) -> None:
+    encode = policy.model.pipeline.encode_prompt
+    policy.model.pipeline.encode_prompt = lambda prompt, **settings: encode(prompt=prompt[::-1], **settings)
 
 
 def deaf(policy: Any) -> None:
@@ -193,7 +198,7 @@ def changed_velocity(change: Callable[..., torch.Tensor]) -> Callable[[Any], Non
 
     def plant(policy: Any) -> None:
         velocity = policy.velocity
-        policy.velocity = lambda x, sigma, conditions, *, guidance_scale=1.0: change(
+        policy.velocity = lambda x, sigma, conditions, *, guidance_scale=1.0, detach_uncond=False: change(
             velocity, x, sigma, conditions, guidance_scale
         )
 
@@ -280,7 +285,7 @@ def unused_adapter(policy: Any) -> None:
         (base_trained, [], "adapters", "proj_out.weight"),
         (swapped, [], "parity", "order of prompts"),
         (swapped, [], "conditions", "rows are swapped"),
-        (swapped_in_the_store, [], "parity", "order of prompts"),
+        (swapped_by_the_encoder, [], "parity", "order of prompts"),
         (deaf, [], "conditions", "does not reach the network"),
         (changed_velocity(unguided_update), GUIDED, "velocity", "one guidance_scale"),
         (changed_velocity(in_bf16), [], "velocity", "return fp32"),
@@ -364,7 +369,7 @@ def test_log_probs_of_another_policy_do_not_replay(tiny_pipeline: Path, monkeypa
 
 
 def test_memory_that_does_not_fit(tiny_pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cost, "_memory", lambda device: 1000.0)
+    monkeypatch.setattr(cost, "device_memory", lambda device: 1000.0)
     findings = examined(tiny_pipeline, "policy.trainable=full", "trainer.kl.beta=0")
     finding = found(findings, "memory")
     assert finding.ok is False and "lower rollout.groups" in finding.advice

@@ -8,9 +8,11 @@ import torch
 
 from flowalign.data import PromptRecord
 from flowalign.evaluation.evaluate import evaluate
-from flowalign.evaluation.paired_gain import captions, compare, paired_gain, summary
+from flowalign.evaluation.paired_gain import paired_gain, paired_gains
 from flowalign.evaluation.result_file import append_result
 from flowalign.models.base import Conditions
+from flowalign.report.grids import captions
+from flowalign.report.summary import gains_table
 from flowalign.storage.metrics_log import MetricsLog, read_rows
 from rewards import RewardBatch, RewardError, RewardOutput
 from samplers import RectifiedFlow
@@ -117,8 +119,8 @@ def test_tuned_and_base_start_from_the_same_noise():
         ([], [Brightness()], 1, "0 prompts"),
         (PROMPTS, [], 1, "0 rewards"),
         (PROMPTS, [Brightness()], 0, "batch_size=0"),
-        (PROMPTS, [Brightness(), Brightness()], 1, "share a name"),
-        ([PROMPTS[0], PROMPTS[0]], [Brightness()], 1, "share a uid"),
+        (PROMPTS, [Brightness(), Brightness()], 1, "expected different names"),
+        ([PROMPTS[0], PROMPTS[0]], [Brightness()], 1, "two prompts with one uid"),
     ],
 )
 def test_impossible_requests_are_refused(prompts, rewards, batch_size, message):
@@ -205,9 +207,9 @@ def test_scores_that_do_not_pair_are_refused():
     with pytest.raises(ValueError, match="2 cluster labels for 3"):
         paired_gain(torch.zeros(3), torch.zeros(3), [1, 2])
     with pytest.raises(ValueError, match="differ in seed"):
-        compare(run(), run(seed=4))
+        paired_gains(run(), run(seed=4))
     with pytest.raises(ValueError, match="differ in rewards"):
-        compare(run(), run(rewards=[Brightness("other")]))
+        paired_gains(run(), run(rewards=[Brightness("other")]))
 
 
 # -------------------------------------------------------------------------------------------- records
@@ -217,11 +219,11 @@ def test_an_invalid_reward_is_nan_then_dropped_then_named_in_the_caption():
     base = run(rewards=[Brightness(fails=("prompt 1",))])
     tuned = run(StraightPolicy(shift=-1.0), [Brightness()])
     assert base.scores["bright"].isnan().tolist() == [False, True, False]
-    gains = compare(base, tuned)
+    gains = paired_gains(base, tuned)
     assert gains["bright"].dropped == 1 and gains["bright"].pairs == 2 and gains["bright"].mean > 0
     text = captions(base, tuned)
     assert len(text) == 3 and text[1].startswith("prompt 1\nbright not valid → ")
-    record = summary(gains)
+    record = gains_table(gains)
     assert record["tuned"]["bright"] - record["base"]["bright"] == record["gain"]["bright"]
     assert record["gain_ci95"]["bright"] == list(gains["bright"].interval)
 

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from flowalign.diagnostics.measure import watched
+from flowalign.diagnostics.measure import count_calls
 from flowalign.distributed.fsdp2 import Lockstep, shard
 from flowalign.distributed.processes import Processes
 from flowalign.models import LoRA, Policy, load_policy
@@ -71,7 +71,7 @@ def run(pipeline: str, dtype: str, output: Path) -> None:
     assert isinstance(lockstep, Lockstep)
     frozen = [p for p in network.parameters() if isinstance(p, DTensor)]
     found = {"held": sum(p.to_local().numel() for p in frozen) / num_frozen}
-    with watched(policy) as calls:
+    with count_calls(policy) as calls:
         pairs = zip(velocities(policy, processes), velocities(twin, everyone), strict=True)
         found["velocity"] = max(error(ours, theirs) for ours, theirs in pairs)
         found["gradient"] = error(gradient(policy), gradient(twin))

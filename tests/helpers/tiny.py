@@ -1,6 +1,7 @@
 """Very small random pipelines of the real classes, for 24×48 pixels: SD3 (patch 4, 16 tokens, no T5) and SD1.5."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,3 +58,6 @@ SD15_SCHEDULER = {
     "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000,
     "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1,
 }  # fmt: skip
+
+# module in flowalign/models/families -> what saves its tiny pipeline into a folder
+PIPELINES: dict[str, Callable[[Path], Path]] = {"sd3": tiny_sd3, "sd15": tiny_sd15}

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from flowalign.report.grids import grid
-from flowalign.report.html import _reward_panels, write_report
+from flowalign.report.html import reward_panels, write_report
 from flowalign.storage.metrics_log import MetricsLog
 
 CAPTIONS = ['the word "KITE" in red\nocr 0.25 → 1', "<script>alert('x')</script> & more\nocr 0.5 → not valid"]
@@ -130,7 +130,7 @@ def test_held_out_scores_that_few_rows_hold_have_their_own_curve(tmp_path):
     log = MetricsLog(tmp_path / "metrics.jsonl")
     for step in range(1, 9):
         log.append(step, {"reward/mean": 0.4} | ({"eval/ocr": 0.1 * step} if step % 4 == 0 else {}))
-    assert [panel.title for panel in _reward_panels(log.rows())] == ["All rewards together", "Held-out ocr"]
+    assert [panel.title for panel in reward_panels(log.rows())] == ["All rewards together", "Held-out ocr"]
     assert len(embedded(page_of(tmp_path), r"svg\+xml")) == 1
 
 

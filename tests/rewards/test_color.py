@@ -106,7 +106,7 @@ def test_empty_batch():
 
 @pytest.mark.parametrize("color", [(0.5, 0.0, 0.0), (300, 0, 0), (1, 2)])
 def test_palette_is_checked_at_construction(color):
-    with pytest.raises(ValueError, match="three whole numbers from 0 to 255"):
+    with pytest.raises(ValueError, match="three integers from 0 to 255"):
         ColorAccuracy(palette={"red": color})
-    with pytest.raises(ValueError, match="metric is 'all'"):
+    with pytest.raises(ValueError, match="got metric='all'"):
         ColorAccuracy(metric="all")

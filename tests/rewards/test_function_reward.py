@@ -84,7 +84,7 @@ def test_metadata_columns_that_the_function_names(file):
 
 def test_missing_column_is_an_error_with_a_guess(file):
     batch = RewardBatch(prompts=["a"], images=torch.rand(1, 3, 4, 4), metadata=[{"words": "KITE"}])
-    with pytest.raises(RewardError, match=r"wants the metadata column 'word'.*did you mean 'words'\?"):
+    with pytest.raises(RewardError, match=r"needs the metadata column 'word'.*did you mean 'words'\?"):
         score(FunctionReward("./my_rewards.py:wordy"), batch)
 
 

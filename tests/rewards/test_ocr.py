@@ -210,10 +210,10 @@ def test_soft_of_nothing_read_is_zero_and_a_reader_without_posterior_is_refused(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"metric": "edt"}, "metric is 'edt'"),
-        ({"target": "prompt"}, "target is 'prompt'"),
-        ({"normalize": "lose"}, "normalize is 'lose'"),
-        ({"fold": {"0": "OO"}}, "one character to one"),
+        ({"metric": "edt"}, "got metric='edt'"),
+        ({"target": "prompt"}, "got target='prompt'"),
+        ({"normalize": "lose"}, "got normalize='lose'"),
+        ({"fold": {"0": "OO"}}, "expected one character for one"),
     ],
 )
 def test_wrong_options_fail_at_construction(options, message):

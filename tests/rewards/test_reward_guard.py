@@ -89,8 +89,8 @@ ok = torch.ones(2, dtype=torch.bool)
         (RewardOutput(torch.zeros(2), ok[:1]), r"valid has shape \[1\]"),
         (RewardOutput(torch.zeros(2), ok, {"part": torch.zeros(1)}), r"components\['part'\] has shape"),
         (RewardOutput(torch.zeros(2), ok, {}, ["one"]), "info has 1 entries"),
-        (torch.zeros(2), "returned Tensor"),
-        (None, "returned NoneType"),
+        (torch.zeros(2), "got Tensor from"),
+        (None, "got NoneType from"),
     ],
 )
 def test_answer_of_wrong_form_is_an_error(answer, message):
@@ -139,9 +139,9 @@ def test_pixels_round_and_refuse_other_ranges():
     values = torch.tensor([0.0, 0.499 / 255, 0.501 / 255, 254.6 / 255, 1.0])
     batch = RewardBatch(prompts=["a"], images=values.expand(1, 3, 1, 5))
     assert batch.pixels()[0, 0, 0].tolist() == [0, 0, 1, 255, 255]
-    with pytest.raises(ValueError, match=r"must lie in \[0, 1\], got -1\.\.1"):
+    with pytest.raises(ValueError, match=r"got images in -1\.\.1; expected"):
         RewardBatch(prompts=["a"], images=torch.tensor([-1.0, 1.0]).expand(1, 3, 1, 2)).pixels()
-    with pytest.raises(ValueError, match="needs images"):
+    with pytest.raises(ValueError, match="expected images, which this reward needs"):
         RewardBatch(prompts=["a"]).pixels()
 
 

@@ -31,9 +31,9 @@ def hang() -> None:
 def test_one_that_answers_in_time_is_the_reward_itself() -> None:
     batch, plain = batch_of(5), JPEGCompressibility()
     expected = score(plain, batch)
-    for watched in (WithTimeout(plain), WithTimeout(plain, timeout=60, batch_size=2, on_error="mask")):
-        output = score(watched, batch)
-        assert watched.name == plain.name and torch.equal(output.scores, expected.scores) and output.valid.all()
+    for limited in (WithTimeout(plain), WithTimeout(plain, timeout=60, batch_size=2, on_error="mask")):
+        output = score(limited, batch)
+        assert limited.name == plain.name and torch.equal(output.scores, expected.scores) and output.valid.all()
         assert output.components.keys() == expected.components.keys() and output.info == expected.info
     assert len(score(WithTimeout(plain, timeout=60), RewardBatch(prompts=[])).scores) == 0
 
@@ -64,5 +64,5 @@ def test_gradients_stay_out_of_the_thread() -> None:
 
 @pytest.mark.parametrize("bad", [{"on_error": "ignore"}, {"timeout": 0.0}, {"batch_size": 0}])
 def test_settings_that_mean_nothing_are_named(bad: dict) -> None:
-    with pytest.raises(ValueError, match=f"{next(iter(bad))}=.* came; expected"):
+    with pytest.raises(ValueError, match=f"{next(iter(bad))}=.*; expected"):
         WithTimeout(Plain(brightness), **bad)

@@ -2,8 +2,6 @@
 
 import os
 import signal
-import socket
-import struct
 import subprocess
 import sys
 import time
@@ -110,8 +108,7 @@ def test_hanging_worker_is_a_timeout_and_the_pool_recovers(pool):
 def test_stopped_worker_cannot_block_a_large_job(pool):
     workers = pool(1)
     workers.map([])
-    with socket.socket(fileno=os.dup(workers._running[0].connection.fileno())) as ours:  # as launched with 0.3 s
-        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", 0, 300_000))
+    workers.timeout = 0.3
     os.kill(workers.pids()[0], signal.SIGSTOP)
     with pytest.raises(TimeoutError, match="stopped"):
         workers.map([({}, np.zeros((64, 512, 512, 3), dtype=np.uint8))])
@@ -205,11 +202,26 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert len(pids) == 2 and gone(pids, within=30)
 
 
-def test_forked_copy_leaves_the_workers_alone(pool):
-    workers = pool(1)
-    workers.map([])
-    from rewards.workers.pool import _kill
+def test_forked_copy_leaves_the_workers_alone(tmp_path):
+    """The copy runs the exit handlers of its parent; in a process of its own, since forking beside threads warns."""
+    (tmp_path / "engine.py").write_text(ENGINE)
+    main = f"""
+import os, sys
+from pathlib import Path
+import numpy as np
+from rewards.workers.pool import Workers
 
-    pids = workers.pids()
-    _kill(workers._running, owner=os.getpid() + 1)  # what a fork's exit handlers would do
-    assert workers.pids() == pids and alive(pids[0])
+workers = Workers(Path({str(tmp_path / "engine.py")!r}), {{}}, 1, 60.0)
+workers.map([])
+before = workers.pids()
+child = os.fork()
+if child == 0:
+    sys.exit()
+os.waitpid(child, 0)
+(header, array), = workers.map([({{}}, np.ones(1))])
+print(before == [header["pid"]] == workers.pids())
+"""
+    result = subprocess.run(
+        [sys.executable, "-"], input=main, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=60
+    )
+    assert result.stdout.splitlines()[-1:] == ["True"], result.stderr

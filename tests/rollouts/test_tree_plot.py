@@ -6,14 +6,14 @@ import pytest
 import torch
 from PIL import Image
 
-from flowalign.rollouts.tree_plot import LABELLED, _heights, plot_tree
+from flowalign.rollouts.tree_plot import LABELLED, node_heights, plot_tree
 from samplers import Tree, chain, window
 from tests.helpers.trees import grown, probed, split_tree
 
 
 def test_ends_stand_in_depth_first_order_and_parents_in_the_middle() -> None:
     tree = Tree.cat([split_tree(3, (0, 1)), window(3, 2, 1, 1)])
-    height = _heights(tree, 0)
+    height = node_heights(tree, 0)
     nodes = (tree.group == 0).nonzero().flatten()
     by_local = {int(tree.local[n]): float(height[n]) for n in nodes}
     assert [by_local[n] for n in range(11)] == [-1.5, -0.5, -2.5, 0, -1, -2, -3, 0, -1, -2, -3]

@@ -232,7 +232,7 @@ def test_a_rollout_from_just_below_one_is_near_that_from_one(kernel: Kernel) -> 
 @pytest.mark.parametrize(
     ("kernel", "order"),
     [
-        (FlowSDE(0.7), 0.49), (FlowSDE(0.6), 0.36), (FlowSDE(1.2), 1.0),
+        (FlowSDE(0.7), 0.49), (ClippedFlowSDE(0.7), 0.49), (FlowSDE(0.6), 0.36), (FlowSDE(1.2), 1.0),
         (FlowSDE(0.7, sigma_cap=0.9), 1.0), (FlowSDE(0.7, sigma_cap=0.99), 1.0), (DanceSDE(0.3), 1.0), (LinearSDE(), 1.0),
     ],
 )  # fmt: skip

@@ -79,8 +79,8 @@ def test_mismatches_name_the_parameters_and_leave_the_optimizer_alone():
     one = Net("abc")
     refused(one, adamw(one, split=False), r"6 \(a.bias, a.weight, b.bias, …\) are one parameter group here")
     sgd = Net("abc")
-    refused(sgd, torch.optim.SGD(sgd.parameters(), lr=0.1), "of AdamW, expected SGD")
-    with pytest.raises(CheckpointError, match="2 optimizer parameters have no name"):
+    refused(sgd, torch.optim.SGD(sgd.parameters(), lr=0.1), "got a checkpoint of AdamW; expected SGD")
+    with pytest.raises(CheckpointError, match="got 2 optimizer parameters without a name"):
         pack_optimizer(optimizer, [(n, p) for n, p in model.named_parameters() if not n.startswith("b")])
 
 

@@ -1,8 +1,8 @@
 """`flowalign doctor`: measures whether a configuration can train, before hours are spent on it.
 
-Two prompts are rolled out as the configuration says, one optimizer step is taken on a policy that is thrown away. Where
-a reward is not what is checked, brightness stands for it, so that gradients are judged apart from the reward. Not
-checked: several processes, evaluation, checkpoints.
+Two prompts are rolled out as the configuration says, and one optimizer step is taken on a policy that is thrown away.
+Except where the reward itself is checked, brightness takes its place, so that gradients are judged apart from the reward.
+Not checked: several processes, evaluation, checkpoints.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from flowalign.diagnostics.doctor.update import (
     check_reached,
     check_replay,
 )
-from flowalign.diagnostics.measure import gradients, now, watched
+from flowalign.diagnostics.measure import count_calls, gradients, now
 from flowalign.models import Policy
 from flowalign.rollouts.collect import ScoredRollout, leaves_per_group
 from flowalign.rollouts.task import Task
@@ -82,13 +82,13 @@ def examine(config: TrainConfig, policy: Policy) -> Iterator[Finding]:
     @cache
     def first() -> tuple[ScoredRollout, int]:
         trainer.prepare(task, None)
-        with watched(policy) as calls:
+        with count_calls(policy) as calls:
             batch = trainer.collect(prompts, 0)
         return batch, sum(call.rows for call in calls)
 
     @cache
     def gradient() -> tuple[dict[str, Tensor], int]:
-        with watched(policy) as calls:
+        with count_calls(policy) as calls:
             found = gradients(policy, trainer, first()[0])
         return found, sum(call.rows for call in calls)
 
@@ -133,11 +133,11 @@ def _rewards(
     held_out = load_prompts(config.evaluation.prompts)[: len(prompts)]
     held_out = held_out * (len(prompts) // len(held_out) + 1)
     for reward, trained in [(config.reward, True), *((reward, False) for reward in config.evaluation.rewards)]:
-        shown = prompts if trained else held_out
+        records = prompts if trained else held_out
         yield ask(
             f"{'reward' if trained else 'evaluation'} {reward.name}",
-            lambda reward=reward, shown=shown, trained=trained: check_reward(
-                reward, fixture(task, batch(), shown), trained=trained
+            lambda reward=reward, records=records, trained=trained: check_reward(
+                reward, fixture(task, batch(), records), trained=trained
             ),
             "dtypes",
         )
@@ -146,11 +146,11 @@ def _rewards(
 def _time(
     config: TrainConfig, task: Task, batch: ScoredRollout, update: float, prompts: Sequence[PromptRecord]
 ) -> Finding:
-    shown = fixture(task, batch, prompts)
-    shown = shown.select(range(min(16, len(shown))))
+    images = fixture(task, batch, prompts)
+    images = images.select(range(min(16, len(images))))
     began = now()
-    config.reward(shown)
-    return check_time(config, task, batch, update / batch.images, (now() - began) / len(shown))
+    config.reward(images)
+    return check_time(config, task, batch, update / batch.images, (now() - began) / len(images))
 
 
 def prompts_of(config: TrainConfig) -> int:
@@ -166,6 +166,6 @@ def distinct_prompts(config: TrainConfig, count: int) -> list[PromptRecord]:
             found.setdefault(record.prompt, record)
     if len(found) < count:
         raise ValueError(
-            f"{config.prompts} holds {len(found)} different prompts; the doctor compares {count}: add some"
+            f"got {len(found)} different prompts in {config.prompts}; expected {count}, which the doctor compares: add some"
         )
     return list(found.values())

@@ -21,7 +21,7 @@ MIB = 2**20
 
 
 def fixture(task: Task, batch: ScoredRollout, prompts: Sequence[PromptRecord]) -> RewardBatch:
-    """The decoded images of a rollout, as a reward gets them."""
+    """The decoded leaves of a rollout, as a reward gets them."""
     leaves = batch.forest.tree.leaves
     return decoded(task, prompts, batch.forest.tree.group[leaves], batch.forest.at(leaves))
 
@@ -100,13 +100,14 @@ def check_memory(config: TrainConfig, task: Task, batch: ScoredRollout, availabl
         "EMA": own if config.run.ema_decay is not None else 0,
         "states": states / task.rollout.groups,
     }
-    whole, room = sum(parts.values()), available or _memory(trained[0].device)
+    total, room = sum(parts.values()), available or device_memory(trained[0].device)
     figure = ", ".join(f"{name} {size / MIB:.1f}" for name, size in parts.items())
     advice = "that does not fit: lower rollout.groups or group_size, train a LoRA, or take policy.dtype=bf16"
-    return Finding("memory", whole <= room, f"{figure} MiB of {room / MIB:,.0f}", "" if whole <= room else advice)
+    return Finding("memory", total <= room, f"{figure} MiB of {room / MIB:,.0f}", "" if total <= room else advice)
 
 
-def _memory(device: torch.device) -> float:
+def device_memory(device: torch.device) -> float:
+    """Bytes of the device's memory: the GPU's, or the machine's."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return prod(os.sysconf(name) for name in ("SC_PAGE_SIZE", "SC_PHYS_PAGES"))
@@ -119,6 +120,6 @@ def check_time(config: TrainConfig, task: Task, batch: ScoredRollout, update: fl
     rollout = (batch.metrics["time/rollout"] + batch.metrics["time/decode"]) / batch.images
     scored = images * len(batch.scores) / batch.images  # probes too
     parts = {"rollout": images * rollout, "reward": scored * reward, "update": images * update}
-    whole = sum(parts.values())
-    figure = f"about {whole:.1f} s per iteration (" + ", ".join(f"{k} {v:.1f}" for k, v in parts.items()) + ")"
-    return Finding("time", True, f"{figure}, {whole * config.run.iterations / 60:.1f} min for {config.run.iterations}")
+    total = sum(parts.values())
+    figure = f"about {total:.1f} s per iteration (" + ", ".join(f"{k} {v:.1f}" for k, v in parts.items()) + ")"
+    return Finding("time", True, f"{figure}, {total * config.run.iterations / 60:.1f} min for {config.run.iterations}")

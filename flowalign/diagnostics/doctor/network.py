@@ -73,8 +73,8 @@ def check_adapters(policy: Policy, settings: PolicySettings) -> Finding:
 
 
 def check_modes(policy: Policy) -> Finding:
-    """No dropout, no train mode: the update must see the velocity of the rollout. (Layers that peft puts in say they are in
-    train mode; that matters only for layers that behave otherwise in it.)"""
+    """No dropout, no train mode: the update must see the velocity of the rollout. (Layers that peft adds are in train mode;
+    that matters only for layers that behave differently in it.)"""
     networks = policy.modules()
     parts = [(f"{key}.{name}", part) for key, network in networks.items() for name, part in network.named_modules()]
     random = [name for name, part in parts if isinstance(part, _DropoutNd) and part.p > 0 and
@@ -119,9 +119,10 @@ def check_velocity(task: Task, settings: PolicySettings, texts: Sequence[str]) -
 def check_parity(task: Task, settings: PolicySettings, texts: Sequence[str]) -> Finding:
     """The deterministic rollout against a pipeline freshly read from the checkpoint, its own scheduler, same latents.
 
-    By the ODE, whatever the run's kernel: DPMSolver and a guided kernel leave the pipeline's way on purpose.
+    By the ODE, whatever the run's kernel: DPMSolver and a guided kernel differ from the pipeline on purpose.
     Two prompts without guidance, and if the rollout is guided one prompt with it (the pipeline encodes the negative text
-    once per prompt, we once: text encoders round by batch size). The networks are shared, so no memory is doubled."""
+    once per prompt, we once, and text encoders round by batch size). The networks are shared, so no memory is doubled.
+    Allowed: 0 for SD3 in fp32 on the CPU, 2e-6 of the largest latent for ε- and v-models, else see `rounding`."""
     pipeline = _fresh_pipeline(task.policy, settings)
     guidance = task.rollout.guidance_scale
     cases = [(1.0, list(texts[:2]))] + ([(guidance, [f"{texts[0]}."])] if guidance > 1 else [])
@@ -164,11 +165,12 @@ def check_conditions(task: Task, settings: PolicySettings, texts: Sequence[str])
     policy = task.policy
     x, sigma = noise(task, 1).expand(2, *([-1] * (noise(task, 1).ndim - 1))), middle_sigma(task)
 
-    def said(*prompts: str) -> Tensor:
+    def velocity_of(*prompts: str) -> Tensor:
         return policy.velocity(x[: len(prompts)], sigma.expand(len(prompts)), policy.encode(prompts))
 
     a, b = texts[0], texts[1]
-    alone, together, swapped = torch.cat([said(a), said(b)]), said(a, b), said(b, a).flip(0)
+    alone = torch.cat([velocity_of(a), velocity_of(b)])
+    together, swapped = velocity_of(a, b), velocity_of(b, a).flip(0)
     apart = relative(alone[:1], alone[1:])
     mixed = max(relative(together, alone), relative(swapped, alone))
     figure = f"own rows {mixed:.1e}, two prompts differ by {apart:.1e}"
@@ -199,16 +201,16 @@ def check_roles(task: Task, settings: PolicySettings, texts: Sequence[str]) -> F
         found = torch.autograd.grad(loss, trained, allow_unused=True)
         return {name: grad for name, grad in zip(names, found, strict=True) if grad is not None}
 
-    def look() -> None:
+    def record_flags() -> None:
         flags.append([parameter.requires_grad for network in networks for parameter in network.parameters()])
 
     def visit() -> None:
         with torch.no_grad(), policy.role("reference"):
-            look()
+            record_flags()
             policy.velocity(x, sigma, rows)
-        look()
+        record_flags()
 
-    look()
+    record_flags()
     plain = gradient(lambda: None)
     visit()
     if any(flag != flags[0] for flag in flags):
@@ -220,7 +222,7 @@ def check_roles(task: Task, settings: PolicySettings, texts: Sequence[str]) -> F
     returned, moved = distance(gradient(lambda: None), plain), distance(gradient(visit), plain)
     advice = ""
     if not returned <= rounding(settings, 1e-6):
-        advice = "after a reference pass the policy answers otherwise: the role must restore what it switched"
+        advice = "after a reference pass the policy's gradient differs: the role must restore what it switched"
     elif not moved <= rounding(settings, 1e-6):
         advice = "a reference pass between forward and backward changes the gradient: the role must touch no parameter"
     return Finding("roles", not advice, f"gradient changed by {moved:.1e}, afterwards {returned:.1e}", advice)

@@ -10,7 +10,7 @@ from torch import Tensor
 from flowalign.config import PolicySettings
 from flowalign.diagnostics.doctor.base import Finding
 from flowalign.diagnostics.doctor.network import rounding
-from flowalign.diagnostics.measure import Siblings, distance, gradients, per_edge, with_edges
+from flowalign.diagnostics.measure import NthSiblings, distance, gradients, one_pass_per_edge, with_selector
 from flowalign.objectives import Transitions
 from flowalign.rollouts.collect import ScoredRollout
 from flowalign.rollouts.task import Task
@@ -136,7 +136,7 @@ def check_gradient(task: Task, found: dict[str, Tensor]) -> Finding:
 def check_reached(task: Task, batch: ScoredRollout, found: dict[str, Tensor]) -> Finding:
     """After one optimizer step every trained tensor gets gradient (LoRA's A gets none while B is 0). Left out: tensors
     from which no path leads to the velocity, such as the last query of SD3's text stream."""
-    can = _that_can_act(task, batch)
+    can = _names_that_can_act(task, batch)
     missed = [name for name in can if name not in found or not bool(found[name].any())]
     dead = len(task.policy.trainable_parameters()) - len(can)
     figure = f"{len(can) - len(missed)} of {len(can)} tensors, {dead} more cannot act on the velocity"
@@ -148,7 +148,8 @@ def check_reached(task: Task, batch: ScoredRollout, found: dict[str, Tensor]) ->
     return Finding("reached", not advice, figure, advice)
 
 
-def _that_can_act(task: Task, batch: ScoredRollout) -> list[str]:
+def _names_that_can_act(task: Task, batch: ScoredRollout) -> list[str]:
+    """The trained tensors on which the velocity of a start state depends."""
     forest = batch.forest
     root = torch.zeros(1, dtype=torch.int64)
     rows = batch.conditions.rows(forest.tree.group[root])
@@ -163,11 +164,13 @@ def check_merged(task: Task, settings: PolicySettings, trainer: Trainer, batch: 
     gradient = as_policy_gradient(trainer)
     if gradient is None:
         return Finding("merged", True, NO_REPLAY)
-    parts = per_edge(gradient, task, batch, states=2, children=3)
+    parts = one_pass_per_edge(gradient, task, batch, states=2, children=3)
     if len(parts) < 2:
         return Finding("merged", True, "no state has two trained children: nothing is merged")
     children = tuple(range(len(parts)))
-    merged = gradients(task.policy, with_edges(gradient, task, Siblings(gradient.signal.select, children, 2)), batch)
+    merged = gradients(
+        task.policy, with_selector(gradient, task, NthSiblings(gradient.signal.select, children, 2)), batch
+    )
     single: dict[str, Tensor] = {}
     for part, share in parts:
         for name, grad in gradients(task.policy, part, batch).items():

@@ -1,0 +1,120 @@
+"""Every model family in flowalign/models/families keeps the contract of `Model`, shown by its tiny pipeline."""
+
+import importlib
+import pkgutil
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from flowalign.evaluation.evaluate import sample
+from flowalign.models import LoRA, check_lora_targets, families, inspect_checkpoint, load_policy, path_of
+from flowalign.models.base import Family
+from flowalign.models.load import FAMILIES, check_image_size
+from tests.helpers import tiny
+
+PROMPTS = ['the word "KITE" in red on a yellow background', "a word", "the word"]
+HEIGHT, WIDTH = 24, 48  # of the tiny pipelines
+NAMES = sorted(module.name for module in pkgutil.iter_modules(families.__path__))
+
+
+def family_of(name: str) -> Family:
+    return importlib.import_module(f"flowalign.models.families.{name}").FAMILY
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return {name: str(make(tmp_path_factory.mktemp(name) / "pipeline")) for name, make in tiny.PIPELINES.items()}
+
+
+@pytest.fixture(params=NAMES)
+def family(request: pytest.FixtureRequest) -> str:
+    if request.param not in tiny.PIPELINES:
+        pytest.fail(f"family {request.param} has no tiny pipeline: add one to PIPELINES in {tiny.__file__}")
+    return request.param
+
+
+def pipeline_of(folder: str, policy: Any) -> DiffusionPipeline:
+    """Freshly read, then set up as the report tells the user."""
+    index = inspect_checkpoint(folder)
+    pipeline = DiffusionPipeline.from_pretrained(folder, **FAMILIES[index["_class_name"]].load_arguments(index))
+    pipeline.set_progress_bar_config(disable=True)
+    exec("\n".join(policy.pipeline_setup()), {"pipe": pipeline})
+    return pipeline
+
+
+def test_every_family_is_known_by_its_pipeline(family: str, folders: dict[str, str]) -> None:
+    assert FAMILIES[inspect_checkpoint(folders[family])["_class_name"]] is family_of(family)
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize(("guidance", "count"), [(1.0, 3), (3.0, 1)], ids=["plain", "guided"])
+def test_the_deterministic_rollout_is_the_pipelines(
+    family: str, folders: dict[str, str], guidance: float, count: int, steps: int
+) -> None:
+    """Guided with one prompt: the pipeline encodes the negative prompt once per prompt, and encoders round by batch size."""
+    policy = load_policy(folders[family], trainable="none", negative_prompt="a background")
+    shape = policy.latent_shape(HEIGHT, WIDTH)
+    noise = torch.randn(count, *shape, generator=torch.Generator().manual_seed(0))
+    arguments = policy.pipeline_arguments() | {"negative_prompt": ["a background"] * count}
+    theirs: Tensor = pipeline_of(folders[family], policy)(
+        prompt=PROMPTS[:count], latents=noise, num_inference_steps=steps, guidance_scale=guidance, height=HEIGHT,
+        width=WIDTH, output_type="latent", **arguments,
+    ).images  # fmt: skip
+    ours = sample(policy, policy.encode(PROMPTS[:count]), noise, steps, guidance)
+    assert float((theirs - noise).norm()) > 1e-3 * float(noise.norm())  # it did something
+    if policy.path.rectified:
+        assert torch.equal(ours, theirs)
+    else:
+        assert float((ours - theirs).norm() / theirs.norm()) <= 1e-6
+
+
+def test_sizes_are_accepted_before_and_after_loading_alike_and_decode_gives_them(
+    family: str, folders: dict[str, str]
+) -> None:
+    policy, accepted = load_policy(folders[family], trainable="none"), 0
+    for height, width in ((24, 48), (48, 24), (26, 48), (24, 44), (25, 25), (0, 48), (-24, 48)):
+        try:
+            shape = policy.latent_shape(height, width)
+        except ValueError as error:
+            assert f"got image size {height}×{width}; expected" in str(error)
+            with pytest.raises(ValueError, match=f"got image size {height}×{width}; expected"):
+                check_image_size(folders[family], height, width)
+            continue
+        check_image_size(folders[family], height, width)
+        images = policy.decode(torch.zeros(2, *shape))
+        assert images.shape == (2, 3, height, width) and images.dtype == torch.float32
+        assert float(images.min()) >= 0 and float(images.max()) <= 1
+        accepted += 1
+    assert 2 <= accepted < 5
+
+
+def test_encode_gives_one_row_per_prompt_in_their_order(family: str, folders: dict[str, str]) -> None:
+    policy = load_policy(folders[family], trainable="none")
+    conditions = policy.encode([*PROMPTS, PROMPTS[0]])
+    assert len(conditions) == 4
+    for tensor in conditions.tensors.values():
+        assert len(tensor) == 4 and torch.equal(tensor[0], tensor[3]) and not torch.equal(tensor[0], tensor[1])
+    backwards = policy.encode(PROMPTS[::-1]).tensors
+    assert all(torch.equal(backwards[name].flip(0), tensor[:3]) for name, tensor in conditions.tensors.items())
+
+
+def test_the_default_lora_targets_match_and_all_of_it_is_trained(family: str, folders: dict[str, str]) -> None:
+    targets = family_of(family).targets
+    modules = check_lora_targets(folders[family], None)
+    assert all(check_lora_targets(folders[family], [target]) for target in targets)
+    names = [name for name, _ in load_policy(folders[family], lora=LoRA(rank=2, alpha=2)).trainable_parameters()]
+    assert len(names) == 2 * len(modules) and all(any(f"{m}.lora_" in name for m in modules) for name in names)
+
+
+def test_levels_and_path_are_known_from_the_configurations(family: str, folders: dict[str, str]) -> None:
+    policy = load_policy(folders[family], trainable="none")
+    assert type(path_of(folders[family])) is type(policy.path)
+    shape = policy.latent_shape(HEIGHT, WIDTH)
+    sigmas = policy.sigmas(4, shape)
+    assert sigmas.dtype == torch.float32 and sigmas.device.type == "cpu" and sigmas.shape == (5,)
+    assert bool((sigmas.diff() < 0).all()) and float(sigmas[-1]) >= 0 and float(sigmas[0]) <= 1
+    velocity = policy.velocity(torch.zeros(2, *shape), sigmas[1].expand(2), policy.encode(PROMPTS[:2]))
+    assert velocity.shape == (2, *shape) and velocity.dtype == torch.float32
