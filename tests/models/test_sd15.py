@@ -94,7 +94,7 @@ def test_the_stochastic_step_is_the_schedulers(tiny_sd15_pipeline: Path) -> None
 
 
 def test_ddim_golden_values() -> None:
-    """grpo_family §1.9: ᾱ = .5, ᾱ' = .8, η = .6, x = .3, ε = .4 or v = .25, in float64."""
+    """DDIM (arXiv:2010.02502, eq. 12 and 16): ᾱ = .5, ᾱ' = .8, η = .6, x = .3, ε = .4 or v = .25, in float64."""
     path = VariancePreserving(torch.tensor([0.8, 0.5], dtype=torch.float64))
     x, eps, end = (torch.full((1, 1), value, dtype=torch.float64) for value in (0.3, 0.4, 0.5))
     for v, mean, log_prob in (
