@@ -23,17 +23,17 @@ def test_a_line_ends_at_a_newline_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "message"),
     [
         ("a.txt", b"", "holds no prompts"),
         ("a.txt", "café".encode("latin-1"), r"a\.txt is not UTF-8.*save it as UTF-8"),
         ("a.jsonl", b'{"prompt": "a"}\n\n\n{broken\n', r"a\.jsonl, line 4: not JSON"),
-        ("a.jsonl", b'{"prompt": "a"}\n[1]\n', r"a\.jsonl, line 2: expected a JSON object, got list"),
-        ("a.jsonl", b'{"prompt": "a"}\n{"text": "b"}\n', r"a\.jsonl, prompt 2: expected a non-empty text"),
+        ("a.jsonl", b'{"prompt": "a"}\n[1]\n', r"a\.jsonl, line 2: got list; expected a JSON object"),
+        ("a.jsonl", b'{"prompt": "a"}\n{"text": "b"}\n', r"a\.jsonl, prompt 2: got .*; expected a non-empty text"),
     ],
 )
-def test_a_bad_file_is_named_with_its_line(tmp_path: Path, name: str, content: bytes, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_a_bad_file_is_named_with_its_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         prompts(tmp_path / name, content)
 
 

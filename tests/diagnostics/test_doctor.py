@@ -126,7 +126,7 @@ def test_the_figures_are_what_was_measured(tiny_pipeline: Path) -> None:
 def test_a_configuration_that_cannot_work(tiny_pipeline: Path, override: str, named: str) -> None:
     findings = list(diagnose(CONFIG, [f"policy.path={tiny_pipeline}", override]))
     assert red(findings) == ["configuration"] and named in findings[0].advice
-    assert [finding.ok for finding in findings[1:]] == [None]  # the model is not loaded, and that is said
+    assert [finding.ok for finding in findings[1:]] == [None]  # the model is not loaded, and a line shows it
 
 
 def test_the_command_prints_every_line_and_its_exit_code(

@@ -58,7 +58,7 @@ def test_no_letter_reaches_the_rows_that_show_the_paper() -> None:
         ((["kite"], ["red"], ["white"]), "capital letters"),
         ((["KITES"], ["red"], ["white"]), "4 capital letters"),
         ((["KITE"], ["mauve"], ["white"]), "unknown color 'mauve'"),
-        ((["KITE"], ["red"], ["white"], torch.tensor([[2, 0]])), "offsets reach 2"),
+        ((["KITE"], ["red"], ["white"], torch.tensor([[2, 0]])), "got offsets up to 2"),
     ],
 )
 def test_errors_say_what_came(arguments: tuple, message: str) -> None:

@@ -94,7 +94,7 @@ def test_the_stochastic_step_is_the_schedulers(tiny_sd15_pipeline: Path) -> None
 
 
 def test_ddim_golden_values() -> None:
-    """By hand: ᾱ = .5, ᾱ' = .8, η = .6, x = .3, ε = .4 or v = .25, in float64."""
+    """DDIM (arXiv:2010.02502, eq. 12 and 16): ᾱ = .5, ᾱ' = .8, η = .6, x = .3, ε = .4 or v = .25, in float64."""
     path = VariancePreserving(torch.tensor([0.8, 0.5], dtype=torch.float64))
     x, eps, end = (torch.full((1, 1), value, dtype=torch.float64) for value in (0.3, 0.4, 0.5))
     for v, mean, log_prob in (
@@ -163,7 +163,7 @@ def test_bad_configurations_are_named_before_a_model_is_loaded(tmp_path: Path, m
         (unknown, [], "rescale_betas_zero_snr"),
         (inpainting, [], "StableDiffusionInpaintPipeline"),
         (good, ["policy.lora.targets=[attn1.to_q,attn1.to_qq]"], "attn1.to_q"),
-        (good, ["rollout.kernel=samplers.FlowSDE"], "got FlowSDE for a policy on VariancePreserving"),
+        (good, ["rollout.kernel=samplers.FlowSDE"], "FlowSDE came for a policy on VariancePreserving"),
         (good, ["rollout.kernel=samplers.ODE"], "noise"),
         (good, ["rollout.kernel.eta=2"], "eta=2"),
         (good, ["rollout.kernel.eta=0"], "noise"),

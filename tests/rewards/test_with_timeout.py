@@ -38,10 +38,12 @@ def test_one_that_answers_in_time_is_the_reward_itself() -> None:
     assert len(score(WithTimeout(plain, timeout=60), RewardBatch(prompts=[])).scores) == 0
 
 
-@pytest.mark.parametrize(("how", "said"), [(boom, "ValueError: boom"), (hang, r"no answer on . samples within 0\.5 s")])
-def test_a_request_that_fails_is_an_error_or_masks_its_own_samples(how, said: str, caplog) -> None:
+@pytest.mark.parametrize(
+    ("how", "message"), [(boom, "ValueError: boom"), (hang, r"no answer on . samples within 0\.5 s")]
+)
+def test_a_request_that_fails_is_an_error_or_masks_its_own_samples(how, message: str, caplog) -> None:
     reward, batch = Plain(failing_on(3, how)), batch_of(6)
-    with pytest.raises(RewardError, match=f"'plain' .*{said}"):
+    with pytest.raises(RewardError, match=f"'plain' .*{message}"):
         score(WithTimeout(reward, timeout=0.5), batch)
     with caplog.at_level(logging.WARNING):
         output = score(WithTimeout(reward, timeout=0.5, batch_size=2, on_error="mask"), batch)
