@@ -52,7 +52,7 @@ class Update:
 
     micro_batches: each, when called, returns its part of the loss: the parts of all micro-batches and processes add up to
     the loss of the update, so they are already divided by the global count. All processes have equally many, and call the
-    network equally often in each. after: called once the step is taken; returns metrics. role: whose weights are stepped,
+    network equally often in each. after: called after the step, or in its place if there are no micro-batches; returns metrics. role: whose weights are stepped,
     see Policy.parameters_of.
 
     Whoever runs the backward runs it inside `policy.role(role)`: with activation checkpointing it computes the forward
@@ -89,8 +89,9 @@ class Trainer(Protocol):
         ...
 
     def collect(self, prompts: Sequence[PromptRecord], iteration: int) -> Any:
-        """Rolls out and scores; what it returns is passed to `updates`. Has `metrics: dict[str, float]` and `images: int`,
-        samples without probes."""
+        """Rolls out and scores; what it returns is passed to `updates`. The run reads of it: images (samples, no probes);
+        metrics, with reward/mean, cost/rollout_per_image, time/rollout and time/reward; and forest, scores and valid, which
+        it draws. The metrics of updates have cost/trained_per_image and time/update."""
         ...
 
     def updates(self, batch: Any) -> Iterable[Update]: ...

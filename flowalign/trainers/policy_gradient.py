@@ -23,16 +23,16 @@ from samplers import Forest, Path, unscored
 
 
 @dataclass(frozen=True, eq=False)
-class TrainedEdges:
-    """The edges [E] of an update, their advantages [E, C], and their clip bounds [E, C, 2] where they are dynamic."""
+class EdgeBatch:
+    """Edges [E], their advantages [E, C], and their clip bounds [E, C, 2] where they are dynamic."""
 
     edges: Tensor
     advantages: Tensor
     bounds: Tensor | None
 
-    def __getitem__(self, mask: Tensor) -> TrainedEdges:
+    def __getitem__(self, mask: Tensor) -> EdgeBatch:
         bounds = None if self.bounds is None else self.bounds[mask]
-        return TrainedEdges(self.edges[mask], self.advantages[mask], bounds)
+        return EdgeBatch(self.edges[mask], self.advantages[mask], bounds)
 
     def __len__(self) -> int:
         return len(self.edges)
@@ -177,16 +177,16 @@ class PolicyGradient:
         batch.metrics["group/trained_edges"] = int(chosen.sum())
         batch = replace(batch, forest=self._with_reference(batch, tree.edges[chosen]))
         bounds = self.dynamic_clip.bounds(batch.forest, advantages) if self.dynamic_clip else None
-        trained = TrainedEdges(tree.edges, advantages.values, bounds)
+        edges = EdgeBatch(tree.edges, advantages.values, bounds)
         targets = self._targets(batch)
         share = self._task.rollout.groups // self.updates_per_rollout
         for number in range(self.updates_per_rollout):
-            mine = chosen & (tree.group[tree.edges] // share == number)
-            yield self._update(batch, trained[mine], targets, first=number == 0)
+            in_update = chosen & (tree.group[tree.edges] // share == number)
+            yield self._update(batch, edges[in_update], targets, first=number == 0)
 
     # ------------------------------------------------------------------------------------------ one update
 
-    def _update(self, batch: ScoredRollout, trained: TrainedEdges, targets: Targets | None, *, first: bool) -> Update:
+    def _update(self, batch: ScoredRollout, trained: EdgeBatch, targets: Targets | None, *, first: bool) -> Update:
         parents, position = batch.forest.tree.distinct_parents(trained.edges)
         num_targets = int(torch.isin(parents, targets.nodes).sum()) if targets else 0
         context = UpdateContext(batch, targets, len(trained), num_targets, first)
@@ -197,7 +197,7 @@ class PolicyGradient:
             place = torch.full((len(parents),), -1)
             place[real] = torch.arange(len(real))
             mine = place[position] >= 0
-            # padding comes last: a state again, without edges, so it weighs nothing
+            # -1 pads: state 0 again, without an edge, so it adds no loss and all processes call the network equally often
             states = parents[dealt.clamp(min=0)]
             micro_batches.append(partial(self._loss, context, states, len(real), trained[mine], place[position[mine]]))
         for group in self._adamw.param_groups:
@@ -206,9 +206,7 @@ class PolicyGradient:
         after = partial(self._after, context, began, before)
         return Update(self._adamw, self.optimizer.max_grad_norm, micro_batches, after)
 
-    def _loss(
-        self, context: UpdateContext, states: Tensor, real: int, trained: TrainedEdges, position: Tensor
-    ) -> Tensor:
+    def _loss(self, context: UpdateContext, states: Tensor, real: int, trained: EdgeBatch, position: Tensor) -> Tensor:
         """The loss of the edges `trained` [E], of which `position` [E] says which of `states` each leaves. The first `real`
         states are this process's, the others pad."""
         forest, edges = context.batch.forest, trained.edges
@@ -311,5 +309,5 @@ class PolicyGradient:
 
 
 def as_policy_gradient(trainer: Trainer) -> PolicyGradient | None:
-    """`trainer` if its loss is one of transitions, which alone have a replay and siblings to merge; else None."""
+    """`trainer` if it is a policy gradient, which alone has a replay and siblings to merge; else None."""
     return trainer if isinstance(trainer, PolicyGradient) else None
