@@ -59,11 +59,6 @@ class Run:
     log: IterationLog
     steppers: dict[Optimizer, Stepper] = field(default_factory=dict)
 
-    @property
-    def trainer_state(self) -> dict[str, Any] | None:
-        """Trainer state from the checkpoint to resume from; None in a new run, and once it is restored."""
-        return self.checkpoints.trainer_state
-
     def resume(self) -> None:
         """Restores the latest checkpoint, if any, then builds a stepper for each of the trainer's optimizers."""
         if self.checkpoints.restore(self.launch.optimizer_device) and self.processes.is_main:

@@ -150,7 +150,7 @@ class PolicyGradient:
         return self.kl.beta > 0
 
     def prepare(self, task: Task, state: dict[str, Any] | None) -> None:
-        self._task, self._num_updates = task, 0 if state is None else state["updates"]
+        self.task, self._num_updates = task, 0 if state is None else state["updates"]
         self._adamw = self.optimizer.build([parameter for _, parameter in task.policy.trainable_parameters()])
 
     def state(self) -> dict[str, Any]:
@@ -161,11 +161,11 @@ class PolicyGradient:
     ) -> Any:
         """See `rollouts.collect.collect`."""
         needs_old = self.objective.needs_old_means or (self.layer_tuning is not None and self.layer_tuning.needs_old)
-        return collect(self._task, prompts, iteration, keep_velocities=needs_old, roll=roll)
+        return collect(self.task, prompts, iteration, keep_velocities=needs_old, roll=roll)
 
     def edge_signal(self, batch: ScoredRollout) -> EdgeSignal:
         """The advantages of all edges of a batch, and which of them are trained."""
-        context = SelectionContext(self._task.seed, batch.iteration, batch.uids)
+        context = SelectionContext(self.task.seed, batch.iteration, batch.uids)
         return self.signal.edges(batch.forest, batch.scores, batch.valid, batch.channels, context)
 
     def updates(self, batch: Any) -> Iterable[Update]:
@@ -179,7 +179,7 @@ class PolicyGradient:
         bounds = self.dynamic_clip.bounds(batch.forest, advantages) if self.dynamic_clip else None
         edges = EdgeBatch(tree.edges, advantages.values, bounds)
         targets = self._targets(batch)
-        share = self._task.rollout.groups // self.updates_per_rollout
+        share = self.task.rollout.groups // self.updates_per_rollout
         for number in range(self.updates_per_rollout):
             in_update = chosen & (tree.group[tree.edges] // share == number)
             yield self._update(batch, edges[in_update], targets, first=number == 0)
@@ -191,7 +191,7 @@ class PolicyGradient:
         num_targets = int(torch.isin(parents, targets.nodes).sum()) if targets else 0
         context = UpdateContext(batch, targets, len(trained), num_targets, first)
         micro_batches = []
-        rows = self._task.processes.deal(len(parents))
+        rows = self.task.processes.deal(len(parents))
         for dealt in rows.split(self.micro_batch) if len(rows) else ():
             real = dealt[dealt >= 0]
             place = torch.full((len(parents),), -1)
@@ -202,7 +202,7 @@ class PolicyGradient:
             micro_batches.append(partial(self._loss, context, states, len(real), trained[mine], place[position[mine]]))
         for group in self._adamw.param_groups:
             group["lr"] = self.optimizer.lr_at(self._num_updates)
-        began, before = time.perf_counter(), self._task.policy.evaluations
+        began, before = time.perf_counter(), self.task.policy.evaluations
         after = partial(self._after, context, began, before)
         return Update(self._adamw, self.optimizer.max_grad_norm, micro_batches, after)
 
@@ -252,8 +252,8 @@ class PolicyGradient:
             )
 
     def _velocity(self, batch: ScoredRollout, nodes: Tensor) -> Tensor:
-        forest, rollout = batch.forest, self._task.rollout
-        return self._task.policy.velocity(
+        forest, rollout = batch.forest, self.task.rollout
+        return self.task.policy.velocity(
             forest.at(nodes), forest.sigma(nodes), batch.conditions.rows(forest.tree.group[nodes]),
             guidance_scale=rollout.guidance_scale, detach_uncond=rollout.detach_uncond,
         )  # fmt: skip
@@ -273,23 +273,23 @@ class PolicyGradient:
         one process."""
         if not self.kl.beta:
             return batch.forest
-        processes, before = self._task.processes, self._task.policy.evaluations
+        processes, before = self.task.processes, self.task.policy.evaluations
         nodes = batch.forest.tree.distinct_parents(edges)[0]
         share = processes.share(len(nodes))
-        own = nodes[share.start : share.stop].split(self._task.rollout.micro_batch)
-        with self._task.policy.role("reference"):
+        own = nodes[share.start : share.stop].split(self.task.rollout.micro_batch)
+        with self.task.policy.role("reference"):
             parts = [self._velocity(batch, part) for part in own if len(part)]
         velocities = torch.cat(parts) if parts else batch.forest.states[:0]
-        rows = processes.total(self._task.policy.evaluations - before)
+        rows = processes.total(self.task.policy.evaluations - before)
         batch.metrics["cost/reference_per_image"] = rows / batch.images
         return batch.forest.with_velocities("reference", nodes, processes.gather(velocities))
 
     def _after(self, context: UpdateContext, began: float, before: int) -> dict[str, float]:
         """Metrics of an update once its step is taken; they are those of the weights before it."""
-        processes, record = self._task.processes, context.record
+        processes, record = self.task.processes, context.record
         metrics = {
             "time/update": time.perf_counter() - began,
-            "cost/trained_per_image": processes.total(self._task.policy.evaluations - before) / context.batch.images,
+            "cost/trained_per_image": processes.total(self.task.policy.evaluations - before) / context.batch.images,
             "optim/lr": self._adamw.param_groups[0]["lr"],
         }
         if not record:

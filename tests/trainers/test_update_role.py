@@ -39,7 +39,7 @@ def test_another_role_under_checkpointing_has_its_own_gradient(tiny_pipeline: Pa
     generator = torch.Generator().manual_seed(2)
     for _, parameter in policy.parameters_of("fake"):  # far from the policy's
         parameter.data.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-    fake = Regression(policy, trainer._task)
+    fake = Regression(policy, trainer.task)
 
     def found() -> dict[str, torch.Tensor]:
         for _, parameter in policy.parameters_of("fake"):
