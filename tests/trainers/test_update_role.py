@@ -18,7 +18,7 @@ class Regression:
     """One update of the role "fake", whose micro-batch opens and closes the role by itself."""
 
     def __init__(self, policy, task) -> None:
-        self.policy, self._task = policy, task
+        self.policy, self.task = policy, task
         generator = torch.Generator().manual_seed(1)
         self.call = (torch.randn(2, 3, 24, 48, generator=generator), torch.tensor([0.7, 0.4]))
         self.rows = policy.encode([record.prompt for record in PROMPTS])
