@@ -12,7 +12,7 @@ def train(config: TrainConfig, plain: dict[str, Any]) -> dict[str, Any]:
     """Trains and returns the summary (also in the run folder). `plain` is the configuration as data."""
     trainer = config.trainer
     with open_run(config, plain) as run:
-        trainer.prepare(run.task, run.trainer_state)
+        trainer.prepare(run.task, run.checkpoints.trainer_state)
         run.resume()
         run.evaluate_base()
         for iteration in run.iterations():

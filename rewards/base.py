@@ -23,7 +23,8 @@ class RewardBatch:
     """N samples to be scored. Every list has N entries, every tensor N rows.
 
     images [N, 3, H, W]: RGB in [0, 1]; uint8 in 0..255 is converted here, other floats become float32.
-    metadata: what the prompt set holds about each prompt (targets, colors, ...). sample_ids: names of the samples in
+    Images lie on the policy's device, and on the CPU when a run tries the reward before the model is loaded: move them to the
+    reward's own device. metadata: what the prompt set holds about each prompt (targets, colors, ...). sample_ids: names of the samples in
     messages. group_ids: equal for samples of the same prompt. Both default to 0..N-1, so each sample is its own group.
     ValueError or TypeError for fields of unequal length and for images of another shape or dtype.
     """

@@ -141,7 +141,7 @@ class Forest:
         _check_positions(edges, parents, len(velocity_of_parents), parent_pos)
         sigma, sigma_next = self.step_sigmas(edges)
         ctx = TransitionContext(
-            level=self.tree.level[edges], rows=self.tree.root[edges], nodes=edges, parents=parents,
+            level=self.tree.level[edges], roots=self.tree.root[edges], nodes=edges, parents=parents,
             step=self.tree.index[parents], replay=True,
         )  # fmt: skip
         velocity = velocity_of_parents[parent_pos.to(velocity_of_parents.device)]

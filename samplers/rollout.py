@@ -156,7 +156,7 @@ def _step(
     """The transitions that arrive at `children` [n], from their parents' states x and velocities v [n, *]."""
     parents = tree.parent[children]
     ctx = TransitionContext(
-        level=tree.level[children], rows=tree.root[children], nodes=children, parents=parents,
+        level=tree.level[children], roots=tree.root[children], nodes=children, parents=parents,
         step=tree.index[parents], carry=carry, tail=tail,
     )  # fmt: skip
     return kernel(x, v, sigmas[tree.index[parents]], sigmas[tree.index[children]], ctx)

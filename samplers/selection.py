@@ -97,17 +97,8 @@ def candidates(tree: Tree) -> Tensor:
 
 
 def sampled(tree: Tree) -> Tensor:
-    """[L] the leaves, in the order of tree.leaves, that end a sample; the others end a probe of an earlier state.
-
-    A probe is a run of deterministic steps from a state whose samples continue by other, trained steps."""
-    trained_part = candidates(tree)
-    continues = torch.zeros(len(tree), dtype=torch.bool)
-    continues[tree.parent[trained_part & (tree.parent >= 0)]] = True
-    probe = torch.zeros(len(tree), dtype=torch.bool)
-    for nodes in tree.generations[1:]:
-        parents = tree.parent[nodes]
-        probe[nodes] = probe[parents] | (continues[parents] & ~trained_part[nodes])
-    return ~probe[tree.leaves]
+    """[L] the leaves, in the order of tree.leaves, that end a sample; the others end a probe of an earlier state."""
+    return ~tree.probe[tree.leaves]
 
 
 def check_frontiers(tree: Tree, select: Select) -> None:

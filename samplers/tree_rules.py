@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-COLUMNS = ("parent", "root", "group", "local", "index", "level", "source")
+COLUMNS = ("parent", "root", "group", "local", "index", "level", "source", "probe")
 
 
 def generation_of(parent: Tensor) -> Tensor:
@@ -19,10 +19,10 @@ def generation_of(parent: Tensor) -> Tensor:
 
 def check_columns(columns: Mapping[str, Tensor], num_steps: int) -> None:
     """ValueError naming the column or the rule that is broken."""
-    parent, root, group, local, index, level, source = (columns[name] for name in COLUMNS)
+    parent, root, group, local, index, level, source, probe = (columns[name] for name in COLUMNS)
     n = len(parent)
     for name, column in columns.items():
-        dtype = torch.float64 if name == "level" else torch.int64
+        dtype = {"level": torch.float64, "probe": torch.bool}.get(name, torch.int64)
         if column.shape != (n,) or column.dtype != dtype:
             raise ValueError(f"got Tree.{name} {column.dtype}{list(column.shape)}; expected {dtype}[{n}], one per node")
     if n == 0 or num_steps < 1:
@@ -37,6 +37,9 @@ def check_columns(columns: Mapping[str, Tensor], num_steps: int) -> None:
         "a parent stands before its children": bool((parents < inner).all()),
         "a child has its parent's root, group and source": all(
             bool((column[inner] == column[parents]).all()) for column in (root, group, source)
+        ),
+        "what follows a probe's state is of the probe, and deterministic": not bool(
+            (probe[parents] & ~probe[inner]).any() or (probe & (level > 0)).any()
         ),
         "a step goes to a later grid index, within 0..num_steps": bool((index[inner] > index[parents]).all())
         and bool((index >= 0).all())

@@ -46,6 +46,7 @@ class Tree:
     level  [N] float64  noise level of the arriving step, a factor of the kernel's own; 0 = deterministic, roots have 0
     source [N] int64  which network rolls the node's root out: its index in SOURCES (further teachers follow); 0 = the
                       student. Row r of `x_start` is node r, so a velocity callback reads source[root]
+    probe  [N] bool   whether the node belongs to a probe: a completion that scores a state and is no sample
     """
 
     parent: Tensor
@@ -55,14 +56,22 @@ class Tree:
     index: Tensor
     level: Tensor
     source: Tensor
+    probe: Tensor
     num_steps: int
 
     def __post_init__(self) -> None:
         check_columns({name: vars(self)[name] for name in COLUMNS}, self.num_steps)
 
     @staticmethod
-    def from_parents(parent: Sequence[int], index: Sequence[int], level: Sequence[float], num_steps: int) -> "Tree":
+    def from_parents(
+        parent: Sequence[int],
+        index: Sequence[int],
+        level: Sequence[float],
+        num_steps: int,
+        probe: Sequence[bool] | None = None,
+    ) -> "Tree":
         """The tree of ONE group from plain lists: what a plan writes. A parent must stand before its children.
+        probe: None stands for a tree without probes.
 
         Nodes are re-ordered by generation (stable); `local` counts them in that order.
         """
@@ -86,6 +95,7 @@ class Tree:
             index=torch.tensor([index[old] for old in order], dtype=torch.int64),
             level=torch.tensor([level[old] for old in order], dtype=torch.float64),
             source=torch.zeros(len(order), dtype=torch.int64),
+            probe=torch.tensor([probe is not None and probe[old] for old in order], dtype=torch.bool),
             num_steps=num_steps,
         )
 
@@ -98,7 +108,8 @@ class Tree:
         if len(steps) > 1:
             raise ValueError(f"got trees with num_steps {sorted(steps)}; expected one grid: roll them out separately")
         columns = {
-            name: torch.cat([vars(tree)[name] for tree in trees]) for name in ("local", "index", "level", "source")
+            name: torch.cat([vars(tree)[name] for tree in trees])
+            for name in ("local", "index", "level", "source", "probe")
         }
         sizes = {
             "parent": [len(tree) for tree in trees],
@@ -108,8 +119,8 @@ class Tree:
         numbers = {name: _offset_cat([vars(tree)[name] for tree in trees], size) for name, size in sizes.items()}
         return _in_order({**columns, **numbers}, trees[0].num_steps)
 
-    def extended(self, parent: Sequence[int], index: Sequence[int]) -> "Tree":
-        """This tree with more nodes, all reached by deterministic steps.
+    def extended(self, parent: Sequence[int], index: Sequence[int], *, probe: bool) -> "Tree":
+        """This tree with more nodes, all reached by deterministic steps; `probe` says what they are.
 
         A parent is a node of this tree, or len(self) + j for the j-th new one (an earlier one). The nodes of this tree
         keep their `local`, hence their noise; only their numbers change.
@@ -128,6 +139,7 @@ class Tree:
             "index": torch.tensor(index, dtype=torch.int64),
             "level": torch.zeros(len(parents), dtype=torch.float64),
             "source": self.source[ancestor],
+            "probe": self.probe[ancestor] | probe,
         }
         return _in_order({name: torch.cat([vars(self)[name], added]) for name, added in new.items()}, self.num_steps)
 

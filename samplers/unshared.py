@@ -94,6 +94,7 @@ def unshared(tree: Tree, per: Literal["trajectory", "step"] = "trajectory") -> U
         index=tree.index[origins],
         level=tree.level[origins],
         source=tree.source[origins],
+        probe=tree.probe[origins],
         num_steps=tree.num_steps,
     )
     return UnsharedTree(tree, copied, origins)

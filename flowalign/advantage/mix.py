@@ -20,7 +20,9 @@ class Mixed:
     how: "reward_sum" one advantage of the summed values (Flow-GRPO); "advantage_sum" the sum of the channels' advantages
     (MixGRPO 2507.21802); "gdpo" that sum, normalized once more over the batch (as in Flow-Factory); "keep" one column
     per channel: a clipped ratio then has one term per channel, and a weight on a column is the coefficient of its term
-    (DanceGRPO 2505.07818, Euphonium 2602.04928). Sums of advantages are clamped to ±clip, as all that code does.
+    (DanceGRPO 2505.07818, Euphonium 2602.04928). Sums of advantages are clamped to ±clip; each
+    channel was clamped by its own rule before (MixGRPO's code clamps the sum alone: give `advantage` clip: .inf for that).
+    reward_sum is clamped by `advantage` only.
     Where channels are summed, an edge is valid only if it is in every channel whose weight is not 0.
     ValueError for a single channel, which no mix changes."""
 

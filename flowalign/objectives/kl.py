@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from samplers import Kernel, Step
@@ -51,13 +52,20 @@ class KLPenalty:
             raise ValueError(f"got kl.beta={self.beta}; expected 0 (off) or a positive weight")
 
     def check(self, kernel: Kernel) -> None:
-        """ValueError for a form that is not what β means with this kernel."""
-        if self.beta and self.form == "exact_times_h" and kernel.constants == "none":
+        """ValueError for exact_times_h where the noise of a step is not g·√h (CPS, DDIM): it would be no Δμ²/(2g²)."""
+        if self.beta and self.form == "exact_times_h" and not _noise_is_diffusion(kernel):
             raise ValueError(
-                f"got trainer.kl.form=exact_times_h with rollout.kernel={kernel}; code with such log-probs (CPS) means the "
-                "exact KL by its β, of which this form is the step size's share, 4 to 27 % on SD3's ten steps: set "
-                "trainer.kl.form=exact, or mean_sq for Δμ² without a variance"
+                f"got trainer.kl.form=exact_times_h with rollout.kernel={kernel}; its β is meant for kernels whose noise is "
+                "g·√h (Flow-SDE), and code with this one (CPS) means the exact KL, of which this form is the step size's share, "
+                "4 to 27 % on SD3's ten steps: set trainer.kl.form=exact, or mean_sq for Δμ² without a variance"
             )
 
     def divergence(self, step: Step, other: Step) -> Tensor:
         return step.kl(other, form=self.form)
+
+
+def _noise_is_diffusion(kernel: Kernel) -> bool:
+    """Whether std² grows in proportion to the step size, as in an Euler-Maruyama step."""
+    sigma, sigma_next = torch.tensor([0.5, 0.5]).double(), torch.tensor([0.4, 0.3]).double()
+    rate = kernel.coefficients(sigma, sigma_next, torch.ones_like(sigma)).std.square() / (sigma - sigma_next)
+    return torch.allclose(rate[0], rate[1], rtol=1e-6)

@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from samplers import Forest, Path
+from samplers import Forest, Path, sampled
 from samplers.kernels.base import spread
 
 
@@ -99,14 +99,14 @@ class LayerTuning:
     def targets(self, forest: Forest, scores: Tensor, valid: Tensor, channels: tuple[str, ...]) -> Targets:
         """The targets of the trained states. ValueError for several channels: leaves are ranked by one.
 
-        States below which a leaf is invalid have none, nor have trees without a valid leaf."""
+        States below which a sample is invalid have none, nor have trees without a valid one. Probes are no samples."""
         if len(channels) > 1:
             raise ValueError(f"got LayerTuning with the rewards {list(channels)}; expected one, to rank leaves by")
         scores, valid = scores[:, 0], valid[:, 0]
-        tree = forest.tree
+        tree, sample = forest.tree, sampled(forest.tree)
         nodes, best_leaf, best_state = [], [], []
         for root in tree.root[tree.edges].unique().tolist():
-            own = ((tree.root[tree.leaves] == root) & valid).nonzero().flatten()
+            own = ((tree.root[tree.leaves] == root) & valid & sample).nonzero().flatten()
             if not len(own):
                 continue
             leaf = int(tree.leaves[own[scores[own].argmax()]])
@@ -128,13 +128,15 @@ class LayerTuning:
                 "got a forest without velocities['old'] for LayerTuning(target='best_path_velocity'); expected those of the "
                 "rollout: collect with keep_velocities=True"
             )
-        return Targets(states, velocity, self._weights(forest, states, scores, valid))
+        return Targets(states, velocity, self._weights(forest, states, scores, valid, sample))
 
-    def _weights(self, forest: Forest, states: Tensor, scores: Tensor, valid: Tensor) -> Tensor:
-        """ω [S]; R̄ of a state is the mean of the leaves below the stochastic steps that leave it."""
+    def _weights(self, forest: Forest, states: Tensor, scores: Tensor, valid: Tensor, sample: Tensor) -> Tensor:
+        """ω [S]; R̄ of a state is the mean of the samples below the stochastic steps that leave it."""
         tree = forest.tree
         rewards = torch.where(valid, scores.double(), 0.0)
         edge, leaf = tree.leaf_of_edge
+        edge, leaf = edge[sample[leaf]], leaf[sample[leaf]]
+        valid = valid & sample
         total, count, bad = (torch.zeros(len(tree), dtype=torch.float64) for _ in range(3))
         for column, values in ((total, rewards[leaf]), (count, torch.ones_like(rewards[leaf])), (bad, ~valid[leaf])):
             column.index_add_(0, tree.parent[tree.edges[edge]], values.double())

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from samplers import Forest, Path, Step
+from samplers.kernels.flow_sde import near_one
 
 
 class StepWeight(Protocol):
@@ -72,6 +73,8 @@ class StdOverMean:
 
     def weigh(self, step: Step, forest: Forest, edges: Tensor) -> Tensor:
         sigmas = forest.sigmas.double()
+        if len(sigmas) < 3:
+            raise ValueError("got a grid of one step for StdOverMean; expected two steps or more: take Uniform")
         level, index = torch.ones_like(sigmas[:-2]), torch.arange(len(sigmas) - 2, device=sigmas.device)
         coefficients = forest.kernel.coefficients(sigmas[:-2], sigmas[1:-1], level, index)
         return step.std / coefficients.std.mean().to(step.std)
@@ -81,7 +84,8 @@ class StdOverMean:
 class LongCat:
     """√(σ/(1−σ))/√h (LongCat-Video, 2510.22200): flat gradients with Flow-SDE, whatever its noise level.
 
-    loss_reweighting in GenRL. At the first step of the grid (index 0) its σ' stands for σ inside 1−σ, as in Flow-SDE. The
+    loss_reweighting in GenRL. At the first step of the grid (index 0) σ' stands for σ inside 1−σ where Flow-SDE does so, whose
+    gradients are .80 of the others there. The
     KL's weight (its square) is not kept."""
 
     def check(self, path: Path) -> None:
@@ -94,5 +98,5 @@ class LongCat:
     def weigh(self, step: Step, forest: Forest, edges: Tensor) -> Tensor:
         sigma, sigma_next = (values.double() for values in forest.step_sigmas(edges))
         first = (forest.tree.index[forest.tree.parent[edges]] == 0).to(sigma.device)
-        bounded = torch.where(first, sigma_next, sigma)
+        bounded = torch.where(first & near_one(sigma, sigma_next), sigma_next, sigma)
         return (sigma / (1 - bounded) / (sigma - sigma_next)).sqrt().to(step.std)

@@ -142,10 +142,10 @@ class Guard:
         return _outside(self.log_ratio(log_prob, old_log_prob, transitions), _bounds(self.clip_range, transitions))
 
     def _weigh(self, step: Step) -> Tensor:
-        velocity_coef, length = step.policy.velocity_coef.abs(), step.policy.step_size
+        coef, step_size = step.policy.velocity_coef.abs(), step.policy.step_size
         if self.weight == "none":
-            return torch.ones_like(length)
-        return {"inv_h": 1 / length, "beta_over_h": velocity_coef / length**2, "inv_b": 1 / velocity_coef}[self.weight]
+            return torch.ones_like(step_size)
+        return {"inv_h": 1 / step_size, "beta_over_h": coef / step_size**2, "inv_b": 1 / coef}[self.weight]
 
 
 @dataclass(frozen=True)

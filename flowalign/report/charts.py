@@ -1,4 +1,4 @@
-"""The charts of a report: metrics of a run as SVG, text as outlines, so that a chart looks the same everywhere."""
+"""How charts are drawn: metrics of a run as SVG, text as outlines. Which charts a report has is said in html.py."""
 
 from __future__ import annotations
 

@@ -25,10 +25,10 @@ from flowalign.storage.named_tensors import pack_optimizer, pack_parameters, res
 class Progress:
     """How far a run is; saved with every checkpoint.
 
-    steps: updates of the policy. reached: whether a gradient was above 0. totals: over all iterations. seconds: what
-    earlier starts took; began: time.monotonic() of this start."""
+    updates: of the policy. reached: whether a gradient was above 0. totals: over all iterations. seconds: run time before
+    this launch; began: time.monotonic() at this launch."""
 
-    steps: int = 0
+    updates: int = 0
     reached: bool = False
     totals: dict[str, float] = field(default_factory=lambda: {"images": 0, "rollout": 0.0, "update": 0.0, "drift": 0.0})
     seconds: float = 0.0
@@ -36,18 +36,18 @@ class Progress:
 
     @property
     def elapsed(self) -> float:
-        """Seconds of all starts together."""
+        """Run time over all launches, in seconds."""
         return self.seconds + time.monotonic() - self.began
 
     def state(self) -> dict[str, Any]:
         """As JSON, for a checkpoint."""
         return {
-            "steps": self.steps, "reached": self.reached, "totals": dict(self.totals), "time/seconds": self.elapsed
+            "updates": self.updates, "reached": self.reached, "totals": dict(self.totals), "time/seconds": self.elapsed
         }  # fmt: skip
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Takes over `state()` of a checkpoint."""
-        self.steps, self.reached = state["steps"], state.get("reached", True)
+        self.updates, self.reached = state["updates"], state["reached"]
         self.totals, self.seconds = state["totals"], state["time/seconds"]
 
 
@@ -55,7 +55,7 @@ class Progress:
 class Checkpoints:
     """Saves the run and puts it back.
 
-    digests: of the prompts. found: what an earlier start left, read before the model was loaded. saved: the checkpoint to
+    digests: of the prompts. found: what an earlier launch saved, read before the model was loaded. saved: the checkpoint to
     resume from; None in a new run, and once it is restored (it is as large as what is trained). latest: the iteration of
     the latest checkpoint, 0 without one."""
 
@@ -74,23 +74,23 @@ class Checkpoints:
 
     @property
     def trainer_state(self) -> dict[str, Any] | None:
-        """Trainer state from the resumed checkpoint; None for a new run."""
+        """Trainer state from the checkpoint to resume from; None in a new run, and once it is restored."""
         return None if self.saved is None else self.saved.state["trainer"]
 
-    def save(self, step: int, optimizers: Mapping[str, Optimizer], *, write: bool) -> None:
-        """After iteration `step` (1 is the first). Packing is collective; one process writes."""
+    def save(self, iteration: int, optimizers: Mapping[str, Optimizer], *, write: bool) -> None:
+        """After `iteration` iterations. Packing is collective; one process writes."""
         tensors, state = pack(self.policy, list(self.config.policy.roles), optimizers, self.ema)
         state |= {**self.progress.state(), "trainer": self.config.trainer.state(), "prompts": self.digests}
         if write:
-            checkpoint.save(self.folder, step, tensors, state, keep=self.config.run.keep_checkpoints)
-        self.latest = step
+            checkpoint.save(self.folder, iteration, tensors, state, keep=self.config.run.keep_checkpoints)
+        self.latest = iteration
 
     def restore(self, optimizer_device: torch.device | None) -> bool:
-        """Puts the saved checkpoint back, if there is one. optimizer_device: see `restore`."""
+        """Puts the saved checkpoint back, if there is one. optimizer_device: see `unpack`."""
         if self.saved is None:
             return False
         roles, optimizers = list(self.config.policy.roles), self.config.trainer.optimizers
-        restore(self.policy, roles, optimizers, self.ema, self.saved.tensors, self.saved.state, optimizer_device)
+        unpack(self.policy, roles, optimizers, self.ema, self.saved.tensors, self.saved.state, optimizer_device)
         self.progress.restore(self.saved.state)
         self.saved = None
         return True
@@ -111,7 +111,7 @@ def pack(
     return tensors, {"optimizers": state}
 
 
-def restore(
+def unpack(
     policy: Policy,
     roles: Sequence[str],
     optimizers: Mapping[str, Optimizer],

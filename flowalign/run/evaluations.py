@@ -39,13 +39,13 @@ class Evaluations:
             self._log(0, "base", self.known_base)
         return self.known_base
 
-    def tuned(self, step: int) -> EvaluationResult:
-        """The trained model after iteration `step`; kept in the folder."""
-        result = self.evaluate_average()
-        self._log(step, "tuned", result)
+    def evaluate_and_keep(self, iteration: int) -> EvaluationResult:
+        """The trained model after `iteration` iterations; kept in the folder."""
+        result = self.evaluate_tuned()
+        self._log(iteration, "tuned", result)
         return result
 
-    def evaluate_average(self) -> EvaluationResult:
+    def evaluate_tuned(self) -> EvaluationResult:
         """The trained model; under its moving average, if the run keeps one."""
         with self.averaged():
             return self._evaluate("tuned")
@@ -67,12 +67,11 @@ class Evaluations:
                 progress=bar.update, processes=self.processes,
             )  # fmt: skip
 
-    def _log(self, step: int, label: str, result: EvaluationResult) -> None:
-        """One row per step, however often the run is started. The row comes first: the file of the base evaluation says
-        that its row is there."""
+    def _log(self, iteration: int, label: str, result: EvaluationResult) -> None:
+        """Writes the row before the file: if base.safetensors exists, so does its row. A row of an earlier launch is cut."""
         if not self.processes.is_main:
             return
         log = self.folder / "evaluations.jsonl"
-        MetricsLog(log).cut_back(step - 1)
-        append_result(log, step, label, result)
+        MetricsLog(log).cut_back(iteration - 1)
+        append_result(log, iteration, label, result)
         save_result(self.folder / "evaluation" / f"{label}.safetensors", result)

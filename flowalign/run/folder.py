@@ -20,22 +20,23 @@ from flowalign.storage.files import write_atomic
 from flowalign.storage.metrics_log import MetricsLog
 
 # What a resumed run may change without a word: how long it is, what it keeps and what it shows.
-FREE = {
+MAY_CHANGE = {
     "run.iterations", "run.checkpoint_every", "run.keep_checkpoints", "run.trackers", "run.resume", "run.output",
     "run.gradient_check", "evaluation.every",
 }  # fmt: skip
 # What it may change as well, noted: speed and memory; results differ by rounding.
-SPEED = re.compile(
+MAY_CHANGE_NOTED = re.compile(
     r"(rollout|trainer\.init_args)\.micro_batch|evaluation\.batch_size|(reward|evaluation\.rewards)\..*workers"
 )
-# What it may never change: the saved weights, optimizer state and base evaluation belong to it.
-FIXED = re.compile(r"(policy|evaluation)(\..*)?|trainer\.class_path")
+# What it may never change beside those: the saved weights, optimizer state and base evaluation belong to it.
+MAY_NOT_CHANGE = re.compile(r"(policy|evaluation)(\..*)?|trainer\.class_path")
 
 
 def open_folder(folder: Path, plain: dict[str, Any]) -> IO[str]:
-    """Makes the folder for the configuration `plain`, or opens it again; closing the result lets another process in.
+    """Makes the folder for the configuration `plain`, or opens it again. Returns the open lock file; close it to
+    release the folder.
 
-    Raises ConfigError, the folder as it was, if another process trains in it, if it was made with a configuration that
+    Raises ConfigError, and leaves an existing run unchanged, if another process trains in it, if it was made with a configuration that
     cannot be resumed with this one, if its checkpoints are lost or reach further than the configuration, or if it cannot
     be made."""
     try:
@@ -55,7 +56,8 @@ def open_folder(folder: Path, plain: dict[str, Any]) -> IO[str]:
 
 
 def describe(folder: Path, plain: dict[str, Any]) -> None:
-    """Writes config.yaml and provenance.json, once nothing more can refuse the run: a failed start leaves the name free.
+    """Writes config.yaml and provenance.json. Called after all checks and the model load: a start that fails before this
+    leaves run.name unused.
     Settings that changed are noted in provenance.json and printed."""
     config, provenance = folder / "config.yaml", folder / "provenance.json"
     changes = _changes(yaml.safe_load(config.read_text(encoding="utf-8")), plain) if config.exists() else {}
@@ -100,13 +102,13 @@ Changes = dict[str, tuple[Any, Any]]
 
 
 def _changes(saved: dict[str, Any], plain: dict[str, Any]) -> Changes:
-    return {key: values for key, values in differences(saved, plain).items() if key not in FREE}
+    return {key: values for key, values in differences(saved, plain).items() if key not in MAY_CHANGE}
 
 
 def _check_changes(folder: Path, changes: Changes, resume: str) -> None:
     """ConfigError for changed settings, unless they only change speed or run.resume=changed allows them."""
-    others = [key for key in changes if not SPEED.fullmatch(key)]
-    fixed = [key for key in others if FIXED.fullmatch(key)]
+    others = [key for key in changes if not MAY_CHANGE_NOTED.fullmatch(key)]
+    fixed = [key for key in others if MAY_NOT_CHANGE.fullmatch(key)]
     if None in changes.get("run.ema_decay", ()):
         fixed.append("run.ema_decay")  # the checkpoint has an average, or has none
     if fixed:

@@ -73,11 +73,11 @@ class IterationLog:
                 "on this configuration"
             )
 
-    def write(self, step: int, row: Mapping[str, float]) -> None:
-        """Appends the row to metrics.jsonl and gives it to the trackers. `step` 1 is the first iteration."""
+    def write(self, iteration: int, row: Mapping[str, float]) -> None:
+        """Appends the row to metrics.jsonl and gives it to the trackers. `iteration` 1 is the first."""
         if self.accelerator.is_main_process:
-            self.metrics.append(step, row)
-        self.accelerator.log({name: value for name, value in row.items() if math.isfinite(value)}, step=step)
+            self.metrics.append(iteration, row)
+        self.accelerator.log({name: value for name, value in row.items() if math.isfinite(value)}, step=iteration)
 
     def _add_to_totals(self, images: int, row: Mapping[str, float]) -> None:
         totals = self.progress.totals

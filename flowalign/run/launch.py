@@ -80,7 +80,7 @@ class Launch:
         return processes if self.fsdp is None else shard(policy, processes, self.fsdp.reshard_after_forward)
 
     def steppers(self, optimizers: Iterable[Optimizer], processes: Processes) -> dict[Optimizer, Stepper]:
-        """Who takes the steps of each optimizer. Weights and optimizer state must be final: ZeRO-2 copies them."""
+        """The Stepper of each optimizer. Weights and optimizer state must be final: ZeRO-2 copies them."""
         return {each: Zero2(each) if self.deepspeed else Summed(each, processes) for each in optimizers}
 
 
@@ -151,7 +151,7 @@ def check_processes(count: int, rollout: Rollout) -> None:
             f"got {count} processes for rollout.groups={rollout.groups}; expected at most one per group, since a prompt's "
             "tree lives on one process: launch fewer processes, or raise rollout.groups"
         )
-    if count > 1 and rollout.kernel.uses_rows:
+    if count > 1 and rollout.kernel.uses_roots:
         raise ConfigError(
             f"got {count} processes with rollout.kernel={type(rollout.kernel).__name__}; expected one, since its steps depend "
             "on row numbers within one process: launch one process"

@@ -1,4 +1,4 @@
-"""What is done before the model is loaded: the forecast of the cost, prompts, what an earlier start left, a trial of each
+"""What is done before the model is loaded: the forecast of the cost, prompts, what an earlier launch of this run saved, a trial of each
 reward."""
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Prompts:
 
 @dataclass(frozen=True, eq=False)
 class Saved:
-    """What an earlier start left in the run folder.
+    """What an earlier launch of this run saved in the run folder.
 
     iteration: of the latest checkpoint, 0 without one. tensors, state: what it holds, both empty without one. base: the
     evaluation of the base model, None if it must be made."""

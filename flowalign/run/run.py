@@ -41,7 +41,7 @@ from flowalign.trainers import Batch, Update
 class Run:
     """A run whose folder is open and whose model is loaded; see `open_run`. Its methods are the loop's verbs.
 
-    steppers: who takes the steps of each of the trainer's optimizers; filled by `resume`."""
+    steppers: the Stepper of each of the trainer's optimizers; filled by `resume`."""
 
     config: TrainConfig
     folder: Path
@@ -57,13 +57,8 @@ class Run:
     log: IterationLog
     steppers: dict[Optimizer, Stepper] = field(default_factory=dict)
 
-    @property
-    def trainer_state(self) -> dict[str, Any] | None:
-        """Trainer state from the resumed checkpoint; None for a new run."""
-        return self.checkpoints.trainer_state
-
     def resume(self) -> None:
-        """Puts the latest checkpoint back, if there is one. The trainer has built its optimizers."""
+        """Restores the latest checkpoint, if any, then builds a stepper for each of the trainer's optimizers."""
         if self.checkpoints.restore(self.launch.optimizer_device) and self.processes.is_main:
             print(f"resumed {self.folder} after iteration {self.checkpoints.latest}", flush=True)
         self.steppers |= self.launch.steppers(self.config.trainer.optimizers.values(), self.processes)
@@ -97,7 +92,9 @@ class Run:
         """Adds a micro-batch's gradient to that of its update. Runs under the update's role: activation checkpointing
         recomputes the forward here, after the trainer has left that context."""
         if not bool(torch.isfinite(loss)):
-            raise FloatingPointError(f"loss {float(loss)} is not finite; lower the learning rate or look at the reward")
+            raise FloatingPointError(
+                f"got loss {float(loss)}; expected a finite number: lower trainer.optimizer.lr, or check the reward"
+            )
         with self.task.policy.role(update.role):
             self.steppers[update.optimizer].backward(loss)
 
@@ -107,12 +104,12 @@ class Run:
             norm = self.steppers[update.optimizer].step(update.max_grad_norm)
             if not math.isfinite(norm):
                 raise FloatingPointError(
-                    f"gradient norm {norm}; lower optimizer.lr, or look at the reward and the log-probs"
+                    f"got gradient norm {norm}; expected a finite number: lower trainer.optimizer.lr, or check reward and log-probs"
                 )
             self.log.add_norm(update.role, norm)
             if update.role == "policy":
-                self.progress.steps += 1
-                self.task.policy.follow(self.progress.steps)
+                self.progress.updates += 1
+                self.task.policy.follow(self.progress.updates)
                 if self.ema is not None:
                     self.ema.update()
         self.log.add(update.after())
@@ -122,7 +119,7 @@ class Run:
         step, last, every = iteration + 1, self.config.run.iterations, self.config.evaluation.every
         row = self.log.close(batch.images, batch.metrics)
         if every is not None and step % every == 0 and step < last:
-            scores = self.evaluations.evaluate_average().scores
+            scores = self.evaluations.evaluate_tuned().scores
             row |= {f"eval/{name}": float(values[values.isfinite()].mean()) for name, values in scores.items()}
         self.log.check_first_gradient(row)
         self.log.write(step, row)
@@ -135,7 +132,7 @@ class Run:
 
     def finish(self) -> dict[str, Any]:
         """Evaluates the tuned model beside the base; writes LoRA, grid, summary and report."""
-        tuned, base = self.evaluations.tuned(self.config.run.iterations), self.evaluations.base()
+        tuned, base = self.evaluations.evaluate_and_keep(self.config.run.iterations), self.evaluations.base()
         result = summarize(self.config, self.task.policy, base, tuned, self.progress.totals, self.progress.elapsed)
         if self.processes.is_main:
             if self.config.policy.trainable == "lora":

@@ -48,7 +48,7 @@ def save(
 
     `tensors` maps section -> name -> tensor, `state` is JSON that survives a round trip (text keys, lists, no NaN).
     Saving the same step again with the same content does nothing. Raises CheckpointError if the step exists with
-    other content or a later one exists (call `discard_after` when resuming from an earlier checkpoint)."""
+    other content or a later one exists."""
     if keep < 1:
         raise CheckpointError(f"got keep={keep}; expected the number of checkpoints to keep, at least 1")
     call = hooks or (lambda point: None)
@@ -58,7 +58,9 @@ def save(
     _sweep(root)
     later = [path.name for path in _folders(root) if step_of(path) > step]
     if later:
-        raise CheckpointError(f"cannot save step {step}: {root} already holds {', '.join(later)}; call discard_after")
+        raise CheckpointError(
+            f"cannot save step {step}: {root} already holds {', '.join(later)}: remove the later checkpoints"
+        )
     temporary, final = root / f".tmp-step-{step}", root / f"step-{step}"
     _write(temporary, step, tensors, state, call)
     call("before_rename")
@@ -98,13 +100,6 @@ def load(path: Path) -> tuple[dict[str, Tensors], State]:
         raise CheckpointError(f"{path / unlisted[0]} is not listed in manifest.json: remove it or {_remedy(path)}")
     files = [path / name for name in parts if name.endswith(".safetensors")]
     return {file.stem: load_file(file) for file in files}, json.loads((path / "state.json").read_text())
-
-
-def discard_after(run_folder: Path, step: int) -> None:
-    """Removes the checkpoints later than `step`: what a run does that resumes from an earlier one than its latest."""
-    for path in reversed(_folders(Path(run_folder) / "checkpoints")):
-        if step_of(path) > step:
-            _remove(path)
 
 
 def step_of(path: Path) -> int:

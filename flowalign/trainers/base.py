@@ -53,7 +53,7 @@ class Update:
 
     micro_batches: each, when called, returns its part of the loss: the parts of all micro-batches and processes add up to
     the loss of the update, so they are already divided by the global count. All processes have equally many, and call the
-    network equally often in each. after: called once the step is taken; returns metrics. role: whose weights are stepped,
+    network equally often in each. after: called after the step, or in its place if there are no micro-batches; returns metrics. role: whose weights are stepped,
     see Policy.parameters_of.
 
     Whoever runs the backward runs it inside `policy.role(role)`: with activation checkpointing it computes the forward

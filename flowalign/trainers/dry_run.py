@@ -31,12 +31,12 @@ def dry_run(signal: Signal, rollout: Rollout, reward: str, path: Path) -> None:
 
 
 def _forest(rollout: Rollout, iteration: int) -> Forest:
-    """The plan's topology without states. ValueError if it asks for what a rollout of this trainer does not give."""
+    """The plan's topology without states. ValueError for a plan with samples of a teacher or of a hinted student."""
     steps, tree = rollout.num_inference_steps, grow(rollout, 0, iteration, range(min(2, rollout.groups)))
     if bool(tree.source.any()):
         raise ValueError(
-            "got a rollout.plan (Sourced) with samples of a hinted student or of a teacher, but this trainer rolls all of "
-            "them out with the policy, so they would be its own: take the plan inside Sourced, or set hinted=0, teacher=0"
+            "got a rollout.plan (Sourced) with samples of a hinted student or of a teacher, but this trainer "
+            "samples with the policy only: take the plan inside Sourced, or set hinted=0, teacher=0"
         )
     level = tree.level[tree.edges].unique()
     half = torch.full_like(level, 0.5)
@@ -74,7 +74,7 @@ def _check_probes(signal: Signal, forest: Forest, reward: str) -> None:
     if torch.equal(plain, changed):
         probes = int((~sample).sum()) // tree.num_groups
         raise ValueError(
-            f"got a rollout.plan with probes, {probes} of each prompt to decode and score, and signal.credit={signal.credit}, "
+            f"got a rollout.plan with probes, {probes} of each prompt to decode and score, and trainer.signal.credit={signal.credit}, "
             "which reads none of them: take a credit that does (Gain, TurningPoint), or the plan without samplers.Probed"
         )
 
@@ -91,14 +91,14 @@ def _untrained(signal: Signal, forest: Forest, iteration: int, reward: str) -> s
     edges = signal.edges(forest, scores, valid, (reward,), SelectionContext(0, iteration))
     if not bool(edges.credit.valid.any()):
         return (
-            f"signal.credit={signal.credit} finds the scores it needs at no step of rollout.plan; take samplers.Probed "
+            f"trainer.signal.credit={signal.credit} finds the scores it needs at no step of rollout.plan; take samplers.Probed "
             "around the plan, or a credit that needs leaves only (Broadcast, SubtreeFusion)"
         )
     if not bool(edges.advantages.valid.any()):
         return (
-            f"signal.advantage={signal.advantage} compares the steps of one set, and no set of rollout.plan has two; "
+            f"trainer.signal.advantage={signal.advantage} compares the steps of one set, and no set of rollout.plan has two; "
             "take a wider set (within=prompt), or a plan whose samples share their start"
         )
     if not bool(edges.chosen.any()):
-        return f"signal.select={signal.select} leaves out every step of rollout.plan; take AllEdges, or select less"
+        return f"trainer.signal.select={signal.select} leaves out every step of rollout.plan; take AllEdges, or select less"
     return ""

@@ -138,7 +138,7 @@ class PolicyGradient:
         return UpdateForecast(share, states, len(self.roles()) * states + rescored)
 
     def prepare(self, task: Task, state: dict[str, Any] | None) -> None:
-        self._task = task
+        self.task = task
         self._policy = TrainedRole.of(task.policy, self.optimizer, updates=0 if state is None else state["updates"])
 
     def state(self) -> dict[str, Any]:
@@ -150,11 +150,11 @@ class PolicyGradient:
         """See `rollouts.collect.collect`."""
         old = self.anchor == "stored" and self.objective.needs_old_means
         needs_old = old or any(part.needs_old for part in self.supervision)
-        return collect(self._task, records, iteration, keep_velocities=needs_old, roll=roll)
+        return collect(self.task, records, iteration, keep_velocities=needs_old, roll=roll)
 
     def edge_signal(self, batch: ScoredRollout) -> EdgeSignal:
         """The advantages of all edges of a batch, and which of them are trained."""
-        context = SelectionContext(self._task.seed, batch.iteration, batch.uids)
+        context = SelectionContext(self.task.seed, batch.iteration, batch.uids)
         return self.signal.edges(batch.forest, batch.scores, batch.valid, batch.channels, context)
 
     def updates(self, batch: ScoredRollout) -> Iterable[Update]:
@@ -162,14 +162,14 @@ class PolicyGradient:
         signal, tree = self.edge_signal(batch), batch.forest.tree
         batch.metrics["group/zero_std_ratio"] = signal.advantages.zero_std_ratio
         batch.metrics["group/trained_edges"] = int(signal.chosen.sum())
-        engine = UpdateEngine(self._task, batch.conditions, batch.images)
+        engine = UpdateEngine(self.task, batch.conditions, batch.images)
         forest = self._with_roles(engine, batch, tree.edges[signal.chosen])
         bounds = self.dynamic_clip.bounds(forest, signal.advantages) if self.dynamic_clip else None
         targets = [
             (part.name, part.scale_at(batch.iteration), part.targets(forest, batch.scores, batch.valid, batch.channels))
             for part in self.supervision
         ]
-        share = self._task.rollout.groups // self.updates_per_rollout
+        share = self.task.rollout.groups // self.updates_per_rollout
         updates = []
         for number in range(self.updates_per_rollout):
             mine = signal.chosen & (tree.group[tree.edges] // share == number)
@@ -197,5 +197,5 @@ class PolicyGradient:
 
 
 def as_policy_gradient(trainer: Trainer) -> PolicyGradient | None:
-    """`trainer` if its loss is one of transitions, which alone have a replay and siblings to merge; else None."""
+    """`trainer` if it is a policy gradient, which alone has a replay and siblings to merge; else None."""
     return trainer if isinstance(trainer, PolicyGradient) else None

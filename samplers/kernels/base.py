@@ -73,14 +73,13 @@ class Step:
 class TransitionContext:
     """What a kernel may know of the rows it steps.
 
-    level: [N] or one factor of the kernel's own noise level; 0 = the path's deterministic step. rows [N]: condition
-    rows (a tree's roots). nodes [N]: the child nodes; parents [N]: the nodes they leave. step [N]: grid index of the
-    parent. carry [N]: what the parents' steps passed on. tail [N] bool: no stochastic step follows; None: true of all
-    rows. replay: the step was drawn before and only its policy is needed; carry and tail are None then.
+    level: [N] or one factor of the kernel's own noise level; 0 = the path's deterministic step. roots [N]: which root
+    each row descends from, hence its condition. nodes [N]: the child nodes; parents [N]: the nodes they leave. step [N]: grid index of the
+    parent. carry [N]: what the parents' steps passed on. tail [N] bool: True where no stochastic step follows; None: all True. replay: the step was drawn before and only its policy is needed; carry and tail are None then.
     """
 
     level: Tensor | float = 1.0
-    rows: Tensor | None = None
+    roots: Tensor | None = None
     nodes: Tensor | None = None
     parents: Tensor | None = None
     step: Tensor | None = None
@@ -93,8 +92,8 @@ DEFAULT_CONTEXT = TransitionContext()
 
 
 class Kernel(Protocol):
-    """One denoising transition. A new kernel is a final dataclass; usually `coefficients` is all it writes, and its
-    `__call__` is `affine_step`, its `bind` is `bind_rectified_flow`."""
+    """One denoising transition. A new kernel is a frozen dataclass with `coefficients`, the fields `reduce` and `constants`,
+    `uses_roots = False`, `__call__ = affine_step` and `bind = bind_rectified_flow`; cps.py is a short example."""
 
     @property
     def reduce(self) -> Reduce: ...
@@ -103,8 +102,8 @@ class Kernel(Protocol):
     def constants(self) -> Constants: ...
 
     @property
-    def uses_rows(self) -> bool:
-        """Whether a step reads `ctx.rows`, as reward guidance does. These are row numbers of one process's conditions,
+    def uses_roots(self) -> bool:
+        """Whether a step reads `ctx.roots`, as reward guidance does. These number the conditions of one process,
         so such a kernel runs on one process only."""
         ...
 
@@ -209,7 +208,7 @@ def euler_where_deterministic(affine: Affine, level: Tensor, sigma: Tensor, sigm
 
 
 def check_choices(reduce: str, constants: str) -> None:
-    """The two switches every kernel carries."""
+    """ValueError unless `reduce` and `constants` are values that every kernel knows."""
     if reduce not in ("mean", "sum"):
         raise ValueError(f"got reduce={reduce!r}; expected 'mean' or 'sum'")
     if constants not in ("full", "none"):
@@ -219,7 +218,8 @@ def check_choices(reduce: str, constants: str) -> None:
 def check_noise_level(noise_level: float, highest: float = math.inf) -> None:
     """A noise level is a finite number in [0, highest]."""
     if not (math.isfinite(noise_level) and 0.0 <= noise_level <= highest):
-        raise ValueError(f"got noise_level={noise_level}; expected a finite number from 0 (ODE) to {highest}")
+        limit = "" if highest == math.inf else f", at most {highest}"
+        raise ValueError(f"got noise_level={noise_level}; expected a finite number of at least 0 (the ODE){limit}")
 
 
 def _per_row(name: str, value: Tensor | float, n: int) -> Tensor:

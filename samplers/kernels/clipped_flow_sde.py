@@ -33,7 +33,7 @@ class ClippedFlowSDE:
     sigma_cap: float | None = None
     reduce: Reduce = "mean"
     constants: Constants = "full"
-    uses_rows = False
+    uses_roots = False
 
     def __post_init__(self) -> None:
         check_noise_level(self.noise_level)

@@ -31,7 +31,7 @@ class CPS:
     noise_level: float = 0.7
     reduce: Reduce = "mean"
     constants: Constants = "none"
-    uses_rows = False
+    uses_roots = False
 
     def __post_init__(self) -> None:
         check_noise_level(self.noise_level, highest=1.0)

@@ -30,7 +30,7 @@ class DanceSDE:
     noise_level: float = 0.3
     reduce: Reduce = "mean"
     constants: Constants = "full"
-    uses_rows = False
+    uses_roots = False
 
     def __post_init__(self) -> None:
         check_noise_level(self.noise_level)

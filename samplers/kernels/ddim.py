@@ -26,7 +26,7 @@ class DDIM:
     path: VariancePreserving | None = field(default=None, repr=False)
     reduce: Reduce = "mean"
     constants: Constants = "full"
-    uses_rows = False
+    uses_roots = False
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.eta <= 1.0:

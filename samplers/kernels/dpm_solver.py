@@ -43,9 +43,9 @@ class DPMSolver:
         return self.kernel.constants
 
     @property
-    def uses_rows(self) -> bool:
+    def uses_roots(self) -> bool:
         """The kernel's."""
-        return self.kernel.uses_rows
+        return self.kernel.uses_roots
 
     def bind(self, path: Path) -> Kernel:
         """The solver for a policy on `path`; ValueError if the kernel cannot be on it."""

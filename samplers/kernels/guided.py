@@ -47,7 +47,7 @@ class Guided:
     interval: int = 1
     log_prob_mean: MeanOf = "unguided"
     path: Path | None = field(default=None, repr=False)
-    uses_rows = True
+    uses_roots = True
 
     def __post_init__(self) -> None:
         if self.form not in ("score_half", "full_tilt", "doob"):
@@ -156,7 +156,7 @@ class Guided:
     def _gradient(self, x: Tensor, v: Tensor, sigma: Tensor, ctx: TransitionContext, guided: Tensor) -> Tensor:
         """∇ρ at the states of the rows `guided`: computed once per distinct state, since siblings leave the same one."""
         nodes = guided if ctx.parents is None else ctx.parents.cpu()[guided]
-        rows = guided if ctx.rows is None else ctx.rows.cpu()[guided]
+        rows = guided if ctx.roots is None else ctx.roots.cpu()[guided]
         distinct, position = nodes.unique(return_inverse=True)
         first = torch.full((len(distinct),), len(nodes)).scatter_reduce(0, position, torch.arange(len(nodes)), "amin")
         states, velocities = x[first.to(x.device)].detach(), v[first.to(v.device)].detach()

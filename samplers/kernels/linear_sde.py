@@ -29,7 +29,7 @@ class LinearSDE:
     sigma_max: float = 1.0
     reduce: Reduce = "mean"
     constants: Constants = "full"
-    uses_rows = False
+    uses_roots = False
 
     def __post_init__(self) -> None:
         check_choices(self.reduce, self.constants)

@@ -17,7 +17,7 @@ class ODE:
 
     reduce: Reduce = "mean"
     constants: Constants = "none"
-    uses_rows = False
+    uses_roots = False
 
     def __post_init__(self) -> None:
         check_choices(self.reduce, self.constants)

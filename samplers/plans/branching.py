@@ -128,6 +128,9 @@ class SplitTree:
                 f"got SplitTree(splits={self.splits}, factor={self.factor}); expected at least one split and a factor "
                 "of at least 2: take Chain for trajectories that do not split"
             )
+        if self.window is not None and self.train_last:
+            raise ValueError("got SplitTree(window=..., train_last=True); expected train_last only without a window: let the window "
+                             "reach the last step with high=num_steps")  # fmt: skip
 
     def tree(self, num_steps: int, group_size: int, iteration: int, rng: np.random.Generator) -> Tree:
         """The tree of this iteration."""

@@ -44,7 +44,7 @@ def probed(tree: Tree, steps: int | None = None, *, at: Collection[int] | None =
         while not duplicate and int(continuation[node]) >= 0:
             node = int(continuation[node])
         probed_nodes.add(node)
-    return _with_tails(tree, dict.fromkeys(probed_nodes, steps))
+    return _with_tails(tree, dict.fromkeys(probed_nodes, steps), probe=True)
 
 
 def compressed(tree: Tree, ratio: float) -> Tree:
@@ -66,7 +66,7 @@ def compressed(tree: Tree, ratio: float) -> Tree:
         node: math.ceil(ratio * (tree.num_steps - int(tree.index[node])) - 1e-9)
         for node in tail_start.nonzero().flatten().tolist()
     }
-    extended = _with_tails(tree, counts)
+    extended = _with_tails(tree, counts, probe=False)
     span = int(extended.local.max()) + 1  # (group, local) as one number
     dropped = (tree.group * span + tree.local)[old_tail]
     return extended.keep(~torch.isin(extended.group * span + extended.local, dropped))
@@ -122,7 +122,7 @@ class Compressed:
         return [compressed(tree, self.ratio) for tree in self.plan.extremes(num_steps, group_size)]
 
 
-def _with_tails(tree: Tree, counts: dict[int, int | None]) -> Tree:
+def _with_tails(tree: Tree, counts: dict[int, int | None], *, probe: bool) -> Tree:
     """`tree` with a deterministic run from each node of `counts` to the end, in so many steps (None: in all)."""
     parent: list[int] = []
     index: list[int] = []
@@ -131,4 +131,4 @@ def _with_tails(tree: Tree, counts: dict[int, int | None]) -> Tree:
         for number, grid_index in enumerate(indices):
             parent.append(node if number == 0 else len(tree) + len(parent) - 1)
             index.append(grid_index)
-    return tree.extended(parent, index)
+    return tree.extended(parent, index, probe=probe)

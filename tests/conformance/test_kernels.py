@@ -72,7 +72,7 @@ def inputs(dtype: torch.dtype = F64) -> tuple[Tensor, Tensor, Tensor]:
 
 def at(level: float) -> TransitionContext:
     """A context of three rows in the middle of a grid."""
-    return TransitionContext(level=level, rows=ROWS, nodes=ROWS + 3, parents=ROWS, step=ROWS + 1)
+    return TransitionContext(level=level, roots=ROWS, nodes=ROWS + 3, parents=ROWS, step=ROWS + 1)
 
 
 def rolled_out(path: Path, kernel: Kernel, store: torch.dtype = torch.float32) -> Forest:
@@ -218,7 +218,7 @@ from samplers.kernels.gaussian import Gaussian
 class Sound:
     reduce: str = "mean"
     constants: str = "full"
-    uses_rows = False
+    uses_roots = False
     bind = bind_rectified_flow
     __call__ = affine_step
 
@@ -264,7 +264,7 @@ class GoesBySigmaOne(Sound):
 class HasNoBind:
     reduce: str = "mean"
     constants: str = "full"
-    uses_rows = False
+    uses_roots = False
     __call__ = affine_step
     coefficients = Sound.coefficients
 

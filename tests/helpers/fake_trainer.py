@@ -41,7 +41,7 @@ class FakeTrainer:
         return False
 
     def prepare(self, task: Task, state: dict[str, Any] | None) -> None:
-        self._task = task
+        self.task = task
         self._policy = self.optimizer.build([p for _, p in task.policy.parameters_of("policy")])
         self._fake = self.optimizer.build([p for _, p in task.policy.parameters_of("fake")])
         if state is None:  # a calibration that costs a rollout
@@ -54,7 +54,7 @@ class FakeTrainer:
         return {"scale": self.scale}
 
     def collect(self, prompts: Sequence[PromptRecord], iteration: int) -> Any:
-        return collect(self._task, prompts, iteration)
+        return collect(self.task, prompts, iteration)
 
     def updates(self, batch: Any) -> Iterable[Update]:
         forest = batch.forest
@@ -78,7 +78,7 @@ class FakeTrainer:
         return (gap.square() * same).sum() / same.sum()
 
     def _log_prob(self, batch: ScoredRollout, edges: Tensor) -> Tensor:
-        forest, policy = batch.forest, self._task.policy
+        forest, policy = batch.forest, self.task.policy
         parents, position = forest.tree.distinct_parents(edges)
         rows = batch.conditions.rows(forest.tree.group[parents])
         velocity = policy.velocity(forest.at(parents), forest.sigma(parents), rows)
@@ -88,7 +88,7 @@ class FakeTrainer:
         return (adjoint * self._log_prob(batch, edges)).sum()
 
     def _regress(self, batch: ScoredRollout) -> Tensor:
-        forest, policy = batch.forest, self._task.policy
+        forest, policy = batch.forest, self.task.policy
         nodes = forest.tree.parents_of_edges
         rows, call = batch.conditions.rows(forest.tree.group[nodes]), (forest.at(nodes), forest.sigma(nodes))
         with torch.no_grad(), policy.role("sampling"):

@@ -2,13 +2,13 @@
 
 
 def gaussian_velocity(m: float = 0.5, delta: float = 0.8):
-    """v*(x, σ) of data N(m, δ²): affine in x. Returns (velocity, velocity_coef)."""
+    """v*(x, σ) of data N(m, δ²): affine in x. Returns (velocity, slope)."""
 
-    def velocity_coef(sigma):
+    def slope(sigma):
         return (sigma - (1 - sigma) * delta**2) / ((1 - sigma) ** 2 * delta**2 + sigma**2)
 
     def velocity(x, sigma, root=None):
         sigma = sigma.to(x).reshape(-1, *([1] * (x.ndim - 1)))
-        return -m + velocity_coef(sigma) * (x - (1 - sigma) * m)
+        return -m + slope(sigma) * (x - (1 - sigma) * m)
 
-    return velocity, velocity_coef
+    return velocity, slope

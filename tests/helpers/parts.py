@@ -1,25 +1,18 @@
 """The parts of a folder, found by walking it: what the conformance tests run over."""
 
 import inspect
-import pkgutil
 from dataclasses import MISSING, fields, is_dataclass
-from importlib import import_module
 from types import ModuleType
 from typing import Any
 
 import pytest
 
+from tests.helpers.discovery import dataclasses_of
+
 
 def classes_with(package: ModuleType, method: str) -> list[type]:
     """The dataclasses defined anywhere in `package` that have `method`, by name."""
-    modules = [import_module(f"{package.__name__}.{info.name}") for info in pkgutil.iter_modules(package.__path__)]
-    found = [
-        cls
-        for module in modules
-        for cls in vars(module).values()
-        if inspect.isclass(cls) and cls.__module__ == module.__name__ and is_dataclass(cls) and hasattr(cls, method)
-    ]
-    return sorted(found, key=lambda cls: cls.__name__)
+    return sorted(dataclasses_of(package, method).values(), key=lambda cls: cls.__name__)
 
 
 def example(cls: type, table: dict[str, Any], place: str) -> Any:

@@ -64,7 +64,7 @@ def gradients(policy) -> dict[str, torch.Tensor]:
 
 
 def run_updates(trainer, batch) -> None:
-    policy = trainer._task.policy
+    policy = trainer.task.policy
     for update in trainer.updates(batch):
         for micro_batch in update.micro_batches:
             loss = micro_batch()

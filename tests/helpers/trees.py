@@ -16,19 +16,21 @@ def probed(steps: int, samples: int) -> Tree:
     """`samples` chains of `steps` steps, all stochastic but the last; every state but the last two has an ODE probe.
 
     Node by node: the chain first, then the probe of its state 0, of its state 1, and so on."""
-    parent, index, level = [], [], []
+    parent, index, level, probe = [], [], [], []
     for _ in range(samples):
         start = len(parent)
         for step in range(steps + 1):
             parent.append(-1 if step == 0 else start + step - 1)
             index.append(step)
             level.append(float(0 < step < steps))
+            probe.append(False)
         for step in range(steps - 1):
             for grid_index in range(step + 1, steps + 1):
                 parent.append(start + step if grid_index == step + 1 else len(parent) - 1)
                 index.append(grid_index)
                 level.append(0.0)
-    return Tree.from_parents(parent, index, level, steps)
+                probe.append(True)
+    return Tree.from_parents(parent, index, level, steps, probe)
 
 
 def split_tree(steps: int, splits: tuple[int, ...], width: int = 2) -> Tree:

@@ -163,7 +163,7 @@ def test_bad_configurations_are_named_before_a_model_is_loaded(tmp_path: Path, m
         (unknown, [], "rescale_betas_zero_snr"),
         (inpainting, [], "StableDiffusionInpaintPipeline"),
         (good, ["policy.lora.targets=[attn1.to_q,attn1.to_qq]"], "attn1.to_q"),
-        (good, ["rollout.kernel=samplers.FlowSDE"], "FlowSDE came for a policy on VariancePreserving"),
+        (good, ["rollout.kernel=samplers.FlowSDE"], "got FlowSDE for a policy on VariancePreserving"),
         (good, ["rollout.kernel=samplers.ODE"], "noise"),
         (good, ["rollout.kernel.eta=2"], "eta=2"),
         (good, ["rollout.kernel.eta=0"], "noise"),

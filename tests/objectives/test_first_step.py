@@ -20,3 +20,12 @@ def test_weights_of_a_grid_that_starts_just_below_one(weight: LongCat | StdOverM
         return weight.weigh(step, forest, tree.edges)
 
     torch.testing.assert_close(weights(0.99999), weights(1.0), rtol=1e-3, atol=0)
+
+
+def test_a_grid_of_one_step_has_no_mean_of_others() -> None:
+    tree, noise = chain(1, 2, train_last=True), KeyedNoise(0, 0, [0], (3,))
+    forest = rollout(lambda x, s, r: -0.3 * x, noise.start(tree), plain_sigmas(1), tree, FlowSDE(0.7), noise.step)
+    parents, position = tree.distinct_parents(tree.edges)
+    step = forest.edge_steps(tree.edges, -0.3 * forest.at(parents), position)
+    with pytest.raises(ValueError, match="two steps or more"):
+        StdOverMean().weigh(step, forest, tree.edges)

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from flowalign.objectives import LayerTuning, Targets
-from samplers import Forest, Tree
+from samplers import Forest, Tree, sampled
+from samplers import probed as add_probes
 from tests.helpers.trees import grown, leaves_under, split_tree
 
 
@@ -79,3 +80,16 @@ def test_the_scale_fades() -> None:
     with pytest.raises(ValueError, match="without velocities"):
         forest = grown(split_tree(3, (0, 1)))
         LayerTuning().targets(forest, torch.tensor([1.0, 4.0, 2.0, 10.0]), all_valid(forest))
+
+
+def test_probes_are_no_leaves_to_follow() -> None:
+    """Whatever probes score: the targets of a tree with probes are those of its samples."""
+    plain = old(grown(split_tree(3, (0, 1))))
+    tree = add_probes(split_tree(3, (0, 1)))
+    forest, sample = old(grown(tree)), sampled(tree)
+    scores = torch.full((len(sample),), 99.0)
+    scores[sample] = torch.tensor([1.0, 4.0, 2.0, 10.0])
+    found = LayerTuning().targets(forest, scores, all_valid(forest))
+    expected = LayerTuning().targets(plain, scores[sample], all_valid(plain))
+    assert not bool(sample.all()) and tree.local[found.nodes].tolist() == plain.tree.local[expected.nodes].tolist()
+    torch.testing.assert_close(found.weight, expected.weight)

@@ -20,11 +20,16 @@ from tests.helpers.policy_gradient import PROMPTS, gradients, make, run_updates
         (Chain(), (4, 0)),
         (Probed(Chain()), (4, 4 * 3)),  # the states 0, 1, 2; state 3 goes on deterministically itself
         (Selected(Chain(), {2: 2}), (2, 0)),
+        (
+            Selected(Probed(Chain()), {2: 2}),
+            (2, 2 * 3 + 2 * 2),
+        ),  # a dropped chain leaves the probes of its states 0 and 1
+        (Probed(Chain(), duplicate=True), (4, 4 * 4)),
         (SplitTree((0, 1), 2), (4, 0)),
         (Branch(branches=2), (2 * 2 * 3, 0)),  # two seeds branch at three steps; the trunk is not decoded
         (Window(size=1, low=1, high=2), (4, 0)),
     ],
-    ids=["chain", "probed", "selected", "split", "branch", "window"],
+    ids=["chain", "probed", "selected", "selected and probed", "probed twice", "split", "branch", "window"],
 )
 def test_samples_and_probes_of_a_group(plan, expected) -> None:
     settings = Rollout(plan, FlowSDE(), groups=2, group_size=4, num_inference_steps=4)

@@ -212,6 +212,18 @@ def test_the_first_step_goes_by_the_grid_index(kernel: FlowSDE, top: float) -> N
     assert torch.equal(later.std, kernel(X, V, 0.7, 0.55).std)  # other steps do not read the index
 
 
+@pytest.mark.parametrize("kernel", [FlowSDE(0.7), ClippedFlowSDE(0.7)], ids=["flow", "clipped"])
+def test_a_grid_cut_at_a_middle_level_has_the_steps_of_the_full_one(kernel: FlowSDE) -> None:
+    first, later = kernel.coefficients(0.6, 0.45, 1.0, 0), kernel.coefficients(0.6, 0.45, 1.0, 2)
+    assert torch.equal(first.std, later.std) and torch.equal(first.velocity_coef, later.velocity_coef)
+
+
+@pytest.mark.parametrize("kernel", [FlowSDE(0.0), ClippedFlowSDE(0.0)], ids=["flow", "clipped"])
+def test_without_a_noise_level_the_step_from_pure_noise_is_euler(kernel: FlowSDE) -> None:
+    step = kernel.coefficients(1.0, 0.8)
+    assert (float(step.alpha), float(step.std)) == (1.0, 0.0) and float(step.velocity_coef) == pytest.approx(-0.2)
+
+
 @pytest.mark.parametrize("kernel", [FlowSDE(0.7), ClippedFlowSDE(0.7), FlowSDE(0.7, sigma_cap=0.99), *KERNELS.values()])
 def test_a_rollout_from_just_below_one_is_near_that_from_one(kernel: Kernel) -> None:
     path = VP if isinstance(kernel, DDIM) else FLOW

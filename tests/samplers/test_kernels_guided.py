@@ -80,7 +80,7 @@ ASCENT = RewardGradient(Quadratic())
 @pytest.mark.parametrize("use_delta", [True, False])
 @pytest.mark.parametrize("name", KERNELS)
 def test_a_quadratic_reward_moves_the_mean_by_minus_lambda_kappa_times_the_gap(name: str, use_delta: bool) -> None:
-    kernel, ctx = KERNELS[name], TransitionContext(rows=torch.tensor([4, 0, 2]))
+    kernel, ctx = KERNELS[name], TransitionContext(roots=torch.tensor([4, 0, 2]))
     guided = Guided(kernel, ASCENT, scale=0.01, use_delta=use_delta)
     step, plain = guided(X, V, 0.7, 0.5, ctx), kernel(X, V, 0.7, 0.5, ctx)
     factor = 0.01 * (0.2 if use_delta else 1.0)
@@ -101,7 +101,7 @@ def test_rates_of_the_three_forms(name: str) -> None:
     ∇ρ/β larger."""
     kernel, path = KERNELS[name], path_of(name)
     gradient, plain = -2.0 * X, kernel(X, V, 0.7, 0.5)
-    ctx = TransitionContext(rows=torch.zeros(3, dtype=torch.int64))
+    ctx = TransitionContext(roots=torch.zeros(3, dtype=torch.int64))
     got = {form: Guided(kernel, ASCENT, form=form, beta=0.8, path=path)(X, V, 0.7, 0.5, ctx).mean
            for form in ("score_half", "doob", "full_tilt")}  # fmt: skip
     s2 = plain.std[:, None] ** 2
@@ -117,19 +117,19 @@ def test_rates_of_the_three_forms(name: str) -> None:
 
 def test_the_released_scale_is_score_half_at_its_beta() -> None:
     """Dance η = .25, β = 3.125: η²/2β = .01 (2602.04928)."""
-    ctx = TransitionContext(rows=torch.zeros(3, dtype=torch.int64))
+    ctx = TransitionContext(roots=torch.zeros(3, dtype=torch.int64))
     by_beta, by_scale = (Guided(DanceSDE(0.25), ASCENT, scale=s)(X, V, 0.7, 0.5, ctx).mean for s in (None, 0.01))
     torch.testing.assert_close(by_beta, by_scale)
 
 
 def test_a_normalized_gradient_has_each_rows_own_norm() -> None:
-    ctx = TransitionContext(rows=torch.tensor([0, 0, 3]))
+    ctx = TransitionContext(roots=torch.tensor([0, 0, 3]))
     guided = Guided(DanceSDE(), ASCENT, scale=0.5, use_delta=False, normalize=True)
     moved = (guided(X, V, 0.7, 0.5, ctx).mean - DanceSDE()(X, V, 0.7, 0.5).mean).norm(dim=1)
     torch.testing.assert_close(moved, torch.full((3,), 0.5, dtype=F64))
-    alone = guided(X[1:2], V[1:2], 0.7, 0.5, TransitionContext(rows=torch.tensor([0])))
+    alone = guided(X[1:2], V[1:2], 0.7, 0.5, TransitionContext(roots=torch.tensor([0])))
     torch.testing.assert_close(alone.mean, guided(X, V, 0.7, 0.5, ctx).mean[1:2], rtol=0, atol=0)
-    at_top = guided(torch.zeros(1, 2, dtype=F64), V[:1], 0.7, 0.5, TransitionContext(rows=torch.tensor([0])))
+    at_top = guided(torch.zeros(1, 2, dtype=F64), V[:1], 0.7, 0.5, TransitionContext(roots=torch.tensor([0])))
     assert bool(at_top.mean.isfinite().all())  # no gradient, no direction
 
 
@@ -154,7 +154,7 @@ def test_without_guidance_it_is_the_kernel_bit_for_bit(name: str, guided) -> Non
 def test_active_steps() -> None:
     guided = Guided(DanceSDE(), ASCENT, scale=1.0, start=2, end=7, interval=3)
     x, v = X[:1].expand(10, 2), V[:1].expand(10, 2)
-    ctx = TransitionContext(step=torch.arange(10), rows=torch.zeros(10, dtype=torch.int64))
+    ctx = TransitionContext(step=torch.arange(10), roots=torch.zeros(10, dtype=torch.int64))
     moved = (guided(x, v, 0.7, 0.5, ctx).mean != DanceSDE()(x, v, 0.7, 0.5).mean).any(1)
     assert moved.nonzero().flatten().tolist() == [2, 5]
 
@@ -317,7 +317,7 @@ def test_spsa_guides_at_the_predicted_clean_latent_with_noise_of_the_state() -> 
     counted = Counted(Quadratic())
     guided = Guided(DanceSDE(), SPSA(counted, keyed), scale=1.0, use_delta=False)
     ctx = TransitionContext(
-        rows=torch.tensor([1, 1, 0]), parents=torch.tensor([7, 7, 9]), nodes=torch.tensor([11, 12, 13])
+        roots=torch.tensor([1, 1, 0]), parents=torch.tensor([7, 7, 9]), nodes=torch.tensor([11, 12, 13])
     )
     x, v = X[[0, 0, 2]], V[[0, 0, 2]]
     shift = guided(x, v, 0.7, 0.5, ctx).mean - DanceSDE()(x, v, 0.7, 0.5).mean

@@ -43,7 +43,7 @@ def uninterrupted(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory)
 def test_every_role_goes_its_own_way(uninterrupted: Path) -> None:
     """Six policy steps: old copied the sixth, sampling and fast_ema lag, fake has gone where its own optimizer led."""
     tensors, state, rows = saved(uninterrupted)
-    assert state["steps"] == 6
+    assert state["updates"] == 6
     weights = {
         role: torch.cat([v.flatten() for k, v in tensors.items() if k.startswith(f"role_{role}/")])
         for role in ("policy", "old", "fast_ema", "sampling", "fake")

@@ -95,7 +95,7 @@ def test_methods_are_let_through(tmp_path: Path, rollout: dict, trainer: dict) -
         ({"kernel": "samplers.CPS"}, {"kl": {"beta": 0.04}}, "trainer.kl.form=exact"),
         ({"detach_uncond": True}, {}, "silently do nothing"),
         ({"plan": plan("TreeWindow", depth=2), "kernel": "samplers.CPS"}, {"kl": {"beta": 0}}, "at most 1, where CPS"),
-        ({"plan": plan("SplitTree", splits=[0, 1]), "kernel": "samplers.CPS"}, {"kl": {"beta": 0}}, "train_last=false"),
+        ({"plan": plan("SplitTree", splits=[0, 1], train_last=True), "kernel": "samplers.CPS"}, {"kl": {"beta": 0}}, "train_last=false"),
         ({"plan": plan("Sourced", plan=plan("Chain"), teacher=1)}, {}, "teacher=0"),
         ({"plan": plan("Selected", plan=plan("Chain"), counts={2: 2}, uses_velocity=False)}, {}, "uses_velocity=true"),
         ({}, {"objective": part("flowalign.objectives.KLMask"), "dynamic_clip": {}}, "dynamic_clip=null"),

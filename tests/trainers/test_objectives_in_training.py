@@ -121,7 +121,7 @@ def test_dynamic_bounds_of_a_process_that_only_pads(tiny_pipeline: Path) -> None
     plan = Window(size=1, low=0, high=3, position=Fixed(0))
     _, trainer = make(tiny_pipeline, plan, dynamic_clip=DynamicClip(1e-3, 1e-2))
     batch = trainer.collect(PROMPTS, 0)
-    trainer._task = replace(trainer._task, processes=Processes(2, 3))
+    trainer.task = replace(trainer.task, processes=Processes(2, 3))
     (update,) = trainer.updates(batch)
     assert [float(micro_batch().detach()) for micro_batch in update.micro_batches] == [0.0]
 

@@ -99,7 +99,7 @@ def test_siblings_share_noise_where_the_rollout_says_so(tiny_pipeline: Path) -> 
     drawn = []
     for scale in (None, 0.01):
         _, trainer = make(tiny_pipeline, Window(low=1, high=2, size=1), group_size=3)
-        trainer.prepare(replace(trainer._task, rollout=replace(trainer._task.rollout, branch_scale=scale)), None)
+        trainer.prepare(replace(trainer.task, rollout=replace(trainer.task.rollout, branch_scale=scale)), None)
         forest = trainer.collect(PROMPTS, 0).forest
         arrived = forest.at(forest.tree.edges).unflatten(0, (2, 3))
         drawn.append((arrived - arrived.mean(1, keepdim=True)).norm())
@@ -140,7 +140,7 @@ def test_counted_evaluations_of_flow_grpo_fast(
     policy, trainer = make(tiny_pipeline, plan, group_size=24, steps=10, kl=KLPenalty(0.01))
     batch = trainer.collect(PROMPTS[:1], 0)
     assert policy.evaluations == rollout_rows
-    trainer._task = replace(trainer._task, rollout=replace(trainer._task.rollout, groups=1))
+    trainer.task = replace(trainer.task, rollout=replace(trainer.task.rollout, groups=1))
     run_updates(trainer, batch)
     forward = policy.evaluations - rollout_rows  # reference and trained rows, one each
     assert forward == 2 * update // 3

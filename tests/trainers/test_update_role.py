@@ -18,7 +18,7 @@ class Regression:
     """One update of the role "fake", whose micro-batch opens and closes the role by itself."""
 
     def __init__(self, policy, task) -> None:
-        self.policy, self._task = policy, task
+        self.policy, self.task = policy, task
         generator = torch.Generator().manual_seed(1)
         self.call = (torch.randn(2, 3, 24, 48, generator=generator), torch.tensor([0.7, 0.4]))
         self.rows = policy.encode([record.prompt for record in PROMPTS])
@@ -39,7 +39,7 @@ def test_another_role_under_checkpointing_has_its_own_gradient(tiny_pipeline: Pa
     generator = torch.Generator().manual_seed(2)
     for _, parameter in policy.parameters_of("fake"):  # far from the policy's
         parameter.data.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-    fake = Regression(policy, trainer._task)
+    fake = Regression(policy, trainer.task)
 
     def found() -> dict[str, torch.Tensor]:
         for _, parameter in policy.parameters_of("fake"):

@@ -39,7 +39,7 @@ from flowalign.diagnostics.measure import count_calls, gradients, now
 from flowalign.models import Policy
 from flowalign.rollouts.collect import ScoredRollout, leaves_per_group
 from flowalign.rollouts.task import Task
-from rewards import FunctionReward
+from rewards import FunctionReward, score
 
 __all__ = ["Finding", "diagnose", "examine"]
 
@@ -54,7 +54,7 @@ def diagnose(paths: str | Sequence[str], overrides: Sequence[str] = ()) -> Itera
     def read() -> Finding:
         configs.append(load_config(paths, overrides)[0])
         rollout = configs[0].rollout
-        distinct_prompts(configs[0], prompts_of(configs[0]))
+        distinct_prompts(configs[0], prompt_count(configs[0]))
         images = leaves_per_group(rollout)[0]
         figure = f"{rollout.groups} prompts × {images} images × {rollout.num_inference_steps} steps"
         return Finding("configuration", True, f"{configs[0].run.name}: {figure}")
@@ -74,7 +74,7 @@ def diagnose(paths: str | Sequence[str], overrides: Sequence[str] = ()) -> Itera
 def examine(config: TrainConfig, policy: Policy) -> Iterator[Finding]:
     """The findings about a policy, of which the weights are changed by one optimizer step."""
     settings, trainer, failed = config.policy, config.trainer, set[str]()
-    prompts = distinct_prompts(config, prompts_of(config))
+    prompts = distinct_prompts(config, prompt_count(config))
     texts = [record.prompt for record in prompts]
     real = task_of(config, policy, groups=len(prompts))
     task = Task(policy, FunctionReward(STAND_IN), real.rollout, real.seed, real.height, real.width)
@@ -149,11 +149,11 @@ def _time(
     images = fixture(task, batch, prompts)
     images = images.select(range(min(16, len(images))))
     began = now()
-    config.reward(images)
+    score(config.reward, images)
     return check_time(config, task, batch, update / batch.images, (now() - began) / len(images))
 
 
-def prompts_of(config: TrainConfig) -> int:
+def prompt_count(config: TrainConfig) -> int:
     """How many prompts the doctor rolls out: two, or as many as the optimizer steps of one iteration need."""
     return max(2, config.trainer.forecast(config.rollout).updates)
 

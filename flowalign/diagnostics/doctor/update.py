@@ -101,7 +101,8 @@ def check_floor(task: Task, trainer: Trainer, batch: ScoredRollout) -> Finding:
         "unchanged steps outside"
     )
     ok = expected <= clip
-    key = "objective.clip_range to" if gradient.dynamic_clip is None else "dynamic_clip.low to"
+    key = "objective.clip_range to" if gradient.objective.has_clip_range else "objective.max_kl so that the limit is"
+    key = key if gradient.dynamic_clip is None else "dynamic_clip.low to"
     advice = (
         f"rounding of log-probs may reach {expected:.1e} in a run, which would stop at the clip range {clip:.1e}: set "
         f"{key} at least {expected * 1.05:.1e}, or take policy.dtype=fp32"
