@@ -24,7 +24,8 @@ def policy_of(
         reference_copy=settings.reference_copy, device=device, network_device=network_device, seed=config.run.seed,
     )  # fmt: skip
     policy.latent_shape(settings.height, settings.width)
-    policy.add_roles(settings.roles)
+    wanted = {**config.trainer.roles(), **settings.roles}
+    policy.add_roles({name: role for name, role in wanted.items() if name != "reference"})
     if not policy.trainable_parameters():
         raise ConfigError("got a policy without trainable parameters: check policy.trainable and policy.lora.targets")
     return policy

@@ -50,7 +50,7 @@ class LoRA:
         if self.dropout:
             raise ValueError(
                 f"got lora.dropout={self.dropout}; expected 0, since dropout makes the ratio of an unchanged policy differ "
-                "from 1; regularize with kl.beta instead"
+                "from 1; regularize with trainer.regularizers instead"
             )
         if self.targets is not None and not self.targets:
             raise ValueError(
@@ -92,13 +92,16 @@ def add_lora(network: ModelMixin, lora: LoRA, targets: Sequence[str], seed: int)
 
 
 def add_adapter(network: ModelMixin, name: str, trained: bool) -> None:
-    """Adds an adapter that starts with the policy's weights; the policy's own stays active and trained."""
+    """Adds an adapter that starts with the policy's weights; the policy's stays active, and every other keeps
+    whether it is trained."""
+    before = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
     with torch.random.fork_rng(devices=[]), using_adapter(network, ADAPTER), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # a second adapter is intended here
         network.add_adapter(copy.deepcopy(network.peft_config[ADAPTER]), adapter_name=name)
+    for parameter, trains in before:
+        parameter.requires_grad_(trains)  # peft froze every other adapter
     own = adapter_parameters(network, name)
     for (_, source), (_, target) in zip(adapter_parameters(network, ADAPTER), own, strict=True):
-        source.requires_grad_(True)  # peft froze it
         target.data = source.detach().clone()
         target.requires_grad_(trained)
 

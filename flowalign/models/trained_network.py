@@ -72,7 +72,7 @@ class TrainedNetwork:
         elif name == "reference" and name not in self._copies:
             raise ValueError(
                 "got the role 'reference' of a policy that trains full weights without a frozen copy; expected a copy: set "
-                "policy.reference_copy=true (it doubles the memory of the network), or kl.beta=0"
+                "policy.reference_copy=true (it doubles the memory of the network), or trainer.regularizers={}"
             )
         else:
             before, self.active = self.active, self._copies.get(name, self.network)

@@ -15,11 +15,6 @@ class Regularizer(Protocol):
     """beta · divergence of the policy's transitions from a role's, the mean over edges. Off where beta is 0."""
 
     @property
-    def name(self) -> str:
-        """The metric `loss/<name>`."""
-        ...
-
-    @property
     def role(self) -> str: ...
 
     @property
@@ -45,19 +40,18 @@ class KLPenalty:
     beta: float = 0.0
     form: Literal["exact", "exact_times_h", "velocity", "mean_sq"] = "exact_times_h"
     role: str = "reference"
-    name: str = "kl"
 
     def __post_init__(self) -> None:
         if self.beta < 0:
-            raise ValueError(f"got kl.beta={self.beta}; expected 0 (off) or a positive weight")
+            raise ValueError(f"got KLPenalty with beta={self.beta}; expected 0 (off) or a positive weight")
 
     def check(self, kernel: Kernel) -> None:
         """ValueError for exact_times_h where the noise of a step is not g·√h (CPS, DDIM): it would be no Δμ²/(2g²)."""
         if self.beta and self.form == "exact_times_h" and not _noise_is_diffusion(kernel):
             raise ValueError(
-                f"got trainer.kl.form=exact_times_h with rollout.kernel={kernel}; its β is meant for kernels whose noise is "
+                f"got a KLPenalty with form=exact_times_h and rollout.kernel={kernel}; its β is meant for kernels whose noise is "
                 "g·√h (Flow-SDE), and code with this one (CPS) means the exact KL, of which this form is the step size's share, "
-                "4 to 27 % on SD3's ten steps: set trainer.kl.form=exact, or mean_sq for Δμ² without a variance"
+                "4 to 27 % on SD3's ten steps: set form=exact, or mean_sq for Δμ² without a variance"
             )
 
     def divergence(self, step: Step, other: Step) -> Tensor:

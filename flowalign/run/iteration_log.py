@@ -58,6 +58,11 @@ class IterationLog:
         """The iteration's row: `metrics` of its batch and those of its updates. Adds it to the totals of the run."""
         row = {**metrics, **self.updates}
         self.updates = {}
+        if "cost/trained_per_image" in row:  # in forward equivalents
+            passes = 2.0 if self.config.policy.trainable == "lora" else 3.0
+            row["cost/update_per_image"] = passes * row.pop("cost/trained_per_image") + row.get(
+                "cost/frozen_per_image", 0.0
+            )
         row["time/iteration"] = time.monotonic() - self.began
         self._add_to_totals(images, row)
         self.summary = ", ".join(f"{name} {row[key]:{form}}" for key, (name, form) in SUMMARY.items() if key in row)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -94,19 +94,32 @@ class Batch(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Setup:
+    """What a trainer may know before a model is loaded.
+
+    rollout: with its kernel bound to `path`, the noising law of the policy. channels: of the reward. roles: those that
+    the configuration gives the policy (policy.roles), by name."""
+
+    rollout: Rollout
+    path: Path
+    channels: tuple[str, ...]
+    roles: Mapping[str, Role] = field(default_factory=dict)
+
+
 class Trainer(Protocol):
     """A kind of trainer. Everything that must survive a resume is in `optimizers` and `state`."""
 
     @property
     def optimizers(self) -> dict[str, torch.optim.Optimizer]: ...
 
-    def check(self, rollout: Rollout, path: Path, reward: str) -> None:
-        """ValueError for combinations that cannot work; called before any model is loaded. path: the policy's, to which
-        the rollout's kernel is bound; reward: its name."""
+    def check(self, setup: Setup) -> None:
+        """ValueError for combinations that cannot work; called before any model is loaded."""
         ...
 
     def roles(self) -> Mapping[str, Role]:
-        """The roles it will ask the policy for, by name; the run provides them."""
+        """The roles it will ask the policy for, by name; the run adds them, or takes those of the same name that the
+        configuration gives in policy.roles. "reference" is always there, up to the copy that full weights need."""
         ...
 
     def forecast(self, rollout: Rollout) -> UpdateForecast:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -19,11 +19,19 @@ def states_of(forest: Forest, nodes: Tensor) -> States:
     return States(forest.at(nodes), forest.sigma(nodes), forest.tree.group[nodes])
 
 
+def per_element(step: Step) -> Tensor:
+    """[E] what a log-prob of each transition must be divided by to be a mean over elements with all its constants: 1 where it
+    is one, the number of elements where it is a sum, 2·std² where it is without constants (CPS)."""
+    policy = step.policy
+    scale = torch.ones_like(policy.std) if policy.constants == "full" else 2 * policy.std.square()
+    return scale * (1 if policy.reduce == "mean" or not len(policy.mean) else policy.mean[0].numel())
+
+
 @dataclass(eq=False)
 class EdgeUpdate:
     """The loss of `edges` [E] of a forest with their advantages [E, C] and clip bounds [E, C, 2] (None: the objective's).
 
-    targets: of each supervision, with its weight, name and how many states in this update it has. first: whether it is
+    targets: of each supervision by name, with its weight. first: whether it is
     the first update of its rollout: the policy is still the one that rolled out. anchored: the ratio of the first update
     is taken against its own log-prob; of a later one against `rescore`'s, if that was called, else the rollout's."""
 
@@ -34,8 +42,8 @@ class EdgeUpdate:
     bounds: Tensor | None
     objective: Objective
     step_weight: StepWeight
-    regularizers: Sequence[Regularizer]
-    targets: Sequence[tuple[str, float, Targets]]
+    regularizers: Mapping[str, Regularizer]
+    targets: Mapping[str, tuple[float, Targets]]
     micro_batch: int
     first: bool
     anchored: bool
@@ -73,10 +81,10 @@ class EdgeUpdate:
         advantages, count = self.advantages[mine].to(log_prob), len(self.edges)
         weight = self.step_weight.weigh(step, forest, edges)
         losses = {"policy": (weight * self.objective.loss(log_prob, old, advantages, transitions)).sum() / count}
-        for term in self.regularizers:
-            losses[term.name] = term.beta * term.divergence(step, forest.role_steps(term.role, edges)).sum() / count
+        for name, term in self.regularizers.items():
+            losses[name] = term.beta * term.divergence(step, forest.role_steps(term.role, edges)).sum() / count
         real = self.nodes[part.index[: part.real]]
-        for name, scale, targets in self.targets:
+        for name, (scale, targets) in self.targets.items():
             aimed = int(torch.isin(self.nodes, targets.nodes).sum())
             losses[name] = scale * targets.loss(real, velocity[: part.real]).sum() / max(aimed, 1)
         drift = (log_prob.detach() - forest.log_prob[edges]).abs()
@@ -104,13 +112,12 @@ class EdgeUpdate:
 
     def _check_drift(self, drift: Tensor, step: Step) -> None:
         """RuntimeError where an unchanged policy is further from the rollout than rounding can be."""
-        elements = 1 if step.policy.reduce == "mean" else step.policy.mean[0].numel()
-        limit = self.max_drift * elements
-        if bool((~(drift <= limit)).any()):
+        relative = drift / per_element(step)
+        if bool((~(relative <= self.max_drift)).any()):
             raise RuntimeError(
-                f"got log-probs of an unchanged policy up to {float(drift.max()):.2e} from the rollout's; expected at most "
-                f"{limit:.2e}, which rounding cannot exceed: look for dropout, another grid of sigmas, or swapped conditions "
-                "(`flowalign doctor` names which), or raise trainer.max_drift if the drift is known to be rounding"
+                f"got log-probs of an unchanged policy up to {float(relative.max()):.2e} per element from the rollout's; "
+                f"expected at most trainer.max_drift={self.max_drift}, more than rounding: look for dropout, another grid of "
+                "sigmas or swapped conditions (`flowalign doctor` measures it), or raise max_drift if it is rounding"
             )
 
     def metrics(self, measures: Measures) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -9,18 +10,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from flowalign.advantage import SignalContext
 from flowalign.data import PromptRecord
 from flowalign.models.roles import Role
 from flowalign.objectives import DynamicClip, Objective, Regularizer, StepWeight, Supervision
 from flowalign.rollouts.collect import ScoredRollout, collect, grow, leaves_per_group
 from flowalign.rollouts.task import Rollout, Task
-from flowalign.selectors import SelectionContext
-from flowalign.trainers.base import AdamWConfig, Trainer, Update, UpdateForecast
+from flowalign.trainers.base import AdamWConfig, Setup, Trainer, Update, UpdateForecast
 from flowalign.trainers.dry_run import dry_run
 from flowalign.trainers.edge_update import EdgeUpdate, states_of
 from flowalign.trainers.signal import EdgeSignal, Signal
 from flowalign.trainers.update_engine import TrainedRole, UpdateEngine
-from samplers import Forest, Path, unscored
+from samplers import Forest, unscored
 
 
 @dataclass
@@ -32,7 +33,8 @@ class PolicyGradient:
     evaluated once, at the states of the rollout.
 
     signal: from the scores of the leaves to the trained steps and their advantages. objective, step_weight: the loss of a
-    step. regularizers: added to it, each towards a role. supervision: velocity targets at the trained states.
+    step. regularizers: added to it, each towards a role; by name, the metric is loss/<name>. supervision: velocity targets
+    at the trained states, by name too.
     dynamic_clip: takes the place of the objective's clip range. updates_per_rollout: updates per iteration, each on its
     share of the groups. micro_batch: states per forward and backward.
 
@@ -46,8 +48,8 @@ class PolicyGradient:
     signal: Signal
     objective: Objective
     step_weight: StepWeight
-    regularizers: list[Regularizer] = field(default_factory=list)
-    supervision: list[Supervision] = field(default_factory=list)
+    regularizers: dict[str, Regularizer] = field(default_factory=dict)
+    supervision: dict[str, Supervision] = field(default_factory=dict)
     dynamic_clip: DynamicClip | None = None
     optimizer: AdamWConfig = field(default_factory=AdamWConfig)
     updates_per_rollout: int = 1
@@ -71,14 +73,15 @@ class PolicyGradient:
         return {"policy": self._policy.optimizer}
 
     @property
-    def _active(self) -> list[Regularizer]:
-        return [part for part in self.regularizers if part.beta]
+    def _active(self) -> dict[str, Regularizer]:
+        return {name: term for name, term in self.regularizers.items() if term.beta}
 
     def roles(self) -> Mapping[str, Role]:
-        return {term.role: Role() for term in self._active}
+        return {term.role: Role() for term in self._active.values()}
 
-    def check(self, rollout: Rollout, path: Path, reward: str) -> None:
+    def check(self, setup: Setup) -> None:
         """Combinations that cannot work, named before a model is loaded."""
+        rollout = setup.rollout
         if rollout.group_size < 2:
             raise ValueError(
                 f"got rollout.group_size={rollout.group_size}; expected at least 2: the advantage compares an image with "
@@ -104,10 +107,20 @@ class PolicyGradient:
                 "DanceSDE or CPS with a noise_level above 0"
             )
         self._check_combinations(rollout)
-        self.step_weight.check(path)
-        for part in self.supervision:
-            part.check(path)
-        dry_run(self.signal, rollout, reward, path)
+        self.step_weight.check(setup.path)
+        for part in self.supervision.values():
+            part.check(setup.path, setup.channels)
+        for name, term in self.regularizers.items():
+            try:
+                term.check(rollout.kernel)
+            except ValueError as error:
+                raise ValueError(f"trainer.regularizers.{name}: {error}") from error
+            if term.role not in ("reference", *setup.roles):
+                raise ValueError(
+                    f"got trainer.regularizers.{name}.role={term.role!r}; expected 'reference' or one of policy.roles "
+                    f"{sorted(setup.roles)}: add it there"
+                )
+        dry_run(self.signal, setup)
 
     def _check_combinations(self, rollout: Rollout) -> None:
         select = rollout.plan.select(unscored)
@@ -121,8 +134,6 @@ class PolicyGradient:
                 f"got trainer.dynamic_clip with {self.objective}, which has no clip range: set dynamic_clip=null, or take "
                 "ClippedRatio or Guard"
             )
-        for term in self.regularizers:
-            term.check(rollout.kernel)
         tree = grow(rollout, 0, 0, [0])
         few = len(tree.index[tree.parents_of_edges].unique()) < rollout.num_inference_steps - 1
         if rollout.guidance_scale != 1 and few and not rollout.allow_cfg_update:
@@ -138,37 +149,40 @@ class PolicyGradient:
         return UpdateForecast(share, states, len(self.roles()) * states + rescored)
 
     def prepare(self, task: Task, state: dict[str, Any] | None) -> None:
-        self.task = task
-        self._policy = TrainedRole.of(task.policy, self.optimizer, updates=0 if state is None else state["updates"])
+        saved: dict[str, Any] = {"updates": 0, "memory": {}} if state is None else state
+        updates, self._memory = saved["updates"], saved["memory"]
+        self.task, self._policy = task, TrainedRole.of(task.policy, self.optimizer, updates=updates)
 
     def state(self) -> dict[str, Any]:
-        return {"updates": self._policy.updates}
+        return {"updates": self._policy.updates, "memory": self._memory}
 
     def collect(
         self, records: Sequence[PromptRecord], iteration: int, roll: Callable[..., Forest] | None = None
     ) -> ScoredRollout:
         """See `rollouts.collect.collect`."""
-        old = self.anchor == "stored" and self.objective.needs_old_means
-        needs_old = old or any(part.needs_old for part in self.supervision)
+        old = self.anchor != "rescore" and self.objective.needs_old_means
+        needs_old = old or any(part.needs_old for part in self.supervision.values())
         return collect(self.task, records, iteration, keep_velocities=needs_old, roll=roll)
 
-    def edge_signal(self, batch: ScoredRollout) -> EdgeSignal:
-        """The advantages of all edges of a batch, and which of them are trained."""
-        context = SelectionContext(self.task.seed, batch.iteration, batch.uids)
+    def edge_signal(self, batch: ScoredRollout, memory: dict[str, Any] | None = None) -> EdgeSignal:
+        """The advantages of all edges of a batch, and which of them are trained. memory: running statistics, updated; by
+        default a copy of the trainer's own."""
+        memory = copy.deepcopy(self._memory) if memory is None else memory
+        context = SignalContext(self.task.seed, batch.iteration, batch.uids, memory)
         return self.signal.edges(batch.forest, batch.scores, batch.valid, batch.channels, context)
 
     def updates(self, batch: ScoredRollout) -> Iterable[Update]:
         """The updates of one rollout."""
-        signal, tree = self.edge_signal(batch), batch.forest.tree
+        signal, tree = self.edge_signal(batch, self._memory), batch.forest.tree
         batch.metrics["group/zero_std_ratio"] = signal.advantages.zero_std_ratio
         batch.metrics["group/trained_edges"] = int(signal.chosen.sum())
         engine = UpdateEngine(self.task, batch.conditions, batch.images)
-        forest = self._with_roles(engine, batch, tree.edges[signal.chosen])
+        forest, frozen_rows = self._with_roles(engine, batch.forest, tree.edges[signal.chosen])
         bounds = self.dynamic_clip.bounds(forest, signal.advantages) if self.dynamic_clip else None
-        targets = [
-            (part.name, part.scale_at(batch.iteration), part.targets(forest, batch.scores, batch.valid, batch.channels))
-            for part in self.supervision
-        ]
+        targets = {
+            name: (part.scale_at(batch.iteration), part.targets(forest, batch.scores, batch.valid))
+            for name, part in self.supervision.items()
+        }
         share = self.task.rollout.groups // self.updates_per_rollout
         updates = []
         for number in range(self.updates_per_rollout):
@@ -180,20 +194,21 @@ class PolicyGradient:
                     anchored=self.anchor != "stored", max_drift=self.max_drift,
                 )
             )  # fmt: skip
-        if self.anchor == "rescore" and len(updates) > 1:
-            batch.metrics["cost/rescored_per_image"] = sum(later.rescore() for later in updates[1:])
+        if self.anchor == "rescore":
+            frozen_rows += sum(later.rescore() for later in updates[1:])
+        if frozen_rows:
+            batch.metrics["cost/frozen_per_image"] = frozen_rows
         for one in updates:
             yield engine.update(self._policy, one.parts, one.loss, one.metrics)
 
-    def _with_roles(self, engine: UpdateEngine, batch: ScoredRollout, edges: Tensor) -> Forest:
-        """The forest with the velocities of every role that a regularizer names, at the states that `edges` leave."""
-        forest = batch.forest
-        nodes = forest.tree.distinct_parents(edges)[0]
+    def _with_roles(self, engine: UpdateEngine, forest: Forest, edges: Tensor) -> tuple[Forest, float]:
+        """The forest with the velocities of every role that a regularizer names, at the states that `edges` leave; also the
+        network rows per sample."""
+        nodes, total = forest.tree.distinct_parents(edges)[0], 0.0
         for role in self.roles():
             velocities, rows = engine.frozen(states_of(forest, nodes), role)
-            batch.metrics[f"cost/{role}_per_image"] = rows
-            forest = forest.with_velocities(role, nodes, velocities)
-        return forest
+            forest, total = forest.with_velocities(role, nodes, velocities), total + rows
+        return forest, total
 
 
 def as_policy_gradient(trainer: Trainer) -> PolicyGradient | None:

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from flowalign.distributed.processes import Processes
 from flowalign.models.base import Conditions, Policy
+from flowalign.objectives import scalar_adjoint
 from flowalign.rollouts.task import Task
 from flowalign.trainers.base import AdamWConfig, Update
 
@@ -90,6 +91,7 @@ class Measures:
         return self.processes.total(sum(float(value) for value in self.values[name]))
 
 
+Value = Callable[[Part], Tensor]
 Loss = Callable[[Part, Measures], Tensor]
 Metrics = Callable[[Measures], dict[str, float]]
 
@@ -137,12 +139,29 @@ class UpdateEngine:
         return [Part(number, rows.clamp(min=0), int((rows >= 0).sum())) for number, rows in enumerate(dealt_parts)]
 
     @torch.no_grad()
-    def scalars(self, count: int, size: int, value: Callable[[Part], Tensor]) -> Tensor:
-        """[count] one number per state without graph, over all processes: the first pass of `scalar_adjoint`."""
+    def scalars(self, count: int, parts: Sequence[Part], value: Value) -> Tensor:
+        """[count] float64 one number per state without graph, over all processes."""
         found = torch.zeros(count, dtype=torch.float64)
-        for part in self.micro_batches(count, size):
+        for part in parts:
             found[part.index[: part.real]] = value(part)[: part.real].double().cpu()
         return self.task.processes.gather(found[None]).sum(0)
+
+    def coupled_update(
+        self, trained: TrainedRole, count: int, size: int, value: Value, loss: Callable[[Tensor], Tensor]
+    ) -> Update:
+        """One optimizer step of a loss that couples all `count` states (pairs, groups) through one number of each.
+
+        value(part) [n]: the numbers (log-probs, errors) of the states of a micro-batch of at most `size`. loss: of all of
+        them [count], float64. Two passes: the numbers without graph, then each micro-batch again with its adjoints; the
+        gradient is that of one graph, the memory that of one micro-batch (see `scalar_adjoint`)."""
+        parts = self.micro_batches(count, size)
+        total, adjoint = scalar_adjoint(self.scalars(count, parts, value), loss)
+
+        def share(part: Part, measures: Measures) -> Tensor:
+            values = value(part)[: part.real]
+            return (adjoint[part.index[: part.real]].to(values) * values).sum()
+
+        return self.update(trained, parts, share, lambda measures: {f"loss/{trained.role}": float(total)})
 
     def update(
         self, trained: TrainedRole, parts: Sequence[Part], loss: Loss, metrics: Metrics = lambda measures: {}
@@ -152,17 +171,16 @@ class UpdateEngine:
         loss(part, measures): the part's share of the loss, already divided by the global count; padding must weigh
         nothing. metrics(measures): once the step is taken; not asked where there was nothing to train."""
         policy, measures = self.task.policy, Measures(self.task.processes)
+        learning_rate = trained.config.lr_at(trained.updates)
         for group in trained.optimizer.param_groups:
-            group["lr"] = trained.config.lr_at(trained.updates)
+            group["lr"] = learning_rate
         began, before = time.perf_counter(), policy.evaluations
 
         def after() -> dict[str, float]:
             measured = {
                 "time/update": time.perf_counter() - began,
                 "cost/trained_per_image": self.task.processes.total(policy.evaluations - before) / self.images,
-                "optim/lr" if trained.role == "policy" else f"optim/{trained.role}_lr": trained.optimizer.param_groups[
-                    0
-                ]["lr"],
+                "optim/lr" if trained.role == "policy" else f"optim/{trained.role}_lr": learning_rate,
             }
             if not parts:
                 return measured
