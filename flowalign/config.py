@@ -16,7 +16,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from flowalign.config_layers import located, merge, origins, read_layer
-from flowalign.contracts import check_attributes, explain
+from flowalign.contracts import by_what_can_be_called, check_attributes, explain
 from flowalign.data import load_prompts
 from flowalign.errors import ConfigError
 from flowalign.models.load import check_image_size, check_lora_targets, inspect_checkpoint, path_of
@@ -142,9 +142,10 @@ def load_config(paths: str | Sequence[str], overrides: Sequence[str] = ()) -> tu
         arguments.append(f"--{override}")
     reader = parser()
     try:
-        namespace = reader.parse_args(arguments)
-        plain = yaml.safe_load(reader.dump(namespace, skip_unset=False))
-        objects = reader.instantiate(namespace)
+        with by_what_can_be_called():
+            namespace = reader.parse_args(arguments)
+            plain = yaml.safe_load(reader.dump(namespace, skip_unset=False))
+            objects = reader.instantiate(namespace)
     except ConfigError:
         raise
     except Exception as error:  # jsonargparse raises many kinds; each is a fault of the configuration

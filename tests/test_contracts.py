@@ -32,7 +32,6 @@ class Mine:
         (
             "batch: RewardBatch)",
             "batch)",
-            r"is not annotated; write `__call__\(self, batch: RewardBatch\) -> RewardOutput`",
         ),
         ('    name = "mine"\n', "", r"reward=Mine, which has no attribute 'name'.*rewards.base.Reward"),
     ],
@@ -46,9 +45,18 @@ def test_it_is_told_how(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: st
         load_config(TINY, [f"reward={module}.Mine"])
 
 
-@pytest.mark.parametrize("postponed", ["", "from __future__ import annotations\n"])
-def test_a_complete_class_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, postponed: str) -> None:
-    module = f"complete_{len(postponed)}"
-    (tmp_path / f"{module}.py").write_text(postponed + COMPLETE)
+@pytest.mark.parametrize(
+    "text",
+    [
+        COMPLETE,
+        "from __future__ import annotations\n" + COMPLETE,
+        COMPLETE.replace(": RewardBatch)", ")").replace(" -> None", ""),
+    ],
+)
+def test_a_complete_class_is_taken_however_it_is_annotated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    module = f"complete_{len(text)}"
+    (tmp_path / f"{module}.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
     assert load_config(TINY, [f"reward={module}.Mine"])[0].reward.name == "mine"
