@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from flowalign.data import as_records
 from flowalign.models import LoRA, Policy, load_policy
 from flowalign.models.roles import Role
 
@@ -33,7 +34,7 @@ def shake(policy: Policy, size: float, seed: int) -> None:
 
 def velocity(policy: Policy, role: str = "policy") -> torch.Tensor:
     x = torch.randn(2, 3, 24, 48, generator=torch.Generator().manual_seed(1))
-    conditions = policy.encode(['the word "KITE" in red on a white background', ""])
+    conditions = policy.encode(as_records(['the word "KITE" in red on a white background', ""]))
     with policy.role(role):
         return policy.velocity(x, torch.tensor([0.9, 0.4]), conditions)
 
