@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flowalign.data import PromptRecord
-from flowalign.models.base import Conditions, encode_singly
+from flowalign.models.base import Conditions
 from flowalign.rollouts.gather import gather_forest, gather_output, gather_tree
 from flowalign.rollouts.task import Rollout, Task
 from flowalign.rollouts.tree_plot import plot_tree
@@ -77,7 +77,7 @@ def collect(
     arguments of `rollout`. Each process rolls out whole groups, its share; what is returned is the batch of all."""
     processes, rows_before = task.processes, task.policy.evaluations
     share = processes.share(len(prompts))
-    conditions = encode_singly(task.policy, [record.prompt for record in prompts])
+    conditions = task.policy.encode(prompts, negative=task.rollout.guidance_scale != 1)
     began = time.perf_counter()
     forest = _roll_out(
         task, prompts, conditions, iteration, share, partial(roll or rollout, keep_velocities=keep_velocities)
@@ -120,7 +120,7 @@ def _roll_out(
     """The forest of this process's groups. A plan that selects continues the states whose previews score highest."""
     settings, policy = task.rollout, task.policy
     tree = grow(settings, task.seed, iteration, share)
-    shape = policy.latent_shape(task.height, task.width)
+    shape = policy.latent_shape(task.size)
     sigmas = policy.sigmas(settings.num_inference_steps, shape)
     uids = [record.uid for record in prompts]
     own = slice(share.start, share.stop)

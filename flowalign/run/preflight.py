@@ -14,6 +14,7 @@ from flowalign.data import PromptRecord, digest, load_prompts
 from flowalign.errors import ConfigError
 from flowalign.evaluation.evaluate import EvaluationResult
 from flowalign.evaluation.result_file import load_result
+from flowalign.models.load import rows_per_state
 from flowalign.rollouts.collect import leaves_per_group
 from flowalign.storage import checkpoint
 from flowalign.storage.checkpoint import Tensors
@@ -24,7 +25,7 @@ def forecast(config: TrainConfig) -> str:
     """The batch arithmetic and the network evaluations of one iteration and of the run, in the most expensive case."""
     rollout, run, evaluation = config.rollout, config.run, config.evaluation
     cost = rollout.plan.forecast(rollout.num_inference_steps, rollout.group_size)
-    guided = 2 if rollout.guidance_scale != 1 else 1
+    guided = rows_per_state(config.policy.path, rollout.guidance_scale, config.policy.family)
     samples, probes = leaves_per_group(rollout)
     images = rollout.groups * samples
     update = config.trainer.forecast(rollout)

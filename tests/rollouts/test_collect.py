@@ -66,7 +66,7 @@ def test_without_probes_none_are_counted(tiny_pipeline: Path) -> None:
 
 def test_the_detached_gradient_is_that_of_the_conditional_half(tiny_pipeline: Path) -> None:
     policy, _ = make(tiny_pipeline, Chain())
-    conditions = policy.encode([PROMPTS[0].prompt])
+    conditions = policy.encode(PROMPTS[:1], negative=True)
     x, sigma, weight = torch.randn(1, 3, 24, 48), torch.tensor([0.7]), torch.randn(1, 3, 24, 48)
     detached = policy.velocity(x, sigma, conditions, guidance_scale=4.5, detach_uncond=True)
     (detached * weight).sum().backward()

@@ -10,6 +10,7 @@ import torch
 
 from flowalign.advantage import Normalized, SignalContext, set_keys
 from flowalign.credit import Broadcast, EdgeValues
+from flowalign.models import Size
 from flowalign.objectives import ClippedRatio, FlatGradient, KLPenalty, StdOverMean
 from flowalign.rollouts.collect import grow
 from flowalign.rollouts.task import Rollout
@@ -115,7 +116,7 @@ def test_a_selected_plan_keeps_the_best_previews_and_looks_once(tiny_pipeline: P
     assert policy.evaluations - before == rows == 2 * plan.forecast(6, 5).rollout
     assert batch.metrics["cost/rollout_per_image"] == rows / 4
     unselected = make(tiny_pipeline, plan.plan, group_size=5, steps=6)[1].collect(PROMPTS, 0)
-    sigmas = policy.sigmas(6, policy.latent_shape(24, 48))
+    sigmas = policy.sigmas(6, policy.latent_shape(Size(24, 48)))
     for group in range(2):
         mine = unselected.forest.tree.group[unselected.forest.tree.edges] == group
         x = unselected.forest.at(unselected.forest.tree.edges[mine])  # after the stochastic step, at index 2
@@ -192,12 +193,14 @@ def test_first_update_replays_and_merged_siblings_give_the_per_edge_gradient(tin
 
 def test_a_role_pass_between_forward_and_backward_changes_no_gradient(tiny_pipeline: Path) -> None:
     policy, _ = make(tiny_pipeline, Chain())
-    conditions = policy.encode([PROMPTS[0].prompt])
+    conditions = policy.encode(PROMPTS[:1])
     x, sigma = torch.randn(1, 3, 24, 48), torch.tensor([0.7])
     for checkpointing in (False, True):
         if checkpointing:
-            policy.network.train()  # diffusers checkpoints in training mode only; the model has no dropout
-            policy.network.enable_gradient_checkpointing()
+            policy.modules()[
+                "transformer"
+            ].train()  # diffusers checkpoints in training mode only; the model has no dropout
+            policy.modules()["transformer"].enable_gradient_checkpointing()
         policy.velocity(x, sigma, conditions).square().mean().backward()
         plain = gradients(policy)
         out = policy.velocity(x, sigma, conditions)
@@ -213,7 +216,7 @@ def test_a_role_pass_between_forward_and_backward_changes_no_gradient(tiny_pipel
 
 def test_a_role_is_restored_after_an_exception(tiny_pipeline: Path) -> None:
     policy, _ = make(tiny_pipeline, Chain())
-    conditions = policy.encode([PROMPTS[0].prompt])
+    conditions = policy.encode(PROMPTS[:1])
     x, sigma = torch.randn(1, 3, 24, 48), torch.tensor([0.7])
     before = policy.velocity(x, sigma, conditions)
     with pytest.raises(KeyError), policy.role("reference"), policy.role("reference"):

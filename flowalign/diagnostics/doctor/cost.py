@@ -62,7 +62,7 @@ def check_cost(task: Task, trainer: Trainer, batch: ScoredRollout, rows: int, up
     """Counted network rows of a rollout (`rows`) and of its update (`updated`) against the topology and against the
     plan's forecast (I2). Where a plan selects, the topology is what is left, and the engine's own count stands for it."""
     settings, tree = task.rollout, batch.forest.tree
-    guided = 2 if settings.guidance_scale != 1 else 1
+    guided = task.policy.rows_per_state(settings.guidance_scale)
     forecast = settings.plan.forecast(settings.num_inference_steps, settings.group_size)
     seen = len(tree.evaluated) if settings.plan.select(unscored) is None else batch.forest.evaluations
     states, limit = guided * seen, guided * settings.groups * forecast.rollout
