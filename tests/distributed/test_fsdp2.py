@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -88,16 +89,65 @@ def test_calls_that_cannot_be_answered(
     monkeypatch: pytest.MonkeyPatch, called: bool, others: list[float], message: str
 ) -> None:
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda sent: sent.add_(torch.tensor(others)))
-    lockstep = Lockstep(torch.nn.Linear(2, 2), "cpu")
+    lockstep = Lockstep([torch.nn.Linear(2, 2)], "cpu")
     if called:
-        lockstep.network(torch.ones(3, 2))
+        lockstep.networks[0](torch.ones(3, 2))
     with pytest.raises(RuntimeError, match=message):
         lockstep.level()
 
 
+def test_processes_that_call_different_networks_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes in two threads, as all_reduce would join them: every forward of a network is made by both, in one order,
+    and each has its own result."""
+    barrier, sums = threading.Barrier(2, timeout=20), {}
+
+    def all_reduce(sent: torch.Tensor) -> None:
+        sums[threading.get_ident()] = sent.clone()
+        barrier.wait()
+        total = sum(sums.values())
+        barrier.wait()
+        sent.copy_(total)
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    plans = (
+        [0, 1, 1],
+        [0, 0, 0, 1],
+    )  # the first has gone on to the second network while the other is still at the first
+    forwards: list[list[int]] = [[], []]
+    results: list[list[float]] = [[], []]
+
+    def process(rank: int) -> None:
+        networks = [torch.nn.Linear(2, 2) for _ in range(2)]
+        for number, network in enumerate(networks):
+            torch.nn.init.constant_(network.weight, number + 1.0)
+            torch.nn.init.zeros_(network.bias)
+        lockstep = Lockstep(networks, "cpu")
+        for number, network in enumerate(networks):
+            network.register_forward_hook(lambda *_, number=number: forwards[rank].append(number))
+        with torch.no_grad():
+            for call, number in enumerate(plans[rank]):
+                results[rank].append(float(networks[number](torch.full((1, 2), call + 1.0))[0, 0]))
+            lockstep.level()
+
+    threads = [threading.Thread(target=process, args=(rank,)) for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=20)
+    assert forwards[0] == forwards[1] == [0, 0, 0, 1, 1]
+    assert results == [[2.0, 8.0, 12.0], [2.0, 4.0, 6.0, 16.0]]
+
+
+def test_different_networks_with_gradients_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda sent: sent.add_(torch.tensor([1.0, 0.0, 1.0])))
+    lockstep = Lockstep([torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)], "cpu")
+    with pytest.raises(RuntimeError, match="or makes it of another network"):
+        lockstep.networks[1](torch.ones(3, 2))
+
+
 def test_trained_weights_are_not_sharded(tiny_pipeline: Path) -> None:
     policy = load_policy(str(tiny_pipeline), trainable="full")
-    with pytest.raises(ConfigError, match=r"expected one network that is frozen but for its adapters"):
+    with pytest.raises(ConfigError, match=r"expected networks that are frozen but for their adapters"):
         shard(policy, Processes())
 
 
