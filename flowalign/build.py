@@ -25,7 +25,8 @@ def policy_of(
         network_device=network_device, offload=settings.offload, decode_batch=settings.decode_batch, seed=config.run.seed,
     )  # fmt: skip
     policy.latent_shape(settings.size)
-    policy.add_roles(settings.roles)
+    wanted = {**config.trainer.roles(), **settings.roles}
+    policy.add_roles({name: role for name, role in wanted.items() if name != "reference"})
     if not policy.trainable_parameters():
         raise ConfigError("got a policy without trainable parameters: check policy.trainable and policy.lora.targets")
     return policy

@@ -16,6 +16,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from flowalign.config_layers import located, merge, origins, read_layer
+from flowalign.contracts import by_what_can_be_called, check_attributes, explain
 from flowalign.data import load_prompts
 from flowalign.errors import ConfigError
 from flowalign.models.base import Size
@@ -23,7 +24,7 @@ from flowalign.models.load import check_image_size, check_lora_folders, check_lo
 from flowalign.models.lora import LoRA
 from flowalign.models.roles import Role, check_roles
 from flowalign.rollouts.task import Rollout
-from flowalign.trainers import Trainer
+from flowalign.trainers import Setup, Trainer
 from rewards import Reward
 
 
@@ -153,18 +154,20 @@ def load_config(paths: str | Sequence[str], overrides: Sequence[str] = ()) -> tu
         arguments.append(f"--{override}")
     reader = parser()
     try:
-        namespace = reader.parse_args(arguments)
-        plain = yaml.safe_load(reader.dump(namespace, skip_unset=False))
-        objects = reader.instantiate(namespace)
+        with by_what_can_be_called():
+            namespace = reader.parse_args(arguments)
+            plain = yaml.safe_load(reader.dump(namespace, skip_unset=False))
+            objects = reader.instantiate(namespace)
     except ConfigError:
         raise
     except Exception as error:  # jsonargparse raises many kinds; each is a fault of the configuration
-        raise ConfigError(located(_explain(str(error)), node, overrides)) from error
+        raise ConfigError(located(explain(_explain(str(error))), node, overrides)) from error
     plain.pop("config", None)
     values = objects.as_dict() if isinstance(objects, Namespace) else dict(objects)
     values.pop("config", None)
     config = TrainConfig(**values)
     try:
+        check_attributes(config)
         check(config)
     except (ValueError, OSError) as error:
         raise ConfigError(located(str(error), node, overrides)) from error
@@ -211,7 +214,7 @@ def check(config: TrainConfig) -> None:
         raise ConfigError(f"policy.max_sequence_length={policy.max_sequence_length}: expected at least 0, or null")
     path = path_of(policy.path, policy.family)
     bound = replace(rollout, kernel=rollout.kernel.bind(path))
-    config.trainer.check(bound, path, config.reward.name)
+    config.trainer.check(Setup(bound, path, (config.reward.name,), policy.roles))
     if policy.trainable == "lora":
         check_lora_targets(policy.path, policy.lora.targets, policy.family)
         check_lora_folders(policy.path, policy.lora, policy.roles, policy.family)
@@ -221,10 +224,10 @@ def check(config: TrainConfig) -> None:
         )
     elif policy.dtype != "fp32":
         raise ConfigError(f"policy.dtype={policy.dtype} with policy.trainable=full: expected fp32 for the optimizer")
-    elif config.trainer.needs_reference() and not policy.reference_copy:
+    elif "reference" in config.trainer.roles() and not policy.reference_copy:
         raise ConfigError(
-            "policy.trainable=full with a KL (trainer.kl.beta above 0) has no reference: set trainer.kl.beta=0, or "
-            "policy.reference_copy=true (it doubles the memory of the network)"
+            "got policy.trainable=full and a trainer that needs the reference (trainer.regularizers), of which no copy is kept: "
+            "set trainer.regularizers={}, or policy.reference_copy=true (it doubles the memory of the network)"
         )
     load_prompts(config.prompts)
     held_out = load_prompts(config.evaluation.prompts)

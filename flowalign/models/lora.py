@@ -50,7 +50,7 @@ class LoRA:
         if self.dropout:
             raise ValueError(
                 f"got lora.dropout={self.dropout}; expected 0, since dropout makes the ratio of an unchanged policy differ "
-                "from 1; regularize with kl.beta instead"
+                "from 1; regularize with trainer.regularizers instead"
             )
         if self.targets is not None and not self.targets:
             raise ValueError(

@@ -126,7 +126,7 @@ class TrainedNetworks:
         if "reference" not in self._copies:
             raise ValueError(
                 "got the role 'reference' of a policy that trains full weights without a frozen copy; expected a copy: set "
-                "policy.reference_copy=true (it doubles the memory of the network), or kl.beta=0"
+                "policy.reference_copy=true (it doubles the memory of the network), or trainer.regularizers={}"
             )
         return self._copies["reference"]
 

@@ -14,6 +14,7 @@ from flowalign.data import PromptRecord
 from flowalign.models.base import Conditions
 from flowalign.rollouts.gather import gather_forest, gather_output, gather_tree
 from flowalign.rollouts.task import Rollout, Task
+from flowalign.rollouts.tree_plot import plot_tree
 from rewards import RewardBatch, RewardOutput, score
 from samplers import FlowSDE, Forest, KeyedNoise, Tree, VelocityLookup, rollout, sampled, unscored
 from samplers.noise import generator, visits
@@ -38,6 +39,10 @@ class ScoredRollout:
     def images(self) -> int:
         """How many samples there are; the leaf of a probe is none."""
         return int(sampled(self.forest.tree).sum())
+
+    def picture(self) -> bytes:
+        """The tree, colored by the first reward: a PNG."""
+        return plot_tree(self.forest, self.scores[:, 0], self.valid[:, 0])
 
 
 def grow(settings: Rollout, seed: int, iteration: int, groups: Iterable[int]) -> Tree:

@@ -28,9 +28,8 @@ def forecast(config: TrainConfig) -> str:
     guided = rows_per_state(config.policy.path, rollout.guidance_scale, config.policy.family)
     samples, probes = leaves_per_group(rollout)
     images = rollout.groups * samples
-    updates = config.trainer.updates_per_iteration()
-    sample, train = (guided * rollout.groups * rows for rows in (cost.rollout, cost.train))
-    reference = train if config.trainer.needs_reference() else 0
+    update = config.trainer.forecast(rollout)
+    sample, train, frozen = (guided * rows for rows in (rollout.groups * cost.rollout, update.trained, update.frozen))
     notes = []
     if probes:
         notes.append(f"probes: {probes / samples:.2f} per image, decoded and scored but not counted as images")
@@ -43,12 +42,11 @@ def forecast(config: TrainConfig) -> str:
         [
             f"run {run.name}: {run.iterations} iterations × {rollout.groups} prompts × {samples} images = "
             f"{run.iterations * images:,} images",
-            f"per iteration: {images} images, at most {cost.edges * rollout.groups} trained steps at "
-            f"{cost.train * rollout.groups} distinct states, {updates} optimizer step(s) of "
-            f"{rollout.groups // updates} prompts",
+            f"per iteration: {images} images, at most {update.trained} trained states, {update.updates} update(s) of "
+            f"{rollout.groups // update.updates} prompts",
             f"network evaluations per image: rollout {sample / images:.2f}, update at most {train / images:.2f} "
-            "forward and backward" + (f", reference at most {reference / images:.2f}" if reference else ""),
-            f"whole run: at most {run.iterations * (sample + reference):,} forwards, {run.iterations * train:,} with backward",
+            "forward and backward" + (f", without gradient at most {frozen / images:.2f}" if frozen else ""),
+            f"whole run: at most {run.iterations * (sample + frozen):,} forwards, {run.iterations * train:,} with backward",
             *notes,
         ]
     )

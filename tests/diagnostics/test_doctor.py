@@ -60,7 +60,7 @@ def examined(
             "rollout.plan.class_path=samplers.Chain",
             "trainer.updates_per_rollout=2",
             "rollout.kernel=samplers.CPS",
-            "trainer.kl.form=exact",
+            "trainer.regularizers.kl.form=exact",
         ],
         ["trainer.objective.class_path=flowalign.objectives.Guard", "trainer.micro_batch=1"],
         [
@@ -69,7 +69,7 @@ def examined(
             "rollout.num_inference_steps=5",
         ],  # from σ = 1, at it and to 0 the solver is of first order
         ["policy.trainable=full", "policy.reference_copy=true"],
-        ["policy.trainable=full", "trainer.kl.beta=0"],
+        ["policy.trainable=full", "trainer.regularizers.kl.beta=0"],
         ["policy.dtype=bf16", "trainer.objective.clip_range=0.2"],
         ["policy.roles={old: {update: copy}, fake: {update: trained}}"],
     ],
@@ -371,7 +371,7 @@ def test_log_probs_of_another_policy_do_not_replay(tiny_pipeline: Path, monkeypa
 
 def test_memory_that_does_not_fit(tiny_pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cost, "device_memory", lambda device: 1000.0)
-    findings = examined(tiny_pipeline, "policy.trainable=full", "trainer.kl.beta=0")
+    findings = examined(tiny_pipeline, "policy.trainable=full", "trainer.regularizers.kl.beta=0")
     finding = found(findings, "memory")
     assert finding.ok is False and "lower rollout.groups" in finding.advice
     trained = int(found(findings, "adapters").figure.split()[0].replace(",", ""))  # fp32: a gradient and two moments

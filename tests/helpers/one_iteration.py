@@ -70,7 +70,7 @@ def run(pipeline: str, output: Path, plan: str, weights: str) -> None:
     chosen, group_size, objective = PLANS[plan]
     trainer = PolicyGradient(
         Signal(Broadcast(), Normalized(std="batch"), All([NonZeroAdvantage(), BestOfN(2)])),
-        objective=objective, step_weight=Uniform(), kl=KLPenalty(0.1), micro_batch=2,
+        objective=objective, step_weight=Uniform(), regularizers={"kl": KLPenalty(0.1)}, micro_batch=2,
     )  # fmt: skip
     settings = Rollout(chosen, FlowSDE(), groups=5, group_size=group_size, num_inference_steps=5, micro_batch=5)
     trainer.prepare(Task(policy, Moody(), settings, 0, Size(24, 48), processes), None)

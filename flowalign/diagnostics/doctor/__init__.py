@@ -154,7 +154,7 @@ def _time(
 
 def prompt_count(config: TrainConfig) -> int:
     """How many prompts the doctor rolls out: two, or as many as the optimizer steps of one iteration need."""
-    return max(2, config.trainer.updates_per_iteration())
+    return max(2, config.trainer.forecast(config.rollout).updates)
 
 
 def distinct_prompts(config: TrainConfig, count: int) -> list[PromptRecord]:
