@@ -17,6 +17,7 @@ from flowalign.distributed.processes import Processes
 from flowalign.errors import ConfigError
 from flowalign.models import Size, load_policy
 from flowalign.storage.metrics_log import read_rows, without_time
+from tests.helpers.two_networks import save_pipeline, save_prompts
 
 
 def launch(home: Path, module: str, *arguments: str) -> str:
@@ -60,21 +61,30 @@ def test_a_sharded_network_gives_the_same_velocities_and_gradients(
 
 
 @pytest.mark.slow
-def test_a_sharded_run_is_the_same_run(tiny_pipeline: Path, tmp_path: Path) -> None:
-    """Three groups and five images for two processes, states one by one: the second has more to do each time."""
-    printed = {}
+@pytest.mark.parametrize("networks", [1, 2])
+def test_a_sharded_run_is_the_same_run(tiny_pipeline: Path, tmp_path: Path, networks: int) -> None:
+    """Three groups for two processes, and images for which one has more to do than the other, states one by one. With two
+    networks, which a boundary in σ divides, guided and with source images."""
+    printed, pipeline, extra = {}, tiny_pipeline, ["evaluation.count=5"]
+    if networks == 2:
+        pipeline, prompts = save_pipeline(tmp_path / "pipeline"), save_prompts(tmp_path)
+        extra = [
+            "evaluation.count=3", f"prompts={prompts}", f"evaluation.prompts={prompts}", "policy.lora.targets=null",
+            "policy.family=tests.helpers.two_networks.FAMILY", "rollout.guidance_scale=2",
+            "rollout.allow_cfg_update=true", "rollout.plan={class_path: samplers.Chain}",
+        ]  # fmt: skip
     for weights in ("replicated", "fsdp2"):
         printed[weights] = launch(
-            tmp_path, "tests.helpers.sharded_run", weights, "tests/data/tiny.yaml", f"policy.path={tiny_pipeline}",
+            tmp_path, "tests.helpers.sharded_run", weights, "tests/data/tiny.yaml", f"policy.path={pipeline}",
             f"run.output={tmp_path / weights}", "run.ema_decay=0.5", "rollout.groups=3", "rollout.micro_batch=1",
-            "evaluation.count=5", "evaluation.batch_size=1",
+            "evaluation.batch_size=1", *extra,
         )  # fmt: skip
     dummy_calls = sorted(int(number) for number in re.findall(r"dummy calls: (\d+)", printed["fsdp2"]))
-    assert dummy_calls[0] == 0 < dummy_calls[1]
+    assert dummy_calls[1] > 0 and (dummy_calls[0] == 0) == (networks == 1)
     folders = [tmp_path / weights / "tiny" for weights in ("replicated", "fsdp2")]
     rows = [[without_time(row) for row in read_rows(folder / "metrics.jsonl")] for folder in folders]
     assert rows[0] == rows[1]
-    one, two = (load_file(folder / "lora" / "adapter_model.safetensors") for folder in folders)
+    one, two = (load_file(folder / "lora" / "pytorch_lora_weights.safetensors") for folder in folders)
     assert all(bool((one[name] == two[name]).all()) for name in one)
 
 

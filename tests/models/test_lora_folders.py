@@ -119,7 +119,7 @@ def test_folders_that_do_not_fit_are_refused_before_loading(
     config = str(Path(__file__).parents[1] / "data" / "tiny.yaml")
     with pytest.raises(ConfigError, match=r"policy\.lora"):
         load_config(config, [f"policy.path={path}", f"policy.lora.init={folder}"])
-    full = ["policy.trainable=full", "trainer.kl.beta=0", f"policy.roles={{a: {{init: {folder}}}}}"]
+    full = ["policy.trainable=full", "policy.reference_copy=true", f"policy.roles={{a: {{init: {folder}}}}}"]
     with pytest.raises(ConfigError, match=r"expected policy\.trainable=lora"):
         load_config(config, [f"policy.path={path}", *full])
     with pytest.raises(ValueError, match="without adapters for the unet"):
