@@ -85,7 +85,7 @@ class RunSettings:
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """Base beside tuned on held-out prompts, by the ODE, same seeds. The first reward is the one reported.
+    """Base beside tuned on held-out prompts, by the policy's solver, same seeds. The first reward is the one reported.
     `every`: also evaluate after so many iterations (null: only before and after the run)."""
 
     prompts: str

@@ -163,9 +163,7 @@ def read_pipeline(
     """The diffusers pipeline of a checkpoint. parts: components that are already there, by name; they are not read."""
     index, known = inspect_checkpoint(path, family)
     dtypes = {"default": DTYPES[dtype], "vae": DTYPES[vae_dtype or dtype]}
-    pipeline = known.pipeline.from_pretrained(
-        resolve(path), torch_dtype=dtypes, **{**known.load_arguments(index), **parts}
-    )
+    pipeline = known.pipeline.from_pretrained(resolve(path), dtype=dtypes, **{**known.load_arguments(index), **parts})
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from flowalign.distributed.processes import Processes
 from flowalign.errors import ConfigError
 from flowalign.models import Size, load_policy
 from flowalign.storage.metrics_log import read_rows, without_time
+from tests.helpers.two_networks import save_pipeline, save_prompts
 
 
 def launch(home: Path, module: str, *arguments: str) -> str:
@@ -59,21 +61,30 @@ def test_a_sharded_network_gives_the_same_velocities_and_gradients(
 
 
 @pytest.mark.slow
-def test_a_sharded_run_is_the_same_run(tiny_pipeline: Path, tmp_path: Path) -> None:
-    """Three groups and five images for two processes, states one by one: the second has more to do each time."""
-    printed = {}
+@pytest.mark.parametrize("networks", [1, 2])
+def test_a_sharded_run_is_the_same_run(tiny_pipeline: Path, tmp_path: Path, networks: int) -> None:
+    """Three groups for two processes, and images for which one has more to do than the other, states one by one. With two
+    networks, which a boundary in σ divides, guided and with source images."""
+    printed, pipeline, extra = {}, tiny_pipeline, ["evaluation.count=5"]
+    if networks == 2:
+        pipeline, prompts = save_pipeline(tmp_path / "pipeline"), save_prompts(tmp_path)
+        extra = [
+            "evaluation.count=3", f"prompts={prompts}", f"evaluation.prompts={prompts}", "policy.lora.targets=null",
+            "policy.family=tests.helpers.two_networks.FAMILY", "rollout.guidance_scale=2",
+            "rollout.allow_cfg_update=true", "rollout.plan={class_path: samplers.Chain}",
+        ]  # fmt: skip
     for weights in ("replicated", "fsdp2"):
         printed[weights] = launch(
-            tmp_path, "tests.helpers.sharded_run", weights, "tests/data/tiny.yaml", f"policy.path={tiny_pipeline}",
+            tmp_path, "tests.helpers.sharded_run", weights, "tests/data/tiny.yaml", f"policy.path={pipeline}",
             f"run.output={tmp_path / weights}", "run.ema_decay=0.5", "rollout.groups=3", "rollout.micro_batch=1",
-            "evaluation.count=5", "evaluation.batch_size=1",
+            "evaluation.batch_size=1", *extra,
         )  # fmt: skip
     dummy_calls = sorted(int(number) for number in re.findall(r"dummy calls: (\d+)", printed["fsdp2"]))
-    assert dummy_calls[0] == 0 < dummy_calls[1]
+    assert dummy_calls[1] > 0 and (dummy_calls[0] == 0) == (networks == 1)
     folders = [tmp_path / weights / "tiny" for weights in ("replicated", "fsdp2")]
     rows = [[without_time(row) for row in read_rows(folder / "metrics.jsonl")] for folder in folders]
     assert rows[0] == rows[1]
-    one, two = (load_file(folder / "lora" / "adapter_model.safetensors") for folder in folders)
+    one, two = (load_file(folder / "lora" / "pytorch_lora_weights.safetensors") for folder in folders)
     assert all(bool((one[name] == two[name]).all()) for name in one)
 
 
@@ -88,16 +99,65 @@ def test_calls_that_cannot_be_answered(
     monkeypatch: pytest.MonkeyPatch, called: bool, others: list[float], message: str
 ) -> None:
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda sent: sent.add_(torch.tensor(others)))
-    lockstep = Lockstep(torch.nn.Linear(2, 2), "cpu")
+    lockstep = Lockstep([torch.nn.Linear(2, 2)], "cpu")
     if called:
-        lockstep.network(torch.ones(3, 2))
+        lockstep.networks[0](torch.ones(3, 2))
     with pytest.raises(RuntimeError, match=message):
         lockstep.level()
 
 
+def test_processes_that_call_different_networks_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes in two threads, as all_reduce would join them: every forward of a network is made by both, in one order,
+    and each has its own result."""
+    barrier, sums = threading.Barrier(2, timeout=20), {}
+
+    def all_reduce(sent: torch.Tensor) -> None:
+        sums[threading.get_ident()] = sent.clone()
+        barrier.wait()
+        total = sum(sums.values())
+        barrier.wait()
+        sent.copy_(total)
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    plans = (
+        [0, 1, 1],
+        [0, 0, 0, 1],
+    )  # the first has gone on to the second network while the other is still at the first
+    forwards: list[list[int]] = [[], []]
+    results: list[list[float]] = [[], []]
+
+    def process(rank: int) -> None:
+        networks = [torch.nn.Linear(2, 2) for _ in range(2)]
+        for number, network in enumerate(networks):
+            torch.nn.init.constant_(network.weight, number + 1.0)
+            torch.nn.init.zeros_(network.bias)
+        lockstep = Lockstep(networks, "cpu")
+        for number, network in enumerate(networks):
+            network.register_forward_hook(lambda *_, number=number: forwards[rank].append(number))
+        with torch.no_grad():
+            for call, number in enumerate(plans[rank]):
+                results[rank].append(float(networks[number](torch.full((1, 2), call + 1.0))[0, 0]))
+            lockstep.level()
+
+    threads = [threading.Thread(target=process, args=(rank,)) for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=20)
+    assert forwards[0] == forwards[1] == [0, 0, 0, 1, 1]
+    assert results == [[2.0, 8.0, 12.0], [2.0, 4.0, 6.0, 16.0]]
+
+
+def test_different_networks_with_gradients_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda sent: sent.add_(torch.tensor([1.0, 0.0, 1.0])))
+    lockstep = Lockstep([torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)], "cpu")
+    with pytest.raises(RuntimeError, match="or makes it of another network"):
+        lockstep.networks[1](torch.ones(3, 2))
+
+
 def test_trained_weights_are_not_sharded(tiny_pipeline: Path) -> None:
     policy = load_policy(str(tiny_pipeline), trainable="full")
-    with pytest.raises(ConfigError, match=r"expected one network that is frozen but for its adapters"):
+    with pytest.raises(ConfigError, match=r"expected networks that are frozen but for their adapters"):
         shard(policy, Processes())
 
 

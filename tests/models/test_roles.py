@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from flowalign.data import as_records
 from flowalign.models import LoRA, Policy, load_policy
@@ -153,3 +154,11 @@ def test_the_layers_of_a_role_are_found_once(policy: Policy, monkeypatch: pytest
     for role in ("policy", "reference", *ROLES):
         with policy.role(role):
             pass
+
+
+def test_the_roles_in_the_documentation_are_roles() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    block = page.partition("```yaml\n")[2].partition("```")[0]
+    roles = {name: Role(**settings) for name, settings in yaml.safe_load(block)["policy"]["roles"].items()}
+    check_roles(roles)
+    assert roles["sampling"].decay_at(76) == 0.0075 and roles["teacher"].folder == "runs/first/lora"
