@@ -19,12 +19,14 @@ def states_of(forest: Forest, nodes: Tensor) -> States:
     return States(forest.at(nodes), forest.sigma(nodes), forest.tree.group[nodes])
 
 
-def per_element(step: Step) -> Tensor:
-    """[E] what a log-prob of each transition must be divided by to be a mean over elements with all its constants: 1 where it
-    is one, the number of elements where it is a sum, 2·std² where it is without constants (CPS)."""
+def velocity_unit(step: Step) -> Tensor:
+    """[E] the drift of each log-prob for a velocity that is off by one standard deviation's worth along the noise: |b|/s, times
+    the number of elements where log-probs are sums, times 2s² where they are without constants (CPS). A drift divided by it
+    is the same number for every kernel and step, however small its noise."""
     policy = step.policy
-    scale = torch.ones_like(policy.std) if policy.constants == "full" else 2 * policy.std.square()
-    return scale * (1 if policy.reduce == "mean" or not len(policy.mean) else policy.mean[0].numel())
+    scale = 1.0 if policy.reduce == "mean" or not len(policy.mean) else policy.mean[0].numel()
+    unit = scale * policy.velocity_coef.abs() / policy.std
+    return unit if policy.constants == "full" else unit * 2 * policy.std.square()
 
 
 @dataclass(eq=False)
@@ -112,10 +114,10 @@ class EdgeUpdate:
 
     def _check_drift(self, drift: Tensor, step: Step) -> None:
         """RuntimeError where an unchanged policy is further from the rollout than rounding can be."""
-        relative = drift / per_element(step)
+        relative = drift / velocity_unit(step)
         if bool((~(relative <= self.max_drift)).any()):
             raise RuntimeError(
-                f"got log-probs of an unchanged policy up to {float(relative.max()):.2e} per element from the rollout's; "
+                f"got log-probs of an unchanged policy as if its velocity were off by {float(relative.max()):.2e} from the rollout's; "
                 f"expected at most trainer.max_drift={self.max_drift}, more than rounding: look for dropout, another grid of "
                 "sigmas or swapped conditions (`flowalign doctor` measures it), or raise max_drift if it is rounding"
             )

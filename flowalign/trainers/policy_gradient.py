@@ -42,8 +42,9 @@ class PolicyGradient:
     without gradient (it is exactly on-policy: ratio 1, whatever batch shapes do to rounding), later ones against the
     rollout's; "rescore": as detach, and later updates against log-probs computed by the update's own path before the
     first one (one more forward for each of their states); "stored": all against the rollout's.
-    max_drift: a run stops if an unchanged policy's log-prob is further than this from the rollout's, per element: not
-    rounding (bf16 drifts by up to 1e-3) but another grid, dropout or swapped conditions."""
+    max_drift: a run stops if an unchanged policy's log-probs differ from the rollout's as if its velocity were off by more
+    than this along the noise: not rounding (a bf16 network drifts by less than 1e-3) but another grid, dropout or swapped
+    conditions."""
 
     signal: Signal
     objective: Objective
@@ -55,7 +56,7 @@ class PolicyGradient:
     updates_per_rollout: int = 1
     micro_batch: int = 16
     anchor: Literal["detach", "rescore", "stored"] = "rescore"
-    max_drift: float = 0.02
+    max_drift: float = 0.01
 
     def __post_init__(self) -> None:
         if self.updates_per_rollout < 1 or self.micro_batch < 1:
@@ -64,7 +65,7 @@ class PolicyGradient:
                 "expected both at least 1"
             )
         if not self.max_drift > 0:
-            raise ValueError(f"got trainer.max_drift={self.max_drift}; expected a log ratio per element > 0")
+            raise ValueError(f"got trainer.max_drift={self.max_drift}; expected a number > 0, such as 0.01")
 
     # ------------------------------------------------------------------------------------------ contract
 

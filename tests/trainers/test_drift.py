@@ -15,15 +15,15 @@ from flowalign.storage.metrics_log import read_rows
 from tests.helpers.policy_gradient import run_updates
 
 TINY = str(Path(__file__).parents[1] / "data" / "tiny.yaml")
-BF16 = ["policy.path=glyphs", "policy.dtype=bf16", "rollout.micro_batch=6", "trainer.micro_batch=1"]
+BF16 = ["policy.dtype=bf16", "rollout.micro_batch=6", "trainer.micro_batch=1"]
 CLIPPED = "trainer.objective={class_path: flowalign.objectives.ClippedRatio, init_args: {clip_range: 1.0e-4}}"
 GUARD = "trainer.objective={class_path: flowalign.objectives.Guard, init_args: {clip_range: 2.0e-6}}"
 CPS = "rollout.kernel={class_path: samplers.CPS, init_args: {constants: none}}"
 
 
 @pytest.mark.parametrize("objective", [CLIPPED, GUARD], ids=["clipped", "guard"])
-def test_rounding_above_the_clip_range_does_not_stop_a_run(tmp_path: Path, objective: str) -> None:
-    overrides = [*BF16, objective, f"run.output={tmp_path}", "run.iterations=2", "trainer.updates_per_rollout=2"]
+def test_rounding_above_the_clip_range_does_not_stop_a_run(tiny_pipeline: Path, tmp_path: Path, objective: str) -> None:
+    overrides = [*BF16, objective, f"run.output={tmp_path}", "run.iterations=2", f"policy.path={tiny_pipeline}"]
     train(*load_config(TINY, overrides))
     for row in read_rows(tmp_path / "tiny" / "metrics.jsonl"):
         assert 2e-6 < row["ratio/drift_max"] < 5e-3
@@ -43,15 +43,15 @@ def swapped_conditions(policy, batch):
 def active_dropout(policy, batch):
     (network,) = policy.modules().values()
     for block in network.transformer_blocks:
-        block.register_forward_hook(lambda module, inputs, out: tuple(dropout(part, 0.1) for part in out))
+        block.register_forward_hook(lambda module, inputs, out: (out[0], dropout(out[1], 0.1)))
     return batch
 
 
 @pytest.mark.parametrize("kernel", ["rollout.kernel=samplers.FlowSDE", CPS], ids=["flow_sde", "cps"])
 @pytest.mark.parametrize("fault", [None, wrong_grid, swapped_conditions, active_dropout])
-def test_faults_are_told_from_rounding(kernel: str, fault) -> None:
+def test_faults_are_told_from_rounding(tiny_pipeline: Path, kernel: str, fault) -> None:
     plan = "rollout.plan={class_path: samplers.Window, init_args: {size: 2, low: 0, high: 2}}"
-    config, _ = load_config(TINY, [*BF16, GUARD, kernel, plan, "trainer.regularizers={}"])
+    config, _ = load_config(TINY, [*BF16, f"policy.path={tiny_pipeline}", GUARD, kernel, plan, "trainer.regularizers={}"])
     policy = policy_of(config, "cpu")
     config.trainer.prepare(task_of(config, policy), None)
     batch = config.trainer.collect(load_prompts(config.prompts)[:2], 0)

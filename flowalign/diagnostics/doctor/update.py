@@ -15,7 +15,7 @@ from flowalign.objectives import Transitions
 from flowalign.rollouts.collect import ScoredRollout
 from flowalign.rollouts.task import Task
 from flowalign.trainers import PolicyGradient, Trainer, as_policy_gradient
-from flowalign.trainers.edge_update import per_element
+from flowalign.trainers.edge_update import velocity_unit
 
 NO_REPLAY = "this trainer scores no stochastic step"
 
@@ -57,7 +57,7 @@ def drifts(
     step, arrived = forest.edge_steps(edges, replayed(rows), position), forest.at(edges)
     drift = (step.log_prob(arrived) - forest.log_prob[edges]).abs()
     if trainer.anchor != "stored":
-        return drift, trainer.max_drift * per_element(step)
+        return drift, trainer.max_drift * velocity_unit(step)
     if trainer.dynamic_clip is not None:
         return drift, torch.full_like(drift, trainer.dynamic_clip.low)
     return drift, trainer.objective.drift_limit(Transitions(step, arrived)).to(drift)
