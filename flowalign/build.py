@@ -39,5 +39,6 @@ def task_of(
     )
     settings = config.policy
     return Task(
-        policy, config.reward, rollout, config.run.seed, settings.height, settings.width, processes or Processes()
-    )
+        policy, config.reward, rollout, config.run.seed, settings.height, settings.width, processes or Processes(),
+        config.process_rewards, settings.fps,
+    )  # fmt: skip

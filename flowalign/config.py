@@ -23,12 +23,13 @@ from flowalign.models.lora import LoRA
 from flowalign.models.roles import Role, check_roles
 from flowalign.rollouts.task import Rollout
 from flowalign.trainers import Trainer
-from rewards import Reward
+from rewards import Reward, channels_of, labels_of
+from samplers import unscored
 
 
 @dataclass(frozen=True)
 class PolicySettings:
-    """Which model, and which of its weights are trained (see `load_policy`)."""
+    """Which model, and which of its weights are trained (see `load_policy`). fps: frames per second of its videos."""
 
     path: str = "glyphs"
     lora: LoRA = field(default_factory=LoRA)
@@ -38,6 +39,7 @@ class PolicySettings:
     width: int = 512
     max_sequence_length: int | None = None
     negative_prompt: str = ""
+    fps: float | None = None
     reference_copy: bool = False
     roles: dict[str, Role] = field(default_factory=dict)
 
@@ -90,7 +92,7 @@ class EvaluationSettings:
             if vars(self)[key] < 1:
                 raise ValueError(f"evaluation.{key}={vars(self)[key]}: expected at least 1")
         _check_seed("evaluation.seed", self.seed)
-        names = [reward.name for reward in self.rewards]
+        names = [label for reward in self.rewards for label in labels_of(reward)]
         if not names or len(set(names)) < len(names):
             raise ValueError(f"evaluation.rewards are named {names}: expected at least one, each with its own `name`")
         if self.every is not None and self.every < 1:
@@ -104,7 +106,9 @@ def _check_seed(key: str, seed: int) -> None:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A whole training configuration."""
+    """A whole training configuration.
+
+    process_rewards: score noisy states of the rollout, by the names of their channels (see flowalign.credit.Process)."""
 
     run: RunSettings
     prompts: str
@@ -113,6 +117,7 @@ class TrainConfig:
     evaluation: EvaluationSettings
     rollout: Rollout
     policy: PolicySettings = field(default_factory=PolicySettings)
+    process_rewards: list[Reward] = field(default_factory=list)
 
 
 def parser() -> ArgumentParser:
@@ -197,7 +202,8 @@ def check(config: TrainConfig) -> None:
         raise ConfigError(f"policy.max_sequence_length={policy.max_sequence_length}: expected at least 0, or null")
     path = path_of(policy.path)
     bound = replace(rollout, kernel=rollout.kernel.bind(path))
-    config.trainer.check(bound, path, config.reward.name)
+    state_channels = _check_rewards(config)
+    config.trainer.check(bound, path, channels_of(config.reward), state_channels)
     if policy.trainable == "lora":
         check_lora_targets(policy.path, policy.lora.targets)
     elif policy.dtype != "fp32":
@@ -213,6 +219,35 @@ def check(config: TrainConfig) -> None:
         raise ConfigError(
             f"evaluation.count={config.evaluation.count}: {config.evaluation.prompts} holds {len(held_out)} prompts"
         )
+
+
+def _check_rewards(config: TrainConfig) -> tuple[str, ...]:
+    """Each reward is where its scope belongs. Returns the channels of the process rewards."""
+    for key, reward, expected in (
+        ("reward", config.reward, "terminal"),
+        *(("evaluation.rewards", reward, "terminal") for reward in config.evaluation.rewards),
+        *(("process_rewards", reward, "latent") for reward in config.process_rewards),
+    ):
+        if reward.spec.scope != expected:
+            place = "process_rewards" if expected == "terminal" else "reward, or evaluation.rewards"
+            raise ConfigError(
+                f"got {key} with {reward.name!r}, whose scope is {reward.spec.scope!r}; expected {expected!r}: name it under {place}"
+            )
+    if config.policy.fps is not None and not 0 < config.policy.fps < math.inf:
+        raise ConfigError(f"policy.fps={config.policy.fps}: expected a number above 0, or null")
+    states = tuple(channel for reward in config.process_rewards for channel in channels_of(reward))
+    if len(set(states)) < len(states) or set(states) & set(channels_of(config.reward)):
+        raise ConfigError(
+            f"got process_rewards with the channels {list(states)} beside reward with {list(channels_of(config.reward))}; "
+            "expected different names: set `name`"
+        )
+    several = len(channels_of(config.reward)) > 1
+    if several and config.rollout.plan.select(unscored) is not None:
+        raise ConfigError(
+            f"got a rollout.plan that selects by the reward, which has the channels {list(channels_of(config.reward))}; expected "
+            "one score to rank states by: take a plan without samplers.Selected, or rewards.Mix"
+        )
+    return states
 
 
 KEYS = {

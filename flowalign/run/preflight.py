@@ -14,10 +14,11 @@ from flowalign.data import PromptRecord, digest, load_prompts
 from flowalign.errors import ConfigError
 from flowalign.evaluation.evaluate import EvaluationResult
 from flowalign.evaluation.result_file import load_result
+from flowalign.models import Policy
 from flowalign.rollouts.collect import leaves_per_group
 from flowalign.storage import checkpoint
 from flowalign.storage.checkpoint import Tensors
-from rewards import RewardBatch, RewardError, score
+from rewards import Reward, RewardBatch, RewardError, pictures, score
 
 
 def forecast(config: TrainConfig) -> str:
@@ -103,17 +104,42 @@ def read_saved(config: TrainConfig, folder: Path, digests: dict[str, str]) -> Sa
     return Saved(iteration, tensors, state, base)
 
 
-def try_rewards(config: TrainConfig, prompts: Prompts) -> None:
-    """Each reward scores two black images. ConfigError for one that cannot: a name is misspelt, a shape is wrong."""
-    trials = [(config.reward, prompts.train), *((reward, prompts.held_out) for reward in config.evaluation.rewards)]
+def try_rewards(
+    config: TrainConfig, prompts: Prompts, device: torch.device | str = "cpu", policy: Policy | None = None
+) -> None:
+    """Each reward scores two samples of the form and on the device (the policy's) that it gets in the run: before the model
+    is loaded (policy None) those that read images at most, two black ones; after it those that read videos or latents, two
+    all-zero latents and what the policy decodes from them. ConfigError for one that cannot: a name is misspelt, a shape is
+    wrong, it answers in other channels than its spec says."""
+    trials = [
+        (config.reward, prompts.train),
+        *((reward, prompts.train) for reward in config.process_rewards),
+        *((reward, prompts.held_out) for reward in config.evaluation.rewards),
+    ]
     for reward, records in trials:
+        if (set(reward.spec.inputs) <= {"images"}) != (policy is None):
+            continue
         two = (records * 2)[:2]
+        what, fields = (
+            ("two black images" if policy is None else "two all-zero latents"),
+            _inputs(config, reward, device, policy),
+        )
         batch = RewardBatch(
-            prompts=[record.prompt for record in two],
-            images=torch.zeros(2, 3, config.policy.height, config.policy.width),
-            metadata=[record.metadata for record in two],
+            prompts=[record.prompt for record in two], metadata=[record.metadata for record in two], **fields
         )
         try:
             score(reward, batch, max_fail_rate=1.0)
         except RewardError as error:
-            raise ConfigError(f"tried on two black images, {error}") from error
+            raise ConfigError(f"tried on {what}, {error}") from error
+
+
+def _inputs(config: TrainConfig, reward: Reward, device: torch.device | str, policy: Policy | None) -> dict[str, Any]:
+    settings = config.policy
+    if policy is None:
+        return {"images": torch.zeros(2, 3, settings.height, settings.width, device=device)}
+    shape = policy.latent_shape(settings.height, settings.width)
+    latents, sigma = torch.zeros(2, *shape, device=device), torch.ones(2, device=device)
+    if reward.spec.scope == "terminal":
+        sigma.zero_()
+    made = pictures(policy.decode(latents), settings.fps) if set(reward.spec.inputs) & {"images", "videos"} else {}
+    return {"latents": latents, "sigma": sigma, **made}

@@ -71,9 +71,11 @@ class Trainer(Protocol):
     @property
     def optimizers(self) -> dict[str, torch.optim.Optimizer]: ...
 
-    def check(self, rollout: Rollout, path: Path, reward: str) -> None:
+    def check(
+        self, rollout: Rollout, path: Path, channels: tuple[str, ...], state_channels: tuple[str, ...] = ()
+    ) -> None:
         """ValueError for combinations that cannot work; called before any model is loaded. path: the policy's, to which
-        the rollout's kernel is bound; reward: its name."""
+        the rollout's kernel is bound; channels: of the reward; state_channels: of the process rewards."""
         ...
 
     def updates_per_iteration(self) -> int: ...

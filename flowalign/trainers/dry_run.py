@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -14,18 +16,23 @@ from samplers import Forest, Path, generator, sampled
 ITERATIONS = 8  # where windows and selections move, one iteration may have nothing to train
 
 
-def dry_run(signal: Signal, rollout: Rollout, reward: str, path: Path) -> None:
+def dry_run(
+    signal: Signal, rollout: Rollout, channels: tuple[str, ...], path: Path, state_channels: tuple[str, ...] = ()
+) -> None:
     """ValueError if credit, advantage or selection does not fit the plan, or if they would never train a step of it.
 
-    path: the policy's. At most two groups, no network. Where a plan selects, the dry run takes all its states."""
+    path: the policy's. state_channels: of the process rewards. At most two groups, no network. Where a plan selects, the dry run takes all its states."""
     reason = ""
     for iteration in range(ITERATIONS):
         forest = _forest(rollout, iteration)
         if path.rectified:
             _check_last_step(forest)
-        reason = _untrained(signal, forest, iteration, reward)
+        for name in state_channels:
+            forest = forest.with_scores(name, _random_state_scores(forest, name))
+        reason = _untrained(signal, forest, iteration, channels)
         if not reason:
-            _check_probes(signal, forest, reward)
+            _check_probes(signal, forest, channels)
+            _check_state_channels(signal, forest, channels, state_channels)
             return
     raise ValueError(f"nothing would be trained: {reason}")
 
@@ -60,15 +67,15 @@ def _check_last_step(forest: Forest) -> None:
         )
 
 
-def _check_probes(signal: Signal, forest: Forest, reward: str) -> None:
+def _check_probes(signal: Signal, forest: Forest, channels: tuple[str, ...]) -> None:
     """ValueError if the plan has probes and the credit is the same whatever they score."""
     tree, sample = forest.tree, sampled(forest.tree)
     if bool(sample.all()):
         return
-    scores, others = (_random_scores(forest, name) for name in ("samples", "probes"))
+    scores, others = (_random_scores(forest, len(channels), name) for name in ("samples", "probes"))
     valid = torch.ones_like(scores, dtype=torch.bool)
     plain, changed = (
-        signal.credit.assign(forest, given, valid, (reward,)).values
+        signal.credit.assign(forest, given, valid, channels).values
         for given in (scores, torch.where(sample[:, None], scores, others))
     )
     if torch.equal(plain, changed):
@@ -79,16 +86,37 @@ def _check_probes(signal: Signal, forest: Forest, reward: str) -> None:
         )
 
 
-def _random_scores(forest: Forest, *key: str | int) -> Tensor:
-    """[L, 1] in [0, 1)."""
-    return torch.from_numpy(generator(0, "data", "dry_run", *key).random((len(forest.tree.leaves), 1)))
-
-
-def _untrained(signal: Signal, forest: Forest, iteration: int, reward: str) -> str:
-    """Why no step of the forest is trained; "" if one is."""
-    scores = _random_scores(forest, iteration)
+def _check_state_channels(
+    signal: Signal, forest: Forest, channels: tuple[str, ...], state_channels: tuple[str, ...]
+) -> None:
+    """ValueError for a process reward that the credit does not read."""
+    scores = _random_scores(forest, len(channels), "states")
     valid = torch.ones_like(scores, dtype=torch.bool)
-    edges = signal.edges(forest, scores, valid, (reward,), SelectionContext(0, iteration))
+    plain = signal.credit.assign(forest, scores, valid, channels).values
+    for name in state_channels:
+        changed = replace(forest, scores={**forest.scores, name: _random_state_scores(forest, name, "again")})
+        if torch.equal(plain, signal.credit.assign(changed, scores, valid, channels).values):
+            raise ValueError(
+                f"got process_rewards with the channel {name!r}, which trainer.signal.credit={signal.credit} does not read: add "
+                f"flowalign.credit.Process(score={name!r}), beside others in Joined, or leave the reward out"
+            )
+
+
+def _random_scores(forest: Forest, channels: int, *key: str | int) -> Tensor:
+    """[L, channels] in [0, 1)."""
+    return torch.from_numpy(generator(0, "data", "dry_run", *key).random((len(forest.tree.leaves), channels)))
+
+
+def _random_state_scores(forest: Forest, *key: str) -> Tensor:
+    """[N] in [0, 1)."""
+    return torch.from_numpy(generator(0, "data", "dry_run", "states", *key).random(len(forest.tree)))
+
+
+def _untrained(signal: Signal, forest: Forest, iteration: int, channels: tuple[str, ...]) -> str:
+    """Why no step of the forest is trained; "" if one is."""
+    scores = _random_scores(forest, len(channels), iteration)
+    valid = torch.ones_like(scores, dtype=torch.bool)
+    edges = signal.edges(forest, scores, valid, channels, SelectionContext(0, iteration))
     if not bool(edges.credit.valid.any()):
         return (
             f"trainer.signal.credit={signal.credit} finds the scores it needs at no step of rollout.plan; take samplers.Probed "

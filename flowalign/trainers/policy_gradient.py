@@ -90,7 +90,9 @@ class PolicyGradient:
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         return {"policy": self._adamw}
 
-    def check(self, rollout: Rollout, path: Path, reward: str) -> None:
+    def check(
+        self, rollout: Rollout, path: Path, channels: tuple[str, ...], state_channels: tuple[str, ...] = ()
+    ) -> None:
         """Combinations that cannot work, named before a model is loaded."""
         if rollout.group_size < 2:
             raise ValueError(
@@ -116,13 +118,18 @@ class PolicyGradient:
                 f"got rollout.kernel={rollout.kernel}, which draws no noise, so steps have no log-prob: take FlowSDE, "
                 "DanceSDE or CPS with a noise_level above 0"
             )
-        self._check_combinations(rollout)
+        self._check_combinations(rollout, channels)
         self.step_weight.check(path)
         if self.layer_tuning is not None:
             self.layer_tuning.check(path)
-        dry_run(self.signal, rollout, reward, path)
+        dry_run(self.signal, rollout, channels, path, state_channels)
 
-    def _check_combinations(self, rollout: Rollout) -> None:
+    def _check_combinations(self, rollout: Rollout, channels: tuple[str, ...]) -> None:
+        if self.layer_tuning is not None and len(channels) > 1:
+            raise ValueError(
+                f"got trainer.layer_tuning with the channels {list(channels)}; expected one, to rank leaves by: set "
+                "layer_tuning=null, or take a reward of one channel (rewards.Mix)"
+            )
         select = rollout.plan.select(unscored)
         if select is not None and not select.uses_velocity and min(select.counts) < rollout.num_inference_steps:
             raise ValueError(
@@ -261,10 +268,6 @@ class PolicyGradient:
     def _targets(self, batch: ScoredRollout) -> Targets | None:
         if self.layer_tuning is None:
             return None
-        if len(batch.channels) > 1:
-            raise ValueError(
-                f"got trainer.layer_tuning with the rewards {list(batch.channels)}; expected one, to rank leaves by"
-            )
         return self.layer_tuning.targets(batch.forest, batch.scores[:, 0], batch.valid[:, 0])
 
     @torch.no_grad()

@@ -19,7 +19,7 @@ from flowalign.diagnostics.doctor import Finding, cost, diagnose, examine
 from flowalign.diagnostics.doctor.update import drift_margin
 from flowalign.models import Policy
 from flowalign.rollouts import collect
-from rewards import RewardOutput
+from rewards import RewardOutput, RewardSpec
 from samplers import rollout
 
 DATA = Path(__file__).parents[1] / "data"
@@ -384,6 +384,7 @@ class Planted:
     """A reward of which the scores are `scores(images, number of the call)`."""
 
     name = "planted"
+    spec = RewardSpec()
 
     def __init__(self, scores: Callable[[torch.Tensor, int], torch.Tensor]) -> None:
         self.scores, self.calls, self.closed = scores, 0, False

@@ -14,7 +14,7 @@ from flowalign.models.base import Conditions
 from flowalign.report.grids import captions
 from flowalign.report.summary import gains_table
 from flowalign.storage.metrics_log import MetricsLog, read_rows
-from rewards import RewardBatch, RewardError, RewardOutput
+from rewards import RewardBatch, RewardError, RewardOutput, RewardSpec
 from samplers import RectifiedFlow
 from samplers.noise import normal
 
@@ -55,6 +55,7 @@ class Brightness:
     """Mean of the pixels plus the prompt's own target; not valid for the prompts in `fails`."""
 
     name: str = "bright"
+    spec = RewardSpec()
     fails: tuple = ()
 
     def __call__(self, batch: RewardBatch) -> RewardOutput:

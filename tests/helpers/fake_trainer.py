@@ -32,7 +32,9 @@ class FakeTrainer:
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         return {"policy": self._policy, "fake": self._fake}
 
-    def check(self, rollout: Rollout, path: Path, reward: str) -> None: ...
+    def check(
+        self, rollout: Rollout, path: Path, channels: tuple[str, ...], state_channels: tuple[str, ...] = ()
+    ) -> None: ...
 
     def updates_per_iteration(self) -> int:
         return 2 * self.epochs

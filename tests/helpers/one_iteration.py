@@ -23,7 +23,7 @@ from flowalign.objectives import ClippedRatio, Guard, KLPenalty, Uniform
 from flowalign.rollouts.task import Rollout, Task
 from flowalign.selectors import All, BestOfN, NonZeroAdvantage
 from flowalign.trainers import PolicyGradient, Signal
-from rewards import RewardOutput
+from rewards import RewardOutput, RewardSpec
 from samplers import Chain, FlowSDE, Selected, Window
 
 WORDS = ["KITE", "MOON", "KITE", "LAMP", "ROSE"]  # five groups: two processes get two and three; one word comes twice
@@ -35,6 +35,7 @@ class Moody:
     """Brightness for the first words; the same for every image of LAMP and ROSE; no answer for one image of MOON."""
 
     name: str = "moody"
+    spec = RewardSpec()
 
     def load(self) -> None: ...
 

@@ -87,12 +87,12 @@ def test_guidance_is_refused_in_a_window_but_not_where_all_steps_are_trained(tin
         trainer.check(
             Rollout(plan, FlowSDE(), groups=2, group_size=4, num_inference_steps=4, guidance_scale=4.5),
             RectifiedFlow(),
-            "jpeg",
+            ("jpeg",),
         )
     few = Rollout(Window(size=2), FlowSDE(), groups=2, group_size=4, num_inference_steps=4, guidance_scale=4.5)
     with pytest.raises(ValueError, match="window of few steps"):
-        trainer.check(few, RectifiedFlow(), "jpeg")
-    trainer.check(replace(few, allow_cfg_update=True), RectifiedFlow(), "jpeg")
+        trainer.check(few, RectifiedFlow(), ("jpeg",))
+    trainer.check(replace(few, allow_cfg_update=True), RectifiedFlow(), ("jpeg",))
 
 
 def test_siblings_share_noise_where_the_rollout_says_so(tiny_pipeline: Path) -> None:

@@ -121,7 +121,7 @@ def examine(config: TrainConfig, policy: Policy) -> Iterator[Finding]:
         rewarded = f"reward {config.reward.name}"
         yield ask("time", lambda: _time(config, task, moved()[0], moved()[2], prompts), "reached", rewarded)
     finally:
-        for reward in (config.reward, *config.evaluation.rewards):
+        for reward in (config.reward, *config.process_rewards, *config.evaluation.rewards):
             reward.close()
 
 
@@ -137,7 +137,7 @@ def _rewards(
         yield ask(
             f"{'reward' if trained else 'evaluation'} {reward.name}",
             lambda reward=reward, records=records, trained=trained: check_reward(
-                reward, fixture(task, batch(), records), trained=trained
+                reward, fixture(task, batch(), records, reward), trained=trained
             ),
             "dtypes",
         )
@@ -146,7 +146,7 @@ def _rewards(
 def _time(
     config: TrainConfig, task: Task, batch: ScoredRollout, update: float, prompts: Sequence[PromptRecord]
 ) -> Finding:
-    images = fixture(task, batch, prompts)
+    images = fixture(task, batch, prompts, config.reward)
     images = images.select(range(min(16, len(images))))
     began = now()
     score(config.reward, images)
