@@ -14,7 +14,6 @@ from typing import Any, Literal, Protocol, get_args
 import torch
 from torch import Tensor
 
-
 Input = Literal["images", "videos", "latents"]
 Scope = Literal["terminal", "latent"]
 
@@ -122,13 +121,13 @@ class RewardBatch:
             group_ids=[self.group_ids[i] for i in rows],
         )
 
-    def tensors(self) -> dict[str, Tensor | None]:
+    def tensors(self) -> dict[str, Any]:
         """The fields with one row per sample, by name: images, videos, latents, sigma."""
         return {"images": self.images, "videos": self.videos, "latents": self.latents, "sigma": self.sigma}
 
     def to(self, device: torch.device | str) -> RewardBatch:
         """The same samples on `device`."""
-        moved = {name: None if tensor is None else tensor.to(device) for name, tensor in self.tensors().items()}
+        moved = {name: tensor.to(device) for name, tensor in self.tensors().items() if tensor is not None}
         conditions = self.conditions and [[image.to(device) for image in images] for images in self.conditions]
         return replace(self, **moved, conditions=conditions)
 

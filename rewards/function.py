@@ -19,7 +19,6 @@ from torch import Tensor
 
 from rewards.base import Input, RewardBatch, RewardOutput, RewardSpec, Scope
 
-
 BATCH_FIELDS = ("latents", "sigma", "videos", "fps", "conditions")  # what a function may name beside metadata columns
 
 

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -141,7 +142,7 @@ def _finite_rows(batch: RewardBatch) -> Tensor:
     return finite
 
 
-def _inputs_with_safe_gradients(batch: RewardBatch, unscored: list[Tensor]) -> dict[str, Tensor]:
+def _inputs_with_safe_gradients(batch: RewardBatch, unscored: list[Tensor]) -> dict[str, Any]:
     """The batch's tensors that need gradients, as views whose gradient is 0 in the rows `unscored[0]` [N].
 
     The graph of a score that is not finite may send NaN back even where the loss leaves that score out (0 · inf)."""

@@ -42,7 +42,9 @@ def ask(
     """Each part's checked answer, the parts' components as `part/component`, and what they say of each sample.
 
     How many may fail is left to the caller's own `score`."""
-    outputs, components, info = [], {}, [""] * len(batch)
+    outputs: list[RewardOutput] = []
+    components: dict[str, Tensor] = {}
+    info = [""] * len(batch)
     for part in parts:
         output = score(part, batch, grad=grad, max_fail_rate=1.0)
         outputs.append(output)

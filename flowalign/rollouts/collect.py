@@ -10,6 +10,7 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
+from flowalign.credit.base import uncertainty_of
 from flowalign.data import PromptRecord
 from flowalign.models.base import Conditions, encode_singly
 from flowalign.rollouts.gather import gather_forest, gather_output, gather_tree
@@ -209,11 +210,6 @@ def _with_state_scores(task: Task, prompts: Sequence[PromptRecord], forest: Fore
         for channel, column in zip(output.channels, output.scores.T, strict=True):
             forest = forest.with_scores(channel, _at(forest, nodes, column))
     return forest
-
-
-def uncertainty_of(channel: str) -> str:
-    """The name in Forest.scores of a channel's uncertainty."""
-    return f"uncertainty/{channel}"
 
 
 def _with_uncertainty(forest: Forest, output: RewardOutput) -> Forest:

@@ -14,7 +14,16 @@ from flowalign.glyphs import held_out_prompts
 from flowalign.glyphs.prompts import INKS, PAPERS
 from flowalign.glyphs.renderer import render
 from rewards import (
-    OCR, ColorAccuracy, JPEGCompressibility, RapidReader, Reward, RewardBatch, RewardError, RewardOutput, RewardSpec, channels_of,
+    OCR,
+    ColorAccuracy,
+    JPEGCompressibility,
+    RapidReader,
+    Reward,
+    RewardBatch,
+    RewardError,
+    RewardOutput,
+    RewardSpec,
+    channels_of,
     score,
 )  # fmt: skip
 
