@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cache, partial
 
 import torch
@@ -35,15 +36,13 @@ from flowalign.diagnostics.doctor.update import (
     check_reached,
     check_replay,
 )
-from flowalign.diagnostics.measure import count_calls, gradients, now
+from flowalign.diagnostics.measure import StandIn, count_calls, gradients, now
 from flowalign.models import Policy
 from flowalign.rollouts.collect import ScoredRollout, leaves_per_group
 from flowalign.rollouts.task import Task
-from rewards import FunctionReward, score
+from rewards import channels_of, score
 
 __all__ = ["Finding", "diagnose", "examine"]
-
-STAND_IN = "flowalign.diagnostics.measure:brightness"
 
 
 def diagnose(paths: str | Sequence[str], overrides: Sequence[str] = ()) -> Iterator[Finding]:
@@ -77,7 +76,7 @@ def examine(config: TrainConfig, policy: Policy) -> Iterator[Finding]:
     prompts = distinct_prompts(config, prompt_count(config))
     texts = [record.prompt for record in prompts]
     real = task_of(config, policy, groups=len(prompts))
-    task = Task(policy, FunctionReward(STAND_IN), real.rollout, real.seed, real.height, real.width)
+    task = replace(real, reward=StandIn(channels_of(config.reward)))
 
     @cache
     def first() -> tuple[ScoredRollout, int]:
