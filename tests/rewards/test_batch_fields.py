@@ -137,7 +137,7 @@ def test_channels_stand_side_by_side_and_nothing_is_summed() -> None:
     assert output.scores[1].tolist() == [9, 1, 5] and output.valid[0].tolist() == [True, True, False]
     assert output.components["pair/part"].tolist() == [0, 1, 2]
     assert output.uncertainty[2].tolist() == pytest.approx([math.nan, 0.2, 0.5], nan_ok=True)
-    with pytest.raises(ValueError, match="rewards.Channels"):
+    with pytest.raises(ValueError, match=r"rewards\.Channels"):
         Mix([one, two], [1.0, 1.0])
     with pytest.raises(ValueError, match="different names"):
         Channels([one, one])
