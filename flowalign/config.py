@@ -23,7 +23,7 @@ from flowalign.models.lora import LoRA
 from flowalign.models.roles import Role, check_roles
 from flowalign.rollouts.task import Rollout
 from flowalign.trainers import Trainer
-from rewards import Reward, channels_of, labels_of
+from rewards import Reward, channels_of, labels_of, spec_of
 from samplers import unscored
 
 
@@ -228,10 +228,10 @@ def _check_rewards(config: TrainConfig) -> tuple[str, ...]:
         *(("evaluation.rewards", reward, "terminal") for reward in config.evaluation.rewards),
         *(("process_rewards", reward, "latent") for reward in config.process_rewards),
     ):
-        if reward.spec.scope != expected:
+        if spec_of(reward).scope != expected:
             place = "process_rewards" if expected == "terminal" else "reward, or evaluation.rewards"
             raise ConfigError(
-                f"got {key} with {reward.name!r}, whose scope is {reward.spec.scope!r}; expected {expected!r}: name it under {place}"
+                f"got {key} with {reward.name!r}, whose scope is {spec_of(reward).scope!r}; expected {expected!r}: name it under {place}"
             )
     if config.policy.fps is not None and not 0 < config.policy.fps < math.inf:
         raise ConfigError(f"policy.fps={config.policy.fps}: expected a number above 0, or null")

@@ -5,7 +5,17 @@ contract; guard: `score`, through which every caller asks a reward; mix, channel
 (parts: what they share); function: a plain function; ocr/ and workers/: reading text, and helper processes.
 """
 
-from rewards.base import Reward, RewardBatch, RewardError, RewardOutput, RewardSpec, channels_of, labels_of, pictures
+from rewards.base import (
+    Reward,
+    RewardBatch,
+    RewardError,
+    RewardOutput,
+    RewardSpec,
+    channels_of,
+    labels_of,
+    pictures,
+    spec_of,
+)
 from rewards.channels import Channels
 from rewards.color import ColorAccuracy
 from rewards.function import FunctionReward
@@ -26,6 +36,7 @@ __all__ = [
     "channels_of",
     "labels_of",
     "pictures",
+    "spec_of",
     "WithTimeout",
     "score",
     "score_chunks",

@@ -192,14 +192,28 @@ class Reward(Protocol):
         ...
 
 
+def spec_of(reward: Reward) -> RewardSpec:
+    """Its spec; ValueError for a class that was written without one."""
+    try:
+        spec = reward.spec
+    except AttributeError as error:
+        raise ValueError(
+            f"got {type(reward).__name__}, a reward without `spec` ({error}); expected a rewards.RewardSpec: write "
+            "`spec = RewardSpec()` in the class, with what it reads if that is not images"
+        ) from error
+    if not isinstance(spec, RewardSpec):
+        raise ValueError(f"got {type(reward).__name__}.spec={spec!r}; expected a rewards.RewardSpec")
+    return spec
+
+
 def channels_of(reward: Reward) -> tuple[str, ...]:
     """The names of the columns of its scores."""
-    return reward.spec.channels or (reward.name,)
+    return spec_of(reward).channels or (reward.name,)
 
 
 def labels_of(reward: Reward) -> tuple[str, ...]:
     """Those names beside the channels of other rewards: the reward's own if it has one channel, else `reward/channel`."""
-    channels = reward.spec.channels
+    channels = spec_of(reward).channels
     return (reward.name,) if len(channels) < 2 else tuple(f"{reward.name}/{channel}" for channel in channels)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rewards.base import Reward, RewardBatch, RewardError, RewardOutput, channels_of
+from rewards.base import Reward, RewardBatch, RewardError, RewardOutput, channels_of, spec_of
 
 
 def score(reward: Reward, batch: RewardBatch, *, grad: bool = False, max_fail_rate: float = 0.5) -> RewardOutput:
@@ -116,7 +116,7 @@ def check_rate(
 
 
 def _check_inputs(reward: Reward, batch: RewardBatch, *, grad: bool) -> None:
-    spec, given = reward.spec, batch.tensors()
+    spec, given = spec_of(reward), batch.tensors()
     lacks = [name for name in spec.inputs if given[name] is None]
     if lacks:
         has = [name for name in ("images", "videos", "latents") if given[name] is not None]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rewards.base import Reward, RewardBatch, RewardOutput, RewardSpec
+from rewards.base import Reward, RewardBatch, RewardOutput, RewardSpec, channels_of
 from rewards.parts import ask, check_names, joint_spec, wants_gradient
 
 
@@ -30,9 +30,9 @@ class Mix:
             names = [part.name for part in self.rewards]
             raise ValueError(f"got a mix of rewards {names} and weights {self.weights}; expected one weight per reward")
         for part in self.rewards:
-            if len(part.spec.channels) > 1:
+            if len(channels := channels_of(part)) > 1:
                 raise ValueError(
-                    f"got a mix with reward {part.name!r}, whose channels are {list(part.spec.channels)}; expected one score "
+                    f"got a mix with reward {part.name!r}, whose channels are {list(channels)}; expected one score "
                     "per part: take rewards.Channels, and mix advantages (flowalign.advantage.Mixed)"
                 )
         joint_spec("a mix", self.rewards)

@@ -8,7 +8,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from rewards.base import Input, Reward, RewardBatch, RewardOutput, RewardSpec
+from rewards.base import Input, Reward, RewardBatch, RewardOutput, RewardSpec, spec_of
 from rewards.guard import score
 
 
@@ -23,8 +23,8 @@ def check_names(what: str, parts: Sequence[Reward]) -> None:
 
 def joint_spec(what: str, parts: Sequence[Reward], channels: tuple[str, ...] = ()) -> RewardSpec:
     """The spec of all parts together: all their inputs; differentiable if all are. ValueError for parts of two scopes."""
-    specs = [part.spec for part in parts]
-    scopes = {part.name: part.spec.scope for part in parts}
+    specs = [spec_of(part) for part in parts]
+    scopes = {part.name: spec.scope for part, spec in zip(parts, specs, strict=True)}
     if len(set(scopes.values())) > 1:
         raise ValueError(f"got {what} with the scopes {scopes}; expected one: put latent rewards under process_rewards")
     return RewardSpec(

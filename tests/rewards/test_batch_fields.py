@@ -88,6 +88,20 @@ def test_a_batch_that_lacks_an_input_names_reward_and_input() -> None:
         score(video, RewardBatch(prompts=["a"], images=IMAGE[None]))
 
 
+def test_a_class_without_a_spec_is_told_what_to_write() -> None:
+    class Old:
+        name = "old"
+
+    class Wrong:
+        name, spec = "wrong", ("images",)
+
+    for made in (lambda reward: score(reward, full()), lambda reward: Channels([reward])):
+        with pytest.raises(ValueError, match=r"got Old, a reward without `spec`.*write `spec = RewardSpec\(\)`"):
+            made(Old())
+        with pytest.raises(ValueError, match=r"got Wrong\.spec=\('images',\); expected a rewards\.RewardSpec"):
+            made(Wrong())
+
+
 def test_a_score_outside_the_stated_range_is_an_error() -> None:
     answer = RewardOutput(torch.tensor([0.0, 1.0]), torch.ones(2).bool())
     assert score(Plain(lambda batch: answer, RewardSpec((), range=(0, 1))), full()).valid.all()
