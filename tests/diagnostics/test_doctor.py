@@ -384,7 +384,7 @@ class Planted:
     """A reward of which the scores are `scores(images, number of the call)`."""
 
     name = "planted"
-    spec = RewardSpec()
+    spec = RewardSpec(licence="ours")
 
     def __init__(self, scores: Callable[[torch.Tensor, int], torch.Tensor]) -> None:
         self.scores, self.calls, self.closed = scores, 0, False
@@ -416,3 +416,4 @@ def test_a_reward_that_lies(tiny_pipeline: Path, scores: Any, sentence: str) -> 
     findings = examined(tiny_pipeline, reward=reward)
     assert red(findings) == ["reward planted"] and sentence in found(findings, "reward planted").advice
     assert found(findings, "gradient").ok is True and found(findings, "time").ok is None and reward.closed
+    assert sentence == "nope" or "licence ours" in found(findings, "reward planted").figure

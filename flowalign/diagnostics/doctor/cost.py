@@ -48,6 +48,8 @@ def check_reward(reward: Reward, batch: RewardBatch, *, trained: bool) -> Findin
         f"{int(valid.sum())} of {len(batch)} valid, mean {mean:.3g}, spread in {varied} of {len(spreads)} groups "
         f"(up to {max(spreads, default=0.0):.2g}), {1000 * again.elapsed / len(batch):.0f} ms per image"
     )
+    if reward.spec.licence:
+        figure += f", licence {reward.spec.licence}"
     advice = ""
     if int(valid.sum()) < 0.5 * len(batch):
         reason = next((text for text in first.info if text), "no reason given")
