@@ -142,7 +142,11 @@ def as_scores(values: object, path: str, *, grad: bool = False) -> Tensor:
             )
         return values
     try:
-        return torch.as_tensor(_numbers(values) if isinstance(values, (list, tuple)) else values).detach().to("cpu", torch.float32)
+        return (
+            torch.as_tensor(_numbers(values) if isinstance(values, (list, tuple)) else values)
+            .detach()
+            .to("cpu", torch.float32)
+        )
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"reward {path!r} returned {type(values).__name__}; expected one number per sample") from error
 

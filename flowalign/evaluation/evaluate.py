@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flowalign.data import PromptRecord, digest
+from flowalign.data import PromptRecord, digest, source_images
 from flowalign.distributed.processes import Processes
-from flowalign.models.base import Conditions, Policy, encode_singly
+from flowalign.models.base import Conditions, Policy, Size
 from rewards import Reward, RewardBatch, RewardError, labels_of, pictures, score
-from samplers import ODE, Tree, normal, rollout, scattered
+from samplers import Tree, normal, rollout, scattered
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,15 +48,14 @@ def evaluate(
     guidance_scale: float,
     seed: int,
     batch_size: int,
-    height: int,
-    width: int,
+    size: Size,
     samples_per_prompt: int = 1,
     keep_images: int = 8,
     fps: float | None = None,
     progress: Callable[[int], None] | None = None,
     processes: Processes | None = None,
 ) -> EvaluationResult:
-    """Generates every prompt `samples_per_prompt` times by the ODE (never with SDE noise) and scores the images.
+    """Generates every prompt `samples_per_prompt` times by its solver (never with SDE noise) and scores the images.
 
     Uses the weights as they are: wrap the call in `policy.role("reference")` for the base, in `ema.applied()` for the
     average. Scores do not depend on `batch_size` beyond rounding. `progress(n)` is called after each batch of n.
@@ -72,13 +71,13 @@ def evaluate(
             f"got {len(jobs)} images for {everyone.count} processes; expected at least one for each: add prompts or samples"
         )
     share = everyone.share(len(jobs))
-    shape = policy.latent_shape(height, width)
+    shape = policy.latent_shape(size)
     kept: list[Tensor] = []
     scores: dict[str, list[Tensor]] = {label: [] for reward in rewards for label in labels_of(reward)}
     for first in range(share.start, share.stop, batch_size):
         batch = jobs[first : min(first + batch_size, share.stop)]
         noise = torch.stack([normal(shape, seed, "start", "evaluate", record.uid, number) for record, number in batch])
-        conditions = encode_singly(policy, [record.prompt for record, _ in batch])
+        conditions = policy.encode([record for record, _ in batch], negative=guidance_scale != 1)
         latents = sample(policy, conditions, noise, num_inference_steps, guidance_scale)
         images = policy.decode(latents)
         for name, part in _score(rewards, [record for record, _ in batch], images, latents, fps, first).items():
@@ -122,14 +121,14 @@ def _check(prompts: Sequence[PromptRecord], rewards: Sequence[Reward], batch_siz
 def sample(
     policy: Policy, conditions: Conditions, noise: Tensor, num_inference_steps: int, guidance_scale: float
 ) -> Tensor:
-    """Clean latents [n, *] by the deterministic sampler (the ODE of the policy's path), from unit noise [n, *]."""
+    """Clean latents [n, *] by the deterministic sampler (the solver of the policy's scheduler), from unit noise [n, *]."""
     tree = scattered(num_inference_steps, len(noise), (), shared_start=False)  # no step has noise
 
     def velocity(x: Tensor, sigma: Tensor, root: Tensor) -> Tensor:
         return policy.velocity(x, sigma, conditions.rows(root), guidance_scale=guidance_scale)
 
     sigmas = policy.sigmas(num_inference_steps, noise.shape[1:])
-    forest = rollout(velocity, policy.start(noise), sigmas, tree, ODE().bind(policy.path), _no_noise)
+    forest = rollout(velocity, policy.start(noise), sigmas, tree, policy.solver(), _no_noise)
     return forest.at(tree.leaves)
 
 
@@ -148,6 +147,7 @@ def _score(
         metadata=[record.metadata for record in records],
         sample_ids=list(range(first, first + len(records))),
         group_ids=[record.uid for record in records],
+        conditions=source_images(records, latents.device),
         latents=latents,
         sigma=latents.new_zeros(len(latents)),
         **pictures(images, fps),

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from flowalign.credit.base import uncertainty_of
-from flowalign.data import PromptRecord
-from flowalign.models.base import Conditions, encode_singly
+from flowalign.data import PromptRecord, source_images
+from flowalign.models.base import Conditions
 from flowalign.rollouts.gather import gather_forest, gather_output, gather_tree
 from flowalign.rollouts.task import Rollout, Task
+from flowalign.rollouts.tree_plot import plot_tree
 from rewards import Reward, RewardBatch, RewardOutput, channels_of, pictures, score_chunks
 from samplers import FlowSDE, Forest, KeyedNoise, Tree, VelocityLookup, rollout, sampled, unscored
 from samplers.noise import generator, visits
@@ -49,6 +50,10 @@ class ScoredRollout:
             return None
         return torch.stack([self.forest.scores[name][leaves] for name in names], 1)
 
+    def picture(self) -> bytes:
+        """The tree, colored by the first reward: a PNG."""
+        return plot_tree(self.forest, self.scores[:, 0], self.valid[:, 0])
+
 
 def grow(settings: Rollout, seed: int, iteration: int, groups: Iterable[int]) -> Tree:
     """The topology of some groups of an iteration. A plan draws from a generator keyed by iteration and group: the same
@@ -82,7 +87,7 @@ def collect(
     arguments of `rollout`. Each process rolls out whole groups, its share; what is returned is the batch of all."""
     processes, rows_before = task.processes, task.policy.evaluations
     share = processes.share(len(prompts))
-    conditions = encode_singly(task.policy, [record.prompt for record in prompts])
+    conditions = task.policy.encode(prompts, negative=task.rollout.guidance_scale != 1)
     began = time.perf_counter()
     forest = _roll_out(
         task, prompts, conditions, iteration, share, partial(roll or rollout, keep_velocities=keep_velocities)
@@ -130,7 +135,7 @@ def _roll_out(
     """The forest of this process's groups. A plan that selects continues the states whose previews score highest."""
     settings, policy = task.rollout, task.policy
     tree = grow(settings, task.seed, iteration, share)
-    shape = policy.latent_shape(task.height, task.width)
+    shape = policy.latent_shape(task.size)
     sigmas = policy.sigmas(settings.num_inference_steps, shape)
     uids = [record.uid for record in prompts]
     own = slice(share.start, share.stop)
@@ -178,6 +183,7 @@ def decoded(
         metadata=[prompts[group].metadata for group in groups],
         sample_ids=list(range(first, first + len(groups))),
         group_ids=groups,
+        conditions=source_images([prompts[group] for group in groups], latents.device),
         **fields,
     )
 

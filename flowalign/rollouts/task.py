@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from flowalign.distributed.processes import Processes
-from flowalign.models.base import Policy
+from flowalign.models.base import Policy, Size
 from rewards import Reward
 from samplers import Kernel, Plan
 
@@ -46,8 +46,7 @@ class Task:
     reward: Reward
     rollout: Rollout
     seed: int
-    height: int
-    width: int
+    size: Size
     processes: Processes = field(default_factory=Processes)
     process_rewards: Sequence[Reward] = ()
     fps: float | None = None

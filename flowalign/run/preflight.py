@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from flowalign.config import TrainConfig
-from flowalign.data import PromptRecord, digest, load_prompts
+from flowalign.data import PromptRecord, digest, load_prompts, source_images
 from flowalign.errors import ConfigError
 from flowalign.evaluation.evaluate import EvaluationResult
 from flowalign.evaluation.result_file import load_result
 from flowalign.models import Policy
+from flowalign.models.load import rows_per_state
 from flowalign.rollouts.collect import leaves_per_group
 from flowalign.storage import checkpoint
 from flowalign.storage.checkpoint import Tensors
@@ -25,12 +26,11 @@ def forecast(config: TrainConfig) -> str:
     """The batch arithmetic and the network evaluations of one iteration and of the run, in the most expensive case."""
     rollout, run, evaluation = config.rollout, config.run, config.evaluation
     cost = rollout.plan.forecast(rollout.num_inference_steps, rollout.group_size)
-    guided = 2 if rollout.guidance_scale != 1 else 1
+    guided = rows_per_state(config.policy.path, rollout.guidance_scale, config.policy.family)
     samples, probes = leaves_per_group(rollout)
     images = rollout.groups * samples
-    updates = config.trainer.updates_per_iteration()
-    sample, train = (guided * rollout.groups * rows for rows in (cost.rollout, cost.train))
-    reference = train if config.trainer.needs_reference() else 0
+    update = config.trainer.forecast(rollout)
+    sample, train, frozen = (guided * rows for rows in (rollout.groups * cost.rollout, update.trained, update.frozen))
     notes = []
     if probes:
         notes.append(f"probes: {probes / samples:.2f} per image, decoded and scored but not counted as images")
@@ -43,12 +43,11 @@ def forecast(config: TrainConfig) -> str:
         [
             f"run {run.name}: {run.iterations} iterations × {rollout.groups} prompts × {samples} images = "
             f"{run.iterations * images:,} images",
-            f"per iteration: {images} images, at most {cost.edges * rollout.groups} trained steps at "
-            f"{cost.train * rollout.groups} distinct states, {updates} optimizer step(s) of "
-            f"{rollout.groups // updates} prompts",
+            f"per iteration: {images} images, at most {update.trained} trained states, {update.updates} update(s) of "
+            f"{rollout.groups // update.updates} prompts",
             f"network evaluations per image: rollout {sample / images:.2f}, update at most {train / images:.2f} "
-            "forward and backward" + (f", reference at most {reference / images:.2f}" if reference else ""),
-            f"whole run: at most {run.iterations * (sample + reference):,} forwards, {run.iterations * train:,} with backward",
+            "forward and backward" + (f", without gradient at most {frozen / images:.2f}" if frozen else ""),
+            f"whole run: at most {run.iterations * (sample + frozen):,} forwards, {run.iterations * train:,} with backward",
             *notes,
         ]
     )
@@ -107,25 +106,25 @@ def read_saved(config: TrainConfig, folder: Path, digests: dict[str, str]) -> Sa
 def try_rewards(
     config: TrainConfig, prompts: Prompts, device: torch.device | str = "cpu", policy: Policy | None = None
 ) -> None:
-    """Each reward scores two samples of the form and on the device (the policy's) that it gets in the run: before the model
-    is loaded (policy None) those that read images at most, two black ones; after it those that read videos or latents, two
-    all-zero latents and what the policy decodes from them. ConfigError for one that cannot: a name is misspelt, a shape is
-    wrong, it answers in other channels than its spec says."""
+    """Each reward scores two samples of the form and on the device that it gets in the run: before the model is loaded
+    (policy None) those that read images or videos only, two black ones; after it those that read latents too, two all-zero
+    latents and what the policy decodes from them. ConfigError for one that cannot: a name is misspelt, a shape is wrong,
+    it answers in other channels than its spec says."""
     trials = [
         (config.reward, prompts.train),
         *((reward, prompts.train) for reward in config.process_rewards),
         *((reward, prompts.held_out) for reward in config.evaluation.rewards),
     ]
     for reward, records in trials:
-        if (set(reward.spec.inputs) <= {"images"}) != (policy is None):
+        if ("latents" in reward.spec.inputs) == (policy is None):
             continue
-        two = (records * 2)[:2]
-        what, fields = (
-            ("two black images" if policy is None else "two all-zero latents"),
-            _inputs(config, reward, device, policy),
-        )
+        two, what = (records * 2)[:2], "two black images" if policy is None else "two all-zero latents"
+        fields = _black(config, device) if policy is None else _zero_latents(config, reward, device, policy)
         batch = RewardBatch(
-            prompts=[record.prompt for record in two], metadata=[record.metadata for record in two], **fields
+            prompts=[record.prompt for record in two],
+            metadata=[record.metadata for record in two],
+            conditions=source_images(two, device),
+            **fields,
         )
         try:
             score(reward, batch, max_fail_rate=1.0)
@@ -133,13 +132,17 @@ def try_rewards(
             raise ConfigError(f"tried on {what}, {error}") from error
 
 
-def _inputs(config: TrainConfig, reward: Reward, device: torch.device | str, policy: Policy | None) -> dict[str, Any]:
-    settings = config.policy
-    if policy is None:
-        return {"images": torch.zeros(2, 3, settings.height, settings.width, device=device)}
-    shape = policy.latent_shape(settings.height, settings.width)
-    latents, sigma = torch.zeros(2, *shape, device=device), torch.ones(2, device=device)
-    if reward.spec.scope == "terminal":
-        sigma.zero_()
-    made = pictures(policy.decode(latents), settings.fps) if set(reward.spec.inputs) & {"images", "videos"} else {}
+def _black(config: TrainConfig, device: torch.device | str) -> dict[str, Any]:
+    """Two black images, or videos of a policy that makes more than one frame."""
+    size = config.policy.size
+    frames = (size.frames,) if size.frames > 1 else ()
+    return pictures(torch.zeros(2, *frames, 3, size.height, size.width, device=device), config.policy.fps)
+
+
+def _zero_latents(config: TrainConfig, reward: Reward, device: torch.device | str, policy: Policy) -> dict[str, Any]:
+    """Two all-zero latents, pure noise for a process reward, else data, decoded if the reward reads that too."""
+    latents = torch.zeros(2, *policy.latent_shape(config.policy.size), device=device)
+    sigma = torch.full((2,), float(reward.spec.scope == "latent"), device=device)
+    decoded = set(reward.spec.inputs) != {"latents"}
+    made = pictures(policy.decode(latents), config.policy.fps) if decoded else {}
     return {"latents": latents, "sigma": sigma, **made}

@@ -7,32 +7,31 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from flowalign.advantage import SignalContext
 from flowalign.rollouts.collect import grow
 from flowalign.rollouts.task import Rollout
-from flowalign.selectors import SelectionContext
+from flowalign.trainers.base import Setup
 from flowalign.trainers.signal import Signal
-from samplers import Forest, Path, generator, sampled
+from samplers import Forest, generator, sampled
 
 ITERATIONS = 8  # where windows and selections move, one iteration may have nothing to train
 
 
-def dry_run(
-    signal: Signal, rollout: Rollout, channels: tuple[str, ...], path: Path, state_channels: tuple[str, ...] = ()
-) -> None:
+def dry_run(signal: Signal, setup: Setup) -> None:
     """ValueError if credit, advantage or selection does not fit the plan, or if they would never train a step of it.
 
-    path: the policy's. state_channels: of the process rewards. At most two groups, no network. Where a plan selects, the dry run takes all its states."""
+    At most two groups, no network. Where a plan selects, the dry run takes all its states."""
     reason = ""
     for iteration in range(ITERATIONS):
-        forest = _forest(rollout, iteration)
-        if path.rectified:
+        forest = _forest(setup.rollout, iteration)
+        if setup.path.rectified:
             _check_last_step(forest)
-        for name in state_channels:
+        for name in setup.state_channels:
             forest = forest.with_scores(name, _random_state_scores(forest, name))
-        reason = _untrained(signal, forest, iteration, channels)
+        reason = _untrained(signal, forest, iteration, setup.channels)
         if not reason:
-            _check_probes(signal, forest, channels)
-            _check_state_channels(signal, forest, channels, state_channels)
+            _check_probes(signal, forest, setup.channels)
+            _check_state_channels(signal, forest, setup)
             return
     raise ValueError(f"nothing would be trained: {reason}")
 
@@ -86,16 +85,14 @@ def _check_probes(signal: Signal, forest: Forest, channels: tuple[str, ...]) -> 
         )
 
 
-def _check_state_channels(
-    signal: Signal, forest: Forest, channels: tuple[str, ...], state_channels: tuple[str, ...]
-) -> None:
+def _check_state_channels(signal: Signal, forest: Forest, setup: Setup) -> None:
     """ValueError for a process reward that the credit does not read."""
-    scores = _random_scores(forest, len(channels), "states")
+    scores = _random_scores(forest, len(setup.channels), "states")
     valid = torch.ones_like(scores, dtype=torch.bool)
-    plain = signal.credit.assign(forest, scores, valid, channels).values
-    for name in state_channels:
+    plain = signal.credit.assign(forest, scores, valid, setup.channels).values
+    for name in setup.state_channels:
         changed = replace(forest, scores={**forest.scores, name: _random_state_scores(forest, name, "again")})
-        if torch.equal(plain, signal.credit.assign(changed, scores, valid, channels).values):
+        if torch.equal(plain, signal.credit.assign(changed, scores, valid, setup.channels).values):
             raise ValueError(
                 f"got process_rewards with the channel {name!r}, which trainer.signal.credit={signal.credit} does not read: add "
                 f"flowalign.credit.Process(score={name!r}), beside others in Joined, or leave the reward out"
@@ -116,7 +113,7 @@ def _untrained(signal: Signal, forest: Forest, iteration: int, channels: tuple[s
     """Why no step of the forest is trained; "" if one is."""
     scores = _random_scores(forest, len(channels), iteration)
     valid = torch.ones_like(scores, dtype=torch.bool)
-    edges = signal.edges(forest, scores, valid, channels, SelectionContext(0, iteration))
+    edges = signal.edges(forest, scores, valid, channels, SignalContext(0, iteration))
     if not bool(edges.credit.valid.any()):
         return (
             f"trainer.signal.credit={signal.credit} finds the scores it needs at no step of rollout.plan; take samplers.Probed "

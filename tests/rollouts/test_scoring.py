@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from flowalign.credit import Process
 from flowalign.rollouts.collect import collect
@@ -119,6 +120,23 @@ def test_videos_come_with_their_frames_per_second(tiny_pipeline: Path, monkeypat
         collect(replace(task, fps=None), PROMPTS, 0)
     with pytest.raises(RewardError, match="got a batch with videos; expected images"):
         collect(replace(task, reward=Plain(brightness)), PROMPTS, 0)
+
+
+def test_a_reward_sees_the_source_images_of_its_prompts(tiny_pipeline: Path, tmp_path: Path) -> None:
+    """Of the second prompt two files, the second with an alpha channel, which is dropped; the first prompt has none."""
+    Image.new("RGB", (5, 4), (255, 0, 51)).save(tmp_path / "a.png")
+    Image.new("RGBA", (2, 3), (0, 102, 0, 7)).save(tmp_path / "b.png")
+    edit = replace(PROMPTS[1], images=(tmp_path / "a.png", tmp_path / "b.png"))
+    reward = Plain(brightness)
+    _, task = scored(tiny_pipeline, Chain(), reward)
+    collect(task, [PROMPTS[0], edit], 0)
+    (batch,) = reward.seen
+    assert [len(images) for images in batch.conditions] == [0] * 3 + [2] * 3
+    first, second = batch.conditions[4]
+    torch.testing.assert_close(first, torch.tensor([1.0, 0.0, 0.2])[:, None, None].expand(3, 4, 5))
+    torch.testing.assert_close(second, torch.tensor([0.0, 0.4, 0.0])[:, None, None].expand(3, 3, 2))
+    collect(task, PROMPTS, 0)
+    assert reward.seen[1].conditions is None
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import torch
 
 from flowalign.config import load_config
 from flowalign.errors import ConfigError
+from flowalign.models import Size
 from flowalign.run.preflight import Prompts, forecast, try_rewards
 from rewards import RewardOutput, RewardSpec
 from samplers import Chain
@@ -67,10 +68,22 @@ def test_a_trial_has_the_form_that_the_run_gives(tmp_path: Path, tiny_pipeline: 
     assert image.seen[0].prompts == [record.prompt for record in Prompts.of(config).train[:2]]
     policy, _ = make(tiny_pipeline, Chain())
     tried(tmp_path, policy, reward=image, **settings)
-    assert len(image.seen) == 1 and state.seen[0].latents.shape == (2, *policy.latent_shape(24, 48))
+    assert len(image.seen) == 1 and state.seen[0].latents.shape == (2, *policy.latent_shape(Size(24, 48)))
     assert state.seen[0].sigma.tolist() == [1, 1] and state.seen[0].images is None
     with pytest.raises(ConfigError, match="got a batch with images and latents; expected videos"):
         tried(tmp_path, policy, reward=video)
+
+
+def test_a_policy_of_videos_is_tried_with_videos(tmp_path: Path) -> None:
+    seen = Plain(lambda batch: RewardOutput(torch.ones(2), torch.ones(2).bool()), RewardSpec(("videos",)))
+    config = replace(load_config(TINY, [f"run.output={tmp_path}"])[0], reward=seen)
+    video = replace(
+        config, policy=replace(config.policy, frames=5, fps=8.0), evaluation=replace(config.evaluation, rewards=[seen])
+    )
+    try_rewards(video, Prompts.of(video))
+    assert seen.seen[0].videos.shape == (2, 5, 3, 24, 48) and seen.seen[0].fps == 8
+    with pytest.raises(ConfigError, match="got a batch with images; expected videos"):
+        try_rewards(config, Prompts.of(config))
 
 
 def test_a_trial_finds_channels_that_the_spec_does_not_name(tmp_path: Path) -> None:

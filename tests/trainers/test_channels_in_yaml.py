@@ -45,11 +45,10 @@ def user(tmp_path: Path):
 
 @pytest.fixture
 def load(tmp_path: Path, tiny_pipeline: Path):
-    def loaded(signal: dict | None = None, trainer: dict | None = None, rollout: dict | None = None, **top: object):
+    def loaded(signal: dict | None = None, rollout: dict | None = None, **top: object):
         config = yaml.safe_load(TINY.read_text())
         config["run"] |= {"output": str(tmp_path / "runs"), "iterations": 1}
         config["policy"]["path"] = str(tiny_pipeline)
-        config["trainer"]["init_args"] |= trainer or {}
         config["trainer"]["init_args"]["signal"] |= signal or {}
         config["rollout"] |= rollout or {}
         rewards = top.pop("evaluated", None)
@@ -142,9 +141,6 @@ def test_a_run_with_channels_a_process_reward_and_an_evaluation_of_two(load, use
          "does not read: add flowalign.credit.Process"),
         (lambda user: {"process_rewards": [user("levels", inputs=["latents"], scope="latent", name="jpeg_compressibility")]},
          "expected different names"),
-        (lambda user: {"reward": user("light_and_red", channels=["a", "b"]), "trainer": {"layer_tuning": {}},
-                       "signal": {"advantage": part("flowalign.advantage.Mixed", advantage=NORMALIZED)}},
-         "layer_tuning with the channels"),
         (lambda user: {"reward": user("light_and_red", channels=["a", "b"]),
                        "rollout": {"plan": part("samplers.Selected", plan=part("samplers.Chain"), counts={"1": 2})},
                        "signal": {"advantage": part("flowalign.advantage.Mixed", advantage=NORMALIZED)}},
@@ -155,7 +151,7 @@ def test_a_run_with_channels_a_process_reward_and_an_evaluation_of_two(load, use
         (lambda user: {"reward": user("light_and_red", inputs=["pixels"])}, "pixels"),
     ],
     ids=["mix and gdpo", "mix of channels", "latent reward", "latent evaluation", "terminal process", "unread process",
-         "one name", "layer tuning", "selection", "evaluation names", "unknown input"],
+         "one name", "selection", "evaluation names", "unknown input"],
 )  # fmt: skip
 def test_what_cannot_work_is_refused_before_loading(load, user, changes, named: str) -> None:
     with pytest.raises(ConfigError, match=named):
