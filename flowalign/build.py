@@ -39,4 +39,7 @@ def task_of(
     rollout = replace(
         config.rollout, kernel=config.rollout.kernel.bind(policy.path), groups=groups or config.rollout.groups
     )
-    return Task(policy, config.reward, rollout, config.run.seed, config.policy.size, processes or Processes())
+    return Task(
+        policy, config.reward, rollout, config.run.seed, config.policy.size, processes or Processes(), config.process_rewards,
+        config.policy.fps,
+    )  # fmt: skip

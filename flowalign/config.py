@@ -25,13 +25,15 @@ from flowalign.models.lora import LoRA
 from flowalign.models.roles import Role, check_roles
 from flowalign.rollouts.task import Rollout
 from flowalign.trainers import Setup, Trainer
-from rewards import Reward
+from rewards import Reward, channels_of, labels_of, spec_of
+from samplers import unscored
 
 
 @dataclass(frozen=True)
 class PolicySettings:
     """Which model, and which of its weights are trained (see `load_policy`). family: the import path of a model family of
-    your own, such as my_module.FAMILY; null finds it by the pipeline's class. height, width in pixels, frames of a video."""
+    your own, such as my_module.FAMILY; null finds it by the pipeline's class. height, width in pixels, frames of a video, fps: how many of
+    them a second has."""
 
     path: str = "glyphs"
     lora: LoRA = field(default_factory=LoRA)
@@ -44,6 +46,7 @@ class PolicySettings:
     frames: int = 1
     max_sequence_length: int | None = None
     negative_prompt: str = ""
+    fps: float | None = None
     reference_copy: bool = False
     offload: list[Literal["encoders", "vae"]] = field(default_factory=list)
     decode_batch: int | None = None
@@ -103,7 +106,7 @@ class EvaluationSettings:
             if vars(self)[key] < 1:
                 raise ValueError(f"evaluation.{key}={vars(self)[key]}: expected at least 1")
         _check_seed("evaluation.seed", self.seed)
-        names = [reward.name for reward in self.rewards]
+        names = [label for reward in self.rewards for label in labels_of(reward)]
         if not names or len(set(names)) < len(names):
             raise ValueError(f"evaluation.rewards are named {names}: expected at least one, each with its own `name`")
         if self.every is not None and self.every < 1:
@@ -117,7 +120,9 @@ def _check_seed(key: str, seed: int) -> None:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A whole training configuration."""
+    """A whole training configuration.
+
+    process_rewards: score noisy states of the rollout, by the names of their channels (see flowalign.credit.Process)."""
 
     run: RunSettings
     prompts: str
@@ -126,6 +131,7 @@ class TrainConfig:
     evaluation: EvaluationSettings
     rollout: Rollout
     policy: PolicySettings = field(default_factory=PolicySettings)
+    process_rewards: list[Reward] = field(default_factory=list)
 
 
 def parser() -> ArgumentParser:
@@ -214,7 +220,8 @@ def check(config: TrainConfig) -> None:
         raise ConfigError(f"policy.max_sequence_length={policy.max_sequence_length}: expected at least 0, or null")
     path = path_of(policy.path, policy.family)
     bound = replace(rollout, kernel=rollout.kernel.bind(path))
-    config.trainer.check(Setup(bound, path, (config.reward.name,), policy.roles))
+    state_channels = _check_rewards(config)
+    config.trainer.check(Setup(bound, path, channels_of(config.reward), policy.roles, state_channels))
     if policy.trainable == "lora":
         check_lora_targets(policy.path, policy.lora.targets, policy.family)
         check_lora_folders(policy.path, policy.lora, policy.roles, policy.family)
@@ -235,6 +242,37 @@ def check(config: TrainConfig) -> None:
         raise ConfigError(
             f"evaluation.count={config.evaluation.count}: {config.evaluation.prompts} holds {len(held_out)} prompts"
         )
+
+
+def _check_rewards(config: TrainConfig) -> tuple[str, ...]:
+    """Each reward is where its scope belongs. Returns the channels of the process rewards."""
+    for key, reward, expected in (
+        ("reward", config.reward, "terminal"),
+        *(("evaluation.rewards", reward, "terminal") for reward in config.evaluation.rewards),
+        *(("process_rewards", reward, "latent") for reward in config.process_rewards),
+    ):
+        if spec_of(reward).scope != expected:
+            place = "process_rewards" if expected == "terminal" else "reward, or evaluation.rewards"
+            raise ConfigError(
+                f"got {key} with {reward.name!r}, whose scope is {spec_of(reward).scope!r}; expected {expected!r}: name it under {place}"
+            )
+    if config.policy.fps is not None and not 0 < config.policy.fps < math.inf:
+        raise ConfigError(f"policy.fps={config.policy.fps}: expected a number above 0, or null")
+    if config.policy.frames > 1 and config.policy.fps is None:
+        raise ConfigError(f"policy.frames={config.policy.frames} with policy.fps=null: expected frames per second")
+    states = tuple(channel for reward in config.process_rewards for channel in channels_of(reward))
+    if len(set(states)) < len(states) or set(states) & set(channels_of(config.reward)):
+        raise ConfigError(
+            f"got process_rewards with the channels {list(states)} beside reward with {list(channels_of(config.reward))}; "
+            "expected different names: set `name`"
+        )
+    several = len(channels_of(config.reward)) > 1
+    if several and config.rollout.plan.select(unscored) is not None:
+        raise ConfigError(
+            f"got a rollout.plan that selects by the reward, which has the channels {list(channels_of(config.reward))}; expected "
+            "one score to rank states by: take a plan without samplers.Selected, or rewards.Mix"
+        )
+    return states
 
 
 KEYS = {

@@ -10,6 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
 from samplers.noise import generator
 
 
@@ -142,3 +147,20 @@ def prompts_of_iteration(records: Sequence[PromptRecord], count: int, seed: int,
         order = generator(seed, "data", epoch).permutation(len(records))
         chosen.append(records[int(order[place])])
     return chosen
+
+
+def source_images(records: Sequence[PromptRecord], device: torch.device | str = "cpu") -> list[list[Tensor]] | None:
+    """The source images of each record, [3, H, W] in [0, 1] (alpha is dropped), each file read once; None if no record has
+    any."""
+    if not any(record.images for record in records):
+        return None
+    files = {
+        path: _pixels(path).to(device) for path in dict.fromkeys(path for record in records for path in record.images)
+    }
+    return [[files[path] for path in record.images] for record in records]
+
+
+def _pixels(path: Path) -> Tensor:
+    with Image.open(path) as picture:
+        array = np.array(picture.convert("RGB"))
+    return torch.from_numpy(array).permute(2, 0, 1).float() / 255

@@ -1,14 +1,25 @@
-"""Rewards: images and text in, scores out. Imports neither samplers nor trainers.
+"""Rewards: images, videos or latents with text in, scores out. Imports neither samplers nor trainers.
 
 A new reward is one new file, or a plain function named by its path; YAML names the class by import path. base: the
-contract; guard: `score`, through which every caller asks a reward; mix, function, with_timeout: rewards made of others;
-ocr/ and workers/: reading text, and helper processes.
+contract; guard: `score`, through which every caller asks a reward; mix, channels, with_timeout: rewards made of others
+(parts: what they share); function: a plain function; ocr/ and workers/: reading text, and helper processes.
 """
 
-from rewards.base import Reward, RewardBatch, RewardError, RewardOutput
+from rewards.base import (
+    Reward,
+    RewardBatch,
+    RewardError,
+    RewardOutput,
+    RewardSpec,
+    channels_of,
+    labels_of,
+    pictures,
+    spec_of,
+)
+from rewards.channels import Channels
 from rewards.color import ColorAccuracy
 from rewards.function import FunctionReward
-from rewards.guard import score
+from rewards.guard import score, score_chunks
 from rewards.jpeg import JPEGCompressibility, JPEGIncompressibility
 from rewards.mix import Mix
 from rewards.ocr import OCR, Line, RapidReader, Recognizer
@@ -21,8 +32,14 @@ __all__ = [
     "RewardBatch",
     "RewardOutput",
     "RewardError",
+    "RewardSpec",
+    "channels_of",
+    "labels_of",
+    "pictures",
+    "spec_of",
     "WithTimeout",
     "score",
+    "score_chunks",
     "OCR",
     "Recognizer",
     "RapidReader",
@@ -31,5 +48,6 @@ __all__ = [
     "JPEGCompressibility",
     "JPEGIncompressibility",
     "Mix",
+    "Channels",
     "FunctionReward",
 ]

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rewards.base import RewardBatch, RewardOutput
+from rewards.base import RewardBatch, RewardOutput, RewardSpec
 
 INK_SHARE = 0.05  # of the pixels, the ones farthest from the paper color, are taken for ink
 NO_INK = 0.1  # nearer than this to the paper (RGB in [0, 1], Euclidean), a color does not count as ink
@@ -35,6 +35,11 @@ class ColorAccuracy:
     ink_key: str = "ink"
     paper_key: str = "paper"
     name: str = "color"
+
+    @property
+    def spec(self) -> RewardSpec:
+        """Not differentiable: colors are compared by name."""
+        return RewardSpec(range=(0, 1))
 
     def __post_init__(self) -> None:
         if self.metric not in ("mean", "both"):

@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rewards.base import RewardBatch, RewardOutput
+from rewards.base import Input, RewardBatch, RewardOutput, RewardSpec, Scope
+
+BATCH_FIELDS = ("latents", "sigma", "videos", "fps", "conditions")  # what a function may name beside metadata columns
 
 
 @dataclass
@@ -28,12 +30,21 @@ class FunctionReward:
     that it names (or all, with **metadata): lists of N, None where a sample lacks the key. It returns N numbers: a tensor,
     an array or a list, in which NaN or None means "no score for this sample".
 
+    inputs: what it reads. Without "images" the first argument is prompts. Parameters called latents, sigma, videos, fps or
+    conditions get those of the batch (see RewardBatch). scope: "latent" makes it a process reward of states (latents, sigma).
+    channels: names of its scores, if there are several: it then returns [N, C]. differentiable: it returns a tensor with a
+    graph to its inputs.
+
     The path's form and the file are checked at construction, the function is imported by `load`. Relative files are
     looked for in the working directory.
     """
 
     path: str
     name: str = ""
+    channels: tuple[str, ...] = ()
+    inputs: tuple[Input, ...] = ("images",)
+    scope: Scope = "terminal"
+    differentiable: bool = False
     _function: Callable[..., Any] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -41,6 +52,11 @@ class FunctionReward:
         if place.endswith(".py") and not Path(place).is_file():
             raise ValueError(f"reward {self.path!r}: there is no file {Path(place).absolute()}; expected it to exist")
         self.name = self.name or attribute
+        self.spec  # noqa: B018 (checked at construction)
+
+    @property
+    def spec(self) -> RewardSpec:
+        return RewardSpec(tuple(self.inputs), self.scope, tuple(self.channels), self.differentiable)
 
     def load(self) -> None:
         if self._function is None:
@@ -51,24 +67,35 @@ class FunctionReward:
     def __call__(self, batch: RewardBatch) -> RewardOutput:
         self.load()
         assert self._function is not None
-        columns = self._columns(self._function, batch)
-        scores = as_scores(self._function(batch.images, list(batch.prompts), **columns), self.path)
+        first = [batch.images] if "images" in self.inputs else []
+        named = self._named(self._function, batch, skip=len(first) + 1)
+        answer = self._function(*first, list(batch.prompts), **named)
+        scores = as_scores(answer, self.path, grad=torch.is_grad_enabled() and self.differentiable)
         return RewardOutput(scores, torch.isfinite(scores))
 
-    def _columns(self, function: Callable[..., Any], batch: RewardBatch) -> dict[str, list[Any]]:
-        """The metadata columns that the function takes."""
+    def _named(self, function: Callable[..., Any], batch: RewardBatch, skip: int) -> dict[str, Any]:
+        """The fields of the batch and the metadata columns that the function takes, after its first `skip` parameters."""
         known = list(dict.fromkeys(key for row in batch.metadata for key in row))
-        parameters = list(inspect.signature(function).parameters.values())[2:]
+        parameters = list(inspect.signature(function).parameters.values())[skip:]
         named = [each for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)]
+        fields = {each.name: vars(batch)[each.name] for each in named if each.name in BATCH_FIELDS}
         for each in named:
-            if each.default is each.empty and each.name not in known:
+            if each.default is not each.empty:
+                continue
+            if each.name in BATCH_FIELDS and fields[each.name] is None:
+                raise ValueError(
+                    f"reward {self.path!r} takes {each.name!r}, which its batch does not have: name what it reads in "
+                    "`inputs` ('videos', 'latents'); conditions come with prompts that have images"
+                )
+            if each.name not in known and each.name not in fields:
                 raise ValueError(
                     f"reward {self.path!r} needs the metadata column {each.name!r}; the prompts have "
                     f"{near(each.name, known)}"
                 )
         takes_all = any(each.kind == each.VAR_KEYWORD for each in parameters)
         wanted = known if takes_all else [each.name for each in named if each.name in known]
-        return {key: [row.get(key) for row in batch.metadata] for key in wanted}
+        given = {name: value for name, value in fields.items() if value is not None}  # else its default
+        return {key: [row.get(key) for row in batch.metadata] for key in wanted} | given
 
 
 def split_path(path: str) -> tuple[str, str]:
@@ -105,14 +132,30 @@ def _guess(name: str, known: list[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def as_scores(values: object, path: str) -> Tensor:
-    """float32 on the CPU from what the function `path` returned; None becomes NaN."""
-    if isinstance(values, (list, tuple)):
-        values = [float("nan") if value is None else value for value in values]
+def as_scores(values: object, path: str, *, grad: bool = False) -> Tensor:
+    """float32 on the CPU from what the function `path` returned; None becomes NaN. grad: a tensor as it is, with its graph."""
+    if grad:
+        if not isinstance(values, Tensor):
+            raise TypeError(
+                f"reward {path!r} returned {type(values).__name__}; expected a tensor with a graph to its inputs "
+                "(differentiable: true)"
+            )
+        return values
     try:
-        return torch.as_tensor(values).detach().to("cpu", torch.float32)
+        return (
+            torch.as_tensor(_numbers(values) if isinstance(values, (list, tuple)) else values)
+            .detach()
+            .to("cpu", torch.float32)
+        )
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"reward {path!r} returned {type(values).__name__}; expected one number per sample") from error
+
+
+def _numbers(values: object) -> object:
+    """Lists, also nested ones, with NaN for None."""
+    if isinstance(values, (list, tuple)):
+        return [_numbers(value) for value in values]
+    return float("nan") if values is None else values
 
 
 def _import_file(path: Path) -> ModuleType:

@@ -8,13 +8,14 @@ identical sizes, so a group of equal images has no spread.
 from __future__ import annotations
 
 import io
+import math
 from dataclasses import dataclass
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from rewards.base import RewardBatch, RewardOutput
+from rewards.base import RewardBatch, RewardOutput, RewardSpec
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,10 @@ class JPEGIncompressibility:
 
     quality: int = 95
     name: str = "jpeg_incompressibility"
+
+    @property
+    def spec(self) -> RewardSpec:
+        return RewardSpec(range=(0, math.inf))
 
     def load(self) -> None: ...
 
@@ -41,6 +46,10 @@ class JPEGCompressibility:
     quality: int = 95
     divide_by: float = 1.0
     name: str = "jpeg_compressibility"
+
+    @property
+    def spec(self) -> RewardSpec:
+        return RewardSpec(range=(-math.inf, 0))
 
     def __post_init__(self) -> None:
         if self.divide_by <= 0:

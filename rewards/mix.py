@@ -6,17 +6,18 @@ from dataclasses import dataclass
 
 import torch
 
-from rewards.base import Reward, RewardBatch, RewardOutput
-from rewards.guard import score
+from rewards.base import Reward, RewardBatch, RewardOutput, RewardSpec, channels_of
+from rewards.parts import ask, check_names, joint_spec, wants_gradient
 
 
 @dataclass(frozen=True)
 class Mix:
     """sum_k weights[k] * score_k of raw scores: no standardization, so mind the scales (OCR 0..1, JPEG tens of kB).
 
-    A sample is valid if it is for every part. Components: each part's raw score under the part's name, and the part's own
-    components as `part/component`. Two parts of one class need different names. Each part is asked through `score`, so a
-    failure names the part.
+    One channel: the sum. A part of several channels is refused, since a weight is for one score; `Channels` keeps them
+    apart. A sample is valid if it is for every part. Components: each part's raw score under the part's name, and the part's
+    own components as `part/component`. Two parts of one class need different names. Each part is asked through `score`, so
+    a failure names the part. Uncertainty: sum_k |weights[k]| * u_k, an upper bound, over the parts that state one.
     """
 
     rewards: list[Reward]
@@ -24,11 +25,22 @@ class Mix:
     name: str = "mix"
 
     def __post_init__(self) -> None:
-        names = [part.name for part in self.rewards]
-        if not names or len(names) != len(self.weights):
+        check_names("a mix", self.rewards)
+        if len(self.rewards) != len(self.weights):
+            names = [part.name for part in self.rewards]
             raise ValueError(f"got a mix of rewards {names} and weights {self.weights}; expected one weight per reward")
-        if len(set(names)) < len(names):
-            raise ValueError(f"got a mix of rewards {names}; expected different names: set `name` on the equal ones")
+        for part in self.rewards:
+            if len(channels := channels_of(part)) > 1:
+                raise ValueError(
+                    f"got a mix with reward {part.name!r}, whose channels are {list(channels)}; expected one score "
+                    "per part: take rewards.Channels, and mix advantages (flowalign.advantage.Mixed)"
+                )
+        joint_spec("a mix", self.rewards)
+
+    @property
+    def spec(self) -> RewardSpec:
+        """The parts' together, one channel."""
+        return joint_spec("a mix", self.rewards)
 
     def load(self) -> None:
         for part in self.rewards:
@@ -39,15 +51,15 @@ class Mix:
             part.close()
 
     def __call__(self, batch: RewardBatch) -> RewardOutput:
-        total = torch.zeros(len(batch))
+        outputs, parts, info = ask(self.rewards, batch, grad=wants_gradient(self.spec))
+        total = torch.zeros_like(outputs[0].scores[:, 0])
+        uncertainty = None
         components = {}
-        info = [""] * len(batch)
-        for part, weight in zip(self.rewards, self.weights, strict=True):
-            output = score(part, batch, max_fail_rate=1.0)  # the caller's `score` judges how many may fail
-            total = total + weight * output.scores  # NaN where this part has no score
-            components[part.name] = output.scores
-            components |= {f"{part.name}/{key}": value for key, value in output.components.items()}
-            info = [
-                f"{text}; {part.name}: {more}" if more else text for text, more in zip(info, output.info, strict=True)
-            ]
-        return RewardOutput(total, ~total.isnan(), components, [text.removeprefix("; ") for text in info])
+        for part, weight, output in zip(self.rewards, self.weights, outputs, strict=True):
+            column = output.scores[:, 0].to(total)
+            total = total + weight * column  # NaN where this part has no score
+            components[part.name] = column.detach().float()
+            if output.uncertainty is not None:
+                more = abs(weight) * output.uncertainty[:, 0].to(total)
+                uncertainty = more if uncertainty is None else uncertainty + more
+        return RewardOutput(total, ~total.isnan(), components | parts, info, uncertainty=uncertainty)

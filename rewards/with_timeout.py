@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
 
-from rewards.base import Reward, RewardBatch, RewardError, RewardOutput
-from rewards.guard import score
+from rewards.base import Reward, RewardBatch, RewardError, RewardOutput, RewardSpec, channels_of
+from rewards.guard import cat, score
+from rewards.parts import wants_gradient
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +44,11 @@ class WithTimeout:
         """The reward's."""
         return self.reward.name
 
+    @property
+    def spec(self) -> RewardSpec:
+        """The reward's."""
+        return self.reward.spec
+
     def load(self) -> None:
         self.reward.load()
 
@@ -53,38 +58,23 @@ class WithTimeout:
     def __call__(self, batch: RewardBatch) -> RewardOutput:
         size = self.batch_size or max(len(batch), 1)
         parts = [range(first, min(first + size, len(batch))) for first in range(0, len(batch), size)]
-        answers = [self._ask(batch.select(part)) for part in parts]
-        names = sorted({name for answer in answers for name in answer.components})
-        missing = [torch.full((len(part),), torch.nan) for part in parts]
-
-        def joined(tensors: list[Tensor]) -> Tensor:
-            return torch.cat(tensors) if tensors else torch.zeros(0)
-
-        return RewardOutput(
-            joined([answer.scores for answer in answers]),
-            joined([answer.valid for answer in answers]).bool(),
-            {
-                name: joined([a.components.get(name, m) for a, m in zip(answers, missing, strict=True)])
-                for name in names
-            },
-            [text for answer in answers for text in answer.info],
-        )
+        return cat([self._ask(batch.select(part)) for part in parts or [range(0)]])
 
     def _ask(self, batch: RewardBatch) -> RewardOutput:
         try:
-            return _within(self.timeout, self.reward, batch)
+            return _within(self.timeout, self.reward, batch, grad=wants_gradient(self.spec))
         except RewardError as error:
             if self.on_error == "raise":
                 raise
             logger.warning("%s; its samples are masked", error)
-            nothing = torch.full((len(batch),), torch.nan)
-            return RewardOutput(nothing, torch.zeros(len(batch), dtype=torch.bool), {}, [str(error)] * len(batch))
+            nothing = torch.full((len(batch), len(channels_of(self.reward))), torch.nan)
+            return RewardOutput(nothing, torch.zeros_like(nothing, dtype=torch.bool), {}, [str(error)] * len(batch))
 
 
-def _within(timeout: float | None, reward: Reward, batch: RewardBatch) -> RewardOutput:
+def _within(timeout: float | None, reward: Reward, batch: RewardBatch, *, grad: bool) -> RewardOutput:
     """The checked answer; RewardError if there is none in time."""
     if timeout is None:
-        return score(reward, batch, max_fail_rate=1.0)
+        return score(reward, batch, grad=grad, max_fail_rate=1.0)
     device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
     answers: list[RewardOutput] = []
     errors: list[BaseException] = []
@@ -93,7 +83,7 @@ def _within(timeout: float | None, reward: Reward, batch: RewardBatch) -> Reward
         if device is not None:
             torch.cuda.set_device(device)  # the current device belongs to a thread
         try:
-            answers.append(score(reward, batch, max_fail_rate=1.0))
+            answers.append(score(reward, batch, grad=grad, max_fail_rate=1.0))
         except BaseException as error:
             errors.append(error)
 

@@ -45,6 +45,11 @@ def completed(tree: Tree, nodes: Tensor, scores: Tensor, valid: Tensor) -> tuple
     return torch.where(ok, scores[row].double(), 0.0), ok
 
 
+def uncertainty_of(channel: str) -> str:
+    """The name in Forest.scores of the uncertainty of the leaves' scores in a channel."""
+    return f"uncertainty/{channel}"
+
+
 @dataclass(frozen=True, eq=False)
 class Lines:
     """The stochastic steps of a tree divided into lines, as positions in `tree.edges` [E].

@@ -31,8 +31,8 @@ class Process:
         if self.score not in forest.scores:
             raise ValueError(
                 f"got no state scores named {self.score!r} (this rollout has: {sorted(forest.scores) or 'none'}). "
-                "No configuration scores states yet: take a credit of samples or probes (Broadcast, SubtreeFusion, Gain), "
-                "or, in code of your own, call forest.with_scores before the credit is assigned"
+                "Name a latent reward with this channel under process_rewards, or take a credit of samples or probes "
+                "(Broadcast, SubtreeFusion, Gain)"
             )
         of_state = forest.scores[self.score].double().cpu()
         before, after = of_state[forest.tree.parent[forest.tree.edges]], of_state[forest.tree.edges]

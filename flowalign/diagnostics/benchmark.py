@@ -64,7 +64,8 @@ def compare(config: TrainConfig, variants: Sequence[str], iterations: int) -> li
     task, prompts = task_of(config, policy), load_prompts(config.prompts)
     measured: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
     try:
-        config.reward.load()
+        for reward in (config.reward, *config.process_rewards):
+            reward.load()
         for iteration in range(-1, iterations):  # the first one warms up
             chosen = prompts_of_iteration(prompts, config.rollout.groups, config.run.seed, max(iteration, 0))
             for name in variants:
@@ -72,7 +73,8 @@ def compare(config: TrainConfig, variants: Sequence[str], iterations: int) -> li
                 if iteration >= 0:
                     measured[name].append(found)
     finally:
-        config.reward.close()
+        for reward in (config.reward, *config.process_rewards):
+            reward.close()
     backward = 2 if config.policy.trainable == "lora" else 3
     rows = [_row(name, found, backward) for name, found in measured.items()]
     if any(row["evaluations"]["update"] == 0 for row in rows):

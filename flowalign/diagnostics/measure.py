@@ -19,12 +19,35 @@ from flowalign.rollouts.task import Task
 from flowalign.selectors import Selector
 from flowalign.selectors.base import START
 from flowalign.trainers import PolicyGradient, Trainer
+from rewards import RewardBatch, RewardOutput, RewardSpec
 from samplers import Forest
 
 
 def brightness(images: Tensor, prompts: Sequence[str]) -> Tensor:
     """A reward [N] that needs no model and differs between any two images, so that advantages are never all 0."""
     return images.mean((1, 2, 3))
+
+
+@dataclass(frozen=True)
+class StandIn:
+    """Brightness in the place of a reward with these channels: channel c scores brightness^(c+1), known for certain."""
+
+    channels: tuple[str, ...]
+    name: str = "brightness"
+
+    @property
+    def spec(self) -> RewardSpec:
+        return RewardSpec(channels=self.channels)
+
+    def load(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    def __call__(self, batch: RewardBatch) -> RewardOutput:
+        assert batch.images is not None  # `score` refuses a batch without
+        bright = brightness(batch.images, batch.prompts)
+        scores = torch.stack([bright ** (number + 1) for number in range(len(self.channels))], 1)
+        return RewardOutput(scores, torch.ones_like(scores, dtype=torch.bool), uncertainty=torch.zeros_like(scores))
 
 
 @dataclass(frozen=True)

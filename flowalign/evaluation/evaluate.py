@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flowalign.data import PromptRecord, digest
+from flowalign.data import PromptRecord, digest, source_images
 from flowalign.distributed.processes import Processes
 from flowalign.models.base import Conditions, Policy, Size
-from rewards import Reward, RewardBatch, RewardError, score
+from rewards import Reward, RewardBatch, RewardError, labels_of, pictures, score
 from samplers import Tree, normal, rollout, scattered
 
 
@@ -51,6 +51,7 @@ def evaluate(
     size: Size,
     samples_per_prompt: int = 1,
     keep_images: int = 8,
+    fps: float | None = None,
     progress: Callable[[int], None] | None = None,
     processes: Processes | None = None,
 ) -> EvaluationResult:
@@ -58,7 +59,8 @@ def evaluate(
 
     Uses the weights as they are: wrap the call in `policy.role("reference")` for the base, in `ema.applied()` for the
     average. Scores do not depend on `batch_size` beyond rounding. `progress(n)` is called after each batch of n.
-    A reward that fails, or gives no score for more than half of the images, is a RewardError; one sample without a
+    fps: of a policy that makes videos, of which the result keeps the first frames. A reward of several channels is reported
+    as several, `reward/channel`. A reward that fails, or gives no score for more than half of the images, is a RewardError; one sample without a
     score is nan. `processes` share the images, and each returns the whole result."""
     _check(prompts, rewards, batch_size, samples_per_prompt)
     everyone = processes or Processes()
@@ -71,15 +73,17 @@ def evaluate(
     share = everyone.share(len(jobs))
     shape = policy.latent_shape(size)
     kept: list[Tensor] = []
-    scores: dict[str, list[Tensor]] = {reward.name: [] for reward in rewards}
+    scores: dict[str, list[Tensor]] = {label: [] for reward in rewards for label in labels_of(reward)}
     for first in range(share.start, share.stop, batch_size):
         batch = jobs[first : min(first + batch_size, share.stop)]
         noise = torch.stack([normal(shape, seed, "start", "evaluate", record.uid, number) for record, number in batch])
         conditions = policy.encode([record for record, _ in batch], negative=guidance_scale != 1)
-        images = policy.decode(sample(policy, conditions, noise, num_inference_steps, guidance_scale))
-        for name, part in _score(rewards, [record for record, _ in batch], images, first).items():
+        latents = sample(policy, conditions, noise, num_inference_steps, guidance_scale)
+        images = policy.decode(latents)
+        for name, part in _score(rewards, [record for record, _ in batch], images, latents, fps, first).items():
             scores[name].append(part)
-        kept.append(images[: max(0, keep_images - first)].float().cpu())
+        still = images if images.ndim == 4 else images[:, 0]
+        kept.append(still[: max(0, keep_images - first)].float().cpu())
         if progress is not None:
             progress(len(batch))
     complete = {name: everyone.gather(torch.cat(parts)) for name, parts in scores.items()}
@@ -99,7 +103,7 @@ def evaluate(
 
 
 def _check(prompts: Sequence[PromptRecord], rewards: Sequence[Reward], batch_size: int, samples: int) -> None:
-    names, uids = [reward.name for reward in rewards], [record.uid for record in prompts]
+    names, uids = [label for reward in rewards for label in labels_of(reward)], [record.uid for record in prompts]
     if not prompts or not rewards or batch_size < 1 or samples < 1:
         raise ValueError(
             f"evaluate got {len(prompts)} prompts, {len(rewards)} rewards, batch_size={batch_size}, "
@@ -128,16 +132,32 @@ def sample(
     return forest.at(tree.leaves)
 
 
-def _score(rewards: Sequence[Reward], records: list[PromptRecord], images: Tensor, first: int) -> dict[str, Tensor]:
-    """{reward: float64 [n]}, nan = not valid. How many may fail is judged over all images, not batch by batch."""
+def _score(
+    rewards: Sequence[Reward],
+    records: list[PromptRecord],
+    images: Tensor,
+    latents: Tensor,
+    fps: float | None,
+    first: int,
+) -> dict[str, Tensor]:
+    """{reward: float64 [n]}, a reward of several channels as `reward/channel`; nan = not valid. How many may fail is judged
+    over all images, not batch by batch."""
     batch = RewardBatch(
         prompts=[record.prompt for record in records],
-        images=images,
         metadata=[record.metadata for record in records],
         sample_ids=list(range(first, first + len(records))),
         group_ids=[record.uid for record in records],
+        conditions=source_images(records, latents.device),
+        latents=latents,
+        sigma=latents.new_zeros(len(latents)),
+        **pictures(images, fps),
     )
-    return {reward.name: score(reward, batch, max_fail_rate=1.0).scores.double() for reward in rewards}
+    outputs = [(reward, score(reward, batch, max_fail_rate=1.0)) for reward in rewards]
+    return {
+        label: column.double()
+        for reward, output in outputs
+        for label, column in zip(labels_of(reward), output.scores.T, strict=True)
+    }
 
 
 def _check_valid(scores: dict[str, Tensor]) -> None:

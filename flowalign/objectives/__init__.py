@@ -1,6 +1,7 @@
 """Objectives: pure functions of tensors. Losses of transitions and of states, step weights, KL penalties."""
 
 from flowalign.objectives.adjoint import scalar_adjoint
+from flowalign.objectives.certainty import Certainty
 from flowalign.objectives.dynamic_clip import DynamicClip
 from flowalign.objectives.kl import KLPenalty, Regularizer
 from flowalign.objectives.layer_tuning import LayerTuning, Supervision, Targets
@@ -10,6 +11,6 @@ from flowalign.objectives.transitions import ClippedRatio, Guard, KLMask, Object
 __all__ = [
     "ClippedRatio", "DynamicClip", "Guard", "KLMask", "Objective", "Transitions", "KLPenalty", "Regularizer",
     "LayerTuning", "Supervision", "Targets",
-    "FlatGradient", "InverseLength", "LongCat", "StdOverMean", "StepWeight", "Uniform",
+    "Certainty", "FlatGradient", "InverseLength", "LongCat", "StdOverMean", "StepWeight", "Uniform",
     "scalar_adjoint",
 ]  # fmt: skip

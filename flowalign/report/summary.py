@@ -14,6 +14,7 @@ from flowalign.models import Policy
 from flowalign.report.grids import captions, grid
 from flowalign.report.html import write_report
 from flowalign.storage.files import write_atomic
+from rewards import labels_of
 
 
 def summarize(
@@ -21,7 +22,7 @@ def summarize(
     totals: Mapping[str, float], seconds: float,
 ) -> dict[str, Any]:  # fmt: skip
     """summary.json. The figures of the first evaluation reward stand at the top, those of all under `rewards`."""
-    rewards, first = gains_table(paired_gains(base, tuned)), config.evaluation.rewards[0].name
+    rewards, first = gains_table(paired_gains(base, tuned)), labels_of(config.evaluation.rewards[0])[0]
     images = max(1, totals["images"])
     return {
         "reward": first,

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
-from flowalign.data import PromptRecord
+from flowalign.credit.base import uncertainty_of
+from flowalign.data import PromptRecord, source_images
 from flowalign.models.base import Conditions
 from flowalign.rollouts.gather import gather_forest, gather_output, gather_tree
 from flowalign.rollouts.task import Rollout, Task
 from flowalign.rollouts.tree_plot import plot_tree
-from rewards import RewardBatch, RewardOutput, score
+from rewards import Reward, RewardBatch, RewardOutput, channels_of, pictures, score_chunks
 from samplers import FlowSDE, Forest, KeyedNoise, Tree, VelocityLookup, rollout, sampled, unscored
 from samplers.noise import generator, visits
 
 
 @dataclass(frozen=True, eq=False)
 class ScoredRollout:
-    """A scored forest. conditions: one row per group. scores [L, C], valid [L, C]: of `tree.leaves`, probes among them.
+    """A scored forest. conditions: one row per group. scores [L, C], valid [L, C]: of `tree.leaves`, probes among them, a column
+    per name in `channels`. forest.scores: of states by the task's process rewards, and `uncertainty/<channel>` of leaves.
 
     uids: the prompt uid of each group."""
 
@@ -39,6 +41,14 @@ class ScoredRollout:
     def images(self) -> int:
         """How many samples there are; the leaf of a probe is none."""
         return int(sampled(self.forest.tree).sum())
+
+    @property
+    def uncertainty(self) -> Tensor | None:
+        """[L, C] how far each score may be off, nan where that is not known; None if the reward states none."""
+        names, leaves = [uncertainty_of(channel) for channel in self.channels], self.forest.tree.leaves
+        if any(name not in self.forest.scores for name in names):
+            return None
+        return torch.stack([self.forest.scores[name][leaves] for name in names], 1)
 
     def picture(self) -> bytes:
         """The tree, colored by the first reward: a PNG."""
@@ -83,13 +93,17 @@ def collect(
         task, prompts, conditions, iteration, share, partial(roll or rollout, keep_velocities=keep_velocities)
     )
     rolled, leaves = time.perf_counter(), forest.tree.leaves
-    output, decoding = _judge(task, prompts, forest.tree.group[leaves] + share.start, forest.at(leaves))
+    forest = _with_state_scores(task, prompts, forest, share.start)
+    began_leaves = time.perf_counter()
+    output = _judge(task, prompts, forest.tree.group[leaves] + share.start, forest.at(leaves))
+    decoding = time.perf_counter() - began_leaves - output.elapsed
     milliseconds = 1000 * output.elapsed / len(leaves)
     rows = processes.total(task.policy.evaluations - rows_before)
     if processes.count > 1:
         planned = grow(task.rollout, task.seed, iteration, range(len(prompts)))
         tree = gather_tree(processes, planned, forest.tree)
         forest, output = gather_forest(processes, tree, forest), gather_output(processes, tree, output)
+    forest = _with_uncertainty(forest, output)
     sample = sampled(forest.tree)
     images, probes = int(sample.sum()), int((~sample).sum())
     metrics = {
@@ -100,13 +114,14 @@ def collect(
         "time/decode": decoding,
         "time/reward": output.elapsed,
         "time/reward_ms_per_image": milliseconds,
+        **_process_metrics(task, forest, began_leaves - rolled),
     }
     return ScoredRollout(
         forest=forest,
         conditions=conditions,
-        scores=output.scores[:, None],
-        valid=output.valid[:, None],
-        channels=(task.reward.name,),
+        scores=output.scores,
+        valid=output.valid,
+        channels=output.channels,
         iteration=iteration,
         metrics=metrics,
         uids=tuple(record.uid for record in prompts),
@@ -136,11 +151,11 @@ def _roll_out(
         )
 
     def preview(tree: Tree, nodes: Tensor, x: Tensor, velocities: VelocityLookup) -> Tensor:
-        """The reward of the predicted x̂0; a state that cannot be scored comes last."""
+        """The reward (of one channel) of the predicted x̂0; a state that cannot be scored comes last."""
         sigma = sigmas[tree.index[nodes]]
         x0 = x if int(tree.index[nodes[0]]) == tree.num_steps else policy.path.x0_from_velocity(x, velocities(), sigma)
-        output, _ = _judge(task, prompts, tree.group[nodes] + share.start, x0)
-        return torch.where(output.valid, output.scores, torch.finfo(output.scores.dtype).min)
+        output = _judge(task, prompts, tree.group[nodes] + share.start, x0)
+        return torch.where(output.valid, output.scores, torch.finfo(output.scores.dtype).min)[:, 0]
 
     return roll(
         velocity, policy.start(noise.start(tree)), sigmas, tree, settings.kernel, noise.step,
@@ -148,37 +163,101 @@ def _roll_out(
     )  # fmt: skip
 
 
-def decoded(task: Task, prompts: Sequence[PromptRecord], owner: Tensor, latents: Tensor) -> RewardBatch:
-    """Latents [n, *] of the groups `owner` [n] as images, with what a reward may know of them."""
-    groups = owner.tolist()
+def decoded(
+    task: Task, prompts: Sequence[PromptRecord], owner: Tensor, latents: Tensor, inputs: Sequence[str] = ("images",),
+    sigma: Tensor | None = None, first: int = 0,
+) -> RewardBatch:  # fmt: skip
+    """Latents [n, *] of the groups `owner` [n] as a reward that reads `inputs` gets them, with what it may know of them.
+
+    Decoded only if it reads images or videos, in parts of rollout.micro_batch. sigma [n]: their noise levels, 0 by default.
+    first: number of the first sample."""
+    groups, fields = owner.tolist(), {}
+    if set(inputs) & {"images", "videos"}:
+        pixels = torch.cat([task.policy.decode(part) for part in latents.split(task.rollout.micro_batch)])
+        fields = pictures(pixels, task.fps)
+    if "latents" in inputs:
+        levels = torch.zeros(len(latents)) if sigma is None else sigma
+        fields |= {"latents": latents, "sigma": levels.to(latents.device, torch.float32)}
     return RewardBatch(
         prompts=[prompts[group].prompt for group in groups],
-        images=torch.cat([task.policy.decode(part) for part in latents.split(task.rollout.micro_batch)]),
         metadata=[prompts[group].metadata for group in groups],
+        sample_ids=list(range(first, first + len(groups))),
         group_ids=groups,
+        conditions=source_images([prompts[group] for group in groups], latents.device),
+        **fields,
     )
 
 
-def _judge(task: Task, prompts: Sequence[PromptRecord], owner: Tensor, latents: Tensor) -> tuple[RewardOutput, float]:
-    """Decodes and scores latents of the groups `owner` [n]; also the seconds that decoding took."""
-    began = time.perf_counter()
-    batch = decoded(task, prompts, owner, latents)
-    decoding = time.perf_counter() - began
-    return score(task.reward, batch), decoding
+def _judge(
+    task: Task, prompts: Sequence[PromptRecord], owner: Tensor, latents: Tensor, reward: Reward | None = None,
+    sigma: Tensor | None = None,
+) -> RewardOutput:  # fmt: skip
+    """Scores latents [n, *] of the groups `owner` [n] (by the task's reward if no other is given), rollout.micro_batch at a
+    time: one part is decoded, scored and freed before the next. What is not scoring in its time is decoding."""
+    judge, size = reward or task.reward, task.rollout.micro_batch
+
+    def parts() -> Iterator[RewardBatch]:
+        for first in range(0, len(latents), size):
+            rows = slice(first, first + size)
+            levels = None if sigma is None else sigma[rows]
+            yield decoded(task, prompts, owner[rows], latents[rows], judge.spec.inputs, levels, first)
+
+    return score_chunks(judge, parts())
+
+
+def _with_state_scores(task: Task, prompts: Sequence[PromptRecord], forest: Forest, first_group: int) -> Forest:
+    """The forest with the scores of the task's process rewards at both ends of every stochastic step, by channel name.
+
+    first_group: number, among `prompts`, of the group that is 0 in `forest`."""
+    nodes = torch.cat([forest.tree.edges, forest.tree.parents_of_edges]).unique()
+    for reward in task.process_rewards:
+        owner, sigma = forest.tree.group[nodes] + first_group, forest.sigma(nodes)
+        output = _judge(task, prompts, owner, forest.at(nodes), reward, sigma)
+        for channel, column in zip(output.channels, output.scores.T, strict=True):
+            forest = forest.with_scores(channel, _at(forest, nodes, column))
+    return forest
+
+
+def _with_uncertainty(forest: Forest, output: RewardOutput) -> Forest:
+    """The forest with the uncertainty of its leaves' scores, by channel, for a weight of edges."""
+    if output.uncertainty is None:
+        return forest
+    for channel, column in zip(output.channels, output.uncertainty.T, strict=True):
+        forest = forest.with_scores(uncertainty_of(channel), _at(forest, forest.tree.leaves, column))
+    return forest
+
+
+def _at(forest: Forest, nodes: Tensor, values: Tensor) -> Tensor:
+    """[N] `values` [n] at `nodes` [n], nan elsewhere."""
+    return torch.full((len(forest.tree),), torch.nan).index_copy(0, nodes, values.float())
+
+
+def _process_metrics(task: Task, forest: Forest, seconds: float) -> dict[str, float]:
+    if not task.process_rewards:
+        return {}
+    channels = [channel for reward in task.process_rewards for channel in channels_of(reward)]
+    return {f"process/{c}_mean": _mean(forest.scores[c]) for c in channels} | {"time/process": seconds}
+
+
+def _mean(values: Tensor) -> float:
+    """Over the finite ones; nan without one."""
+    finite = values[values.isfinite()].double()
+    return float(finite.mean()) if len(finite) else float("nan")
 
 
 def _reward_metrics(name: str, output: RewardOutput, sample: Tensor) -> dict[str, float]:
-    """Of the leaves `sample` [L] that end a sample: probes of noisier states would lower the mean. `invalid` is of all."""
+    """Of the leaves `sample` [L] that end a sample: probes of noisier states would lower the mean. `invalid` is of all.
 
-    def mean(values: Tensor) -> float:
-        values = values[sample]
-        return float(values[values.isfinite()].double().mean()) if bool(values.isfinite().any()) else float("nan")
-
-    ok = output.scores[output.valid & sample].double()
+    reward/mean: of several channels the mean of their means, whatever weight an advantage gives them."""
+    found: dict[str, float] = {}
+    for channel, column in zip(output.channels, output.scores.T, strict=True):
+        ok = column[column.isfinite() & sample].double()
+        found[f"reward/{channel}_mean"] = _mean(column[sample])
+        found[f"reward/{channel}_std"] = float(ok.std(unbiased=False)) if len(ok) else float("nan")
+    means = [found[f"reward/{channel}_mean"] for channel in output.channels]
     return {
-        "reward/mean": mean(output.scores),
-        f"reward/{name}_mean": mean(output.scores),
-        f"reward/{name}_std": float(ok.std(unbiased=False)) if len(ok) else float("nan"),
-        "reward/invalid": float((~output.valid).sum()),
-        **{f"reward/{name}.{part}_mean": mean(values) for part, values in output.components.items()},
+        "reward/mean": sum(means) / len(means),
+        **found,
+        "reward/invalid": float((~output.valid).any(1).sum()),
+        **{f"reward/{name}.{part}_mean": _mean(values[sample]) for part, values in output.components.items()},
     }

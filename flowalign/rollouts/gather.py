@@ -37,6 +37,9 @@ def gather_forest(processes: Processes, tree: Tree, forest: Forest) -> Forest:
         values = processes.gather(velocities.values)
         order = nodes[evaluated[nodes]].argsort()
         gathered = gathered.with_velocities(role, evaluated.nonzero().flatten(), values[order.to(values.device)])
+    for name, scores in sorted(forest.scores.items()):
+        by_process = processes.gather(scores)
+        gathered = gathered.with_scores(name, torch.empty_like(by_process).index_copy(0, nodes, by_process))
     return gathered
 
 
@@ -50,7 +53,12 @@ def gather_output(processes: Processes, tree: Tree, output: RewardOutput) -> Rew
         return by_process.new_empty(by_process.shape).index_copy(0, order.to(by_process.device), by_process)
 
     components = {name: gathered(values) for name, values in sorted(output.components.items())}
-    return RewardOutput(gathered(output.scores), gathered(output.valid), components, elapsed=output.elapsed)
+    uncertain = processes.total(output.uncertainty is not None) > 0  # a share may hold no sample whose part states one
+    uncertainty = torch.full_like(output.scores, torch.nan) if output.uncertainty is None else output.uncertainty
+    return RewardOutput(
+        gathered(output.scores), gathered(output.valid), components, elapsed=output.elapsed,
+        uncertainty=gathered(uncertainty) if uncertain else None, channels=output.channels,
+    )  # fmt: skip
 
 
 def _by_process(processes: Processes, tree: Tree) -> Tensor:

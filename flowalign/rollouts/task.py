@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -37,7 +38,9 @@ class Rollout:
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """What a trainer is given: the loaded policy, the reward, and the rollout with its kernel bound to the policy's path."""
+    """What a trainer is given: the loaded policy, the reward, and the rollout with its kernel bound to the policy's path.
+
+    process_rewards: score states of the rollout, into Forest.scores. fps: frames per second of a policy that makes videos."""
 
     policy: Policy
     reward: Reward
@@ -45,3 +48,5 @@ class Task:
     seed: int
     size: Size
     processes: Processes = field(default_factory=Processes)
+    process_rewards: Sequence[Reward] = ()
+    fps: float | None = None

@@ -170,10 +170,11 @@ def _enter(config: TrainConfig, plain: dict[str, Any], folder: Path, launch: Lau
         raise ConfigError(str(error)) from error
     if processes.is_main:
         print(forecast(config), flush=True)
-    for reward in (config.reward, *config.evaluation.rewards):
+    for reward in (config.reward, *config.process_rewards, *config.evaluation.rewards):
         leaving.callback(reward.close)
-    try_rewards(config, prompts)
+    try_rewards(config, prompts, launch.accelerator.device)
     policy = policy_of(config, launch.accelerator.device, launch.network_device)
+    try_rewards(config, prompts, launch.accelerator.device, policy)
     processes = launch.shard(policy, processes)
     ema = None if config.run.ema_decay is None else EMA(policy.trainable_parameters(), decay=config.run.ema_decay)
     task = task_of(config, policy, processes=processes)

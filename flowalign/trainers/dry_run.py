@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -24,9 +26,12 @@ def dry_run(signal: Signal, setup: Setup) -> None:
         forest = _forest(setup.rollout, iteration)
         if setup.path.rectified:
             _check_last_step(forest)
+        for name in setup.state_channels:
+            forest = forest.with_scores(name, _random_state_scores(forest, name))
         reason = _untrained(signal, forest, iteration, setup.channels)
         if not reason:
             _check_probes(signal, forest, setup.channels)
+            _check_state_channels(signal, forest, setup)
             return
     raise ValueError(f"nothing would be trained: {reason}")
 
@@ -80,9 +85,28 @@ def _check_probes(signal: Signal, forest: Forest, channels: tuple[str, ...]) -> 
         )
 
 
+def _check_state_channels(signal: Signal, forest: Forest, setup: Setup) -> None:
+    """ValueError for a process reward that the credit does not read."""
+    scores = _random_scores(forest, len(setup.channels), "states")
+    valid = torch.ones_like(scores, dtype=torch.bool)
+    plain = signal.credit.assign(forest, scores, valid, setup.channels).values
+    for name in setup.state_channels:
+        changed = replace(forest, scores={**forest.scores, name: _random_state_scores(forest, name, "again")})
+        if torch.equal(plain, signal.credit.assign(changed, scores, valid, setup.channels).values):
+            raise ValueError(
+                f"got process_rewards with the channel {name!r}, which trainer.signal.credit={signal.credit} does not read: add "
+                f"flowalign.credit.Process(score={name!r}), beside others in Joined, or leave the reward out"
+            )
+
+
 def _random_scores(forest: Forest, channels: int, *key: str | int) -> Tensor:
     """[L, channels] in [0, 1)."""
     return torch.from_numpy(generator(0, "data", "dry_run", *key).random((len(forest.tree.leaves), channels)))
+
+
+def _random_state_scores(forest: Forest, *key: str) -> Tensor:
+    """[N] in [0, 1)."""
+    return torch.from_numpy(generator(0, "data", "dry_run", "states", *key).random(len(forest.tree)))
 
 
 def _untrained(signal: Signal, forest: Forest, iteration: int, channels: tuple[str, ...]) -> str:

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from rewards.base import RewardBatch, RewardOutput
+from rewards.base import RewardBatch, RewardOutput, RewardSpec
 from rewards.ocr.reader import Line, RapidReader, Recognizer
 from rewards.ocr.text import ctc_log_prob, normalize_text, similarity
 
@@ -62,6 +62,10 @@ class OCR:
         if any(len(a) != 1 or len(b) != 1 for a, b in (self.fold or {}).items()):
             raise ValueError(f"got fold={self.fold}; expected one character for one character")
         self._reader = self.recognizer if self.recognizer is not None else RapidReader()
+
+    @property
+    def spec(self) -> RewardSpec:
+        return RewardSpec(range=(0, 1))
 
     def load(self) -> None:
         self._reader.load()

@@ -148,7 +148,7 @@ def test_a_weight_of_flows_refuses_other_paths_and_the_others_are_right_there(cl
 
 def _positive(weight: StepWeight, forest) -> None:
     """One weight per edge, above 0 and finite, the same whatever order the edges are asked in."""
-    edges = forest.tree.edges
+    forest, edges = forest.with_scores("uncertainty/r", torch.linspace(0, 1, len(forest.tree))), forest.tree.edges
 
     def weights(asked: torch.Tensor) -> torch.Tensor:
         parents, position = forest.tree.distinct_parents(asked)

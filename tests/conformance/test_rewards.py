@@ -13,11 +13,24 @@ import rewards
 from flowalign.glyphs import held_out_prompts
 from flowalign.glyphs.prompts import INKS, PAPERS
 from flowalign.glyphs.renderer import render
-from rewards import OCR, JPEGCompressibility, RapidReader, Reward, RewardBatch, RewardOutput, score
+from rewards import (
+    OCR,
+    ColorAccuracy,
+    JPEGCompressibility,
+    RapidReader,
+    Reward,
+    RewardBatch,
+    RewardError,
+    RewardOutput,
+    RewardSpec,
+    channels_of,
+    score,
+)  # fmt: skip
 
 # class -> its arguments, for rewards that have no defaults or are slow with them
 ARGUMENTS: dict[str, Callable[[], dict[str, object]]] = {
-    "FunctionReward": lambda: {"path": "flowalign.diagnostics.measure:brightness"},
+    "Channels": lambda: {"rewards": [JPEGCompressibility(), ColorAccuracy()]},
+    "FunctionReward": lambda: {"path": "flowalign.diagnostics.measure:brightness", "differentiable": True},
     "Mix": lambda: {"rewards": [JPEGCompressibility(), OCR(recognizer=RapidReader(workers=1))], "weights": [0.1, 1.0]},
     "OCR": lambda: {"recognizer": RapidReader(workers=1)},
     "WithTimeout": lambda: {"reward": JPEGCompressibility(), "timeout": 60.0, "batch_size": 2},
@@ -73,7 +86,7 @@ def equal(ours: RewardOutput, other: RewardOutput) -> None:
 
 def test_the_walk_finds_the_rewards() -> None:
     names = {found.__name__ for found in reward_classes()}
-    assert {"ColorAccuracy", "FunctionReward", "JPEGCompressibility", "Mix", "OCR", "WithTimeout"} <= names
+    assert {"ColorAccuracy", "FunctionReward", "JPEGCompressibility", "Mix", "OCR", "WithTimeout", "Channels"} <= names
     assert not {"Engine", "RapidReader", "Recognizer", "Reward", "Workers"} & names
 
 
@@ -95,14 +108,32 @@ def test_construction_is_cheap_and_close_may_be_called_again(found: type) -> Non
 
 
 def test_the_form_of_an_answer(reward: Reward) -> None:
-    assert isinstance(reward.name, str) and reward.name
-    output = reward(batch())
-    for part in (output.scores, *output.components.values()):
-        assert part.dtype == torch.float32 and part.shape == (6,)
-    assert output.valid.dtype == torch.bool and output.valid.shape == (6,) and bool(output.valid.all())
-    assert output.info == [] or len(output.info) == 6
-    assert len(output.scores.unique()) > 1  # else the tests below compare constants
-    assert score(reward, batch().select([])).scores.shape == (0,)
+    assert isinstance(reward.name, str) and reward.name and isinstance(reward.spec, RewardSpec)
+    output, channels = score(reward, batch()), channels_of(reward)
+    assert output.scores.shape == output.valid.shape == (6, len(channels)) and output.channels == channels
+    assert output.scores.dtype == torch.float32 and bool(output.valid.all())
+    assert all(part.dtype == torch.float32 and part.shape == (6,) for part in output.components.values())
+    assert len(output.info) == 6
+    assert all(len(column.unique()) > 1 for column in output.scores.T)  # else the tests below compare constants
+    assert score(reward, batch().select([])).scores.shape == (0, len(channels))
+
+
+def test_a_batch_without_what_its_spec_reads_is_refused(reward: Reward) -> None:
+    assert reward.spec.inputs == ("images",)
+    with pytest.raises(RewardError, match="expected images, which it reads"):
+        score(reward, RewardBatch(prompts=["p"]))
+
+
+def test_a_gradient_is_given_or_refused_as_its_spec_says(reward: Reward) -> None:
+    pixels = batch()
+    assert pixels.images is not None
+    pixels.images.requires_grad_()
+    if not reward.spec.differentiable:
+        with pytest.raises(RewardError, match="which this is not"):
+            score(reward, pixels, grad=True)
+        return
+    (gradient,) = torch.autograd.grad(score(reward, pixels, grad=True).scores.sum(), pixels.images)
+    assert bool(gradient.isfinite().all()) and float(gradient.abs().max()) > 0
 
 
 def test_a_score_depends_neither_on_batch_mates_nor_on_order(reward: Reward) -> None:
@@ -118,7 +149,8 @@ def test_an_image_that_is_not_finite_is_masked_and_harms_no_other(reward: Reward
     assert broken.images is not None
     broken.images[2, 1, 3, 3] = torch.nan
     output, others = score(reward, broken), [0, 1, 3, 4, 5]
-    assert output.valid.tolist() == [True, True, False, True, True, True] and bool(output.scores[2].isnan())
+    assert output.valid.all(1).tolist() == output.valid.any(1).tolist() == [True, True, False, True, True, True]
+    assert bool(output.scores[2].isnan().all())
     torch.testing.assert_close(output.scores[others], together.scores[others], rtol=1e-5, atol=1e-6)
 
 

@@ -20,7 +20,7 @@ from flowalign.diagnostics.doctor import Finding, cost, diagnose, examine
 from flowalign.diagnostics.doctor.update import drift_margin
 from flowalign.models import Policy
 from flowalign.rollouts import collect
-from rewards import RewardOutput
+from rewards import RewardOutput, RewardSpec
 from samplers import rollout
 
 DATA = Path(__file__).parents[1] / "data"
@@ -385,6 +385,7 @@ class Planted:
     """A reward of which the scores are `scores(images, number of the call)`."""
 
     name = "planted"
+    spec = RewardSpec(licence="ours")
 
     def __init__(self, scores: Callable[[torch.Tensor, int], torch.Tensor]) -> None:
         self.scores, self.calls, self.closed = scores, 0, False
@@ -416,3 +417,4 @@ def test_a_reward_that_lies(tiny_pipeline: Path, scores: Any, sentence: str) -> 
     findings = examined(tiny_pipeline, reward=reward)
     assert red(findings) == ["reward planted"] and sentence in found(findings, "reward planted").advice
     assert found(findings, "gradient").ok is True and found(findings, "time").ok is None and reward.closed
+    assert sentence == "nope" or "licence ours" in found(findings, "reward planted").figure

@@ -56,7 +56,7 @@ def test_two_processes_equal_one(
     assert first["rows"][0] != second["rows"][0]  # the trees are unequal …
     assert first["rows"][0] + second["rows"][0] == one["rows"][0]  # … and each state is evaluated by one process
     assert first["rows"][1] == second["rows"][1]
-    assert not one["valid"].all()
+    assert not one["valid"].all() and one["valid"].sum() > 0 and one["state_scores"].isfinite().sum() > 10
     assert first_metrics == second_metrics
     assert first_metrics.keys() == metrics.keys()
     for name in ("group/trained_edges", "group/zero_std_ratio", "reward/invalid", "cost/rollout_per_image"):
@@ -69,7 +69,8 @@ def test_two_processes_equal_one(
     assert trained
     for own in (first, second):
         torch.testing.assert_close(own["roots"], one["roots"], rtol=0, atol=0)
-        torch.testing.assert_close(own["leaves"], one["leaves"], rtol=0, atol=1e-5)
+        for name in ("leaves", "scores", "state_scores", "uncertainty"):
+            torch.testing.assert_close(own[name], one[name], rtol=0, atol=1e-5, equal_nan=True)
         for name in trained:
             assert (own[name] - one[name]).norm() <= 1e-5 * one[name].norm()
             assert one[name].norm() > 0

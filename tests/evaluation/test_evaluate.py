@@ -14,9 +14,10 @@ from flowalign.models.base import Conditions, Size
 from flowalign.report.grids import captions
 from flowalign.report.summary import gains_table
 from flowalign.storage.metrics_log import MetricsLog, read_rows
-from rewards import RewardBatch, RewardError, RewardOutput
+from rewards import RewardBatch, RewardError, RewardOutput, RewardSpec
 from samplers import ODE, RectifiedFlow
 from samplers.noise import normal
+from tests.helpers.plain_rewards import Plain
 
 SHAPE = (3, 2, 4)
 PROMPTS = [PromptRecord(uid, f"prompt {uid}", {"target": uid / 10}) for uid in (5, 1, 8)]
@@ -59,6 +60,7 @@ class Brightness:
     """Mean of the pixels plus the prompt's own target; not valid for the prompts in `fails`."""
 
     name: str = "bright"
+    spec = RewardSpec()
     fails: tuple = ()
 
     def __call__(self, batch: RewardBatch) -> RewardOutput:
@@ -93,6 +95,32 @@ def test_images_and_scores_have_their_closed_form_prompt_by_prompt():
     scores = images.double().mean((1, 2, 3)) + torch.tensor(result.uids) / 10
     torch.testing.assert_close(result.scores["bright"], scores, rtol=0, atol=1e-6)
     assert result.evaluations_per_image == 4 * 2  # steps × guidance
+
+
+def test_each_channel_is_a_reward_of_its_own():
+    def light_and_red(batch):
+        scores = torch.stack([batch.images.mean((1, 2, 3)), batch.images[:, 0].mean((1, 2))], 1)
+        return RewardOutput(scores, torch.ones_like(scores, dtype=torch.bool))
+
+    two = Plain(light_and_red, RewardSpec(channels=("light", "red")))
+    result = run(rewards=[two, Brightness()])
+    assert list(result.scores) == ["plain/light", "plain/red", "bright"]
+    torch.testing.assert_close(result.scores["plain/red"], result.images[:, 0].double().mean((1, 2)), rtol=0, atol=1e-6)
+
+
+def test_a_reward_of_latents_and_of_videos_is_evaluated():
+    motion = Plain(
+        lambda b: RewardOutput(b.videos.diff(dim=1).mean((1, 2, 3, 4)) * b.fps + b.sigma, torch.ones(len(b)).bool()),
+        RewardSpec(("videos", "latents")),
+    )
+    policy = StraightPolicy()
+    still = policy.decode
+    policy.decode = lambda latents: torch.stack([still(latents), still(latents) + 0.5], 1)
+    result = run(policy, [motion], fps=4.0)
+    torch.testing.assert_close(result.scores["plain"], torch.full((3,), 2.0).double(), rtol=0, atol=1e-5)
+    assert result.images.shape == (3, *SHAPE)  # the first frames
+    with pytest.raises(ValueError, match="without frames per second"):
+        run(policy, [motion])
 
 
 def test_batch_size_and_prompt_order_do_not_matter():

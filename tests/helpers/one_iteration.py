@@ -23,18 +23,24 @@ from flowalign.objectives import ClippedRatio, Guard, KLPenalty, Uniform
 from flowalign.rollouts.task import Rollout, Task
 from flowalign.selectors import All, BestOfN, NonZeroAdvantage
 from flowalign.trainers import PolicyGradient, Signal
-from rewards import RewardOutput
+from rewards import RewardOutput, RewardSpec
 from samplers import Chain, FlowSDE, Selected, Window
 
 WORDS = ["KITE", "MOON", "KITE", "LAMP", "ROSE"]  # five groups: two processes get two and three; one word comes twice
 UIDS = [0, 1, 0, 2, 3]
+# brightness: of a tiny pipeline's images of MOON one or more are below, and one or more above
+DARK = {"window": 0.535, "selected": 0.5418}
 
 
 @dataclass(frozen=True)
 class Moody:
-    """Brightness for the first words; the same for every image of LAMP and ROSE; no answer for one image of MOON."""
+    """Brightness for the first words; the same for every image of LAMP and ROSE; no answer for the dark images of MOON.
 
+    Uncertain by half of its score."""
+
+    dark: float
     name: str = "moody"
+    spec = RewardSpec()
 
     def load(self) -> None: ...
 
@@ -44,9 +50,25 @@ class Moody:
         scores = batch.images.mean((1, 2, 3))
         dull = torch.tensor(["LAMP" in prompt or "ROSE" in prompt for prompt in batch.prompts])
         valid = torch.ones(len(scores), dtype=torch.bool)
-        moons = [row for row, prompt in enumerate(batch.prompts) if "MOON" in prompt]
-        valid[moons[1:2]] = False
-        return RewardOutput(torch.where(dull, 0.5, scores), valid)
+        moons = torch.tensor(["MOON" in prompt for prompt in batch.prompts])
+        valid[moons & (scores < self.dark)] = False
+        return RewardOutput(torch.where(dull, 0.5, scores), valid, uncertainty=scores / 2)
+
+
+@dataclass(frozen=True)
+class Level:
+    """A process reward: how far a state's mean is from σ."""
+
+    name: str = "level"
+    spec = RewardSpec(("latents",), "latent")
+
+    def load(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    def __call__(self, batch) -> RewardOutput:
+        scores = batch.latents.mean((1, 2, 3)) - batch.sigma
+        return RewardOutput(scores, torch.ones(len(scores), dtype=torch.bool))
 
 
 PLANS = {
@@ -73,7 +95,7 @@ def run(pipeline: str, output: Path, plan: str, weights: str) -> None:
         objective=objective, step_weight=Uniform(), regularizers={"kl": KLPenalty(0.1)}, micro_batch=2,
     )  # fmt: skip
     settings = Rollout(chosen, FlowSDE(), groups=5, group_size=group_size, num_inference_steps=5, micro_batch=5)
-    trainer.prepare(Task(policy, Moody(), settings, 0, Size(24, 48), processes), None)
+    trainer.prepare(Task(policy, Moody(DARK[plan]), settings, 0, Size(24, 48), processes, [Level()]), None)
     prompts = [
         PromptRecord(uid, f'the word "{word}" in red on a white background')
         for uid, word in zip(UIDS, WORDS, strict=True)
@@ -95,6 +117,8 @@ def run(pipeline: str, output: Path, plan: str, weights: str) -> None:
             "leaves": forest.at(forest.tree.leaves),
             "scores": batch.scores,
             "valid": batch.valid,
+            "state_scores": forest.scores["level"],
+            "uncertainty": batch.uncertainty,
             "rows": torch.tensor([rolled, update.micro_batches and len(update.micro_batches)]),
         },
         output / f"{processes.rank}.safetensors",

@@ -2,7 +2,7 @@
 
 import torch
 
-from rewards import RewardBatch, RewardOutput
+from rewards import RewardBatch, RewardOutput, RewardSpec
 
 
 class Plain:
@@ -10,8 +10,9 @@ class Plain:
 
     name = "plain"
 
-    def __init__(self, answer):
+    def __init__(self, answer, spec=None):
         self.answer = answer
+        self.spec = spec or RewardSpec()
         self.seen = []
 
     def __call__(self, batch):

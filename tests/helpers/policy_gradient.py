@@ -13,7 +13,7 @@ from flowalign.objectives import ClippedRatio, Uniform
 from flowalign.rollouts.task import Rollout, Task
 from flowalign.selectors import AllEdges
 from flowalign.trainers import PolicyGradient, Signal
-from rewards import RewardOutput
+from rewards import RewardOutput, RewardSpec
 from samplers import FlowSDE
 
 
@@ -22,6 +22,7 @@ class Brightness:
     """Mean pixel value: differs between any two images."""
 
     name: str = "brightness"
+    spec = RewardSpec()
 
     def load(self) -> None: ...
 

@@ -43,9 +43,9 @@ def test_components_tell_ink_from_paper():
         [page("red", "white")] * 4, [("red", "white"), ("blue", "white"), ("red", "yellow"), ("blue", "yellow")]
     )
     mean = score(ColorAccuracy(palette=PALETTE), batch)
-    assert mean.scores.tolist() == [1, 0.5, 0.5, 0]
+    assert mean.scores[:, 0].tolist() == [1, 0.5, 0.5, 0]
     assert mean.components["ink"].tolist() == [1, 0, 1, 0] and mean.components["paper"].tolist() == [1, 1, 0, 0]
-    assert score(ColorAccuracy(palette=PALETTE, metric="both"), batch).scores.tolist() == [1, 0, 0, 0]
+    assert score(ColorAccuracy(palette=PALETTE, metric="both"), batch).scores[:, 0].tolist() == [1, 0, 0, 0]
 
 
 def test_exact_medians():
@@ -77,13 +77,13 @@ def test_palette_from_the_metadata():
     batch = batch_of([page("red", "white")] * 2, [("red", "white")] * 2)
     batch.metadata[0]["palette"] = PALETTE
     output = score(ColorAccuracy(), batch)
-    assert output.valid.tolist() == [True, False] and output.scores[0] == 1 and "no palette" in output.info[1]
+    assert output.valid[:, 0].tolist() == [True, False] and output.scores[0] == 1 and "no palette" in output.info[1]
 
 
 def test_missing_or_unknown_name_is_invalid():
     batch = batch_of([page("red", "white")] * 4, [("red", "white")] * 2 + [(None, "white"), ("red", "wite")])
     output = score(ColorAccuracy(palette=PALETTE), batch)
-    assert output.valid.tolist() == [True, True, False, False]
+    assert output.valid[:, 0].tolist() == [True, True, False, False]
     assert "metadata['ink'] is None" in output.info[2] and "metadata['paper'] is 'wite'" in output.info[3]
     with pytest.raises(RewardError, match="reward 'color'"):
         score(ColorAccuracy(palette=PALETTE), batch.select([2, 3]))
@@ -94,7 +94,7 @@ def test_batch_mates_do_not_matter():
     batch = batch_of(pages, [("red", "white"), ("red", "yellow"), ("red", "white")])
     reward = ColorAccuracy(palette=PALETTE)
     whole = score(reward, batch).scores
-    assert whole.tolist() == [1, 0.5, 0.5]
+    assert whole[:, 0].tolist() == [1, 0.5, 0.5]
     assert torch.equal(torch.cat([score(reward, part).scores for part in in_parts(batch)]), whole)
     assert torch.equal(score(reward, batch.select([2, 0, 1])).scores, whole[[2, 0, 1]])
 

@@ -74,12 +74,12 @@ def test_by_file_and_by_import_path(file, path):
     reward = FunctionReward(path)
     assert reward.name == "shininess"
     output = score(reward, BATCH)
-    assert torch.equal(output.scores, BATCH.images.mean(dim=(1, 2, 3))) and output.valid.all()
+    assert torch.equal(output.scores[:, 0], BATCH.images.mean(dim=(1, 2, 3))) and output.valid.all()
 
 
 def test_metadata_columns_that_the_function_names(file):
-    assert score(FunctionReward("./my_rewards.py:wordy"), BATCH).scores.tolist() == [5, 2, 4]
-    assert score(FunctionReward("./my_rewards.py:everything"), BATCH).scores.tolist() == [3, 4, 5]
+    assert score(FunctionReward("./my_rewards.py:wordy"), BATCH).scores[:, 0].tolist() == [5, 2, 4]
+    assert score(FunctionReward("./my_rewards.py:everything"), BATCH).scores[:, 0].tolist() == [3, 4, 5]
 
 
 def test_missing_column_is_an_error_with_a_guess(file):
@@ -90,7 +90,7 @@ def test_missing_column_is_an_error_with_a_guess(file):
 
 def test_none_and_nan_mask_the_sample(file):
     output = score(FunctionReward("./my_rewards.py:holes"), BATCH, max_fail_rate=0.7)
-    assert output.valid.tolist() == [True, False, False] and output.scores[1:].isnan().all()
+    assert output.valid[:, 0].tolist() == [True, False, False] and output.scores[1:].isnan().all()
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from rewards import Mix, RewardBatch, RewardError, RewardOutput, score
+from rewards import Mix, RewardBatch, RewardError, RewardOutput, RewardSpec, score
 from tests.helpers.reward_parts import in_parts
 
 
@@ -14,6 +14,7 @@ class Fixed:
     name: str
     values: list[float]
     calls: list[str] = field(default_factory=list)
+    spec = RewardSpec(inputs=())
 
     def __call__(self, batch):
         scores = torch.tensor(self.values)[batch.sample_ids]
@@ -32,7 +33,7 @@ NAN = float("nan")
 
 def test_weighted_sum_and_components():
     output = score(Mix([Fixed("x", [1, 2, 3.0]), Fixed("y", [10, 0, -10.0])], [2.0, 0.5]), BATCH)
-    assert output.scores.tolist() == [7, 4, 1] and output.valid.all()
+    assert output.scores[:, 0].tolist() == [7, 4, 1] and output.valid.all()
     assert output.components["x"].tolist() == [1, 2, 3] and output.components["y"].tolist() == [10, 0, -10]
     assert output.components["x/half"].tolist() == [0.5, 1, 1.5]
     assert output.info[0] == "x: saw 1.0; y: saw 10.0"
@@ -41,7 +42,7 @@ def test_weighted_sum_and_components():
 def test_valid_only_where_all_parts_are():
     mix = Mix([Fixed("x", [1, NAN, 3.0]), Fixed("y", [1, 1, NAN])], [1.0, 0.0])
     output = score(mix, BATCH, max_fail_rate=0.7)
-    assert output.valid.tolist() == [True, False, False]
+    assert output.valid[:, 0].tolist() == [True, False, False]
     assert output.scores[0] == 1 and output.scores[1:].isnan().all()
     with pytest.raises(RewardError, match="reward 'mix': 2 of 3"):
         score(mix, BATCH)

@@ -100,7 +100,7 @@ def test_min_confidence_drops_lines():
 @pytest.mark.parametrize("missing", [None, "", "   ", 7])
 def test_missing_target_is_invalid_not_zero(missing):
     output = score(OCR(recognizer=Fake(["KITE"], ["KITE"])), batch_for("KITE", missing))
-    assert output.valid.tolist() == [True, False]
+    assert output.valid[:, 0].tolist() == [True, False]
     assert output.scores[0] == 1 and output.scores[1].isnan()
     assert "metadata['target'] is" in output.info[1] and output.info[0] == "read 'KITE'"
 
@@ -114,7 +114,7 @@ def test_target_from_quotes():
     prompts = ['a sign "Hello" and "World"', "no quotes", 'an open "quote', 'empty ""']
     batch = RewardBatch(prompts=prompts, images=torch.zeros(4, 3, 4, 4))
     output = score(OCR(target="quotes", recognizer=Fake(["hello"])), batch, max_fail_rate=1)
-    assert output.valid.tolist() == [True, False, False, False]
+    assert output.valid[:, 0].tolist() == [True, False, False, False]
     assert output.scores[0] == 1
 
 

@@ -12,7 +12,7 @@ from tests.helpers.plain_rewards import Plain, batch_of, brightness, fixed
 def test_good_answer_passes_unchanged():
     batch = batch_of(3)
     output = score(Plain(brightness), batch)
-    assert torch.equal(output.scores, batch.images.mean(dim=(1, 2, 3)))
+    assert torch.equal(output.scores[:, 0], batch.images.mean(dim=(1, 2, 3)))
     assert output.valid.all() and output.elapsed > 0
     assert torch.equal(output.components["red"], batch.images[:, 0].mean(dim=(1, 2)))
 
@@ -28,8 +28,8 @@ def test_elapsed_is_the_wall_time():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_non_finite_score_is_masked_alone(bad):
     output = score(fixed([0.25, bad, 0.5], part=[1.0, 2.0, 3.0]), batch_of(3))
-    assert output.valid.tolist() == [True, False, True]
-    assert output.scores[[0, 2]].tolist() == [0.25, 0.5]
+    assert output.valid[:, 0].tolist() == [True, False, True]
+    assert output.scores[[0, 2], 0].tolist() == [0.25, 0.5]
     assert output.scores[1].isnan() and output.components["part"][1].isnan()
     assert output.components["part"][2] == 3
 
@@ -45,8 +45,8 @@ def test_broken_image_is_not_shown_and_only_it_is_masked():
     reward = Plain(brightness)
     output = score(reward, batch)
     assert len(reward.seen[0]) == 3 and reward.seen[0].prompts == ["p0", "p1", "p3"]
-    assert output.valid.tolist() == [True, True, False, True]
-    assert torch.equal(output.scores[[0, 1, 3]], batch.images[[0, 1, 3]].mean(dim=(1, 2, 3)))
+    assert output.valid[:, 0].tolist() == [True, True, False, True]
+    assert torch.equal(output.scores[[0, 1, 3], 0], batch.images[[0, 1, 3]].mean(dim=(1, 2, 3)))
     assert output.scores[2].isnan() and output.components["red"][2].isnan()
     assert "not finite" in output.info[2]
 
@@ -81,7 +81,7 @@ ok = torch.ones(2, dtype=torch.bool)
     ("answer", "message"),
     [
         (RewardOutput(torch.zeros(3), torch.ones(3, dtype=torch.bool)), r"scores has shape \[3\]"),
-        (RewardOutput(torch.zeros(2, 1), ok), r"scores has shape \[2, 1\]"),
+        (RewardOutput(torch.zeros(2, 2), ok), r"scores has shape \[2, 2\]"),
         (RewardOutput(torch.zeros(2, dtype=torch.int64), ok), "scores is torch.int64; expected torch.float32"),
         (RewardOutput(torch.zeros(2, dtype=torch.float64), ok), "scores is torch.float64"),
         (RewardOutput([0.0, 1.0], ok), "scores is list"),
@@ -109,7 +109,7 @@ def test_fail_rate():
 
 def test_empty_batch():
     output = score(JPEGIncompressibility(), RewardBatch(prompts=[], images=torch.zeros(0, 3, 8, 8)))
-    assert output.scores.shape == output.valid.shape == (0,)
+    assert output.scores.shape == output.valid.shape == (0, 1)
     assert JPEGIncompressibility()(RewardBatch(prompts=[], images=torch.zeros(0, 3, 8, 8))).scores.shape == (0,)
 
 

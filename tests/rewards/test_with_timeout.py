@@ -35,7 +35,9 @@ def test_one_that_answers_in_time_is_the_reward_itself() -> None:
         output = score(limited, batch)
         assert limited.name == plain.name and torch.equal(output.scores, expected.scores) and output.valid.all()
         assert output.components.keys() == expected.components.keys() and output.info == expected.info
-    assert len(score(WithTimeout(plain, timeout=60), RewardBatch(prompts=[])).scores) == 0
+    assert (
+        len(score(WithTimeout(plain, timeout=60), RewardBatch(prompts=[], images=torch.zeros(0, 3, 8, 8))).scores) == 0
+    )
 
 
 @pytest.mark.parametrize(
@@ -47,7 +49,7 @@ def test_a_request_that_fails_is_an_error_or_masks_its_own_samples(how, message:
         score(WithTimeout(reward, timeout=0.5), batch)
     with caplog.at_level(logging.WARNING):
         output = score(WithTimeout(reward, timeout=0.5, batch_size=2, on_error="mask"), batch)
-    assert output.valid.tolist() == [True, True, False, False, True, True] and output.scores[2:4].isnan().all()
+    assert output.valid[:, 0].tolist() == [True, True, False, False, True, True] and output.scores[2:4].isnan().all()
     assert torch.equal(output.components["red"][:2], batch.images[:2, 0].mean(dim=(1, 2)))
     assert output.components["red"][2:4].isnan().all() and "'plain'" in output.info[3] and "masked" in caplog.text
     with pytest.raises(RewardError, match="6 of 6"):  # all masked: nothing to learn from
@@ -56,7 +58,9 @@ def test_a_request_that_fails_is_an_error_or_masks_its_own_samples(how, message:
 
 def test_an_answer_of_the_wrong_form_is_masked_too() -> None:
     short = Plain(lambda batch: brightness(batch) if len(batch) == 2 else brightness(batch.select([])))
-    assert score(WithTimeout(short, batch_size=2, on_error="mask"), batch_of(5)).valid.tolist() == [True] * 4 + [False]
+    assert score(WithTimeout(short, batch_size=2, on_error="mask"), batch_of(5)).valid[:, 0].tolist() == [True] * 4 + [
+        False
+    ]
 
 
 def test_gradients_stay_out_of_the_thread() -> None:

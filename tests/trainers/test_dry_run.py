@@ -89,7 +89,7 @@ def test_methods_are_let_through(tmp_path: Path, rollout: dict, trainer: dict) -
         ({"plan": plan("Branch", branches=2)}, {"credit": credit("Gain")}, "samplers.Probed"),
         ({"plan": plan("Window", size=2, high=3)}, {"credit": credit("TurningPoint")}, "samplers.Probed"),
         ({"plan": plan("Probed", plan=plan("SplitTree", **TREE))}, {"credit": credit("TurningPoint")}, "take Gain"),
-        ({}, {"credit": credit("Process", score="prm")}, "No configuration scores states yet"),
+        ({}, {"credit": credit("Process", score="prm")}, "Name a latent reward with this channel under process_rewards"),
         ({"plan": plan("Chain")}, {"advantage": within("tree_depth")}, "take a wider set"),
         ({}, {"select": part("flowalign.selectors.Fraction", share=0.5)}, "leaves out every step"),
         ({}, {"advantage": part("flowalign.advantage.PerChannel", parts={"ocr": within("prompt")})},

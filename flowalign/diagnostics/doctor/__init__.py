@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cache, partial
 
 import torch
@@ -35,15 +36,13 @@ from flowalign.diagnostics.doctor.update import (
     check_reached,
     check_replay,
 )
-from flowalign.diagnostics.measure import count_calls, gradients, now
+from flowalign.diagnostics.measure import StandIn, count_calls, gradients, now
 from flowalign.models import Policy
 from flowalign.rollouts.collect import ScoredRollout, leaves_per_group
 from flowalign.rollouts.task import Task
-from rewards import FunctionReward, score
+from rewards import channels_of, score
 
 __all__ = ["Finding", "diagnose", "examine"]
-
-STAND_IN = "flowalign.diagnostics.measure:brightness"
 
 
 def diagnose(paths: str | Sequence[str], overrides: Sequence[str] = ()) -> Iterator[Finding]:
@@ -76,7 +75,7 @@ def examine(config: TrainConfig, policy: Policy) -> Iterator[Finding]:
     settings, trainer, failed = config.policy, config.trainer, set[str]()
     prompts = distinct_prompts(config, prompt_count(config))
     real = task_of(config, policy, groups=len(prompts))
-    task = Task(policy, FunctionReward(STAND_IN), real.rollout, real.seed, real.size)
+    task = replace(real, reward=StandIn(channels_of(config.reward)))
 
     @cache
     def first() -> tuple[ScoredRollout, int]:
@@ -120,7 +119,7 @@ def examine(config: TrainConfig, policy: Policy) -> Iterator[Finding]:
         rewarded = f"reward {config.reward.name}"
         yield ask("time", lambda: _time(config, task, moved()[0], moved()[2], prompts), "reached", rewarded)
     finally:
-        for reward in (config.reward, *config.evaluation.rewards):
+        for reward in (config.reward, *config.process_rewards, *config.evaluation.rewards):
             reward.close()
 
 
@@ -136,7 +135,7 @@ def _rewards(
         yield ask(
             f"{'reward' if trained else 'evaluation'} {reward.name}",
             lambda reward=reward, records=records, trained=trained: check_reward(
-                reward, fixture(task, batch(), records), trained=trained
+                reward, fixture(task, batch(), records, reward), trained=trained
             ),
             "dtypes",
         )
@@ -145,7 +144,7 @@ def _rewards(
 def _time(
     config: TrainConfig, task: Task, batch: ScoredRollout, update: float, prompts: Sequence[PromptRecord]
 ) -> Finding:
-    images = fixture(task, batch, prompts)
+    images = fixture(task, batch, prompts, config.reward)
     images = images.select(range(min(16, len(images))))
     began = now()
     score(config.reward, images)

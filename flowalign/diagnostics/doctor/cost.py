@@ -20,10 +20,10 @@ from samplers import unscored
 MIB = 2**20
 
 
-def fixture(task: Task, batch: ScoredRollout, prompts: Sequence[PromptRecord]) -> RewardBatch:
-    """The decoded leaves of a rollout, as a reward gets them."""
+def fixture(task: Task, batch: ScoredRollout, prompts: Sequence[PromptRecord], reward: Reward) -> RewardBatch:
+    """The leaves of a rollout, as the reward gets them."""
     leaves = batch.forest.tree.leaves
-    return decoded(task, prompts, batch.forest.tree.group[leaves], batch.forest.at(leaves))
+    return decoded(task, prompts, batch.forest.tree.group[leaves], batch.forest.at(leaves), reward.spec.inputs)
 
 
 def check_reward(reward: Reward, batch: RewardBatch, *, trained: bool) -> Finding:
@@ -32,14 +32,15 @@ def check_reward(reward: Reward, batch: RewardBatch, *, trained: bool) -> Findin
     reward.load()
     first = score(reward, batch, max_fail_rate=1.0)
     again = score(reward, batch.select(rows), max_fail_rate=1.0)
-    valid, groups = first.valid, torch.tensor(batch.group_ids)
+    valid, groups = first.valid.all(1), torch.tensor(batch.group_ids)
     spreads = [
         float(ours.std(unbiased=False))
+        for column in first.scores.T
         for group in groups.unique()
-        if len(ours := first.scores[valid & (groups == group)].double()) > 1
+        if len(ours := column[valid & (groups == group)].double()) > 1
     ]
     varied = sum(spread > 0 for spread in spreads)
-    same = torch.equal(valid, again.valid.flip(0)) and torch.allclose(
+    same = torch.equal(first.valid, again.valid.flip(0)) and torch.allclose(
         first.scores, again.scores.flip(0), rtol=1e-4, atol=1e-5, equal_nan=True
     )
     mean = float(first.scores[valid].double().mean()) if bool(valid.any()) else float("nan")
@@ -47,6 +48,8 @@ def check_reward(reward: Reward, batch: RewardBatch, *, trained: bool) -> Findin
         f"{int(valid.sum())} of {len(batch)} valid, mean {mean:.3g}, spread in {varied} of {len(spreads)} groups "
         f"(up to {max(spreads, default=0.0):.2g}), {1000 * again.elapsed / len(batch):.0f} ms per image"
     )
+    if reward.spec.licence:
+        figure += f", licence {reward.spec.licence}"
     advice = ""
     if int(valid.sum()) < 0.5 * len(batch):
         reason = next((text for text in first.info if text), "no reason given")

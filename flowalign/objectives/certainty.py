@@ -1,0 +1,56 @@
+"""A step weight from how sure the reward is of the leaves below a step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from flowalign.credit.base import uncertainty_of
+from flowalign.objectives.step_weights import StepWeight, Uniform
+from samplers import Forest, Path, Step
+
+
+@dataclass(frozen=True)
+class Certainty:
+    """weight · mean over the scored leaves below the step of exp(−u/scale), u >= 0 being a leaf's uncertainty (Ctrl-U,
+    2410.11236, weighs the loss of an image so).
+
+    scale: in the units of the score; at u = scale a leaf counts 1/e. channel: of the reward whose uncertainty is read; a
+    reward with one channel need not say. weight: what is multiplied, per step. A step without a leaf whose uncertainty is
+    known gets 0. Not kept: the weight lowers a step's share of the gradient, its advantage is still that of all scores.
+    ValueError, in the first update, for a reward that states no uncertainty in the channel."""
+
+    scale: float = 1.0
+    channel: str | None = None
+    weight: StepWeight = field(default_factory=Uniform)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scale < math.inf:
+            raise ValueError(f"got Certainty.scale={self.scale}; expected a number above 0, in the units of the score")
+
+    def check(self, path: Path) -> None:
+        self.weight.check(path)
+
+    def weigh(self, step: Step, forest: Forest, edges: Tensor) -> Tensor:
+        tree, known = forest.tree, forest.scores[self._name(forest)][forest.tree.leaves]
+        edge, leaf = tree.leaf_of_edge
+        sure = (-known.double() / self.scale).exp()[leaf]
+        scored = sure.isfinite()
+        total, count = (torch.zeros(len(tree.edges), dtype=torch.float64) for _ in range(2))
+        total.index_add_(0, edge, torch.where(scored, sure, 0.0))
+        count.index_add_(0, edge, scored.double())
+        own = self.weight.weigh(step, forest, edges)
+        return own * (total / count.clamp(min=1))[torch.searchsorted(tree.edges, edges)].to(own)
+
+    def _name(self, forest: Forest) -> str:
+        stated = sorted(name for name in forest.scores if name.startswith(uncertainty_of("")))
+        asked = [uncertainty_of(self.channel)] if self.channel is not None else stated
+        if len(asked) != 1 or asked[0] not in stated:
+            raise ValueError(
+                f"got Certainty.channel={self.channel} and a reward that states {stated or 'no uncertainty'}; expected one of "
+                "its channels: set `channel`, take a reward with an uncertainty, or another step_weight"
+            )
+        return asked[0]

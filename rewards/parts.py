@@ -1,0 +1,58 @@
+"""What rewards that are made of others share: the parts' specs as one, and their answers on a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from rewards.base import Input, Reward, RewardBatch, RewardOutput, RewardSpec, spec_of
+from rewards.guard import score
+
+
+def check_names(what: str, parts: Sequence[Reward]) -> None:
+    """ValueError without a part, or if two parts have one name."""
+    names = [part.name for part in parts]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(
+            f"got {what} of rewards {names}; expected at least one, and different names: set `name` on the equal ones"
+        )
+
+
+def joint_spec(what: str, parts: Sequence[Reward], channels: tuple[str, ...] = ()) -> RewardSpec:
+    """The spec of all parts together: all their inputs; differentiable if all are. ValueError for parts of two scopes."""
+    specs = [spec_of(part) for part in parts]
+    scopes = {part.name: spec.scope for part, spec in zip(parts, specs, strict=True)}
+    if len(set(scopes.values())) > 1:
+        raise ValueError(f"got {what} with the scopes {scopes}; expected one: put latent rewards under process_rewards")
+    return RewardSpec(
+        inputs=tuple(name for name in get_args(Input) if any(name in spec.inputs for spec in specs)),
+        scope=specs[0].scope,
+        channels=channels,
+        differentiable=all(spec.differentiable for spec in specs),
+        licence="; ".join(dict.fromkeys(spec.licence for spec in specs if spec.licence)),
+    )
+
+
+def ask(
+    parts: Sequence[Reward], batch: RewardBatch, *, grad: bool
+) -> tuple[list[RewardOutput], dict[str, Tensor], list[str]]:
+    """Each part's checked answer, the parts' components as `part/component`, and what they say of each sample.
+
+    How many may fail is left to the caller's own `score`."""
+    outputs: list[RewardOutput] = []
+    components: dict[str, Tensor] = {}
+    info = [""] * len(batch)
+    for part in parts:
+        output = score(part, batch, grad=grad, max_fail_rate=1.0)
+        outputs.append(output)
+        components |= {f"{part.name}/{key}": value for key, value in output.components.items()}
+        info = [f"{text}; {part.name}: {more}" if more else text for text, more in zip(info, output.info, strict=True)]
+    return outputs, components, [text.removeprefix("; ") for text in info]
+
+
+def wants_gradient(spec: RewardSpec) -> bool:
+    """Whether the caller of a composed reward asked for gradients (`score` switches them on for its call)."""
+    return torch.is_grad_enabled() and spec.differentiable
