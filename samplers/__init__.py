@@ -6,6 +6,7 @@ levels by σ and has a velocity of its own.
 Grids are fp32 [T+1] and start at 1 or just below, so a first step is known by its grid index 0, never by σ == 1.
 States are [N, *], rows first; coefficients are computed in float64, states in at least fp32, and what is stored is what
 is replayed. A sampler knows no network: the velocity is a callable, randomness is an argument.
+`rollout` keeps no graph; `unroll` is differentiable in the start, the noise and the network, by the same steps.
 """
 
 from samplers.forest import Forest, Velocities
@@ -62,9 +63,10 @@ from samplers.plans import (
     window,
 )  # fmt: skip
 from samplers.rollout import Noise, Velocity, rollout
-from samplers.schedules import diffusers_sigmas, dynamic_sigmas, plain_sigmas, shift
+from samplers.schedules import diffusers_sigmas, dynamic_sigmas, plain_sigmas, shift, stopped
 from samplers.selection import Best, Select, VelocityLookup, candidates, sampled, unscored
 from samplers.trees import SOURCES, Cost, Tree
+from samplers.unroll import Unrolled, straight_through, unroll
 from samplers.unshared import UnsharedTree, unshared
 
 PART_OF = "flowalign"
@@ -72,7 +74,7 @@ PART_OF = "flowalign"
 __all__ = [
     "PART_OF",
     "Path", "RectifiedFlow", "VariancePreserving",
-    "diffusers_sigmas", "dynamic_sigmas", "plain_sigmas", "shift",
+    "diffusers_sigmas", "dynamic_sigmas", "plain_sigmas", "shift", "stopped",
     "Affine", "Carry", "TransitionContext", "Gaussian", "Kernel", "KLForm", "Step",
     "CPS", "ClippedFlowSDE", "DDIM", "DanceSDE", "FlowSDE", "LinearSDE", "ODE",
     "DPMSolver", "Guided", "Ascent", "ProcessReward", "RewardGradient", "SPSA", "spsa_gradient",
@@ -83,4 +85,5 @@ __all__ = [
     "Fixed", "Position", "Random", "Sliding",
     "KeyedNoise", "generator", "normal",
     "Forest", "Velocities", "load_forest", "save_forest", "Noise", "Velocity", "rollout",
+    "Unrolled", "straight_through", "unroll",
 ]  # fmt: skip

@@ -76,8 +76,10 @@ def rollout(
         row_of_child = position.to(x.device)
         history = None if carry is None else carry.rows(rows[position])
         tail = ~trained_part[children]
-        step = _step(kernel, x_parents[row_of_child], v_parents[row_of_child], sigmas, tree, children, history, tail)
-        x = _draw(step, tree, children, noise).to(store_dtype)
+        step = transition(
+            kernel, x_parents[row_of_child], v_parents[row_of_child], sigmas, tree, children, history, tail
+        )
+        x = draw(step, tree, children, noise).to(store_dtype)
         carry, nodes = step.carry, children
         _write_log_probs(log_prob, step, x, tree, children)
     kept = needed & continued
@@ -146,15 +148,21 @@ class _Frontier:
         for part in new.split(self._limit) if len(new) else ():
             on_device = part.to(self.x.device)
             x = self.x[on_device]
-            v = self._velocity(x, self._sigma[on_device], self._root[part])
-            if v.shape != x.shape:
-                raise ValueError(f"got velocities {list(v.shape)} for states {list(x.shape)}; expected equal shapes")
+            v = checked(self._velocity, x, self._sigma[on_device], self._root[part])
             self._v = self._v if self._v is not None else torch.empty_like(self.x, dtype=v.dtype)
             self._v[on_device], self.known[part] = v, True
         return self.x[:0] if self._v is None else self._v[rows.to(self.x.device)]
 
 
-def _step(
+def checked(velocity: Velocity, x: Tensor, sigma: Tensor, root: Tensor) -> Tensor:
+    """velocity(x, sigma, root). ValueError for another shape than that of the states x [n, *]."""
+    v = velocity(x, sigma, root)
+    if v.shape != x.shape:
+        raise ValueError(f"got velocities {list(v.shape)} for states {list(x.shape)}; expected equal shapes")
+    return v
+
+
+def transition(
     kernel: Kernel,
     x: Tensor,
     v: Tensor,
@@ -173,7 +181,7 @@ def _step(
     return kernel(x, v, sigmas[tree.index[parents]], sigmas[tree.index[children]], ctx)
 
 
-def _draw(step: Step, tree: Tree, children: Tensor, noise: Noise) -> Tensor:
+def draw(step: Step, tree: Tree, children: Tensor, noise: Noise) -> Tensor:
     """The next states; noise is drawn at stochastic steps only."""
     stochastic = tree.level[children] > 0
     if not bool(stochastic.any()):

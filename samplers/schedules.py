@@ -58,6 +58,15 @@ def dynamic_sigmas(
     return _append_zero(torch.from_numpy(math.exp(m) / (math.exp(m) + (1 / u - 1))).to(torch.float32))
 
 
+def stopped(sigmas: Tensor, step: int) -> Tensor:
+    """The first `step`+1 levels of a grid, then 0: its last step jumps from level `step` to the predicted clean data x̂0.
+
+    What ReFL (2304.05977) and DRTune score. ValueError for a step outside 0..T-1."""
+    if not 0 <= step < len(sigmas) - 1:
+        raise ValueError(f"got step={step}; expected a number inside 0..{len(sigmas) - 2}, a step of the grid")
+    return torch.cat([sigmas[: step + 1], sigmas.new_zeros(1)])
+
+
 def check_sigmas(sigmas: Tensor) -> None:
     """A grid is one-dimensional, of at least two levels, strictly decreasing inside [0, 1]."""
     if sigmas.ndim != 1 or len(sigmas) < 2 or not sigmas.is_floating_point():
