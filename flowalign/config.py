@@ -24,6 +24,7 @@ from flowalign.models.roles import Role, check_roles
 from flowalign.rollouts.task import Rollout
 from flowalign.trainers import Trainer
 from rewards import Reward
+from samplers import Schedule, check_schedule
 
 
 @dataclass(frozen=True)
@@ -73,13 +74,14 @@ class RunSettings:
 @dataclass(frozen=True)
 class EvaluationSettings:
     """Base beside tuned on held-out prompts, by the ODE, same seeds. The first reward is the one reported.
-    `every`: also evaluate after so many iterations (null: only before and after the run)."""
+    `schedule`: the noise levels; null: those of the rollout (samplers.FamilyGrid: the pipeline's own). `every`: also evaluate after so many iterations (null: only before and after the run)."""
 
     prompts: str
     rewards: list[Reward]
     count: int = 256
     samples_per_prompt: int = 1
     num_inference_steps: int = 40
+    schedule: Schedule | None = None
     guidance_scale: float = 1.0
     seed: int = 1234
     batch_size: int = 64
@@ -113,6 +115,11 @@ class TrainConfig:
     evaluation: EvaluationSettings
     rollout: Rollout
     policy: PolicySettings = field(default_factory=PolicySettings)
+
+
+def evaluation_schedule(config: TrainConfig) -> Schedule | None:
+    """Of evaluations and of the exported call: evaluation.schedule, or where that is not set rollout.schedule."""
+    return config.rollout.schedule if config.evaluation.schedule is None else config.evaluation.schedule
 
 
 def parser() -> ArgumentParser:
@@ -196,6 +203,14 @@ def check(config: TrainConfig) -> None:
     if policy.max_sequence_length is not None and policy.max_sequence_length < 0:
         raise ConfigError(f"policy.max_sequence_length={policy.max_sequence_length}: expected at least 0, or null")
     path = path_of(policy.path)
+    for key, schedule, steps in (
+        ("rollout", rollout.schedule, rollout.num_inference_steps),
+        ("evaluation", evaluation_schedule(config), config.evaluation.num_inference_steps),
+    ):
+        try:
+            check_schedule(schedule, steps, path)
+        except ValueError as error:
+            raise ConfigError(f"{key}.schedule: {error}") from error
     bound = replace(rollout, kernel=rollout.kernel.bind(path))
     config.trainer.check(bound, path, config.reward.name)
     if policy.trainable == "lora":

@@ -63,7 +63,19 @@ from samplers.plans import (
     window,
 )  # fmt: skip
 from samplers.rollout import Noise, Velocity, rollout
-from samplers.schedules import diffusers_sigmas, dynamic_sigmas, plain_sigmas, shift, stopped
+from samplers.schedules import (
+    FamilyGrid,
+    Listed,
+    PlainShift,
+    Schedule,
+    check_schedule,
+    diffusers_sigmas,
+    dynamic_sigmas,
+    plain_sigmas,
+    shift,
+    sigmas_of,
+    stopped,
+)
 from samplers.selection import Best, Select, VelocityLookup, candidates, sampled, unscored
 from samplers.trees import SOURCES, Cost, Tree
 from samplers.unroll import Unrolled, straight_through, unroll
@@ -74,6 +86,7 @@ PART_OF = "flowalign"
 __all__ = [
     "PART_OF",
     "Path", "RectifiedFlow", "VariancePreserving",
+    "FamilyGrid", "Listed", "PlainShift", "Schedule", "check_schedule", "sigmas_of",
     "diffusers_sigmas", "dynamic_sigmas", "plain_sigmas", "shift", "stopped",
     "Affine", "Carry", "TransitionContext", "Gaussian", "Kernel", "KLForm", "Step",
     "CPS", "ClippedFlowSDE", "DDIM", "DanceSDE", "FlowSDE", "LinearSDE", "ODE",

@@ -15,8 +15,9 @@ from torch import Tensor
 from flowalign.data import PromptRecord, digest
 from flowalign.distributed.processes import Processes
 from flowalign.models.base import Conditions, Policy, encode_singly
+from flowalign.models.grid import grid
 from rewards import Reward, RewardBatch, RewardError, score
-from samplers import ODE, Tree, normal, rollout, scattered
+from samplers import ODE, Schedule, Tree, normal, rollout, scattered
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,13 +52,14 @@ def evaluate(
     height: int,
     width: int,
     samples_per_prompt: int = 1,
+    schedule: Schedule | None = None,
     keep_images: int = 8,
     progress: Callable[[int], None] | None = None,
     processes: Processes | None = None,
 ) -> EvaluationResult:
     """Generates every prompt `samples_per_prompt` times by the ODE (never with SDE noise) and scores the images.
 
-    Uses the weights as they are: wrap the call in `policy.role("reference")` for the base, in `ema.applied()` for the
+    schedule: the noise levels; None: the family's own grid. Uses the weights as they are: wrap the call in `policy.role("reference")` for the base, in `ema.applied()` for the
     average. Scores do not depend on `batch_size` beyond rounding. `progress(n)` is called after each batch of n.
     A reward that fails, or gives no score for more than half of the images, is a RewardError; one sample without a
     score is nan. `processes` share the images, and each returns the whole result."""
@@ -77,7 +79,7 @@ def evaluate(
         batch = jobs[first : min(first + batch_size, share.stop)]
         noise = torch.stack([normal(shape, seed, "start", "evaluate", record.uid, number) for record, number in batch])
         conditions = encode_singly(policy, [record.prompt for record, _ in batch])
-        images = policy.decode(sample(policy, conditions, noise, num_inference_steps, guidance_scale))
+        images = policy.decode(sample(policy, conditions, noise, num_inference_steps, guidance_scale, schedule))
         for name, part in _score(rewards, [record for record, _ in batch], images, first).items():
             scores[name].append(part)
         kept.append(images[: max(0, keep_images - first)].float().cpu())
@@ -116,7 +118,12 @@ def _check(prompts: Sequence[PromptRecord], rewards: Sequence[Reward], batch_siz
 
 @torch.no_grad()
 def sample(
-    policy: Policy, conditions: Conditions, noise: Tensor, num_inference_steps: int, guidance_scale: float
+    policy: Policy,
+    conditions: Conditions,
+    noise: Tensor,
+    num_inference_steps: int,
+    guidance_scale: float,
+    schedule: Schedule | None = None,
 ) -> Tensor:
     """Clean latents [n, *] by the deterministic sampler (the ODE of the policy's path), from unit noise [n, *]."""
     tree = scattered(num_inference_steps, len(noise), (), shared_start=False)  # no step has noise
@@ -124,7 +131,7 @@ def sample(
     def velocity(x: Tensor, sigma: Tensor, root: Tensor) -> Tensor:
         return policy.velocity(x, sigma, conditions.rows(root), guidance_scale=guidance_scale)
 
-    sigmas = policy.sigmas(num_inference_steps, noise.shape[1:])
+    sigmas = grid(policy, schedule, num_inference_steps, noise.shape[1:])
     forest = rollout(velocity, policy.start(noise), sigmas, tree, ODE().bind(policy.path), _no_noise)
     return forest.at(tree.leaves)
 

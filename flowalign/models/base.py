@@ -119,6 +119,11 @@ class Policy(Protocol):
         """Arguments of the pipeline's own call, beyond prompt, steps, guidance and size, that this policy implies."""
         ...
 
+    def pipeline_sigmas(self, sigmas: Tensor) -> tuple[list[str], dict[str, Any]]:
+        """(setup lines, arguments) beside those, with which the pipeline steps over exactly these levels [T+1], not over
+        its scheduler's own. ValueError for a scheduler that takes none."""
+        ...
+
 
 class Model(Protocol):
     """What differs between families: one diffusers pipeline in the convention of `samplers`. Roles, guidance, the store of
@@ -168,6 +173,10 @@ class Model(Protocol):
 
     def pipeline_arguments(self) -> dict[str, Any]:
         """See Policy; without the negative prompt."""
+        ...
+
+    def pipeline_sigmas(self, sigmas: Tensor) -> tuple[list[str], dict[str, Any]]:
+        """See Policy."""
         ...
 
 

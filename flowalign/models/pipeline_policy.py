@@ -130,3 +130,6 @@ class PipelinePolicy:
 
     def pipeline_arguments(self) -> dict[str, Any]:
         return {"negative_prompt": self.negative_prompt, **self.model.pipeline_arguments()}
+
+    def pipeline_sigmas(self, sigmas: Tensor) -> tuple[list[str], dict[str, Any]]:
+        return self.model.pipeline_sigmas(sigmas)

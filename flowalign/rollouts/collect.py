@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flowalign.data import PromptRecord
 from flowalign.models.base import Conditions, encode_singly
+from flowalign.models.grid import grid
 from flowalign.rollouts.gather import gather_forest, gather_output, gather_tree
 from flowalign.rollouts.task import Rollout, Task
 from rewards import RewardBatch, RewardOutput, score
@@ -116,7 +117,7 @@ def _roll_out(
     settings, policy = task.rollout, task.policy
     tree = grow(settings, task.seed, iteration, share)
     shape = policy.latent_shape(task.height, task.width)
-    sigmas = policy.sigmas(settings.num_inference_steps, shape)
+    sigmas = grid(policy, settings.schedule, settings.num_inference_steps, shape)
     uids = [record.uid for record in prompts]
     own = slice(share.start, share.stop)
     noise = KeyedNoise(

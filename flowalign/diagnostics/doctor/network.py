@@ -16,6 +16,7 @@ from flowalign.diagnostics.doctor.base import Finding
 from flowalign.diagnostics.measure import distance
 from flowalign.evaluation.evaluate import sample
 from flowalign.models import Policy, check_lora_targets
+from flowalign.models.grid import grid, pipeline_call
 from flowalign.models.load import DTYPES, FAMILIES, inspect_checkpoint, resolve
 from flowalign.rollouts.task import Task
 from samplers import normal
@@ -123,7 +124,10 @@ def check_parity(task: Task, settings: PolicySettings, texts: Sequence[str]) -> 
     Two prompts without guidance, and if the rollout is guided one prompt with it (the pipeline encodes the negative text
     once per prompt, we once, and text encoders round by batch size). The networks are shared, so no memory is doubled.
     Allowed: 0 for SD3 in fp32 on the CPU, 2e-6 of the largest latent for ε- and v-models, else see `rounding`."""
-    pipeline = _fresh_pipeline(task.policy, settings)
+    steps, schedule = task.rollout.num_inference_steps, task.rollout.schedule
+    shape = task.policy.latent_shape(task.height, task.width)
+    setup, arguments = pipeline_call(task.policy, schedule, steps, shape)
+    pipeline = _fresh_pipeline(task.policy, settings, setup)
     guidance = task.rollout.guidance_scale
     cases = [(1.0, list(texts[:2]))] + ([(guidance, [f"{texts[0]}."])] if guidance > 1 else [])
     worst = 0.0
@@ -131,12 +135,12 @@ def check_parity(task: Task, settings: PolicySettings, texts: Sequence[str]) -> 
         start = noise(task, len(prompts))
         negative = {"negative_prompt": [settings.negative_prompt] * len(prompts)} if scale > 1 else {}
         theirs = pipeline(
-            prompt=prompts, latents=start, num_inference_steps=task.rollout.num_inference_steps, guidance_scale=scale,
+            prompt=prompts, latents=start, num_inference_steps=steps, guidance_scale=scale,
             height=task.height, width=task.width, output_type="latent",
-            **{**task.policy.pipeline_arguments(), **negative},
+            **{**arguments, **negative},
         ).images.float()  # fmt: skip
-        conditions, steps = task.policy.encode(prompts), task.rollout.num_inference_steps
-        worst = max(worst, relative(sample(task.policy, conditions, start, steps, scale), theirs))
+        conditions = task.policy.encode(prompts)
+        worst = max(worst, relative(sample(task.policy, conditions, start, steps, scale, schedule), theirs))
     limit = rounding(settings, 0.0 if task.policy.path.rectified else 2e-6)
     advice = (
         "the deterministic rollout is not the pipeline's: compare policy.sigmas with the checkpoint's scheduler (class, "
@@ -146,7 +150,7 @@ def check_parity(task: Task, settings: PolicySettings, texts: Sequence[str]) -> 
     return Finding("parity", worst <= limit, figure, "" if worst <= limit else advice)
 
 
-def _fresh_pipeline(policy: Policy, settings: PolicySettings) -> DiffusionPipeline:
+def _fresh_pipeline(policy: Policy, settings: PolicySettings, setup: Sequence[str]) -> DiffusionPipeline:
     index = inspect_checkpoint(settings.path)
     arguments = FAMILIES[index["_class_name"]].load_arguments(index)
     networks = policy.modules()
@@ -155,7 +159,7 @@ def _fresh_pipeline(policy: Policy, settings: PolicySettings) -> DiffusionPipeli
     )
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(next(next(iter(networks.values())).parameters()).device)
-    exec("\n".join(policy.pipeline_setup()), {"pipe": pipeline})  # as the run's report tells its user
+    exec("\n".join(setup), {"pipe": pipeline})  # as the run's report tells its user
     return pipeline
 
 
@@ -239,4 +243,4 @@ def middle_sigma(task: Task) -> Tensor:
     """A noise level [1] in the middle of the grid."""
     steps = task.rollout.num_inference_steps
     shape = task.policy.latent_shape(task.height, task.width)
-    return task.policy.sigmas(steps, shape)[steps // 2][None]
+    return grid(task.policy, task.rollout.schedule, steps, shape)[steps // 2][None]
