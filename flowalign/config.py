@@ -21,6 +21,8 @@ from flowalign.errors import ConfigError
 from flowalign.models.load import check_image_size, check_lora_targets, inspect_checkpoint, path_of
 from flowalign.models.lora import LoRA
 from flowalign.models.roles import Role, check_roles
+from flowalign.rollouts.collect import grow
+from flowalign.rollouts.sources import check_sources
 from flowalign.rollouts.task import Rollout
 from flowalign.trainers import Trainer
 from rewards import Reward
@@ -222,7 +224,10 @@ def check(config: TrainConfig) -> None:
             "policy.trainable=full with a KL (trainer.kl.beta above 0) has no reference: set trainer.kl.beta=0, or "
             "policy.reference_copy=true (it doubles the memory of the network)"
         )
-    load_prompts(config.prompts)
+    known = {"policy", *policy.roles} | (
+        {"reference"} if policy.trainable == "lora" or policy.reference_copy else set()
+    )
+    check_sources(rollout, grow(rollout, 0, 0, [0]), known, load_prompts(config.prompts))
     held_out = load_prompts(config.evaluation.prompts)
     if config.evaluation.count > len(held_out):
         raise ConfigError(

@@ -14,9 +14,10 @@ from flowalign.data import PromptRecord
 from flowalign.models.base import Conditions, encode_singly
 from flowalign.models.grid import grid
 from flowalign.rollouts.gather import gather_forest, gather_output, gather_tree
+from flowalign.rollouts.sources import by_source, hinted_prompt, roles_of
 from flowalign.rollouts.task import Rollout, Task
 from rewards import RewardBatch, RewardOutput, score
-from samplers import FlowSDE, Forest, KeyedNoise, Tree, VelocityLookup, rollout, sampled, unscored
+from samplers import SOURCES, FlowSDE, Forest, KeyedNoise, Tree, VelocityLookup, rollout, sampled, unscored
 from samplers.noise import generator, visits
 
 
@@ -88,8 +89,9 @@ def collect(
         forest, output = gather_forest(processes, tree, forest), gather_output(processes, tree, output)
     sample = sampled(forest.tree)
     images, probes = int(sample.sum()), int((~sample).sum())
+    own = sample & (forest.tree.source[forest.tree.leaves] == SOURCES.index("student"))
     metrics = {
-        **_reward_metrics(task.reward.name, output, sample),
+        **_reward_metrics(task.reward.name, output, own),
         "cost/rollout_per_image": rows / images,
         **({"cost/probes_per_image": probes / images} if probes else {}),
         "time/rollout": rolled - began,
@@ -123,10 +125,14 @@ def _roll_out(
     noise = KeyedNoise(
         task.seed, iteration, uids[own], shape, visits=visits(uids)[own], branch_scale=settings.branch_scale
     )
-    group_of_root = tree.group[: tree.num_roots] + share.start
+    roles, row_of_root = roles_of(settings, tree), tree.group[: tree.num_roots] + share.start
+    if settings.hint_key is not None:  # the rows of the hinted prompts follow those of the prompts
+        hints = encode_singly(policy, [hinted_prompt(record, settings.hint_key) for record in prompts])
+        conditions = Conditions.cat([conditions, hints])
+        row_of_root = row_of_root + len(prompts) * (tree.source[: tree.num_roots] == SOURCES.index("hinted"))
 
     def velocity(x: Tensor, sigma: Tensor, root: Tensor) -> Tensor:
-        rows = conditions.rows(group_of_root[root])
+        rows = conditions.rows(row_of_root[root])
         return policy.velocity(
             x, sigma, rows, guidance_scale=settings.guidance_scale, detach_uncond=settings.detach_uncond
         )
@@ -138,10 +144,13 @@ def _roll_out(
         output, _ = _judge(task, prompts, tree.group[nodes] + share.start, x0)
         return torch.where(output.valid, output.scores, torch.finfo(output.scores.dtype).min)
 
-    return roll(
-        velocity, policy.start(noise.start(tree)), sigmas, tree, settings.kernel, noise.step,
-        micro_batch=settings.micro_batch, select=settings.plan.select(preview),
-    )  # fmt: skip
+    start, select = policy.start(noise.start(tree)), settings.plan.select(preview)
+    if len(roles) == 1:
+        return roll(
+            velocity, start, sigmas, tree, settings.kernel, noise.step, micro_batch=settings.micro_batch, select=select
+        )
+    routed = by_source(velocity, policy, tree, roles, settings.micro_batch)
+    return roll(routed, start, sigmas, tree, settings.kernel, noise.step, select=select)
 
 
 def decoded(task: Task, prompts: Sequence[PromptRecord], owner: Tensor, latents: Tensor) -> RewardBatch:
@@ -164,7 +173,8 @@ def _judge(task: Task, prompts: Sequence[PromptRecord], owner: Tensor, latents: 
 
 
 def _reward_metrics(name: str, output: RewardOutput, sample: Tensor) -> dict[str, float]:
-    """Of the leaves `sample` [L] that end a sample: probes of noisier states would lower the mean. `invalid` is of all."""
+    """Of the leaves `sample` [L] that end one of the policy's own samples: probes of noisier states would lower the mean, a
+    teacher's samples raise it. `invalid` is of all."""
 
     def mean(values: Tensor) -> float:
         values = values[sample]

@@ -20,7 +20,11 @@ class Rollout:
     calls the network as the update does. schedule: the noise levels; None: the family's own grid. allow_cfg_update: a guided update inside a window of few steps is refused
     without it, since peers report collapse. draw: whether a random plan draws once per group or once per iteration (never
     inside a group). branch_scale: correlated noise of siblings (BranchGRPO's s, 4 there), see KeyedNoise; None makes it
-    independent. micro_batch: states per network call."""
+    independent. micro_batch: states per network call.
+
+    sources, hint_key: for a plan with samples that are not the policy's own (samplers.Sourced). sources: "teacher" (or
+    "hinted") -> the role that rolls these samples out; hinted ones are the policy's without it. hint_key: key of the
+    prompts' metadata under which the hinted samples' prompt stands; the reward and the update see the prompt itself."""
 
     plan: Plan
     kernel: Kernel
@@ -34,6 +38,8 @@ class Rollout:
     micro_batch: int = 64
     allow_cfg_update: bool = False
     detach_uncond: bool = False
+    sources: dict[str, str] = field(default_factory=dict)
+    hint_key: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
