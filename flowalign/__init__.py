@@ -12,7 +12,8 @@ for _name in ("samplers", "rewards"):
 
 _PUBLIC = {
     "load_policy": "flowalign.models",
-    "LoRA": "flowalign.models",
+    **dict.fromkeys(("LoRA", "Role", "Size"), "flowalign.models"),
+    "as_records": "flowalign.data",
     "evaluate": "flowalign.evaluation.evaluate",
     "load_config": "flowalign.config",
     "train": "flowalign.loop",

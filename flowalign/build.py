@@ -20,11 +20,13 @@ def policy_of(
     settings = config.policy
     policy = load_policy(
         settings.path, lora=settings.lora, trainable=settings.trainable, dtype=settings.dtype,
-        max_sequence_length=settings.max_sequence_length, negative_prompt=settings.negative_prompt,
-        reference_copy=settings.reference_copy, device=device, network_device=network_device, seed=config.run.seed,
+        vae_dtype=settings.vae_dtype, family=settings.family, max_sequence_length=settings.max_sequence_length,
+        negative_prompt=settings.negative_prompt, reference_copy=settings.reference_copy, device=device,
+        network_device=network_device, offload=settings.offload, decode_batch=settings.decode_batch, seed=config.run.seed,
     )  # fmt: skip
-    policy.latent_shape(settings.height, settings.width)
-    policy.add_roles(settings.roles)
+    policy.latent_shape(settings.size)
+    wanted = {**config.trainer.roles(), **settings.roles}
+    policy.add_roles({name: role for name, role in wanted.items() if name != "reference"})
     if not policy.trainable_parameters():
         raise ConfigError("got a policy without trainable parameters: check policy.trainable and policy.lora.targets")
     return policy
@@ -37,7 +39,4 @@ def task_of(
     rollout = replace(
         config.rollout, kernel=config.rollout.kernel.bind(policy.path), groups=groups or config.rollout.groups
     )
-    settings = config.policy
-    return Task(
-        policy, config.reward, rollout, config.run.seed, settings.height, settings.width, processes or Processes()
-    )
+    return Task(policy, config.reward, rollout, config.run.seed, config.policy.size, processes or Processes())

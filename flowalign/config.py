@@ -16,33 +16,46 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from flowalign.config_layers import located, merge, origins, read_layer
+from flowalign.contracts import by_what_can_be_called, check_attributes, explain
 from flowalign.data import load_prompts
 from flowalign.errors import ConfigError
-from flowalign.models.load import check_image_size, check_lora_targets, inspect_checkpoint, path_of
+from flowalign.models.base import Size
+from flowalign.models.load import check_image_size, check_lora_folders, check_lora_targets, inspect_checkpoint, path_of
 from flowalign.models.lora import LoRA
 from flowalign.models.roles import Role, check_roles
 from flowalign.rollouts.collect import grow
 from flowalign.rollouts.sources import check_sources
 from flowalign.rollouts.task import Rollout
-from flowalign.trainers import Trainer
+from flowalign.trainers import Setup, Trainer
 from rewards import Reward
 from samplers import Schedule, check_schedule
 
 
 @dataclass(frozen=True)
 class PolicySettings:
-    """Which model, and which of its weights are trained (see `load_policy`)."""
+    """Which model, and which of its weights are trained (see `load_policy`). family: the import path of a model family of
+    your own, such as my_module.FAMILY; null finds it by the pipeline's class. height, width in pixels, frames of a video."""
 
     path: str = "glyphs"
     lora: LoRA = field(default_factory=LoRA)
     trainable: Literal["lora", "full"] = "lora"
     dtype: Literal["fp32", "bf16"] = "fp32"
+    vae_dtype: Literal["fp32", "bf16"] | None = None
+    family: str | None = None
     height: int = 512
     width: int = 512
+    frames: int = 1
     max_sequence_length: int | None = None
     negative_prompt: str = ""
     reference_copy: bool = False
+    offload: list[Literal["encoders", "vae"]] = field(default_factory=list)
+    decode_batch: int | None = None
     roles: dict[str, Role] = field(default_factory=dict)
+
+    @property
+    def size(self) -> Size:
+        """What is generated."""
+        return Size(self.height, self.width, self.frames)
 
 
 @dataclass(frozen=True)
@@ -150,18 +163,20 @@ def load_config(paths: str | Sequence[str], overrides: Sequence[str] = ()) -> tu
         arguments.append(f"--{override}")
     reader = parser()
     try:
-        namespace = reader.parse_args(arguments)
-        plain = yaml.safe_load(reader.dump(namespace, skip_unset=False))
-        objects = reader.instantiate(namespace)
+        with by_what_can_be_called():
+            namespace = reader.parse_args(arguments)
+            plain = yaml.safe_load(reader.dump(namespace, skip_unset=False))
+            objects = reader.instantiate(namespace)
     except ConfigError:
         raise
     except Exception as error:  # jsonargparse raises many kinds; each is a fault of the configuration
-        raise ConfigError(located(_explain(str(error)), node, overrides)) from error
+        raise ConfigError(located(explain(_explain(str(error))), node, overrides)) from error
     plain.pop("config", None)
     values = objects.as_dict() if isinstance(objects, Namespace) else dict(objects)
     values.pop("config", None)
     config = TrainConfig(**values)
     try:
+        check_attributes(config)
         check(config)
     except (ValueError, OSError) as error:
         raise ConfigError(located(str(error), node, overrides)) from error
@@ -200,11 +215,13 @@ def check(config: TrainConfig) -> None:
         if find_spec(tracker) is None:
             raise ConfigError(f"run.trackers names {tracker!r}, which is not installed: install it, or leave it out")
     check_roles(policy.roles)
-    inspect_checkpoint(policy.path)
-    check_image_size(policy.path, policy.height, policy.width)
+    inspect_checkpoint(policy.path, policy.family)
+    check_image_size(policy.path, policy.size, policy.family)
+    if policy.decode_batch is not None and policy.decode_batch < 1:
+        raise ConfigError(f"policy.decode_batch={policy.decode_batch}: expected at least 1, or null")
     if policy.max_sequence_length is not None and policy.max_sequence_length < 0:
         raise ConfigError(f"policy.max_sequence_length={policy.max_sequence_length}: expected at least 0, or null")
-    path = path_of(policy.path)
+    path = path_of(policy.path, policy.family)
     for key, schedule, steps in (
         ("rollout", rollout.schedule, rollout.num_inference_steps),
         ("evaluation", evaluation_schedule(config), config.evaluation.num_inference_steps),
@@ -214,17 +231,22 @@ def check(config: TrainConfig) -> None:
         except ValueError as error:
             raise ConfigError(f"{key}.schedule: {error}") from error
     bound = replace(rollout, kernel=rollout.kernel.bind(path))
-    config.trainer.check(bound, path, config.reward.name)
+    config.trainer.check(Setup(bound, path, (config.reward.name,), policy.roles))
     if policy.trainable == "lora":
-        check_lora_targets(policy.path, policy.lora.targets)
+        check_lora_targets(policy.path, policy.lora.targets, policy.family)
+        check_lora_folders(policy.path, policy.lora, policy.roles, policy.family)
+    elif folders := [role.folder for role in policy.roles.values() if role.folder is not None]:
+        raise ConfigError(
+            f"policy.trainable={policy.trainable} with a role that starts from {folders[0]}: expected policy.trainable=lora"
+        )
     elif policy.dtype != "fp32":
         raise ConfigError(f"policy.dtype={policy.dtype} with policy.trainable=full: expected fp32 for the optimizer")
-    elif config.trainer.needs_reference() and not policy.reference_copy:
+    elif "reference" in config.trainer.roles() and not policy.reference_copy:
         raise ConfigError(
-            "policy.trainable=full with a KL (trainer.kl.beta above 0) has no reference: set trainer.kl.beta=0, or "
-            "policy.reference_copy=true (it doubles the memory of the network)"
+            "got policy.trainable=full and a trainer that needs the reference (trainer.regularizers), of which no copy is kept: "
+            "set trainer.regularizers={}, or policy.reference_copy=true (it doubles the memory of the network)"
         )
-    known = {"policy", *policy.roles} | (
+    known = {"policy", *policy.roles, *config.trainer.roles()} | (
         {"reference"} if policy.trainable == "lora" or policy.reference_copy else set()
     )
     check_sources(rollout, grow(rollout, 0, 0, [0]), known, load_prompts(config.prompts))

@@ -15,35 +15,66 @@ from samplers.noise import generator
 
 @dataclass(frozen=True)
 class PromptRecord:
-    """One prompt. uid: its row in the set (two rows of equal text are two prompts). metadata: for rewards."""
+    """One prompt. uid: its row in the set (two rows of equal text are two prompts). metadata: for rewards.
+
+    images: files of the source images of an edit, none for text to image. negative_prompt: what guidance starts from; None
+    means the policy's own."""
 
     uid: int
     prompt: str
     metadata: dict[str, Any] = field(default_factory=dict)
+    images: tuple[Path, ...] = ()
+    negative_prompt: str | None = None
+
+
+def as_records(prompts: Sequence[str]) -> list[PromptRecord]:
+    """Plain texts as a prompt set."""
+    return [PromptRecord(uid, prompt) for uid, prompt in enumerate(prompts)]
 
 
 def load_prompts(source: str) -> list[PromptRecord]:
-    """Reads a prompt set from `file.txt` (a prompt a line), `file.jsonl` (objects with "prompt"; the other keys become
-    metadata) or an import path `package.module:function` of a callable that returns such objects.
+    """Reads a prompt set from `file.txt` (a prompt a line), `file.jsonl` (objects with "prompt", and if wanted "image" or
+    "images", paths from the file's folder, and "negative_prompt"; the other keys become metadata) or an import path
+    `package.module:function` of a callable that returns such objects, its image paths from the working directory.
 
     Raises ValueError or FileNotFoundError that names the source and the line."""
     if source.endswith((".txt", ".jsonl")):
-        rows = _read_rows(Path(source))
+        rows, folder = _read_rows(Path(source)), Path(source).parent
     elif ":" in source:
-        rows = _call(source)
+        rows, folder = _call(source), Path()
     else:
         raise ValueError(
             f"got prompt source {source!r}; expected a .txt file, a .jsonl file, or an import path such as "
             "'flowalign.glyphs:train_prompts'"
         )
-    records = []
-    for number, row in enumerate(rows):
-        if not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
-            raise ValueError(f"{source}, prompt {number + 1}: got {row!r}; expected a non-empty text under 'prompt'")
-        records.append(PromptRecord(number, row["prompt"], {k: v for k, v in row.items() if k != "prompt"}))
+    records = [_record(f"{source}, prompt {number + 1}", number, row, folder) for number, row in enumerate(rows)]
     if not records:
         raise ValueError(f"{source} holds no prompts; expected at least one")
     return records
+
+
+OWN_KEYS = ("prompt", "image", "images", "negative_prompt")
+
+
+def _record(place: str, uid: int, row: dict[str, Any], folder: Path) -> PromptRecord:
+    if not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
+        raise ValueError(f"{place}: got {row!r}; expected a non-empty text under 'prompt'")
+    negative = row.get("negative_prompt")
+    if negative is not None and not isinstance(negative, str):
+        raise ValueError(f"{place}: got negative_prompt={negative!r}; expected a text, or none for the policy's own")
+    if "image" in row and "images" in row:
+        raise ValueError(f"{place}: got 'image' and 'images'; expected one of them: list all files under 'images'")
+    names = [row["image"]] if "image" in row else row.get("images", [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(
+            f"{place}: got images {names!r}; expected a path under 'image', or a list of paths under 'images'"
+        )
+    images = tuple(folder / name for name in names)
+    for image in images:
+        if not image.is_file():
+            raise FileNotFoundError(f"{place}: image {image} does not exist (working directory: {Path.cwd()})")
+    metadata = {key: value for key, value in row.items() if key not in OWN_KEYS}
+    return PromptRecord(uid, row["prompt"], metadata, images, negative)
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
@@ -87,8 +118,19 @@ def _call(source: str) -> list[dict[str, Any]]:
 
 
 def digest(records: Sequence[PromptRecord]) -> str:
-    """SHA-256 of the set with its metadata, by which a resumed run checks that its prompts are the same."""
-    return hashlib.sha256(repr([vars(record) for record in records]).encode()).hexdigest()
+    """SHA-256 of the set with its metadata and the content of its images, by which a resumed run checks that its prompts are
+    the same."""
+    return hashlib.sha256(repr([_content(record) for record in records]).encode()).hexdigest()
+
+
+def _content(record: PromptRecord) -> dict[str, Any]:
+    """What must not change. Of images the bytes, wherever they lie; what a record does not have is left out."""
+    content: dict[str, Any] = {"uid": record.uid, "prompt": record.prompt, "metadata": record.metadata}
+    if record.images:
+        content["images"] = [hashlib.sha256(image.read_bytes()).hexdigest() for image in record.images]
+    if record.negative_prompt is not None:
+        content["negative_prompt"] = record.negative_prompt
+    return content
 
 
 def prompts_of_iteration(records: Sequence[PromptRecord], count: int, seed: int, iteration: int) -> list[PromptRecord]:

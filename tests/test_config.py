@@ -66,10 +66,10 @@ BAD = [
     (["trainer.optimizer.eps=-1"], "eps"),
     (["trainer.micro_batch=0"], "micro_batch"),
     (["trainer.objective.clip_range=0"], "clip_range"),
-    (["trainer.kl.beta=-1"], "beta"),
+    (["trainer.regularizers.kl.beta=-1"], "beta"),
     (["trainer.signal.advantage.clip=-1"], "clip"),
     (["trainer.signal.advantage.delta=-1"], "delta"),
-    (["trainer.kl.form=exakt"], "form"),
+    (["trainer.regularizers.kl.form=exakt"], "form"),
     # rewards
     (["reward=rewards.JPEGG"], "JPEG"),
     (["reward=rewards.OCR", "reward.metric=fuzzy"], "metric"),
@@ -87,7 +87,7 @@ BAD = [
     (["policy.trainable=half"], "trainable"),
     (["policy.dtype=fp8"], "dtype"),
     (["policy.trainable=full", "policy.dtype=bf16"], "bf16"),
-    (["policy.trainable=full", "trainer.kl.beta=0.01"], "reference_copy"),
+    (["policy.trainable=full", "trainer.regularizers.kl.beta=0.01"], "reference_copy"),
     (["policy.height=25"], "25×48"),
     (["policy.width=-48"], "multiples of"),
     (["policy.max_sequence_length=-3"], "max_sequence_length"),
@@ -162,7 +162,7 @@ def test_overrides_win_and_the_forecast_counts_what_they_say(tiny_pipeline: Path
     said = forecast(config)  # (4 + 1 + 24·5)/24 and (1 + 24)/24
     assert "rollout 5.21, update at most 1.04 forward and backward, reference at most 1.04" in said
     assert f"at most {3 * 2 * (125 + 25):,} forwards, {3 * 2 * 25:,} with backward" in said
-    config, _ = load_config(CONFIG, [f"policy.path={tiny_pipeline}", "trainer.kl.beta=0"])
+    config, _ = load_config(CONFIG, [f"policy.path={tiny_pipeline}", "trainer.regularizers.kl.beta=0"])
     assert "reference" not in forecast(config)
 
 

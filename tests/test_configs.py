@@ -44,8 +44,8 @@ GLYPHS = {
     "reward.fold": {"0": "O"},
     "trainer.signal.advantage.std": "batch",
     "trainer.objective.clip_range": 4.4e-4,
-    "trainer.kl.beta": 0.04,
-    "trainer.kl.form": "exact_times_h",
+    "trainer.regularizers.kl.beta": 0.04,
+    "trainer.regularizers.kl.form": "exact_times_h",
     "trainer.updates_per_rollout": 2,
     "trainer.micro_batch": 16,
     "trainer.optimizer.lr": 3e-4,
@@ -86,7 +86,7 @@ BEFORE: dict[tuple[str, str, str], dict[str, Any]] = {
         "reward.divide_by": 1.0,
         "trainer.signal.advantage.std": "set",
         "trainer.objective.clip_range": 1e-4,
-        "trainer.kl.beta": 0.0,
+        "trainer.regularizers": {},
         "trainer.updates_per_rollout": 4,
         "trainer.micro_batch": 8,
         "trainer.optimizer.lr": 3e-4,
@@ -142,7 +142,7 @@ def test_layers_say_what_the_complete_files_said(layers: tuple[str, str, str], t
 def test_all_layers_combine(method: str, model: str, tiny: dict[str, str]) -> None:
     needed = {}
     if method != "ddpo" and model == "sd15":  # Flow-GRPO's KL is that of an SDE
-        needed["trainer.kl.form=exact"] = r"set trainer\.kl\.form=exact"
+        needed["trainer.regularizers.kl.form=exact"] = r"regularizers\.kl: .*form=exact"
     if (method, model) in GUIDED_WINDOWS:
         needed["rollout.allow_cfg_update=true"] = r"allow_cfg_update=true.*sd.*\.yaml, line"
     for reward in REWARDS:
@@ -194,7 +194,7 @@ def test_the_recipe_of_stable_diffusion_3_5_is_that_of_flow_grpo(tiny: dict[str,
         "rollout.guidance_scale": 4.5, "rollout.kernel.noise_level": 0.7, "evaluation.num_inference_steps": 40,
         "evaluation.guidance_scale": 4.5, "policy.height": 512, "policy.lora.rank": 32, "policy.lora.alpha": 64,
         "policy.lora.targets": None, "trainer.optimizer.lr": 3e-4, "trainer.objective.clip_range": 1e-4,
-        "trainer.kl.beta": 0.04, "trainer.signal.advantage.clip": 5.0, "trainer.optimizer.weight_decay": 1e-4,
+        "trainer.regularizers.kl.beta": 0.04, "trainer.signal.advantage.clip": 5.0, "trainer.optimizer.weight_decay": 1e-4,
     }  # fmt: skip
     assert {key: values[key] for key in expected} == expected
     assert (

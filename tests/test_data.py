@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from flowalign.data import load_prompts
+from flowalign.data import PromptRecord, digest, load_prompts
 
 
 def prompts(path: Path, content: bytes) -> list[str]:
@@ -43,3 +43,34 @@ def test_a_bad_file_is_named_with_its_line(tmp_path: Path, name: str, content: b
 def test_a_bad_function_is_named(source: str) -> None:
     with pytest.raises(ValueError, match=f"prompt source {source!r}"):
         load_prompts(source)
+
+
+def test_a_line_may_name_source_images_and_a_negative_prompt(tmp_path):
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(name.encode())
+    (tmp_path / "edits.jsonl").write_text(
+        '{"prompt": "a", "image": "a.png", "kind": 1}\n{"prompt": "b", "images": ["a.png", "b.png"], "negative_prompt": ""}\n'
+    )
+    one, two = load_prompts(str(tmp_path / "edits.jsonl"))
+    assert one.images == (tmp_path / "a.png",) and one.metadata == {"kind": 1} and one.negative_prompt is None
+    assert two.images == (tmp_path / "a.png", tmp_path / "b.png") and two.metadata == {} and two.negative_prompt == ""
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "a", "image": "no.png"}', r"prompt 1: image .*no\.png does not exist"),
+        ('{"prompt": "a", "image": 3}', r"got images \[3\]; expected a path"),
+        ('{"prompt": "a", "images": "a.png"}', "list of paths under 'images'"),
+        ('{"prompt": "a", "image": "a.png", "images": []}', "expected one of them"),
+        ('{"prompt": "a", "negative_prompt": 1}', "negative_prompt=1; expected a text"),
+    ],
+)
+def test_bad_images_and_negative_prompts(line, message, tmp_path):
+    (tmp_path / "a.jsonl").write_text(line + "\n")
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        load_prompts(str(tmp_path / "a.jsonl"))
+
+
+def test_the_digest_of_text_prompts_is_that_of_earlier_versions():
+    assert digest([PromptRecord(0, "a", {"k": 1})]).startswith("d5b6f1fd8572")

@@ -1,11 +1,12 @@
 """Advantage: values of edges -> advantages inside a declared set."""
 
 from flowalign.advantage.asymmetric import Asymmetric
-from flowalign.advantage.base import Advantage, Advantages, Within, set_keys
+from flowalign.advantage.base import Advantage, Advantages, SignalContext, Within, set_keys
 from flowalign.advantage.gated import VarianceGated
 from flowalign.advantage.mix import Mixed, PerChannel
 from flowalign.advantage.normalized import Normalized
 
 __all__ = [
-    "Advantage", "Advantages", "Asymmetric", "Mixed", "Normalized", "PerChannel", "VarianceGated", "Within", "set_keys",
+    "Advantage", "Advantages", "Asymmetric", "Mixed", "Normalized", "PerChannel", "SignalContext", "VarianceGated",
+    "Within", "set_keys",
 ]  # fmt: skip

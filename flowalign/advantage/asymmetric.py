@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from flowalign.advantage.base import Advantages, Sets, Within, by_channel
+from flowalign.advantage.base import Advantages, Sets, SignalContext, Within, by_channel
 from flowalign.credit import EdgeValues
 from samplers import Forest
 
@@ -34,7 +34,7 @@ class Asymmetric:
         if self.alpha <= 0:
             raise ValueError(f"got advantage.alpha={self.alpha}; expected a number above 0")
 
-    def compare(self, forest: Forest, credit: EdgeValues) -> Advantages:
+    def compare(self, forest: Forest, credit: EdgeValues, context: SignalContext) -> Advantages:
         return by_channel(forest, credit, self.within, self._rule)
 
     def _rule(self, sets: Sets) -> tuple[Tensor, Tensor]:

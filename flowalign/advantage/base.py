@@ -8,9 +8,9 @@ edges only.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from collections.abc import Callable, MutableMapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -31,8 +31,23 @@ class Advantages:
     zero_std_ratio: float
 
 
+@dataclass(frozen=True)
+class SignalContext:
+    """What advantages and selectors may depend on beside the batch, and nothing else.
+
+    seed: of the run. iteration: of the loop. uids: the prompt uid of each group, so that statistics and draws do not
+    depend on which process holds the prompt; () stands for the groups' numbers. memory: running statistics, as JSON with
+    text keys, from one iteration to the next: whoever keeps some writes them here, and the trainer saves and restores
+    them; a part that wraps several gives each a memory of its own, under its name."""
+
+    seed: int = 0
+    iteration: int = 0
+    uids: Sequence[int] = ()
+    memory: MutableMapping[str, Any] = field(default_factory=dict)
+
+
 class Advantage(Protocol):
-    def compare(self, forest: Forest, credit: EdgeValues) -> Advantages:
+    def compare(self, forest: Forest, credit: EdgeValues, context: SignalContext) -> Advantages:
         """Advantages of all edges, rows in the order of `forest.tree.edges`; a column per channel, or one for their sum."""
         ...
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flowalign.advantage.base import Advantages, Sets, Within, by_channel
+from flowalign.advantage.base import Advantages, Sets, SignalContext, Within, by_channel
 from flowalign.credit import EdgeValues
 from samplers import Forest
 
@@ -32,7 +32,7 @@ class VarianceGated:
         if self.low is not None and self.high is not None and not 0 <= self.low <= self.high:
             raise ValueError(f"got low={self.low}, high={self.high}; expected 0 <= low <= high")
 
-    def compare(self, forest: Forest, credit: EdgeValues) -> Advantages:
+    def compare(self, forest: Forest, credit: EdgeValues, context: SignalContext) -> Advantages:
         return by_channel(forest, credit, self.within, self._rule)
 
     def _rule(self, sets: Sets) -> tuple[Tensor, Tensor]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from flowalign.advantage.base import FLAT, Advantage, Advantages
+from flowalign.advantage.base import FLAT, Advantage, Advantages, SignalContext
 from flowalign.credit import EdgeValues
 from samplers import Forest
 
@@ -38,15 +38,15 @@ class Mixed:
         if self.clip <= 0:
             raise ValueError(f"got clip={self.clip}; expected a number above 0")
 
-    def compare(self, forest: Forest, credit: EdgeValues) -> Advantages:
+    def compare(self, forest: Forest, credit: EdgeValues, context: SignalContext) -> Advantages:
         _need_several(f"Mixed(how={self.how!r})", credit.channels)
         weights = self._weights(credit.channels)
         needed = weights != 0
         if self.how == "reward_sum":
             complete = credit.valid[:, needed].all(1, keepdim=True)
             total = torch.where(credit.valid, credit.values, 0.0) @ weights[:, None]
-            return self.advantage.compare(forest, EdgeValues(total, complete, ("sum",)))
-        each = self.advantage.compare(forest, credit)
+            return self.advantage.compare(forest, EdgeValues(total, complete, ("sum",)), context)
+        each = self.advantage.compare(forest, credit, context)
         if self.how == "keep":
             return Advantages((each.values * weights).float(), each.valid & needed, each.zero_std_ratio)
         complete = each.valid[:, needed].all(1, keepdim=True)
@@ -73,7 +73,7 @@ class PerChannel:
 
     parts: dict[str, Advantage]
 
-    def compare(self, forest: Forest, credit: EdgeValues) -> Advantages:
+    def compare(self, forest: Forest, credit: EdgeValues, context: SignalContext) -> Advantages:
         _need_several("PerChannel", credit.channels)
         columns, used = [], set()
         for place, channel in enumerate(credit.channels):
@@ -82,7 +82,8 @@ class PerChannel:
                 raise ValueError(f"got channel {channel!r}; expected one of {sorted(self.parts)}: add it to parts")
             used.add(name)
             one = EdgeValues(credit.values[:, [place]], credit.valid[:, [place]], (channel,))
-            columns.append(self.parts[name].compare(forest, one))
+            own = replace(context, memory=context.memory.setdefault(channel, {}))
+            columns.append(self.parts[name].compare(forest, one, own))
         if unused := sorted(set(self.parts) - used):
             raise ValueError(
                 f"parts {unused} match none of the channels {list(credit.channels)}: remove or rename them"

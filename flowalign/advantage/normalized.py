@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from flowalign.advantage.base import Advantages, Sets, Within, by_channel
+from flowalign.advantage.base import Advantages, Sets, SignalContext, Within, by_channel
 from flowalign.credit import EdgeValues
 from samplers import Forest
 
@@ -40,7 +40,7 @@ class Normalized:
                 f"got advantage.trim={self.trim}; expected a share from 0 to below 1, below 0.5 with trim_side='both'"
             )
 
-    def compare(self, forest: Forest, credit: EdgeValues) -> Advantages:
+    def compare(self, forest: Forest, credit: EdgeValues, context: SignalContext) -> Advantages:
         return by_channel(forest, credit, self.within, self._rule)
 
     def _rule(self, sets: Sets) -> tuple[Tensor, Tensor]:

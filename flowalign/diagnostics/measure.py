@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowalign.advantage import Advantages
+from flowalign.advantage import Advantages, SignalContext
 from flowalign.models import Policy
 from flowalign.rollouts.collect import ScoredRollout
 from flowalign.rollouts.task import Task
-from flowalign.selectors import SelectionContext, Selector
+from flowalign.selectors import Selector
 from flowalign.selectors.base import START
 from flowalign.trainers import PolicyGradient, Trainer
 from samplers import Forest
@@ -102,7 +102,7 @@ class NthSiblings:
     numbers: tuple[int, ...]
     states: int | None = None
 
-    def choose(self, forest: Forest, advantages: Advantages, context: SelectionContext = START) -> Tensor:
+    def choose(self, forest: Forest, advantages: Advantages, context: SignalContext = START) -> Tensor:
         chosen = self.inner.choose(forest, advantages, context) & advantages.valid.any(1)
         number, several = _number_siblings(forest, chosen)
         chosen = chosen & torch.isin(number, torch.tensor(self.numbers))
@@ -128,7 +128,7 @@ def one_pass_per_edge(
 ) -> list[tuple[PolicyGradient, float]]:
     """Trainers, each with its share of the loss, that together train the same edges with one forward and backward per
     edge: the n-th trains the n-th child of each state. states: see NthSiblings; children: at most that many of each state.
-    LayerTuning is left out."""
+    Supervision is left out."""
     number, _ = _number_siblings(batch.forest, trainer.edge_signal(batch).chosen)
     widest = min(int(number.max()) + 1, children or len(number))
     parts = [(n, with_selector(trainer, task, NthSiblings(trainer.signal.select, (n,), states))) for n in range(widest)]
@@ -137,7 +137,7 @@ def one_pass_per_edge(
 
 
 def with_selector(trainer: PolicyGradient, task: Task, select: Selector) -> PolicyGradient:
-    """A copy of the trainer that trains the edges of `select` in one update, without layer_tuning."""
-    other = replace(trainer, signal=replace(trainer.signal, select=select), layer_tuning=None, updates_per_rollout=1)
+    """A copy of the trainer that trains the edges of `select` in one update, without supervision."""
+    other = replace(trainer, signal=replace(trainer.signal, select=select), supervision={}, updates_per_rollout=1)
     other.prepare(task, None)
     return other

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from flowalign.data import PromptRecord, digest
 from flowalign.distributed.processes import Processes
-from flowalign.models.base import Conditions, Policy, encode_singly
+from flowalign.models.base import Conditions, Policy, Size
 from flowalign.models.grid import grid
 from rewards import Reward, RewardBatch, RewardError, score
-from samplers import ODE, Schedule, Tree, normal, rollout, scattered
+from samplers import Schedule, Tree, normal, rollout, scattered
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,18 +49,17 @@ def evaluate(
     guidance_scale: float,
     seed: int,
     batch_size: int,
-    height: int,
-    width: int,
+    size: Size,
     samples_per_prompt: int = 1,
     schedule: Schedule | None = None,
     keep_images: int = 8,
     progress: Callable[[int], None] | None = None,
     processes: Processes | None = None,
 ) -> EvaluationResult:
-    """Generates every prompt `samples_per_prompt` times by the ODE (never with SDE noise) and scores the images.
+    """Generates every prompt `samples_per_prompt` times by its solver (never with SDE noise) and scores the images.
 
-    schedule: the noise levels; None: the family's own grid. Uses the weights as they are: wrap the call in `policy.role("reference")` for the base, in `ema.applied()` for the
-    average. Scores do not depend on `batch_size` beyond rounding. `progress(n)` is called after each batch of n.
+    schedule: the noise levels; None: the family's own grid. Uses the weights as they are: wrap the call in
+    `policy.role("reference")` for the base, in `ema.applied()` for the average. Scores do not depend on `batch_size` beyond rounding. `progress(n)` is called after each batch of n.
     A reward that fails, or gives no score for more than half of the images, is a RewardError; one sample without a
     score is nan. `processes` share the images, and each returns the whole result."""
     _check(prompts, rewards, batch_size, samples_per_prompt)
@@ -72,13 +71,13 @@ def evaluate(
             f"got {len(jobs)} images for {everyone.count} processes; expected at least one for each: add prompts or samples"
         )
     share = everyone.share(len(jobs))
-    shape = policy.latent_shape(height, width)
+    shape = policy.latent_shape(size)
     kept: list[Tensor] = []
     scores: dict[str, list[Tensor]] = {reward.name: [] for reward in rewards}
     for first in range(share.start, share.stop, batch_size):
         batch = jobs[first : min(first + batch_size, share.stop)]
         noise = torch.stack([normal(shape, seed, "start", "evaluate", record.uid, number) for record, number in batch])
-        conditions = encode_singly(policy, [record.prompt for record, _ in batch])
+        conditions = policy.encode([record for record, _ in batch], negative=guidance_scale != 1)
         images = policy.decode(sample(policy, conditions, noise, num_inference_steps, guidance_scale, schedule))
         for name, part in _score(rewards, [record for record, _ in batch], images, first).items():
             scores[name].append(part)
@@ -125,14 +124,14 @@ def sample(
     guidance_scale: float,
     schedule: Schedule | None = None,
 ) -> Tensor:
-    """Clean latents [n, *] by the deterministic sampler (the ODE of the policy's path), from unit noise [n, *]."""
+    """Clean latents [n, *] by the deterministic sampler (the solver of the policy's scheduler), from unit noise [n, *]."""
     tree = scattered(num_inference_steps, len(noise), (), shared_start=False)  # no step has noise
 
     def velocity(x: Tensor, sigma: Tensor, root: Tensor) -> Tensor:
         return policy.velocity(x, sigma, conditions.rows(root), guidance_scale=guidance_scale)
 
     sigmas = grid(policy, schedule, num_inference_steps, noise.shape[1:])
-    forest = rollout(velocity, policy.start(noise), sigmas, tree, ODE().bind(policy.path), _no_noise)
+    forest = rollout(velocity, policy.start(noise), sigmas, tree, policy.solver(), _no_noise)
     return forest.at(tree.leaves)
 
 

@@ -1,7 +1,11 @@
 """Models: a diffusers pipeline seen as parts. One file per family."""
 
-from flowalign.models.base import Conditions, Policy
+from flowalign.models.base import Conditions, Family, Model, Policy, Size
 from flowalign.models.load import check_lora_targets, inspect_checkpoint, load_policy, path_of
 from flowalign.models.lora import LoRA
+from flowalign.models.roles import Role
 
-__all__ = ["Conditions", "LoRA", "Policy", "check_lora_targets", "inspect_checkpoint", "load_policy", "path_of"]
+__all__ = [
+    "Conditions", "Family", "LoRA", "Model", "Policy", "Role", "Size", "check_lora_targets", "inspect_checkpoint", "load_policy",
+    "path_of",
+]  # fmt: skip

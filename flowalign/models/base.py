@@ -14,32 +14,65 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 import samplers
+from flowalign.data import PromptRecord
 from flowalign.models.roles import Role
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is generated: `frames` images of height × width pixels; one frame is an image. One policy run has one size, so the
+    latents of a forest have one shape."""
+
+    height: int
+    width: int
+    frames: int = 1
 
 
 @dataclass(frozen=True, eq=False)
 class Conditions:
-    """Encoded prompts: tensors [P, ...] with one row per prompt, by name."""
+    """Encoded records: tensors [P, ...] with one row per record, by name.
+
+    Rows have one shape: a family whose embeddings differ in length pads them in `Model.encode` and says the lengths in a
+    tensor of its own. negative: what guidance starts from, one row per record too; None if it was not encoded."""
 
     tensors: dict[str, Tensor]
+    negative: Conditions | None = None
 
     def __len__(self) -> int:
         return len(next(iter(self.tensors.values())))
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors, without those of `negative`."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
     def rows(self, index: Tensor) -> Conditions:
         """The rows `index` [n], in that order, repeats allowed."""
-        return Conditions({name: tensor[index.to(tensor.device)] for name, tensor in self.tensors.items()})
+        tensors = {name: tensor[index.to(tensor.device)] for name, tensor in self.tensors.items()}
+        return Conditions(tensors, None if self.negative is None else self.negative.rows(index))
+
+    def to(self, device: str | torch.device) -> Conditions:
+        """The same on `device`."""
+        tensors = {name: tensor.to(device) for name, tensor in self.tensors.items()}
+        return Conditions(tensors, None if self.negative is None else self.negative.to(device))
 
     @staticmethod
     def cat(parts: Sequence[Conditions]) -> Conditions:
-        """All rows of all parts."""
-        return Conditions({name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors})
+        """All rows of all parts; ValueError if some have negatives and others have none."""
+        tensors = {name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors}
+        negatives = [part.negative for part in parts if part.negative is not None]
+        if negatives and len(negatives) < len(parts):
+            raise ValueError(
+                f"got {len(parts)} conditions, {len(negatives)} of them with negative rows; expected all or none: encode "
+                "them with the same `negative`"
+            )
+        return Conditions(tensors, Conditions.cat(negatives) if negatives else None)
 
 
 class Policy(Protocol):
     """A pipeline's parts in the convention of `samplers`: velocities, σ from 1 to 0, fp32 states.
 
-    `evaluations` counts network rows: one per state, two under guidance; checkpoint recomputation does not count."""
+    `evaluations` counts network rows, `rows_per_state` of them per state; checkpoint recomputation does not count."""
 
     evaluations: int
 
@@ -48,16 +81,29 @@ class Policy(Protocol):
         """The noising law to which `sigmas` and `velocity` refer; kernels are bound to it by `Kernel.bind(path)`."""
         ...
 
-    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
-        """Shape of one latent for an image of height × width pixels; ValueError if the size does not divide."""
+    def latent_shape(self, size: Size) -> tuple[int, ...]:
+        """Shape of one latent; ValueError for a size that the model cannot make."""
         ...
 
-    def encode(self, prompts: Sequence[str]) -> Conditions:
-        """One row per prompt. Each distinct text goes through the encoders once per run."""
+    def encode(self, records: Sequence[PromptRecord], *, negative: bool = False, together: bool = False) -> Conditions:
+        """One row per record, from its prompt and images. Each record is encoded alone, so its row does not depend on the
+        others, and is kept for the next time.
+
+        negative: also the rows that guidance starts from, of the record's own negative prompt or the policy's, with the
+        record's images; needed by `velocity` with a guidance_scale other than 1. together: in one batch, as a pipeline's
+        call encodes, and not kept; the rounding then depends on the batch."""
         ...
 
     def sigmas(self, num_inference_steps: int, latent_shape: Sequence[int]) -> Tensor:
         """[T+1] fp32 on the CPU, as the pipeline's own scheduler has them for latents of this shape."""
+        ...
+
+    def solver(self) -> samplers.Kernel:
+        """The deterministic step of the pipeline's own scheduler, bound to `path`: for evaluation and parity."""
+        ...
+
+    def rows_per_state(self, guidance_scale: float) -> int:
+        """Network rows per state: 2 for classifier-free guidance, 1 without or where the scale is an input of the network."""
         ...
 
     def start(self, noise: Tensor) -> Tensor:
@@ -74,11 +120,14 @@ class Policy(Protocol):
         ...
 
     def decode(self, latents: Tensor, grad: bool = False) -> Tensor:
-        """Images [n, 3, H, W] fp32 in [0, 1]."""
+        """Images [n, 3, H, W] fp32 in [0, 1].
+
+        grad: with a gradient to the latents, which passes the clamp to [0, 1] as if it were not there: a pixel beyond the
+        range would have none otherwise."""
         ...
 
     def modules(self) -> dict[str, nn.Module]:
-        """The trained networks by name."""
+        """The trained networks by their names in the pipeline; one, or several such as the two of Wan 2.2."""
         ...
 
     def networks(self) -> list[nn.Module]:
@@ -87,11 +136,12 @@ class Policy(Protocol):
         ...
 
     def trainable_parameters(self) -> list[tuple[str, Parameter]]:
-        """The tensors that the policy's optimizer steps, by name, in a fixed order."""
+        """The tensors that the policy's optimizer steps, by name, in a fixed order. With several networks a name begins with
+        the network's."""
         ...
 
     def add_roles(self, roles: Mapping[str, Role]) -> None:
-        """Adds roles, each starting as a copy of the policy's weights; ValueError for a name that is taken."""
+        """Adds roles; each starts as its `init` says. ValueError for a name that is taken, or roles that cannot be."""
         ...
 
     def parameters_of(self, role: str) -> list[tuple[str, Parameter]]:
@@ -125,20 +175,31 @@ class Policy(Protocol):
         ...
 
 
+# a network as `Model.velocity` gets it: called with the arguments of its `forward`, by position or by name
+Network = Callable[..., Any]
+
+
 class Model(Protocol):
-    """What differs between families: one diffusers pipeline in the convention of `samplers`. Roles, guidance, the store of
-    encoded prompts and training are not its business: `PipelinePolicy` adds them for every family alike.
+    """What differs between families: one diffusers pipeline in the convention of `samplers`. Roles, the store of encoded
+    prompts and training are not its business: `PipelinePolicy` adds them for every family alike."""
 
-    network: the trained network; `predict` may be called with a copy of it."""
+    @property
+    def networks(self) -> Mapping[str, ModelMixin]:
+        """The trained networks by their names in the pipeline."""
+        ...
 
-    network: ModelMixin
+    @property
+    def vae(self) -> ModelMixin:
+        """What decodes."""
+        ...
+
+    @property
+    def encoders(self) -> Sequence[nn.Module]:
+        """What `encode` runs."""
+        ...
 
     @property
     def path(self) -> samplers.Path:
-        """See Policy."""
-        ...
-
-    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
         """See Policy."""
         ...
 
@@ -146,25 +207,35 @@ class Model(Protocol):
         """See Policy."""
         ...
 
-    def encode(self, prompts: list[str]) -> Conditions:
-        """One row per prompt."""
+    def solver(self) -> samplers.Kernel:
+        """See Policy; not bound to a path."""
         ...
 
-    def predict(self, network: nn.Module, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
-        """The prediction of `network` (ε, v or velocity) at fp32 states x [n, *] with noise levels sigma [n]; guidance
-        combines such predictions linearly."""
+    def encode(self, records: Sequence[PromptRecord]) -> Conditions:
+        """One row per record, from its `prompt` and `images` alone, on the encoders' device, which is where they are now."""
         ...
 
-    def to_velocity(self, prediction: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
-        """v [n, *] from the network's prediction [n, *], both fp32."""
+    def velocity(
+        self, networks: Mapping[str, Network], x: Tensor, sigma: Tensor, conditions: Conditions,
+        negative: Conditions | None, guidance_scale: float, detach_uncond: bool,
+    ) -> Tensor:  # fmt: skip
+        """v [n, *] fp32 at fp32 states x [n, *] with noise levels sigma [n], under the family's own guidance rule;
+        conditions, negative: one row per state.
+
+        networks: what to call in place of `self.networks`: the same or those of a role, and every call is counted by the
+        length of its first argument. negative: None if it was not encoded; ValueError then if the guidance needs it.
+        detach_uncond: no gradient through the unconditional half."""
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images [n, 3, H, W] in [-1, 1]."""
+        """Images [n, 3, H, W] in [-1, 1], or beyond; in the dtype of the VAE."""
         ...
 
-    def save_lora(self, folder: Path, layers: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-        """pytorch_lora_weights.safetensors as the pipeline's `load_lora_weights` reads it."""
+    def save_lora(
+        self, folder: Path, layers: Mapping[str, dict[str, Tensor]], metadata: Mapping[str, dict[str, Any]]
+    ) -> None:
+        """pytorch_lora_weights.safetensors as the pipeline's `load_lora_weights` reads it; tensors and LoRA settings by
+        network."""
         ...
 
     def pipeline_setup(self) -> list[str]:
@@ -180,37 +251,42 @@ class Model(Protocol):
         ...
 
 
+# component of the pipeline -> its configuration: the trained networks and "vae"
+Configs = Mapping[str, Mapping[str, Any]]
+
+
 @dataclass(frozen=True, eq=False)
 class Family:
     """What must be known of a model family before its weights are read.
 
-    model: makes the Model from the loaded pipeline and `max_sequence_length`. part: name of the trained component;
-    network: its diffusers class; targets: its LoRA targets by default. path: the noising law from the scheduler's
-    configuration (with "_class_name"), ValueError for a scheduler whose steps the rollout cannot repeat. unit: height and
-    width must be multiples of it; from the network's configuration and the VAE's reduction. load_arguments: extra
-    arguments of `from_pretrained`, from model_index.json."""
+    pipeline: the pipeline's class, named in model_index.json. model: makes the Model from the loaded pipeline and
+    `max_sequence_length`. networks: name of each trained component -> its diffusers class. targets: LoRA targets by default.
+    path: the noising law from the scheduler's configuration (with "_class_name"), ValueError for a scheduler whose steps the
+    rollout cannot repeat. latent_shape: of one latent, from the components' configurations; ValueError for a size that the
+    model cannot make. rows_per_state: see Policy. load_arguments: extra arguments of `from_pretrained`, from
+    model_index.json."""
 
+    pipeline: Any
     model: Callable[[Any, int | None], Model]
-    part: str
-    network: Any
+    networks: Mapping[str, Any]
     targets: tuple[str, ...]
     path: Callable[[dict[str, Any]], samplers.Path]
-    unit: Callable[[dict[str, Any], int], int]
+    latent_shape: Callable[[Size, Configs], tuple[int, ...]]
+    rows_per_state: Callable[[float], int]
     load_arguments: Callable[[dict[str, Any]], dict[str, Any]]
 
 
-def check_size(height: int, width: int, unit: int) -> None:
-    """ValueError unless both are positive multiples of `unit`."""
-    if min(height, width) < unit or height % unit or width % unit:
+def check_image(size: Size, unit: int) -> None:
+    """ValueError unless `size` is one image whose height and width are positive multiples of `unit`."""
+    if min(size.height, size.width) < unit or size.height % unit or size.width % unit:
         raise ValueError(
-            f"got image size {height}×{width}; expected positive multiples of {unit} for this model: change policy.height "
-            "and policy.width"
+            f"got image size {size.height}×{size.width}; expected positive multiples of {unit} for this model: change "
+            "policy.height and policy.width"
         )
+    if size.frames != 1:
+        raise ValueError(f"got {size.frames} frames for a model of images; expected 1: leave policy.frames out")
 
 
-def encode_singly(policy: Policy, prompts: Sequence[str]) -> Conditions:
-    """One row per prompt, each text encoded alone.
-
-    In a batch the rounding of an embedding depends on the other texts. A resumed run encodes its prompts again, and a text
-    may then be in another batch than the first time."""
-    return Conditions.cat([policy.encode([text]) for text in prompts])
+def vae_reduction(config: Mapping[str, Any]) -> int:
+    """Pixels per latent in each direction, of an AutoencoderKL's configuration."""
+    return 2 ** (len(config["block_out_channels"]) - 1)

@@ -1,26 +1,43 @@
-"""Loads a policy from a name, a folder or a hub id, and checks a checkpoint's configurations before its weights are read."""
+"""Loads a policy from a name, a folder, a hub id or a live pipeline, and checks a checkpoint's configurations before its
+weights are read."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import importlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from accelerate import init_empty_weights
-from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline
 from torch import nn
 
-from flowalign.models.base import Family, Policy, check_size
-from flowalign.models.families import sd3, sd15
-from flowalign.models.lora import LoRA, add_lora, matched_modules
-from flowalign.models.pipeline_policy import PipelinePolicy
+from flowalign.models.base import Family, Policy, Size
+from flowalign.models.lora import (
+    ADAPTER,
+    LoRA,
+    activate,
+    add_lora,
+    base_adapters,
+    linear_modules,
+    lora_layers,
+    matched_modules,
+    set_adapter_weights,
+)  # fmt: skip
+from flowalign.models.lora_file import read_lora
+from flowalign.models.pipeline_policy import PROMPT_STORE_BYTES, Offloadable, PipelinePolicy
+from flowalign.models.roles import Role
+from flowalign.models.trained_networks import TrainedNetworks
 from samplers import Path as NoisingPath
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# pipeline class named in model_index.json -> its family
-FAMILIES: dict[str, Family] = {"StableDiffusion3Pipeline": sd3.FAMILY, "StableDiffusionPipeline": sd15.FAMILY}
+# pipeline class named in model_index.json -> its family, imported when it is used
+FAMILIES = {
+    "StableDiffusion3Pipeline": "flowalign.models.families.sd3.FAMILY",
+    "StableDiffusionPipeline": "flowalign.models.families.sd15.FAMILY",
+}
 
 
 def resolve(path: str) -> str:
@@ -32,8 +49,9 @@ def resolve(path: str) -> str:
     return str(PIPELINE)
 
 
-def inspect_checkpoint(path: str) -> dict[str, Any]:
-    """The pipeline's model_index.json. Raises FileNotFoundError or ValueError before any weight is read."""
+def inspect_checkpoint(path: str, family: str | None = None) -> tuple[dict[str, Any], Family]:
+    """The pipeline's model_index.json, and its family: the one found by the pipeline's class, or `family`, the import path of
+    another. Raises FileNotFoundError or ValueError before any weight is read."""
     name = resolve(path)
     local = Path(name)
     if local.exists() and not (local / "model_index.json").is_file():
@@ -47,81 +65,209 @@ def inspect_checkpoint(path: str) -> dict[str, Any]:
             "diffusers pipeline folder, or a hub id such as 'stabilityai/stable-diffusion-3.5-medium'"
         )
     index = dict(DiffusionPipeline.load_config(name))
-    if index.get("_class_name") not in FAMILIES:
+    return index, family_of(f"policy.path={path!r}", str(index.get("_class_name")), family)
+
+
+def family_of(what: str, pipeline: str, family: str | None = None) -> Family:
+    """The family of the pipeline class `pipeline`, or the one that `family`, an import path such as my_module.FAMILY, names.
+    what: where the class was found. ValueError for none, or for a family of another pipeline class."""
+    if family is None and pipeline not in FAMILIES:
         raise ValueError(
-            f"got policy.path={path!r}, a {index.get('_class_name')}; expected one of {', '.join(FAMILIES)}"
+            f"got {what}, a {pipeline}; expected one of {', '.join(FAMILIES)}, or policy.family, the import path of a Family "
+            "of your own"
         )
-    return index
+    found = _import_family(FAMILIES[pipeline] if family is None else family)
+    if found.pipeline.__name__ != pipeline:
+        raise ValueError(
+            f"got {what}, a {pipeline}, with policy.family={family}; expected a {found.pipeline.__name__}, which that family is "
+            "of: change one of the two"
+        )
+    return found
 
 
-def path_of(path: str) -> NoisingPath:
+def _import_family(name: str) -> Family:
+    module, _, attribute = name.rpartition(".")
+    try:
+        found = vars(importlib.import_module(module))[attribute]
+    except (ImportError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"got policy.family={name!r}, which cannot be imported ({error!r}); expected module.NAME of a flowalign.models.Family"
+        ) from error
+    if type(found) is not Family:
+        raise ValueError(f"got policy.family={name!r}, a {type(found).__name__}; expected a flowalign.models.Family")
+    return found
+
+
+def path_of(path: str, family: str | None = None) -> NoisingPath:
     """The noising law of a checkpoint, from its scheduler's config alone; ValueError for a scheduler we cannot follow."""
-    index = inspect_checkpoint(path)
-    family = FAMILIES[index["_class_name"]]
+    index, known = inspect_checkpoint(path, family)
     settings = dict(DDIMScheduler.load_config(resolve(path), subfolder="scheduler"))  # reads the file of any class
-    family.path(settings)
+    known.path(settings)
     # diffusers loads the class that model_index.json names, whatever the scheduler's own file says
-    return family.path({**settings, "_class_name": index["scheduler"][1]})
+    return known.path({**settings, "_class_name": index["scheduler"][1]})
 
 
-def check_image_size(path: str, height: int, width: int) -> None:
+def check_image_size(path: str, size: Size, family: str | None = None) -> None:
     """ValueError unless the model can make images of this size; from configurations alone."""
-    family = FAMILIES[inspect_checkpoint(path)["_class_name"]]
-    network = dict(family.network.load_config(resolve(path), subfolder=family.part))
-    blocks = AutoencoderKL.load_config(resolve(path), subfolder="vae")["block_out_channels"]
-    check_size(height, width, family.unit(network, 2 ** (len(blocks) - 1)))
+    _, known = inspect_checkpoint(path, family)
+    read = next(iter(known.networks.values())).load_config  # reads the file of any model
+    known.latent_shape(size, {name: dict(read(resolve(path), subfolder=name)) for name in (*known.networks, "vae")})
 
 
-def check_lora_targets(path: str, targets: Sequence[str] | None) -> list[str]:
-    """The modules that `targets` match, from the network's config alone; ValueError if one matches nothing."""
-    family = FAMILIES[inspect_checkpoint(path)["_class_name"]]
-    config = family.network.load_config(resolve(path), subfolder=family.part)
+def rows_per_state(path: str, guidance_scale: float, family: str | None = None) -> int:
+    """See Policy.rows_per_state; before a model is loaded."""
+    return inspect_checkpoint(path, family)[1].rows_per_state(guidance_scale)
+
+
+def check_lora_targets(path: str, targets: Sequence[str] | None, family: str | None = None) -> list[str]:
+    """The modules that `targets` (None: the family's) match, from the networks' configs alone; ValueError if one matches
+    nothing. With several networks each must match all, and a name begins with the network's."""
+    _, known = inspect_checkpoint(path, family)
+    empty, wanted = _empty_networks(path, known), known.targets if targets is None else targets
+    several = len(empty) > 1
+    return [
+        f"{name}.{module}" if several else module
+        for name, network in empty.items()
+        for module in matched_modules(network, wanted)
+    ]
+
+
+def check_lora_folders(path: str, lora: LoRA, roles: Mapping[str, Role], family: str | None = None) -> None:
+    """FileNotFoundError or ValueError for a LoRA, of the policy or of a role, that cannot be loaded; from the configs and
+    the LoRA files' headers alone."""
+    if lora.init is None and all(role.folder is None for role in roles.values()):
+        return
+    _, known = inspect_checkpoint(path, family)
+    for name, network in _empty_networks(path, known).items():
+        modules = matched_modules(network, known.targets if lora.targets is None else lora.targets)
+        if lora.init is not None:
+            read_lora(lora.init, name).check_equal("policy.lora", modules, lora.rank, lora.alpha)
+        for label, role in roles.items():
+            if role.folder is None:
+                continue
+            file = read_lora(role.folder, name)
+            file.check_modules(linear_modules(network))
+            if role.follows:
+                file.check_equal(f"the role {label}, which follows {role.of}", modules, lora.rank, lora.alpha)
+
+
+def _empty_networks(path: str, family: Family) -> dict[str, nn.Module]:
+    configs = {name: kind.load_config(resolve(path), subfolder=name) for name, kind in family.networks.items()}
     with init_empty_weights():
-        return matched_modules(family.network.from_config(config), family.targets if targets is None else targets)
+        return {name: kind.from_config(configs[name]) for name, kind in family.networks.items()}
+
+
+def read_pipeline(
+    path: str, family: str | None = None, *, dtype: str = "fp32", vae_dtype: str | None = None, **parts: nn.Module
+) -> DiffusionPipeline:
+    """The diffusers pipeline of a checkpoint. parts: components that are already there, by name; they are not read."""
+    index, known = inspect_checkpoint(path, family)
+    dtypes = {"default": DTYPES[dtype], "vae": DTYPES[vae_dtype or dtype]}
+    pipeline = known.pipeline.from_pretrained(
+        resolve(path), torch_dtype=dtypes, **{**known.load_arguments(index), **parts}
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def load_policy(
-    path: str = "glyphs",
+    path: str | DiffusionPipeline = "glyphs",
     *,
-    lora: LoRA | None = None,
+    lora: LoRA | str | None = None,
     trainable: Literal["lora", "full", "none"] = "lora",
-    dtype: Literal["fp32", "bf16"] = "fp32",
+    dtype: Literal["fp32", "bf16"] | None = None,
+    vae_dtype: Literal["fp32", "bf16"] | None = None,
+    family: str | None = None,
     max_sequence_length: int | None = None,
     negative_prompt: str = "",
     reference_copy: bool = False,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
     network_device: str | torch.device | None = None,
+    offload: Sequence[Offloadable] = (),
+    decode_batch: int | None = None,
+    prompt_store: int = PROMPT_STORE_BYTES,
     seed: int = 0,
 ) -> Policy:
-    """Loads a pipeline as a policy.
+    """Loads a pipeline, or takes a live one, as a policy.
 
-    trainable: "lora" (the default LoRA if none is given), "full" weights (fp32 only), or "none". dtype: of the frozen
-    network; adapters are always fp32. max_sequence_length: see the family's model. seed: of the adapters' initial
-    weights. network_device: the trained network's device if it is not `device` (see flowalign.distributed.fsdp2).
-    reference_copy: keeps a frozen copy of the network, the reference of a full fine-tuning with a KL.
-    Raises FileNotFoundError or ValueError, as far as possible before any weight is read."""
-    index = inspect_checkpoint(path)
-    path_of(path)  # refuses a scheduler before the weights are read
-    if trainable == "full" and dtype != "fp32":
-        raise ValueError(
-            f"got policy.trainable=full with policy.dtype={dtype}; expected fp32 weights for the optimizer"
-        )
-    family = FAMILIES[index["_class_name"]]
-    pipeline = DiffusionPipeline.from_pretrained(
-        resolve(path), torch_dtype=DTYPES[dtype], **family.load_arguments(index)
+    lora: its settings, or a folder with a LoRA to start from, with the settings of that. trainable: "lora" (the default LoRA
+    if none is given), "full" weights (fp32 only), or "none". dtype: of the frozen network, "fp32" by default; adapters are
+    always fp32. vae_dtype: of the VAE if it is another. family: the import path of a `Family` of your own.
+    max_sequence_length: see the family's model. seed: of the adapters' initial weights. device: "cpu" by default.
+    network_device: the trained networks' device if it is not `device` (see flowalign.distributed.fsdp2). reference_copy: keeps
+    a frozen copy of the networks, the reference of a full fine-tuning with a KL. offload, decode_batch, prompt_store: see
+    PipelinePolicy.
+
+    A live pipeline says dtype and device itself. Its networks are shared, not copied: they get the policy's adapters, are
+    frozen otherwise and put into eval mode, so the pipeline samples with what is trained. Its scheduler and settings are
+    copied. A LoRA that it has loaded stays active as part of the base, also of the reference, and is not saved with the
+    policy's. Raises FileNotFoundError or ValueError, as far as possible before any weight is read."""
+    if isinstance(path, str):
+        dtype = dtype or "fp32"
+        path_of(path, family)  # refuses a scheduler before the weights are read
+        _, known = inspect_checkpoint(path, family)
+        _check_full(trainable, DTYPES[dtype])
+        pipeline = read_pipeline(path, family, dtype=dtype, vae_dtype=vae_dtype)
+        _place(pipeline, known, device or "cpu", network_device)
+    else:
+        given = {"dtype": dtype, "vae_dtype": vae_dtype, "device": device, "network_device": network_device}
+        if settings := [name for name, value in given.items() if value is not None]:
+            raise ValueError(f"got {', '.join(settings)} with a live pipeline; expected none: use pipe.to(...) before")
+        known = family_of("a live pipeline", type(path).__name__, family)
+        pipeline = copy.copy(path)
+        pipeline.scheduler = copy.deepcopy(path.scheduler)
+    model = known.model(pipeline, max_sequence_length)
+    for name, network in model.networks.items():
+        _check_full(trainable, network.dtype)
+        network.eval().requires_grad_(trainable == "full")
+        if trainable == "full" and lora_layers(network):
+            raise ValueError(
+                f"got trainable='full' for a {name} with adapters; expected none: unload or fuse them first"
+            )
+    for part in (model.vae, *model.encoders):
+        part.requires_grad_(False)
+    base = {name: base_adapters(network) for name, network in model.networks.items()}
+    if trainable == "lora":
+        for name, network in model.networks.items():
+            _add_lora(network, name, lora or LoRA(), known, seed)
+            activate(lora_layers(network), [*base[name], ADAPTER])
+    copies = trainable == "full" and reference_copy
+    frozen = (
+        {name: copy.deepcopy(net).requires_grad_(False) for name, net in model.networks.items()} if copies else None
     )
-    pipeline.set_progress_bar_config(disable=True)
+    trained = TrainedNetworks(model.networks, has_lora=trainable == "lora", frozen=frozen, base=base)
+    return PipelinePolicy(
+        model, known, trained, negative_prompt=negative_prompt, device=device or model.vae.device, offload=offload,
+        decode_batch=decode_batch, prompt_store=prompt_store,
+    )  # fmt: skip
+
+
+def _add_lora(network: nn.Module, name: str, lora: LoRA | str, family: Family, seed: int) -> None:
+    if isinstance(lora, str):
+        file = read_lora(lora, name)
+        lora = LoRA(max(file.ranks.values()), max(file.alphas.values()), file.modules, init=lora)
+    targets = family.targets if lora.targets is None else lora.targets
+    if lora.init is not None:
+        file = read_lora(lora.init, name)
+        file.check_modules(linear_modules(network))
+        file.check_equal("policy.lora", matched_modules(network, targets), lora.rank, lora.alpha)
+    add_lora(network, lora, targets, seed)
+    if lora.init is not None:
+        set_adapter_weights(network, file)
+
+
+def _check_full(trainable: str, dtype: torch.dtype) -> None:
+    if trainable == "full" and dtype != torch.float32:
+        raise ValueError(
+            f"got policy.trainable=full with policy.dtype={str(dtype).removeprefix('torch.')}; expected fp32 weights for the "
+            "optimizer"
+        )
+
+
+def _place(
+    pipeline: DiffusionPipeline, family: Family, device: str | torch.device, network_device: str | torch.device | None
+) -> None:
     for name, part in pipeline.components.items():
         if isinstance(part, nn.Module):
-            elsewhere = name == family.part and network_device is not None
-            part.requires_grad_(False).to(network_device if elsewhere else device)
-    network = pipeline.components[family.part].eval()
-    network.requires_grad_(trainable == "full")
-    frozen = None
-    if trainable == "lora":
-        lora = lora or LoRA()
-        add_lora(network, lora, family.targets if lora.targets is None else lora.targets, seed)
-    elif trainable == "full" and reference_copy:
-        frozen = copy.deepcopy(network).requires_grad_(False)
-    model = family.model(pipeline, max_sequence_length)
-    return PipelinePolicy(model, family.part, negative_prompt=negative_prompt, frozen=frozen)
+            elsewhere = name in family.networks and network_device is not None
+            part.to(network_device if elsewhere else device)

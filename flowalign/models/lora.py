@@ -22,12 +22,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from flowalign.models.lora_file import LoRAFile
+
 ADAPTER = "default"
-SD3_TARGETS = (
-    "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
-    "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
-)  # fmt: skip
-UNET_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 @dataclass(frozen=True)
@@ -35,12 +32,15 @@ class LoRA:
     """Low-rank adapters (arXiv:2106.09685); defaults of flow_grpo (rank 32, alpha 64, Gaussian init).
 
     `targets` are module-name suffixes such as "attn.to_q"; one that matches nothing is an error; None means the attention
-    layers of the model's family. `dropout` must be 0: it would make the replayed log-prob differ from the stored one."""
+    layers of the model's family. `dropout` must be 0: it would make the replayed log-prob differ from the stored one.
+    `init`: a folder with a LoRA to start from, of the same rank, alpha and targets (a run's lora/, or diffusers'
+    save_lora_weights); the reference is still the model without it."""
 
     rank: int = 32
     alpha: float = 64.0
     targets: tuple[str, ...] | None = None
     dropout: float = 0.0
+    init: str | None = None
 
     def __post_init__(self) -> None:
         if self.rank < 1 or self.alpha <= 0:
@@ -50,7 +50,7 @@ class LoRA:
         if self.dropout:
             raise ValueError(
                 f"got lora.dropout={self.dropout}; expected 0, since dropout makes the ratio of an unchanged policy differ "
-                "from 1; regularize with kl.beta instead"
+                "from 1; regularize with trainer.regularizers instead"
             )
         if self.targets is not None and not self.targets:
             raise ValueError(
@@ -58,9 +58,17 @@ class LoRA:
             )
 
 
+def linear_modules(network: nn.Module) -> list[str]:
+    """Names of the linear layers, which a LoRA may adapt. An adapted one counts by its own name, its parts do not."""
+    tuners = tuple(name for name, module in network.named_modules() if isinstance(module, BaseTunerLayer))
+    inside = tuple(f"{name}." for name in tuners)
+    plain = (name for name, module in network.named_modules() if isinstance(module, nn.Linear))
+    return [*tuners, *(name for name in plain if not name.startswith(inside))] if tuners else list(plain)
+
+
 def matched_modules(network: nn.Module, targets: Sequence[str]) -> list[str]:
     """Names of the linear layers that `targets` match. ValueError that lists the targets that match nothing."""
-    linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+    linear = linear_modules(network)
     unmatched = [t for t in targets if not any(name == t or name.endswith("." + t) for name in linear)]
     if unmatched:
         known = sorted({".".join(_within_block(name)) for name in linear})
@@ -78,51 +86,119 @@ def _within_block(name: str) -> list[str]:
     return parts[2:] if len(parts) > 2 and parts[1].isdigit() else parts
 
 
+def base_adapters(network: ModelMixin) -> tuple[str, ...]:
+    """The adapters that a user has loaded and left active: part of the base, under every role. Their tensors are frozen.
+
+    ValueError for one with the policy's own name, or for fused ones, which peft would take out again."""
+    layers = lora_layers(network)
+    if not layers:
+        return ()
+    if ADAPTER in network.peft_config:
+        raise ValueError(
+            f"got a network with an adapter named {ADAPTER!r}, the name of the policy's own; expected another: load the LoRA "
+            "with another adapter_name"
+        )
+    if any(layer.merged for layer in layers):
+        raise ValueError(
+            "got a network with fused adapters, which a role would undo; expected them active or merged for good: call "
+            "pipe.unfuse_lora() first, or save the fused pipeline and load that"
+        )
+    return () if layers[0].disable_adapters else tuple(layers[0].active_adapters)
+
+
+def lora_layers(network: nn.Module) -> list[BaseTunerLayer]:
+    """The network's layers that have adapters."""
+    return [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
+
+
 def add_lora(network: ModelMixin, lora: LoRA, targets: Sequence[str], seed: int) -> None:
     """Adds fp32 adapters to the `targets` of the network, initialized from `seed` alone; everything else is frozen."""
     network.requires_grad_(False)
     modules = matched_modules(network, targets)
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=modules, init_lora_weights="gaussian")
-    with torch.random.fork_rng(devices=[]):  # peft draws from the global generator
+    with torch.random.fork_rng(devices=[]), _second_adapter_is_intended():  # peft draws from the global generator
         torch.manual_seed(seed)
         network.add_adapter(config, adapter_name=ADAPTER)
-    for parameter in network.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+    for _, parameter in adapter_parameters(network, ADAPTER):
+        parameter.data = parameter.data.float()
+        parameter.requires_grad_(True)
 
 
-def add_adapter(network: ModelMixin, name: str, trained: bool) -> None:
-    """Adds an adapter that starts with the policy's weights; the policy's own stays active and trained."""
-    with torch.random.fork_rng(devices=[]), using_adapter(network, ADAPTER), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # a second adapter is intended here
+@torch.no_grad()
+def set_adapter_weights(network: nn.Module, file: LoRAFile) -> None:
+    """Gives the policy's adapter the weights of a file with the same modules, rank and alpha."""
+    weights = file.tensors()
+    for name, parameter in adapter_parameters(network, ADAPTER):
+        parameter.copy_(weights[name.replace(f".{ADAPTER}.", ".")])
+
+
+def add_adapter(network: ModelMixin, name: str, trained: bool, zero: bool) -> None:
+    """Adds an adapter that starts with the policy's weights; zero: with B = 0, so that it does nothing yet."""
+    with _kept_switches(network), torch.random.fork_rng(devices=[]), _second_adapter_is_intended():
         network.add_adapter(copy.deepcopy(network.peft_config[ADAPTER]), adapter_name=name)
     own = adapter_parameters(network, name)
-    for (_, source), (_, target) in zip(adapter_parameters(network, ADAPTER), own, strict=True):
-        source.requires_grad_(True)  # peft froze it
+    for (_, source), (target_name, target) in zip(adapter_parameters(network, ADAPTER), own, strict=True):
         target.data = source.detach().clone()
+        if zero and ".lora_B." in target_name:
+            target.data.zero_()
         target.requires_grad_(trained)
+
+
+def load_adapter(network: ModelMixin, name: str, file: LoRAFile, trained: bool) -> None:
+    """Adds the LoRA of a file as an adapter, in fp32, with the alpha of each of its modules."""
+    weights = file.tensors()
+    with _kept_switches(network), torch.random.fork_rng(devices=[]), _second_adapter_is_intended():
+        network.load_lora_adapter(weights, prefix=None, adapter_name=name, metadata=file.peft_settings())
+    for key, parameter in adapter_parameters(network, name):
+        parameter.data = weights[key.replace(f".{name}.", ".")].to(parameter.device, torch.float32)
+        parameter.requires_grad_(trained)
+
+
+@contextmanager
+def _kept_switches(network: nn.Module) -> Iterator[None]:
+    """Afterwards every parameter requires a gradient as before, and every layer has the adapters active that it had; a layer
+    that is new has those of the others."""
+    required = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
+    active = list(lora_layers(network)[0]._active_adapter)
+    yield
+    for parameter, requires_grad in required:
+        parameter.requires_grad_(requires_grad)
+    for layer in lora_layers(network):
+        layer._disable_adapters, layer._active_adapter = False, active
+
+
+@contextmanager
+def _second_adapter_is_intended() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")
+        yield
 
 
 def adapter_parameters(network: nn.Module, adapter: str) -> list[tuple[str, Parameter]]:
     """The tensors of one adapter, in the network's order, which is the same for every adapter."""
-    return [(name, p) for name, p in network.named_parameters() if ".lora_" in name and adapter in name.split(".")]
+    named = ((name, name.rpartition(".lora_")[2].split("."), p) for name, p in network.named_parameters())
+    return [(name, parameter) for name, inside, parameter in named if ".lora_" in name and inside[1:2] == [adapter]]
 
 
 @contextmanager
-def using_adapter(network: nn.Module, adapter: str | None) -> Iterator[None]:
-    """A context in which the network runs with this adapter, or without any (None). Sets only two flags of each layer, and
-    restores them."""
-    layers = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
+def using_adapters(layers: Sequence[BaseTunerLayer], adapters: Sequence[str]) -> Iterator[None]:
+    """A context in which the layers run with these adapters, or without any. Sets only two flags of each layer, and restores
+    them."""
     before = [(layer._disable_adapters, layer._active_adapter) for layer in layers]
     try:
-        for layer in layers:
-            layer._disable_adapters = adapter is None
-            if adapter is not None:
-                layer._active_adapter = [adapter]
+        activate(layers, adapters)
         yield
     finally:
         for layer, (disabled, active) in zip(layers, before, strict=True):
             layer._disable_adapters, layer._active_adapter = disabled, active
+
+
+def activate(layers: Sequence[BaseTunerLayer], adapters: Sequence[str]) -> None:
+    """The layers run with these adapters from now on, or without any."""
+    for layer in layers:
+        layer._disable_adapters = not adapters
+        if adapters:
+            layer._active_adapter = list(adapters)
 
 
 def adapter_state(network: nn.Module) -> dict[str, Tensor]:

@@ -2,40 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
 import samplers
-from flowalign.models.base import Conditions, Model
+from flowalign.data import PromptRecord
+from flowalign.models.base import Conditions, Family, Model, Network, Size
 from flowalign.models.lora import ADAPTER, adapter_state, save_peft
 from flowalign.models.prompt_store import PromptStore
 from flowalign.models.roles import Role
-from flowalign.models.trained_network import TrainedNetwork
+from flowalign.models.trained_networks import TrainedNetworks
+
+Offloadable = Literal["encoders", "vae"]
+PROMPT_STORE_BYTES = 2 * 2**30  # 500 prompts of 512 tokens of T5-XXL in bf16; those of CLIP all fit
 
 
 class PipelinePolicy:
     """The policy of a model. Satisfies `flowalign.models.base.Policy`, which documents what is not documented here.
 
-    part: the pipeline's name for the network. Trained is the LoRA if the network has one, else all its weights; in that case
-    the role "reference" needs `frozen`, a copy of the network."""
+    device: where conditions go, and parts that are offloaded while they work. offload: parts that are on the CPU while they do
+    not work (of a VAE that has decoded with a gradient, until it decodes again: its backward comes later). decode_batch:
+    latents per call of the VAE; None is all at once. prompt_store: bytes of encoded prompts that are kept, on the CPU."""
 
-    def __init__(self, model: Model, part: str, *, negative_prompt: str = "", frozen: nn.Module | None = None) -> None:
+    def __init__(
+        self, model: Model, family: Family, trained: TrainedNetworks, *, negative_prompt: str = "",
+        device: str | torch.device = "cpu", offload: Sequence[Offloadable] = (), decode_batch: int | None = None,
+        prompt_store: int = PROMPT_STORE_BYTES,
+    ) -> None:  # fmt: skip
         self.model = model
-        self.part = part
         self.negative_prompt = negative_prompt
         self.evaluations = 0
-        self._trained = TrainedNetwork(model.network, frozen)
-        self._prompts = PromptStore(model.encode)
-
-    @property
-    def network(self) -> nn.Module:
-        return self.model.network
+        self._family = family
+        self._trained = trained
+        self._device = torch.device(device)
+        self._offload = {name: list(_parts(model, name)) for name in offload}
+        self._decode_batch = decode_batch
+        self._prompts = PromptStore(lambda record: model.encode([record]), prompt_store)
+        for part in (part for parts in self._offload.values() for part in parts):
+            part.to("cpu")
 
     # ------------------------------------------------------------------------------------------ sampling
 
@@ -43,59 +54,96 @@ class PipelinePolicy:
     def path(self) -> samplers.Path:
         return self.model.path
 
-    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
-        return self.model.latent_shape(height, width)
+    def latent_shape(self, size: Size) -> tuple[int, ...]:
+        parts = {**self.model.networks, "vae": self.model.vae}
+        return self._family.latent_shape(size, {name: part.config for name, part in parts.items()})
 
     def sigmas(self, num_inference_steps: int, latent_shape: Sequence[int]) -> Tensor:
         return self.model.sigmas(num_inference_steps, latent_shape)
 
+    def solver(self) -> samplers.Kernel:
+        return self.model.solver().bind(self.path)
+
+    def rows_per_state(self, guidance_scale: float) -> int:
+        return self._family.rows_per_state(guidance_scale)
+
     def start(self, noise: Tensor) -> Tensor:
-        return noise.to(self.model.network.device, torch.float32)
+        return noise.to(self._network_device, torch.float32)
 
     @property
     def encoded(self) -> int:
-        """How many distinct texts went through the encoders."""
+        """How many records went through the encoders to be kept; one that was dropped and comes again counts again."""
         return self._prompts.encoded
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> Conditions:
-        return self._prompts.conditions(prompts)
+    def encode(self, records: Sequence[PromptRecord], *, negative: bool = False, together: bool = False) -> Conditions:
+        negatives = [self._negative(record) for record in records] if negative else []
+        if together:
+            with self._at_work("encoders"):
+                parts = [self.model.encode(rows).to(self._device) for rows in (list(records), negatives) if rows]
+        else:
+            new = self._prompts.missing([*records, *negatives])
+            with self._at_work("encoders") if new else nullcontext():
+                parts = [self._prompts.conditions(rows).to(self._device) for rows in (records, negatives) if rows]
+        return Conditions(parts[0].tensors, parts[1] if negative else None)
+
+    def _negative(self, record: PromptRecord) -> PromptRecord:
+        own = record.negative_prompt
+        return replace(record, prompt=self.negative_prompt if own is None else own)
 
     def velocity(
         self, x: Tensor, sigma: Tensor, conditions: Conditions, *, guidance_scale: float = 1.0,
         detach_uncond: bool = False,
     ) -> Tensor:  # fmt: skip
-        """See Policy. With `detach_uncond` (old flow_grpo) the guided velocity is the same to rounding, its gradient is
-        guidance_scale · ∂v_c."""
-        x = x.to(self.model.network.device, torch.float32)
-        if guidance_scale == 1.0:
-            return self.model.to_velocity(self._predict(x, sigma, conditions), x, sigma)
-        negative = self.encode([self.negative_prompt]).rows(torch.zeros(len(x), dtype=torch.int64))
-        if detach_uncond:
-            with torch.no_grad():
-                unconditional = self._predict(x, sigma, negative)
-            conditional = self._predict(x, sigma, conditions)
-        else:  # the pipelines' own order: unconditional rows first, one call
-            both = self._predict(torch.cat([x, x]), torch.cat([sigma, sigma]), Conditions.cat([negative, conditions]))
-            unconditional, conditional = both.chunk(2)
-        return self.model.to_velocity(unconditional + guidance_scale * (conditional - unconditional), x, sigma)
+        networks = {name: self._counted(network) for name, network in self._trained.active.items()}
+        x = x.to(self._network_device, torch.float32)
+        own, negative = Conditions(conditions.tensors), conditions.negative
+        return self.model.velocity(networks, x, sigma, own, negative, guidance_scale, detach_uncond)
 
-    def _predict(self, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
-        self.evaluations += len(x)
-        return self.model.predict(self._trained.active, x, sigma, conditions).float()
+    def _counted(self, network: nn.Module) -> Network:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.evaluations += len(args[0] if args else next(iter(kwargs.values())))
+            return network(*args, **kwargs)
+
+        return call
 
     def decode(self, latents: Tensor, grad: bool = False) -> Tensor:
-        with nullcontext() if grad else torch.no_grad():
-            image = self.model.decode(latents)
-        return (image.float() * 0.5 + 0.5).clamp(0, 1)
+        if grad:
+            for part in self._offload.get("vae", ()):
+                part.to(self._device)
+            image = self._decoded(latents)
+            # image - image.detach() is exactly 0: the clamped value, with the gradient of the unclamped one
+            return image.detach().clamp(0, 1) + (image - image.detach())
+        with torch.no_grad(), self._at_work("vae"):
+            return self._decoded(latents).clamp(0, 1)
+
+    def _decoded(self, latents: Tensor) -> Tensor:
+        parts = latents.split(self._decode_batch or max(1, len(latents)))
+        return torch.cat([self.model.decode(part).float() * 0.5 + 0.5 for part in parts])
+
+    @property
+    def _network_device(self) -> torch.device:
+        return next(iter(self.model.networks.values())).device
+
+    @contextmanager
+    def _at_work(self, name: Offloadable) -> Iterator[None]:
+        """Inside, the parts are on the device, if they are offloaded otherwise."""
+        parts = self._offload.get(name, ())
+        for part in parts:
+            part.to(self._device)
+        try:
+            yield
+        finally:
+            for part in parts:
+                part.to("cpu")
 
     # ------------------------------------------------------------------------------------------ training
 
     def modules(self) -> dict[str, nn.Module]:
-        return {self.part: self.model.network}
+        return dict(self.model.networks)
 
     def networks(self) -> list[nn.Module]:
-        return self._trained.networks()
+        return self._trained.everything()
 
     def trainable_parameters(self) -> list[tuple[str, Parameter]]:
         return self._trained.parameters_of("policy")
@@ -113,17 +161,21 @@ class PipelinePolicy:
         return self._trained.role(name)
 
     def save_lora(self, folder: Path) -> None:
-        """pytorch_lora_weights.safetensors with its alpha (for `pipe.load_lora_weights`) and a PEFT folder beside it."""
-        network = self.model.network
+        """pytorch_lora_weights.safetensors with its alpha (for `pipe.load_lora_weights`) and a PEFT folder beside it, of
+        several networks one folder each."""
+        networks = self.model.networks
         if not self._trained.has_lora:
             raise ValueError(
-                f"got save_lora of a policy that trains full weights; expected a LoRA: save the {self.part} itself instead"
+                f"got save_lora of a policy that trains full weights; expected a LoRA: save the {', '.join(networks)} instead"
             )
         folder.mkdir(parents=True, exist_ok=True)
         for stale in folder.glob(".tmp*"):  # safetensors writes a temporary file first; a killed save leaves it
             stale.unlink()
-        self.model.save_lora(folder, adapter_state(network), network.peft_config[ADAPTER].to_dict())
-        save_peft(network, folder)
+        layers = {name: adapter_state(network) for name, network in networks.items()}
+        settings = {name: network.peft_config[ADAPTER].to_dict() for name, network in networks.items()}
+        self.model.save_lora(folder, layers, settings)
+        for name, network in networks.items():
+            save_peft(network, folder / name if len(networks) > 1 else folder)
 
     def pipeline_setup(self) -> list[str]:
         return self.model.pipeline_setup()
@@ -133,3 +185,7 @@ class PipelinePolicy:
 
     def pipeline_sigmas(self, sigmas: Tensor) -> tuple[list[str], dict[str, Any]]:
         return self.model.pipeline_sigmas(sigmas)
+
+
+def _parts(model: Model, name: Offloadable) -> Sequence[nn.Module]:
+    return [model.vae] if name == "vae" else model.encoders

@@ -1,30 +1,55 @@
-"""Encoded prompts, kept by text, so that each distinct one goes through the encoders once."""
+"""Encoded records, kept on the CPU, so that a text that comes again need not go through the encoders again."""
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
-import torch
-
+from flowalign.data import PromptRecord
 from flowalign.models.base import Conditions
+
+Key = tuple[object, ...]
 
 
 class PromptStore:
-    """Encoded prompts by text. Not bounded: it holds every distinct text of the run, on the encoders' device."""
+    """The most recently used encoded records, at most `limit` bytes of them.
 
-    def __init__(self, encode: Callable[[list[str]], Conditions]) -> None:
+    encode: one row for one record. In a batch the rounding of an embedding depends on the other texts; so each record is
+    encoded alone, and one that was dropped and is encoded again gets equal bits. Equal records (prompt and images) are one."""
+
+    def __init__(self, encode: Callable[[PromptRecord], Conditions], limit: int) -> None:
         self._encode = encode
-        self._rows: dict[str, Conditions] = {}
+        self._limit = limit
+        self._rows: OrderedDict[Key, Conditions] = OrderedDict()
+        self._bytes = 0
+        self.encoded = 0
 
-    @property
-    def encoded(self) -> int:
-        """How many distinct texts went through the encoders."""
-        return len(self._rows)
+    def missing(self, records: Sequence[PromptRecord]) -> list[PromptRecord]:
+        """The distinct records that `conditions` would encode."""
+        new = {_key(record): record for record in records if _key(record) not in self._rows}
+        return list(new.values())
 
-    def conditions(self, prompts: Sequence[str]) -> Conditions:
-        """One row per prompt."""
-        new = [text for text in dict.fromkeys(prompts) if text not in self._rows]
-        if new:
-            encoded = self._encode(new)
-            self._rows |= {text: encoded.rows(torch.tensor([row])) for row, text in enumerate(new)}
-        return Conditions.cat([self._rows[text] for text in prompts])
+    def conditions(self, records: Sequence[PromptRecord]) -> Conditions:
+        """One row per record, on the CPU. `encoded` counts what went through the encoders."""
+        found: dict[Key, Conditions] = {}
+        for record in records:
+            key = _key(record)
+            if key in self._rows:
+                self._rows.move_to_end(key)
+                found[key] = self._rows[key]
+            elif key not in found:
+                found[key] = self._add(key, self._encode(record).to("cpu"))
+        return Conditions.cat([found[_key(record)] for record in records])
+
+    def _add(self, key: Key, row: Conditions) -> Conditions:
+        self.encoded += 1
+        self._rows[key] = row
+        self._bytes += row.nbytes
+        while self._bytes > self._limit:
+            _, oldest = self._rows.popitem(last=False)
+            self._bytes -= oldest.nbytes
+        return row
+
+
+def _key(record: PromptRecord) -> Key:
+    return (record.prompt, *record.images)

@@ -2,13 +2,14 @@
 
 from flowalign.objectives.adjoint import scalar_adjoint
 from flowalign.objectives.dynamic_clip import DynamicClip
-from flowalign.objectives.kl import KLPenalty
-from flowalign.objectives.layer_tuning import LayerTuning, Targets
+from flowalign.objectives.kl import KLPenalty, Regularizer
+from flowalign.objectives.layer_tuning import LayerTuning, Supervision, Targets
 from flowalign.objectives.step_weights import FlatGradient, InverseLength, LongCat, StdOverMean, StepWeight, Uniform
 from flowalign.objectives.transitions import ClippedRatio, Guard, KLMask, Objective, Transitions
 
 __all__ = [
-    "ClippedRatio", "DynamicClip", "Guard", "KLMask", "Objective", "Transitions", "KLPenalty", "LayerTuning", "Targets",
+    "ClippedRatio", "DynamicClip", "Guard", "KLMask", "Objective", "Transitions", "KLPenalty", "Regularizer",
+    "LayerTuning", "Supervision", "Targets",
     "FlatGradient", "InverseLength", "LongCat", "StdOverMean", "StepWeight", "Uniform",
     "scalar_adjoint",
 ]  # fmt: skip

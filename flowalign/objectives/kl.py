@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from samplers import Kernel, Step
+
+
+class Regularizer(Protocol):
+    """beta · divergence of the policy's transitions from a role's, the mean over edges. Off where beta is 0."""
+
+    @property
+    def role(self) -> str: ...
+
+    @property
+    def beta(self) -> float: ...
+
+    def check(self, kernel: Kernel) -> None:
+        """ValueError where it does not mean with this kernel what it says."""
+        ...
+
+    def divergence(self, step: Step, other: Step) -> Tensor:
+        """[E] of the transitions `step` under the policy from `other`, the same ones under the role; without beta."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -21,22 +39,23 @@ class KLPenalty:
 
     beta: float = 0.0
     form: Literal["exact", "exact_times_h", "velocity", "mean_sq"] = "exact_times_h"
+    role: str = "reference"
 
     def __post_init__(self) -> None:
         if self.beta < 0:
-            raise ValueError(f"got kl.beta={self.beta}; expected 0 (off) or a positive weight")
+            raise ValueError(f"got KLPenalty with beta={self.beta}; expected 0 (off) or a positive weight")
 
     def check(self, kernel: Kernel) -> None:
         """ValueError for exact_times_h where the noise of a step is not g·√h (CPS, DDIM): it would be no Δμ²/(2g²)."""
         if self.beta and self.form == "exact_times_h" and not _noise_is_diffusion(kernel):
             raise ValueError(
-                f"got trainer.kl.form=exact_times_h with rollout.kernel={kernel}; its β is meant for kernels whose noise is "
+                f"got a KLPenalty with form=exact_times_h and rollout.kernel={kernel}; its β is meant for kernels whose noise is "
                 "g·√h (Flow-SDE), and code with this one (CPS) means the exact KL, of which this form is the step size's share, "
-                "4 to 27 % on SD3's ten steps: set trainer.kl.form=exact, or mean_sq for Δμ² without a variance"
+                "4 to 27 % on SD3's ten steps: set form=exact, or mean_sq for Δμ² without a variance"
             )
 
-    def __call__(self, step: Step, reference: Step) -> Tensor:
-        return step.kl(reference, form=self.form)
+    def divergence(self, step: Step, other: Step) -> Tensor:
+        return step.kl(other, form=self.form)
 
 
 def _noise_is_diffusion(kernel: Kernel) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -31,6 +31,27 @@ class Targets:
         return weight * error.square().flatten(1).mean(1)
 
 
+class Supervision(Protocol):
+    """A regression of the velocities at trained states onto targets."""
+
+    @property
+    def needs_old(self) -> bool:
+        """Whether forest.velocities["old"] must hold the rollout's own velocities."""
+        ...
+
+    def check(self, path: Path, channels: tuple[str, ...]) -> None:
+        """ValueError unless its formula holds for a policy on `path` and a reward of `channels`."""
+        ...
+
+    def scale_at(self, iteration: int) -> float:
+        """The factor of its loss."""
+        ...
+
+    def targets(self, forest: Forest, scores: Tensor, valid: Tensor) -> Targets:
+        """scores, valid [L, C] in the order of the leaves."""
+        ...
+
+
 @dataclass(frozen=True)
 class LayerTuning:
     """Pulls each state towards its tree's best path (Dynamic-TreeRPO 2509.23352, whose formula is not public: our reading).
@@ -52,11 +73,13 @@ class LayerTuning:
         if self.scale < 0 or (self.fade is not None and self.fade < 1):
             raise ValueError(f"got scale={self.scale}, fade={self.fade}; expected scale >= 0 and fade >= 1 or None")
 
-    def check(self, path: Path) -> None:
-        """ValueError unless the target's formula holds for a policy on `path`."""
+    def check(self, path: Path, channels: tuple[str, ...]) -> None:
+        """ValueError for several channels, since leaves are ranked by one, and unless the target's formula holds on `path`."""
+        if len(channels) > 1:
+            raise ValueError(f"got LayerTuning with the rewards {list(channels)}; expected one, to rank leaves by")
         if self.target == "best_leaf_fm" and not path.rectified:
             raise ValueError(
-                f"got layer_tuning.target={self.target} for a policy on {type(path).__name__}; its formula is that of a "
+                f"got LayerTuning with target={self.target} for a policy on {type(path).__name__}; its formula is that of a "
                 "rectified flow: take best_path_velocity"
             )
 
@@ -70,9 +93,10 @@ class LayerTuning:
         return self.scale * (1.0 if self.fade is None else max(0.0, 1 - iteration / self.fade))
 
     def targets(self, forest: Forest, scores: Tensor, valid: Tensor) -> Targets:
-        """The targets of the trained states; `scores`, `valid` [L], one reward, in the order of the leaves.
+        """The targets of the trained states.
 
         States below which a sample is invalid have none, nor have trees without a valid one. Probes are no samples."""
+        scores, valid = scores[:, 0], valid[:, 0]
         tree, sample = forest.tree, sampled(forest.tree)
         nodes, best_leaf, best_state = [], [], []
         for root in tree.root[tree.edges].unique().tolist():

@@ -6,28 +6,15 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from flowalign.picture_style import INK, LINE, RULE, STYLE
 from flowalign.storage.metrics_log import Row
 
-INK, SOFT, RULE, LINE = "#1f2933", "#52606d", "#d9dee4", "#0072b2"  # the blue of Okabe and Ito
-STYLE: dict[Any, Any] = {
-    "font.family": "DejaVu Sans",
-    "font.size": 8.5,
-    "text.color": INK,
-    "axes.edgecolor": RULE,
-    "axes.labelcolor": SOFT,
-    "xtick.color": SOFT,
-    "ytick.color": SOFT,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "svg.hashsalt": "flowalign",  # ids, and so the file, depend on the content alone
-}
 COLUMNS = 3
 
 

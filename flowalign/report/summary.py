@@ -26,7 +26,7 @@ def summarize(
     images = max(1, totals["images"])
     setup, arguments = pipeline_call(
         policy, evaluation_schedule(config), tuned.num_inference_steps,
-        policy.latent_shape(config.policy.height, config.policy.width),
+        policy.latent_shape(config.policy.size),
     )  # fmt: skip
     return {
         "reward": first,

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from flowalign.data import PromptRecord
-from flowalign.models.base import Conditions, encode_singly
+from flowalign.models.base import Conditions
 from flowalign.models.grid import grid
 from flowalign.rollouts.gather import gather_forest, gather_output, gather_tree
-from flowalign.rollouts.sources import by_source, hinted_prompt, roles_of
+from flowalign.rollouts.sources import by_source, hinted, roles_of
 from flowalign.rollouts.task import Rollout, Task
+from flowalign.rollouts.tree_plot import plot_tree
 from rewards import RewardBatch, RewardOutput, score
 from samplers import SOURCES, FlowSDE, Forest, KeyedNoise, Tree, VelocityLookup, rollout, sampled, unscored
 from samplers.noise import generator, visits
@@ -40,6 +41,10 @@ class ScoredRollout:
     def images(self) -> int:
         """How many samples there are; the leaf of a probe is none."""
         return int(sampled(self.forest.tree).sum())
+
+    def picture(self) -> bytes:
+        """The tree, colored by the first reward: a PNG."""
+        return plot_tree(self.forest, self.scores[:, 0], self.valid[:, 0])
 
 
 def grow(settings: Rollout, seed: int, iteration: int, groups: Iterable[int]) -> Tree:
@@ -74,7 +79,7 @@ def collect(
     arguments of `rollout`. Each process rolls out whole groups, its share; what is returned is the batch of all."""
     processes, rows_before = task.processes, task.policy.evaluations
     share = processes.share(len(prompts))
-    conditions = encode_singly(task.policy, [record.prompt for record in prompts])
+    conditions = task.policy.encode(prompts, negative=task.rollout.guidance_scale != 1)
     began = time.perf_counter()
     forest = _roll_out(
         task, prompts, conditions, iteration, share, partial(roll or rollout, keep_velocities=keep_velocities)
@@ -118,7 +123,7 @@ def _roll_out(
     """The forest of this process's groups. A plan that selects continues the states whose previews score highest."""
     settings, policy = task.rollout, task.policy
     tree = grow(settings, task.seed, iteration, share)
-    shape = policy.latent_shape(task.height, task.width)
+    shape = policy.latent_shape(task.size)
     sigmas = grid(policy, settings.schedule, settings.num_inference_steps, shape)
     uids = [record.uid for record in prompts]
     own = slice(share.start, share.stop)
@@ -127,7 +132,9 @@ def _roll_out(
     )
     roles, row_of_root = roles_of(settings, tree), tree.group[: tree.num_roots] + share.start
     if settings.hint_key is not None:  # the rows of the hinted prompts follow those of the prompts
-        hints = encode_singly(policy, [hinted_prompt(record, settings.hint_key) for record in prompts])
+        hints = policy.encode(
+            [hinted(record, settings.hint_key) for record in prompts], negative=settings.guidance_scale != 1
+        )
         conditions = Conditions.cat([conditions, hints])
         row_of_root = row_of_root + len(prompts) * (tree.source[: tree.num_roots] == SOURCES.index("hinted"))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -46,18 +47,18 @@ def check_sources(settings: Rollout, tree: Tree, known: Collection[str], records
         )
     if settings.hint_key is not None:
         for record in records:
-            hinted_prompt(record, settings.hint_key)
+            hinted(record, settings.hint_key)
 
 
-def hinted_prompt(record: PromptRecord, key: str) -> str:
-    """The prompt with a hint, from the record's metadata. ValueError if it has none."""
+def hinted(record: PromptRecord, key: str) -> PromptRecord:
+    """The record with the hinted prompt of its metadata. ValueError if it has none."""
     hint = record.metadata.get(key)
     if not isinstance(hint, str) or not hint.strip():
         raise ValueError(
             f"got {hint!r} under {key!r} of prompt {record.uid} ({record.prompt!r}); expected the prompt with its hint, a text: "
             "rollout.hint_key names a key of every row of `prompts`"
         )
-    return hint
+    return replace(record, prompt=hint)
 
 
 def by_source(velocity: Velocity, policy: Policy, tree: Tree, roles: Mapping[int, str], micro_batch: int) -> Velocity:

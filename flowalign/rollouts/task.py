@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from flowalign.distributed.processes import Processes
-from flowalign.models.base import Policy
+from flowalign.models.base import Policy, Size
 from rewards import Reward
 from samplers import Kernel, Plan, Schedule
 
@@ -50,6 +50,5 @@ class Task:
     reward: Reward
     rollout: Rollout
     seed: int
-    height: int
-    width: int
+    size: Size
     processes: Processes = field(default_factory=Processes)

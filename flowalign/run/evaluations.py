@@ -63,7 +63,7 @@ class Evaluations:
             return evaluate(
                 self.policy, self.held_out, settings.rewards, num_inference_steps=settings.num_inference_steps,
                 guidance_scale=settings.guidance_scale, seed=settings.seed, batch_size=settings.batch_size,
-                height=policy.height, width=policy.width, samples_per_prompt=settings.samples_per_prompt,
+                size=policy.size, samples_per_prompt=settings.samples_per_prompt,
                 schedule=evaluation_schedule(self.config), progress=bar.update, processes=self.processes,
             )  # fmt: skip
 

@@ -13,6 +13,14 @@ from flowalign.config import TrainConfig
 from flowalign.run.checkpoints import Progress
 from flowalign.storage.metrics_log import MetricsLog
 
+SUMMARY = {  # of a row, for the progress bar: metric -> (name, format); one that a trainer does not measure is left out
+    "reward/mean": ("reward", ".3f"),
+    "cost/rollout_per_image": ("rollout evals/img", ".1f"),
+    "cost/update_per_image": ("update evals/img", ".1f"),
+    "time/rollout": ("roll s", ".1f"),
+    "time/reward": ("reward s", ".1f"),
+    "time/update": ("update s", ".1f"),
+}
 ADDED_UP = ("time/", "cost/", "loss/")  # over the updates of an iteration; of other metrics the last update's stands
 
 
@@ -50,16 +58,14 @@ class IterationLog:
         """The iteration's row: `metrics` of its batch and those of its updates. Adds it to the totals of the run."""
         row = {**metrics, **self.updates}
         self.updates = {}
-        backward = 2.0 if self.config.policy.trainable == "lora" else 3.0  # forward equivalents of a trained state
-        trained = backward * row.pop("cost/trained_per_image")
-        row["cost/update_per_image"] = trained + row.get("cost/reference_per_image", 0.0)
+        if "cost/trained_per_image" in row:  # in forward equivalents
+            passes = 2.0 if self.config.policy.trainable == "lora" else 3.0
+            row["cost/update_per_image"] = passes * row.pop("cost/trained_per_image") + row.get(
+                "cost/frozen_per_image", 0.0
+            )
         row["time/iteration"] = time.monotonic() - self.began
         self._add_to_totals(images, row)
-        self.summary = (
-            f"reward {row['reward/mean']:.3f}, {row['cost/rollout_per_image']:.1f}+{row['cost/update_per_image']:.1f} "
-            f"evals/img, roll {row['time/rollout']:.1f} s, reward {row['time/reward']:.1f} s, "
-            f"update {row['time/update']:.1f} s"
-        )
+        self.summary = ", ".join(f"{name} {row[key]:{form}}" for key, (name, form) in SUMMARY.items() if key in row)
         return row
 
     def check_first_gradient(self, row: Mapping[str, float]) -> None:
@@ -81,6 +87,6 @@ class IterationLog:
     def _add_to_totals(self, images: int, row: Mapping[str, float]) -> None:
         totals = self.progress.totals
         totals["images"] += images
-        totals["rollout"] += images * row["cost/rollout_per_image"]
-        totals["update"] += images * row["cost/update_per_image"]
+        for phase in ("rollout", "update"):
+            totals[phase] += images * row.get(f"cost/{phase}_per_image", 0.0)
         totals["drift"] = max(totals["drift"], row.get("ratio/drift_max", 0.0))

@@ -14,6 +14,7 @@ from flowalign.data import PromptRecord, digest, load_prompts
 from flowalign.errors import ConfigError
 from flowalign.evaluation.evaluate import EvaluationResult
 from flowalign.evaluation.result_file import load_result
+from flowalign.models.load import rows_per_state
 from flowalign.rollouts.collect import leaves_per_group
 from flowalign.storage import checkpoint
 from flowalign.storage.checkpoint import Tensors
@@ -24,12 +25,11 @@ def forecast(config: TrainConfig) -> str:
     """The batch arithmetic and the network evaluations of one iteration and of the run, in the most expensive case."""
     rollout, run, evaluation = config.rollout, config.run, config.evaluation
     cost = rollout.plan.forecast(rollout.num_inference_steps, rollout.group_size)
-    guided = 2 if rollout.guidance_scale != 1 else 1
+    guided = rows_per_state(config.policy.path, rollout.guidance_scale, config.policy.family)
     samples, probes = leaves_per_group(rollout)
     images = rollout.groups * samples
-    updates = config.trainer.updates_per_iteration()
-    sample, train = (guided * rollout.groups * rows for rows in (cost.rollout, cost.train))
-    reference = train if config.trainer.needs_reference() else 0
+    update = config.trainer.forecast(rollout)
+    sample, train, frozen = (guided * rows for rows in (rollout.groups * cost.rollout, update.trained, update.frozen))
     notes = []
     if probes:
         notes.append(f"probes: {probes / samples:.2f} per image, decoded and scored but not counted as images")
@@ -47,12 +47,11 @@ def forecast(config: TrainConfig) -> str:
         [
             f"run {run.name}: {run.iterations} iterations × {rollout.groups} prompts × {samples} images = "
             f"{run.iterations * images:,} images",
-            f"per iteration: {images} images, at most {cost.edges * rollout.groups} trained steps at "
-            f"{cost.train * rollout.groups} distinct states, {updates} optimizer step(s) of "
-            f"{rollout.groups // updates} prompts",
+            f"per iteration: {images} images, at most {update.trained} trained states, {update.updates} update(s) of "
+            f"{rollout.groups // update.updates} prompts",
             f"network evaluations per image: rollout {sample / images:.2f}, update at most {train / images:.2f} "
-            "forward and backward" + (f", reference at most {reference / images:.2f}" if reference else ""),
-            f"whole run: at most {run.iterations * (sample + reference):,} forwards, {run.iterations * train:,} with backward",
+            "forward and backward" + (f", without gradient at most {frozen / images:.2f}" if frozen else ""),
+            f"whole run: at most {run.iterations * (sample + frozen):,} forwards, {run.iterations * train:,} with backward",
             *notes,
         ]
     )

@@ -22,8 +22,6 @@ from flowalign.distributed.stepper import Stepper
 from flowalign.errors import ConfigError
 from flowalign.models.ema import EMA
 from flowalign.report.summary import summarize, write_results
-from flowalign.report.tree_plot import plot_tree
-from flowalign.rollouts.collect import ScoredRollout
 from flowalign.rollouts.task import Task
 from flowalign.run.checkpoints import Checkpoints, Progress
 from flowalign.run.evaluations import Evaluations
@@ -36,7 +34,7 @@ from flowalign.storage import checkpoint
 from flowalign.storage.checkpoint import CheckpointError
 from flowalign.storage.files import DamagedFile, write_atomic
 from flowalign.storage.metrics_log import MetricsLog
-from flowalign.trainers import Update
+from flowalign.trainers import Batch, Update
 
 
 @dataclass(eq=False)
@@ -116,7 +114,7 @@ class Run:
                     self.ema.update()
         self.log.add(update.after())
 
-    def end(self, iteration: int, batch: ScoredRollout) -> None:
+    def end(self, iteration: int, batch: Batch) -> None:
         """Logs the iteration; saves and evaluates when it is time."""
         step, last, every = iteration + 1, self.config.run.iterations, self.config.evaluation.every
         row = self.log.close(batch.images, batch.metrics)
@@ -126,8 +124,9 @@ class Run:
         self.log.check_first_gradient(row)
         self.log.write(step, row)
         if self.processes.is_main and step in (1, last):
-            picture = plot_tree(batch.forest, batch.scores[:, 0], batch.valid[:, 0])
-            write_atomic(self.folder / "trees" / f"iteration-{step}.png", picture)
+            picture = batch.picture()
+            if picture is not None:
+                write_atomic(self.folder / "trees" / f"iteration-{step}.png", picture)
         if step % self.config.run.checkpoint_every == 0 or step == last:
             self._save(step)
 

@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
-from flowalign.advantage import Advantages
+from flowalign.advantage import Advantages, SignalContext
 from samplers import Forest
 
-
-@dataclass(frozen=True)
-class SelectionContext:
-    """What a selector that draws at random or moves with the iteration depends on, and nothing else.
-
-    seed: of the run. iteration: of the loop. uids: the prompt uid of each group, so that a draw does not depend on which
-    process holds the prompt; () stands for the groups' numbers."""
-
-    seed: int = 0
-    iteration: int = 0
-    uids: Sequence[int] = ()
-
-
-START = SelectionContext()
+START = SignalContext()
 
 
 class Selector(Protocol):
-    def choose(self, forest: Forest, advantages: Advantages, context: SelectionContext = START) -> Tensor:
+    def choose(self, forest: Forest, advantages: Advantages, context: SignalContext = START) -> Tensor:
         """A mask [E] of the edges to train. Invalid edges are dropped by the trainer whatever is returned."""
         ...

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flowalign.advantage import Advantages
+from flowalign.advantage import Advantages, SignalContext
 from flowalign.credit.base import largest_of_each_sign
-from flowalign.selectors.base import START, SelectionContext, Selector
+from flowalign.selectors.base import START, Selector
 from samplers import Forest
 
 
@@ -17,7 +17,7 @@ from samplers import Forest
 class AllEdges:
     """Every valid edge, those with advantage 0 too: they count in the mean and, if a KL is on, are held by it."""
 
-    def choose(self, forest: Forest, advantages: Advantages, context: SelectionContext = START) -> Tensor:
+    def choose(self, forest: Forest, advantages: Advantages, context: SignalContext = START) -> Tensor:
         return advantages.valid.any(1)
 
 
@@ -25,7 +25,7 @@ class AllEdges:
 class NonZeroAdvantage:
     """Edges with an advantage other than 0: groups in which nothing differs cost no forward or backward."""
 
-    def choose(self, forest: Forest, advantages: Advantages, context: SelectionContext = START) -> Tensor:
+    def choose(self, forest: Forest, advantages: Advantages, context: SignalContext = START) -> Tensor:
         return (advantages.values != 0).any(1)
 
 
@@ -39,7 +39,7 @@ class All:
         if not self.parts:
             raise ValueError("got no All.parts; expected at least one selector")
 
-    def choose(self, forest: Forest, advantages: Advantages, context: SelectionContext = START) -> Tensor:
+    def choose(self, forest: Forest, advantages: Advantages, context: SignalContext = START) -> Tensor:
         return torch.stack([part.choose(forest, advantages, context) for part in self.parts]).all(0)
 
 
@@ -49,5 +49,5 @@ class PositiveNegativeBalance:
 
     Channels are summed. Edges of advantage 0 are left out."""
 
-    def choose(self, forest: Forest, advantages: Advantages, context: SelectionContext = START) -> Tensor:
+    def choose(self, forest: Forest, advantages: Advantages, context: SignalContext = START) -> Tensor:
         return largest_of_each_sign(advantages.values.double().sum(1), advantages.valid.any(1))

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flowalign.advantage import Advantages
+from flowalign.advantage import Advantages, SignalContext
 from flowalign.credit.base import Lines, lines
-from flowalign.selectors.base import START, SelectionContext
+from flowalign.selectors.base import START
 from samplers import Forest
 
 
@@ -20,7 +20,7 @@ class ParentTop1:
     The last split: states with several stochastic steps, below which no state has several. Its own steps stay, and so
     does what lies above; a tie goes to the first branch."""
 
-    def choose(self, forest: Forest, advantages: Advantages, context: SelectionContext = START) -> Tensor:
+    def choose(self, forest: Forest, advantages: Advantages, context: SignalContext = START) -> Tensor:
         tree, line = forest.tree, lines(forest.tree)
         split = _last_split(forest, line)
         score = _scores(advantages)
@@ -42,7 +42,7 @@ class ExtremeB:
         if self.b < 1:
             raise ValueError(f"got select.b={self.b}; expected at least 1")
 
-    def choose(self, forest: Forest, advantages: Advantages, context: SelectionContext = START) -> Tensor:
+    def choose(self, forest: Forest, advantages: Advantages, context: SignalContext = START) -> Tensor:
         tree, line = forest.tree, lines(forest.tree)
         split = _last_split(forest, line)
         score, root = _scores(advantages), tree.root[tree.edges]
@@ -79,7 +79,7 @@ class DepthWindow:
         moved = min(iteration // self.every, abs(self.stop - self.start))
         return self.start + moved * (1 if self.stop > self.start else -1)
 
-    def choose(self, forest: Forest, advantages: Advantages, context: SelectionContext = START) -> Tensor:
+    def choose(self, forest: Forest, advantages: Advantages, context: SignalContext = START) -> Tensor:
         step = forest.tree.index[forest.tree.parent[forest.tree.edges]]
         first = self.first(context.iteration)
         return (step < first) | (step >= first + self.size)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flowalign.advantage import Advantages
+from flowalign.advantage import Advantages, SignalContext
 from flowalign.credit.base import lines
-from flowalign.selectors.base import START, SelectionContext
+from flowalign.selectors.base import START
 from samplers import Forest, generator
 from samplers.noise import visits
 
@@ -27,7 +27,7 @@ class Fraction:
         if not 0 < self.share <= 1:
             raise ValueError(f"got select.share={self.share}; expected a number inside (0, 1]")
 
-    def choose(self, forest: Forest, advantages: Advantages, context: SelectionContext = START) -> Tensor:
+    def choose(self, forest: Forest, advantages: Advantages, context: SignalContext = START) -> Tensor:
         tree = forest.tree
         last = lines(tree).last
         uids = context.uids or range(tree.num_groups)
@@ -57,7 +57,7 @@ class BestOfN:
         if self.keep < 2 or self.keep % 2:
             raise ValueError(f"got select.keep={self.keep}; expected an even number, half best and half worst")
 
-    def choose(self, forest: Forest, advantages: Advantages, context: SelectionContext = START) -> Tensor:
+    def choose(self, forest: Forest, advantages: Advantages, context: SignalContext = START) -> Tensor:
         tree = forest.tree
         last, usable = lines(tree).last, advantages.valid.any(1)
         total, count = (torch.zeros(len(last), dtype=torch.float64) for _ in range(2))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from flowalign.data import PromptRecord
+from flowalign.models.roles import Role
 from flowalign.rollouts.task import Rollout, Task
 from samplers import Path
 
@@ -65,21 +66,64 @@ class Update:
     role: str = "policy"
 
 
+@dataclass(frozen=True)
+class UpdateForecast:
+    """Of one iteration: how many updates, how many states with forward and backward, and how many more network rows
+    without gradient (roles, rescoring)."""
+
+    updates: int
+    trained: int
+    frozen: int = 0
+
+
+class Batch(Protocol):
+    """What the run reads of what `collect` returned, and nothing else."""
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Of the rollout; the run adds those of the updates."""
+        ...
+
+    @property
+    def images(self) -> int:
+        """Samples; probes are none."""
+        ...
+
+    def picture(self) -> bytes | None:
+        """A PNG for the report, such as the tree."""
+        ...
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a trainer may know before a model is loaded.
+
+    rollout: with its kernel bound to `path`, the noising law of the policy. channels: of the reward. roles: those that
+    the configuration gives the policy (policy.roles), by name."""
+
+    rollout: Rollout
+    path: Path
+    channels: tuple[str, ...]
+    roles: Mapping[str, Role] = field(default_factory=dict)
+
+
 class Trainer(Protocol):
     """A kind of trainer. Everything that must survive a resume is in `optimizers` and `state`."""
 
     @property
     def optimizers(self) -> dict[str, torch.optim.Optimizer]: ...
 
-    def check(self, rollout: Rollout, path: Path, reward: str) -> None:
-        """ValueError for combinations that cannot work; called before any model is loaded. path: the policy's, to which
-        the rollout's kernel is bound; reward: its name."""
+    def check(self, setup: Setup) -> None:
+        """ValueError for combinations that cannot work; called before any model is loaded."""
         ...
 
-    def updates_per_iteration(self) -> int: ...
+    def roles(self) -> Mapping[str, Role]:
+        """The roles it will ask the policy for, by name; the run adds them, or takes those of the same name that the
+        configuration gives in policy.roles. "reference" is always there, up to the copy that full weights need."""
+        ...
 
-    def needs_reference(self) -> bool:
-        """Whether it will ask the policy for the role "reference"."""
+    def forecast(self, rollout: Rollout) -> UpdateForecast:
+        """What its updates cost in one iteration, at most."""
         ...
 
     def prepare(self, task: Task, state: dict[str, Any] | None) -> None:
@@ -88,10 +132,8 @@ class Trainer(Protocol):
         optimizers are put back afterwards."""
         ...
 
-    def collect(self, prompts: Sequence[PromptRecord], iteration: int) -> Any:
-        """Rolls out and scores; what it returns is passed to `updates`. The run reads of it: images (samples, no probes);
-        metrics, with reward/mean, cost/rollout_per_image, time/rollout and time/reward; and forest, scores and valid, which
-        it draws. The metrics of updates have cost/trained_per_image and time/update."""
+    def collect(self, records: Sequence[PromptRecord], iteration: int) -> Any:
+        """Rolls out and scores; what it returns is passed to `updates`, and read as a Batch."""
         ...
 
     def updates(self, batch: Any) -> Iterable[Update]: ...

@@ -5,28 +5,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flowalign.advantage import SignalContext
 from flowalign.rollouts.collect import grow
 from flowalign.rollouts.sources import roles_of
 from flowalign.rollouts.task import Rollout
-from flowalign.selectors import SelectionContext
+from flowalign.trainers.base import Setup
 from flowalign.trainers.signal import Signal
-from samplers import Forest, Path, generator, sampled
+from samplers import Forest, generator, sampled
 
 ITERATIONS = 8  # where windows and selections move, one iteration may have nothing to train
 
 
-def dry_run(signal: Signal, rollout: Rollout, reward: str, path: Path) -> None:
+def dry_run(signal: Signal, setup: Setup) -> None:
     """ValueError if credit, advantage or selection does not fit the plan, or if they would never train a step of it.
 
-    path: the policy's. At most two groups, no network. Where a plan selects, the dry run takes all its states."""
+    At most two groups, no network. Where a plan selects, the dry run takes all its states."""
     reason = ""
     for iteration in range(ITERATIONS):
-        forest = _forest(rollout, iteration)
-        if path.rectified:
+        forest = _forest(setup.rollout, iteration)
+        if setup.path.rectified:
             _check_last_step(forest)
-        reason = _untrained(signal, forest, iteration, reward)
+        reason = _untrained(signal, forest, iteration, setup.channels)
         if not reason:
-            _check_probes(signal, forest, reward)
+            _check_probes(signal, forest, setup.channels)
             return
     raise ValueError(f"nothing would be trained: {reason}")
 
@@ -57,15 +58,15 @@ def _check_last_step(forest: Forest) -> None:
         )
 
 
-def _check_probes(signal: Signal, forest: Forest, reward: str) -> None:
+def _check_probes(signal: Signal, forest: Forest, channels: tuple[str, ...]) -> None:
     """ValueError if the plan has probes and the credit is the same whatever they score."""
     tree, sample = forest.tree, sampled(forest.tree)
     if bool(sample.all()):
         return
-    scores, others = (_random_scores(forest, name) for name in ("samples", "probes"))
+    scores, others = (_random_scores(forest, len(channels), name) for name in ("samples", "probes"))
     valid = torch.ones_like(scores, dtype=torch.bool)
     plain, changed = (
-        signal.credit.assign(forest, given, valid, (reward,)).values
+        signal.credit.assign(forest, given, valid, channels).values
         for given in (scores, torch.where(sample[:, None], scores, others))
     )
     if torch.equal(plain, changed):
@@ -76,16 +77,16 @@ def _check_probes(signal: Signal, forest: Forest, reward: str) -> None:
         )
 
 
-def _random_scores(forest: Forest, *key: str | int) -> Tensor:
-    """[L, 1] in [0, 1)."""
-    return torch.from_numpy(generator(0, "data", "dry_run", *key).random((len(forest.tree.leaves), 1)))
+def _random_scores(forest: Forest, channels: int, *key: str | int) -> Tensor:
+    """[L, channels] in [0, 1)."""
+    return torch.from_numpy(generator(0, "data", "dry_run", *key).random((len(forest.tree.leaves), channels)))
 
 
-def _untrained(signal: Signal, forest: Forest, iteration: int, reward: str) -> str:
+def _untrained(signal: Signal, forest: Forest, iteration: int, channels: tuple[str, ...]) -> str:
     """Why no step of the forest is trained; "" if one is."""
-    scores = _random_scores(forest, iteration)
+    scores = _random_scores(forest, len(channels), iteration)
     valid = torch.ones_like(scores, dtype=torch.bool)
-    edges = signal.edges(forest, scores, valid, (reward,), SelectionContext(0, iteration))
+    edges = signal.edges(forest, scores, valid, channels, SignalContext(0, iteration))
     if not bool(edges.credit.valid.any()):
         return (
             f"trainer.signal.credit={signal.credit} finds the scores it needs at no step of rollout.plan; take samplers.Probed "

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import flowalign.advantage
-from flowalign.advantage import Advantage, Mixed, Normalized, PerChannel
+from flowalign.advantage import Advantage, Mixed, Normalized, PerChannel, SignalContext
 from flowalign.credit import EdgeValues
 from samplers import Forest, Tree, chain
 from tests.helpers.parts import check_all_found, check_final, classes_with, example
@@ -48,7 +48,7 @@ def test_it_is_a_final_advantage(cls: type) -> None:
 @every_advantage
 def test_a_row_per_edge(cls: type) -> None:
     forest, credit, _ = forest_of()
-    got = built(cls).compare(forest, credit)
+    got = built(cls).compare(forest, credit, SignalContext())
     assert got.values.shape == got.valid.shape and got.values.shape in (credit.values.shape, (len(credit.values), 1))
     assert got.values.dtype == torch.float32 and got.valid.dtype == torch.bool
     assert bool(got.valid.all()) and bool(got.values.isfinite().all()) and bool(got.values.any())
@@ -59,14 +59,17 @@ def test_a_row_per_edge(cls: type) -> None:
 def test_equal_rewards_have_no_advantage(cls: type) -> None:
     forest, credit, _ = forest_of()
     equal = EdgeValues(torch.full_like(credit.values, 0.6), credit.valid, credit.channels)
-    got = built(cls).compare(forest, equal)
+    got = built(cls).compare(forest, equal, SignalContext())
     assert not bool(got.values.any()) and bool(got.valid.all()) and got.zero_std_ratio == 1
 
 
 @every_advantage
 def test_groups_may_stand_in_any_order(cls: type) -> None:
     (one, credit, names), (other, other_credit, other_names) = forest_of((0, 1, 2)), forest_of((2, 0, 1))
-    first, second = built(cls).compare(one, credit), built(cls).compare(other, other_credit)
+    first, second = (
+        built(cls).compare(one, credit, SignalContext()),
+        built(cls).compare(other, other_credit, SignalContext()),
+    )
     assert names.tolist() != other_names.tolist()
     torch.testing.assert_close(first.values[names.argsort()], second.values[other_names.argsort()])
     assert first.zero_std_ratio == second.zero_std_ratio
@@ -81,7 +84,9 @@ def test_an_invalid_edge_reaches_no_other(cls: type) -> None:
     valid[root == 1, 0] = False  # in one channel
     valid[root == 6] = False  # in both
     found = [
-        built(cls).compare(forest, EdgeValues(torch.where(valid, credit.values, lost), valid, credit.channels))
+        built(cls).compare(
+            forest, EdgeValues(torch.where(valid, credit.values, lost), valid, credit.channels), SignalContext()
+        )
         for lost in (0.0, 1e6, torch.nan)
     ]
     got = found[0]
@@ -95,7 +100,7 @@ def test_an_invalid_edge_reaches_no_other(cls: type) -> None:
 def test_the_better_of_a_prompt_has_no_smaller_advantage(cls: type) -> None:
     forest, credit, _ = forest_of()
     both = EdgeValues(credit.values[:, [0, 0]], credit.valid, credit.channels)  # the channels agree
-    got = built(cls).compare(forest, both).values.double()
+    got = built(cls).compare(forest, both, SignalContext()).values.double()
     group = forest.tree.group[forest.tree.edges]
     for number in range(3):
         order = both.values[group == number, 0].argsort()

@@ -9,16 +9,17 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from flowalign.data import as_records
 from flowalign.evaluation.evaluate import sample
-from flowalign.models import LoRA, check_lora_targets, families, inspect_checkpoint, load_policy, path_of
-from flowalign.models.base import Family
+from flowalign.models import Family, LoRA, Size, check_lora_targets, families, inspect_checkpoint, load_policy, path_of
 from flowalign.models.grid import pipeline_call
-from flowalign.models.load import FAMILIES, check_image_size
+from flowalign.models.load import FAMILIES, check_image_size, read_pipeline, rows_per_state
 from samplers import Listed, PlainShift, Schedule, check_schedule
 from tests.helpers import tiny
 
 PROMPTS = ['the word "KITE" in red on a yellow background', "a word", "the word"]
 HEIGHT, WIDTH = 24, 48  # of the tiny pipelines
+SIZE = Size(HEIGHT, WIDTH)
 NAMES = sorted(module.name for module in pkgutil.iter_modules(families.__path__))
 
 
@@ -40,32 +41,33 @@ def family(request: pytest.FixtureRequest) -> str:
 
 def pipeline_of(folder: str, setup: list[str]) -> DiffusionPipeline:
     """Freshly read, then set up as the report tells the user."""
-    index = inspect_checkpoint(folder)
-    pipeline = DiffusionPipeline.from_pretrained(folder, **FAMILIES[index["_class_name"]].load_arguments(index))
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = read_pipeline(folder)
     exec("\n".join(setup), {"pipe": pipeline})
     return pipeline
 
 
 def test_every_family_is_known_by_its_pipeline(family: str, folders: dict[str, str]) -> None:
-    assert FAMILIES[inspect_checkpoint(folders[family])["_class_name"]] is family_of(family)
+    index, found = inspect_checkpoint(folders[family])
+    assert found is family_of(family) and found.pipeline.__name__ == index["_class_name"] in FAMILIES
 
 
 @pytest.mark.parametrize("steps", [1, 4])
-@pytest.mark.parametrize(("guidance", "count"), [(1.0, 3), (3.0, 1)], ids=["plain", "guided"])
+@pytest.mark.parametrize(("guidance", "count"), [(1.0, 3), (3.0, 3)], ids=["plain", "guided"])
 def test_the_deterministic_rollout_is_the_pipelines(
     family: str, folders: dict[str, str], guidance: float, count: int, steps: int
 ) -> None:
-    """Guided with one prompt: the pipeline encodes the negative prompt once per prompt, and encoders round by batch size."""
     policy = load_policy(folders[family], trainable="none", negative_prompt="a background")
-    shape = policy.latent_shape(HEIGHT, WIDTH)
+    shape = policy.latent_shape(SIZE)
     noise = torch.randn(count, *shape, generator=torch.Generator().manual_seed(0))
     arguments = policy.pipeline_arguments() | {"negative_prompt": ["a background"] * count}
     theirs: Tensor = pipeline_of(folders[family], policy.pipeline_setup())(
         prompt=PROMPTS[:count], latents=noise, num_inference_steps=steps, guidance_scale=guidance, height=HEIGHT,
         width=WIDTH, output_type="latent", **arguments,
     ).images  # fmt: skip
-    ours = sample(policy, policy.encode(PROMPTS[:count]), noise, steps, guidance)
+    conditions = policy.encode(as_records(PROMPTS[:count]), negative=guidance != 1, together=True)
+    ours = sample(policy, conditions, noise, steps, guidance)
+    assert policy.evaluations == count * steps * policy.rows_per_state(guidance)
+    assert policy.rows_per_state(guidance) == rows_per_state(folders[family], guidance)
     assert float((theirs - noise).norm()) > 1e-3 * float(noise.norm())  # it did something
     if policy.path.rectified:
         assert torch.equal(ours, theirs)
@@ -80,7 +82,7 @@ def test_the_exported_call_steps_over_the_levels_of_a_schedule(
     """Difference 0 to our rollout: the pipeline's scheduler would shift the levels again. Or the schedule is refused, here
     and before loading."""
     policy = load_policy(folders[family], trainable="none", negative_prompt="a background")
-    shape = policy.latent_shape(HEIGHT, WIDTH)
+    shape = policy.latent_shape(SIZE)
     if not policy.path.rectified:
         with pytest.raises(ValueError, match="schedule"):
             pipeline_call(policy, schedule, 4, shape)
@@ -94,10 +96,9 @@ def test_the_exported_call_steps_over_the_levels_of_a_schedule(
         prompt=PROMPTS[:3], latents=noise, num_inference_steps=4, guidance_scale=1.0, height=HEIGHT, width=WIDTH,
         output_type="latent", **json.loads(json.dumps(arguments | {"negative_prompt": None})),
     ).images  # fmt: skip
-    ours = sample(policy, policy.encode(PROMPTS[:3]), noise, 4, 1.0, schedule)
-    assert torch.equal(ours, theirs) and not torch.equal(
-        ours, sample(policy, policy.encode(PROMPTS[:3]), noise, 4, 1.0)
-    )
+    conditions = policy.encode(as_records(PROMPTS[:3]), together=True)
+    ours = sample(policy, conditions, noise, 4, 1.0, schedule)
+    assert torch.equal(ours, theirs) and not torch.equal(ours, sample(policy, conditions, noise, 4, 1.0))
     assert torch.equal(pipeline.scheduler.sigmas, schedule.sigmas(4, lambda steps: noise))
     assert pipeline_call(policy, None, 4, shape) == (policy.pipeline_setup(), policy.pipeline_arguments())
 
@@ -108,13 +109,13 @@ def test_sizes_are_accepted_before_and_after_loading_alike_and_decode_gives_them
     policy, accepted = load_policy(folders[family], trainable="none"), 0
     for height, width in ((24, 48), (48, 24), (26, 48), (24, 44), (25, 25), (0, 48), (-24, 48)):
         try:
-            shape = policy.latent_shape(height, width)
+            shape = policy.latent_shape(Size(height, width))
         except ValueError as error:
             assert f"got image size {height}×{width}; expected" in str(error)
             with pytest.raises(ValueError, match=f"got image size {height}×{width}; expected"):
-                check_image_size(folders[family], height, width)
+                check_image_size(folders[family], Size(height, width))
             continue
-        check_image_size(folders[family], height, width)
+        check_image_size(folders[family], Size(height, width))
         images = policy.decode(torch.zeros(2, *shape))
         assert images.shape == (2, 3, height, width) and images.dtype == torch.float32
         assert float(images.min()) >= 0 and float(images.max()) <= 1
@@ -124,11 +125,11 @@ def test_sizes_are_accepted_before_and_after_loading_alike_and_decode_gives_them
 
 def test_encode_gives_one_row_per_prompt_in_their_order(family: str, folders: dict[str, str]) -> None:
     policy = load_policy(folders[family], trainable="none")
-    conditions = policy.encode([*PROMPTS, PROMPTS[0]])
+    conditions = policy.encode(as_records([*PROMPTS, PROMPTS[0]]))
     assert len(conditions) == 4
     for tensor in conditions.tensors.values():
         assert len(tensor) == 4 and torch.equal(tensor[0], tensor[3]) and not torch.equal(tensor[0], tensor[1])
-    backwards = policy.encode(PROMPTS[::-1]).tensors
+    backwards = policy.encode(as_records(PROMPTS[::-1])).tensors
     assert all(torch.equal(backwards[name].flip(0), tensor[:3]) for name, tensor in conditions.tensors.items())
 
 
@@ -143,9 +144,9 @@ def test_the_default_lora_targets_match_and_all_of_it_is_trained(family: str, fo
 def test_levels_and_path_are_known_from_the_configurations(family: str, folders: dict[str, str]) -> None:
     policy = load_policy(folders[family], trainable="none")
     assert type(path_of(folders[family])) is type(policy.path)
-    shape = policy.latent_shape(HEIGHT, WIDTH)
+    shape = policy.latent_shape(SIZE)
     sigmas = policy.sigmas(4, shape)
     assert sigmas.dtype == torch.float32 and sigmas.device.type == "cpu" and sigmas.shape == (5,)
     assert bool((sigmas.diff() < 0).all()) and float(sigmas[-1]) >= 0 and float(sigmas[0]) <= 1
-    velocity = policy.velocity(torch.zeros(2, *shape), sigmas[1].expand(2), policy.encode(PROMPTS[:2]))
+    velocity = policy.velocity(torch.zeros(2, *shape), sigmas[1].expand(2), policy.encode(as_records(PROMPTS[:2])))
     assert velocity.shape == (2, *shape) and velocity.dtype == torch.float32

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import flowalign.selectors
-from flowalign.advantage import Advantages, Normalized
+from flowalign.advantage import Advantages, Normalized, SignalContext
 from flowalign.credit import Broadcast
-from flowalign.selectors import All, AllEdges, NonZeroAdvantage, SelectionContext, Selector
+from flowalign.selectors import All, AllEdges, NonZeroAdvantage, Selector
 from flowalign.trainers import Signal
 from samplers import Forest, Tree, chain
 from tests.helpers.parts import check_all_found, check_final, classes_with, example
@@ -48,9 +48,9 @@ def test_it_is_a_final_selector(cls: type) -> None:
 def test_it_says_yes_or_no_to_every_edge(cls: type, trees: tuple[Tree, ...]) -> None:
     forest, advantages, _ = forest_of(trees, (0, 1))
     before = advantages.values.clone()
-    chosen = built(cls).choose(forest, advantages, SelectionContext(0, 3, UIDS))
+    chosen = built(cls).choose(forest, advantages, SignalContext(0, 3, UIDS))
     assert chosen.dtype == torch.bool and chosen.shape == (len(forest.tree.edges),) and bool(chosen.any())
-    assert torch.equal(chosen, built(cls).choose(forest, advantages, SelectionContext(0, 3, UIDS)))
+    assert torch.equal(chosen, built(cls).choose(forest, advantages, SignalContext(0, 3, UIDS)))
     assert torch.equal(advantages.values, before)
     assert built(cls).choose(forest, advantages).shape == chosen.shape  # without a context too
 
@@ -61,7 +61,7 @@ def test_groups_may_stand_in_any_order(cls: type, trees: tuple[Tree, ...]) -> No
     found = []
     for order in ((0, 1), (1, 0)):
         forest, advantages, names = forest_of(trees, order)
-        context = SelectionContext(0, 3, [UIDS[number] for number in order])
+        context = SignalContext(0, 3, [UIDS[number] for number in order])
         found.append(built(cls).choose(forest, advantages, context)[names.argsort()])
     assert torch.equal(*found)
 
@@ -74,7 +74,7 @@ def test_no_invalid_edge_is_trained(cls: type, trees: tuple[Tree, ...]) -> None:
     valid = everywhere(scores)
     valid[::3] = False
     edges = Signal(Broadcast(), Normalized(), built(cls)).edges(
-        forest, scores, valid, ("r",), SelectionContext(0, 3, UIDS)
+        forest, scores, valid, ("r",), SignalContext(0, 3, UIDS)
     )
     assert not bool(edges.advantages.valid.all()) and bool(edges.chosen.any())
     assert not bool((edges.chosen & ~edges.advantages.valid.any(1)).any())

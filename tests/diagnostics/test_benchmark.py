@@ -28,9 +28,9 @@ def counts(pipeline: Path, *overrides: str) -> dict[str, dict[str, float]]:
     ("overrides", "guided", "backward", "reference"),
     [
         ([], 1, 2, 1),
-        (["trainer.kl.beta=0"], 1, 2, 0),
+        (["trainer.regularizers.kl.beta=0"], 1, 2, 0),
         (["rollout.guidance_scale=3.0", "rollout.allow_cfg_update=true"], 2, 2, 1),
-        (["policy.trainable=full", "trainer.kl.beta=0"], 1, 3, 0),
+        (["policy.trainable=full", "trainer.regularizers.kl.beta=0"], 1, 3, 0),
         (["policy.trainable=full", "policy.reference_copy=true"], 1, 3, 1),
     ],
     ids=["reference", "no-reference", "guided", "full", "full-reference"],

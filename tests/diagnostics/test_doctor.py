@@ -15,6 +15,7 @@ from torch import nn
 from flowalign import cli
 from flowalign.build import policy_of
 from flowalign.config import load_config
+from flowalign.data import as_records
 from flowalign.diagnostics.doctor import Finding, cost, diagnose, examine
 from flowalign.diagnostics.doctor.update import drift_margin
 from flowalign.models import Policy
@@ -59,7 +60,7 @@ def examined(
             "rollout.plan.class_path=samplers.Chain",
             "trainer.updates_per_rollout=2",
             "rollout.kernel=samplers.CPS",
-            "trainer.kl.form=exact",
+            "trainer.regularizers.kl.form=exact",
         ],
         ["trainer.objective.class_path=flowalign.objectives.Guard", "trainer.micro_batch=1"],
         [
@@ -68,7 +69,7 @@ def examined(
             "rollout.num_inference_steps=5",
         ],  # from σ = 1, at it and to 0 the solver is of first order
         ["policy.trainable=full", "policy.reference_copy=true"],
-        ["policy.trainable=full", "trainer.kl.beta=0"],
+        ["policy.trainable=full", "trainer.regularizers.kl.beta=0"],
         ["policy.dtype=bf16", "trainer.objective.clip_range=0.2"],
         ["policy.roles={old: {update: copy}, fake: {update: trained}}"],
     ],
@@ -150,7 +151,7 @@ def other_grid(policy: Any) -> None:
 
 
 def first_adapter(policy: Any) -> Any:
-    return next(module for module in policy.network.modules() if hasattr(module, "lora_dropout"))
+    return next(module for module in policy.modules()["transformer"].modules() if hasattr(module, "lora_dropout"))
 
 
 def adapter_dropout(policy: Any) -> None:
@@ -158,16 +159,16 @@ def adapter_dropout(policy: Any) -> None:
 
 
 def network_dropout(policy: Any) -> None:
-    policy.network.transformer_blocks[0].attn.to_out[1].p = 0.1
-    policy.network.train()
+    policy.modules()["transformer"].transformer_blocks[0].attn.to_out[1].p = 0.1
+    policy.modules()["transformer"].train()
 
 
 def train_mode(policy: Any) -> None:
-    policy.network.train()
+    policy.modules()["transformer"].train()
 
 
 def all_frozen(policy: Any) -> None:
-    policy.network.requires_grad_(False)
+    policy.modules()["transformer"].requires_grad_(False)
 
 
 def one_frozen(policy: Any) -> None:
@@ -175,12 +176,12 @@ def one_frozen(policy: Any) -> None:
 
 
 def base_trained(policy: Any) -> None:
-    policy.network.proj_out.weight.requires_grad_(True)
+    policy.modules()["transformer"].proj_out.weight.requires_grad_(True)
 
 
 def swapped(policy: Any) -> None:
     encode = policy.encode
-    policy.encode = lambda prompts: encode(list(prompts)[::-1])
+    policy.encode = lambda records, **settings: encode(list(records)[::-1], **settings)
 
 
 def swapped_by_the_encoder(policy: Any) -> None:
@@ -190,7 +191,7 @@ def swapped_by_the_encoder(policy: Any) -> None:
 
 def deaf(policy: Any) -> None:
     encode = policy.encode
-    policy.encode = lambda prompts: encode(["a word"] * len(prompts))
+    policy.encode = lambda records, **settings: encode(as_records(["a word"] * len(records)), **settings)
 
 
 def changed_velocity(change: Callable[..., torch.Tensor]) -> Callable[[Any], None]:
@@ -258,7 +259,7 @@ def role_left_on(policy: Any) -> None:
     @contextmanager
     def left(name: str) -> Iterator[None]:
         if name == "reference":
-            for module in policy.network.modules():
+            for module in policy.modules()["transformer"].modules():
                 if hasattr(module, "_disable_adapters"):
                     module._disable_adapters = True
         yield
@@ -370,7 +371,7 @@ def test_log_probs_of_another_policy_do_not_replay(tiny_pipeline: Path, monkeypa
 
 def test_memory_that_does_not_fit(tiny_pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cost, "device_memory", lambda device: 1000.0)
-    findings = examined(tiny_pipeline, "policy.trainable=full", "trainer.kl.beta=0")
+    findings = examined(tiny_pipeline, "policy.trainable=full", "trainer.regularizers.kl.beta=0")
     finding = found(findings, "memory")
     assert finding.ok is False and "lower rollout.groups" in finding.advice
     trained = int(found(findings, "adapters").figure.split()[0].replace(",", ""))  # fp32: a gradient and two moments

@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from flowalign.data import as_records
 from flowalign.distributed.fsdp2 import Lockstep, shard
 from flowalign.distributed.processes import Processes
 from flowalign.errors import ConfigError
-from flowalign.models import load_policy
+from flowalign.models import Size, load_policy
 from flowalign.storage.metrics_log import read_rows, without_time
 
 
@@ -103,5 +104,7 @@ def test_trained_weights_are_not_sharded(tiny_pipeline: Path) -> None:
 def test_a_network_that_will_be_sharded_is_loaded_on_another_device(tiny_pipeline: Path) -> None:
     policy = load_policy(str(tiny_pipeline), trainable="none", network_device="meta")
     assert {p.device.type for p in policy.modules()["transformer"].parameters()} == {"meta"}
-    latents = torch.zeros(1, *policy.latent_shape(24, 48))
-    assert policy.decode(latents).device.type == policy.encode(["KITE"]).tensors["embeds"].device.type == "cpu"
+    latents = torch.zeros(1, *policy.latent_shape(Size(24, 48)))
+    assert (
+        policy.decode(latents).device.type == policy.encode(as_records(["KITE"])).tensors["embeds"].device.type == "cpu"
+    )

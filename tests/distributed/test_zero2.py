@@ -73,7 +73,7 @@ def test_a_run_under_zero2_is_the_same_run(tiny_pipeline: Path, tmp_path: Path, 
         launch(
             "tests.helpers.sharded_run", weights, "tests/data/tiny.yaml", f"policy.path={tiny_pipeline}",
             f"run.output={tmp_path / name}", "run.ema_decay=0.5", "run.keep_checkpoints=3", f"policy.trainable={trained}",
-            "trainer.init_args.kl.beta=0", "trainer.init_args.optimizer.max_grad_norm=0.001",
+            "trainer.init_args.regularizers.kl.beta=0", "trainer.init_args.optimizer.max_grad_norm=0.001",
             "trainer.init_args.micro_batch=1", "policy.roles.old.update=copy", "rollout.groups=3",
         )  # fmt: skip
         folder = tmp_path / name / "tiny"

@@ -10,12 +10,12 @@ from flowalign.data import PromptRecord
 from flowalign.evaluation.evaluate import evaluate
 from flowalign.evaluation.paired_gain import paired_gain, paired_gains
 from flowalign.evaluation.result_file import append_result
-from flowalign.models.base import Conditions
+from flowalign.models.base import Conditions, Size
 from flowalign.report.grids import captions
 from flowalign.report.summary import gains_table
 from flowalign.storage.metrics_log import MetricsLog, read_rows
 from rewards import RewardBatch, RewardError, RewardOutput
-from samplers import RectifiedFlow
+from samplers import ODE, RectifiedFlow
 from samplers.noise import normal
 
 SHAPE = (3, 2, 4)
@@ -30,11 +30,15 @@ class StraightPolicy:
     evaluations: int = 0
     path: RectifiedFlow = field(default_factory=RectifiedFlow)
 
-    def latent_shape(self, height, width):
-        return (3, height // 8, width // 8)
+    def latent_shape(self, size):
+        return (3, size.height // 8, size.width // 8)
 
-    def encode(self, prompts):
-        return Conditions({"drift": torch.tensor([float(prompt.split()[1]) + self.shift for prompt in prompts])})
+    def encode(self, records, *, negative=False):
+        drift = [float(record.prompt.split()[1]) + self.shift for record in records]
+        return Conditions({"drift": torch.tensor(drift)})
+
+    def solver(self):
+        return ODE().bind(self.path)
 
     def sigmas(self, num_inference_steps, latent_shape):
         return torch.linspace(1, 0, num_inference_steps + 1)
@@ -70,7 +74,7 @@ class Brightness:
 
 
 def run(policy=None, rewards=None, **changes):
-    settings = {"num_inference_steps": 4, "guidance_scale": 1.0, "seed": 3, "batch_size": 2, "height": 16, "width": 32}
+    settings = {"num_inference_steps": 4, "guidance_scale": 1.0, "seed": 3, "batch_size": 2, "size": Size(16, 32)}
     return evaluate(policy or StraightPolicy(), PROMPTS, rewards or [Brightness()], **{**settings, **changes})
 
 
@@ -97,7 +101,7 @@ def test_batch_size_and_prompt_order_do_not_matter():
     assert seen == [1, 1, 1]
     torch.testing.assert_close(whole.images, parts.images, rtol=0, atol=1e-6)
     torch.testing.assert_close(whole.scores["bright"], parts.scores["bright"], rtol=0, atol=1e-6)
-    settings = {"num_inference_steps": 4, "guidance_scale": 1.0, "seed": 3, "batch_size": 2, "height": 16, "width": 32}
+    settings = {"num_inference_steps": 4, "guidance_scale": 1.0, "seed": 3, "batch_size": 2, "size": Size(16, 32)}
     turned = evaluate(StraightPolicy(), PROMPTS[::-1], [Brightness()], **settings)
     torch.testing.assert_close(turned.images, whole.images.flip(0), rtol=0, atol=1e-6)
 
@@ -127,7 +131,7 @@ def test_impossible_requests_are_refused(prompts, rewards, batch_size, message):
     with pytest.raises(ValueError, match=message):
         evaluate(
             StraightPolicy(), prompts, rewards, num_inference_steps=1, guidance_scale=1.0, seed=0,
-            batch_size=batch_size, height=16, width=32,
+            batch_size=batch_size, size=Size(16, 32),
         )  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -11,18 +11,17 @@ import torch
 from torch import Tensor
 
 from flowalign.data import PromptRecord
-from flowalign.objectives import scalar_adjoint
+from flowalign.models.roles import Role
 from flowalign.rollouts.collect import ScoredRollout, collect
 from flowalign.rollouts.task import Rollout, Task
-from flowalign.trainers import Update
-from flowalign.trainers.base import AdamWConfig
-from samplers import Path
+from flowalign.trainers import AdamWConfig, Measures, Part, Setup, TrainedRole, Update, UpdateEngine, UpdateForecast
+from flowalign.trainers.edge_update import states_of
 
 
 @dataclass
 class FakeTrainer:
-    """Pairs in a group: (log-ratio difference - reward difference)², `epochs` times per rollout; "fake" regresses the
-    policy's velocity as seen by "sampling"."""
+    """Pairs in a group: (log-ratio difference - reward difference)², `epochs` times per rollout; "fake" regresses its
+    velocity onto that of "sampling" plus 0.1. For chains: one step leaves each state."""
 
     epochs: int = 2
     optimizer: AdamWConfig = field(default_factory=AdamWConfig)
@@ -30,45 +29,53 @@ class FakeTrainer:
 
     @property
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        return {"policy": self._policy, "fake": self._fake}
+        return {"policy": self._policy.optimizer, "fake": self._fake.optimizer}
 
-    def check(self, rollout: Rollout, path: Path, reward: str) -> None: ...
+    def check(self, setup: Setup) -> None: ...
 
-    def updates_per_iteration(self) -> int:
-        return 2 * self.epochs
+    def roles(self) -> Mapping[str, Role]:
+        return {"fake": Role(update="trained")}
 
-    def needs_reference(self) -> bool:
-        return False
+    def forecast(self, rollout: Rollout) -> UpdateForecast:
+        states = rollout.groups * rollout.plan.forecast(rollout.num_inference_steps, rollout.group_size).train
+        return UpdateForecast(2 * self.epochs, 2 * self.epochs * states, 2 * self.epochs * states)
 
     def prepare(self, task: Task, state: dict[str, Any] | None) -> None:
         self.task = task
-        self._policy = self.optimizer.build([p for _, p in task.policy.parameters_of("policy")])
-        self._fake = self.optimizer.build([p for _, p in task.policy.parameters_of("fake")])
         if state is None:  # a calibration that costs a rollout
             self.calibrations += 1
             probe = collect(task, [PromptRecord(0, "a word")] * 2, -1)
-            state = {"scale": float(probe.scores.std())}
+            state = {"scale": float(probe.scores.std()), "policy": 0, "fake": 0}
         self.scale = state["scale"]
+        self._policy, self._fake = (
+            TrainedRole.of(task.policy, self.optimizer, role, state[role]) for role in ("policy", "fake")
+        )
 
     def state(self) -> dict[str, Any]:
-        return {"scale": self.scale}
+        return {"scale": self.scale, "policy": self._policy.updates, "fake": self._fake.updates}
 
-    def collect(self, prompts: Sequence[PromptRecord], iteration: int) -> Any:
-        return collect(self.task, prompts, iteration)
+    def collect(self, records: Sequence[PromptRecord], iteration: int) -> ScoredRollout:
+        return collect(self.task, records, iteration)
 
-    def updates(self, batch: Any) -> Iterable[Update]:
-        forest = batch.forest
-        old = forest.log_prob[forest.tree.edges]
-        for epoch in range(self.epochs):
-            with torch.no_grad():
-                now = old if epoch == 0 else self._log_prob(batch, forest.tree.edges)
-            _, adjoint = scalar_adjoint(now, partial(self._pairs, batch, old))
-            pieces = forest.tree.edges.split(2)
-            losses = [
-                partial(self._piece, batch, edges, part) for edges, part in zip(pieces, adjoint.split(2), strict=True)
-            ]
-            yield Update(self._policy, 1.0, losses, dict)
-            yield Update(self._fake, 1.0, [partial(self._regress, batch)], self._after, role="fake")
+    def updates(self, batch: ScoredRollout) -> Iterable[Update]:
+        forest, engine = batch.forest, UpdateEngine(self.task, batch.conditions, batch.images)
+        edges = forest.tree.edges
+        states = states_of(forest, forest.tree.parent[edges])
+        old = forest.log_prob[edges]
+
+        def log_prob(part: Part) -> Tensor:
+            here = edges[part.index]
+            velocity = engine.velocity(states.at(part.index))
+            return forest.edge_steps(here, velocity, torch.arange(len(here))).log_prob(forest.at(here))
+
+        def regress(part: Part, measures: Measures) -> Tensor:
+            error = engine.velocity(states.at(part.index), "fake") - target[part.index]
+            return error[: part.real].square().mean((1, 2, 3)).sum() / len(edges)
+
+        for _ in range(self.epochs):
+            yield engine.coupled_update(self._policy, len(edges), 2, log_prob, partial(self._pairs, batch, old))
+            target = engine.frozen(states, "sampling")[0] + 0.1
+            yield engine.update(self._fake, engine.micro_batches(len(edges), 2), regress)
 
     def _pairs(self, batch: ScoredRollout, old: Tensor, log_prob: Tensor) -> Tensor:
         tree = batch.forest.tree
@@ -76,25 +83,3 @@ class FakeTrainer:
         same = tree.group[tree.edges][:, None] == tree.group[tree.edges][None]
         gap = (ratio[:, None] - ratio[None]) - (reward[:, None] - reward[None])
         return (gap.square() * same).sum() / same.sum()
-
-    def _log_prob(self, batch: ScoredRollout, edges: Tensor) -> Tensor:
-        forest, policy = batch.forest, self.task.policy
-        parents, position = forest.tree.distinct_parents(edges)
-        rows = batch.conditions.rows(forest.tree.group[parents])
-        velocity = policy.velocity(forest.at(parents), forest.sigma(parents), rows)
-        return forest.edge_steps(edges, velocity, position).log_prob(forest.at(edges))
-
-    def _piece(self, batch: ScoredRollout, edges: Tensor, adjoint: Tensor) -> Tensor:
-        return (adjoint * self._log_prob(batch, edges)).sum()
-
-    def _regress(self, batch: ScoredRollout) -> Tensor:
-        forest, policy = batch.forest, self.task.policy
-        nodes = forest.tree.parents_of_edges
-        rows, call = batch.conditions.rows(forest.tree.group[nodes]), (forest.at(nodes), forest.sigma(nodes))
-        with torch.no_grad(), policy.role("sampling"):
-            target = policy.velocity(*call, rows) + 0.1
-        with policy.role("fake"):
-            return (policy.velocity(*call, rows) - target).square().mean()
-
-    def _after(self) -> dict[str, float]:
-        return {"time/update": 0.0, "cost/trained_per_image": 1.0}

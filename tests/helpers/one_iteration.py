@@ -18,7 +18,7 @@ from flowalign.credit import Broadcast
 from flowalign.data import PromptRecord
 from flowalign.distributed.fsdp2 import shard
 from flowalign.distributed.processes import Processes
-from flowalign.models import LoRA, load_policy
+from flowalign.models import LoRA, Size, load_policy
 from flowalign.objectives import ClippedRatio, Guard, KLPenalty, Uniform
 from flowalign.rollouts.task import Rollout, Task
 from flowalign.selectors import All, BestOfN, NonZeroAdvantage
@@ -70,10 +70,10 @@ def run(pipeline: str, output: Path, plan: str, weights: str) -> None:
     chosen, group_size, objective = PLANS[plan]
     trainer = PolicyGradient(
         Signal(Broadcast(), Normalized(std="batch"), All([NonZeroAdvantage(), BestOfN(2)])),
-        objective=objective, step_weight=Uniform(), kl=KLPenalty(0.1), micro_batch=2,
+        objective=objective, step_weight=Uniform(), regularizers={"kl": KLPenalty(0.1)}, micro_batch=2,
     )  # fmt: skip
     settings = Rollout(chosen, FlowSDE(), groups=5, group_size=group_size, num_inference_steps=5, micro_batch=5)
-    trainer.prepare(Task(policy, Moody(), settings, 0, 24, 48, processes), None)
+    trainer.prepare(Task(policy, Moody(), settings, 0, Size(24, 48), processes), None)
     prompts = [
         PromptRecord(uid, f'the word "{word}" in red on a white background')
         for uid, word in zip(UIDS, WORDS, strict=True)

@@ -8,7 +8,7 @@ import torch
 from flowalign.advantage import Normalized
 from flowalign.credit import Broadcast
 from flowalign.data import PromptRecord
-from flowalign.models import LoRA, load_policy
+from flowalign.models import LoRA, Size, load_policy
 from flowalign.objectives import ClippedRatio, Uniform
 from flowalign.rollouts.task import Rollout, Task
 from flowalign.selectors import AllEdges
@@ -52,7 +52,7 @@ def make(
         plan, kernel or FlowSDE(), groups=2, group_size=group_size, num_inference_steps=steps, guidance_scale=guidance,
         detach_uncond=detach_uncond,
     )  # fmt: skip
-    trainer.prepare(Task(policy, reward or Brightness(), settings, 0, 24, 48), None)
+    trainer.prepare(Task(policy, reward or Brightness(), settings, 0, Size(24, 48)), None)
     return policy, trainer
 
 

@@ -9,6 +9,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from torch import Tensor
 
+from flowalign.data import as_records
 from flowalign.models import Policy
 from samplers import chain, rollout
 
@@ -28,7 +29,7 @@ def ddim_pipeline(folder: Path) -> StableDiffusionPipeline:
 
 
 def deterministic(policy: Policy, kernel: Any, noise: Tensor, steps: int, guidance: float) -> Tensor:
-    one, conditions = chain(steps, len(noise)), policy.encode(PROMPTS)
+    one, conditions = chain(steps, len(noise)), policy.encode(as_records(PROMPTS), negative=guidance != 1)
     tree = replace(one, level=torch.zeros_like(one.level))
     forest = rollout(
         lambda x, sigma, root: policy.velocity(x, sigma, conditions.rows(root), guidance_scale=guidance),

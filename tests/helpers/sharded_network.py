@@ -14,10 +14,11 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from flowalign.data import as_records
 from flowalign.diagnostics.measure import count_calls
 from flowalign.distributed.fsdp2 import Lockstep, shard
 from flowalign.distributed.processes import Processes
-from flowalign.models import LoRA, Policy, load_policy
+from flowalign.models import LoRA, Policy, Size, load_policy
 from flowalign.models.roles import Role
 
 WORDS = ["KITE", "MOON", "LAMP"]
@@ -36,9 +37,10 @@ def policy_of(pipeline: str, dtype: str) -> Policy:
 
 
 def velocity(policy: Policy, rows: int) -> Tensor:
-    shape = policy.latent_shape(24, 48)
+    shape = policy.latent_shape(Size(24, 48))
     x = torch.randn(rows, *shape, generator=torch.Generator().manual_seed(1))
-    return policy.velocity(x, torch.linspace(0.3, 0.9, rows), policy.encode(WORDS[:rows]), guidance_scale=2.0)
+    conditions = policy.encode(as_records(WORDS[:rows]), negative=True)
+    return policy.velocity(x, torch.linspace(0.3, 0.9, rows), conditions, guidance_scale=2.0)
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, PNDMScheduler, SD3Transformer2DModel, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from flowalign.glyphs import parts
@@ -16,12 +16,18 @@ def tiny_sd3(folder: Path, seed: int = 0) -> Path:
     """Saves the pipeline (fp32, two layers, 32 wide) into `folder` and returns it."""
     torch.manual_seed(seed)
     pipeline = parts.build_pipeline()
-    pipeline.register_modules(transformer=parts.build_transformer(layers=2, heads=2, head_width=16))
-    for parameter in pipeline.transformer.parameters():  # SD3 starts its last layer at 0; here it has to matter
-        parameter.data += 0.05 * torch.randn_like(parameter)
+    pipeline.register_modules(transformer=tiny_transformer())
     pipeline.vae.register_to_config(shift_factor=0.1, scaling_factor=0.9)
     pipeline.save_pretrained(folder)
     return folder
+
+
+def tiny_transformer() -> SD3Transformer2DModel:
+    """Two layers, 32 wide, drawn from torch's generator."""
+    transformer = parts.build_transformer(layers=2, heads=2, head_width=16)
+    for parameter in transformer.parameters():  # SD3 starts its last layer at 0; here it has to matter
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    return transformer
 
 
 def tiny_sd15(folder: Path, seed: int = 0, **scheduler: Any) -> Path:

@@ -1,12 +1,14 @@
 """Roles on one base: what each answers, when it follows the policy, and that looking at one never changes another."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from flowalign.data import as_records
 from flowalign.models import LoRA, Policy, load_policy
-from flowalign.models.roles import Role
+from flowalign.models.roles import Role, check_roles
 
 LORA = LoRA(rank=4, alpha=8, targets=("attn.to_q", "ff.net.2"))
 ROLES = {
@@ -33,7 +35,7 @@ def shake(policy: Policy, size: float, seed: int) -> None:
 
 def velocity(policy: Policy, role: str = "policy") -> torch.Tensor:
     x = torch.randn(2, 3, 24, 48, generator=torch.Generator().manual_seed(1))
-    conditions = policy.encode(['the word "KITE" in red on a white background', ""])
+    conditions = policy.encode(as_records(['the word "KITE" in red on a white background', ""]))
     with policy.role(role):
         return policy.velocity(x, torch.tensor([0.9, 0.4]), conditions)
 
@@ -95,3 +97,59 @@ def test_bad_names(policy: Policy) -> None:
         velocity(policy, "older")
     with pytest.raises(ValueError, match="expected 0 <= decay < 1"):
         Role("ema", decay=1.0)
+
+
+def test_schedules_of_the_average_are_the_papers() -> None:
+    nft = Role("ema", rate=0.0075, start=75, decay=0.999)  # DiffusionNFT, its second schedule
+    assert [nft.decay_at(n) for n in (1, 74, 75, 76, 175, 208, 209, 1000)] == pytest.approx(
+        [0, 0, 0, 0.0075, 0.75, 0.9975, 0.999, 0.999]
+    )
+    crd = Role("ema", rate=0.005, offset=0.25, decay=0.999)
+    assert [crd.decay_at(n) for n in (0, 1, 100, 500)] == pytest.approx([0.25, 0.255, 0.75, 0.999])
+    tdm = Role("ema", rate=0.001, offset=0.001, decay=0.3)
+    assert [tdm.decay_at(n) for n in (1, 10, 298, 299, 1000)] == pytest.approx([0.002, 0.011, 0.299, 0.3, 0.3])
+    assert Role("ema", decay=0.5, start=3).decay_at(2) == 0 and Role("ema", decay=0.5, start=3).decay_at(3) == 0.5
+
+
+def test_a_role_follows_the_role_that_it_names_after_that_one(tiny_pipeline: Path) -> None:
+    policy = load_policy(str(tiny_pipeline), lora=LORA)
+    policy.add_roles({  # written against the order in which they must follow
+        "slow": Role("ema", decay=0.5, of="fast"), "fast": Role("ema", decay=0.25, of="old"), "old": Role("copy"),
+    })  # fmt: skip
+    weights = {role: [p.clone() for _, p in policy.parameters_of(role)] for role in ("old", "fast", "slow")}
+    for step in (1, 2):
+        shake(policy, 0.1, seed=step)
+        policy.follow(step)
+        weights["old"] = [p.detach().clone() for _, p in policy.trainable_parameters()]
+        for role, of, keep in (("fast", "old", 0.25), ("slow", "fast", 0.5)):
+            pairs = zip(weights[role], weights[of], strict=True)
+            weights[role] = [keep * own + (1 - keep) * source for own, source in pairs]
+    for role, expected in weights.items():
+        for (_, parameter), value in zip(policy.parameters_of(role), expected, strict=True):
+            torch.testing.assert_close(parameter, value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: check_roles({"a": Role("copy", of="b")}), "expected 'policy' or one of a"),
+        (lambda: check_roles({"a": Role("copy", of="b"), "b": Role("ema", of="a")}), "a, b, which follow each other"),
+        (lambda: check_roles({"a": Role("copy", of="a")}), "a, which follow each other in a circle"),
+        (lambda: Role("frozen", of="a"), "which follows nothing"),
+        (lambda: Role("ema", offset=0.5), "without a rate"),
+        (lambda: Role("ema", rate=1, offset=1.0), "0 <= offset < 1"),
+        (lambda: Role("ema", start=-1), "start >= 0"),
+    ],
+)
+def test_roles_that_cannot_be_are_refused(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_the_layers_of_a_role_are_found_once(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    with policy.role("old"):
+        pass
+    monkeypatch.setattr(torch.nn.Module, "modules", lambda self: pytest.fail("walked over all modules"))
+    for role in ("policy", "reference", *ROLES):
+        with policy.role(role):
+            pass

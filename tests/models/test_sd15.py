@@ -9,8 +9,9 @@ from diffusers import DDIMScheduler, PNDMScheduler
 
 from flowalign import models
 from flowalign.config import load_config
+from flowalign.data import as_records
 from flowalign.errors import ConfigError
-from flowalign.models import check_lora_targets, load_policy, path_of
+from flowalign.models import Size, check_lora_targets, load_policy, path_of
 from flowalign.models.families.sd15 import SD15Model
 from samplers import DDIM, ODE, RectifiedFlow, VariancePreserving
 from tests.helpers.sd15_calls import PROMPTS, SHAPE, ddim_pipeline, deterministic, noise_of, relative
@@ -34,9 +35,9 @@ def test_the_deterministic_rollout_is_the_pipeline_under_ddim(
     operations differ in order (one affine map in place of x̂0 and ε̂). Up to 50 steps 5e-7 were seen, 9e-7 for v."""
     folder = tiny_sd15(tmp_path, **changed)
     policy, pipeline = load_policy(str(folder), trainable="none"), ddim_pipeline(folder)
-    embeds = policy.encode(PROMPTS).tensors["embeds"]
-    negative = policy.encode([""]).rows(torch.zeros(3, dtype=torch.int64)).tensors["embeds"]
-    # the text encoder rounds by batch size: the pipeline encodes "" three times at once, we once
+    conditions = policy.encode(as_records(PROMPTS), negative=True)
+    embeds, negative = conditions.tensors["embeds"], conditions.negative.tensors["embeds"]
+    # the text encoder rounds by batch size: the pipeline encodes three texts at once, we each alone
     for mine, other in zip((embeds, negative), pipeline.encode_prompt(PROMPTS, "cpu", 1, True), strict=True):
         torch.testing.assert_close(mine, other, rtol=0, atol=1e-6)
     for steps, guidance in ((1, 1.0), (4, 1.0), (4, 5.0), (7, 5.0), (20, 1.0), (20, 5.0)):
@@ -67,7 +68,7 @@ def test_the_deterministic_rollout_is_the_pipeline_under_ddim(
 def test_scheduler_options_are_followed_or_refused(options: dict[str, Any], tmp_path: Path) -> None:
     folder = tiny_sd15(tmp_path, **options)
     policy, pipeline = load_policy(str(folder), trainable="none"), ddim_pipeline(folder)
-    call = {"prompt_embeds": policy.encode(PROMPTS).tensors["embeds"], "latents": noise_of(3), "height": 24, "width": 48,
+    call = {"prompt_embeds": policy.encode(as_records(PROMPTS)).tensors["embeds"], "latents": noise_of(3), "height": 24, "width": 48,
             "num_inference_steps": 4, "guidance_scale": 1.0, "output_type": "latent"}  # fmt: skip
     if options.get("timestep_spacing") == "linspace":  # DDIM steps by K//T from timesteps that lie (K-1)/(T-1) apart
         with pytest.raises(ValueError, match="got num_inference_steps=4 with timestep_spacing=linspace"):
@@ -79,7 +80,7 @@ def test_scheduler_options_are_followed_or_refused(options: dict[str, Any], tmp_
 
 def test_the_stochastic_step_is_the_schedulers(tiny_sd15_pipeline: Path) -> None:
     policy, pipeline = load_policy(str(tiny_sd15_pipeline), trainable="none"), ddim_pipeline(tiny_sd15_pipeline)
-    scheduler, sigmas, conditions = pipeline.scheduler, policy.sigmas(5, SHAPE), policy.encode(PROMPTS)
+    scheduler, sigmas, conditions = pipeline.scheduler, policy.sigmas(5, SHAPE), policy.encode(as_records(PROMPTS))
     scheduler.set_timesteps(5)
     for step, timestep in enumerate(scheduler.timesteps):
         x, z = noise_of(3, step), noise_of(3, 100 + step)
@@ -123,7 +124,7 @@ def test_guidance_is_one_call_of_both_halves_and_counts_two(
     tiny_sd15_pipeline: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy = load_policy(str(tiny_sd15_pipeline), trainable="none")
-    conditions, x, sigma = policy.encode(PROMPTS), noise_of(3), torch.full((3,), 0.502)
+    conditions, x, sigma = policy.encode(as_records(PROMPTS), negative=True), noise_of(3), torch.full((3,), 0.502)
     batches: list[int] = []
     policy.modules()["unet"].register_forward_pre_hook(lambda module, inputs: batches.append(len(inputs[0])))
     policy.velocity(x, sigma, conditions)
@@ -188,10 +189,10 @@ def test_what_the_policy_itself_refuses(tiny_sd15_pipeline: Path, tmp_path: Path
     with pytest.raises(ValueError, match="max_sequence_length"):
         load_policy(str(tiny_sd15_pipeline), max_sequence_length=77)
     policy = load_policy(str(tiny_sd15_pipeline), trainable="none")
-    assert policy.latent_shape(24, 48) == SHAPE
+    assert policy.latent_shape(Size(24, 48)) == SHAPE
     for height in (0, 20, 25):
         with pytest.raises(ValueError, match="multiples of 8"):
-            policy.latent_shape(height, 48)
+            policy.latent_shape(Size(height, 48))
     with pytest.raises(ValueError, match="num_inference_steps=1000"):
         policy.sigmas(1000, SHAPE)  # steps_offset 1 would ask for timestep 1000
     with pytest.raises(ValueError, match="expected a LoRA"):

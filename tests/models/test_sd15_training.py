@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flowalign.cli import train as cli_train
+from flowalign.data import as_records
 from flowalign.models import LoRA, Policy, load_policy
 from flowalign.storage import checkpoint
 from flowalign.storage.metrics_log import read_rows
@@ -22,7 +23,7 @@ LORA = LoRA(rank=4, alpha=6)
 
 
 def stochastic(policy: Policy, steps: int = 4, guidance: float = 5.0) -> tuple[Forest, Any]:
-    tree, conditions = chain(steps, 3, train_last=True), policy.encode(PROMPTS)
+    tree, conditions = chain(steps, 3, train_last=True), policy.encode(as_records(PROMPTS), negative=True)
 
     def velocity(x: Tensor, sigma: Tensor, root: Tensor) -> Tensor:
         return policy.velocity(x, sigma, conditions.rows(root), guidance_scale=guidance)
@@ -68,7 +69,11 @@ def test_a_role_pass_between_forward_and_backward_keeps_the_gradients(
     if checkpointing:
         policy.modules()["unet"].enable_gradient_checkpointing()
         policy.modules()["unet"].train()  # diffusers checkpoints in training mode only; the model has no dropout
-    conditions, x, sigma = policy.encode(PROMPTS), noise_of(3), torch.tensor([0.902, 0.502, 0.102])
+    conditions, x, sigma = (
+        policy.encode(as_records(PROMPTS), negative=True),
+        noise_of(3),
+        torch.tensor([0.902, 0.502, 0.102]),
+    )
 
     def gradients(between: bool) -> list[Tensor]:
         loss = policy.velocity(x, sigma, conditions, guidance_scale=3.0).square().mean()
@@ -87,7 +92,7 @@ def test_a_role_pass_between_forward_and_backward_keeps_the_gradients(
 
 def test_the_reference_is_the_model_as_released(tiny_sd15_pipeline: Path) -> None:
     policy, released = tuned_policy(tiny_sd15_pipeline), load_policy(str(tiny_sd15_pipeline), trainable="none")
-    conditions, x, sigma = policy.encode(PROMPTS), noise_of(3), torch.full((3,), 0.502)
+    conditions, x, sigma = policy.encode(as_records(PROMPTS), negative=True), noise_of(3), torch.full((3,), 0.502)
     with policy.role("reference"):
         assert torch.equal(policy.velocity(x, sigma, conditions), released.velocity(x, sigma, conditions))
     assert not torch.allclose(policy.velocity(x, sigma, conditions), released.velocity(x, sigma, conditions), atol=1e-3)
@@ -98,7 +103,7 @@ def test_full_weights_and_bf16(tiny_sd15_pipeline: Path) -> None:
     outputs = []
     for settings in ({"trainable": "full", "reference_copy": True}, {"dtype": "bf16", "lora": LORA}):
         policy = load_policy(str(tiny_sd15_pipeline), **settings)
-        conditions = policy.encode(PROMPTS)
+        conditions = policy.encode(as_records(PROMPTS), negative=True)
         assert {p.dtype for _, p in policy.trainable_parameters()} == {torch.float32}
         outputs.append(policy.velocity(x, sigma, conditions))
         outputs[-1].square().mean().backward()

@@ -17,9 +17,10 @@ from diffusers import (
 from peft import PeftModel
 
 from flowalign.config import load_config
+from flowalign.data import as_records
 from flowalign.errors import ConfigError
 from flowalign.evaluation.evaluate import sample
-from flowalign.models import LoRA, check_lora_targets, inspect_checkpoint, load_policy
+from flowalign.models import LoRA, Size, check_lora_targets, inspect_checkpoint, load_policy
 from flowalign.models.families.sd3 import SD3Model
 from samplers import ODE, FlowSDE, Tree, chain, rollout
 
@@ -38,9 +39,9 @@ def test_the_deterministic_rollout_is_the_pipeline_bit_for_bit(
     pipeline.set_progress_bar_config(disable=True)
     call = {"prompt": PROMPTS, "latents": noise, "num_inference_steps": steps, "guidance_scale": guidance, "height": 24,
             "width": 48, "max_sequence_length": 0}  # fmt: skip
-    conditions = policy.encode(PROMPTS)
+    conditions = policy.encode(as_records(PROMPTS), negative=True, together=True)
     if guidance != 1.0:  # the text encoder rounds by batch size: the pipeline encodes "" three times at once, we once
-        negative = policy.encode([""]).rows(torch.zeros(3, dtype=torch.int64)).tensors
+        negative = conditions.negative.tensors
         call |= {"prompt": None, "prompt_embeds": conditions.tensors["embeds"], "negative_prompt_embeds": negative["embeds"],
                  "pooled_prompt_embeds": conditions.tensors["pooled"], "negative_pooled_prompt_embeds": negative["pooled"]}  # fmt: skip
         encoded = pipeline.encode_prompt(PROMPTS, None, None, do_classifier_free_guidance=True, max_sequence_length=0)
@@ -71,7 +72,7 @@ def test_a_dynamically_shifted_grid_is_the_pipelines(tiny_pipeline: Path, tmp_pa
         pipeline(
             PROMPTS[:1], num_inference_steps=5, guidance_scale=1.0, height=height, width=width, output_type="latent"
         )
-        grid = policy.sigmas(5, policy.latent_shape(height, width))
+        grid = policy.sigmas(5, policy.latent_shape(Size(height, width)))
         assert torch.equal(grid, pipeline.scheduler.sigmas)
         assert not torch.equal(grid, load_policy(str(tiny_pipeline)).sigmas(5, (3, height, width)))
 
@@ -113,7 +114,7 @@ def test_scheduler_options_that_move_the_levels_are_followed(
     pipeline.set_progress_bar_config(disable=True)
     theirs = pipeline(prompt=PROMPTS, latents=noise, num_inference_steps=4, guidance_scale=1.0, height=24, width=48,
                       max_sequence_length=0, output_type="latent").images  # fmt: skip
-    assert torch.equal(sample(policy, policy.encode(PROMPTS), noise, 4, 1.0), theirs)
+    assert torch.equal(sample(policy, policy.encode(as_records(PROMPTS), together=True), noise, 4, 1.0), theirs)
 
 
 @pytest.mark.parametrize(
@@ -146,11 +147,12 @@ def test_a_scheduler_put_into_a_loaded_pipeline_is_judged_alike(tiny_pipeline: P
 
 def test_detaching_the_unconditional_half_keeps_the_value(tiny_pipeline: Path) -> None:
     policy = load_policy(str(tiny_pipeline), trainable="full")
-    conditions, x, sigma = policy.encode(PROMPTS[:1]), torch.randn(1, 3, 24, 48), torch.tensor([0.6])
+    conditions = policy.encode(as_records(PROMPTS[:1]), negative=True)
+    x, sigma = torch.randn(1, 3, 24, 48), torch.tensor([0.6])
     both = policy.velocity(x, sigma, conditions, guidance_scale=3.0)
     half = policy.velocity(x, sigma, conditions, guidance_scale=3.0, detach_uncond=True)
     torch.testing.assert_close(half, both, rtol=0, atol=1e-5)
-    weight = policy.network.proj_out.weight
+    weight = policy.modules()["transformer"].proj_out.weight
     (detached,) = torch.autograd.grad(half.sum(), weight)
     (conditional,) = torch.autograd.grad(policy.velocity(x, sigma, conditions).sum(), weight)
     torch.testing.assert_close(detached, 3.0 * conditional, rtol=1e-4, atol=1e-4)
@@ -171,8 +173,10 @@ def test_bf16_base_with_fp32_adapters(tiny_pipeline: Path) -> None:
     for dtype in ("fp32", "bf16"):
         policy = load_policy(str(tiny_pipeline), lora=lora, dtype=dtype)
         assert {p.dtype for _, p in policy.trainable_parameters()} == {torch.float32}
-        assert policy.network.proj_out.weight.dtype == (torch.float32 if dtype == "fp32" else torch.bfloat16)
-        outputs.append(policy.velocity(x, sigma, policy.encode(PROMPTS[:1])))
+        assert policy.modules()["transformer"].proj_out.weight.dtype == (
+            torch.float32 if dtype == "fp32" else torch.bfloat16
+        )
+        outputs.append(policy.velocity(x, sigma, policy.encode(as_records(PROMPTS[:1]))))
         outputs[-1].square().mean().backward()
         norms = [float(p.grad.norm()) for name, p in policy.trainable_parameters() if "lora_B" in name]
         assert min(norms) > 0  # A has gradient 0 while B is 0
@@ -191,7 +195,7 @@ def test_peft_folder_round_trip(tiny_pipeline: Path, tmp_path: Path) -> None:
     assert targets == sorted(targets) and len(targets) == 4
     fresh = SD3Transformer2DModel.from_pretrained(tiny_pipeline, subfolder="transformer")
     loaded = PeftModel.from_pretrained(fresh, tmp_path)
-    x, sigma, conditions = torch.randn(1, 3, 24, 48), torch.tensor([0.6]), policy.encode(PROMPTS[:1])
+    x, sigma, conditions = torch.randn(1, 3, 24, 48), torch.tensor([0.6]), policy.encode(as_records(PROMPTS[:1]))
     call = {"hidden_states": x, "timestep": sigma * 1000, "encoder_hidden_states": conditions.tensors["embeds"],
             "pooled_projections": conditions.tensors["pooled"], "return_dict": False}  # fmt: skip
     ours = policy.velocity(x, sigma, conditions)
@@ -205,10 +209,10 @@ def test_reference_of_full_weights(tiny_pipeline: Path) -> None:
     with pytest.raises(ValueError, match="reference_copy"), policy.role("reference"):
         pass
     kept = load_policy(str(tiny_pipeline), trainable="full", reference_copy=True)
-    x, sigma, conditions = torch.randn(1, 3, 24, 48), torch.tensor([0.6]), kept.encode(PROMPTS[:1])
+    x, sigma, conditions = torch.randn(1, 3, 24, 48), torch.tensor([0.6]), kept.encode(as_records(PROMPTS[:1]))
     before = kept.velocity(x, sigma, conditions)
     with torch.no_grad():
-        kept.network.proj_out.weight.mul_(2)
+        kept.modules()["transformer"].proj_out.weight.mul_(2)
     with kept.role("reference"):
         assert torch.equal(kept.velocity(x, sigma, conditions), before)
     assert not torch.equal(kept.velocity(x, sigma, conditions), before)
@@ -226,9 +230,9 @@ def test_what_is_not_a_pipeline_is_named(tmp_path: Path) -> None:
 
 def test_image_size_must_divide(tiny_pipeline: Path) -> None:
     policy = load_policy(str(tiny_pipeline), trainable="none")
-    assert policy.latent_shape(24, 48) == (3, 24, 48)
+    assert policy.latent_shape(Size(24, 48)) == (3, 24, 48)
     with pytest.raises(ValueError, match="multiples of 4"):
-        policy.latent_shape(26, 48)
+        policy.latent_shape(Size(26, 48))
 
 
 def test_sampler_grid_is_the_schedulers(tiny_pipeline: Path) -> None:

@@ -36,12 +36,12 @@ def test_layer_tuning_by_hand() -> None:
     forest = old(grown(split_tree(3, (0, 1))))
     assert forest.tree.parents_of_edges.tolist() == [0, 1, 2, 3, 4, 5, 6]
     scores = torch.tensor([1.0, 4.0, 2.0, 10.0])
-    targets = LayerTuning().targets(forest, scores, all_valid(forest))
+    targets = LayerTuning().targets(forest, scores[:, None], all_valid(forest)[:, None])
     assert targets.nodes.tolist() == [1, 3, 4, 5]  # those of the best path are left alone
     torch.testing.assert_close(targets.velocity, -0.3 * forest.at(torch.tensor([2, 6, 6, 6])))
     expected = torch.tensor([10 - 2.5, 10 - 1.0, 10 - 4.0, 10 - 2.0]) / (10 - 1 + 1e-6)
     torch.testing.assert_close(targets.weight.float(), expected)
-    straight = LayerTuning("best_leaf_fm").targets(forest, scores, all_valid(forest))
+    straight = LayerTuning("best_leaf_fm").targets(forest, scores[:, None], all_valid(forest)[:, None])
     here, end = forest.at(straight.nodes), forest.at(forest.tree.leaves[3:])
     torch.testing.assert_close(straight.velocity, (here - end) / forest.sigma(straight.nodes)[:, None])
     torch.testing.assert_close(here - forest.sigma(straight.nodes)[:, None] * straight.velocity, end.expand_as(here))
@@ -49,7 +49,7 @@ def test_layer_tuning_by_hand() -> None:
 
 def test_no_gradient_on_the_best_path() -> None:
     forest = old(grown(split_tree(3, (0, 1))))
-    targets = LayerTuning().targets(forest, torch.tensor([1.0, 4.0, 2.0, 10.0]), all_valid(forest))
+    targets = LayerTuning().targets(forest, torch.tensor([1.0, 4.0, 2.0, 10.0])[:, None], all_valid(forest)[:, None])
     nodes = forest.tree.parents_of_edges
     velocity = (-0.3 * forest.at(nodes)).requires_grad_()
     targets.loss(nodes, velocity).sum().backward()
@@ -65,7 +65,7 @@ def test_masked_leaves_give_no_targets_and_no_best_path() -> None:
     scores[first] = torch.tensor([1.0, 4.0, 2.0, float("nan")])
     valid[first[3]] = False
     valid[owner == 1] = False  # a tree without a valid leaf
-    targets = LayerTuning().targets(forest, scores, valid)
+    targets = LayerTuning().targets(forest, scores[:, None], valid[:, None])
     assert bool((forest.tree.root[targets.nodes] == 0).all()) and bool(targets.weight.isfinite().all())
     below = {int(n): {int(x) for x in leaves_under(forest.tree, int(n))} for n in targets.nodes}
     bad = int(forest.tree.leaves[first[3]])
@@ -79,7 +79,7 @@ def test_the_scale_fades() -> None:
     assert LayerTuning().scale_at(10_000) == 0.01
     with pytest.raises(ValueError, match="without velocities"):
         forest = grown(split_tree(3, (0, 1)))
-        LayerTuning().targets(forest, torch.tensor([1.0, 4.0, 2.0, 10.0]), all_valid(forest))
+        LayerTuning().targets(forest, torch.tensor([1.0, 4.0, 2.0, 10.0])[:, None], all_valid(forest)[:, None])
 
 
 def test_probes_are_no_leaves_to_follow() -> None:
@@ -89,7 +89,7 @@ def test_probes_are_no_leaves_to_follow() -> None:
     forest, sample = old(grown(tree)), sampled(tree)
     scores = torch.full((len(sample),), 99.0)
     scores[sample] = torch.tensor([1.0, 4.0, 2.0, 10.0])
-    found = LayerTuning().targets(forest, scores, all_valid(forest))
-    expected = LayerTuning().targets(plain, scores[sample], all_valid(plain))
+    found = LayerTuning().targets(forest, scores[:, None], all_valid(forest)[:, None])
+    expected = LayerTuning().targets(plain, scores[sample][:, None], all_valid(plain)[:, None])
     assert not bool(sample.all()) and tree.local[found.nodes].tolist() == plain.tree.local[expected.nodes].tolist()
     torch.testing.assert_close(found.weight, expected.weight)

@@ -50,7 +50,11 @@ def test_samples_and_probes_of_a_group(plan, expected) -> None:
 def test_a_probe_is_not_an_image(tiny_pipeline: Path) -> None:
     """Per prompt three chains of four steps and three probes of each; velocities shared: 4 + 3 + 2 + 1 rows a sample."""
     policy, trainer = make(
-        tiny_pipeline, Probed(Chain()), kl=KLPenalty(0.1), credit=Gain(), advantage=Normalized(within="prompt_step")
+        tiny_pipeline,
+        Probed(Chain()),
+        regularizers={"kl": KLPenalty(0.1)},
+        credit=Gain(),
+        advantage=Normalized(within="prompt_step"),
     )
     batch = trainer.collect(PROMPTS, 0)
     rolled = policy.evaluations
@@ -61,7 +65,7 @@ def test_a_probe_is_not_an_image(tiny_pipeline: Path) -> None:
     (update,) = trainer.updates(batch)
     for micro_batch in update.micro_batches:
         micro_batch()
-    assert batch.metrics["cost/reference_per_image"] == 3  # the reference and the trained pass: three states a sample
+    assert batch.metrics["cost/frozen_per_image"] == 3  # the reference and the trained pass: three states a sample
     assert update.after()["cost/trained_per_image"] == 6 - 3  # counted since the update began
 
 
@@ -73,7 +77,7 @@ def test_without_probes_none_are_counted(tiny_pipeline: Path) -> None:
 
 def test_the_detached_gradient_is_that_of_the_conditional_half(tiny_pipeline: Path) -> None:
     policy, _ = make(tiny_pipeline, Chain())
-    conditions = policy.encode([PROMPTS[0].prompt])
+    conditions = policy.encode(PROMPTS[:1], negative=True)
     x, sigma, weight = torch.randn(1, 3, 24, 48), torch.tensor([0.7]), torch.randn(1, 3, 24, 48)
     detached = policy.velocity(x, sigma, conditions, guidance_scale=4.5, detach_uncond=True)
     (detached * weight).sum().backward()
@@ -93,7 +97,9 @@ def test_the_detached_gradient_is_that_of_the_conditional_half(tiny_pipeline: Pa
 
 @pytest.mark.parametrize("detach", [False, True])
 def test_rollout_reference_and_update_call_the_network_alike(tiny_pipeline: Path, detach: bool, monkeypatch) -> None:
-    policy, trainer = make(tiny_pipeline, Chain(), guidance=4.5, detach_uncond=detach, kl=KLPenalty(0.1))
+    policy, trainer = make(
+        tiny_pipeline, Chain(), guidance=4.5, detach_uncond=detach, regularizers={"kl": KLPenalty(0.1)}
+    )
     original, calls = policy.velocity, []
 
     def recorded(*arguments, **named):

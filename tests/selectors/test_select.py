@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flowalign.advantage import Advantages, Normalized
+from flowalign.advantage import Advantages, Normalized, SignalContext
 from flowalign.credit import Broadcast, SubtreeFusion
 from flowalign.selectors import (
     All,
@@ -15,7 +15,6 @@ from flowalign.selectors import (
     NonZeroAdvantage,
     ParentTop1,
     PositiveNegativeBalance,
-    SelectionContext,
 )
 from samplers import Forest, Tree, chain
 from tests.helpers.trees import everywhere, grown, leaves_under, probed, split_tree
@@ -32,7 +31,7 @@ def branch_grpo() -> tuple[Forest, Advantages]:
     forest = grown(split_tree(20, (0, 3, 6, 9)), width=1)
     rewards = torch.randn(16, 1, generator=torch.Generator().manual_seed(3)).double()
     credit = SubtreeFusion().assign(forest, rewards, everywhere(rewards), ("r",))
-    return forest, Normalized(within="tree_depth", unbiased=True, delta=0).compare(forest, credit)
+    return forest, Normalized(within="tree_depth", unbiased=True, delta=0).compare(forest, credit, SignalContext())
 
 
 def test_the_trees_of_the_paper() -> None:
@@ -69,7 +68,7 @@ def test_depth_pruning_moves_between_its_ends() -> None:
     forest, advantages = branch_grpo()
     step = forest.tree.index[forest.tree.parent[forest.tree.edges]]
     for iteration, first in ((0, 14), (29, 14), (30, 13), (179, 9), (180, 8), (9999, 8)):  # 0-based: depths 15 to 9
-        kept = DepthWindow().choose(forest, advantages, SelectionContext(iteration=iteration))
+        kept = DepthWindow().choose(forest, advantages, SignalContext(iteration=iteration))
         assert sorted(step[~kept].unique().tolist()) == list(range(first, first + 4))
     assert int(DepthWindow(size=5).choose(forest, advantages).sum()) == 138  # 5 · 16 edges fewer
     assert int(DepthWindow(size=4).choose(forest, advantages).sum()) == 154
@@ -91,7 +90,7 @@ def test_a_share_of_each_samples_steps(probes: bool) -> None:
     edges = forest.tree.edges
     advantages = advantages_of(forest, torch.ones(len(edges)))
     draws = [
-        Fraction(0.6).choose(forest, advantages, SelectionContext(seed, iteration, uids))
+        Fraction(0.6).choose(forest, advantages, SignalContext(seed, iteration, uids))
         for seed, iteration, uids in ((0, 0, (7, 8)), (0, 1, (7, 8)), (1, 0, (7, 8)), (0, 0, (8, 7)), (0, 0, (7, 7)))
     ]
     for kept in draws:
@@ -102,7 +101,7 @@ def test_a_share_of_each_samples_steps(probes: bool) -> None:
     assert draws[4][group == 0].tolist() != draws[4][group == 1].tolist()  # a prompt seen twice draws twice
     alone = grown(Tree.cat([probed(16, 3) if probes else chain(16, 3)]), width=1)
     single = Fraction(0.6).choose(
-        alone, advantages_of(alone, torch.ones(len(alone.tree.edges))), SelectionContext(0, 0, (8,))
+        alone, advantages_of(alone, torch.ones(len(alone.tree.edges))), SignalContext(0, 0, (8,))
     )
     assert single.tolist() == draws[0][group == 1].tolist()
     assert bool(Fraction(1.0).choose(forest, advantages).all())
@@ -113,7 +112,7 @@ def test_best_and_worst_samples_of_each_group() -> None:
     edges, root = forest.tree.edges, forest.tree.root[forest.tree.edges]
     rewards = torch.tensor([3.0, 1.0, 6.0, 2.0, 5.0, 4.0, 13.0, 11.0, 16.0, 12.0, 15.0, 14.0])[:, None]
     credit = Broadcast().assign(forest, rewards, everywhere(rewards), ("r",))
-    advantages = Normalized().compare(forest, credit)
+    advantages = Normalized().compare(forest, credit, SignalContext())
     kept = BestOfN(4).choose(forest, advantages)
     assert root[kept].unique().tolist() == [1, 2, 3, 4, 7, 8, 9, 10]
     assert int(kept.sum()) == 8 * 3  # whole samples

@@ -16,6 +16,12 @@ def part(name: str, **init: object) -> object:
     return {"class_path": name, "init_args": init} if init else name
 
 
+def kl(beta: float, **init: object) -> dict:
+    return {
+        "regularizers": {"kl": {"class_path": "flowalign.objectives.KLPenalty", "init_args": {"beta": beta, **init}}}
+    }
+
+
 def plan(name: str, **init: object) -> object:
     return part(f"samplers.{name}", **init)
 
@@ -50,14 +56,14 @@ def load(folder: Path, rollout: dict, trainer: dict) -> TrainConfig:
          {"credit": credit("Joined", parts={"outcome": credit("Broadcast"), "gain": credit("Gain")}),
           "advantage": part("flowalign.advantage.PerChannel",
                             parts={"outcome": within("prompt"), "gain": within("prompt_step")})}),
-        ({"kernel": "samplers.CPS"}, {"kl": {"beta": 1e-4, "form": "exact"}}),
+        ({"kernel": "samplers.CPS"}, kl(1e-4, form="exact")),
         ({"guidance_scale": 4.5, "detach_uncond": True, "plan": plan("Chain")}, {}),
         ({"plan": plan("Branch", branches=2, count=1)},
          {"credit": credit("BranchLocal"), "advantage": within("seed_step")}),
         ({"plan": plan("SplitTree", **TREE)},
          {"credit": credit("SubtreeFusion"), "advantage": within("tree_depth"),
           "select": part("flowalign.selectors.ParentTop1")}),
-        ({"plan": plan("TreeWindow", depth=2)}, {"dynamic_clip": {}, "layer_tuning": {}}),
+        ({"plan": plan("TreeWindow", depth=2)}, {"dynamic_clip": {}, "supervision": {"sft": part("flowalign.objectives.LayerTuning")}}),
         ({"plan": plan("Selected", plan=plan("Chain"), counts={2: 2})}, {}),
         ({"plan": plan("Sourced", plan=plan("Chain"), teacher=1), "sources": {"teacher": "reference"}}, {}),
         ({"plan": plan("Selected", plan=plan("Chain", train_last=True), counts={4: 2}, uses_velocity=False)}, {}),  # no preview
@@ -93,10 +99,10 @@ def test_methods_are_let_through(tmp_path: Path, rollout: dict, trainer: dict) -
          r"one channel, .* for Mixed\(how='gdpo'\)"),
         ({"plan": plan("Probed", plan=plan("Chain"))}, {}, "which reads none of them"),
         ({"plan": plan("Probed", plan=plan("SplitTree", **TREE))}, {"credit": credit("SubtreeFusion")}, "Gain, TurningPoint"),
-        ({"kernel": "samplers.CPS"}, {"kl": {"beta": 0.04}}, "trainer.kl.form=exact"),
+        ({"kernel": "samplers.CPS"}, kl(0.04), "regularizers.kl: .*form=exact"),
         ({"detach_uncond": True}, {}, "silently do nothing"),
-        ({"plan": plan("TreeWindow", depth=2), "kernel": "samplers.CPS"}, {"kl": {"beta": 0}}, "at most 1, where CPS"),
-        ({"plan": plan("SplitTree", splits=[0, 1], train_last=True), "kernel": "samplers.CPS"}, {"kl": {"beta": 0}}, "train_last=false"),
+        ({"plan": plan("TreeWindow", depth=2), "kernel": "samplers.CPS"}, kl(0), "at most 1, where CPS"),
+        ({"plan": plan("SplitTree", splits=[0, 1], train_last=True), "kernel": "samplers.CPS"}, kl(0), "train_last=false"),
         ({"plan": plan("Sourced", plan=plan("Chain"), teacher=1)}, {}, "teacher=0"),
         ({"plan": plan("Sourced", plan=plan("Chain"), hinted=1)}, {}, "a hint_key for hinted samples"),
         ({"plan": plan("Sourced", plan=plan("Chain"), teacher=1), "sources": {"teacher": "old"}}, {},
@@ -114,7 +120,8 @@ def test_parts_that_do_not_fit_are_named(tmp_path: Path, rollout: dict, trainer:
 
 
 def test_a_target_of_another_noising_law_is_named(tiny_sd15_pipeline: Path) -> None:
-    overrides = [f"policy.path={tiny_sd15_pipeline}", "trainer.layer_tuning.target=best_leaf_fm"]
+    tuning = "{class_path: flowalign.objectives.LayerTuning, init_args: {target: best_leaf_fm}}"
+    overrides = [f"policy.path={tiny_sd15_pipeline}", f"trainer.supervision.sft={tuning}"]
     with pytest.raises(ConfigError, match="take best_path_velocity"):
         load_config(str(TINY.with_name("tiny_sd15.yaml")), overrides)
     overrides[1] = "trainer.step_weight=flowalign.objectives.LongCat"

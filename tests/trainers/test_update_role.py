@@ -21,7 +21,7 @@ class Regression:
         self.policy, self.task = policy, task
         generator = torch.Generator().manual_seed(1)
         self.call = (torch.randn(2, 3, 24, 48, generator=generator), torch.tensor([0.7, 0.4]))
-        self.rows = policy.encode([record.prompt for record in PROMPTS])
+        self.rows = policy.encode(PROMPTS)
 
     def _loss(self) -> torch.Tensor:
         with self.policy.role("fake"):
@@ -51,8 +51,8 @@ def test_another_role_under_checkpointing_has_its_own_gradient(tiny_pipeline: Pa
         return {name: p.grad.clone() for name, p in policy.parameters_of("fake") if p.grad is not None}
 
     plain = found()
-    policy.network.train()  # diffusers checkpoints in training mode only; the model has no dropout
-    policy.network.enable_gradient_checkpointing()
+    policy.modules()["transformer"].train()  # diffusers checkpoints in training mode only; the model has no dropout
+    policy.modules()["transformer"].enable_gradient_checkpointing()
     repeated = found()
     assert plain.keys() == repeated.keys() and len(plain) > 0
     assert measure.distance(repeated, plain) < 1e-5

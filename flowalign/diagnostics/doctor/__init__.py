@@ -75,9 +75,8 @@ def examine(config: TrainConfig, policy: Policy) -> Iterator[Finding]:
     """The findings about a policy, of which the weights are changed by one optimizer step."""
     settings, trainer, failed = config.policy, config.trainer, set[str]()
     prompts = distinct_prompts(config, prompt_count(config))
-    texts = [record.prompt for record in prompts]
     real = task_of(config, policy, groups=len(prompts))
-    task = Task(policy, FunctionReward(STAND_IN), real.rollout, real.seed, real.height, real.width)
+    task = Task(policy, FunctionReward(STAND_IN), real.rollout, real.seed, real.size)
 
     @cache
     def first() -> tuple[ScoredRollout, int]:
@@ -104,10 +103,10 @@ def examine(config: TrainConfig, policy: Policy) -> Iterator[Finding]:
 
     yield ask("adapters", partial(check_adapters, policy, settings))
     yield ask("modes", partial(check_modes, policy))
-    yield ask("parity", partial(check_parity, task, settings, texts), "modes")
-    yield ask("conditions", partial(check_conditions, task, settings, texts), "modes")
-    yield ask("velocity", partial(check_velocity, task, settings, texts), "modes")
-    yield ask("roles", partial(check_roles, task, settings, texts), "adapters", "velocity")
+    yield ask("parity", partial(check_parity, task, settings, prompts), "modes")
+    yield ask("conditions", partial(check_conditions, task, settings, prompts), "modes")
+    yield ask("velocity", partial(check_velocity, task, settings, prompts), "modes")
+    yield ask("roles", partial(check_roles, task, settings, prompts), "adapters", "velocity")
     yield ask("dtypes", lambda: check_dtypes(task, first()[0]), "roles")
     yield ask("replay", lambda: check_replay(task, settings, trainer, first()[0]), "dtypes")
     yield ask("floor", lambda: check_floor(task, trainer, first()[0]), "dtypes")
@@ -155,7 +154,7 @@ def _time(
 
 def prompt_count(config: TrainConfig) -> int:
     """How many prompts the doctor rolls out: two, or as many as the optimizer steps of one iteration need."""
-    return max(2, config.trainer.updates_per_iteration())
+    return max(2, config.trainer.forecast(config.rollout).updates)
 
 
 def distinct_prompts(config: TrainConfig, count: int) -> list[PromptRecord]:

@@ -13,7 +13,7 @@ from flowalign.data import PromptRecord
 from flowalign.diagnostics.doctor.base import Finding
 from flowalign.rollouts.collect import ScoredRollout, decoded
 from flowalign.rollouts.task import Task
-from flowalign.trainers import Trainer, as_policy_gradient
+from flowalign.trainers import Trainer
 from rewards import Reward, RewardBatch, score
 from samplers import unscored
 
@@ -62,12 +62,13 @@ def check_cost(task: Task, trainer: Trainer, batch: ScoredRollout, rows: int, up
     """Counted network rows of a rollout (`rows`) and of its update (`updated`) against the topology and against the
     plan's forecast (I2). Where a plan selects, the topology is what is left, and the engine's own count stands for it."""
     settings, tree = task.rollout, batch.forest.tree
-    guided = 2 if settings.guidance_scale != 1 else 1
+    guided = task.policy.rows_per_state(settings.guidance_scale)
     forecast = settings.plan.forecast(settings.num_inference_steps, settings.group_size)
     seen = len(tree.evaluated) if settings.plan.select(unscored) is None else batch.forest.evaluations
     states, limit = guided * seen, guided * settings.groups * forecast.rollout
     reported = round(batch.metrics["cost/rollout_per_image"] * batch.images)
-    allowed = guided * settings.groups * forecast.train * (1 + trainer.needs_reference())
+    ours = trainer.forecast(settings)
+    allowed = guided * (ours.trained + ours.frozen)
     figure = (
         f"rollout {rows / batch.images:.2f} rows per image (forecast at most {limit / batch.images:.2f}), update "
         f"{updated / batch.images:.2f}"
@@ -77,7 +78,7 @@ def check_cost(task: Task, trainer: Trainer, batch: ScoredRollout, rows: int, up
         advice = f"{rows} rows ran, {reported} were reported, {states} are distinct: evaluate each distinct state once"
     elif rows > limit:
         advice = "the rollout costs more than the plan's forecast: Plan.forecast must say the most expensive iteration"
-    elif as_policy_gradient(trainer) is not None and updated > allowed:
+    elif updated > allowed:
         advice = f"the update ran {updated} rows, the forecast allows {allowed}: one row per distinct state and role"
     return Finding("cost", not advice, figure, advice)
 

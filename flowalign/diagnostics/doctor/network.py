@@ -12,12 +12,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from flowalign.config import PolicySettings
+from flowalign.data import PromptRecord
 from flowalign.diagnostics.doctor.base import Finding
 from flowalign.diagnostics.measure import distance
 from flowalign.evaluation.evaluate import sample
 from flowalign.models import Policy, check_lora_targets
 from flowalign.models.grid import grid, pipeline_call
-from flowalign.models.load import DTYPES, FAMILIES, inspect_checkpoint, resolve
+from flowalign.models.load import inspect_checkpoint, read_pipeline
 from flowalign.rollouts.task import Task
 from samplers import normal
 
@@ -51,10 +52,10 @@ def check_adapters(policy: Policy, settings: PolicySettings) -> Finding:
             f"{frozen} tensors of the network are frozen: let policy.trainable=full train them all" if frozen else ""
         )
         return Finding("adapters", not frozen, f"{figure}, full weights", advice)
-    family = FAMILIES[inspect_checkpoint(settings.path)["_class_name"]]
+    _, family = inspect_checkpoint(settings.path, settings.family)
     targets = family.targets if settings.lora.targets is None else settings.lora.targets
-    counts = {target: len(check_lora_targets(settings.path, [target])) for target in targets}
-    expected = len(check_lora_targets(settings.path, targets))
+    counts = {target: len(check_lora_targets(settings.path, [target], settings.family)) for target in targets}
+    expected = len(check_lora_targets(settings.path, targets, settings.family))
     layers = [module for network in networks for module in network.modules() if isinstance(module, BaseTunerLayer)]
     figure += f" at {len(layers)} layers ({', '.join(f'{name} {count}' for name, count in counts.items())})"
     frozen_adapters = sum(not parameter.requires_grad for _, parameter in named)
@@ -91,10 +92,10 @@ def check_modes(policy: Policy) -> Finding:
     return Finding("modes", not advice, figure, advice)
 
 
-def check_velocity(task: Task, settings: PolicySettings, texts: Sequence[str]) -> Finding:
+def check_velocity(task: Task, settings: PolicySettings, prompts: Sequence[PromptRecord]) -> Finding:
     """The update's velocity (with gradients) against the rollout's (without), same rows, and twice: no switch between."""
     policy, guidance = task.policy, task.rollout.guidance_scale
-    conditions, x = policy.encode(texts[:2]), noise(task, 2)
+    conditions, x = policy.encode(prompts[:2], negative=guidance != 1), noise(task, 2)
     sigma = middle_sigma(task).expand(2)
     with torch.no_grad():
         first = policy.velocity(x, sigma, conditions, guidance_scale=guidance)
@@ -117,62 +118,59 @@ def check_velocity(task: Task, settings: PolicySettings, texts: Sequence[str]) -
 
 
 @torch.no_grad()
-def check_parity(task: Task, settings: PolicySettings, texts: Sequence[str]) -> Finding:
+def check_parity(task: Task, settings: PolicySettings, prompts: Sequence[PromptRecord]) -> Finding:
     """The deterministic rollout against a pipeline freshly read from the checkpoint, its own scheduler, same latents.
 
-    By the ODE, whatever the run's kernel: DPMSolver and a guided kernel differ from the pipeline on purpose.
-    Two prompts without guidance, and if the rollout is guided one prompt with it (the pipeline encodes the negative text
-    once per prompt, we once, and text encoders round by batch size). The networks are shared, so no memory is doubled.
+    By the solver, whatever the run's kernel: DPMSolver and a guided kernel differ from the pipeline on purpose.
+    Two prompts, encoded in one batch as the pipeline does, without guidance, and if the rollout is guided with it. The
+    networks are shared, so no memory is doubled.
     Allowed: 0 for SD3 in fp32 on the CPU, 2e-6 of the largest latent for ε- and v-models, else see `rounding`."""
     steps, schedule = task.rollout.num_inference_steps, task.rollout.schedule
-    shape = task.policy.latent_shape(task.height, task.width)
+    shape = task.policy.latent_shape(task.size)
     setup, arguments = pipeline_call(task.policy, schedule, steps, shape)
     pipeline = _fresh_pipeline(task.policy, settings, setup)
     guidance = task.rollout.guidance_scale
-    cases = [(1.0, list(texts[:2]))] + ([(guidance, [f"{texts[0]}."])] if guidance > 1 else [])
-    worst = 0.0
-    for scale, prompts in cases:
-        start = noise(task, len(prompts))
-        negative = {"negative_prompt": [settings.negative_prompt] * len(prompts)} if scale > 1 else {}
+    records, worst = list(prompts[:2]), 0.0
+    scales = [1.0] + ([guidance] if guidance > 1 else [])
+    for scale in scales:
+        start = noise(task, len(records))
+        negative = {"negative_prompt": [settings.negative_prompt] * len(records)} if scale > 1 else {}
         theirs = pipeline(
-            prompt=prompts, latents=start, num_inference_steps=steps, guidance_scale=scale,
-            height=task.height, width=task.width, output_type="latent",
+            prompt=[record.prompt for record in records], latents=start, num_inference_steps=steps,
+            guidance_scale=scale, height=task.size.height, width=task.size.width, output_type="latent",
             **{**arguments, **negative},
         ).images.float()  # fmt: skip
-        conditions = task.policy.encode(prompts)
+        conditions = task.policy.encode(records, negative=scale > 1, together=True)
         worst = max(worst, relative(sample(task.policy, conditions, start, steps, scale, schedule), theirs))
     limit = rounding(settings, 0.0 if task.policy.path.rectified else 2e-6)
     advice = (
         "the deterministic rollout is not the pipeline's: compare policy.sigmas with the checkpoint's scheduler (class, "
         "shift, spacing), then the order of prompts"
     )
-    figure = f"{worst:.1e} from diffusers' own call (allowed {limit:.0e}), {len(cases)} call(s)"
+    figure = f"{worst:.1e} from diffusers' own call (allowed {limit:.0e}), {len(scales)} call(s)"
     return Finding("parity", worst <= limit, figure, "" if worst <= limit else advice)
 
 
 def _fresh_pipeline(policy: Policy, settings: PolicySettings, setup: Sequence[str]) -> DiffusionPipeline:
-    index = inspect_checkpoint(settings.path)
-    arguments = FAMILIES[index["_class_name"]].load_arguments(index)
     networks = policy.modules()
-    pipeline = DiffusionPipeline.from_pretrained(
-        resolve(settings.path), torch_dtype=DTYPES[settings.dtype], **arguments, **networks
+    pipeline = read_pipeline(
+        settings.path, settings.family, dtype=settings.dtype, vae_dtype=settings.vae_dtype, **networks
     )
-    pipeline.set_progress_bar_config(disable=True)
     pipeline.to(next(next(iter(networks.values())).parameters()).device)
     exec("\n".join(setup), {"pipe": pipeline})  # as the run's report tells its user
     return pipeline
 
 
 @torch.no_grad()
-def check_conditions(task: Task, settings: PolicySettings, texts: Sequence[str]) -> Finding:
+def check_conditions(task: Task, settings: PolicySettings, prompts: Sequence[PromptRecord]) -> Finding:
     """Each prompt's rows are its own: [a, b] against [b, a] and against a and b alone, at one state."""
     policy = task.policy
     x, sigma = noise(task, 1).expand(2, *([-1] * (noise(task, 1).ndim - 1))), middle_sigma(task)
 
-    def velocity_of(*prompts: str) -> Tensor:
-        return policy.velocity(x[: len(prompts)], sigma.expand(len(prompts)), policy.encode(prompts))
+    def velocity_of(*records: PromptRecord) -> Tensor:
+        return policy.velocity(x[: len(records)], sigma.expand(len(records)), policy.encode(records))
 
-    a, b = texts[0], texts[1]
+    a, b = prompts[0], prompts[1]
     alone = torch.cat([velocity_of(a), velocity_of(b)])
     together, swapped = velocity_of(a, b), velocity_of(b, a).flip(0)
     apart = relative(alone[:1], alone[1:])
@@ -188,12 +186,12 @@ def check_conditions(task: Task, settings: PolicySettings, texts: Sequence[str])
     return Finding("conditions", not advice, figure, advice)
 
 
-def check_roles(task: Task, settings: PolicySettings, texts: Sequence[str]) -> Finding:
+def check_roles(task: Task, settings: PolicySettings, prompts: Sequence[PromptRecord]) -> Finding:
     """A reference pass between forward and backward changes neither requires_grad nor the gradient (I10)."""
     policy, networks = task.policy, task.policy.modules().values()
     if settings.trainable == "full" and not settings.reference_copy:
         return Finding("roles", True, "full weights without policy.reference_copy: there is no reference")
-    x, sigma, rows = noise(task, 1), middle_sigma(task), policy.encode(texts[:1])
+    x, sigma, rows = noise(task, 1), middle_sigma(task), policy.encode(prompts[:1])
     flags: list[list[bool]] = []
 
     def gradient(between: Callable[[], None]) -> dict[str, Tensor]:
@@ -234,7 +232,7 @@ def check_roles(task: Task, settings: PolicySettings, texts: Sequence[str]) -> F
 
 def noise(task: Task, rows: int) -> Tensor:
     """Unit noise [rows, *] on the policy's device."""
-    shape = (rows, *task.policy.latent_shape(task.height, task.width))
+    shape = (rows, *task.policy.latent_shape(task.size))
     network: nn.Module = next(iter(task.policy.modules().values()))
     return normal(shape, task.seed, "start", "doctor").to(next(network.parameters()).device)
 
@@ -242,5 +240,5 @@ def noise(task: Task, rows: int) -> Tensor:
 def middle_sigma(task: Task) -> Tensor:
     """A noise level [1] in the middle of the grid."""
     steps = task.rollout.num_inference_steps
-    shape = task.policy.latent_shape(task.height, task.width)
+    shape = task.policy.latent_shape(task.size)
     return grid(task.policy, task.rollout.schedule, steps, shape)[steps // 2][None]

@@ -15,6 +15,7 @@ from flowalign.objectives import Transitions
 from flowalign.rollouts.collect import ScoredRollout
 from flowalign.rollouts.task import Task
 from flowalign.trainers import PolicyGradient, Trainer, as_policy_gradient
+from flowalign.trainers.edge_update import per_element
 
 NO_REPLAY = "this trainer scores no stochastic step"
 
@@ -34,10 +35,12 @@ def check_dtypes(task: Task, batch: ScoredRollout) -> Finding:
 
 
 @torch.no_grad()
-def log_ratios(
+def drifts(
     task: Task, trainer: PolicyGradient, batch: ScoredRollout, edges: Tensor, rows: int
 ) -> tuple[Tensor, Tensor]:
-    """ln ratio [E] of an unchanged policy, as the objective has it, from network calls of `rows` states; its limits [E]."""
+    """How far the log-probs of an unchanged policy, from network calls of `rows` states, are from the rollout's [E]; how
+    far they may be [E]: an update that takes its ratio against the rollout's log-probs must not act on the drift, another
+    only stops where it is no rounding."""
     forest, tree = batch.forest, batch.forest.tree
     parents, position = tree.distinct_parents(edges)
 
@@ -52,10 +55,12 @@ def log_ratios(
         return torch.cat(parts)
 
     step, arrived = forest.edge_steps(edges, replayed(rows), position), forest.at(edges)
-    old = forest.role_steps("old", edges) if trainer.objective.needs_old_means else None
-    transitions = Transitions(step, arrived, old)
-    log_ratio = trainer.objective.log_ratio(step.log_prob(arrived), forest.log_prob[edges], transitions)
-    return log_ratio, trainer.objective.drift_limit(transitions).to(log_ratio)
+    drift = (step.log_prob(arrived) - forest.log_prob[edges]).abs()
+    if trainer.anchor != "stored":
+        return drift, trainer.max_drift * per_element(step)
+    if trainer.dynamic_clip is not None:
+        return drift, torch.full_like(drift, trainer.dynamic_clip.low)
+    return drift, trainer.objective.drift_limit(Transitions(step, arrived)).to(drift)
 
 
 def check_replay(task: Task, settings: PolicySettings, trainer: Trainer, batch: ScoredRollout) -> Finding:
@@ -64,8 +69,7 @@ def check_replay(task: Task, settings: PolicySettings, trainer: Trainer, batch: 
     if gradient is None:
         return Finding("replay", True, NO_REPLAY)
     edges = batch.forest.tree.edges
-    drift, limits = log_ratios(task, gradient, batch, edges, gradient.micro_batch)
-    drift = drift.abs()
+    drift, limits = drifts(task, gradient, batch, edges, gradient.micro_batch)
     elements = 1 if task.rollout.kernel.reduce == "mean" else batch.forest.states[0].numel()
     exact = settings.dtype == "fp32" and not torch.cuda.is_available()
     limits = torch.full_like(drift, 1e-6 * elements) if exact else limits / drift_margin(len(edges))
@@ -80,7 +84,7 @@ def check_replay(task: Task, settings: PolicySettings, trainer: Trainer, batch: 
 
 def check_floor(task: Task, trainer: Trainer, batch: ScoredRollout) -> Finding:
     """Rounding of log-probs between batch shapes (one state per call against the rollout's), with the margin for what a
-    run will meet, against the clip range. Measured at no more than 8 states of each step, at all their edges. Not kept: a
+    run will meet, against what stops a run (trainer.max_drift), or with anchor=stored against the clip range. Measured at no more than 8 states of each step, at all their edges. Not kept: a
     window that this rollout did not visit may round more than the margin allows for."""
     gradient = as_policy_gradient(trainer)
     if gradient is None:
@@ -90,17 +94,20 @@ def check_floor(task: Task, trainer: Trainer, batch: ScoredRollout) -> Finding:
     step = tree.index[parent]
     states = torch.cat([parent[step == at].unique()[:8] for at in step.unique()])
     edges = tree.edges[torch.isin(parent, states)]
-    drift, limits = log_ratios(task, gradient, batch, edges, 1)
-    drift = drift.abs()
-    if gradient.dynamic_clip is not None:
-        limits = torch.full_like(drift, gradient.dynamic_clip.low)
+    drift, limits = drifts(task, gradient, batch, edges, 1)
     clip, outside = float(limits.min()), float((drift > limits).double().mean())
     expected = float(drift.max()) * drift_margin(len(edges))
     figure = (
-        f"{_by_step(batch, edges, drift)}, in a run up to {expected:.1e}; clip range {clip:.1e}, {outside:.0%} of "
-        "unchanged steps outside"
+        f"{_by_step(batch, edges, drift)}, in a run up to {expected:.1e}; limit {clip:.1e}, {outside:.0%} of unchanged steps "
+        "outside"
     )
     ok = expected <= clip
+    if gradient.anchor != "stored":
+        advice = (
+            f"rounding of log-probs may reach {expected:.1e} in a run, which would stop at trainer.max_drift: set it to at "
+            f"least {gradient.max_drift * expected / clip * 1.05:.1e}, or take policy.dtype=fp32"
+        )
+        return Finding("floor", ok, figure, "" if ok else advice)
     key = "objective.clip_range to" if gradient.objective.has_clip_range else "objective.max_kl so that the limit is"
     key = key if gradient.dynamic_clip is None else "dynamic_clip.low to"
     advice = (

@@ -10,18 +10,21 @@ of their norm, for v-prediction to 2e-6). Timesteps 0…999 are used only here: 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from torch import Tensor, nn
+from torch import Tensor
 
-from flowalign.models.base import Conditions, Family, check_size
-from flowalign.models.lora import UNET_TARGETS
-from samplers import VariancePreserving
+from flowalign.data import PromptRecord
+from flowalign.models.base import Conditions, Configs, Family, Network, Size, check_image, vae_reduction
+from flowalign.models.guidance import classifier_free, classifier_free_rows
+from samplers import ODE, VariancePreserving
 
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 SCHEDULERS = ("DDIMScheduler", "PNDMScheduler")
 PREDICTIONS = ("epsilon", "v_prediction")
 
@@ -42,15 +45,12 @@ class SD15Model:
             raise ValueError("got a UNet that takes the guidance scale as an input (time_cond_proj_dim, LCM); expected one "
                              "of Stable Diffusion 1.x or 2.x: take a checkpoint that is not distilled")  # fmt: skip
         self.pipeline = pipeline
-        self.network = pipeline.unet
-        self.dtype: torch.dtype = pipeline.vae.dtype
+        self.networks = {"unet": pipeline.unet}
+        self.vae = pipeline.vae
+        self.encoders = [pipeline.text_encoder]
+        self.dtype: torch.dtype = pipeline.unet.dtype
         self.scheduler = ddim({**pipeline.scheduler.config, "_class_name": type(pipeline.scheduler).__name__})
         self.path = VariancePreserving(self.scheduler.alphas_cumprod)
-
-    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
-        factor = self.pipeline.vae_scale_factor
-        check_size(height, width, _unit(self.network.config, factor))
-        return (self.network.config.in_channels, height // factor, width // factor)
 
     def sigmas(self, num_inference_steps: int, latent_shape: Sequence[int]) -> Tensor:
         """The last level is timestep 0 (σ = 0.001) where the scheduler says set_alpha_to_one=false, as SD1.5's does."""
@@ -70,13 +70,28 @@ class SD15Model:
             )
         return (torch.tensor([*timesteps, arrivals[-1]], dtype=torch.float64) + 1).div(known).float()
 
-    def encode(self, prompts: list[str]) -> Conditions:
+    def solver(self) -> ODE:
+        """On this path the ODE's step is DDIM with η = 0."""
+        return ODE()
+
+    def encode(self, records: Sequence[PromptRecord]) -> Conditions:
         embeds, _ = self.pipeline.encode_prompt(
-            prompts, self.network.device, num_images_per_prompt=1, do_classifier_free_guidance=False
-        )
+            [record.prompt for record in records], self.encoders[0].device, num_images_per_prompt=1,
+            do_classifier_free_guidance=False,
+        )  # fmt: skip
         return Conditions({"embeds": embeds})
 
-    def predict(self, network: nn.Module, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
+    def velocity(
+        self, networks: Mapping[str, Network], x: Tensor, sigma: Tensor, conditions: Conditions,
+        negative: Conditions | None, guidance_scale: float, detach_uncond: bool,
+    ) -> Tensor:  # fmt: skip
+        predict = partial(self._predict, networks["unet"])
+        prediction = classifier_free(predict, x, sigma, conditions, negative, guidance_scale, detach_uncond)
+        if self.scheduler.config.prediction_type == "v_prediction":
+            return prediction
+        return self.path.velocity_from_noise(x, prediction, sigma)
+
+    def _predict(self, network: Network, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
         timestep = (sigma.double() * len(self.path.alphas_cumprod)).round().long() - 1
         prediction: Tensor = network(
             x.to(self.dtype),
@@ -86,18 +101,17 @@ class SD15Model:
         )[0]
         return prediction
 
-    def to_velocity(self, prediction: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
-        if self.scheduler.config.prediction_type == "v_prediction":
-            return prediction
-        return self.path.velocity_from_noise(x, prediction, sigma)
-
     def decode(self, latents: Tensor) -> Tensor:
-        vae = self.pipeline.vae
+        vae = self.vae
         image: Tensor = vae.decode(latents.to(vae.device, vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
         return image
 
-    def save_lora(self, folder: Path, layers: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-        StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers, unet_lora_adapter_metadata=metadata)
+    def save_lora(
+        self, folder: Path, layers: Mapping[str, dict[str, Tensor]], metadata: Mapping[str, dict[str, Any]]
+    ) -> None:
+        StableDiffusionPipeline.save_lora_weights(
+            folder, unet_lora_layers=layers["unet"], unet_lora_adapter_metadata=metadata["unet"]
+        )
 
     def pipeline_setup(self) -> list[str]:
         return [
@@ -149,16 +163,19 @@ def _load_arguments(index: dict[str, Any]) -> dict[str, Any]:
     return {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
 
-def _unit(unet: dict[str, Any], factor: int) -> int:
-    return math.lcm(8, factor)  # the pipeline itself asks for multiples of 8
+def _latent_shape(size: Size, configs: Configs) -> tuple[int, ...]:
+    factor = vae_reduction(configs["vae"])
+    check_image(size, math.lcm(8, factor))  # the pipeline itself asks for multiples of 8
+    return (configs["unet"]["in_channels"], size.height // factor, size.width // factor)
 
 
 FAMILY = Family(
+    pipeline=StableDiffusionPipeline,
     model=SD15Model,
-    part="unet",
-    network=UNet2DConditionModel,
-    targets=UNET_TARGETS,
+    networks={"unet": UNet2DConditionModel},
+    targets=TARGETS,
     path=_path,
-    unit=_unit,
+    latent_shape=_latent_shape,
+    rows_per_state=classifier_free_rows,
     load_arguments=_load_arguments,
 )

@@ -7,20 +7,26 @@ the prompts were encoded in equal batches (text encoders round by batch size). T
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
-from torch import Tensor, nn
+from torch import Tensor
 
-from flowalign.models.base import Conditions, Family, check_size
-from flowalign.models.lora import SD3_TARGETS
-from samplers import RectifiedFlow
+from flowalign.data import PromptRecord
+from flowalign.models.base import Conditions, Configs, Family, Network, Size, check_image, vae_reduction
+from flowalign.models.guidance import classifier_free, classifier_free_rows
+from samplers import ODE, RectifiedFlow
 
 SCHEDULER = "FlowMatchEulerDiscreteScheduler"
+TARGETS = (
+    "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
+    "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
+)  # fmt: skip
 # option of the scheduler -> what the pipeline would do that the rollout does not
 NOT_FOLLOWED = {
     "stochastic_sampling": "every step of the pipeline would add fresh noise",
@@ -43,20 +49,18 @@ class SD3Model:
     def __init__(self, pipeline: StableDiffusion3Pipeline, max_sequence_length: int | None = None) -> None:
         _path({**pipeline.scheduler.config, "_class_name": type(pipeline.scheduler).__name__})
         self.pipeline = pipeline
-        self.network = pipeline.transformer
-        self.dtype: torch.dtype = pipeline.vae.dtype
+        self.networks = {"transformer": pipeline.transformer}
+        self.vae = pipeline.vae
+        encoders = (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3)
+        self.encoders = [encoder for encoder in encoders if encoder is not None]
+        self.dtype: torch.dtype = pipeline.transformer.dtype
         length = 0 if pipeline.text_encoder_3 is None else 256
         self.max_sequence_length = length if max_sequence_length is None else max_sequence_length
-
-    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
-        factor = self.pipeline.vae_scale_factor
-        check_size(height, width, _unit(self.network.config, factor))
-        return (self.network.config.in_channels, height // factor, width // factor)
 
     def sigmas(self, num_inference_steps: int, latent_shape: Sequence[int]) -> Tensor:
         scheduler, shift = copy.deepcopy(self.pipeline.scheduler), {}
         if scheduler.config.use_dynamic_shifting:
-            settings, patch = scheduler.config, self.network.config.patch_size
+            settings, patch = scheduler.config, self.pipeline.transformer.config.patch_size
             tokens = (latent_shape[-2] // patch) * (latent_shape[-1] // patch)
             shift["mu"] = calculate_shift(
                 tokens, settings.base_image_seq_len, settings.max_image_seq_len, settings.base_shift, settings.max_shift
@@ -64,14 +68,24 @@ class SD3Model:
         scheduler.set_timesteps(num_inference_steps, device="cpu", **shift)
         return scheduler.sigmas.float().clone()
 
-    def encode(self, prompts: list[str]) -> Conditions:
+    def solver(self) -> ODE:
+        return ODE()
+
+    def encode(self, records: Sequence[PromptRecord]) -> Conditions:
         embeds, _, pooled, _ = self.pipeline.encode_prompt(
-            prompt=prompts, prompt_2=None, prompt_3=None, do_classifier_free_guidance=False,
-            max_sequence_length=self.max_sequence_length,
+            prompt=[record.prompt for record in records], prompt_2=None, prompt_3=None, device=self.encoders[0].device,
+            do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length,
         )  # fmt: skip
         return Conditions({"embeds": embeds, "pooled": pooled})
 
-    def predict(self, network: nn.Module, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
+    def velocity(
+        self, networks: Mapping[str, Network], x: Tensor, sigma: Tensor, conditions: Conditions,
+        negative: Conditions | None, guidance_scale: float, detach_uncond: bool,
+    ) -> Tensor:  # fmt: skip
+        predict = partial(self._predict, networks["transformer"])
+        return classifier_free(predict, x, sigma, conditions, negative, guidance_scale, detach_uncond)
+
+    def _predict(self, network: Network, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
         velocity: Tensor = network(
             hidden_states=x.to(self.dtype),
             timestep=sigma.to(x.device, torch.float32) * self.pipeline.scheduler.config.num_train_timesteps,
@@ -81,19 +95,19 @@ class SD3Model:
         )[0]
         return velocity
 
-    def to_velocity(self, prediction: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
-        return prediction
-
     def decode(self, latents: Tensor) -> Tensor:
-        vae = self.pipeline.vae
+        vae = self.vae
         latents = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
         image: Tensor = vae.decode(latents, return_dict=False)[0]
         return image
 
-    def save_lora(self, folder: Path, layers: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    def save_lora(
+        self, folder: Path, layers: Mapping[str, dict[str, Tensor]], metadata: Mapping[str, dict[str, Any]]
+    ) -> None:
         StableDiffusion3Pipeline.save_lora_weights(
-            folder, transformer_lora_layers=layers, transformer_lora_adapter_metadata=metadata
-        )
+            folder, transformer_lora_layers=layers["transformer"],
+            transformer_lora_adapter_metadata=metadata["transformer"],
+        )  # fmt: skip
 
     def pipeline_setup(self) -> list[str]:
         return []
@@ -133,16 +147,19 @@ def _path(scheduler: dict[str, Any]) -> RectifiedFlow:
     return RectifiedFlow()
 
 
-def _unit(transformer: dict[str, Any], factor: int) -> int:
-    return factor * transformer["patch_size"]
+def _latent_shape(size: Size, configs: Configs) -> tuple[int, ...]:
+    factor, transformer = vae_reduction(configs["vae"]), configs["transformer"]
+    check_image(size, factor * transformer["patch_size"])
+    return (transformer["in_channels"], size.height // factor, size.width // factor)
 
 
 FAMILY = Family(
+    pipeline=StableDiffusion3Pipeline,
     model=SD3Model,
-    part="transformer",
-    network=SD3Transformer2DModel,
-    targets=SD3_TARGETS,
+    networks={"transformer": SD3Transformer2DModel},
+    targets=TARGETS,
     path=_path,
-    unit=_unit,
+    latent_shape=_latent_shape,
+    rows_per_state=classifier_free_rows,
     load_arguments=_absent,
 )

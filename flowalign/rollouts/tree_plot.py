@@ -12,7 +12,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from flowalign.report.charts import INK, RULE, SOFT, STYLE
+from flowalign.picture_style import INK, RULE, SOFT, STYLE
 from samplers import Forest, Tree
 
 GRAY = "#9aa5b1"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from flowalign.report.tree_plot import LABELLED, node_heights, plot_tree
+from flowalign.rollouts.tree_plot import LABELLED, node_heights, plot_tree
 from samplers import Tree, chain, window
 from tests.helpers.trees import grown, probed, split_tree
 

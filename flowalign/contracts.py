@@ -1,0 +1,110 @@
+"""Whether a class satisfies a contract (a Protocol), and if not, what is missing or differs."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import is_dataclass
+from importlib import import_module
+from types import ModuleType
+from typing import Any, get_args, get_type_hints
+from unittest.mock import patch
+
+from jsonargparse import _typehints
+
+import rewards
+import samplers
+from flowalign import advantage, credit, objectives, selectors, trainers
+
+HOMES: tuple[ModuleType, ...] = (rewards, samplers, trainers, credit, advantage, selectors, objectives)
+
+
+@contextmanager
+def by_what_can_be_called() -> Iterator[None]:
+    """A context in which the configuration parser takes a class for a contract if `differences` finds none. By itself it
+    compares annotations, for which `-> None` differs from a postponed `-> None`."""
+
+    def satisfies(value: Any, contract: type) -> bool:
+        return inspect.isclass(value) and value is not object and not differences(value, contract)
+
+    with patch.object(_typehints, "implements_protocol", satisfies):
+        yield
+
+
+def explain(message: str) -> str:
+    """The configuration parser's message, with what is missing or differs where it says that a class does not implement a
+    contract."""
+    found = re.search(r"Import path (\S+) does not implement protocol (\w+)", message)
+    contract = next((vars(home)[found[2]] for home in HOMES if found and found[2] in vars(home)), None)
+    if not found or contract is None:
+        return message
+    module, _, name = found[1].rpartition(".")
+    cls = vars(import_module(module))[name]
+    return message.replace(found[0], f"got {found[1]}; expected a {found[2]}: " + "; ".join(differences(cls, contract)))
+
+
+def differences(cls: type, contract: type) -> list[str]:
+    """In a sentence each: what `cls` lacks of the Protocol `contract`, and which methods cannot be called as there."""
+    found = []
+    for name, member in vars(contract).items():
+        dunder = name.startswith("_") and name != "__call__"
+        if dunder or not (inspect.isfunction(member) or isinstance(member, property)):
+            continue
+        if isinstance(member, property):
+            continue  # it may be set in __init__: see check_attributes
+        if not callable(vars(cls).get(name, getattr(cls, name, None))):
+            found.append(f"it has no method `{name}{_text(inspect.signature(member))}`")
+        else:
+            found += _method_differs(name, getattr(cls, name), member)
+    return found
+
+
+def check_attributes(part: Any, key: str = "") -> None:
+    """ValueError if a part inside the dataclass `part` lacks an attribute of its contract, of which the parser only checks the
+    methods. key: where `part` stands in the configuration."""
+    hints = get_type_hints(type(part)) if is_dataclass(part) else {}
+    for name, value in vars(part).items() if hints else ():
+        place = f"{key}.{name}".strip(".")
+        parts = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else [value]
+        for contract in _contracts_in(hints.get(name)):
+            for one in parts:
+                lacks = [
+                    attribute for attribute, member in vars(contract).items()
+                    if isinstance(member, property) and one is not None and attribute not in dir(one)
+                ]  # fmt: skip
+                if lacks:
+                    raise ValueError(
+                        f"got {place}={type(one).__name__}, which has no attribute {', '.join(map(repr, lacks))}; expected those "
+                        f"of {contract.__module__}.{contract.__name__}"
+                    )
+        for one in parts:
+            check_attributes(one, place)
+
+
+def _contracts_in(hint: Any) -> Iterator[type]:
+    """The Protocols that a type names: Reward, list[Reward], dict[str, Reward], Reward | None."""
+    if inspect.isclass(hint) and vars(hint).get("_is_protocol"):
+        yield hint
+    for inner in get_args(hint):
+        yield from _contracts_in(inner)
+
+
+def _method_differs(name: str, own: Any, expected: Any) -> list[str]:
+    wanted, given = inspect.signature(expected), inspect.signature(own)
+    others = list(wanted.parameters.values())[1:]  # without self, under whatever name
+    by_name = {p.name: None for p in others if p.kind is p.KEYWORD_ONLY}
+    by_place = [p.name for p in others if p.name not in by_name]
+    try:
+        given.bind(None, *by_place, **by_name)
+        callable_so = list(given.parameters)[1 : len(by_place) + 1] == by_place
+    except TypeError:
+        callable_so = False
+    if not callable_so:
+        return [f"its `{name}{_text(given)}` cannot be called as `{name}{_text(wanted)}`"]
+    return []
+
+
+def _text(signature: inspect.Signature) -> str:
+    return str(signature).replace("'", "")

@@ -1,0 +1,191 @@
+"""The update engine: distinct states become dealt, padded and counted micro-batches of forward and backward.
+
+Every trainer uses it, and no trainer deals, pads or counts by itself. A state is a network input; what a trainer makes of
+the velocities there (a ratio, a regression, a distillation) is its own business.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from flowalign.distributed.processes import Processes
+from flowalign.models.base import Conditions, Policy
+from flowalign.objectives import scalar_adjoint
+from flowalign.rollouts.task import Task
+from flowalign.trainers.base import AdamWConfig, Update
+
+
+@dataclass(frozen=True, eq=False)
+class States:
+    """Distinct network inputs: x [S, *], their noise levels sigma [S], and rows [S], which condition row each has."""
+
+    x: Tensor
+    sigma: Tensor
+    rows: Tensor
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def at(self, index: Tensor) -> States:
+        """The states `index` [n], repeats allowed."""
+        return States(self.x[index.to(self.x.device)], self.sigma[index], self.rows[index])
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """What this process does in its micro-batch `number`: the states `index` [n]. The first `real` are its own; the others repeat
+    a state so that all processes call the network equally often, and weigh nothing."""
+
+    number: int
+    index: Tensor
+    real: int
+
+    def place(self, states: Tensor) -> Tensor:
+        """Where in `index` each of `states` [E] lies, -1 for the states of other parts and processes."""
+        largest = int(torch.cat([states, self.index]).max()) if len(states) else 0
+        place = torch.full((largest + 1,), -1)
+        place[self.index[: self.real]] = torch.arange(self.real)
+        return place[states]
+
+
+@dataclass(eq=False)
+class TrainedRole:
+    """The weights of a role, their optimizer and its schedule. `updates` counts the steps taken: trainer state."""
+
+    role: str
+    config: AdamWConfig
+    optimizer: Optimizer
+    updates: int = 0
+
+    @staticmethod
+    def of(policy: Policy, config: AdamWConfig, role: str = "policy", updates: int = 0) -> TrainedRole:
+        """With a new optimizer of the role's weights."""
+        return TrainedRole(role, config, config.build(p for _, p in policy.parameters_of(role)), updates)
+
+
+@dataclass(eq=False)
+class Measures:
+    """What the micro-batches of one update measured: tensors by name, in the order of the calls. Reading is collective."""
+
+    processes: Processes
+    values: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    def add(self, **values: Tensor) -> None:
+        """Rows [n], or a number; without a graph."""
+        for name, value in values.items():
+            self.values.setdefault(name, []).append(value.detach())
+
+    def rows(self, name: str) -> Tensor:
+        """All rows of all processes, float64."""
+        return self.processes.gather(torch.cat(self.values[name])).double()
+
+    def total(self, name: str) -> float:
+        """The sum of the numbers."""
+        return self.processes.total(sum(float(value) for value in self.values[name]))
+
+
+Value = Callable[[Part], Tensor]
+Loss = Callable[[Part, Measures], Tensor]
+Metrics = Callable[[Measures], dict[str, float]]
+
+
+@dataclass(frozen=True, eq=False)
+class UpdateEngine:
+    """The engine of one batch: its conditions (rows of `States.rows`) and how many samples it has, which costs refer to."""
+
+    task: Task
+    conditions: Conditions
+    images: int
+
+    def velocity(self, states: States, role: str = "policy") -> Tensor:
+        """v [n, *] under the weights of `role`, with graph if gradients are on."""
+        policy, rollout = self.task.policy, self.task.rollout
+        with policy.role(role):
+            return policy.velocity(
+                states.x, states.sigma, self.conditions.rows(states.rows),
+                guidance_scale=rollout.guidance_scale, detach_uncond=rollout.detach_uncond,
+            )  # fmt: skip
+
+    @torch.no_grad()
+    def frozen(self, states: States, role: str | Sequence[str]) -> tuple[Tensor, float]:
+        """(v [S, *] without graph, network rows per sample): each state evaluated once, by one process.
+
+        role: one for all states, or one per state (routing: each state to its own teacher)."""
+        processes, before = self.task.processes, self.task.policy.evaluations
+        roles = [role] * len(states) if isinstance(role, str) else list(role)
+        if len(roles) != len(states):
+            raise ValueError(f"got {len(roles)} roles for {len(states)} states; expected one for all, or one for each")
+        share = processes.share(len(states))
+        own = torch.arange(share.start, share.stop)
+        values = torch.empty_like(states.x[own.to(states.x.device)])
+        for name in dict.fromkeys(roles):  # every process in the same order, also those without a state of this role
+            wanted = torch.tensor([roles[row] == name for row in own.tolist()], dtype=torch.bool)
+            for part in own[wanted].split(self.task.rollout.micro_batch) if bool(wanted.any()) else ():
+                values[(part - share.start).to(values.device)] = self.velocity(states.at(part), name).to(values)
+        rows = processes.total(self.task.policy.evaluations - before)
+        return processes.gather(values), rows / self.images
+
+    def micro_batches(self, count: int, size: int) -> list[Part]:
+        """This process's parts of `count` states, at most `size` each: equally many, equally large on every process."""
+        dealt = self.task.processes.deal(count)
+        dealt_parts = dealt.split(size) if len(dealt) else ()
+        return [Part(number, rows.clamp(min=0), int((rows >= 0).sum())) for number, rows in enumerate(dealt_parts)]
+
+    @torch.no_grad()
+    def scalars(self, count: int, parts: Sequence[Part], value: Value) -> Tensor:
+        """[count] float64 one number per state without graph, over all processes."""
+        found = torch.zeros(count, dtype=torch.float64)
+        for part in parts:
+            found[part.index[: part.real]] = value(part)[: part.real].double().cpu()
+        return self.task.processes.gather(found[None]).sum(0)
+
+    def coupled_update(
+        self, trained: TrainedRole, count: int, size: int, value: Value, loss: Callable[[Tensor], Tensor]
+    ) -> Update:
+        """One optimizer step of a loss that couples all `count` states (pairs, groups) through one number of each.
+
+        value(part) [n]: the numbers (log-probs, errors) of the states of a micro-batch of at most `size`. loss: of all of
+        them [count], float64. Two passes: the numbers without graph, then each micro-batch again with its adjoints; the
+        gradient is that of one graph, the memory that of one micro-batch (see `scalar_adjoint`)."""
+        parts = self.micro_batches(count, size)
+        total, adjoint = scalar_adjoint(self.scalars(count, parts, value), loss)
+
+        def share(part: Part, measures: Measures) -> Tensor:
+            values = value(part)[: part.real]
+            return (adjoint[part.index[: part.real]].to(values) * values).sum()
+
+        return self.update(trained, parts, share, lambda measures: {f"loss/{trained.role}": float(total)})
+
+    def update(
+        self, trained: TrainedRole, parts: Sequence[Part], loss: Loss, metrics: Metrics = lambda measures: {}
+    ) -> Update:
+        """One optimizer step of `trained` on `parts`, the micro-batches of this process.
+
+        loss(part, measures): the part's share of the loss, already divided by the global count; padding must weigh
+        nothing. metrics(measures): once the step is taken; not asked where there was nothing to train."""
+        policy, measures = self.task.policy, Measures(self.task.processes)
+        learning_rate = trained.config.lr_at(trained.updates)
+        for group in trained.optimizer.param_groups:
+            group["lr"] = learning_rate
+        began, before = time.perf_counter(), policy.evaluations
+
+        def after() -> dict[str, float]:
+            measured = {
+                "time/update": time.perf_counter() - began,
+                "cost/trained_per_image": self.task.processes.total(policy.evaluations - before) / self.images,
+                "optim/lr" if trained.role == "policy" else f"optim/{trained.role}_lr": learning_rate,
+            }
+            if not parts:
+                return measured
+            trained.updates += 1
+            return measured | metrics(measures)
+
+        losses = [partial(loss, part, measures) for part in parts]
+        return Update(trained.optimizer, trained.config.max_grad_norm, losses, after, trained.role)

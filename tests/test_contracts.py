@@ -1,0 +1,62 @@
+"""A user's class that does not satisfy a contract is told what is missing or differs."""
+
+from pathlib import Path
+
+import pytest
+
+from flowalign.config import load_config
+from flowalign.errors import ConfigError
+
+TINY = str(Path(__file__).parent / "data" / "tiny.yaml")
+COMPLETE = """
+from rewards import RewardBatch, RewardOutput
+
+class Mine:
+    name = "mine"
+    def __call__(self, batch: RewardBatch) -> RewardOutput: ...
+    def load(self) -> None: ...
+    def close(self) -> None: ...
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "named"),
+    [
+        ("    def load(self) -> None: ...\n", "", r"it has no method `load\(self\) -> None`"),
+        (
+            "batch: RewardBatch)",
+            "batch: RewardBatch, more: int)",
+            r"cannot be called as `__call__\(self, batch: RewardBatch",
+        ),
+        ("batch: RewardBatch)", "samples: RewardBatch)", r"its `__call__\(self, samples.* cannot be called as"),
+        (
+            "batch: RewardBatch)",
+            "batch)",
+        ),
+        ('    name = "mine"\n', "", r"reward=Mine, which has no attribute 'name'.*rewards.base.Reward"),
+    ],
+)
+def test_it_is_told_how(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str, named: str) -> None:
+    assert old in COMPLETE
+    module = f"mine_{abs(hash((old, new)))}"
+    (tmp_path / f"{module}.py").write_text(COMPLETE.replace(old, new))
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=named):
+        load_config(TINY, [f"reward={module}.Mine"])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        COMPLETE,
+        "from __future__ import annotations\n" + COMPLETE,
+        COMPLETE.replace(": RewardBatch)", ")").replace(" -> None", ""),
+    ],
+)
+def test_a_complete_class_is_taken_however_it_is_annotated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    module = f"complete_{len(text)}"
+    (tmp_path / f"{module}.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert load_config(TINY, [f"reward={module}.Mine"])[0].reward.name == "mine"
