@@ -23,10 +23,12 @@ from flowalign.models.base import Size
 from flowalign.models.load import check_image_size, check_lora_folders, check_lora_targets, inspect_checkpoint, path_of
 from flowalign.models.lora import LoRA
 from flowalign.models.roles import Role, check_roles
+from flowalign.rollouts.collect import grow
+from flowalign.rollouts.sources import check_sources
 from flowalign.rollouts.task import Rollout
 from flowalign.trainers import Setup, Trainer
 from rewards import Reward, channels_of, labels_of, spec_of
-from samplers import unscored
+from samplers import Schedule, check_schedule, unscored
 
 
 @dataclass(frozen=True)
@@ -89,13 +91,15 @@ class RunSettings:
 @dataclass(frozen=True)
 class EvaluationSettings:
     """Base beside tuned on held-out prompts, by the policy's solver, same seeds. The first reward is the one reported.
-    `every`: also evaluate after so many iterations (null: only before and after the run)."""
+    `schedule`: the noise levels; null: those of the rollout (samplers.FamilyGrid: the pipeline's own). `every`: also
+    evaluate after so many iterations (null: only before and after the run)."""
 
     prompts: str
     rewards: list[Reward]
     count: int = 256
     samples_per_prompt: int = 1
     num_inference_steps: int = 40
+    schedule: Schedule | None = None
     guidance_scale: float = 1.0
     seed: int = 1234
     batch_size: int = 64
@@ -132,6 +136,11 @@ class TrainConfig:
     rollout: Rollout
     policy: PolicySettings = field(default_factory=PolicySettings)
     process_rewards: list[Reward] = field(default_factory=list)
+
+
+def evaluation_schedule(config: TrainConfig) -> Schedule | None:
+    """Of evaluations and of the exported call: evaluation.schedule, or where that is not set rollout.schedule."""
+    return config.rollout.schedule if config.evaluation.schedule is None else config.evaluation.schedule
 
 
 def parser() -> ArgumentParser:
@@ -219,6 +228,14 @@ def check(config: TrainConfig) -> None:
     if policy.max_sequence_length is not None and policy.max_sequence_length < 0:
         raise ConfigError(f"policy.max_sequence_length={policy.max_sequence_length}: expected at least 0, or null")
     path = path_of(policy.path, policy.family)
+    for key, schedule, steps in (
+        ("rollout", rollout.schedule, rollout.num_inference_steps),
+        ("evaluation", evaluation_schedule(config), config.evaluation.num_inference_steps),
+    ):
+        try:
+            check_schedule(schedule, steps, path)
+        except ValueError as error:
+            raise ConfigError(f"{key}.schedule: {error}") from error
     bound = replace(rollout, kernel=rollout.kernel.bind(path))
     state_channels = _check_rewards(config)
     config.trainer.check(Setup(bound, path, channels_of(config.reward), policy.roles, state_channels))
@@ -236,7 +253,10 @@ def check(config: TrainConfig) -> None:
             "got policy.trainable=full and a trainer that needs the reference (trainer.regularizers), of which no copy is kept: "
             "set trainer.regularizers={}, or policy.reference_copy=true (it doubles the memory of the network)"
         )
-    load_prompts(config.prompts)
+    known = {"policy", *policy.roles, *config.trainer.roles()} | (
+        {"reference"} if policy.trainable == "lora" or policy.reference_copy else set()
+    )
+    check_sources(rollout, grow(rollout, 0, 0, [0]), known, load_prompts(config.prompts))
     held_out = load_prompts(config.evaluation.prompts)
     if config.evaluation.count > len(held_out):
         raise ConfigError(

@@ -6,8 +6,10 @@ levels by σ and has a velocity of its own.
 Grids are fp32 [T+1] and start at 1 or just below, so a first step is known by its grid index 0, never by σ == 1.
 States are [N, *], rows first; coefficients are computed in float64, states in at least fp32, and what is stored is what
 is replayed. A sampler knows no network: the velocity is a callable, randomness is an argument.
+`rollout` keeps no graph; `unroll` is differentiable in the start, the noise and the network, by the same steps.
 """
 
+from samplers.draws import GridSigma, LogitNormalSigma, SampleKeys, SigmaLaw, SquareRootSigma, UniformSigma
 from samplers.forest import Forest, Velocities
 from samplers.forest_file import load_forest, save_forest
 from samplers.kernels import (
@@ -40,6 +42,7 @@ from samplers.plans import (
     Branch,
     Chain,
     Compressed,
+    Deterministic,
     Fixed,
     Plan,
     Position,
@@ -61,9 +64,22 @@ from samplers.plans import (
     window,
 )  # fmt: skip
 from samplers.rollout import Noise, Velocity, rollout
-from samplers.schedules import diffusers_sigmas, dynamic_sigmas, plain_sigmas, shift
+from samplers.schedules import (
+    FamilyGrid,
+    Listed,
+    PlainShift,
+    Schedule,
+    check_schedule,
+    diffusers_sigmas,
+    dynamic_sigmas,
+    plain_sigmas,
+    shift,
+    sigmas_of,
+    stopped,
+)
 from samplers.selection import Best, Select, VelocityLookup, candidates, sampled, unscored
 from samplers.trees import SOURCES, Cost, Tree
+from samplers.unroll import Unrolled, straight_through, unroll
 from samplers.unshared import UnsharedTree, unshared
 
 PART_OF = "flowalign"
@@ -71,15 +87,18 @@ PART_OF = "flowalign"
 __all__ = [
     "PART_OF",
     "Path", "RectifiedFlow", "VariancePreserving",
-    "diffusers_sigmas", "dynamic_sigmas", "plain_sigmas", "shift",
+    "FamilyGrid", "Listed", "PlainShift", "Schedule", "check_schedule", "sigmas_of",
+    "diffusers_sigmas", "dynamic_sigmas", "plain_sigmas", "shift", "stopped",
     "Affine", "Carry", "TransitionContext", "Gaussian", "Kernel", "KLForm", "Step",
     "CPS", "ClippedFlowSDE", "DDIM", "DanceSDE", "FlowSDE", "LinearSDE", "ODE",
     "DPMSolver", "Guided", "Ascent", "ProcessReward", "RewardGradient", "SPSA", "spsa_gradient",
     "SOURCES", "Cost", "Tree", "UnsharedTree", "unshared",
     "Best", "Select", "VelocityLookup", "candidates", "sampled", "unscored",
-    "Bounded", "Plan", "Branch", "Chain", "Compressed", "Probed", "RandomSteps", "Selected", "Sourced", "SplitTree",
+    "Bounded", "Plan", "Branch", "Chain", "Compressed", "Deterministic", "Probed", "RandomSteps", "Selected", "Sourced", "SplitTree",
     "TreeWindow", "Window", "branch", "chain", "compressed", "probed", "scattered", "tree", "window",
     "Fixed", "Position", "Random", "Sliding",
     "KeyedNoise", "generator", "normal",
+    "GridSigma", "LogitNormalSigma", "SampleKeys", "SigmaLaw", "SquareRootSigma", "UniformSigma",
     "Forest", "Velocities", "load_forest", "save_forest", "Noise", "Velocity", "rollout",
+    "Unrolled", "straight_through", "unroll",
 ]  # fmt: skip

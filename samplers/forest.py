@@ -37,8 +37,8 @@ class Velocities:
 class Forest:
     """A rolled-out tree.
 
-    states [K, *]: those that are needed again (roots, both ends of every stochastic step, nodes without children), in
-    the storage dtype; row [N]: the row of a node's state in it (-1: not kept). log_prob [N]: of the step that arrived
+    states [K, *]: those that are needed again (roots, both ends of every stochastic step, nodes without children; all
+    with `keep="all"`), in the storage dtype; row [N]: the row of a node's state in it (-1: not kept). log_prob [N]: of the step that arrived
     at a node, under the policy that rolled out, taken after the storage cast; nan where the step is deterministic.
     evaluations: network rows of the rollout. sigmas, kernel: those of the rollout, which every replay uses.
     velocities: of other networks (reference, old, teacher, …) at its states, by role. scores: of states (a latent
@@ -85,7 +85,7 @@ class Forest:
             missing = nodes[rows < 0][:8].tolist()
             raise ValueError(
                 f"got nodes {missing}, whose states were not kept; expected roots, nodes without children or ends of a "
-                "stochastic step: give the step a level, or score the state during the rollout"
+                'stochastic step: give the step a level, or take rollout(..., keep="all")'
             )
         return self.states[rows.to(self.states.device)].to(compute_dtype(self.states.dtype))
 

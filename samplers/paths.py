@@ -27,16 +27,41 @@ class Path(Protocol):
         """x̂0 = d·x - b·v, finite at every σ."""
         ...
 
+    def add_noise(self, x0: Tensor, eps: Tensor, sigma: Tensor | float) -> Tensor:
+        """a·x0 + b·ε [N, *]."""
+        ...
 
-def _mix(path: Path, sigma: Tensor | float, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The four coefficients in the dtype of `like`, shaped to broadcast over its elements."""
+    def velocity(self, x0: Tensor, eps: Tensor, sigma: Tensor | float) -> Tensor:
+        """c·x0 + d·ε [N, *]: the regression target of a velocity at add_noise(x0, ε, σ)."""
+        ...
+
+    def bridge(self, x: Tensor, eps: Tensor, sigma_from: Tensor | float, sigma_to: Tensor | float) -> Tensor:
+        """Re-noises x [N, *] from its level up to σ_to >= σ_from, exactly: if x has the marginal of σ_from, the result
+        α·x + β·ε has that of σ_to, α = a'/a, β² = b'² - α²b² (TDM 2503.06674). ValueError for σ_to < σ_from and for
+        σ_from where a = 0."""
+        ...
+
+    def bridge_velocity(self, x: Tensor, eps: Tensor, sigma_from: Tensor | float, sigma_to: Tensor | float) -> Tensor:
+        """The regression target of a velocity at bridge(x, ε, σ_from, σ_to), whose mean given that state is the exact
+        velocity: (c'/a)·x + ((b'd' - α·c'·b²/a)/β)·ε, `velocity` where σ_from = 0. ValueError for σ_to <= σ_from."""
+        ...
+
+    def nearest(self, sigma: Tensor) -> Tensor:
+        """The level above 0 that the path has nearest to each σ in (0, 1]; a tie goes to the noisier one."""
+        ...
+
+
+def _mix(
+    path: Path, sigma: Tensor | float, like: Tensor, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The four coefficients in `dtype` or that of `like`, shaped to broadcast over its elements."""
     rows = torch.as_tensor(sigma, dtype=torch.float64)
     if rows.ndim > 1 or (rows.ndim == 1 and len(rows) not in (1, len(like))):
         raise ValueError(f"got sigma of shape {tuple(rows.shape)}; expected one number or [{len(like)}], one per row")
     if not bool(((rows >= 0) & (rows <= 1)).all()):
         raise ValueError(f"got sigma {rows.flatten()[:8].tolist()}; expected levels inside [0, 1], not timesteps")
     rows = rows.reshape(-1, *[1] * (like.ndim - 1)) if rows.ndim else rows
-    a, b, c, d = (t.to(like.device, like.dtype) for t in path.mix(rows))
+    a, b, c, d = (t.to(like.device, dtype or like.dtype) for t in path.mix(rows))
     return a, b, c, d
 
 
@@ -50,6 +75,43 @@ def _velocity(self: Path, x0: Tensor, eps: Tensor, sigma: Tensor | float) -> Ten
     """The regression target c·x0 + d·ε."""
     _, _, c, d = _mix(self, sigma, x0)
     return c * x0 + d * eps
+
+
+def _bridge(self: Path, x: Tensor, eps: Tensor, sigma_from: Tensor | float, sigma_to: Tensor | float) -> Tensor:
+    """See Path."""
+    alpha, beta, _, _ = _bridge_mix(self, x, sigma_from, sigma_to)
+    return alpha * x + beta * eps
+
+
+def _bridge_velocity(
+    self: Path, x: Tensor, eps: Tensor, sigma_from: Tensor | float, sigma_to: Tensor | float
+) -> Tensor:
+    """See Path: the derivative of the bridge in the path's own normalization, from the score -ε/β of its transition."""
+    _, beta, of_x, of_eps = _bridge_mix(self, x, sigma_from, sigma_to)
+    if not bool((beta > 0).all()):
+        raise ValueError(f"got sigma_from={sigma_from}, sigma_to={sigma_to}; expected sigma_to > sigma_from in every row: "
+                         "without fresh noise there is no target")  # fmt: skip
+    return of_x * x + of_eps * eps
+
+
+def _bridge_mix(
+    path: Path, x: Tensor, sigma_from: Tensor | float, sigma_to: Tensor | float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(α, β) of the bridge and the coefficients of x and ε in its velocity target, like x. float64, then cast: β² is a
+    difference of near equals for close levels."""
+    a, b, _, _ = _mix(path, sigma_from, x, torch.float64)
+    a_to, b_to, c_to, d_to = _mix(path, sigma_to, x, torch.float64)
+    low, high = (torch.as_tensor(sigma, dtype=torch.float64).cpu() for sigma in (sigma_from, sigma_to))
+    if not bool((low <= high).all()) or bool((a == 0).any()):
+        raise ValueError(
+            f"got sigma_from={sigma_from}, sigma_to={sigma_to}; expected sigma_from <= sigma_to in every row, and data left "
+            "at sigma_from (below 1): a bridge only adds noise"
+        )
+    alpha = a_to / a
+    beta = (b_to.square() - alpha.square() * b.square()).clamp(min=0).sqrt()
+    of_eps = (b_to * d_to - alpha * c_to * b.square() / a) / beta
+    alpha, beta, of_x, of_eps = (t.to(x.dtype) for t in (alpha, beta, c_to / a, of_eps))
+    return alpha, beta, of_x, of_eps
 
 
 def _x0_from_velocity(self: Path, x: Tensor, v: Tensor, sigma: Tensor | float) -> Tensor:
@@ -139,8 +201,14 @@ class RectifiedFlow:
         """(1-σ, σ, -1, 1)."""
         return self.a(sigma), self.b(sigma), -torch.ones_like(sigma), torch.ones_like(sigma)
 
+    def nearest(self, sigma: Tensor) -> Tensor:
+        """σ itself."""
+        return sigma
+
     add_noise = _add_noise
     velocity = _velocity
+    bridge = _bridge
+    bridge_velocity = _bridge_velocity
     x0_from_velocity = _x0_from_velocity
     x0_from_noise = _x0_from_noise
     x0_from_score = _x0_from_score
@@ -195,8 +263,15 @@ class VariancePreserving:
         a, b = self.a(sigma), self.b(sigma)
         return a, b, -b, a
 
+    def nearest(self, sigma: Tensor) -> Tensor:
+        """A multiple of 1/K, at least 1/K."""
+        steps = len(self.alphas_cumprod)
+        return (sigma.double() * steps + 0.5).floor().clamp(min=1).div(steps).to(sigma.dtype)
+
     add_noise = _add_noise
     velocity = _velocity
+    bridge = _bridge
+    bridge_velocity = _bridge_velocity
     x0_from_velocity = _x0_from_velocity
     x0_from_noise = _x0_from_noise
     x0_from_score = _x0_from_score

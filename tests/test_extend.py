@@ -17,7 +17,9 @@ from rewards import RewardBatch, score
 
 ROOT = Path(__file__).parents[1]
 TINY = str(ROOT / "tests" / "data" / "tiny.yaml")
-FILES = dict(re.findall(r"```(?:python|yaml)\n# (\w+\.(?:py|yaml))\n(.*?)```", (ROOT / "docs" / "extend.md").read_text(), re.S))
+FILES = dict(
+    re.findall(r"```(?:python|yaml)\n# (\w+\.(?:py|yaml))\n(.*?)```", (ROOT / "docs" / "extend.md").read_text(), re.S)
+)
 CONFIGURATIONS = [name for name in FILES if name.endswith(".yaml")]
 
 

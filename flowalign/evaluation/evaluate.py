@@ -15,8 +15,9 @@ from torch import Tensor
 from flowalign.data import PromptRecord, digest, source_images
 from flowalign.distributed.processes import Processes
 from flowalign.models.base import Conditions, Policy, Size
+from flowalign.models.grid import grid
 from rewards import Reward, RewardBatch, RewardError, labels_of, pictures, score
-from samplers import Tree, normal, rollout, scattered
+from samplers import Schedule, Tree, normal, rollout, scattered
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +51,7 @@ def evaluate(
     batch_size: int,
     size: Size,
     samples_per_prompt: int = 1,
+    schedule: Schedule | None = None,
     keep_images: int = 8,
     fps: float | None = None,
     progress: Callable[[int], None] | None = None,
@@ -57,10 +59,11 @@ def evaluate(
 ) -> EvaluationResult:
     """Generates every prompt `samples_per_prompt` times by its solver (never with SDE noise) and scores the images.
 
-    Uses the weights as they are: wrap the call in `policy.role("reference")` for the base, in `ema.applied()` for the
-    average. Scores do not depend on `batch_size` beyond rounding. `progress(n)` is called after each batch of n.
-    fps: of a policy that makes videos, of which the result keeps the first frames. A reward of several channels is reported
-    as several, `reward/channel`. A reward that fails, or gives no score for more than half of the images, is a RewardError; one sample without a
+    schedule: the noise levels; None: the family's own grid. Uses the weights as they are: wrap the call in
+    `policy.role("reference")` for the base, in `ema.applied()` for the average. Scores do not depend on `batch_size` beyond
+    rounding. `progress(n)` is called after each batch of n. fps: of a policy that makes videos, of which the result keeps
+    the first frames. A reward of several channels is reported as several, `reward/channel`. A reward that fails, or gives
+    no score for more than half of the images, is a RewardError; one sample without a
     score is nan. `processes` share the images, and each returns the whole result."""
     _check(prompts, rewards, batch_size, samples_per_prompt)
     everyone = processes or Processes()
@@ -78,7 +81,7 @@ def evaluate(
         batch = jobs[first : min(first + batch_size, share.stop)]
         noise = torch.stack([normal(shape, seed, "start", "evaluate", record.uid, number) for record, number in batch])
         conditions = policy.encode([record for record, _ in batch], negative=guidance_scale != 1)
-        latents = sample(policy, conditions, noise, num_inference_steps, guidance_scale)
+        latents = sample(policy, conditions, noise, num_inference_steps, guidance_scale, schedule)
         images = policy.decode(latents)
         for name, part in _score(rewards, [record for record, _ in batch], images, latents, fps, first).items():
             scores[name].append(part)
@@ -119,7 +122,12 @@ def _check(prompts: Sequence[PromptRecord], rewards: Sequence[Reward], batch_siz
 
 @torch.no_grad()
 def sample(
-    policy: Policy, conditions: Conditions, noise: Tensor, num_inference_steps: int, guidance_scale: float
+    policy: Policy,
+    conditions: Conditions,
+    noise: Tensor,
+    num_inference_steps: int,
+    guidance_scale: float,
+    schedule: Schedule | None = None,
 ) -> Tensor:
     """Clean latents [n, *] by the deterministic sampler (the solver of the policy's scheduler), from unit noise [n, *]."""
     tree = scattered(num_inference_steps, len(noise), (), shared_start=False)  # no step has noise
@@ -127,7 +135,7 @@ def sample(
     def velocity(x: Tensor, sigma: Tensor, root: Tensor) -> Tensor:
         return policy.velocity(x, sigma, conditions.rows(root), guidance_scale=guidance_scale)
 
-    sigmas = policy.sigmas(num_inference_steps, noise.shape[1:])
+    sigmas = grid(policy, schedule, num_inference_steps, noise.shape[1:])
     forest = rollout(velocity, policy.start(noise), sigmas, tree, policy.solver(), _no_noise)
     return forest.at(tree.leaves)
 

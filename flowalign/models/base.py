@@ -169,6 +169,11 @@ class Policy(Protocol):
         """Arguments of the pipeline's own call, beyond prompt, steps, guidance and size, that this policy implies."""
         ...
 
+    def pipeline_sigmas(self, sigmas: Tensor) -> tuple[list[str], dict[str, Any]]:
+        """(setup lines, arguments) beside those, with which the pipeline steps over exactly these levels [T+1], not over
+        its scheduler's own. ValueError for a scheduler that takes none."""
+        ...
+
 
 # a network as `Model.velocity` gets it: called with the arguments of its `forward`, by position or by name
 Network = Callable[..., Any]
@@ -239,6 +244,10 @@ class Model(Protocol):
 
     def pipeline_arguments(self) -> dict[str, Any]:
         """See Policy; without the negative prompt."""
+        ...
+
+    def pipeline_sigmas(self, sigmas: Tensor) -> tuple[list[str], dict[str, Any]]:
+        """See Policy."""
         ...
 
 

@@ -183,6 +183,9 @@ class PipelinePolicy:
     def pipeline_arguments(self) -> dict[str, Any]:
         return {"negative_prompt": self.negative_prompt, **self.model.pipeline_arguments()}
 
+    def pipeline_sigmas(self, sigmas: Tensor) -> tuple[list[str], dict[str, Any]]:
+        return self.model.pipeline_sigmas(sigmas)
+
 
 def _parts(model: Model, name: Offloadable) -> Sequence[nn.Module]:
     return [model.vae] if name == "vae" else model.encoders

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flowalign.config import TrainConfig
+from flowalign.config import TrainConfig, evaluation_schedule
 from flowalign.evaluation.evaluate import EvaluationResult
 from flowalign.evaluation.paired_gain import PairedGain, paired_gains
 from flowalign.models import Policy
+from flowalign.models.grid import pipeline_call
 from flowalign.report.grids import captions, grid
 from flowalign.report.html import write_report
 from flowalign.storage.files import write_atomic
@@ -24,6 +25,10 @@ def summarize(
     """summary.json. The figures of the first evaluation reward stand at the top, those of all under `rewards`."""
     rewards, first = gains_table(paired_gains(base, tuned)), labels_of(config.evaluation.rewards[0])[0]
     images = max(1, totals["images"])
+    setup, arguments = pipeline_call(
+        policy, evaluation_schedule(config), tuned.num_inference_steps,
+        policy.latent_shape(config.policy.size),
+    )  # fmt: skip
     return {
         "reward": first,
         **{key: rewards[key][first] for key in ("base", "tuned", "gain", "gain_ci95", "pairs", "dropped")},
@@ -35,13 +40,13 @@ def summarize(
         "iterations": config.run.iterations,
         "pipeline": {
             "path": config.policy.path,
-            "setup": policy.pipeline_setup(),
+            "setup": setup,
             "arguments": {
                 "num_inference_steps": tuned.num_inference_steps,
                 "guidance_scale": tuned.guidance_scale,
                 "height": config.policy.height,
                 "width": config.policy.width,
-                **policy.pipeline_arguments(),
+                **arguments,
             },
         },
     }

@@ -13,11 +13,13 @@ from torch import Tensor
 from flowalign.credit.base import uncertainty_of
 from flowalign.data import PromptRecord, source_images
 from flowalign.models.base import Conditions
+from flowalign.models.grid import grid
 from flowalign.rollouts.gather import gather_forest, gather_output, gather_tree
+from flowalign.rollouts.sources import by_source, hinted, roles_of
 from flowalign.rollouts.task import Rollout, Task
 from flowalign.rollouts.tree_plot import plot_tree
 from rewards import Reward, RewardBatch, RewardOutput, channels_of, pictures, score_chunks
-from samplers import FlowSDE, Forest, KeyedNoise, Tree, VelocityLookup, rollout, sampled, unscored
+from samplers import SOURCES, FlowSDE, Forest, KeyedNoise, Tree, VelocityLookup, rollout, sampled, unscored
 from samplers.noise import generator, visits
 
 
@@ -106,8 +108,9 @@ def collect(
     forest = _with_uncertainty(forest, output)
     sample = sampled(forest.tree)
     images, probes = int(sample.sum()), int((~sample).sum())
+    own = sample & (forest.tree.source[forest.tree.leaves] == SOURCES.index("student"))
     metrics = {
-        **_reward_metrics(task.reward.name, output, sample),
+        **_reward_metrics(task.reward.name, output, own),
         "cost/rollout_per_image": rows / images,
         **({"cost/probes_per_image": probes / images} if probes else {}),
         "time/rollout": rolled - began,
@@ -136,16 +139,22 @@ def _roll_out(
     settings, policy = task.rollout, task.policy
     tree = grow(settings, task.seed, iteration, share)
     shape = policy.latent_shape(task.size)
-    sigmas = policy.sigmas(settings.num_inference_steps, shape)
+    sigmas = grid(policy, settings.schedule, settings.num_inference_steps, shape)
     uids = [record.uid for record in prompts]
     own = slice(share.start, share.stop)
     noise = KeyedNoise(
         task.seed, iteration, uids[own], shape, visits=visits(uids)[own], branch_scale=settings.branch_scale
     )
-    group_of_root = tree.group[: tree.num_roots] + share.start
+    roles, row_of_root = roles_of(settings, tree), tree.group[: tree.num_roots] + share.start
+    if settings.hint_key is not None:  # the rows of the hinted prompts follow those of the prompts
+        hints = policy.encode(
+            [hinted(record, settings.hint_key) for record in prompts], negative=settings.guidance_scale != 1
+        )
+        conditions = Conditions.cat([conditions, hints])
+        row_of_root = row_of_root + len(prompts) * (tree.source[: tree.num_roots] == SOURCES.index("hinted"))
 
     def velocity(x: Tensor, sigma: Tensor, root: Tensor) -> Tensor:
-        rows = conditions.rows(group_of_root[root])
+        rows = conditions.rows(row_of_root[root])
         return policy.velocity(
             x, sigma, rows, guidance_scale=settings.guidance_scale, detach_uncond=settings.detach_uncond
         )
@@ -157,10 +166,13 @@ def _roll_out(
         output = _judge(task, prompts, tree.group[nodes] + share.start, x0)
         return torch.where(output.valid, output.scores, torch.finfo(output.scores.dtype).min)[:, 0]
 
-    return roll(
-        velocity, policy.start(noise.start(tree)), sigmas, tree, settings.kernel, noise.step,
-        micro_batch=settings.micro_batch, select=settings.plan.select(preview),
-    )  # fmt: skip
+    start, select = policy.start(noise.start(tree)), settings.plan.select(preview)
+    if len(roles) == 1:
+        return roll(
+            velocity, start, sigmas, tree, settings.kernel, noise.step, micro_batch=settings.micro_batch, select=select
+        )
+    routed = by_source(velocity, policy, tree, roles, settings.micro_batch)
+    return roll(routed, start, sigmas, tree, settings.kernel, noise.step, select=select)
 
 
 def decoded(
@@ -246,7 +258,8 @@ def _mean(values: Tensor) -> float:
 
 
 def _reward_metrics(name: str, output: RewardOutput, sample: Tensor) -> dict[str, float]:
-    """Of the leaves `sample` [L] that end a sample: probes of noisier states would lower the mean. `invalid` is of all.
+    """Of the leaves `sample` [L] that end one of the policy's own samples: probes of noisier states would lower the mean, a
+    teacher's samples raise it. `invalid` is of all.
 
     reward/mean: of several channels the mean of their means, whatever weight an advantage gives them."""
     found: dict[str, float] = {}

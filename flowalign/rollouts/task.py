@@ -9,7 +9,7 @@ from typing import Literal
 from flowalign.distributed.processes import Processes
 from flowalign.models.base import Policy, Size
 from rewards import Reward
-from samplers import Kernel, Plan
+from samplers import Kernel, Plan, Schedule
 
 
 @dataclass(frozen=True)
@@ -18,22 +18,29 @@ class Rollout:
 
     guidance_scale: 1 is no guidance (one evaluation per state; above 1 two). detach_uncond: the update sends no gradient
     through the unconditional half (flow_grpo's released code), so the gradient is guidance_scale · ∂v_c; the rollout then
-    calls the network as the update does. allow_cfg_update: a guided update inside a window of few steps is refused
+    calls the network as the update does. schedule: the noise levels; None: the family's own grid. allow_cfg_update: a guided update inside a window of few steps is refused
     without it, since peers report collapse. draw: whether a random plan draws once per group or once per iteration (never
     inside a group). branch_scale: correlated noise of siblings (BranchGRPO's s, 4 there), see KeyedNoise; None makes it
-    independent. micro_batch: states per network call."""
+    independent. micro_batch: states per network call.
+
+    sources, hint_key: for a plan with samples that are not the policy's own (samplers.Sourced). sources: "teacher" (or
+    "hinted") -> the role that rolls these samples out; hinted ones are the policy's without it. hint_key: key of the
+    prompts' metadata under which the hinted samples' prompt stands; the reward and the update see the prompt itself."""
 
     plan: Plan
     kernel: Kernel
     groups: int = 48
     group_size: int = 24
     num_inference_steps: int = 10
+    schedule: Schedule | None = None
     guidance_scale: float = 1.0
     draw: Literal["group", "iteration"] = "group"
     branch_scale: float | None = None
     micro_batch: int = 64
     allow_cfg_update: bool = False
     detach_uncond: bool = False
+    sources: dict[str, str] = field(default_factory=dict)
+    hint_key: str | None = None
 
 
 @dataclass(frozen=True, eq=False)

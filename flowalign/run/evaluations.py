@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from flowalign.config import TrainConfig
+from flowalign.config import TrainConfig, evaluation_schedule
 from flowalign.data import PromptRecord
 from flowalign.distributed.processes import Processes
 from flowalign.evaluation.evaluate import EvaluationResult, evaluate
@@ -64,7 +64,7 @@ class Evaluations:
                 self.policy, self.held_out, settings.rewards, num_inference_steps=settings.num_inference_steps,
                 guidance_scale=settings.guidance_scale, seed=settings.seed, batch_size=settings.batch_size,
                 size=policy.size, samples_per_prompt=settings.samples_per_prompt,
-                fps=policy.fps, progress=bar.update, processes=self.processes,
+                fps=policy.fps, schedule=evaluation_schedule(self.config), progress=bar.update, processes=self.processes,
             )  # fmt: skip
 
     def _log(self, iteration: int, label: str, result: EvaluationResult) -> None:

@@ -39,6 +39,11 @@ def forecast(config: TrainConfig) -> str:
             f"guidance: rollout.guidance_scale={rollout.guidance_scale:g}, "
             f"evaluation.guidance_scale={evaluation.guidance_scale:g}; evaluations do not sample as the rollout does"
         )
+    if evaluation.schedule is not None and evaluation.schedule != rollout.schedule:
+        notes.append(
+            f"schedule: rollout.schedule={rollout.schedule}, evaluation.schedule={evaluation.schedule}; evaluations do not "
+            "sample as the rollout does"
+        )
     return "\n".join(
         [
             f"run {run.name}: {run.iterations} iterations × {rollout.groups} prompts × {samples} images = "

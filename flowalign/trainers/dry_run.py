@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flowalign.advantage import SignalContext
 from flowalign.rollouts.collect import grow
+from flowalign.rollouts.sources import roles_of
 from flowalign.rollouts.task import Rollout
 from flowalign.trainers.base import Setup
 from flowalign.trainers.signal import Signal
@@ -37,13 +38,9 @@ def dry_run(signal: Signal, setup: Setup) -> None:
 
 
 def _forest(rollout: Rollout, iteration: int) -> Forest:
-    """The plan's topology without states. ValueError for a plan with samples of a teacher or of a hinted student."""
+    """The plan's topology without states. ValueError for samples of a teacher or of a hinted student without a role."""
     steps, tree = rollout.num_inference_steps, grow(rollout, 0, iteration, range(min(2, rollout.groups)))
-    if bool(tree.source.any()):
-        raise ValueError(
-            "got a rollout.plan (Sourced) with samples of a hinted student or of a teacher, but this trainer "
-            "samples with the policy only: take the plan inside Sourced, or set hinted=0, teacher=0"
-        )
+    roles_of(rollout, tree)
     level = tree.level[tree.edges].unique()
     half = torch.full_like(level, 0.5)
     rollout.kernel.coefficients(half, half / 2, level)  # some kernels have a highest level

@@ -9,7 +9,7 @@ from torch import Tensor
 from flowalign.advantage import Advantage, Advantages, SignalContext
 from flowalign.credit import Credit, EdgeValues
 from flowalign.selectors import Selector
-from samplers import Forest
+from samplers import SOURCES, Forest
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,8 +40,11 @@ class Signal:
         context: SignalContext,
     ) -> EdgeSignal:
         """scores, valid [L, C]: a row per leaf, a column per name of `channels`. An edge without any valid advantage is
-        never chosen, whatever the selector returns."""
+        never chosen, whatever the selector returns; nor is one that the policy did not draw itself (a hinted or a
+        teacher's sample): its ratio would not be 1 at unchanged weights. The scores of such samples do enter the advantages
+        of the others."""
         credit = self.credit.assign(forest, scores, valid, channels)
         advantages = self.advantage.compare(forest, credit, context)
-        chosen = self.select.choose(forest, advantages, context) & advantages.valid.any(1)
+        own = forest.tree.source[forest.tree.edges] == SOURCES.index("student")
+        chosen = self.select.choose(forest, advantages, context) & advantages.valid.any(1) & own
         return EdgeSignal(credit, advantages, chosen)

@@ -10,6 +10,7 @@ from samplers.plans.base import Bounded, Plan
 from samplers.plans.branching import Branch, SplitTree, TreeWindow, branch, tree
 from samplers.plans.chains import Chain, RandomSteps, Window, chain, scattered, window
 from samplers.plans.completions import Compressed, Probed, compressed, probed
+from samplers.plans.deterministic import Deterministic
 from samplers.plans.positions import Fixed, Position, Random, Sliding
 from samplers.plans.selected import Selected
 from samplers.plans.sources import Sourced
@@ -17,5 +18,5 @@ from samplers.plans.sources import Sourced
 __all__ = [
     "Bounded", "Plan", "Branch", "SplitTree", "TreeWindow", "branch", "tree",
     "Chain", "RandomSteps", "Window", "chain", "scattered", "window",
-    "Compressed", "Probed", "compressed", "probed", "Fixed", "Position", "Random", "Sliding", "Selected", "Sourced",
+    "Compressed", "Probed", "compressed", "probed", "Deterministic", "Fixed", "Position", "Random", "Sliding", "Selected", "Sourced",
 ]  # fmt: skip

@@ -1,8 +1,8 @@
 """Every model family in flowalign/models/families keeps the contract of `Model`, shown by its tiny pipeline."""
 
 import importlib
+import json
 import pkgutil
-from typing import Any
 
 import pytest
 import torch
@@ -12,7 +12,9 @@ from torch import Tensor
 from flowalign.data import as_records
 from flowalign.evaluation.evaluate import sample
 from flowalign.models import Family, LoRA, Size, check_lora_targets, families, inspect_checkpoint, load_policy, path_of
+from flowalign.models.grid import pipeline_call
 from flowalign.models.load import FAMILIES, check_image_size, read_pipeline, rows_per_state
+from samplers import Listed, PlainShift, Schedule, check_schedule
 from tests.helpers import tiny
 
 PROMPTS = ['the word "KITE" in red on a yellow background', "a word", "the word"]
@@ -37,10 +39,10 @@ def family(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def pipeline_of(folder: str, policy: Any) -> DiffusionPipeline:
+def pipeline_of(folder: str, setup: list[str]) -> DiffusionPipeline:
     """Freshly read, then set up as the report tells the user."""
     pipeline = read_pipeline(folder)
-    exec("\n".join(policy.pipeline_setup()), {"pipe": pipeline})
+    exec("\n".join(setup), {"pipe": pipeline})
     return pipeline
 
 
@@ -58,7 +60,7 @@ def test_the_deterministic_rollout_is_the_pipelines(
     shape = policy.latent_shape(SIZE)
     noise = torch.randn(count, *shape, generator=torch.Generator().manual_seed(0))
     arguments = policy.pipeline_arguments() | {"negative_prompt": ["a background"] * count}
-    theirs: Tensor = pipeline_of(folders[family], policy)(
+    theirs: Tensor = pipeline_of(folders[family], policy.pipeline_setup())(
         prompt=PROMPTS[:count], latents=noise, num_inference_steps=steps, guidance_scale=guidance, height=HEIGHT,
         width=WIDTH, output_type="latent", **arguments,
     ).images  # fmt: skip
@@ -71,6 +73,34 @@ def test_the_deterministic_rollout_is_the_pipelines(
         assert torch.equal(ours, theirs)
     else:
         assert float((ours - theirs).norm() / theirs.norm()) <= 1e-6
+
+
+@pytest.mark.parametrize("schedule", [PlainShift(3.0), PlainShift(1.7), Listed((1.0, 0.9, 0.31, 0.123))], ids=str)
+def test_the_exported_call_steps_over_the_levels_of_a_schedule(
+    family: str, folders: dict[str, str], schedule: Schedule
+) -> None:
+    """Difference 0 to our rollout: the pipeline's scheduler would shift the levels again. Or the schedule is refused, here
+    and before loading."""
+    policy = load_policy(folders[family], trainable="none", negative_prompt="a background")
+    shape = policy.latent_shape(SIZE)
+    if not policy.path.rectified:
+        with pytest.raises(ValueError, match="schedule"):
+            pipeline_call(policy, schedule, 4, shape)
+        with pytest.raises(ValueError, match="schedule"):
+            check_schedule(schedule, 4, path_of(folders[family]))
+        return
+    noise = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    setup, arguments = pipeline_call(policy, schedule, 4, shape)
+    pipeline = pipeline_of(folders[family], setup)
+    theirs: Tensor = pipeline(
+        prompt=PROMPTS[:3], latents=noise, num_inference_steps=4, guidance_scale=1.0, height=HEIGHT, width=WIDTH,
+        output_type="latent", **json.loads(json.dumps(arguments | {"negative_prompt": None})),
+    ).images  # fmt: skip
+    conditions = policy.encode(as_records(PROMPTS[:3]), together=True)
+    ours = sample(policy, conditions, noise, 4, 1.0, schedule)
+    assert torch.equal(ours, theirs) and not torch.equal(ours, sample(policy, conditions, noise, 4, 1.0))
+    assert torch.equal(pipeline.scheduler.sigmas, schedule.sigmas(4, lambda steps: noise))
+    assert pipeline_call(policy, None, 4, shape) == (policy.pipeline_setup(), policy.pipeline_arguments())
 
 
 def test_sizes_are_accepted_before_and_after_loading_alike_and_decode_gives_them(

@@ -142,6 +142,9 @@ class EditModel:
     def pipeline_arguments(self) -> dict[str, Any]:
         return {}
 
+    def pipeline_sigmas(self, sigmas: Tensor) -> tuple[list[str], dict[str, Any]]:
+        return [], {"sigmas": sigmas[:-1].tolist()}
+
 
 def _latent_shape(size: Size, configs: Configs) -> tuple[int, ...]:
     factor = vae_reduction(configs["vae"])

@@ -10,7 +10,7 @@ from flowalign.credit import Gain
 from flowalign.objectives import KLPenalty
 from flowalign.rollouts.collect import leaves_per_group
 from flowalign.rollouts.task import Rollout
-from samplers import Branch, Chain, FlowSDE, Probed, Selected, SplitTree, Window
+from samplers import Branch, Chain, Deterministic, FlowSDE, Probed, Selected, SplitTree, Window
 from tests.helpers.policy_gradient import PROMPTS, gradients, make, run_updates
 
 
@@ -28,8 +28,19 @@ from tests.helpers.policy_gradient import PROMPTS, gradients, make, run_updates
         (SplitTree((0, 1), 2), (4, 0)),
         (Branch(branches=2), (2 * 2 * 3, 0)),  # two seeds branch at three steps; the trunk is not decoded
         (Window(size=1, low=1, high=2), (4, 0)),
+        (Deterministic(), (4, 0)),
     ],
-    ids=["chain", "probed", "selected", "selected and probed", "probed twice", "split", "branch", "window"],
+    ids=[
+        "chain",
+        "probed",
+        "selected",
+        "selected and probed",
+        "probed twice",
+        "split",
+        "branch",
+        "window",
+        "deterministic",
+    ],
 )
 def test_samples_and_probes_of_a_group(plan, expected) -> None:
     settings = Rollout(plan, FlowSDE(), groups=2, group_size=4, num_inference_steps=4)

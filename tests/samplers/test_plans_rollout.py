@@ -11,6 +11,7 @@ from samplers import (
     CPS,
     SOURCES,
     Chain,
+    Deterministic,
     FlowSDE,
     Forest,
     KeyedNoise,
@@ -287,3 +288,36 @@ def test_sources_are_read_through_the_root(tmp_path) -> None:
 def test_bad_plans_say_what_was_expected(make) -> None:
     with pytest.raises(ValueError, match="expected"):
         make()
+
+
+def test_a_deterministic_rollout_is_the_ode_from_independent_starts() -> None:
+    topology = Deterministic().tree(5, 3, 0, np.random.default_rng(0))
+    assert topology.num_roots == 3 and not len(topology.edges) and len(topology.leaves) == 3
+    forest = roll(topology)
+    x, grid, (velocity, _) = KeyedNoise(0, 0, [0], (3,)).start(topology), plain_sigmas(5, 3.0), gaussian_velocity()
+    for sigma, sigma_next in pairwise(grid):
+        x = x + (sigma_next - sigma) * velocity(x, sigma.expand(3))
+    torch.testing.assert_close(forest.at(topology.leaves), x)
+    assert bool(forest.log_prob.isnan().all()) and forest.evaluations == 15
+
+
+@pytest.mark.parametrize("which", ["probed window", "flash", "probed tree"])
+def test_keep_all_stores_every_state_and_changes_nothing_else(which: str) -> None:
+    topology, (velocity, _) = SHAPES[which], gaussian_velocity()
+    noise, grid = KeyedNoise(0, 0, [0], (3,)), plain_sigmas(SHAPES[which].num_steps, 3.0)
+    seen: list[tuple[float, float]] = []
+
+    def recording(x, sigma, root):
+        seen.extend(zip(sigma.tolist(), x[:, 0].tolist(), strict=True))
+        return velocity(x, sigma)
+
+    full = rollout(recording, noise.start(topology), grid, topology, FlowSDE(), noise.step, keep="all")
+    part = roll(topology)
+    assert bool(full.kept.all()) and not bool(part.kept.all())
+    kept = part.kept.nonzero().flatten()
+    assert torch.equal(full.at(kept), part.at(kept))
+    torch.testing.assert_close(full.log_prob, part.log_prob, rtol=0, atol=0, equal_nan=True)
+    nodes = topology.evaluated
+    assert sorted(zip(full.sigma(nodes).tolist(), full.at(nodes)[:, 0].tolist(), strict=True)) == sorted(seen)
+    with pytest.raises(ValueError, match="keep='every'"):
+        rollout(velocity, noise.start(topology), grid, topology, FlowSDE(), noise.step, keep="every")

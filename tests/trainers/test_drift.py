@@ -51,7 +51,9 @@ def active_dropout(policy, batch):
 @pytest.mark.parametrize("fault", [None, wrong_grid, swapped_conditions, active_dropout])
 def test_faults_are_told_from_rounding(tiny_pipeline: Path, kernel: str, fault) -> None:
     plan = "rollout.plan={class_path: samplers.Window, init_args: {size: 2, low: 0, high: 2}}"
-    config, _ = load_config(TINY, [*BF16, f"policy.path={tiny_pipeline}", GUARD, kernel, plan, "trainer.regularizers={}"])
+    config, _ = load_config(
+        TINY, [*BF16, f"policy.path={tiny_pipeline}", GUARD, kernel, plan, "trainer.regularizers={}"]
+    )
     policy = policy_of(config, "cpu")
     config.trainer.prepare(task_of(config, policy), None)
     batch = config.trainer.collect(load_prompts(config.prompts)[:2], 0)
@@ -59,5 +61,7 @@ def test_faults_are_told_from_rounding(tiny_pipeline: Path, kernel: str, fault) 
         run_updates(config.trainer, batch)
         return
     torch.manual_seed(0)
-    with pytest.raises(RuntimeError, match=r"more than rounding.*trainer.max_drift|trainer.max_drift.*more than rounding"):
+    with pytest.raises(
+        RuntimeError, match=r"more than rounding.*trainer.max_drift|trainer.max_drift.*more than rounding"
+    ):
         run_updates(config.trainer, fault(policy, batch))

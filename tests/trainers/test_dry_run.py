@@ -65,12 +65,13 @@ def load(folder: Path, rollout: dict, trainer: dict) -> TrainConfig:
           "select": part("flowalign.selectors.ParentTop1")}),
         ({"plan": plan("TreeWindow", depth=2)}, {"dynamic_clip": {}, "supervision": {"sft": part("flowalign.objectives.LayerTuning")}}),
         ({"plan": plan("Selected", plan=plan("Chain"), counts={2: 2})}, {}),
+        ({"plan": plan("Sourced", plan=plan("Chain"), teacher=1), "sources": {"teacher": "reference"}}, {}),
         ({"plan": plan("Selected", plan=plan("Chain", train_last=True), counts={4: 2}, uses_velocity=False)}, {}),  # no preview
         ({"plan": plan("Window", size=1)},  # where the window is drawn, and what is left out of it: not in every iteration
          {"select": part("flowalign.selectors.DepthWindow", size=2, start=0, stop=0)}),
     ],
     ids=["DenseGRPO", "TP-GRPO", "outcome and gain", "CPS", "half the guidance", "TempFlow", "BranchGRPO",
-         "Dynamic-TreeRPO", "path search", "best of n", "moving"],
+         "Dynamic-TreeRPO", "path search", "a teacher", "best of n", "moving"],
 )  # fmt: skip
 def test_methods_are_let_through(tmp_path: Path, rollout: dict, trainer: dict) -> None:
     config = load(tmp_path, rollout, trainer)
@@ -103,6 +104,12 @@ def test_methods_are_let_through(tmp_path: Path, rollout: dict, trainer: dict) -
         ({"plan": plan("TreeWindow", depth=2), "kernel": "samplers.CPS"}, kl(0), "at most 1, where CPS"),
         ({"plan": plan("SplitTree", splits=[0, 1], train_last=True), "kernel": "samplers.CPS"}, kl(0), "train_last=false"),
         ({"plan": plan("Sourced", plan=plan("Chain"), teacher=1)}, {}, "teacher=0"),
+        ({"plan": plan("Sourced", plan=plan("Chain"), hinted=1)}, {}, "a hint_key for hinted samples"),
+        ({"plan": plan("Sourced", plan=plan("Chain"), teacher=1), "sources": {"teacher": "old"}}, {},
+         r"add \['old'\] to policy.roles"),
+        ({"sources": {"teacher": "reference"}}, {}, "expected only what the plan has"),
+        ({"hint_key": "words"}, {}, "expected only what the plan has"),
+        ({"plan": plan("Sourced", plan=plan("Chain"), hinted=1), "hint_key": "hint"}, {}, "got None under 'hint' of prompt 0"),
         ({"plan": plan("Selected", plan=plan("Chain"), counts={2: 2}, uses_velocity=False)}, {}, "uses_velocity=true"),
         ({}, {"objective": part("flowalign.objectives.KLMask"), "dynamic_clip": {}}, "dynamic_clip=null"),
     ],

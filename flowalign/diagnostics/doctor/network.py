@@ -17,6 +17,7 @@ from flowalign.diagnostics.doctor.base import Finding
 from flowalign.diagnostics.measure import distance
 from flowalign.evaluation.evaluate import sample
 from flowalign.models import Policy, check_lora_targets
+from flowalign.models.grid import grid, pipeline_call
 from flowalign.models.load import inspect_checkpoint, read_pipeline
 from flowalign.rollouts.task import Task
 from samplers import normal
@@ -124,9 +125,12 @@ def check_parity(task: Task, settings: PolicySettings, prompts: Sequence[PromptR
     Two prompts, encoded in one batch as the pipeline does, without guidance, and if the rollout is guided with it. The
     networks are shared, so no memory is doubled.
     Allowed: 0 for SD3 in fp32 on the CPU, 2e-6 of the largest latent for ε- and v-models, else see `rounding`."""
-    pipeline = _fresh_pipeline(task.policy, settings)
+    steps, schedule = task.rollout.num_inference_steps, task.rollout.schedule
+    shape = task.policy.latent_shape(task.size)
+    setup, arguments = pipeline_call(task.policy, schedule, steps, shape)
+    pipeline = _fresh_pipeline(task.policy, settings, setup)
     guidance = task.rollout.guidance_scale
-    steps, records, worst = task.rollout.num_inference_steps, list(prompts[:2]), 0.0
+    records, worst = list(prompts[:2]), 0.0
     scales = [1.0] + ([guidance] if guidance > 1 else [])
     for scale in scales:
         start = noise(task, len(records))
@@ -134,10 +138,10 @@ def check_parity(task: Task, settings: PolicySettings, prompts: Sequence[PromptR
         theirs = pipeline(
             prompt=[record.prompt for record in records], latents=start, num_inference_steps=steps,
             guidance_scale=scale, height=task.size.height, width=task.size.width, output_type="latent",
-            **{**task.policy.pipeline_arguments(), **negative},
+            **{**arguments, **negative},
         ).images.float()  # fmt: skip
         conditions = task.policy.encode(records, negative=scale > 1, together=True)
-        worst = max(worst, relative(sample(task.policy, conditions, start, steps, scale), theirs))
+        worst = max(worst, relative(sample(task.policy, conditions, start, steps, scale, schedule), theirs))
     limit = rounding(settings, 0.0 if task.policy.path.rectified else 2e-6)
     advice = (
         "the deterministic rollout is not the pipeline's: compare policy.sigmas with the checkpoint's scheduler (class, "
@@ -147,13 +151,13 @@ def check_parity(task: Task, settings: PolicySettings, prompts: Sequence[PromptR
     return Finding("parity", worst <= limit, figure, "" if worst <= limit else advice)
 
 
-def _fresh_pipeline(policy: Policy, settings: PolicySettings) -> DiffusionPipeline:
+def _fresh_pipeline(policy: Policy, settings: PolicySettings, setup: Sequence[str]) -> DiffusionPipeline:
     networks = policy.modules()
     pipeline = read_pipeline(
         settings.path, settings.family, dtype=settings.dtype, vae_dtype=settings.vae_dtype, **networks
     )
     pipeline.to(next(next(iter(networks.values())).parameters()).device)
-    exec("\n".join(policy.pipeline_setup()), {"pipe": pipeline})  # as the run's report tells its user
+    exec("\n".join(setup), {"pipe": pipeline})  # as the run's report tells its user
     return pipeline
 
 
@@ -237,4 +241,4 @@ def middle_sigma(task: Task) -> Tensor:
     """A noise level [1] in the middle of the grid."""
     steps = task.rollout.num_inference_steps
     shape = task.policy.latent_shape(task.size)
-    return task.policy.sigmas(steps, shape)[steps // 2][None]
+    return grid(task.policy, task.rollout.schedule, steps, shape)[steps // 2][None]

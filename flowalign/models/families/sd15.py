@@ -123,6 +123,10 @@ class SD15Model:
     def pipeline_arguments(self) -> dict[str, Any]:
         return {}
 
+    def pipeline_sigmas(self, sigmas: Tensor) -> tuple[list[str], dict[str, Any]]:
+        raise ValueError("got levels for a pipeline with DDIMScheduler; expected its own, since it takes neither sigmas nor "
+                         "timesteps: leave the schedule out")  # fmt: skip
+
 
 def ddim(config: dict[str, Any]) -> DDIMScheduler:
     """The DDIM scheduler of a pipeline's scheduler config; ValueError if its step is not affine in the prediction."""

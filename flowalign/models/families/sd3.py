@@ -32,6 +32,11 @@ NOT_FOLLOWED = {
     "stochastic_sampling": "every step of the pipeline would add fresh noise",
     "invert_sigmas": "the levels would rise from 0 to 1",
 }
+# options of the scheduler under which its set_timesteps(sigmas=...) keeps the levels bit for bit
+UNCHANGED_LEVELS = {
+    "shift": 1.0, "use_dynamic_shifting": False, "shift_terminal": None, "use_karras_sigmas": False,
+    "use_exponential_sigmas": False, "use_beta_sigmas": False,
+}  # fmt: skip
 
 
 class SD3Model:
@@ -109,6 +114,14 @@ class SD3Model:
 
     def pipeline_arguments(self) -> dict[str, Any]:
         return {"max_sequence_length": self.max_sequence_length}
+
+    def pipeline_sigmas(self, sigmas: Tensor) -> tuple[list[str], dict[str, Any]]:
+        """The scheduler would shift the levels it is given again, so its shift is set to 1."""
+        options = ", ".join(f"{name}={value}" for name, value in UNCHANGED_LEVELS.items())
+        setup = f"pipe.scheduler = pipe.scheduler.from_config(pipe.scheduler.config, {options})  # takes `sigmas` as they are"
+        return [setup], {
+            "sigmas": [float(str(level)) for level in sigmas[:-1].numpy()]
+        }  # str: the shortest exact digits
 
 
 def _absent(index: dict[str, Any]) -> dict[str, Any]:
