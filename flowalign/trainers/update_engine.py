@@ -49,7 +49,7 @@ class Part:
 
     def place(self, states: Tensor) -> Tensor:
         """Where in `index` each of `states` [E] lies, -1 for the states of other parts and processes."""
-        largest = int(torch.cat([states, self.index]).max()) if len(states) else 0
+        largest = int(torch.cat([states, self.index]).max())
         place = torch.full((largest + 1,), -1)
         place[self.index[: self.real]] = torch.arange(self.real)
         return place[states]
