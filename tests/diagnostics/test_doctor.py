@@ -313,7 +313,8 @@ def test_a_clip_range_just_above_the_measured_rounding_is_red_and_the_advised_on
 
     def floor(clip_range: str) -> Finding:
         return found(
-            examined(tiny_pipeline, "trainer.anchor=stored", f"trainer.objective.clip_range={clip_range}", plant=plant), "floor"
+            examined(tiny_pipeline, "trainer.anchor=stored", f"trainer.objective.clip_range={clip_range}", plant=plant),
+            "floor",
         )
 
     measured = max(float(drift) for drift in re.findall(r"step \d+ ([\d.e-]+)", floor("0.5").figure))
