@@ -82,7 +82,7 @@ def unroll(
             velocity,
             _scaled(x, cut_scale) if step in cut else x,
             sigmas[tree.index[parents]].to(x.device),
-            parents,
+            tree.root[parents],
         )
         with torch.set_grad_enabled(torch.is_grad_enabled() and step in with_graph):
             v = recomputed(checked, *arguments, use_reentrant=False) if checkpoint else checked(*arguments)

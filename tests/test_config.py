@@ -160,10 +160,10 @@ def test_overrides_win_and_the_forecast_counts_what_they_say(tiny_pipeline: Path
     )  # fmt: skip
     assert plain["rollout"]["group_size"] == 24
     said = forecast(config)  # (4 + 1 + 24·5)/24 and (1 + 24)/24
-    assert "rollout 5.21, update at most 1.04 forward and backward, reference at most 1.04" in said
+    assert "rollout 5.21, update at most 1.04 forward and backward, without gradient at most 1.04" in said
     assert f"at most {3 * 2 * (125 + 25):,} forwards, {3 * 2 * 25:,} with backward" in said
     config, _ = load_config(CONFIG, [f"policy.path={tiny_pipeline}", "trainer.regularizers.kl.beta=0"])
-    assert "reference" not in forecast(config)
+    assert "without gradient" not in forecast(config)
 
 
 # ------------------------------------------------------------------------------------------ layers

@@ -9,10 +9,11 @@ from flowalign.errors import ConfigError
 
 TINY = str(Path(__file__).parent / "data" / "tiny.yaml")
 COMPLETE = """
-from rewards import RewardBatch, RewardOutput
+from rewards import RewardBatch, RewardOutput, RewardSpec
 
 class Mine:
     name = "mine"
+    spec = RewardSpec()
     def __call__(self, batch: RewardBatch) -> RewardOutput: ...
     def load(self) -> None: ...
     def close(self) -> None: ...
@@ -29,10 +30,6 @@ class Mine:
             r"cannot be called as `__call__\(self, batch: RewardBatch",
         ),
         ("batch: RewardBatch)", "samples: RewardBatch)", r"its `__call__\(self, samples.* cannot be called as"),
-        (
-            "batch: RewardBatch)",
-            "batch)",
-        ),
         ('    name = "mine"\n', "", r"reward=Mine, which has no attribute 'name'.*rewards.base.Reward"),
     ],
 )

@@ -54,7 +54,7 @@ def write_report(run_folder: Path) -> Path:
         pairs=newest_pairs(folder / "grids"),
         tree=trees[-1].read_bytes() if (trees := by_number(folder / "trees")) else b"",
         rewards=_svg_url(curves(rows, reward_panels(rows))),
-        health=_svg_url(curves(rows, HEALTH)),
+        health=_svg_url(curves(rows, health_panels(rows))),
         phases=_svg_url(_phase_bars(rows)),
         snippet=load_snippet(folder, summary["pipeline"]) if summary and (folder / "lora").is_dir() else None,
         provenance=_flatten(read_json(folder / "provenance.json")),
@@ -136,6 +136,14 @@ def reward_panels(rows: Sequence[Row]) -> list[Panel]:
     together = [] if len(panels) == 1 else [Panel("All rewards together", "reward/mean")]
     held_out = [Panel(f"Held-out {key[len('eval/') :]}", key) for key in keys if key.startswith("eval/")]
     return [*together, *panels, *held_out]
+
+
+def health_panels(rows: Sequence[Row]) -> list[Panel]:
+    """HEALTH, then a panel for every other metric that a trainer or a process reward measured."""
+    known = {panel.key for panel in HEALTH}
+    keys = dict.fromkeys(key for row in rows for key in row if key not in known)
+    elsewhere = ("time/", "cost/", "reward/", "eval/", "ratio/drift_step_")
+    return [*HEALTH, *(Panel(key, key) for key in keys if "/" in key and not key.startswith(elsewhere))]
 
 
 def _phase_bars(rows: Sequence[Row]) -> str:

@@ -56,9 +56,9 @@ class IterationLog:
 
     def close(self, images: int, metrics: Mapping[str, float]) -> dict[str, float]:
         """The iteration's row: `metrics` of its batch and those of its updates. Adds it to the totals of the run."""
-        row = {**metrics, **self.updates}
-        if "cost/frozen_per_image" in metrics:  # of what is evaluated once per rollout, beside the updates' own
-            row["cost/frozen_per_image"] = metrics["cost/frozen_per_image"] + self.updates.get("cost/frozen_per_image", 0.0)
+        row = dict(metrics)
+        for name, value in self.updates.items():
+            row[name] = row.get(name, 0.0) + value if name.startswith("cost/") else value
         self.updates = {}
         if "cost/trained_per_image" in row:  # in forward equivalents
             passes = 2.0 if self.config.policy.trainable == "lora" else 3.0

@@ -108,10 +108,6 @@ class PolicyGradient:
                 "DanceSDE or CPS with a noise_level above 0"
             )
         self._check_names()
-        self._check_combinations(rollout)
-        self.step_weight.check(setup.path)
-        for part in self.supervision.values():
-            part.check(setup.path, setup.channels)
         for name, term in self.regularizers.items():
             try:
                 term.check(rollout.kernel)
@@ -122,6 +118,10 @@ class PolicyGradient:
                     f"got trainer.regularizers.{name}.role={term.role!r}; expected 'reference' or one of policy.roles "
                     f"{sorted(setup.roles)}: add it there"
                 )
+        self._check_combinations(rollout)
+        self.step_weight.check(setup.path)
+        for part in self.supervision.values():
+            part.check(setup.path, setup.channels)
         dry_run(self.signal, setup)
 
     def _check_names(self) -> None:

@@ -49,7 +49,7 @@ class Part:
 
     def place(self, states: Tensor) -> Tensor:
         """Where in `index` each of `states` [E] lies, -1 for the states of other parts and processes."""
-        largest = int(torch.cat([states, self.index]).max()) if len(states) else 0
+        largest = int(torch.cat([states, self.index]).max())
         place = torch.full((largest + 1,), -1)
         place[self.index[: self.real]] = torch.arange(self.real)
         return place[states]
@@ -154,14 +154,16 @@ class UpdateEngine:
         value(part) [n]: the numbers (log-probs, errors) of the states of a micro-batch of at most `size`. loss: of all of
         them [count], float64. Two passes: the numbers without graph, then each micro-batch again with its adjoints; the
         gradient is that of one graph, the memory that of one micro-batch (see `scalar_adjoint`)."""
-        parts = self.micro_batches(count, size)
+        parts, before = self.micro_batches(count, size), self.task.policy.evaluations
         total, adjoint = scalar_adjoint(self.scalars(count, parts, value), loss)
+        rows = self.task.processes.total(self.task.policy.evaluations - before) / self.images
 
         def share(part: Part, measures: Measures) -> Tensor:
             values = value(part)[: part.real]
             return (adjoint[part.index[: part.real]].to(values) * values).sum()
 
-        return self.update(trained, parts, share, lambda measures: {f"loss/{trained.role}": float(total)})
+        measured = {f"loss/{trained.role}": float(total), "cost/frozen_per_image": rows}
+        return self.update(trained, parts, share, lambda measures: measured)
 
     def update(
         self, trained: TrainedRole, parts: Sequence[Part], loss: Loss, metrics: Metrics = lambda measures: {}
@@ -169,7 +171,9 @@ class UpdateEngine:
         """One optimizer step of `trained` on `parts`, the micro-batches of this process.
 
         loss(part, measures): the part's share of the loss, already divided by the global count; padding must weigh
-        nothing. metrics(measures): once the step is taken; not asked where there was nothing to train."""
+        nothing. It must not call `frozen` or `scalars`, which wait for all processes. metrics(measures): once the step is
+        taken; not asked where there was nothing to train. An update is made and stepped before the next one is made: it sets
+        the learning rate."""
         policy, measures = self.task.policy, Measures(self.task.processes)
         learning_rate = trained.config.lr_at(trained.updates)
         for group in trained.optimizer.param_groups:

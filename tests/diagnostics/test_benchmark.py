@@ -93,7 +93,7 @@ def test_one_pass_per_edge_gives_the_merged_gradient(tiny_pipeline: Path, plan: 
 
 
 @pytest.mark.parametrize(
-    "part", [["trainer.objective=flowalign.objectives.KLMask"],
+    "part", [["trainer.objective=flowalign.objectives.KLMask", "trainer.anchor=stored"],
              ["rollout.plan=samplers.Selected", "rollout.plan.plan=samplers.Chain", "rollout.plan.counts={1: 2}"]],
     ids=["velocities", "selection"],
 )  # fmt: skip

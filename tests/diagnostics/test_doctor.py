@@ -293,7 +293,7 @@ def unused_adapter(policy: Any) -> None:
         (changed_velocity(twice), [], "cost", "each distinct state once"),
         (no_gradient, [], "roles", "the velocity has no gradient at all"),
         (gray, [], "gradient", "every advantage is 0"),
-        (changed_velocity(rounded_by_batch), ["trainer.objective.clip_range=1e-9"], "floor", "set objective.clip_range"),
+        (changed_velocity(rounded_by_batch), ["trainer.objective.clip_range=1e-9", "trainer.anchor=stored"], "floor", "set objective.clip_range"),
         (freezing_role, [], "roles", "flip only the layers' disabled flag"),
         (role_left_on, [], "roles", "must restore what it switched"),
         (unused_adapter, [], "reached", "take their layers out of policy.lora.targets"),
@@ -312,7 +312,10 @@ def test_a_clip_range_just_above_the_measured_rounding_is_red_and_the_advised_on
     plant = changed_velocity(rounded_by_batch)
 
     def floor(clip_range: str) -> Finding:
-        return found(examined(tiny_pipeline, f"trainer.objective.clip_range={clip_range}", plant=plant), "floor")
+        return found(
+            examined(tiny_pipeline, "trainer.anchor=stored", f"trainer.objective.clip_range={clip_range}", plant=plant),
+            "floor",
+        )
 
     measured = max(float(drift) for drift in re.findall(r"step \d+ ([\d.e-]+)", floor("0.5").figure))
     assert measured > 0 and floor("0.5").ok is True

@@ -37,7 +37,7 @@ class FakeTrainer:
         return {"fake": Role(update="trained")}
 
     def forecast(self, rollout: Rollout) -> UpdateForecast:
-        states = rollout.groups * rollout.plan.forecast(rollout.num_inference_steps, rollout.group_size).train
+        states = rollout.groups * rollout.plan.forecast(rollout.num_inference_steps, rollout.group_size).edges
         return UpdateForecast(2 * self.epochs, 2 * self.epochs * states, 2 * self.epochs * states)
 
     def prepare(self, task: Task, state: dict[str, Any] | None) -> None:

@@ -33,7 +33,7 @@ def test_probes_are_counted_apart(tmp_path: Path) -> None:
     """Two prompts, three samples each, with three probes; 4 + 3 + 2 + 1 velocities a sample, three of them trained."""
     printed = text(tmp_path, *PROBED)
     assert "3 iterations × 2 prompts × 3 images = 18 images" in printed and "per iteration: 6 images" in printed
-    assert "rollout 10.00, update at most 3.00" in printed and "reference at most 3.00" in printed
+    assert "rollout 10.00, update at most 3.00" in printed and "without gradient at most 3.00" in printed
     assert "probes: 3.00 per image" in printed
     assert "probes" not in text(tmp_path)
 

@@ -31,7 +31,8 @@ def part(name: str, **init: object) -> object:
 
 def plan_of(folder: Path, plan: object) -> Plan:
     config = yaml.safe_load(TINY.read_text())
-    config["rollout"] |= {"plan": plan, "num_inference_steps": 4, "group_size": 4}
+    sources = {"teacher": "reference"} if "Sourced" in str(plan) else {}
+    config["rollout"] |= {"plan": plan, "num_inference_steps": 4, "group_size": 4, "sources": sources}
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config))
     return load_config(str(path), [])[0].rollout.plan
@@ -54,7 +55,7 @@ def plan_of(folder: Path, plan: object) -> Plan:
     ],
 )  # fmt: skip
 def test_plans_are_named_in_yaml(tmp_path: Path, plan: object, expected: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flowalign.trainers.policy_gradient.dry_run", lambda *parts: None)  # it would refuse a teacher
+    monkeypatch.setattr("flowalign.trainers.policy_gradient.dry_run", lambda *parts: None)  # Broadcast reads no probes
     built = plan_of(tmp_path, plan)
     assert built == expected and built.forecast(4, 4) == expected.forecast(4, 4)
 

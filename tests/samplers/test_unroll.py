@@ -83,6 +83,18 @@ def test_values_are_those_of_the_rollout_bit_for_bit(kernel: Kernel, dtype: torc
         assert len(out.velocities) == STEPS and torch.equal(out.x, out.states[-1])
 
 
+def test_every_step_says_which_row_each_state_descends_from() -> None:
+    """The row of the conditions, as in `rollout`."""
+    seen = []
+
+    def velocity(x: Tensor, sigma: Tensor, root: Tensor) -> Tensor:
+        seen.append(root.tolist())
+        return 0 * x
+
+    unroll(velocity, torch.zeros(3, 1), GRID, ODE())
+    assert seen == [[0, 1, 2]] * STEPS
+
+
 def test_a_multistep_kernel_is_given_what_its_last_step_passed_on() -> None:
     """The second-order step of DPM-Solver++ in closed form, with its gradient in the start."""
     velocity, _ = gaussian_velocity()
