@@ -69,7 +69,9 @@ def test_a_complete_class_is_taken_however_it_is_annotated(
             "{parts: [rewards.JPEGCompressibility]}",
         ),
         (
-            COMPLETE.replace("class Mine:", "@dataclass\nclass Mine:\n    _x: 'Unread | None' = field(default=None, init=False)"),
+            COMPLETE.replace(
+                "class Mine:", "@dataclass\nclass Mine:\n    _x: 'Unread | None' = field(default=None, init=False)"
+            ),
             "{}",
         ),
     ],

@@ -147,8 +147,10 @@ def check_lora_folders(path: str, lora: LoRA, roles: Mapping[str, Role], family:
                 continue
             file = read_lora(role.folder, name)
             file.check_modules(linear_modules(network))
-            if role.follows:
-                file.check_equal(f"the role {label}, which follows {role.of}", modules, lora.rank, lora.alpha)
+            followers = [name for name, other in roles.items() if other.follows and other.of == label]
+            if role.follows or followers:  # a follower has the shape of the policy
+                what = f"which follows {role.of}" if role.follows else f"which {followers[0]} follows"
+                file.check_equal(f"the role {label}, {what}", modules, lora.rank, lora.alpha)
 
 
 def _empty_networks(path: str, family: Family) -> dict[str, nn.Module]:

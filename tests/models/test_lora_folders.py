@@ -112,6 +112,7 @@ def test_folders_that_do_not_fit_are_refused_before_loading(
         (replace(LORA, targets=("attn.to_q",), init=str(folder)), {}, r"differ in transformer_blocks\.0\.ff\.net\.2"),
         (replace(start, init=str(tmp_path)), {}, "holds no pytorch_lora_weights"),
         (other, {"a": follows}, "for the role a, which follows policy"),
+        (other, {"a": Role(init=str(folder)), "b": Role(update="ema", of="a")}, "for the role a, which b follows"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             check_lora_folders(path, lora, roles)
