@@ -25,8 +25,7 @@ def policy_of(
         network_device=network_device, offload=settings.offload, decode_batch=settings.decode_batch, seed=config.run.seed,
     )  # fmt: skip
     policy.latent_shape(settings.size)
-    wanted = {**config.trainer.roles(), **settings.roles}
-    policy.add_roles({name: role for name, role in wanted.items() if name != "reference"})
+    policy.add_roles(config.roles)
     if not policy.trainable_parameters():
         raise ConfigError("got a policy without trainable parameters: check policy.trainable and policy.lora.targets")
     return policy

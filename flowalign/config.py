@@ -137,6 +137,13 @@ class TrainConfig:
     policy: PolicySettings = field(default_factory=PolicySettings)
     process_rewards: list[Reward] = field(default_factory=list)
 
+    @property
+    def roles(self) -> dict[str, Role]:
+        """Those that the policy gets: of policy.roles, and of the trainer where no role there has its name. Without the
+        reference, which is always there."""
+        wanted = {**self.trainer.roles(), **self.policy.roles}
+        return {name: role for name, role in wanted.items() if name != "reference"}
+
 
 def evaluation_schedule(config: TrainConfig) -> Schedule | None:
     """Of evaluations and of the exported call: evaluation.schedule, or where that is not set rollout.schedule."""
@@ -220,7 +227,7 @@ def check(config: TrainConfig) -> None:
     for tracker in config.run.trackers:
         if find_spec(tracker) is None:
             raise ConfigError(f"run.trackers names {tracker!r}, which is not installed: install it, or leave it out")
-    check_roles(policy.roles)
+    check_roles(config.roles)
     inspect_checkpoint(policy.path, policy.family)
     check_image_size(policy.path, policy.size, policy.family)
     if policy.decode_batch is not None and policy.decode_batch < 1:
@@ -241,8 +248,8 @@ def check(config: TrainConfig) -> None:
     config.trainer.check(Setup(bound, path, channels_of(config.reward), policy.roles, state_channels))
     if policy.trainable == "lora":
         check_lora_targets(policy.path, policy.lora.targets, policy.family)
-        check_lora_folders(policy.path, policy.lora, policy.roles, policy.family)
-    elif folders := [role.folder for role in policy.roles.values() if role.folder is not None]:
+        check_lora_folders(policy.path, policy.lora, config.roles, policy.family)
+    elif folders := [role.folder for role in config.roles.values() if role.folder is not None]:
         raise ConfigError(
             f"policy.trainable={policy.trainable} with a role that starts from {folders[0]}: expected policy.trainable=lora"
         )
@@ -253,7 +260,7 @@ def check(config: TrainConfig) -> None:
             "got policy.trainable=full and a trainer that needs the reference (trainer.regularizers), of which no copy is kept: "
             "set trainer.regularizers={}, or policy.reference_copy=true (it doubles the memory of the network)"
         )
-    known = {"policy", *policy.roles, *config.trainer.roles()} | (
+    known = {"policy", *config.roles} | (
         {"reference"} if policy.trainable == "lora" or policy.reference_copy else set()
     )
     check_sources(rollout, grow(rollout, 0, 0, [0]), known, load_prompts(config.prompts))

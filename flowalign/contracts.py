@@ -57,17 +57,23 @@ def differences(cls: type, contract: type) -> list[str]:
         if not callable(vars(cls).get(name, getattr(cls, name, None))):
             found.append(f"it has no method `{name}{_text(inspect.signature(member))}`")
         else:
-            found += _method_differs(name, getattr(cls, name), member)
+            found += _method_differs(name, cls, member)
     return found
 
 
 def check_attributes(part: Any, key: str = "") -> None:
     """ValueError if a part inside the dataclass `part` lacks an attribute of its contract, of which the parser only checks the
     methods. key: where `part` stands in the configuration."""
-    hints = get_type_hints(type(part)) if is_dataclass(part) else {}
-    for name, value in vars(part).items() if hints else ():
+    if not is_dataclass(part):
+        return
+    try:
+        hints = get_type_hints(type(part))
+    except NameError:  # annotations that only a type checker can read
+        hints = {}
+    for name, value in vars(part).items():
         place = f"{key}.{name}".strip(".")
-        parts = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else [value]
+        several = list(value.values()) if isinstance(value, dict) else value
+        parts = several if isinstance(several, list | tuple) else [several]
         for contract in _contracts_in(hints.get(name)):
             for one in parts:
                 lacks = [
@@ -91,14 +97,15 @@ def _contracts_in(hint: Any) -> Iterator[type]:
         yield from _contracts_in(inner)
 
 
-def _method_differs(name: str, own: Any, expected: Any) -> list[str]:
-    wanted, given = inspect.signature(expected), inspect.signature(own)
+def _method_differs(name: str, cls: type, expected: Any) -> list[str]:
+    wanted, given = inspect.signature(expected), inspect.signature(getattr(cls, name))
+    first = () if isinstance(inspect.getattr_static(cls, name), staticmethod | classmethod) else (None,)
     others = list(wanted.parameters.values())[1:]  # without self, under whatever name
     by_name = {p.name: None for p in others if p.kind is p.KEYWORD_ONLY}
     by_place = [p.name for p in others if p.name not in by_name]
     try:
-        given.bind(None, *by_place, **by_name)
-        callable_so = list(given.parameters)[1 : len(by_place) + 1] == by_place
+        bound = given.bind(*first, *by_place, **by_name).arguments  # by place; *args, as of a torch.nn.Module, take any
+        callable_so = all(value == parameter for parameter, value in bound.items() if isinstance(value, str))
     except TypeError:
         callable_so = False
     if not callable_so:

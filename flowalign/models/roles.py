@@ -39,7 +39,7 @@ class Role:
             raise ValueError(f"got role.every={self.every}; expected a number of optimizer steps, at least 1")
         if not 0 <= self.decay < 1:
             raise ValueError(f"got role.decay={self.decay}; expected 0 <= decay < 1, such as 0.9")
-        if self.rate is not None and self.rate <= 0:
+        if self.rate is not None and not self.rate > 0:
             raise ValueError(f"got role.rate={self.rate}; expected a positive number, or null for a constant decay")
         if not 0 <= self.offset < 1 or self.start < 0:
             raise ValueError(

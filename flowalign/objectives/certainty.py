@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,20 +19,21 @@ class Certainty:
     2410.11236, weighs the loss of an image so).
 
     scale: in the units of the score; at u = scale a leaf counts 1/e. channel: of the reward whose uncertainty is read; a
-    reward with one channel need not say. weight: what is multiplied, per step. A step without a leaf whose uncertainty is
+    reward with one channel need not say. weight: what is multiplied, per step; None is Uniform. A step without a leaf whose uncertainty is
     known gets 0. Not kept: the weight lowers a step's share of the gradient, its advantage is still that of all scores.
     ValueError, in the first update, for a reward that states no uncertainty in the channel."""
 
     scale: float = 1.0
     channel: str | None = None
-    weight: StepWeight = field(default_factory=Uniform)
+    weight: StepWeight | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.scale < math.inf:
             raise ValueError(f"got Certainty.scale={self.scale}; expected a number above 0, in the units of the score")
 
     def check(self, path: Path) -> None:
-        self.weight.check(path)
+        if self.weight is not None:
+            self.weight.check(path)
 
     def weigh(self, step: Step, forest: Forest, edges: Tensor) -> Tensor:
         tree, known = forest.tree, forest.scores[self._name(forest)][forest.tree.leaves]
@@ -42,7 +43,7 @@ class Certainty:
         total, count = (torch.zeros(len(tree.edges), dtype=torch.float64) for _ in range(2))
         total.index_add_(0, edge, torch.where(scored, sure, 0.0))
         count.index_add_(0, edge, scored.double())
-        own = self.weight.weigh(step, forest, edges)
+        own = (self.weight or Uniform()).weigh(step, forest, edges)
         return own * (total / count.clamp(min=1))[torch.searchsorted(tree.edges, edges)].to(own)
 
     def _name(self, forest: Forest) -> str:

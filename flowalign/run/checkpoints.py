@@ -79,7 +79,7 @@ class Checkpoints:
 
     def save(self, iteration: int, optimizers: Mapping[str, Optimizer], *, write: bool) -> None:
         """After `iteration` iterations. Packing is collective; one process writes."""
-        tensors, state = pack(self.policy, list(self.config.policy.roles), optimizers, self.ema)
+        tensors, state = pack(self.policy, list(self.config.roles), optimizers, self.ema)
         state |= {**self.progress.state(), "trainer": self.config.trainer.state(), "prompts": self.digests}
         if write:
             checkpoint.save(self.folder, iteration, tensors, state, keep=self.config.run.keep_checkpoints)
@@ -89,7 +89,7 @@ class Checkpoints:
         """Puts the saved checkpoint back, if there is one. optimizer_device: see `unpack`."""
         if self.saved is None:
             return False
-        roles, optimizers = list(self.config.policy.roles), self.config.trainer.optimizers
+        roles, optimizers = list(self.config.roles), self.config.trainer.optimizers
         unpack(self.policy, roles, optimizers, self.ema, self.saved.tensors, self.saved.state, optimizer_device)
         self.progress.restore(self.saved.state)
         self.saved = None

@@ -107,6 +107,7 @@ class PolicyGradient:
                 f"got rollout.kernel={rollout.kernel}, which draws no noise, so steps have no log-prob: take FlowSDE, "
                 "DanceSDE or CPS with a noise_level above 0"
             )
+        self._check_names()
         for name, term in self.regularizers.items():
             try:
                 term.check(rollout.kernel)
@@ -122,6 +123,25 @@ class PolicyGradient:
         for part in self.supervision.values():
             part.check(setup.path, setup.channels)
         dry_run(self.signal, setup)
+
+    def _check_names(self) -> None:
+        names = ["policy", *self.regularizers, *self.supervision]
+        if twice := sorted(name for name in set(names) if names.count(name) > 1):
+            raise ValueError(
+                f"got trainer.regularizers {sorted(self.regularizers)} and trainer.supervision {sorted(self.supervision)}; expected "
+                f"names of one term of the loss each, beside 'policy', its main one: rename {', '.join(twice)}"
+            )
+        if self._keeps_velocities and any(term.role == "old" for term in self._active.values()):
+            raise ValueError(
+                "got trainer.regularizers with role='old', by which name the rollout's own velocities are kept here; expected "
+                "another: rename the role, or take trainer.anchor=rescore and no supervision by old velocities"
+            )
+
+    @property
+    def _keeps_velocities(self) -> bool:
+        """Whether the rollout's own velocities are read, under the name "old"."""
+        old = self.anchor != "rescore" and self.objective.needs_old_means
+        return old or any(part.needs_old for part in self.supervision.values())
 
     def _check_combinations(self, rollout: Rollout) -> None:
         select = rollout.plan.select(unscored)
@@ -161,9 +181,7 @@ class PolicyGradient:
         self, records: Sequence[PromptRecord], iteration: int, roll: Callable[..., Forest] | None = None
     ) -> ScoredRollout:
         """See `rollouts.collect.collect`."""
-        old = self.anchor != "rescore" and self.objective.needs_old_means
-        needs_old = old or any(part.needs_old for part in self.supervision.values())
-        return collect(self.task, records, iteration, keep_velocities=needs_old, roll=roll)
+        return collect(self.task, records, iteration, keep_velocities=self._keeps_velocities, roll=roll)
 
     def edge_signal(self, batch: ScoredRollout, memory: dict[str, Any] | None = None) -> EdgeSignal:
         """The advantages of all edges of a batch, and which of them are trained. memory: running statistics, updated; by

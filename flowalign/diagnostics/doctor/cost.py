@@ -91,7 +91,7 @@ def check_memory(config: TrainConfig, task: Task, batch: ScoredRollout, availabl
     trained = [p for _, p in task.policy.trainable_parameters()]
     weights = sum(p.numel() * p.element_size() for net in task.policy.modules().values() for p in net.parameters())
     own = sum(p.numel() * p.element_size() for p in trained)
-    roles = config.policy.roles.values()
+    roles = config.roles.values()
     copies = len(roles) + config.policy.reference_copy if config.policy.trainable == "full" else 0
     frozen = weights - own + copies * own
     optimized = 1 + sum(role.update == "trained" for role in roles)
