@@ -102,7 +102,9 @@ class Run:
         """Takes the optimizer step, if there is anything to learn from; the average and the roles follow the policy's."""
         if update.micro_batches:
             norm = self.steppers[update.optimizer].step(update.max_grad_norm)
-            for optimizer in self.steppers:  # a loss may reach weights of other roles too: their next step must not see that
+            for (
+                optimizer
+            ) in self.steppers:  # a loss may reach weights of other roles too: their next step must not see that
                 optimizer.zero_grad(set_to_none=True)
             if not math.isfinite(norm):
                 raise FloatingPointError(
