@@ -57,3 +57,29 @@ def test_a_complete_class_is_taken_however_it_is_annotated(
     (tmp_path / f"{module}.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
     assert load_config(TINY, [f"reward={module}.Mine"])[0].reward.name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("made", "arguments"),
+    [
+        (COMPLETE.replace("class Mine:", "class Mine(Module):").replace("__call__", "forward"), "{}"),
+        (COMPLETE.replace("    def load(self)", "    @staticmethod\n    def load()"), "{}"),
+        (
+            COMPLETE.replace("class Mine:", "@dataclass\nclass Mine:\n    parts: tuple[Reward, ...]"),
+            "{parts: [rewards.JPEGCompressibility]}",
+        ),
+        (
+            COMPLETE.replace("class Mine:", "@dataclass\nclass Mine:\n    _x: 'Unread | None' = field(default=None, init=False)"),
+            "{}",
+        ),
+    ],
+)
+def test_a_class_that_can_be_called_is_taken_however_it_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: str, arguments: str
+) -> None:
+    module = f"made_{len(made)}"
+    imports = "from dataclasses import dataclass, field\nfrom torch.nn import Module\nfrom rewards import Reward\n"
+    (tmp_path / f"{module}.py").write_text(imports + made)
+    monkeypatch.syspath_prepend(tmp_path)
+    config, _ = load_config(TINY, [f"reward={{class_path: {module}.Mine, init_args: {arguments}}}"])
+    assert config.reward.name == "mine"

@@ -4,17 +4,23 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from flowalign.config import load_config
+from flowalign.distributed.processes import Processes
+from flowalign.distributed.stepper import Summed
 from flowalign.loop import train
 from flowalign.objectives import scalar_adjoint
+from flowalign.run.checkpoints import Progress
+from flowalign.run.iteration_log import IterationLog
 from flowalign.run.run import Run
 from flowalign.storage import checkpoint
 from flowalign.storage.metrics_log import read_rows, without_time
+from flowalign.trainers import Update
 
 CONFIG = str(Path(__file__).parents[1] / "data" / "contract.yaml")
 TINY = str(Path(__file__).parents[1] / "data" / "tiny.yaml")
@@ -52,6 +58,28 @@ def test_every_role_goes_its_own_way(uninterrupted: Path) -> None:
     distance = {role: float((value - weights["policy"]).norm()) for role, value in weights.items()}
     assert distance["fast_ema"] > 0 and distance["sampling"] > 0 and distance["fake"] > 0
     assert all("optim/grad_norm" in row and "optim/fake_grad_norm" in row for row in rows)
+
+
+def test_a_role_of_the_trainer_is_saved_as_one_of_the_configuration(uninterrupted: Path, tiny_pipeline: Path) -> None:
+    """contract.yaml does not name "fake", which the trainer asks for and trains."""
+    config, _ = load_config(CONFIG, [f"policy.path={tiny_pipeline}"])
+    tensors, _, _ = saved(uninterrupted)
+    assert "fake" not in config.policy.roles
+    assert {name.split("/")[0] for name in tensors if name.startswith("role_")} == {
+        f"role_{name}" for name in ("policy", *config.roles)
+    }
+
+
+def test_a_loss_that_reaches_other_weights_leaves_no_gradient_there() -> None:
+    """Else the next step of those weights, here the policy's, would take it for its own."""
+    policy, fake = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
+    optimizers = [torch.optim.SGD([weights], lr=0.1) for weights in (policy, fake)]
+    steppers = {optimizer: Summed(optimizer, Processes()) for optimizer in optimizers}
+    run = SimpleNamespace(steppers=steppers, log=IterationLog(None, None, None, Progress()))
+    (policy * fake).sum().backward()
+    Run.step(run, Update(optimizers[1], 1.0, [lambda: torch.zeros(())], dict, "fake"))
+    assert float(fake.detach()) == pytest.approx(0.9)
+    assert policy.grad is None and float(policy.detach()) == 1
 
 
 def test_a_stopped_run_is_taken_up_without_a_second_calibration(

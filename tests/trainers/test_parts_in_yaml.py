@@ -25,6 +25,7 @@ def part(name: str, **init) -> dict:
 def trainer(folder: Path, **parts):
     config = yaml.safe_load(TINY.read_text())
     given = config["trainer"]["init_args"]
+    config["policy"]["roles"] = parts.pop("roles", {})
     for name, value in parts.items():
         (given["signal"] if name in given["signal"] else given)[name] = value
     path = folder / "config.yaml"
@@ -36,6 +37,9 @@ def trainer(folder: Path, **parts):
     ("field", "written", "expected"),
     [
         ("credit", part("credit.BranchLocal"), credit.BranchLocal()),
+        ("step_weight", part("objectives.Certainty", weight=part("objectives.FlatGradient")),
+         objectives.Certainty(weight=objectives.FlatGradient())),
+        ("step_weight", part("objectives.Certainty"), objectives.Certainty()),
         ("credit", part("credit.SubtreeFusion", beta=0.5), credit.SubtreeFusion(0.5)),
         ("credit", part("credit.TurningPoint", first_step=False), credit.TurningPoint(first_step=False)),
         ("credit", part("credit.ReturnToGo", steps=part("credit.Gain", kind="value")),
@@ -86,3 +90,23 @@ def test_a_part_is_built_as_said(tmp_path: Path, field: str, written, expected) 
 def test_a_part_that_cannot_work_is_named(tmp_path: Path, field: str, written, named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         trainer(tmp_path, **{field: written})
+
+
+@pytest.mark.parametrize(
+    ("parts", "named"),
+    [
+        ({"regularizers": {"policy": part("objectives.KLPenalty", beta=0.1)}}, "rename policy"),
+        ({"supervision": {"kl": part("objectives.LayerTuning")}}, "rename kl"),
+        (
+            {
+                "regularizers": {"kl": part("objectives.KLPenalty", beta=0.1, role="old")},
+                "objective": part("objectives.Guard"), "anchor": "detach",
+            },
+            "role='old'.*rename the role",
+        ),
+    ],
+)  # fmt: skip
+def test_two_terms_of_a_loss_have_two_names(tmp_path: Path, parts: dict, named: str) -> None:
+    """By one name one of them would be left out without a word."""
+    with pytest.raises(ConfigError, match=named):
+        trainer(tmp_path, roles={"old": {"update": "ema"}}, **parts)
