@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from flowalign.config import TrainConfig
+from flowalign.data import load_prompts
 from flowalign.distributed.processes import Processes
 from flowalign.errors import ConfigError
 from flowalign.models import Policy, load_policy
@@ -40,5 +41,5 @@ def task_of(
     )
     return Task(
         policy, config.reward, rollout, config.run.seed, config.policy.size, processes or Processes(), config.process_rewards,
-        config.policy.fps,
+        config.policy.fps, load_prompts(config.prompts),
     )  # fmt: skip

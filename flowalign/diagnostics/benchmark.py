@@ -23,7 +23,7 @@ from torch import Tensor
 from flowalign.build import policy_of, task_of
 from flowalign.config import TrainConfig, load_config
 from flowalign.config_layers import split_arguments
-from flowalign.data import PromptRecord, load_prompts, prompts_of_iteration
+from flowalign.data import PromptRecord, prompts_of_iteration
 from flowalign.diagnostics.measure import count_calls, now, one_pass_per_edge
 from flowalign.errors import ConfigError
 from flowalign.rollouts.task import Task
@@ -61,13 +61,13 @@ def compare(config: TrainConfig, variants: Sequence[str], iterations: int) -> li
             f"got trainer {type(config.trainer).__name__}; expected PolicyGradient, whose updates share states"
         )
     policy = policy_of(config, "cuda" if torch.cuda.is_available() else "cpu")
-    task, prompts = task_of(config, policy), load_prompts(config.prompts)
+    task = task_of(config, policy)
     measured: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
     try:
         for reward in (config.reward, *config.process_rewards):
             reward.load()
         for iteration in range(-1, iterations):  # the first one warms up
-            chosen = prompts_of_iteration(prompts, config.rollout.groups, config.run.seed, max(iteration, 0))
+            chosen = prompts_of_iteration(list(task.prompts), config.rollout.groups, config.run.seed, max(iteration, 0))
             for name in variants:
                 found = _iteration(task, trainer, chosen, max(iteration, 0), name)
                 if iteration >= 0:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from flowalign.data import PromptRecord
 from flowalign.distributed.processes import Processes
 from flowalign.models.base import Policy, Size
 from rewards import Reward
@@ -47,7 +48,8 @@ class Rollout:
 class Task:
     """What a trainer is given: the loaded policy, the reward, and the rollout with its kernel bound to the policy's path.
 
-    process_rewards: score states of the rollout, into Forest.scores. fps: frames per second of a policy that makes videos."""
+    process_rewards: score states of the rollout, into Forest.scores. fps: frames per second of a policy that makes videos.
+    prompts: the whole training set, for what a trainer does before its first iteration (calibration, cold start)."""
 
     policy: Policy
     reward: Reward
@@ -57,3 +59,4 @@ class Task:
     processes: Processes = field(default_factory=Processes)
     process_rewards: Sequence[Reward] = ()
     fps: float | None = None
+    prompts: Sequence[PromptRecord] = ()

@@ -44,7 +44,7 @@ class FakeTrainer:
         self.task = task
         if state is None:  # a calibration that costs a rollout
             self.calibrations += 1
-            probe = collect(task, [PromptRecord(0, "a word")] * 2, -1)
+            probe = collect(task, task.prompts[:2], -1)
             state = {"scale": float(probe.scores.std()), "policy": 0, "fake": 0}
         self.scale = state["scale"]
         self._policy, self._fake = (

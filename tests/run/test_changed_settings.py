@@ -23,7 +23,7 @@ from flowalign.storage.files import write_atomic
 from flowalign.storage.metrics_log import read_rows
 from tests.helpers.tiny_run import run_it
 
-CLIP_RANGE = "trainer.init_args.objective.init_args.clip_range"
+MAX_DRIFT = "trainer.init_args.max_drift"
 
 
 @pytest.fixture(scope="module")
@@ -85,19 +85,19 @@ def test_a_run_that_drifts_beyond_its_bound_goes_on_with_a_wider_one(
     tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     drift_from(2, monkeypatch)
-    narrow, wide = f"{CLIP_RANGE}=1.0e-6", f"{CLIP_RANGE}=1.0e-2"
+    narrow, wide = f"{MAX_DRIFT}=1.0e-6", f"{MAX_DRIFT}=1.0e-1"
     for _ in range(2):  # the same command stops at the same place
         with pytest.raises(RuntimeError, match="drift"):
             run_it(tiny_pipeline, tmp_path, narrow)
     run = tmp_path / "tiny"
-    with pytest.raises(ConfigError, match=rf"different: {CLIP_RANGE}.* run\.resume=changed"):
+    with pytest.raises(ConfigError, match=rf"different: {MAX_DRIFT}.* run\.resume=changed"):
         run_it(tiny_pipeline, tmp_path, wide)
     run_it(tiny_pipeline, tmp_path, wide, "run.resume=changed")
     rows = read_rows(run / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert 1e-6 < rows[2]["ratio/drift_max"] < 1e-2
-    assert changes(run) == [{"after_iteration": 2, "settings": {CLIP_RANGE: {"from": 1e-6, "to": 1e-2}}}]
-    assert f"goes on after iteration 2 with another {CLIP_RANGE}: 1e-06 -> 0.01" in capsys.readouterr().out
+    assert changes(run) == [{"after_iteration": 2, "settings": {MAX_DRIFT: {"from": 1e-6, "to": 1e-1}}}]
+    assert f"goes on after iteration 2 with another {MAX_DRIFT}: 1e-06 -> 0.1" in capsys.readouterr().out
     run_it(tiny_pipeline, tmp_path, wide, "run.iterations=4")  # from now on the new configuration is the run's own
     assert len(changes(run)) == 1
 

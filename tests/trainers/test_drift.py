@@ -40,7 +40,7 @@ def rolled_out(*overrides: str) -> tuple[PolicyGradient, ScoredRollout]:
 
 def refuses(trainer: PolicyGradient, batch: ScoredRollout) -> None:
     torch.manual_seed(0)
-    with pytest.raises(RuntimeError, match="trainer.max_drift=0.01, more than rounding"):
+    with pytest.raises(RuntimeError, match=r"trainer\.max_drift=0\.01, more than rounding"):
         run_updates(trainer, batch)
 
 
