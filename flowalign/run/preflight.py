@@ -48,8 +48,7 @@ def forecast(config: TrainConfig) -> str:
         [
             f"run {run.name}: {run.iterations} iterations × {rollout.groups} prompts × {samples} images = "
             f"{run.iterations * images:,} images",
-            f"per iteration: {images} images, at most {update.trained} trained states, {update.updates} update(s) of "
-            f"{rollout.groups // update.updates} prompts",
+            f"per iteration: {images} images, at most {update.trained} trained states, {update.updates} update(s)",
             f"network evaluations per image: rollout {sample / images:.2f}, update at most {train / images:.2f} "
             "forward and backward" + (f", without gradient at most {frozen / images:.2f}" if frozen else ""),
             f"whole run: at most {run.iterations * (sample + frozen):,} forwards, {run.iterations * train:,} with backward",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -46,5 +46,8 @@ class Signal:
         credit = self.credit.assign(forest, scores, valid, channels)
         advantages = self.advantage.compare(forest, credit, context)
         own = forest.tree.source[forest.tree.edges] == SOURCES.index("student")
-        chosen = self.select.choose(forest, advantages, context) & advantages.valid.any(1) & own
+        mine = replace(
+            advantages, valid=advantages.valid & own[:, None]
+        )  # a selector that keeps n of them keeps n of ours
+        chosen = self.select.choose(forest, mine, context) & mine.valid.any(1)
         return EdgeSignal(credit, advantages, chosen)

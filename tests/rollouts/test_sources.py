@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from flowalign.advantage import SignalContext
 from flowalign.data import PromptRecord
 from flowalign.models.roles import Role
 from flowalign.rollouts.collect import ScoredRollout, collect
 from flowalign.rollouts.sources import check_sources
 from flowalign.rollouts.task import Rollout
+from flowalign.selectors import BestOfN
 from samplers import Chain, FlowSDE, Sourced, chain
 from tests.helpers.policy_gradient import PROMPTS, make, run_updates
 
@@ -104,6 +106,22 @@ def test_only_the_policys_own_edges_are_trained_and_their_ratio_is_one(parts) ->
     chosen = trainer.edge_signal(batch).chosen
     assert torch.equal(chosen, tree.source[tree.edges] == STUDENT) and bool(chosen.any())
     run_updates(trainer, batch)  # a teacher's edge would drift far beyond the limit
+
+
+def test_the_best_are_chosen_among_the_policys_own(parts) -> None:
+    """The teacher's sample scores best in each group of four; the best and the worst are of the other three."""
+    _, trainer = parts
+    plan = Sourced(Chain(), teacher=1)
+    trainer.task = replace(
+        trainer.task, rollout=replace(trainer.task.rollout, plan=plan, sources={"teacher": "expert"}, hint_key=None)
+    )
+    batch = trainer.collect(PROMPTS, 0)
+    batch.scores[:, 0] = torch.tensor([0.1, 0.3, 0.2, 0.9] * 2)  # the teacher's is the best
+    best = replace(trainer.signal, select=BestOfN(2)).edges(
+        batch.forest, batch.scores, batch.valid, batch.channels, SignalContext()
+    )
+    samples = batch.forest.tree.root[batch.forest.tree.edges[best.chosen]].unique() % 4
+    assert samples.tolist() == [0, 1, 0, 1]
 
 
 def settings(**changes: object) -> Rollout:
