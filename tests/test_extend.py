@@ -84,6 +84,37 @@ def test_a_video_reward_scores_motion(folder: Path) -> None:
     torch.testing.assert_close(output.scores, torch.tensor([[0.0], [2.0]]))
 
 
+VIDEO_FAMILY = """
+from dataclasses import replace
+import torch
+from flowalign.models.families import sd3
+
+class Panning:
+    def __init__(self, model): self.model = model
+    def __getattr__(self, name): return getattr(self.model, name)
+    def decode(self, latents):
+        image = self.model.decode(latents)
+        return torch.stack([image.roll(shift, -1) for shift in range(4)], 1)
+
+FAMILY = replace(
+    sd3.FAMILY, model=lambda *arguments: Panning(sd3.FAMILY.model(*arguments)),
+    latent_shape=lambda size, *others: sd3.FAMILY.latent_shape(replace(size, frames=1), *others),
+)
+"""
+
+
+def test_a_video_reward_trains_a_policy_of_videos(folder: Path, tiny_pipeline: Path, tmp_path: Path) -> None:
+    """From YAML to the advantages; the frames are those of a pan over the image."""
+    (folder / "panning.py").write_text(VIDEO_FAMILY)
+    (folder / "panning.yaml").write_text(
+        "policy: {family: panning.FAMILY, frames: 4, fps: 8.0}\nreward: my_video_reward.Motion\n"
+        "evaluation: {rewards: [my_video_reward.Motion]}\n"
+    )
+    done = rows(run(folder, tiny_pipeline, "panning.yaml", tmp_path))
+    assert done[0]["reward/motion_mean"] > 0 and done[0]["reward/motion_std"] > 0
+    assert done[0]["group/trained_edges"] == 6 and done[0]["optim/grad_norm"] > 0
+
+
 def test_a_mean_is_remembered_over_a_resume(folder: Path, tiny_pipeline: Path, tmp_path: Path) -> None:
     whole = run(folder, tiny_pipeline, "my_advantage.yaml", tmp_path / "whole", "run.iterations=3")
     run(folder, tiny_pipeline, "my_advantage.yaml", tmp_path / "parts", "run.iterations=1")
