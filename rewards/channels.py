@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from rewards.base import Reward, RewardBatch, RewardOutput, RewardSpec, labels_of
-from rewards.parts import ask, check_names, joint_spec, wants_gradient
+from rewards.parts import ask, check_names, close_parts, joint_spec, load_parts, wants_gradient
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,7 @@ class Channels:
         """The parts' together, with all their channels."""
         return joint_spec("channels", self.rewards, tuple(label for part in self.rewards for label in labels_of(part)))
 
-    def load(self) -> None:
-        for part in self.rewards:
-            part.load()
-
-    def close(self) -> None:
-        for part in self.rewards:
-            part.close()
+    load, close = load_parts, close_parts
 
     def __call__(self, batch: RewardBatch) -> RewardOutput:
         outputs, components, info = ask(self.rewards, batch, grad=wants_gradient(self.spec))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from rewards.base import Reward, RewardBatch, RewardOutput, RewardSpec, channels_of
-from rewards.parts import ask, check_names, joint_spec, wants_gradient
+from rewards.parts import ask, check_names, close_parts, joint_spec, load_parts, wants_gradient
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,7 @@ class Mix:
         """The parts' together, one channel."""
         return joint_spec("a mix", self.rewards)
 
-    def load(self) -> None:
-        for part in self.rewards:
-            part.load()
-
-    def close(self) -> None:
-        for part in self.rewards:
-            part.close()
+    load, close = load_parts, close_parts
 
     def __call__(self, batch: RewardBatch) -> RewardOutput:
         outputs, parts, info = ask(self.rewards, batch, grad=wants_gradient(self.spec))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import get_args
+from typing import Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -34,6 +34,23 @@ def joint_spec(what: str, parts: Sequence[Reward], channels: tuple[str, ...] = (
         differentiable=all(spec.differentiable for spec in specs),
         licence="; ".join(dict.fromkeys(spec.licence for spec in specs if spec.licence)),
     )
+
+
+class HasParts(Protocol):
+    @property
+    def rewards(self) -> list[Reward]: ...
+
+
+def load_parts(reward: HasParts) -> None:
+    """The `load` of a reward made of others."""
+    for part in reward.rewards:
+        part.load()
+
+
+def close_parts(reward: HasParts) -> None:
+    """The `close` of a reward made of others."""
+    for part in reward.rewards:
+        part.close()
 
 
 def ask(

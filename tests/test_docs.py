@@ -198,7 +198,8 @@ def test_every_command_loads(
     arguments = [word.replace("./my_rewards.py", str(tmp_path / "my_rewards.py")) for word in arguments]
     files, overrides = split_arguments(arguments)
     tiny = tiny_sd15_pipeline if "configs/models/sd15.yaml" in files else tiny_pipeline
-    load_config(files, [*overrides, f"policy.path={tiny}"])
+    config, _ = load_config(files, [*overrides, f"policy.path={tiny}"])
+    assert config.policy.path == str(tiny)
 
 
 def test_the_yaml_of_the_readme_is_a_layer(tmp_path: Path, tiny_pipeline: Path) -> None:
