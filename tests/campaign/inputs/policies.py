@@ -34,7 +34,10 @@ def removed(name: str) -> Callable[[Path], None]:
 
 
 def written(name: str, content: bytes) -> Callable[[Path], None]:
-    return lambda folder: (folder / "pipeline" / name).write_bytes(content) and None  # type: ignore[func-returns-value]
+    def damage(folder: Path) -> None:
+        (folder / "pipeline" / name).write_bytes(content)
+
+    return damage
 
 
 def cut(name: str, share: float) -> Callable[[Path], None]:

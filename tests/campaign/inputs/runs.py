@@ -34,7 +34,10 @@ def removed(name: str) -> Callable[[Path], None]:
 
 
 def written(name: str, content: bytes) -> Callable[[Path], None]:
-    return lambda folder: (folder / name).write_bytes(content) and None  # type: ignore[func-returns-value]
+    def damage(folder: Path) -> None:
+        (folder / name).write_bytes(content)
+
+    return damage
 
 
 def cut(name: str, share: float = 0.5) -> Callable[[Path], None]:
@@ -58,6 +61,18 @@ def folder_instead(name: str) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
         (folder / name).unlink()
         (folder / name).mkdir()
+
+    return damage
+
+
+def renamed(folder: Path) -> None:
+    (folder / LAST).rename(folder / RUN / "checkpoints" / "step-9")
+
+
+def file_instead(name: str) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        removed(name)(folder)
+        written(name, b"x")(folder)
 
     return damage
 
@@ -104,9 +119,9 @@ CASES = [
     go_on("provenance.json is a list", written(f"{RUN}/provenance.json", b"[]"), "provenance.json"),
     go_on("a weight is NaN", not_finite, "finite|nan|NaN"),
     go_on("a file in a checkpoint", written(f"{LAST}/extra.bin", b"x"), "extra.bin"),
-    go_on("a renamed checkpoint", lambda folder: (folder / LAST).rename(folder / RUN / "checkpoints/step-9") and None, "step"),  # type: ignore[func-returns-value]
-    go_on("the folder is a file", lambda folder: (removed(RUN)(folder), written(RUN, b"x")(folder)) and None, "done"),  # type: ignore[func-returns-value]
-    go_on("runs is a file", lambda folder: (removed("runs")(folder), written("runs", b"x")(folder)) and None, "runs"),  # type: ignore[func-returns-value]
+    go_on("a renamed checkpoint", renamed, "step"),  # type: ignore[func-returns-value]
+    go_on("the folder is a file", file_instead(RUN), "done"),
+    go_on("runs is a file", file_instead("runs"), "runs"),
     go_on("config.yaml of another run", written(f"{RUN}/config.yaml", b"run: {name: other}"), "config.yaml"),
     go_on("config.yaml is a list", written(f"{RUN}/config.yaml", b"[1]"), "config.yaml"),
     go_on("fewer iterations", None, "iterations", "run.iterations=1"),
