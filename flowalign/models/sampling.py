@@ -44,7 +44,7 @@ def settle(
 def defaults_of(pipeline: DiffusionPipeline, networks: Configs, vae: Mapping[str, Any]) -> Sampling | None:
     """What the pipeline's own call does unless told otherwise, by its signature and its configurations; None if it has no such
     defaults. networks: configurations of the trained ones, by name; vae: its configuration."""
-    if pipeline.name_or_path == str(PIPELINE):  # its sample_size is the larger of two sides
+    if str(pipeline.name_or_path) == str(PIPELINE):  # its sample_size is the larger of two sides
         return Sampling(STEPS, GUIDANCE_SCALE, Size(CALL_ARGS["height"], CALL_ARGS["width"]))
     call = {name: value.default for name, value in inspect.signature(type(pipeline).__call__).parameters.items()}
     steps, guidance = call.get("num_inference_steps"), call.get("guidance_scale")

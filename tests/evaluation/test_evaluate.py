@@ -169,6 +169,10 @@ def test_impossible_requests_are_refused(prompts, rewards, batch_size, message):
         )  # fmt: skip
 
 
+def whiteness(images, prompts):
+    return images.mean((1, 2, 3))
+
+
 @dataclass
 class Defaults(StraightPolicy):
     sampling: Sampling | None = field(default_factory=lambda: Sampling(4, 1.5, Size(16, 32)))
@@ -178,8 +182,8 @@ def test_texts_functions_and_paths_of_functions_with_the_policys_own_settings():
     def redness(images, prompts):
         return images[:, 0].mean((1, 2))
 
-    result = evaluate(Defaults(), ["prompt 5", "prompt 1"], [redness, "operator:length_hint"])
-    assert result.uids == [0, 1] and list(result.scores) == ["redness", "length_hint"]
+    result = evaluate(Defaults(), ["prompt 5", "prompt 1"], [redness, "tests.evaluation.test_evaluate:whiteness"])
+    assert result.uids == [0, 1] and list(result.scores) == ["redness", "whiteness"]
     images = torch.stack([expected_image_of(0, uid, drift * 1.5) for uid, drift in enumerate((5, 1))])
     torch.testing.assert_close(result.scores["redness"], images[:, 0].double().mean((1, 2)), rtol=0, atol=1e-6)
     assert (result.num_inference_steps, result.guidance_scale, result.seed) == (4, 1.5, 0)
