@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 import samplers
-from flowalign.data import PromptRecord
-from flowalign.models.base import Conditions, Family, Model, Network, Size
+from flowalign.data import PromptRecord, as_records
+from flowalign.models.base import Conditions, Family, Model, Network, Sampling, Size
 from flowalign.models.lora import ADAPTER, adapter_state, save_peft
 from flowalign.models.prompt_store import PromptStore
 from flowalign.models.roles import Role
+from flowalign.models.sampling import in_batches, settle
 from flowalign.models.trained_networks import TrainedNetworks
+from samplers import Schedule
 
 Offloadable = Literal["encoders", "vae"]
 PROMPT_STORE_BYTES = 2 * 2**30  # 500 prompts of 512 tokens of T5-XXL in bf16; those of CLIP all fit
@@ -34,11 +36,12 @@ class PipelinePolicy:
     def __init__(
         self, model: Model, family: Family, trained: TrainedNetworks, *, negative_prompt: str = "",
         device: str | torch.device = "cpu", offload: Sequence[Offloadable] = (), decode_batch: int | None = None,
-        prompt_store: int = PROMPT_STORE_BYTES,
+        prompt_store: int = PROMPT_STORE_BYTES, sampling: Sampling | None = None,
     ) -> None:  # fmt: skip
         self.model = model
         self.negative_prompt = negative_prompt
         self.evaluations = 0
+        self.sampling = sampling
         self._family = family
         self._trained = trained
         self._device = torch.device(device)
@@ -106,6 +109,17 @@ class PipelinePolicy:
             return network(*args, **kwargs)
 
         return call
+
+    def generate(
+        self, prompts: str | Sequence[str | PromptRecord], *, seed: int = 0, num_inference_steps: int | None = None,
+        guidance_scale: float | None = None, size: Size | None = None, schedule: Schedule | None = None,
+        batch_size: int = 8,
+    ) -> Tensor:  # fmt: skip
+        settings = settle(
+            self, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, size=size, schedule=schedule
+        )
+        jobs = [(record, 0) for record in as_records(prompts)]
+        return torch.cat([images.cpu() for _, _, images in in_batches(self, jobs, settings, seed, batch_size)])
 
     def decode(self, latents: Tensor, grad: bool = False) -> Tensor:
         if grad:

@@ -154,4 +154,4 @@ assert "flowalign" not in sys.modules
     subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, capture_output=True, cwd=tmp_path)
     base, images = torch.load(tmp_path / "images.pt")
     assert float((images - base).abs().max()) > 1e-4  # the adapter does something
-    torch.testing.assert_close(images.float(), tuned.images, rtol=0, atol=2e-5)
+    torch.testing.assert_close(images.float(), tuned.images, rtol=0, atol=0.501 / 255)  # kept as bytes
