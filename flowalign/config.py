@@ -64,7 +64,7 @@ class PolicySettings:
 class RunSettings:
     """A run: its folder `output`/`name`, its length and what it keeps. `resume`: "auto" goes on with a run of the same
     configuration, up to settings of length, speed and memory; "changed" also with other settings (a wider clip range,
-    say), which are noted in provenance.json; "never" refuses a folder that exists."""
+    say), which are noted in provenance.json; "never" refuses a folder that exists. project and tags: for the trackers."""
 
     name: str
     iterations: int = 100
@@ -74,6 +74,8 @@ class RunSettings:
     keep_checkpoints: int = 2
     ema_decay: float | None = None
     trackers: list[Literal["tensorboard", "wandb"]] = field(default_factory=lambda: ["tensorboard"])
+    project: str = "flowalign"
+    tags: list[str] = field(default_factory=list)
     resume: Literal["auto", "changed", "never"] = "auto"
     gradient_check: bool = True
 

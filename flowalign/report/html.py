@@ -50,7 +50,7 @@ def write_report(run_folder: Path) -> Path:
         name=folder.resolve().name,
         iterations=len({row["step"] for row in rows if "reward/mean" in row}),
         facts=_facts(summary, rows),
-        results=_results(summary["rewards"]) if summary else [],
+        results=_results(summary["rewards"]) if "rewards" in summary else [],
         pairs=newest_pairs(folder / "grids"),
         tree=trees[-1].read_bytes() if (trees := by_number(folder / "trees")) else b"",
         rewards=_svg_url(curves(rows, reward_panels(rows))),

@@ -24,26 +24,35 @@ def summarize(
 ) -> dict[str, Any]:  # fmt: skip
     """summary.json. The figures of the first evaluation reward stand at the top, those of all under `rewards`."""
     rewards, first = gains_table(paired_gains(base, tuned)), labels_of(config.evaluation.rewards[0])[0]
-    images = max(1, totals["images"])
-    setup, arguments = pipeline_call(
-        policy, evaluation_schedule(config), tuned.num_inference_steps,
-        policy.latent_shape(config.policy.size),
-    )  # fmt: skip
     return {
         "reward": first,
         **{key: rewards[key][first] for key in ("base", "tuned", "gain", "gain_ci95", "pairs", "dropped")},
         "rewards": rewards,
+        **summarize_stopped(config, policy, config.run.iterations, totals, seconds),
+    }
+
+
+def summarize_stopped(
+    config: TrainConfig, policy: Policy, iterations: int, totals: Mapping[str, float], seconds: float
+) -> dict[str, Any]:
+    """summary.json of a run that was stopped after `iterations` iterations: what needs no evaluation of the tuned model."""
+    images = max(1, totals["images"])
+    setup, arguments = pipeline_call(
+        policy, evaluation_schedule(config), config.evaluation.num_inference_steps,
+        policy.latent_shape(config.policy.size),
+    )  # fmt: skip
+    return {
         "seconds": seconds,
         "evaluations_per_image": {phase: totals[phase] / images for phase in ("rollout", "update")},
         "evaluation_unit": "forwards; a backward counts 1 (LoRA) or 2 (full weights), guidance doubles",
         "ratio_drift_max": totals["drift"],
-        "iterations": config.run.iterations,
+        "iterations": iterations,
         "pipeline": {
             "path": config.policy.path,
             "setup": setup,
             "arguments": {
-                "num_inference_steps": tuned.num_inference_steps,
-                "guidance_scale": tuned.guidance_scale,
+                "num_inference_steps": config.evaluation.num_inference_steps,
+                "guidance_scale": config.evaluation.guidance_scale,
                 "height": config.policy.height,
                 "width": config.policy.width,
                 **arguments,

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from flowalign.storage.files import fsync
+from flowalign.storage.finite import first_not_finite
 
 FORMAT = 1
 POINTS = ("part_written", "before_rename", "after_rename", "before_prune")  # where `hooks` is called, for kill tests
@@ -48,9 +49,10 @@ def save(
 
     `tensors` maps section -> name -> tensor, `state` is JSON that survives a round trip (text keys, lists, no NaN).
     Saving the same step again with the same content does nothing. Raises CheckpointError if the step exists with
-    other content or a later one exists."""
+    other content, a later one exists, or a tensor is not finite; what was saved before stands."""
     if keep < 1:
         raise CheckpointError(f"got keep={keep}; expected the number of checkpoints to keep, at least 1")
+    _check_finite(step, tensors)
     call = hooks or (lambda point: None)
     root = Path(run_folder) / "checkpoints"
     root.mkdir(parents=True, exist_ok=True)
@@ -121,6 +123,15 @@ def _prune(root: Path, keep: int, call: Hook) -> None:
     for old in _folders(root)[:-keep]:
         call("before_prune")
         _remove(old)
+
+
+def _check_finite(step: int, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+    name = first_not_finite((f"{section}, {name}", t) for section, part in tensors.items() for name, t in part.items())
+    if name is not None:
+        raise CheckpointError(
+            f"got {name} with a value that is not finite; expected finite numbers: nothing was saved at step {step}, the "
+            "checkpoint before it stands; lower trainer.optimizer.lr, or check the settings of the optimizer and the losses"
+        )
 
 
 def _write(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: State, call: Hook) -> None:

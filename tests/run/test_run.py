@@ -15,6 +15,7 @@ import yaml
 from safetensors import SafetensorError
 
 from flowalign import cli
+from flowalign.commands.output import IgnoresBrokenPipe
 from flowalign.errors import ConfigError
 from flowalign.evaluation.result_file import load_result
 from flowalign.run import interrupt
@@ -241,7 +242,7 @@ def test_a_full_disk_is_an_error_of_one_sentence(
 def test_a_reader_of_the_output_may_exit_first() -> None:
     reader, writer = os.pipe()
     with os.fdopen(writer, "w", buffering=1) as stream:
-        output = cli.IgnoresBrokenPipe(stream)
+        output = IgnoresBrokenPipe(stream)
         output.write("a line\n")
         os.close(reader)  # `| tee log` on Ctrl-C
         for text in ("stopping\n", "no newline"):
