@@ -16,6 +16,7 @@ import samplers
 from flowalign.data import PromptRecord, as_records
 from flowalign.models.base import Conditions, Family, Model, Network, Sampling, Size
 from flowalign.models.lora import ADAPTER, adapter_state, save_peft
+from flowalign.models.lora_bytes import order_header, ordered
 from flowalign.models.prompt_store import PromptStore
 from flowalign.models.roles import Role
 from flowalign.models.sampling import in_batches, settle
@@ -176,7 +177,7 @@ class PipelinePolicy:
 
     def save_lora(self, folder: Path) -> None:
         """pytorch_lora_weights.safetensors with its alpha (for `pipe.load_lora_weights`) and a PEFT folder beside it, of
-        several networks one folder each."""
+        several networks one folder each. Equal tensors and settings give equal files."""
         networks = self.model.networks
         if not self._trained.has_lora:
             raise ValueError(
@@ -186,10 +187,12 @@ class PipelinePolicy:
         for stale in folder.glob(".tmp*"):  # safetensors writes a temporary file first; a killed save leaves it
             stale.unlink()
         layers = {name: adapter_state(network) for name, network in networks.items()}
-        settings = {name: network.peft_config[ADAPTER].to_dict() for name, network in networks.items()}
+        settings = {name: ordered(network.peft_config[ADAPTER].to_dict()) for name, network in networks.items()}
         self.model.save_lora(folder, layers, settings)
         for name, network in networks.items():
             save_peft(network, folder / name if len(networks) > 1 else folder)
+        for file in sorted(folder.rglob("*.safetensors")):
+            order_header(file)
 
     def pipeline_setup(self) -> list[str]:
         return self.model.pipeline_setup()

@@ -65,20 +65,23 @@ def write_report(run_folder: Path) -> Path:
 
 
 def load_snippet(run_folder: Path, pipeline: dict[str, Any]) -> str:
-    """Python that loads the run's LoRA into plain diffusers; `pipeline` is that of summary.json."""
+    """A Python script that makes an image with the run's LoRA in plain diffusers, from any working directory; `pipeline` is that
+    of summary.json."""
     arguments = {"prompt": "your prompt", **pipeline["arguments"]}
     return "\n".join(
         [
             "import torch",
             "from diffusers import DiffusionPipeline",
             "",
-            f"pipe = DiffusionPipeline.from_pretrained({pipeline['path']!r})",
+            f"pipe = {pipeline['load']}",
             *pipeline["setup"],
-            f"pipe.load_lora_weights({str(run_folder / 'lora')!r})",
+            f"pipe.load_lora_weights({str(run_folder.absolute() / 'lora')!r})",
+            'pipe.to("cuda" if torch.cuda.is_available() else "cpu")',
             "image = pipe(",
             *(f"    {name}={value!r}," for name, value in arguments.items()),
             "    generator=torch.Generator().manual_seed(0),",
             ").images[0]",
+            'image.save("image.png")',
         ]
     )
 

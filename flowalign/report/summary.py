@@ -12,6 +12,7 @@ from flowalign.evaluation.evaluate import EvaluationResult
 from flowalign.evaluation.paired_gain import PairedGain, paired_gains
 from flowalign.models import Policy
 from flowalign.models.grid import pipeline_call
+from flowalign.models.load_call import load_call
 from flowalign.report.grids import captions, grid
 from flowalign.report.html import write_report
 from flowalign.storage.files import write_atomic
@@ -36,10 +37,10 @@ def summarize_stopped(
     config: TrainConfig, policy: Policy, iterations: int, totals: Mapping[str, float], seconds: float
 ) -> dict[str, Any]:
     """summary.json of a run that was stopped after `iterations` iterations: what needs no evaluation of the tuned model."""
-    images = max(1, totals["images"])
+    images, settings = max(1, totals["images"]), config.policy
     setup, arguments = pipeline_call(
         policy, evaluation_schedule(config), config.evaluation.num_inference_steps,
-        policy.latent_shape(config.policy.size),
+        policy.latent_shape(settings.size),
     )  # fmt: skip
     return {
         "seconds": seconds,
@@ -48,13 +49,13 @@ def summarize_stopped(
         "ratio_drift_max": totals["drift"],
         "iterations": iterations,
         "pipeline": {
-            "path": config.policy.path,
+            "load": load_call(settings.path, settings.family, settings.dtype, settings.vae_dtype),
             "setup": setup,
             "arguments": {
                 "num_inference_steps": config.evaluation.num_inference_steps,
                 "guidance_scale": config.evaluation.guidance_scale,
-                "height": config.policy.height,
-                "width": config.policy.width,
+                "height": settings.height,
+                "width": settings.width,
                 **arguments,
             },
         },

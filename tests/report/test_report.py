@@ -1,6 +1,7 @@
 """The report: self-contained, complete, and able to describe a run that has hardly begun."""
 
 import base64
+import html
 import io
 import json
 import re
@@ -42,7 +43,7 @@ def summary_of(base, tuned, intervals):
         "evaluations_per_image": {"rollout": 10, "update": 2.5},
         "ratio_drift_max": 3e-7,
         "pipeline": {
-            "path": "some/model",
+            "load": "DiffusionPipeline.from_pretrained('some/model')",
             "setup": [],
             "arguments": {"num_inference_steps": 10, "guidance_scale": 1.5},
         },
@@ -137,7 +138,8 @@ def test_held_out_scores_that_few_rows_hold_have_their_own_curve(tmp_path):
 def test_it_says_how_the_run_was_made_and_how_to_load_the_lora(run, page):
     assert "git_commit abc123 versions torch 2.15" in text_of(page)
     assert "seed: 7\nnote: &lt;b&gt;bold&lt;/b&gt;" in page
-    snippet = re.search(r"<pre>(import torch.*?)</pre>", page, re.S).group(1).replace("&#39;", "'")
+    snippet = re.search(r"<pre>(import torch.*?)</pre>", page, re.S).group(1)
+    snippet = html.unescape(snippet)
     compile(snippet, "snippet", "exec")
     assert f"pipe.load_lora_weights('{run / 'lora'}')" in snippet
     assert "from_pretrained('some/model')" in snippet and "guidance_scale=1.5," in snippet
