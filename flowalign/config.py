@@ -17,7 +17,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from flowalign.config_layers import located, merge, origins, read_layer
 from flowalign.contracts import by_what_can_be_called, check_attributes, explain
-from flowalign.data import load_prompts
+from flowalign.data import PromptRecord, load_prompts
 from flowalign.errors import ConfigError
 from flowalign.models.base import Size
 from flowalign.models.load import check_image_size, check_lora_folders, check_lora_targets, inspect_checkpoint, path_of
@@ -93,7 +93,8 @@ class RunSettings:
 @dataclass(frozen=True)
 class EvaluationSettings:
     """Base beside tuned on held-out prompts, by the policy's solver, same seeds. The first reward is the one reported.
-    `schedule`: the noise levels; null: those of the rollout (samplers.FamilyGrid: the pipeline's own). `every`: also
+    training_reward: whether these prompts are scored by the reward that is trained on, too. allow_training_prompts: they may be
+    among those that are trained on (the gain is then not of new prompts). `schedule`: the noise levels; null: those of the rollout (samplers.FamilyGrid: the pipeline's own). `every`: also
     evaluate after so many iterations (null: only before and after the run)."""
 
     prompts: str
@@ -106,6 +107,8 @@ class EvaluationSettings:
     seed: int = 1234
     batch_size: int = 64
     every: int | None = None
+    training_reward: bool = True
+    allow_training_prompts: bool = False
 
     def __post_init__(self) -> None:
         for key in ("count", "samples_per_prompt", "num_inference_steps", "batch_size"):
@@ -270,6 +273,19 @@ def check(config: TrainConfig) -> None:
     if config.evaluation.count > len(held_out):
         raise ConfigError(
             f"evaluation.count={config.evaluation.count}: {config.evaluation.prompts} holds {len(held_out)} prompts"
+        )
+    _check_held_out(config, held_out[: config.evaluation.count])
+
+
+def _check_held_out(config: TrainConfig, held_out: Sequence[PromptRecord]) -> None:
+    """ConfigError for prompts of the evaluation that are trained on, unless that is asked for."""
+    trained = {(record.prompt, record.images) for record in load_prompts(config.prompts)}
+    shared = [record.prompt for record in held_out if (record.prompt, record.images) in trained]
+    if shared and not config.evaluation.allow_training_prompts:
+        raise ConfigError(
+            f"got {len(shared)} of the {len(held_out)} prompts of evaluation.prompts={config.evaluation.prompts} among those of "
+            f"prompts={config.prompts}, such as {shared[0]!r}; expected prompts that are not trained on, or the gain would not be "
+            "that of new ones: name others, or set evaluation.allow_training_prompts=true"
         )
 
 

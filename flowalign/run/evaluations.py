@@ -15,6 +15,7 @@ from flowalign.evaluation.evaluate import EvaluationResult, evaluate
 from flowalign.evaluation.result_file import append_result, save_result
 from flowalign.models import Policy
 from flowalign.models.ema import EMA
+from flowalign.run.held_out_rewards import held_out_rewards
 from flowalign.storage.metrics_log import MetricsLog
 
 
@@ -61,7 +62,7 @@ class Evaluations:
             total=total, desc=f"evaluate {label}", unit="img", leave=False, disable=not self.processes.is_main
         ) as bar:
             return evaluate(
-                self.policy, self.held_out, settings.rewards, seed=settings.seed, batch_size=settings.batch_size,
+                self.policy, self.held_out, held_out_rewards(self.config), seed=settings.seed, batch_size=settings.batch_size,
                 samples_per_prompt=settings.samples_per_prompt, progress=bar.update, processes=self.processes,
             )  # fmt: skip
 

@@ -17,6 +17,7 @@ from flowalign.evaluation.result_file import load_result
 from flowalign.models import Policy
 from flowalign.models.load import rows_per_state
 from flowalign.rollouts.collect import leaves_per_group
+from flowalign.run.held_out_rewards import held_out_rewards
 from flowalign.storage import checkpoint
 from flowalign.storage.checkpoint import Tensors
 from rewards import Reward, RewardBatch, RewardError, pictures, score
@@ -117,7 +118,7 @@ def try_rewards(
     trials = [
         (config.reward, prompts.train),
         *((reward, prompts.train) for reward in config.process_rewards),
-        *((reward, prompts.held_out) for reward in config.evaluation.rewards),
+        *((reward, prompts.held_out) for reward in held_out_rewards(config)),
     ]
     for reward, records in trials:
         if ("latents" in reward.spec.inputs) == (policy is None):

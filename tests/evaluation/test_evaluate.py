@@ -317,7 +317,7 @@ def test_an_invalid_reward_is_nan_then_dropped_then_named_in_the_caption():
     assert base.scores["bright"].isnan().tolist() == [False, True, False]
     gains = paired_gains(base, tuned)
     assert gains["bright"].dropped == 1 and gains["bright"].pairs == 2 and gains["bright"].mean > 0
-    text = captions(base, tuned)
+    text = captions(base, tuned, range(3))
     assert len(text) == 3 and text[1].startswith("prompt 1\nbright not valid → ")
     record = gains_table(gains)
     assert record["tuned"]["bright"] - record["base"]["bright"] == record["gain"]["bright"]
