@@ -49,7 +49,13 @@ def copy(done: Path, tmp_path: Path) -> Path:
 def start(pipeline: Path, output: Path, *overrides: str) -> dict:
     prompts = f"{output}/prompts.txt"
     return run_it(
-        pipeline, output, f"prompts={prompts}", f"evaluation.prompts={prompts}", "run.iterations=2", *overrides
+        pipeline,
+        output,
+        f"prompts={prompts}",
+        f"evaluation.prompts={prompts}",
+        "evaluation.allow_training_prompts=true",
+        "run.iterations=2",
+        *overrides,
     )
 
 
@@ -78,7 +84,7 @@ def test_a_finished_run_started_again_and_then_extended_equals_one_long_run(
     done: Path, tiny_pipeline: Path, tmp_path: Path
 ) -> None:
     prompts = f"prompts={done}/prompts.txt"
-    names = ["run.ema_decay=0.5", prompts, f"evaluation.{prompts}"]
+    names = ["run.ema_decay=0.5", prompts, f"evaluation.{prompts}", "evaluation.allow_training_prompts=true"]
     for iterations in (1, 1, 2):
         run_it(tiny_pipeline, tmp_path / "extended", *names, f"run.iterations={iterations}")
     run_it(tiny_pipeline, tmp_path / "uninterrupted", *names, "run.iterations=2")
