@@ -32,6 +32,18 @@ MAY_CHANGE_NOTED = re.compile(
 MAY_NOT_CHANGE = re.compile(r"(policy|evaluation)(\..*)?|trainer\.class_path")
 
 
+def run_folder(place: str | Path) -> Path:
+    """The absolute path of a run folder. ConfigError for what is none."""
+    folder = Path(place).expanduser().absolute()
+    if not (folder / "config.yaml").is_file():
+        near = folder.parent / "runs" / folder.name
+        hint = f"did you mean {near}?" if (near / "config.yaml").is_file() else "name one, such as runs/quickstart"
+        raise ConfigError(
+            f"got {place}, which is no run folder (no {folder / 'config.yaml'}); expected one that a run wrote: {hint}"
+        )
+    return folder
+
+
 def open_folder(folder: Path, plain: dict[str, Any]) -> IO[str]:
     """Makes the folder for the configuration `plain`, or opens it again. Returns the open lock file; close it to
     release the folder.
