@@ -41,7 +41,10 @@ def ending(error: BaseException) -> tuple[int, str] | None:
 
 def _is_cpu_memory(error: BaseException) -> bool:
     """torch has no type of its own for it on the CPU."""
-    return isinstance(error, RuntimeError) and re.search(r"can't allocate memory|not enough memory", str(error)) is not None
+    return (
+        isinstance(error, RuntimeError)
+        and re.search(r"can't allocate memory|not enough memory", str(error)) is not None
+    )
 
 
 def _is_disk_error(error: Exception) -> bool:

@@ -97,7 +97,7 @@ class Run:
         """Adds a micro-batch's gradient to that of its update. Runs under the update's role: activation checkpointing
         recomputes the forward here, after the trainer has left that context."""
         if not bool(torch.isfinite(loss)):
-            raise self._not_finite(f"loss {float(loss)}", update.role)
+            raise self._not_finite(f"loss {float(loss.detach())}", update.role)
         with self.task.policy.role(update.role):
             self.steppers[update.optimizer].backward(loss)
 

@@ -67,7 +67,9 @@ def wandb_id(folder: Path) -> str:
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise DamagedFile(f"{file} cannot be read ({error}): remove it to begin another run of Weights & Biases") from error
+        raise DamagedFile(
+            f"{file} cannot be read ({error}): remove it to begin another run of Weights & Biases"
+        ) from error
     if not re.fullmatch(r"[0-9a-f]{12}", text):
         raise DamagedFile(f"{file} holds no id of a run: remove it to begin another run of Weights & Biases")
     return text
