@@ -203,7 +203,7 @@ def _enter(config: TrainConfig, plain: dict[str, Any], folder: Path, launch: Lau
         metrics.cut_back(saved.iteration)
         MetricsLog(folder / "evaluations.jsonl").cut_back(saved.iteration)
         checkpoint.tidy(folder, config.run.keep_checkpoints)
-        describe(folder, plain)
+        describe(folder, plain, {f"prompts.{k}": pair for k, pair in saved.changed_prompts(digests).items()})
     trackers = Trackers.of(launch.accelerator, config.run, folder)
     leaving.callback(launch.accelerator.end_training)
     leaving.enter_context(stop.listening())
