@@ -16,6 +16,7 @@ _PUBLIC = {
     "as_records": "flowalign.data",
     "evaluate": "flowalign.evaluation.evaluate",
     "load_config": "flowalign.config",
+    "load_run": "flowalign.run.load",
     "train": "flowalign.loop",
     **dict.fromkeys(("ODE", "FlowSDE", "ClippedFlowSDE", "DanceSDE", "LinearSDE", "CPS", "DDIM"), "samplers"),
     **dict.fromkeys(("DPMSolver", "Guided", "chain", "window", "rollout"), "samplers"),

@@ -50,7 +50,8 @@ def load_prompts(source: str) -> list[PromptRecord]:
 
     Raises ValueError or FileNotFoundError that names the source and the line."""
     if source.endswith((".txt", ".jsonl")):
-        rows, folder = _read_rows(Path(source)), Path(source).parent
+        path = Path(source).expanduser()
+        rows, folder = _read_rows(path), path.parent
     elif ":" in source:
         rows, folder = _call(source), Path()
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -42,9 +43,9 @@ FAMILIES = {
 
 
 def resolve(path: str) -> str:
-    """ "glyphs" is the pipeline that comes with flowalign; anything else is a folder or a hub id."""
+    """ "glyphs" is the pipeline that comes with flowalign; anything else is a folder (~ is the home) or a hub id."""
     if path != "glyphs":
-        return path
+        return os.path.expanduser(path)
     from flowalign.glyphs import PIPELINE
 
     return str(PIPELINE)
@@ -192,7 +193,7 @@ def load_policy(
 ) -> Policy:
     """Loads a pipeline, or takes a live one, as a policy.
 
-    lora: its settings, or a folder with a LoRA to start from, with the settings of that. trainable: "lora" (the default LoRA
+    lora: its settings, or a LoRA to start from, with the settings of that: a run folder, its lora/, a folder of diffusers' save_lora_weights, or a .safetensors file. trainable: "lora" (the default LoRA
     if none is given), "full" weights (fp32 only), or "none". dtype: of the frozen network, "fp32" by default; adapters are
     always fp32. vae_dtype: of the VAE if it is another. family: the import path of a `Family` of your own.
     max_sequence_length: see the family's model. seed: of the adapters' initial weights. device: "cpu" by default.

@@ -97,7 +97,7 @@ class Run:
         """Adds a micro-batch's gradient to that of its update. Runs under the update's role: activation checkpointing
         recomputes the forward here, after the trainer has left that context."""
         if not bool(torch.isfinite(loss)):
-            raise self._not_finite(f"loss {float(loss)}", update.role)
+            raise self._not_finite(f"loss {float(loss.detach())}", update.role)
         with self.task.policy.role(update.role):
             self.steppers[update.optimizer].backward(loss)
 
@@ -203,7 +203,7 @@ def _enter(config: TrainConfig, plain: dict[str, Any], folder: Path, launch: Lau
         metrics.cut_back(saved.iteration)
         MetricsLog(folder / "evaluations.jsonl").cut_back(saved.iteration)
         checkpoint.tidy(folder, config.run.keep_checkpoints)
-        describe(folder, plain)
+        describe(folder, plain, {f"prompts.{k}": pair for k, pair in saved.changed_prompts(digests).items()})
     trackers = Trackers.of(launch.accelerator, config.run, folder)
     leaving.callback(launch.accelerator.end_training)
     leaving.enter_context(stop.listening())

@@ -17,7 +17,7 @@ from flowalign.config import RunSettings
 from flowalign.evaluation.evaluate import EvaluationResult
 from flowalign.storage.files import DamagedFile, write_atomic
 
-IMAGES = 8  # of an evaluation
+IMAGES = 8
 # how each takes a list of arrays [H, W, 3]
 IMAGE_ARGUMENTS: dict[str, dict[str, Any]] = {"tensorboard": {"dataformats": "NHWC"}}
 
@@ -45,8 +45,8 @@ class Trackers:
 
     def images(self, step: int, base: EvaluationResult, tuned: EvaluationResult) -> None:
         """The first images of an evaluation, base left and tuned right, in the order of the prompts."""
-        pairs = torch.cat([base.images[:IMAGES], tuned.images[:IMAGES]], dim=-1).permute(0, 2, 3, 1).clamp(0, 1)
-        pixels = (pairs * 255).round().to(torch.uint8).cpu().numpy()
+        pairs = torch.cat([base.pixels[:IMAGES], tuned.pixels[:IMAGES]], dim=-1)
+        pixels = pairs.permute(0, 2, 3, 1).numpy()
         for tracker in self.accelerator.trackers:
             tracker.log_images({"eval/base_tuned": pixels}, step=step, **IMAGE_ARGUMENTS.get(tracker.name, {}))
 
