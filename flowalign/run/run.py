@@ -36,6 +36,7 @@ from flowalign.storage.checkpoint import CheckpointError
 from flowalign.storage.files import DamagedFile, write_atomic
 from flowalign.storage.metrics_log import MetricsLog
 from flowalign.trainers import Batch, Update
+from rewards import close
 
 
 @dataclass(eq=False)
@@ -176,7 +177,7 @@ def _enter(config: TrainConfig, plain: dict[str, Any], folder: Path, launch: Lau
     if processes.is_main:
         print(forecast(config), flush=True)
     for reward in (config.reward, *config.process_rewards, *config.evaluation.rewards):
-        leaving.callback(reward.close)
+        leaving.callback(close, reward)
     try_rewards(config, prompts, launch.accelerator.device, announce=processes.is_main)
     policy = policy_of(config, launch.accelerator.device, launch.network_device)
     try_rewards(config, prompts, launch.accelerator.device, policy, announce=processes.is_main)

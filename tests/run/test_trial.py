@@ -106,13 +106,13 @@ def test_prompts_without_a_score_at_the_head_of_the_set_do_not_refuse_it(tmp_pat
     some, none = nan_where(lambda prompt: prompt.startswith("plain") and int(prompt[6:]) < 60), nan_where(bool)
     try_rewards(replace(config, reward=some), Prompts.of(config), "cpu")
     assert 1 < len(some.seen) < PAIRS
-    with pytest.raises(ConfigError, match="'plain', which scores none of 16 black images.*'plain 0': no word"):
+    with pytest.raises(ConfigError, match=r"'plain', which scores none of 16 black images.*'plain 0': no word"):
         try_rewards(replace(config, reward=none), Prompts.of(config), "cpu")
     assert len({prompt for batch in none.seen for prompt in batch.prompts}) == 2 * PAIRS
 
 
 def test_each_channel_has_to_score(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="'channels', which scores none of .* black images in plain, of"):
+    with pytest.raises(ConfigError, match=r"'channels', which scores none of .* black images in plain, of"):
         tried(tmp_path, reward=Channels([JPEGCompressibility(), nan_where(bool)]))
 
 
@@ -129,7 +129,7 @@ def test_what_fails_and_is_masked_is_told(tmp_path: Path) -> None:
     def boom(batch) -> RewardOutput:
         raise OSError("no connection")
 
-    with pytest.raises(ConfigError, match="scores none of 16 black images.*no connection"):
+    with pytest.raises(ConfigError, match=r"scores none of 16 black images.*no connection"):
         tried(tmp_path, reward=WithTimeout(Plain(boom), on_error="mask", batch_size=4))
 
 
