@@ -20,7 +20,7 @@ from flowalign.contracts import by_what_can_be_called, check_attributes, explain
 from flowalign.data import PromptRecord, load_prompts
 from flowalign.errors import ConfigError
 from flowalign.models.base import Size
-from flowalign.models.load import check_image_size, check_lora_folders, check_lora_targets, inspect_checkpoint, path_of
+from flowalign.models.load import check_checkpoint, check_image_size, check_lora_folders, check_lora_targets, path_of
 from flowalign.models.lora import LoRA
 from flowalign.models.roles import Role, check_roles
 from flowalign.rollouts.collect import grow
@@ -233,7 +233,7 @@ def check(config: TrainConfig) -> None:
         if find_spec(tracker) is None:
             raise ConfigError(f"run.trackers names {tracker!r}, which is not installed: install it, or leave it out")
     check_roles(config.roles)
-    inspect_checkpoint(policy.path, policy.family)
+    check_checkpoint(policy.path, policy.family)
     check_image_size(policy.path, policy.size, policy.family)
     if policy.decode_batch is not None and policy.decode_batch < 1:
         raise ConfigError(f"policy.decode_batch={policy.decode_batch}: expected at least 1, or null")

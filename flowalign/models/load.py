@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import inspect
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 from torch import nn
 
 from flowalign.models.base import Family, Policy, Sampling, Size
+from flowalign.models.checkpoint_files import check_files, check_finite, read_index
 from flowalign.models.lora import (
     ADAPTER,
     LoRA,
@@ -56,18 +58,25 @@ def inspect_checkpoint(path: str, family: str | None = None) -> tuple[dict[str, 
     another. Raises FileNotFoundError or ValueError before any weight is read."""
     name = resolve(path)
     local = Path(name)
-    if local.exists() and not (local / "model_index.json").is_file():
-        raise ValueError(
-            f"got policy.path={path!r} without a model_index.json; expected a diffusers pipeline folder: save one with "
-            "pipe.save_pretrained"
-        )
     if not local.exists() and (name.startswith((".", "/", "~")) or name.count("/") != 1):
         raise FileNotFoundError(
             f"got policy.path={path!r}, which does not exist (working directory: {Path.cwd()}); expected 'glyphs', a "
             "diffusers pipeline folder, or a hub id such as 'stabilityai/stable-diffusion-3.5-medium'"
         )
-    index = dict(DiffusionPipeline.load_config(name))
+    index = read_index(local) if local.exists() else dict(DiffusionPipeline.load_config(name))
     return index, family_of(f"policy.path={path!r}", str(index.get("_class_name")), family)
+
+
+def check_checkpoint(path: str, family: str | None = None) -> None:
+    """FileNotFoundError or ValueError for a folder that holds no whole pipeline of its family, naming the file; from
+    configurations and headers alone."""
+    index, known = inspect_checkpoint(path, family)
+    if not Path(resolve(path)).exists():
+        return
+    absent = {name for name, value in known.load_arguments(index).items() if value is None}
+    parameters = inspect.signature(known.pipeline.__init__).parameters.values()
+    needed = [each.name for each in parameters if each.default is each.empty and each.name not in {"self", *absent}]
+    check_files(Path(resolve(path)), index, known.networks, needed, absent)
 
 
 def family_of(what: str, pipeline: str, family: str | None = None) -> Family:
@@ -167,7 +176,17 @@ def read_pipeline(
     """The diffusers pipeline of a checkpoint. parts: components that are already there, by name; they are not read."""
     index, known = inspect_checkpoint(path, family)
     dtypes = {"default": DTYPES[dtype], "vae": DTYPES[vae_dtype or dtype]}
-    pipeline = known.pipeline.from_pretrained(resolve(path), dtype=dtypes, **{**known.load_arguments(index), **parts})
+    try:
+        pipeline = known.pipeline.from_pretrained(
+            resolve(path), dtype=dtypes, **{**known.load_arguments(index), **parts}
+        )
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ValueError(
+            f"got policy.path={path!r}, which diffusers cannot load as a {known.pipeline.__name__} ({type(error).__name__}: "
+            f"{error}); expected a pipeline that {known.pipeline.__name__}.from_pretrained reads: save or download it anew"
+        ) from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -207,11 +226,13 @@ def load_policy(
     policy's. Raises FileNotFoundError or ValueError, as far as possible before any weight is read."""
     if isinstance(path, str):
         dtype = dtype or "fp32"
+        check_checkpoint(path, family)
         path_of(path, family)  # refuses a scheduler before the weights are read
         _, known = inspect_checkpoint(path, family)
         _check_full(trainable, DTYPES[dtype])
         pipeline = read_pipeline(path, family, dtype=dtype, vae_dtype=vae_dtype)
         _place(pipeline, known, device or "cpu", network_device)
+        check_finite(path, pipeline.components)
     else:
         given = {"dtype": dtype, "vae_dtype": vae_dtype, "device": device, "network_device": network_device}
         if settings := [name for name, value in given.items() if value is not None]:

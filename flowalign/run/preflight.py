@@ -1,5 +1,4 @@
-"""What is done before the model is loaded: the forecast of the cost, prompts, what an earlier launch of this run saved, a trial of each
-reward."""
+"""What is done before the model is loaded: the forecast of the cost, prompts, what an earlier launch of this run saved."""
 
 from __future__ import annotations
 
@@ -7,20 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from flowalign.config import TrainConfig
-from flowalign.data import PromptRecord, digest, load_prompts, source_images
+from flowalign.data import PromptRecord, digest, load_prompts
 from flowalign.errors import ConfigError
 from flowalign.evaluation.evaluate import EvaluationResult
 from flowalign.evaluation.result_file import load_result
-from flowalign.models import Policy
 from flowalign.models.load import rows_per_state
 from flowalign.rollouts.collect import leaves_per_group
-from flowalign.run.held_out_rewards import held_out_rewards
 from flowalign.storage import checkpoint
 from flowalign.storage.checkpoint import Tensors
-from rewards import Reward, RewardBatch, RewardError, pictures, score
 
 
 def forecast(config: TrainConfig) -> str:
@@ -119,48 +113,3 @@ def read_saved(config: TrainConfig, folder: Path, digests: dict[str, str]) -> Sa
             "set run.resume=changed to go on with them"
         )
     return saved
-
-
-def try_rewards(
-    config: TrainConfig, prompts: Prompts, device: torch.device | str = "cpu", policy: Policy | None = None
-) -> None:
-    """Each reward scores two samples of the form and on the device that it gets in the run: before the model is loaded
-    (policy None) those that read images or videos only, two black ones; after it those that read latents too, two all-zero
-    latents and what the policy decodes from them. ConfigError for one that cannot: a name is misspelt, a shape is wrong,
-    it answers in other channels than its spec says."""
-    trials = [
-        (config.reward, prompts.train),
-        *((reward, prompts.train) for reward in config.process_rewards),
-        *((reward, prompts.held_out) for reward in held_out_rewards(config)),
-    ]
-    for reward, records in trials:
-        if ("latents" in reward.spec.inputs) == (policy is None):
-            continue
-        two, what = (records * 2)[:2], "two black images" if policy is None else "two all-zero latents"
-        fields = _black(config, device) if policy is None else _zero_latents(config, reward, device, policy)
-        batch = RewardBatch(
-            prompts=[record.prompt for record in two],
-            metadata=[record.metadata for record in two],
-            conditions=source_images(two, device),
-            **fields,
-        )
-        try:
-            score(reward, batch, max_fail_rate=1.0)
-        except RewardError as error:
-            raise ConfigError(f"tried on {what}, {error}") from error
-
-
-def _black(config: TrainConfig, device: torch.device | str) -> dict[str, Any]:
-    """Two black images, or videos of a policy that makes more than one frame."""
-    size = config.policy.size
-    frames = (size.frames,) if size.frames > 1 else ()
-    return pictures(torch.zeros(2, *frames, 3, size.height, size.width, device=device), config.policy.fps)
-
-
-def _zero_latents(config: TrainConfig, reward: Reward, device: torch.device | str, policy: Policy) -> dict[str, Any]:
-    """Two all-zero latents, pure noise for a process reward, else data, decoded if the reward reads that too."""
-    latents = torch.zeros(2, *policy.latent_shape(config.policy.size), device=device)
-    sigma = torch.full((2,), float(reward.spec.scope == "latent"), device=device)
-    decoded = set(reward.spec.inputs) != {"latents"}
-    made = pictures(policy.decode(latents), config.policy.fps) if decoded else {}
-    return {"latents": latents, "sigma": sigma, **made}

@@ -29,15 +29,17 @@ from flowalign.run.folder import describe, open_folder
 from flowalign.run.interrupt import Interrupted, StopRequest
 from flowalign.run.iteration_log import IterationLog
 from flowalign.run.launch import Launch
-from flowalign.run.preflight import Prompts, forecast, read_saved, try_rewards
+from flowalign.run.preflight import Prompts, forecast, read_saved
 from flowalign.run.results import Results
 from flowalign.run.trackers import Trackers
+from flowalign.run.trial import try_rewards
 from flowalign.storage import checkpoint
 from flowalign.storage.checkpoint import CheckpointError
 from flowalign.storage.files import DamagedFile, write_atomic
 from flowalign.storage.finite import first_not_finite
 from flowalign.storage.metrics_log import MetricsLog
 from flowalign.trainers import Batch, Update
+from rewards import close
 
 
 @dataclass(eq=False)
@@ -191,10 +193,10 @@ def _enter(config: TrainConfig, plain: dict[str, Any], folder: Path, launch: Lau
     if processes.is_main:
         print(forecast(config), flush=True)
     for reward in (config.reward, *config.process_rewards, *config.evaluation.rewards):
-        leaving.callback(reward.close)
-    try_rewards(config, prompts, launch.accelerator.device)
+        leaving.callback(close, reward)
+    try_rewards(config, prompts, launch.accelerator.device, announce=processes.is_main)
     policy = policy_of(config, launch.accelerator.device, launch.network_device)
-    try_rewards(config, prompts, launch.accelerator.device, policy)
+    try_rewards(config, prompts, launch.accelerator.device, policy, announce=processes.is_main)
     processes = launch.shard(policy, processes)
     ema = None if config.run.ema_decay is None else EMA(policy.trainable_parameters(), decay=config.run.ema_decay)
     task = task_of(config, policy, processes=processes)
