@@ -40,7 +40,7 @@ from flowalign.diagnostics.measure import StandIn, count_calls, gradients, now
 from flowalign.models import Policy
 from flowalign.rollouts.collect import ScoredRollout, leaves_per_group
 from flowalign.rollouts.task import Task
-from rewards import channels_of, score
+from rewards import channels_of, close, score
 
 __all__ = ["Finding", "diagnose", "examine"]
 
@@ -120,7 +120,7 @@ def examine(config: TrainConfig, policy: Policy) -> Iterator[Finding]:
         yield ask("time", lambda: _time(config, task, moved()[0], moved()[2], prompts), "reached", rewarded)
     finally:
         for reward in (config.reward, *config.process_rewards, *config.evaluation.rewards):
-            reward.close()
+            close(reward)
 
 
 def _rewards(

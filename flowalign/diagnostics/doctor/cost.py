@@ -29,7 +29,6 @@ def fixture(task: Task, batch: ScoredRollout, prompts: Sequence[PromptRecord], r
 def check_reward(reward: Reward, batch: RewardBatch, *, trained: bool) -> Finding:
     """Valid scores, a spread inside groups if it is trained on, and the same scores when asked again in another order."""
     name, rows = f"{'reward' if trained else 'evaluation'} {reward.name}", torch.arange(len(batch)).flip(0)
-    reward.load()
     first = score(reward, batch, max_fail_rate=1.0)
     again = score(reward, batch.select(rows), max_fail_rate=1.0)
     valid, groups = first.valid.all(1), torch.tensor(batch.group_ids)
