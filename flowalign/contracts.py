@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any, get_args, get_type_hints
 from unittest.mock import patch
 
-from jsonargparse import _typehints
+from jsonargparse import _signatures, _typehints
 
 import rewards
 import samplers
@@ -24,12 +24,14 @@ HOMES: tuple[ModuleType, ...] = (rewards, samplers, trainers, credit, advantage,
 @contextmanager
 def by_what_can_be_called() -> Iterator[None]:
     """A context in which the configuration parser takes a class for a contract if `differences` finds none. By itself it
-    compares annotations, for which `-> None` differs from a postponed `-> None`."""
+    compares annotations, for which `-> None` differs from a postponed `-> None`; and a part that is the default of another
+    would lose its class, since parts are dataclasses."""
 
     def satisfies(value: Any, contract: type) -> bool:
         return inspect.isclass(value) and value is not object and not differences(value, contract)
 
-    with patch.object(_typehints, "implements_protocol", satisfies):
+    keeps_class = patch.object(_signatures, "is_subclasses_disabled", lambda cls: False)
+    with patch.object(_typehints, "implements_protocol", satisfies), keeps_class:
         yield
 
 

@@ -24,7 +24,8 @@ BATCH_FIELDS = ("latents", "sigma", "videos", "fps", "conditions")  # what a fun
 
 @dataclass
 class FunctionReward:
-    """A reward from `./my_rewards.py:shininess`, `package.module:shininess` or `package.module.shininess`.
+    """A reward from a function, or from the path of one: `./my_rewards.py:shininess`, `package.module:shininess` or
+    `package.module.shininess`.
 
     The function gets images (float32 [N, 3, H, W] in [0, 1]) and prompts (N texts), then by keyword the metadata columns
     that it names (or all, with **metadata): lists of N, None where a sample lacks the key. It returns N numbers: a tensor,
@@ -35,11 +36,12 @@ class FunctionReward:
     channels: names of its scores, if there are several: it then returns [N, C]. differentiable: it returns a tensor with a
     graph to its inputs.
 
-    The path's form and the file are checked at construction, the function is imported by `load`. Relative files are
-    looked for in the working directory.
+    path: the function itself (in Python), or its path. The path's form and the file are checked at construction, the
+    function is imported by `load`. Relative files are looked for in the working directory. name: by default the function's.
+    TypeError for what cannot be called.
     """
 
-    path: str
+    path: str | Callable[..., Any]
     name: str = ""
     channels: tuple[str, ...] = ()
     inputs: tuple[Input, ...] = ("images",)
@@ -48,10 +50,20 @@ class FunctionReward:
     _function: Callable[..., Any] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        place, attribute = split_path(self.path)
-        if place.endswith(".py") and not Path(place).is_file():
-            raise ValueError(f"reward {self.path!r}: there is no file {Path(place).absolute()}; expected it to exist")
-        self.name = self.name or attribute
+        if isinstance(self.path, str):
+            place, attribute = split_path(self.path)
+            if place.endswith(".py") and not Path(place).is_file():
+                raise ValueError(
+                    f"reward {self.path!r}: there is no file {Path(place).absolute()}; expected it to exist"
+                )
+            self.name = self.name or attribute
+        else:
+            if not callable(self.path):
+                raise TypeError(
+                    f"got {self.path!r} as a reward; expected a function, or its path './my_rewards.py:shininess'"
+                )
+            self._function = self.path
+            self.name = self.name or _name_of(self.path)
         self.spec  # noqa: B018 (checked at construction)
 
     @property
@@ -60,7 +72,7 @@ class FunctionReward:
 
     def load(self) -> None:
         if self._function is None:
-            self._function = import_function(self.path)
+            self._function = import_function(str(self.path))
 
     def close(self) -> None: ...
 
@@ -70,8 +82,13 @@ class FunctionReward:
         first = [batch.images] if "images" in self.inputs else []
         named = self._named(self._function, batch, skip=len(first) + 1)
         answer = self._function(*first, list(batch.prompts), **named)
-        scores = as_scores(answer, self.path, grad=torch.is_grad_enabled() and self.differentiable)
+        scores = as_scores(answer, self._label, grad=torch.is_grad_enabled() and self.differentiable)
         return RewardOutput(scores, torch.isfinite(scores))
+
+    @property
+    def _label(self) -> str:
+        """Of messages."""
+        return self.path if isinstance(self.path, str) else self.name
 
     def _named(self, function: Callable[..., Any], batch: RewardBatch, skip: int) -> dict[str, Any]:
         """The fields of the batch and the metadata columns that the function takes, after its first `skip` parameters."""
@@ -84,18 +101,24 @@ class FunctionReward:
                 continue
             if each.name in BATCH_FIELDS and fields[each.name] is None:
                 raise ValueError(
-                    f"reward {self.path!r} takes {each.name!r}, which its batch does not have: name what it reads in "
+                    f"reward {self._label!r} takes {each.name!r}, which its batch does not have: name what it reads in "
                     "`inputs` ('videos', 'latents'); conditions come with prompts that have images"
                 )
             if each.name not in known and each.name not in fields:
                 raise ValueError(
-                    f"reward {self.path!r} needs the metadata column {each.name!r}; the prompts have "
+                    f"reward {self._label!r} needs the metadata column {each.name!r}; the prompts have "
                     f"{near(each.name, known)}"
                 )
         takes_all = any(each.kind == each.VAR_KEYWORD for each in parameters)
         wanted = known if takes_all else [each.name for each in named if each.name in known]
         given = {name: value for name, value in fields.items() if value is not None}  # else its default
         return {key: [row.get(key) for row in batch.metadata] for key in wanted} | given
+
+
+def _name_of(function: Callable[..., Any]) -> str:
+    """`shininess`, "lambda", or the class of an object that can be called."""
+    named = function if inspect.isroutine(function) or inspect.isclass(function) else type(function)
+    return named.__name__.strip("<>")
 
 
 def split_path(path: str) -> tuple[str, str]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from accelerate import init_empty_weights
 from diffusers import DDIMScheduler, DiffusionPipeline
 from torch import nn
 
-from flowalign.models.base import Family, Policy, Size
+from flowalign.models.base import Family, Policy, Sampling, Size
 from flowalign.models.checkpoint_files import check_files, check_finite, read_index
 from flowalign.models.lora import (
     ADAPTER,
@@ -31,6 +32,7 @@ from flowalign.models.lora import (
 from flowalign.models.lora_file import read_lora
 from flowalign.models.pipeline_policy import PROMPT_STORE_BYTES, Offloadable, PipelinePolicy
 from flowalign.models.roles import Role
+from flowalign.models.sampling import defaults_of
 from flowalign.models.trained_networks import TrainedNetworks
 from samplers import Path as NoisingPath
 
@@ -43,9 +45,9 @@ FAMILIES = {
 
 
 def resolve(path: str) -> str:
-    """ "glyphs" is the pipeline that comes with flowalign; anything else is a folder or a hub id."""
+    """ "glyphs" is the pipeline that comes with flowalign; anything else is a folder (~ is the home) or a hub id."""
     if path != "glyphs":
-        return path
+        return os.path.expanduser(path)
     from flowalign.glyphs import PIPELINE
 
     return str(PIPELINE)
@@ -205,17 +207,18 @@ def load_policy(
     offload: Sequence[Offloadable] = (),
     decode_batch: int | None = None,
     prompt_store: int = PROMPT_STORE_BYTES,
+    sampling: Sampling | None = None,
     seed: int = 0,
 ) -> Policy:
     """Loads a pipeline, or takes a live one, as a policy.
 
-    lora: its settings, or a folder with a LoRA to start from, with the settings of that. trainable: "lora" (the default LoRA
+    lora: its settings, or a LoRA to start from, with the settings of that: a run folder, its lora/, a folder of diffusers' save_lora_weights, or a .safetensors file. trainable: "lora" (the default LoRA
     if none is given), "full" weights (fp32 only), or "none". dtype: of the frozen network, "fp32" by default; adapters are
     always fp32. vae_dtype: of the VAE if it is another. family: the import path of a `Family` of your own.
     max_sequence_length: see the family's model. seed: of the adapters' initial weights. device: "cpu" by default.
     network_device: the trained networks' device if it is not `device` (see flowalign.distributed.fsdp2). reference_copy: keeps
     a frozen copy of the networks, the reference of a full fine-tuning with a KL. offload, decode_batch, prompt_store: see
-    PipelinePolicy.
+    PipelinePolicy. sampling: how the policy generates where a call does not say; by default as the pipeline's own call.
 
     A live pipeline says dtype and device itself. Its networks are shared, not copied: they get the policy's adapters, are
     frozen otherwise and put into eval mode, so the pipeline samples with what is trained. Its scheduler and settings are
@@ -257,8 +260,9 @@ def load_policy(
         {name: copy.deepcopy(net).requires_grad_(False) for name, net in model.networks.items()} if copies else None
     )
     trained = TrainedNetworks(model.networks, has_lora=trainable == "lora", frozen=frozen, base=base)
+    configs = {name: network.config for name, network in model.networks.items()}
     return PipelinePolicy(
-        model, known, trained, negative_prompt=negative_prompt, device=device or model.vae.device, offload=offload,
+        model, known, trained, sampling=sampling or defaults_of(pipeline, configs, model.vae.config), negative_prompt=negative_prompt, device=device or model.vae.device, offload=offload,
         decode_batch=decode_batch, prompt_store=prompt_store,
     )  # fmt: skip
 

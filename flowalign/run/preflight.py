@@ -87,9 +87,15 @@ class Saved:
     state: dict[str, Any]
     base: EvaluationResult | None
 
+    def changed_prompts(self, digests: dict[str, str]) -> dict[str, tuple[str, str]]:
+        """{prompt set: (former digest, digest now)} of those that are not what the checkpoint was trained with."""
+        former = self.state.get("prompts", {}) if self.iteration else {}
+        return {name: (former[name], now) for name, now in digests.items() if name in former and former[name] != now}
+
 
 def read_saved(config: TrainConfig, folder: Path, digests: dict[str, str]) -> Saved:
-    """Reads and checks what the folder holds. ConfigError if the base evaluation is lost, or if prompts have changed."""
+    """Reads and checks what the folder holds. ConfigError if the base evaluation is lost, or if prompts have changed: those of the
+    evaluation never may, those of the training with run.resume=changed."""
     path, base_file = checkpoint.latest(folder), folder / "evaluation" / "base.safetensors"
     iteration = 0 if path is None else checkpoint.step_of(path)
     tensors, state = ({}, {}) if path is None else checkpoint.load(path)
@@ -100,9 +106,16 @@ def read_saved(config: TrainConfig, folder: Path, digests: dict[str, str]) -> Sa
     base = load_result(base_file) if base_file.exists() else None
     if path is None and base is not None and base.digest != digests["held_out"]:
         base = None  # nothing is trained yet, and the prompts have changed: evaluated again
-    if path is not None and state.get("prompts") != digests:
+    saved = Saved(iteration, tensors, state, base)
+    others = saved.changed_prompts(digests)
+    if "held_out" in others:
         raise ConfigError(
-            f"the prompts of {config.prompts} or {config.evaluation.prompts} have changed since {folder} was begun: restore "
-            "them, or choose another run.name"
+            f"the first {config.evaluation.count} prompts of {config.evaluation.prompts} have changed since {folder} was begun, "
+            "and the base evaluation belongs to them: restore them, or choose another run.name"
         )
-    return Saved(iteration, tensors, state, base)
+    if others and config.run.resume != "changed":
+        raise ConfigError(
+            f"the prompts of {config.prompts} have changed since {folder} was begun: restore them, choose another run.name, or "
+            "set run.resume=changed to go on with them"
+        )
+    return saved

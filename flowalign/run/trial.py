@@ -13,6 +13,7 @@ from flowalign.config import TrainConfig
 from flowalign.data import PromptRecord, source_images
 from flowalign.errors import ConfigError
 from flowalign.models import Policy
+from flowalign.run.held_out_rewards import held_out_rewards
 from flowalign.run.preflight import Prompts
 from rewards import Reward, RewardBatch, RewardError, channels_of, pictures, score
 
@@ -31,10 +32,12 @@ def try_rewards(
     ConfigError for one that cannot: a name is misspelt, a shape is wrong, it answers in other channels than its spec says, or
     in a channel it has no score for any of 2 · PAIRS prompts spread over the set (unless its spec says that black images have
     none)."""
+    judges, named = held_out_rewards(config), len(config.evaluation.rewards)
     trials = [
         ("reward", config.reward, prompts.train),
         *(("process_rewards", reward, prompts.train) for reward in config.process_rewards),
-        *(("evaluation.rewards", reward, prompts.held_out) for reward in config.evaluation.rewards),
+        *(("evaluation.rewards", reward, prompts.held_out) for reward in judges[:named]),
+        *(("evaluation.training_reward (false leaves it out)", reward, prompts.held_out) for reward in judges[named:]),
     ]
     for place, reward, records in trials:
         if ("latents" in reward.spec.inputs) == (policy is None):
@@ -61,7 +64,7 @@ def _try(
         try:
             output = score(reward, batch, max_fail_rate=1.0)
         except RewardError as error:
-            raise ConfigError(f"tried on two {what}, {error}") from error
+            raise ConfigError(f"{place}: tried on two {what}, {error}") from error
         scored |= output.valid.any(0)
         reason = reason or next((text for text in output.info if text), "")
         if bool(scored.all()) or not reward.spec.scores_black:

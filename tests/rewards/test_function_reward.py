@@ -1,5 +1,7 @@
 """A user's function by file and by import path; misspelt names suggest the right one."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -75,6 +77,23 @@ def test_by_file_and_by_import_path(file, path):
     assert reward.name == "shininess"
     output = score(reward, BATCH)
     assert torch.equal(output.scores[:, 0], BATCH.images.mean(dim=(1, 2, 3))) and output.valid.all()
+
+
+def test_a_function_itself():
+    def brightness(images, prompts, word):
+        return images.mean(dim=(1, 2, 3)) + torch.tensor([float(len(w)) for w in word])
+
+    reward = FunctionReward(brightness)
+    assert (reward.name, FunctionReward(brightness, name="mine").name) == ("brightness", "mine")
+    expected = BATCH.images.mean(dim=(1, 2, 3)) + torch.tensor([4.0, 2.0, 4.0])
+    assert torch.equal(score(reward, BATCH).scores[:, 0], expected)
+    reward.load()
+    assert FunctionReward(lambda images, prompts: [0.0] * len(prompts)).name == "lambda"
+    assert FunctionReward(partial(brightness, word=[])).name == "partial"
+    with pytest.raises(TypeError, match=r"got 3 as a reward; expected a function, or its path"):
+        FunctionReward(3)
+    with pytest.raises(RewardError, match=r"reward 'brightness' needs the metadata column 'word'"):
+        score(reward, RewardBatch(prompts=["a"], images=torch.rand(1, 3, 4, 4)))
 
 
 def test_metadata_columns_that_the_function_names(file):

@@ -38,11 +38,11 @@ def test_a_trial_has_the_form_that_the_run_gives(tmp_path: Path, tiny_pipeline: 
     )
     settings = {"process_rewards": [state]}
     config = tried(tmp_path, reward=image, **settings)
-    assert [batch.images.shape for batch in image.seen] == [(2, 3, 24, 48)] and not state.seen
+    assert [batch.images.shape for batch in image.seen] == [(2, 3, 24, 48)] * 2 and not state.seen  # evaluated, too
     assert image.seen[0].prompts == [record.prompt for record in Prompts.of(config).train[:2]]
     policy, _ = make(tiny_pipeline, Chain())
     tried(tmp_path, policy, reward=image, **settings)
-    assert len(image.seen) == 1 and state.seen[0].latents.shape == (2, *policy.latent_shape(Size(24, 48)))
+    assert len(image.seen) == 2 and state.seen[0].latents.shape == (2, *policy.latent_shape(Size(24, 48)))
     assert state.seen[0].sigma.tolist() == [1, 1] and state.seen[0].images is None
     with pytest.raises(ConfigError, match="got a batch with images and latents; expected videos"):
         tried(tmp_path, policy, reward=video)
