@@ -16,7 +16,8 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from flowalign.config_layers import located, merge, origins, read_layer
-from flowalign.contracts import by_what_can_be_called, check_attributes, explain
+from flowalign.config_parser import own_rules
+from flowalign.contracts import check_attributes
 from flowalign.data import load_prompts
 from flowalign.errors import ConfigError
 from flowalign.models.base import Size
@@ -174,16 +175,16 @@ def load_config(paths: str | Sequence[str], overrides: Sequence[str] = ()) -> tu
                 f"override {override!r}: expected key=value, such as rollout.group_size=24; files come before overrides"
             )
         arguments.append(f"--{override}")
-    reader = parser()
     try:
-        with by_what_can_be_called():
+        with own_rules():
+            reader = parser()
             namespace = reader.parse_args(arguments)
             plain = yaml.safe_load(reader.dump(namespace, skip_unset=False))
             objects = reader.instantiate(namespace)
     except ConfigError:
         raise
     except Exception as error:  # jsonargparse raises many kinds; each is a fault of the configuration
-        raise ConfigError(located(explain(_explain(str(error))), node, overrides)) from error
+        raise ConfigError(located(_explain(str(error)), node, overrides)) from error
     plain.pop("config", None)
     values = objects.as_dict() if isinstance(objects, Namespace) else dict(objects)
     values.pop("config", None)
