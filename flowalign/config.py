@@ -175,9 +175,9 @@ def load_config(paths: str | Sequence[str], overrides: Sequence[str] = ()) -> tu
                 f"override {override!r}: expected key=value, such as rollout.group_size=24; files come before overrides"
             )
         arguments.append(f"--{override}")
+    reader = parser()
     try:
         with own_rules():
-            reader = parser()
             namespace = reader.parse_args(arguments)
             plain = yaml.safe_load(reader.dump(namespace, skip_unset=False))
             objects = reader.instantiate(namespace)

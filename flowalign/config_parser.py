@@ -6,17 +6,17 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, get_args, get_origin
 from unittest.mock import patch
 
 from jsonargparse import _signatures, _typehints
 
-from flowalign.contracts import differences, is_part
+from flowalign.contracts import differences
 from rewards import FunctionReward
 from rewards.base import Input, Scope
 from rewards.import_path import import_named, in_file
 
-import_dotted, closed = _typehints.import_object, _signatures.is_subclasses_disabled
+import_dotted, adapt = _typehints.import_object, _typehints.adapt_typehints
 
 
 @contextmanager
@@ -27,13 +27,15 @@ def own_rules() -> Iterator[None]:
       differs from a postponed `-> None`;
     * finds classes as `import_part` does;
     * keeps no argument of a part that another class replaces; by itself it keeps those of the same names;
-    * knows the class of a part that is a field's default; by itself it would only see the arguments of a dataclass.
+    * takes null for "none of this name" in a mapping of parts, such as trainer.regularizers;
+    * knows the class of a part that is another's default; by itself it would only see the arguments of a dataclass.
     """
     rules: list[tuple[Any, str, Callable[..., Any]]] = [
         (_typehints, "implements_protocol", _satisfies),
         (_typehints, "import_object", import_part),
         (_typehints, "discard_init_args_on_class_path_change", _forget_arguments),
-        (_signatures, "is_subclasses_disabled", lambda kind: closed(kind) and not is_part(kind)),
+        (_typehints, "adapt_typehints", _without_nulls),
+        (_signatures, "is_subclasses_disabled", lambda kind: False),
     ]
     with ExitStack() as stack:
         for module, name, rule in rules:
@@ -86,3 +88,15 @@ def _forget_arguments(parser: Any, former: Any, later: Any) -> None:
     if former and "init_args" in former and former["class_path"] != later["class_path"]:
         for key in list(former.init_args.keys()):
             former.init_args.pop(key, None)
+
+
+def _without_nulls(value: Any, hint: Any, *arguments: Any, **named: Any) -> Any:
+    """Adapts a value to a type, as the parser does; a mapping without the names whose value is null, where the type has none."""
+    kinds = get_args(hint)
+    if get_origin(hint) is dict and kinds[1] is not Any and type(None) not in get_args(kinds[1]):
+        if isinstance(value, _typehints.NestedArg) and value.val in (None, "null"):
+            former = named.get("prev_val")
+            value = {key: part for key, part in (former if isinstance(former, dict) else {}).items() if key != value.key}
+        elif isinstance(value, dict):
+            value = {key: part for key, part in value.items() if part is not None}
+    return adapt(value, hint, *arguments, **named)

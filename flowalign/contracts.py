@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from dataclasses import is_dataclass
-from functools import cache
 from types import ModuleType
 from typing import Any, get_args, get_type_hints
 
@@ -14,29 +13,6 @@ import samplers
 from flowalign import advantage, credit, objectives, selectors, trainers
 
 HOMES: tuple[ModuleType, ...] = (rewards, samplers, trainers, credit, advantage, selectors, objectives)
-
-
-def is_part(cls: type) -> bool:
-    """Whether it satisfies one of the contracts of `HOMES`."""
-    return any(not differences(cls, contract) for contract in _contracts())
-
-
-@cache
-def _contracts() -> tuple[type, ...]:
-    """Those of `HOMES` with a method."""
-    found = {value for home in HOMES for value in vars(home).values() if inspect.isclass(value)}
-    return tuple(
-        each for each in found
-        if vars(each).get("_is_protocol") and any(inspect.isfunction(vars(each).get(name)) for name in _members(each))
-    )  # fmt: skip
-
-
-def _members(contract: type) -> list[str]:
-    """The names of its methods and properties."""
-    return [
-        name for name, member in vars(contract).items()
-        if (not name.startswith("_") or name == "__call__") and (inspect.isfunction(member) or isinstance(member, property))
-    ]  # fmt: skip
 
 
 def differences(cls: type, contract: type) -> list[str]:
@@ -51,6 +27,14 @@ def differences(cls: type, contract: type) -> list[str]:
         else:
             found += _method_differs(name, cls, member)
     return found
+
+
+def _members(contract: type) -> list[str]:
+    """The names of its methods and properties."""
+    return [
+        name for name, member in vars(contract).items()
+        if (not name.startswith("_") or name == "__call__") and (inspect.isfunction(member) or isinstance(member, property))
+    ]  # fmt: skip
 
 
 def check_attributes(part: Any, key: str = "") -> None:

@@ -85,3 +85,23 @@ def test_a_class_that_can_be_called_is_taken_however_it_is_made(
     monkeypatch.syspath_prepend(tmp_path)
     config, _ = load_config(TINY, [f"reward={{class_path: {module}.Mine, init_args: {arguments}}}"])
     assert config.reward.name == "mine"
+
+
+def test_a_part_may_be_the_default_of_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By itself the configuration parser would turn it into its fields, without its class."""
+    credit = """
+from dataclasses import dataclass, field
+from flowalign.credit import Broadcast, Credit, SubtreeFusion
+
+@dataclass(frozen=True)
+class Outer:
+    inner: Credit = field(default_factory=lambda: SubtreeFusion(0.5))
+    def assign(self, forest, scores, valid, channels):
+        return self.inner.assign(forest, scores, valid, channels)
+"""
+    (tmp_path / "outer_credit.py").write_text(credit)
+    monkeypatch.syspath_prepend(tmp_path)
+    config, plain = load_config(TINY, ["trainer.signal.credit=outer_credit.Outer"])
+    assert config.trainer.signal.credit.inner.beta == 0.5
+    inner = plain["trainer"]["init_args"]["signal"]["credit"]["init_args"]["inner"]
+    assert inner == {"class_path": "flowalign.credit.SubtreeFusion", "init_args": {"beta": 0.5}}

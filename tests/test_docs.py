@@ -3,6 +3,7 @@
 import importlib
 import io
 import re
+import runpy
 import shlex
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,24 @@ def test_the_tables_of_parts_name_what_there_is() -> None:
         assert choices - protocols - UNUSED <= names, choices - protocols - names
 
 
+def test_the_parameters_of_the_parts_are_those_of_the_code() -> None:
+    written = runpy.run_path(str(ROOT / "scripts" / "write_reference.py"))
+    page = (ROOT / "docs" / "methods.md").read_text()
+    assert page == written["with_reference"](page), "run scripts/write_reference.py"
+    assert "| `Sliding` | `every=25`, `stride=1`" in page and "`credit=Broadcast`" in page
+    assert "`RapidReader` |" not in page  # a part of a reward, none itself
+
+
+def test_a_method_of_the_page_holds_what_makes_it_that_method(tiny_pipeline: Path, tmp_path: Path) -> None:
+    (block,) = re.findall(r"```yaml\n# mixgrpo\.yaml\n(.*?)```", (ROOT / "docs" / "methods.md").read_text(), re.S)
+    (tmp_path / "mixgrpo.yaml").write_text(block)
+    files = [str(tmp_path / "mixgrpo.yaml"), "configs/models/glyphs.yaml", "configs/rewards/ocr_glyphs.yaml"]
+    config, plain = load_config(files, [f"policy.path={tiny_pipeline}"])
+    assert plain["trainer"]["init_args"]["signal"]["credit"]["class_path"] == "flowalign.credit.Broadcast"
+    assert plain["trainer"]["init_args"]["step_weight"]["class_path"] == "flowalign.objectives.Uniform"
+    assert config.rollout.plan.forecast(10, 12).edges == 48
+
+
 def test_the_glossary_has_every_word_once_and_in_order() -> None:
     rows = re.findall(r"^\| \*\*(.+?)\*\* \| (.+) \|$", (ROOT / "docs" / "glossary.md").read_text(), re.M)
     words = [word for word, _ in rows]
@@ -194,8 +213,11 @@ def test_every_command_loads(
     page: str, arguments: list[str], tiny_pipeline: Path, tiny_sd15_pipeline: Path, tmp_path: Path
 ) -> None:
     (block,) = re.findall(r"```python\n# my_rewards\.py\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    (method,) = re.findall(r"```yaml\n# mixgrpo\.yaml\n(.*?)```", (ROOT / "docs" / "methods.md").read_text(), re.S)
     (tmp_path / "my_rewards.py").write_text(block)
-    arguments = [word.replace("./my_rewards.py", str(tmp_path / "my_rewards.py")) for word in arguments]
+    (tmp_path / "mixgrpo.yaml").write_text(method)
+    for name in ("./my_rewards.py", "mixgrpo.yaml"):
+        arguments = [word.replace(name, str(tmp_path / Path(name).name)) for word in arguments]
     files, overrides = split_arguments(arguments)
     tiny = tiny_sd15_pipeline if "configs/models/sd15.yaml" in files else tiny_pipeline
     config, _ = load_config(files, [*overrides, f"policy.path={tiny}"])

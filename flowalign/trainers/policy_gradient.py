@@ -13,7 +13,7 @@ from torch import Tensor
 from flowalign.advantage import SignalContext
 from flowalign.data import PromptRecord
 from flowalign.models.roles import Role
-from flowalign.objectives import DynamicClip, Objective, Regularizer, StepWeight, Supervision
+from flowalign.objectives import DynamicClip, Objective, Regularizer, StepWeight, Supervision, Uniform
 from flowalign.rollouts.collect import ScoredRollout, collect, grow, leaves_per_group
 from flowalign.rollouts.task import Rollout, Task
 from flowalign.trainers.base import AdamWConfig, Setup, Trainer, Update, UpdateForecast
@@ -48,7 +48,7 @@ class PolicyGradient:
 
     signal: Signal
     objective: Objective
-    step_weight: StepWeight
+    step_weight: StepWeight = field(default_factory=Uniform)
     regularizers: dict[str, Regularizer] = field(default_factory=dict)
     supervision: dict[str, Supervision] = field(default_factory=dict)
     dynamic_clip: DynamicClip | None = None

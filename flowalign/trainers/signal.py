@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
 from flowalign.advantage import Advantage, Advantages, SignalContext
-from flowalign.credit import Credit, EdgeValues
-from flowalign.selectors import Selector
+from flowalign.credit import Broadcast, Credit, EdgeValues
+from flowalign.selectors import AllEdges, Selector
 from samplers import SOURCES, Forest
 
 
@@ -27,9 +27,9 @@ class Signal:
     """credit: from scores of leaves to values of edges. advantage: from those values to advantages. select: which edges are
     trained."""
 
-    credit: Credit
     advantage: Advantage
-    select: Selector
+    credit: Credit = field(default_factory=Broadcast)
+    select: Selector = field(default_factory=AllEdges)
 
     def edges(
         self,

@@ -5,7 +5,6 @@ import torch
 
 import flowalign.selectors
 from flowalign.advantage import Advantages, Normalized, SignalContext
-from flowalign.credit import Broadcast
 from flowalign.selectors import All, AllEdges, NonZeroAdvantage, Selector
 from flowalign.trainers import Signal
 from samplers import Forest, Tree, chain
@@ -73,8 +72,6 @@ def test_no_invalid_edge_is_trained(cls: type, trees: tuple[Tree, ...]) -> None:
     scores = torch.randn(len(forest.tree.leaves), 1, generator=torch.Generator().manual_seed(1)).double()
     valid = everywhere(scores)
     valid[::3] = False
-    edges = Signal(Broadcast(), Normalized(), built(cls)).edges(
-        forest, scores, valid, ("r",), SignalContext(0, 3, UIDS)
-    )
+    edges = Signal(Normalized(), select=built(cls)).edges(forest, scores, valid, ("r",), SignalContext(0, 3, UIDS))
     assert not bool(edges.advantages.valid.all()) and bool(edges.chosen.any())
     assert not bool((edges.chosen & ~edges.advantages.valid.any(1)).any())

@@ -14,12 +14,11 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 
 from flowalign.advantage import Normalized
-from flowalign.credit import Broadcast
 from flowalign.data import PromptRecord
 from flowalign.distributed.fsdp2 import shard
 from flowalign.distributed.processes import Processes
 from flowalign.models import LoRA, Size, load_policy
-from flowalign.objectives import ClippedRatio, Guard, KLPenalty, Uniform
+from flowalign.objectives import ClippedRatio, Guard, KLPenalty
 from flowalign.rollouts.task import Rollout, Task
 from flowalign.selectors import All, BestOfN, NonZeroAdvantage
 from flowalign.trainers import PolicyGradient, Signal
@@ -91,8 +90,8 @@ def run(pipeline: str, output: Path, plan: str, weights: str) -> None:
         processes = shard(policy, processes)
     chosen, group_size, objective = PLANS[plan]
     trainer = PolicyGradient(
-        Signal(Broadcast(), Normalized(std="batch"), All([NonZeroAdvantage(), BestOfN(2)])),
-        objective=objective, step_weight=Uniform(), regularizers={"kl": KLPenalty(0.1)}, micro_batch=2,
+        Signal(Normalized(std="batch"), select=All([NonZeroAdvantage(), BestOfN(2)])),
+        objective=objective, regularizers={"kl": KLPenalty(0.1)}, micro_batch=2,
     )  # fmt: skip
     settings = Rollout(chosen, FlowSDE(), groups=5, group_size=group_size, num_inference_steps=5, micro_batch=5)
     trainer.prepare(Task(policy, Moody(DARK[plan]), settings, 0, Size(24, 48), processes, [Level()]), None)

@@ -6,12 +6,10 @@ from pathlib import Path
 import torch
 
 from flowalign.advantage import Normalized
-from flowalign.credit import Broadcast
 from flowalign.data import PromptRecord
 from flowalign.models import LoRA, Size, load_policy
-from flowalign.objectives import ClippedRatio, Uniform
+from flowalign.objectives import ClippedRatio
 from flowalign.rollouts.task import Rollout, Task
-from flowalign.selectors import AllEdges
 from flowalign.trainers import PolicyGradient, Signal
 from rewards import RewardOutput, RewardSpec
 from samplers import FlowSDE
@@ -45,9 +43,9 @@ def make(
     for name, parameter in policy.trainable_parameters():
         if "lora_B" in name:
             parameter.data.normal_(std=0.05)
-    signal = Signal(*(parts.pop(name, default) for name, default in
-                      (("credit", Broadcast()), ("advantage", Normalized()), ("select", AllEdges()))))  # fmt: skip
-    parts = {"objective": ClippedRatio(1e-2), "step_weight": Uniform(), **parts}
+    own = {name: parts.pop(name) for name in ("credit", "select") if name in parts}
+    signal = Signal(parts.pop("advantage", Normalized()), **own)
+    parts = {"objective": ClippedRatio(1e-2), **parts}
     trainer = PolicyGradient(signal, **parts)
     settings = Rollout(
         plan, kernel or FlowSDE(), groups=2, group_size=group_size, num_inference_steps=steps, guidance_scale=guidance,

@@ -1,0 +1,106 @@
+"""Writes the parameters of every part and section into docs/methods.md, from their signatures."""
+
+import inspect
+import re
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from flowalign.config import EvaluationSettings, PolicySettings, RunSettings
+from flowalign.contracts import differences
+from flowalign.models import LoRA, Role
+from flowalign.objectives import DynamicClip
+from flowalign.rollouts.task import Rollout
+from flowalign.trainers import AdamWConfig, Signal
+
+PAGE = Path(__file__).parents[1] / "docs" / "methods.md"
+HEADING = "## Parameters"
+SECTIONS = {
+    "run": RunSettings, "policy": PolicySettings, "policy.lora": LoRA, "policy.roles.<name>": Role, "rollout": Rollout,
+    "evaluation": EvaluationSettings, "trainer.signal": Signal, "trainer.optimizer": AdamWConfig,
+    "trainer.dynamic_clip": DynamicClip,
+}  # fmt: skip
+KINDS = (  # where it stands in a configuration, the package and the contract of its choices
+    ("trainer", "flowalign.trainers", "Trainer"),
+    ("rollout.plan", "samplers", "Plan"),
+    ("position of a Window", "samplers", "Position"),
+    ("select of a Selected plan", "samplers", "Select"),
+    ("rollout.kernel", "samplers", "Kernel"),
+    ("ascent of a Guided kernel", "samplers", "Ascent"),
+    ("rollout.schedule, evaluation.schedule", "samplers", "Schedule"),
+    ("trainer.signal.credit", "flowalign.credit", "Credit"),
+    ("trainer.signal.advantage", "flowalign.advantage", "Advantage"),
+    ("trainer.signal.select", "flowalign.selectors", "Selector"),
+    ("trainer.objective", "flowalign.objectives", "Objective"),
+    ("trainer.step_weight", "flowalign.objectives", "StepWeight"),
+    ("trainer.regularizers.<name>", "flowalign.objectives", "Regularizer"),
+    ("trainer.supervision.<name>", "flowalign.objectives", "Supervision"),
+    ("reward, evaluation.rewards, process_rewards", "rewards", "Reward"),
+)
+
+
+def choices(home: ModuleType, contract: str) -> list[tuple[str, type]]:
+    """The exported classes of `home` that satisfy its Protocol `contract`."""
+    named = ((name, vars(home)[name]) for name in home.__all__)
+    classes = [(name, cls) for name, cls in named if inspect.isclass(cls) and not vars(cls).get("_is_protocol")]
+    return [(name, cls) for name, cls in classes if _satisfies(cls, vars(home)[contract])]
+
+
+def _satisfies(cls: type, contract: type) -> bool:
+    """Methods and attributes; an attribute may be a parameter of the class."""
+    attributes = {name for name, member in vars(contract).items() if isinstance(member, property)}
+    return not differences(cls, contract) and attributes <= {*dir(cls), *inspect.signature(cls).parameters}
+
+
+def reference() -> str:
+    """The section, as Markdown."""
+    lines = [HEADING, "", "Written by `scripts/write_reference.py`. A parameter without a value has to be given.", ""]
+    lines += ["| section | parameters |", "|---|---|"]
+    lines += [f"| `{name}` | {parameters(cls)} |" for name, cls in SECTIONS.items()]
+    for place, package, contract in KINDS:
+        lines += ["", f"### {place}", "", f"| `{package}.…` | parameters | |", "|---|---|---|"]
+        lines += [
+            f"| `{name}` | {parameters(cls)} | {first_sentence(cls)} |"
+            for name, cls in choices(import_module(package), contract)
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def parameters(cls: type) -> str:
+    """As in `class_path: cls, init_args: {…}`."""
+    given = inspect.signature(cls).parameters.values()
+    return ", ".join(f"`{each.name}{default(cls, each)}`" for each in given) or "–"
+
+
+def default(cls: type, parameter: inspect.Parameter) -> str:
+    if parameter.default is parameter.empty:
+        return ""
+    field = vars(cls)["__dataclass_fields__"][parameter.name]
+    value = parameter.default if field.default is parameter.default else field.default_factory()
+    return f"={text(value)}"
+
+
+def text(value: Any) -> str:
+    """A default as YAML has it; a part by its name."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(text(one) for one in value)}]"
+    plain = isinstance(value, int | float | str | dict)
+    return (str(value) if value != "" else '""') if plain else type(value).__name__
+
+
+def first_sentence(cls: type) -> str:
+    """Of its docstring."""
+    paragraph = " ".join((cls.__doc__ or "").split("\n\n")[0].split()).replace("|", "\\|")
+    return re.split(r"(?<=[.]) (?=[A-Zθσ`(])", paragraph)[0].rstrip(":")
+
+
+def with_reference(page: str) -> str:
+    """The page with the section as it is now, at its end."""
+    return page.partition(f"\n{HEADING}\n")[0].rstrip() + "\n\n" + reference()
+
+
+if __name__ == "__main__":
+    PAGE.write_text(with_reference(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
