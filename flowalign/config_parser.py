@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
-from typing import Any, get_args, get_origin
+from typing import Any
 from unittest.mock import patch
 
 from jsonargparse import _signatures, _typehints
@@ -14,9 +15,9 @@ from jsonargparse import _signatures, _typehints
 from flowalign.contracts import differences
 from rewards import FunctionReward
 from rewards.base import Input, Scope
-from rewards.import_path import import_named, in_file
+from rewards.import_path import import_named
 
-import_dotted, adapt = _typehints.import_object, _typehints.adapt_typehints
+import_dotted = _typehints.import_object
 
 
 @contextmanager
@@ -27,14 +28,12 @@ def own_rules() -> Iterator[None]:
       differs from a postponed `-> None`;
     * finds classes as `import_part` does;
     * keeps no argument of a part that another class replaces; by itself it keeps those of the same names;
-    * takes null for "none of this name" in a mapping of parts, such as trainer.regularizers;
     * knows the class of a part that is another's default; by itself it would only see the arguments of a dataclass.
     """
     rules: list[tuple[Any, str, Callable[..., Any]]] = [
         (_typehints, "implements_protocol", _satisfies),
         (_typehints, "import_object", import_part),
         (_typehints, "discard_init_args_on_class_path_change", _forget_arguments),
-        (_typehints, "adapt_typehints", _without_nulls),
         (_signatures, "is_subclasses_disabled", lambda kind: False),
     ]
     with ExitStack() as stack:
@@ -55,15 +54,16 @@ def import_part(name: str, check_path: bool = True) -> Any:
 
 
 def import_object(name: str, check_path: bool = True) -> Any:
-    """What stands behind the name of a part. ValueError if importing its file fails."""
-    if not in_file(name):
+    """What stands behind the name of a part. ValueError if it is not there, or if importing its module fails. check_path:
+    False for a name that the parser found in code."""
+    if not check_path:
         return import_dotted(name, check_path)
     try:
         return import_named(name)
     except ValueError:
         raise
     except (Exception, SystemExit) as error:
-        raise ValueError(f"got {name!r}, but importing the file raised {type(error).__name__}: {error}") from error
+        raise ValueError(f"got {name!r}, but importing it raised {type(error).__name__}: {error}") from error
 
 
 @cache
@@ -90,13 +90,17 @@ def _forget_arguments(parser: Any, former: Any, later: Any) -> None:
             former.init_args.pop(key, None)
 
 
-def _without_nulls(value: Any, hint: Any, *arguments: Any, **named: Any) -> Any:
-    """Adapts a value to a type, as the parser does; a mapping without the names whose value is null, where the type has none."""
-    kinds = get_args(hint)
-    if get_origin(hint) is dict and kinds[1] is not Any and type(None) not in get_args(kinds[1]):
-        if isinstance(value, _typehints.NestedArg) and value.val in (None, "null"):
-            former = named.get("prev_val")
-            value = {key: part for key, part in (former if isinstance(former, dict) else {}).items() if key != value.key}
-        elif isinstance(value, dict):
-            value = {key: part for key, part in value.items() if part is not None}
-    return adapt(value, hint, *arguments, **named)
+def explain(message: str) -> str:
+    """The configuration parser's message in one sentence, with the full dotted name of the key it is about."""
+    keys: list[str] = []
+    rest: list[str] = []
+    for line in (line.strip() for line in message.strip().splitlines()):
+        if found := re.fullmatch(r'Parser key "([^"]+)".*:', line):
+            keys.append(found[1])
+        elif not re.fullmatch(r"Problem with given class_path .*:", line):
+            rest.append(line)
+    key, text = ".".join(keys), " ".join(rest)
+    text = re.sub(r"<class '([\w.]+)'>", r"\1", text)
+    if found := re.fullmatch(r"Expected an? (.*?)\. Got value: (.*)", text):
+        return f"got {key}={found[2]}; expected {found[1].removeprefix('typing.')}"
+    return f"{key}: {text}" if key else text

@@ -20,15 +20,9 @@ def split_path(path: str) -> tuple[str, str]:
     place, _, attribute = path.rpartition(":" if ":" in path else ".")
     if not place or not attribute.isidentifier() or (place.endswith(".py") and ":" not in path) or attribute == "py":
         raise ValueError(
-            f"got path {path!r}; expected './my_rewards.py:shininess', 'package.module:shininess' or "
-            "'package.module.shininess'"
+            f"got path {path!r}; expected './my_file.py:name', 'package.module:name' or 'package.module.name'"
         )
     return place, attribute
-
-
-def in_file(path: str) -> bool:
-    """Whether it names an object of a file, not of a module."""
-    return path.rpartition(":")[0].endswith(".py")
 
 
 def check_file(path: str) -> None:
