@@ -3,6 +3,7 @@ full dotted name."""
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import math
 from typing import Any
@@ -96,17 +97,10 @@ def _found(path: str, contract: type, key: str) -> Any:
     """What the class_path of a part names."""
     try:
         found = import_part(path)
-    except (ImportError, ValueError) as error:
-        known = [
-            f"{home.__name__}.{name}" for home in HOMES for name in vars(home).get("__all__", ())
-            if inspect.isclass(vars(home)[name]) and not differences(vars(home)[name], contract)
-        ]  # fmt: skip
-        by_last = {full.rpartition(".")[2]: full for full in known}
-        close = guess(path.replace(":", ".").rpartition(".")[2], by_last)
-        close = next(
-            (close.replace(f"'{last}'", f"'{full}'") for last, full in by_last.items() if f"'{last}'" in close), ""
-        )
-        raise ConfigError(f"got {key}={path!r}; expected {_a(contract)}:{close} ({error})") from error
+    except ValueError as error:
+        raise ConfigError(
+            f"{key}: {error}{'' if 'did you mean' in str(error) else _near_part(path, contract)}"
+        ) from error
     if not inspect.isclass(found):  # what makes a FunctionReward
         if contract is not Reward:
             raise ConfigError(f"got {key}={path!r}, a function; expected a class that is {_a(contract)}")
@@ -115,6 +109,16 @@ def _found(path: str, contract: type, key: str) -> Any:
     elif differs := differences(found, contract):
         raise ConfigError(f"got {key}={path!r}; expected {_a(contract)}: {'; '.join(differs)}")
     return found
+
+
+def _near_part(path: str, contract: type) -> str:
+    """A guess which of our parts was meant, by the last part of its name."""
+    known = {
+        name: f"{home.__name__}.{name}" for home in HOMES for name in vars(home).get("__all__", ())
+        if inspect.isclass(vars(home)[name]) and not differences(vars(home)[name], contract)
+    }  # fmt: skip
+    near = difflib.get_close_matches(path.rpartition(".")[2], list(known), n=1)
+    return f"; did you mean {known[near[0]]!r}?" if near else ""
 
 
 def _mapping(node: yaml.Node, kind: Parameter, key: str) -> yaml.MappingNode:
@@ -130,10 +134,10 @@ def _scalar(node: yaml.ScalarNode, kind: Parameter, key: str) -> yaml.ScalarNode
         return yaml.ScalarNode("tag:yaml.org,2002:str", node.value, node.start_mark, node.end_mark, style='"')
     value = _number(node, float in kind.kinds)
     default = kind.default if isinstance(kind.default, tuple | list) else (kind.default,)
-    if not math.isfinite(value) and value not in default:
-        raise ConfigError(f"got {key}={node.value}; expected a finite number")
     if node.tag.endswith(":int") and abs(value) >= 2**63:
         raise ConfigError(f"got {key}={node.value:.40}; expected a whole number below 2**63")
+    if not math.isfinite(value) and value not in default:
+        raise ConfigError(f"got {key}={node.value}; expected a finite number")
     return node
 
 

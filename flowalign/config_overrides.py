@@ -84,7 +84,7 @@ def _replaced(former: yaml.Node | None, value: yaml.Node) -> yaml.Node:
 
 
 def _value(kind: Parameter, text: str, override: str) -> yaml.Node:
-    if str in kind.kinds and not (text == "null" and kind.may_be_null):  # as it is typed: "bad: ugly", [x
+    if str in kind.kinds and text not in ("null", "~"):  # as it is typed: "bad: ugly", [x
         node = yaml.ScalarNode("tag:yaml.org,2002:str", text, style='"')
     else:
         node = compose(text, f"override {override!r}") or yaml.ScalarNode("tag:yaml.org,2002:null", "null")

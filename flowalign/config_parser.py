@@ -49,7 +49,7 @@ def import_part(name: str, check_path: bool = True) -> Any:
     if inspect.isclass(found):
         return found
     if not callable(found):
-        raise ValueError(f"got {name!r}, a {type(found).__name__}; expected a class, or a function for a reward")
+        raise ValueError(f"got {name!r}, of type {type(found).__name__}; expected a class, or a function for a reward")
     return _reward_of(name)
 
 

@@ -24,8 +24,7 @@ def compose(text: str, source: str) -> yaml.Node | None:
         node = loader.get_single_node()
         if node is not None:
             _measure(node, source, {}, 0)
-            _check(node, source, set())
-            loader.construct_document(node)  # it resolves `<<`, in place
+            _check(node, source, loader, set())
     except yaml.YAMLError as error:
         raise ConfigError(f"{source} is not valid YAML: {error}") from error
     except RecursionError as error:
@@ -52,8 +51,8 @@ def _measure(node: yaml.Node, source: str, known: dict[int, int | None], depth: 
     return size
 
 
-def _check(node: yaml.Node, source: str, seen: set[int]) -> None:
-    """Tags, keys, and keys that are given twice, of which YAML itself would keep the last in silence."""
+def _check(node: yaml.Node, source: str, loader: yaml.SafeLoader, seen: set[int]) -> None:
+    """Tags, keys, and keys that are given twice, of which YAML itself would keep the last in silence. Resolves `<<`, in place."""
     if id(node) in seen:
         return
     seen.add(id(node))
@@ -71,8 +70,9 @@ def _check(node: yaml.Node, source: str, seen: set[int]) -> None:
             if key.value in given:
                 raise ConfigError(f"{source}, line {_line(key)}: {key.value!r} is given twice; keep one")
             given.add(key.value)
+        loader.flatten_mapping(node)
     for child in _children(node):
-        _check(child, source, seen)
+        _check(child, source, loader, seen)
 
 
 def _children(node: yaml.Node) -> list[yaml.Node]:

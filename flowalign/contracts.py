@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from dataclasses import is_dataclass
+from functools import cache
 from types import ModuleType
 from typing import Any, get_args, get_type_hints
 
@@ -15,7 +16,8 @@ from flowalign import advantage, credit, objectives, selectors, trainers
 HOMES: tuple[ModuleType, ...] = (rewards, samplers, trainers, credit, advantage, selectors, objectives)
 
 
-def differences(cls: type, contract: type) -> list[str]:
+@cache
+def differences(cls: type, contract: type) -> tuple[str, ...]:
     """In a sentence each: what `cls` lacks of the Protocol `contract`, and which methods cannot be called as there."""
     found = []
     for name in _members(contract):
@@ -26,7 +28,7 @@ def differences(cls: type, contract: type) -> list[str]:
             found.append(f"it has no method `{name}{_text(inspect.signature(member))}`")
         else:
             found += _method_differs(name, cls, member)
-    return found
+    return tuple(found)
 
 
 def _members(contract: type) -> list[str]:

@@ -115,7 +115,7 @@ def import_function(path: str) -> Callable[..., Any]:
     """The function behind a path; ValueError if it is not there, or is none."""
     found = import_named(path)
     if not callable(found) or inspect.isclass(found):
-        what = "a class" if inspect.isclass(found) else f"a {type(found).__name__}"
+        what = "a class" if inspect.isclass(found) else f"of type {type(found).__name__}"
         raise ValueError(f"got {path!r}, {what}; expected a function of images and prompts")
     return cast(Callable[..., Any], found)
 

@@ -41,8 +41,9 @@ def import_named(path: str) -> Any:
     place, attribute = split_path(path)
     module = _import_file(place) if place.endswith(".py") else _import_module(path, place)
     if attribute not in vars(module):
-        own = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise ValueError(f"got {path!r}: {attribute!r} does not exist; {place} has {near(attribute, own)}")
+        own = [key for key, value in vars(module).items() if callable(value) and value.__module__ == module.__name__]
+        has = f"; {place} has {near(attribute, own)}" if own else _guess(attribute, list(vars(module)))
+        raise ValueError(f"got {path!r}: {attribute!r} does not exist{has}")
     return vars(module)[attribute]
 
 

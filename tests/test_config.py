@@ -125,7 +125,9 @@ def test_a_bad_configuration_is_named(
 def test_unknown_keys_in_the_file_suggest_the_right_one(tmp_path: Path) -> None:
     text = Path(CONFIG).read_text().replace("group_size", "grup_size")
     (tmp_path / "c.yaml").write_text(text)
-    with pytest.raises(ConfigError, match=r"unknown key 'rollout\.grup_size': did you mean 'group_size'.*c\.yaml, line 6\)$"):
+    with pytest.raises(
+        ConfigError, match=r"unknown key 'rollout\.grup_size': did you mean 'group_size'.*c\.yaml, line 6\)$"
+    ):
         load_config(str(tmp_path / "c.yaml"))
 
 

@@ -130,7 +130,7 @@ def test_bad_answers_name_the_reward(file, function, message):
     [
         ("./my_rewards.py:shinyness", r"'shinyness' does not exist.*did you mean 'shininess'\?"),
         ("mine.inner.shiny_rewards:shinines", r"did you mean 'shininess'\?"),
-        ("./my_rewards.py:LIMIT", r"LIMIT', a int; expected a function"),
+        ("./my_rewards.py:LIMIT", r"LIMIT', of type int; expected a function"),
         (
             "mine.inner.shiny_reward:shininess",
             r"no module 'mine.inner.shiny_reward' \(did you mean 'shiny_rewards'",
