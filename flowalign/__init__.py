@@ -12,10 +12,11 @@ for _name in ("samplers", "rewards"):
 
 _PUBLIC = {
     "load_policy": "flowalign.models",
-    **dict.fromkeys(("LoRA", "Role", "Size"), "flowalign.models"),
+    **dict.fromkeys(("LoRA", "Role", "Sampling", "Size"), "flowalign.models"),
     "as_records": "flowalign.data",
     "evaluate": "flowalign.evaluation.evaluate",
     "load_config": "flowalign.config",
+    "load_run": "flowalign.run.load",
     "train": "flowalign.loop",
     **dict.fromkeys(("ODE", "FlowSDE", "ClippedFlowSDE", "DanceSDE", "LinearSDE", "CPS", "DDIM"), "samplers"),
     **dict.fromkeys(("DPMSolver", "Guided", "chain", "window", "rollout"), "samplers"),

@@ -6,30 +6,46 @@ from dataclasses import replace
 
 import torch
 
-from flowalign.config import TrainConfig
+from flowalign.config import PolicySettings, TrainConfig, evaluation_schedule
 from flowalign.data import load_prompts
 from flowalign.distributed.processes import Processes
 from flowalign.errors import ConfigError
-from flowalign.models import Policy, load_policy
+from flowalign.models import Policy, Sampling, load_policy
 from flowalign.rollouts.task import Task
 
 
 def policy_of(
     config: TrainConfig, device: str | torch.device, network_device: str | torch.device | None = None
 ) -> Policy:
-    """The policy with its roles; see load_policy. ConfigError for an image size it cannot make, or for nothing to train."""
-    settings = config.policy
-    policy = load_policy(
-        settings.path, lora=settings.lora, trainable=settings.trainable, dtype=settings.dtype,
-        vae_dtype=settings.vae_dtype, family=settings.family, max_sequence_length=settings.max_sequence_length,
-        negative_prompt=settings.negative_prompt, reference_copy=settings.reference_copy, device=device,
-        network_device=network_device, offload=settings.offload, decode_batch=settings.decode_batch, seed=config.run.seed,
-    )  # fmt: skip
+    """The policy with its roles, which generates as the evaluations do; see load_policy. ConfigError for an image size it cannot make, or for nothing to train."""
+    settings, evaluation = config.policy, config.evaluation
+    sampling = Sampling(
+        evaluation.num_inference_steps,
+        evaluation.guidance_scale,
+        settings.size,
+        evaluation_schedule(config),
+        settings.fps,
+    )
+    policy = from_settings(settings, sampling, device, network_device, seed=config.run.seed)
     policy.latent_shape(settings.size)
     policy.add_roles(config.roles)
     if not policy.trainable_parameters():
         raise ConfigError("got a policy without trainable parameters: check policy.trainable and policy.lora.targets")
     return policy
+
+
+def from_settings(
+    settings: PolicySettings, sampling: Sampling, device: str | torch.device,
+    network_device: str | torch.device | None = None, *, seed: int = 0,
+) -> Policy:  # fmt: skip
+    """The policy without roles beside its own and the reference; see load_policy."""
+    return load_policy(
+        settings.path, lora=settings.lora, trainable=settings.trainable, dtype=settings.dtype,
+        vae_dtype=settings.vae_dtype, family=settings.family, max_sequence_length=settings.max_sequence_length,
+        negative_prompt=settings.negative_prompt, reference_copy=settings.reference_copy, device=device,
+        network_device=network_device, offload=settings.offload, decode_batch=settings.decode_batch, sampling=sampling,
+        seed=seed,
+    )  # fmt: skip
 
 
 def task_of(

@@ -20,10 +20,10 @@ from flowalign.config_overrides import overridden
 from flowalign.config_parser import explain, own_rules
 from flowalign.config_types import Parameter
 from flowalign.contracts import check_attributes
-from flowalign.data import load_prompts
+from flowalign.data import PromptRecord, load_prompts
 from flowalign.errors import ConfigError
 from flowalign.models.base import Size
-from flowalign.models.load import check_image_size, check_lora_folders, check_lora_targets, inspect_checkpoint, path_of
+from flowalign.models.load import check_checkpoint, check_image_size, check_lora_folders, check_lora_targets, path_of
 from flowalign.models.lora import LoRA
 from flowalign.models.roles import Role, check_roles
 from flowalign.rollouts.collect import grow
@@ -67,7 +67,7 @@ class PolicySettings:
 class RunSettings:
     """A run: its folder `output`/`name`, its length and what it keeps. `resume`: "auto" goes on with a run of the same
     configuration, up to settings of length, speed and memory; "changed" also with other settings (a wider clip range,
-    say), which are noted in provenance.json; "never" refuses a folder that exists."""
+    say), which are noted in provenance.json; "never" refuses a folder that exists. project and tags: for the trackers."""
 
     name: str
     iterations: int = 100
@@ -77,6 +77,8 @@ class RunSettings:
     keep_checkpoints: int = 2
     ema_decay: float | None = None
     trackers: list[Literal["tensorboard", "wandb"]] = field(default_factory=lambda: ["tensorboard"])
+    project: str = "flowalign"
+    tags: list[str] = field(default_factory=list)
     resume: Literal["auto", "changed", "never"] = "auto"
     gradient_check: bool = True
 
@@ -94,7 +96,8 @@ class RunSettings:
 @dataclass(frozen=True)
 class EvaluationSettings:
     """Base beside tuned on held-out prompts, by the policy's solver, same seeds. The first reward is the one reported.
-    `schedule`: the noise levels; null: those of the rollout (samplers.FamilyGrid: the pipeline's own). `every`: also
+    training_reward: whether these prompts are scored by the reward that is trained on, too. allow_training_prompts: they may be
+    among those that are trained on (the gain is then not of new prompts). `schedule`: the noise levels; null: those of the rollout (samplers.FamilyGrid: the pipeline's own). `every`: also
     evaluate after so many iterations (null: only before and after the run)."""
 
     prompts: str
@@ -107,6 +110,8 @@ class EvaluationSettings:
     seed: int = 1234
     batch_size: int = 64
     every: int | None = None
+    training_reward: bool = True
+    allow_training_prompts: bool = False
 
     def __post_init__(self) -> None:
         for key in ("count", "samples_per_prompt", "num_inference_steps", "batch_size"):
@@ -221,7 +226,7 @@ def check(config: TrainConfig) -> None:
         if find_spec(tracker) is None:
             raise ConfigError(f"run.trackers names {tracker!r}, which is not installed: install it, or leave it out")
     check_roles(config.roles)
-    inspect_checkpoint(policy.path, policy.family)
+    check_checkpoint(policy.path, policy.family)
     check_image_size(policy.path, policy.size, policy.family)
     if policy.decode_batch is not None and policy.decode_batch < 1:
         raise ConfigError(f"policy.decode_batch={policy.decode_batch}: expected at least 1, or null")
@@ -261,6 +266,19 @@ def check(config: TrainConfig) -> None:
     if config.evaluation.count > len(held_out):
         raise ConfigError(
             f"evaluation.count={config.evaluation.count}: {config.evaluation.prompts} holds {len(held_out)} prompts"
+        )
+    _check_held_out(config, held_out[: config.evaluation.count])
+
+
+def _check_held_out(config: TrainConfig, held_out: Sequence[PromptRecord]) -> None:
+    """ConfigError for prompts of the evaluation that are trained on, unless that is asked for."""
+    trained = {(record.prompt, record.images) for record in load_prompts(config.prompts)}
+    shared = [record.prompt for record in held_out if (record.prompt, record.images) in trained]
+    if shared and not config.evaluation.allow_training_prompts:
+        raise ConfigError(
+            f"got {len(shared)} of the {len(held_out)} prompts of evaluation.prompts={config.evaluation.prompts} among those of "
+            f"prompts={config.prompts}, such as {shared[0]!r}; expected prompts that are not trained on, or the gain would not be "
+            "that of new ones: name others, or set evaluation.allow_training_prompts=true"
         )
 
 

@@ -32,9 +32,15 @@ class PromptRecord:
     negative_prompt: str | None = None
 
 
-def as_records(prompts: Sequence[str]) -> list[PromptRecord]:
-    """Plain texts as a prompt set."""
-    return [PromptRecord(uid, prompt) for uid, prompt in enumerate(prompts)]
+def as_records(prompts: str | PromptRecord | Sequence[str | PromptRecord]) -> list[PromptRecord]:
+    """A text or several as a prompt set, the place of each its uid; records stay as they are. TypeError for anything else."""
+    several = [prompts] if isinstance(prompts, str | PromptRecord) else list(prompts)
+    if wrong := [prompt for prompt in several if not isinstance(prompt, str | PromptRecord)]:
+        raise TypeError(
+            f"got {wrong[0]!r} as a prompt; expected a text, or a PromptRecord for one with metadata or images "
+            "(flowalign.data.load_prompts reads them from a file)"
+        )
+    return [PromptRecord(uid, prompt) if isinstance(prompt, str) else prompt for uid, prompt in enumerate(several)]
 
 
 def load_prompts(source: str) -> list[PromptRecord]:
@@ -44,7 +50,8 @@ def load_prompts(source: str) -> list[PromptRecord]:
 
     Raises ValueError or FileNotFoundError that names the source and the line."""
     if source.endswith((".txt", ".jsonl")):
-        rows, folder = _read_rows(Path(source)), Path(source).parent
+        path = Path(source).expanduser()
+        rows, folder = _read_rows(path), path.parent
     elif ":" in source:
         rows, folder = _call(source), Path()
     else:

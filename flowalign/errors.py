@@ -3,3 +3,7 @@
 
 class ConfigError(ValueError):
     """A configuration that cannot work; the message names the key, the value and what is allowed."""
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on; the message says what was found and what to do. Its last checkpoint stands."""

@@ -1,7 +1,7 @@
 """Rewards: images, videos or latents with text in, scores out. Imports neither samplers nor trainers.
 
 A new reward is one new file, or a plain function named by its path; YAML names the class by import path. base: the
-contract; guard: `score`, through which every caller asks a reward; mix, channels, with_timeout: rewards made of others
+contract; guard: `score`, through which every caller asks a reward (isolation: what it may change); mix, channels, with_timeout: rewards made of others
 (parts: what they share); function: a plain function; ocr/ and workers/: reading text, and helper processes.
 """
 
@@ -19,7 +19,7 @@ from rewards.base import (
 from rewards.channels import Channels
 from rewards.color import ColorAccuracy
 from rewards.function import FunctionReward
-from rewards.guard import score, score_chunks
+from rewards.guard import close, score, score_chunks
 from rewards.jpeg import JPEGCompressibility, JPEGIncompressibility
 from rewards.mix import Mix
 from rewards.ocr import OCR, Line, RapidReader, Recognizer
@@ -40,6 +40,7 @@ __all__ = [
     "WithTimeout",
     "score",
     "score_chunks",
+    "close",
     "OCR",
     "Recognizer",
     "RapidReader",

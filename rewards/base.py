@@ -30,7 +30,8 @@ class RewardSpec:
     samples (their latents, if it reads them, have sigma 0). "latent": noisy states x_sigma of a rollout (a process reward).
     channels: names of the columns of its scores; () is one column, named like the reward. differentiable: whether gradients
     reach its inputs (`score(..., grad=True)`). range: smallest and largest score of every channel; a score outside is a
-    RewardError. licence: of code and weights, for humans.
+    RewardError. licence: of code and weights, for humans. scores_black: False if an image without content has no score, since
+    a face, say, must be found first: the trial before a run then does not ask for one.
     ValueError for an unknown input or scope, for channels of one name, for a range that is none, and for a latent reward
     that does not read latents alone."""
 
@@ -40,6 +41,7 @@ class RewardSpec:
     differentiable: bool = False
     range: tuple[float, float] | None = None
     licence: str = ""
+    scores_black: bool = True
 
     def __post_init__(self) -> None:
         if len(set(self.inputs)) < len(self.inputs) or not set(self.inputs) <= set(get_args(Input)):

@@ -1,4 +1,4 @@
-"""`score`: every caller asks a reward through it, so that a failure never becomes a number."""
+"""`score`: every caller asks a reward through it, so that a failure never becomes a number. `close` ends one."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rewards.base import Reward, RewardBatch, RewardError, RewardOutput, channels_of, spec_of
+from rewards.isolation import isolated
 
 
 def score(reward: Reward, batch: RewardBatch, *, grad: bool = False, max_fail_rate: float = 0.5) -> RewardOutput:
@@ -21,8 +22,9 @@ def score(reward: Reward, batch: RewardBatch, *, grad: bool = False, max_fail_ra
     * A sample whose image, video, latents or condition is not finite is invalid; the reward does not get it.
     * A non-finite score, or one the reward marks invalid, is NaN with valid False, channel by channel. Components are NaN
       where no channel is valid.
-    * An exception, an answer of the wrong form (shape, dtype, channels) or a score outside spec.range is a RewardError.
+    * An exception (sys.exit too), a write into the batch's tensors, an answer of the wrong form (shape, dtype, channels) or a score outside spec.range is a RewardError.
     * More than `max_fail_rate` of the batch invalid in one channel is a RewardError.
+    * What the reward changes in the process is put back, see rewards.isolation.
 
     grad False: no graph, everything on the CPU. grad True: the graph from scores to the inputs is kept, on the reward's device;
     a RewardError if spec.differentiable is False or the reward lost the graph. Sum with
@@ -34,16 +36,24 @@ def score(reward: Reward, batch: RewardBatch, *, grad: bool = False, max_fail_ra
     _check_inputs(reward, batch, grad=grad)
     channels, finite = channels_of(reward), _finite_rows(batch)
     asked = batch if bool(finite.all()) else batch.select(finite)
+    asked = replace(
+        asked, prompts=list(asked.prompts), metadata=[{**row} for row in asked.metadata]
+    )  # for it to change
     unscored: list[Tensor] = []  # filled with the rows whose gradient is 0, before any backward
     if grad:
         asked = replace(asked, **_inputs_with_safe_gradients(asked, unscored))
+    count, written = len(asked), _versions(asked)
     try:
-        with torch.set_grad_enabled(grad):
-            answer = reward(asked) if len(asked) else _nothing(0, len(channels))
-    except Exception as error:
-        reason = f"reward {reward.name!r} failed on {len(asked)} samples: {type(error).__name__}: {error}"
-        raise RewardError(reason) from error
-    answer = _in_columns(reward.name, answer, len(asked), len(channels), grad=grad)
+        with isolated(reward.name), torch.set_grad_enabled(grad):
+            answer = reward(asked) if count else _nothing(0, len(channels))
+    except (Exception, SystemExit) as error:
+        raise RewardError(f"reward {reward.name!r} failed on {count} samples: {_text(error)}") from error
+    if changed := [name for name, version in _versions(asked).items() if version != written[name]]:
+        raise RewardError(
+            f"reward {reward.name!r} wrote into the {' and '.join(changed)} of its batch; expected them unchanged, since others "
+            "read them too: clone() before an operation in place"
+        )
+    answer = _in_columns(reward.name, answer, count, len(channels), grad=grad)
     masked = _masked(answer if grad else _on_cpu(answer))
     unscored.append(~masked.valid.any(1))
     if grad:
@@ -52,6 +62,15 @@ def score(reward: Reward, batch: RewardBatch, *, grad: bool = False, max_fail_ra
     output = replace(_to_all_rows(masked, finite), channels=channels)
     check_rate(reward.name, output, batch.prompts, batch.sample_ids, max_fail_rate)
     return replace(output, elapsed=time.perf_counter() - started)
+
+
+def close(reward: Reward) -> None:
+    """The reward's `close`, isolated as `score` is; RewardError if it fails."""
+    try:
+        with isolated(reward.name):
+            reward.close()
+    except (Exception, SystemExit) as error:
+        raise RewardError(f"reward {reward.name!r} failed to close: {_text(error)}") from error
 
 
 def score_chunks(reward: Reward, chunks: Iterable[RewardBatch], *, max_fail_rate: float = 0.5) -> RewardOutput:
@@ -113,6 +132,19 @@ def check_rate(
                 f"{max_fail_rate:g} allows. The first, sample {sample_ids[first]} "
                 f"(prompt {prompts[first]!r}): {output.info[first] or 'no reason given'}"
             )
+
+
+def _text(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".removesuffix(": ")
+
+
+def _versions(batch: RewardBatch) -> dict[str, int]:
+    """How often each tensor of the batch has been written to; inference tensors do not count that."""
+    return {
+        name: tensor._version
+        for name, tensor in batch.tensors().items()
+        if tensor is not None and not tensor.is_inference()
+    }
 
 
 def _check_inputs(reward: Reward, batch: RewardBatch, *, grad: bool) -> None:
@@ -227,7 +259,7 @@ def _masked(answer: RewardOutput) -> RewardOutput:
 
 def _check_graph(name: str, asked: RewardBatch, answer: RewardOutput) -> None:
     wanted = any(tensor is not None and tensor.requires_grad for tensor in asked.tensors().values())
-    if wanted and len(asked) and not answer.scores.requires_grad:
+    if wanted and len(answer.scores) and not answer.scores.requires_grad:
         raise RewardError(
             f"reward {name!r}: got scores without a graph; expected one to the inputs, which its spec promises "
             "(differentiable): let it not detach, round or convert to numpy"

@@ -32,6 +32,7 @@ def joint_spec(what: str, parts: Sequence[Reward], channels: tuple[str, ...] = (
         scope=specs[0].scope,
         channels=channels,
         differentiable=all(spec.differentiable for spec in specs),
+        scores_black=all(spec.scores_black for spec in specs),
         licence="; ".join(dict.fromkeys(spec.licence for spec in specs if spec.licence)),
     )
 

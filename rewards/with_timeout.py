@@ -22,8 +22,9 @@ class WithTimeout:
     limit).
 
     on_error, for a call that raises, is late or answers in the wrong form: "raise" is a RewardError; "mask" logs it and
-    leaves its samples without a score (the caller's `score` then raises if they are more than half of its batch). Same name
-    and components as `reward`. Not kept: a late call cannot be stopped, its thread goes on.
+    leaves its samples without a score (the caller's `score` then raises if they are more than half of its batch); it needs a
+    batch_size, which is how many samples a failure masks. Same name and components as `reward`. Not kept: a late call cannot
+    be stopped, its thread goes on.
     """
 
     reward: Reward
@@ -36,6 +37,11 @@ class WithTimeout:
             raise ValueError(f"got on_error={self.on_error!r}; expected 'raise' or 'mask'")
         if self.timeout is not None and not self.timeout > 0:
             raise ValueError(f"got timeout={self.timeout}; expected seconds > 0, or None for no limit")
+        if self.on_error == "mask" and self.batch_size is None:
+            raise ValueError(
+                "got on_error='mask' with batch_size=None, so one failure would mask all images at once; expected a batch_size: "
+                "set batch_size=4, say, or on_error='raise'"
+            )
         if self.batch_size is not None and self.batch_size < 1:
             raise ValueError(f"got batch_size={self.batch_size}; expected at least 1, or None for all samples at once")
 

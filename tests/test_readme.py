@@ -13,5 +13,5 @@ def test_the_python_of_the_readme_runs() -> None:
     for block in blocks:
         exec(block, names)
     assert names["redness"](torch.rand(2, 3, 4, 4), ["a", "b"]).shape == (2,)
-    assert len(names["result"].scores["ocr"]) == 8
+    assert len(names["result"].scores["ocr"]) == len(names["images"]) == 2
     assert len(names["log_probs"]) == 16 and names["forest"].evaluations == 45

@@ -29,6 +29,7 @@ from flowalign.errors import ConfigError
 from flowalign.rollouts.task import Task
 from flowalign.storage.files import write_atomic
 from flowalign.trainers import PolicyGradient, as_policy_gradient
+from rewards import close
 from samplers import Forest, Kernel, Noise, Select, Tree, Velocity, unshared
 
 VARIANTS = ("merged", "per-edge", "unshared")
@@ -64,8 +65,6 @@ def compare(config: TrainConfig, variants: Sequence[str], iterations: int) -> li
     task = task_of(config, policy)
     measured: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
     try:
-        for reward in (config.reward, *config.process_rewards):
-            reward.load()
         for iteration in range(-1, iterations):  # the first one warms up
             chosen = prompts_of_iteration(list(task.prompts), config.rollout.groups, config.run.seed, max(iteration, 0))
             for name in variants:
@@ -74,7 +73,7 @@ def compare(config: TrainConfig, variants: Sequence[str], iterations: int) -> li
                     measured[name].append(found)
     finally:
         for reward in (config.reward, *config.process_rewards):
-            reward.close()
+            close(reward)
     backward = 2 if config.policy.trainable == "lora" else 3
     rows = [_row(name, found, backward) for name, found in measured.items()]
     if any(row["evaluations"]["update"] == 0 for row in rows):

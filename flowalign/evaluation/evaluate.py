@@ -5,32 +5,42 @@ The initial noise is a function of (seed, prompt uid, sample) alone: base and tu
 
 from __future__ import annotations
 
+import inspect
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
-from flowalign.data import PromptRecord, digest, source_images
+from flowalign.data import PromptRecord, as_records, digest, source_images
 from flowalign.distributed.processes import Processes
-from flowalign.models.base import Conditions, Policy, Size
-from flowalign.models.grid import grid
-from rewards import Reward, RewardBatch, RewardError, labels_of, pictures, score
-from samplers import Schedule, Tree, normal, rollout, scattered
+from flowalign.models.base import Policy, Size
+from flowalign.models.sampling import in_batches, settle
+from rewards import FunctionReward, Reward, RewardBatch, RewardError, labels_of, pictures, score
+from samplers import Schedule
+
+if TYPE_CHECKING:
+    import pandas
+
+IMAGE_BYTES = 64 * 2**20  # of the pictures that a result keeps
 
 
 @dataclass(frozen=True, eq=False)
 class EvaluationResult:
-    """Scores and images of one evaluation. N images, sample-major: every prompt's first sample, then every second one, …
+    """Scores and pictures of one evaluation. N images, sample-major: every prompt's first sample, then every second one, …
 
-    scores {reward: float64 [N]}, nan where the reward was not valid; images [k, 3, H, W] in [0, 1], the first k;
-    digest: of the prompts with their metadata (`flowalign.data.digest`)."""
+    scores {reward: float64 [N]}, nan where the reward was not valid; pixels uint8 [N, 3, h, w]: the images, reduced by a whole
+    factor if all of them would be more than IMAGE_BYTES; digest: of the prompts with their metadata
+    (`flowalign.data.digest`)."""
 
     uids: list[int]
     prompts: list[str]
     scores: dict[str, Tensor]
-    images: Tensor
+    pixels: Tensor
     seed: int
     num_inference_steps: int
     guidance_scale: float
@@ -38,55 +48,75 @@ class EvaluationResult:
     seconds: float
     digest: str = ""
 
+    @property
+    def images(self) -> Tensor:
+        """`pixels` as fp32 in [0, 1]."""
+        return self.pixels.float() / 255
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """A row per image: uid, prompt, sample (0 is a prompt's first) and a column per reward, nan = not valid. ImportError
+        without pandas, which flowalign does not install."""
+        try:
+            import pandas
+        except ImportError as error:
+            raise ImportError("to_pandas needs pandas, which is not installed: pip install pandas") from error
+        samples = [number // len(set(self.uids)) for number in range(len(self.uids))]
+        scores = {name: values.numpy() for name, values in self.scores.items()}
+        return pandas.DataFrame({"uid": self.uids, "prompt": self.prompts, "sample": samples, **scores})
+
 
 @torch.no_grad()
 def evaluate(
     policy: Policy,
-    prompts: Sequence[PromptRecord],
-    rewards: Sequence[Reward],
+    prompts: str | Sequence[str | PromptRecord],
+    rewards: Sequence[Reward | Callable[..., Any] | str],
     *,
-    num_inference_steps: int,
-    guidance_scale: float,
-    seed: int,
-    batch_size: int,
-    size: Size,
-    samples_per_prompt: int = 1,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    size: Size | None = None,
     schedule: Schedule | None = None,
-    keep_images: int = 8,
     fps: float | None = None,
+    seed: int = 0,
+    batch_size: int = 8,
+    samples_per_prompt: int = 1,
     progress: Callable[[int], None] | None = None,
     processes: Processes | None = None,
 ) -> EvaluationResult:
-    """Generates every prompt `samples_per_prompt` times by its solver (never with SDE noise) and scores the images.
+    """Generates every prompt `samples_per_prompt` times by the policy's solver (never with SDE noise) and scores the images.
 
-    schedule: the noise levels; None: the family's own grid. Uses the weights as they are: wrap the call in
-    `policy.role("reference")` for the base, in `ema.applied()` for the average. Scores do not depend on `batch_size` beyond
-    rounding. `progress(n)` is called after each batch of n. fps: of a policy that makes videos, of which the result keeps
-    the first frames. A reward of several channels is reported as several, `reward/channel`. A reward that fails, or gives
-    no score for more than half of the images, is a RewardError; one sample without a
-    score is nan. `processes` share the images, and each returns the whole result."""
-    _check(prompts, rewards, batch_size, samples_per_prompt)
+    prompts: texts or records. rewards: also functions of (images, prompts), or their paths, see `rewards.FunctionReward`.
+    num_inference_steps, guidance_scale, size, schedule, fps: None is as `policy.sampling` says. Uses the weights as they are:
+    wrap the call in `policy.role("reference")` for the base, in `ema.applied()` for the average. Scores do not depend on
+    `batch_size` beyond rounding. `progress(n)` is called after each batch of n. Of videos the result keeps the first frames. A
+    reward of several channels is reported as several, `reward/channel`. A reward that fails, or gives no score for more than
+    half of the images, is a RewardError; one sample without a score is nan. `processes` share the images, and each returns the
+    whole result."""
+    records, judges = as_records(prompts), as_rewards(rewards)
+    _check(records, judges, batch_size, samples_per_prompt)
+    settings = settle(
+        policy,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        size=size,
+        schedule=schedule,
+        fps=fps,
+    )
     everyone = processes or Processes()
     began, rows_before = time.monotonic(), policy.evaluations
-    jobs = [(record, number) for number in range(samples_per_prompt) for record in prompts]
+    jobs = [(record, number) for number in range(samples_per_prompt) for record in records]
     if len(jobs) < everyone.count:
         raise ValueError(
             f"got {len(jobs)} images for {everyone.count} processes; expected at least one for each: add prompts or samples"
         )
     share = everyone.share(len(jobs))
-    shape = policy.latent_shape(size)
+    first, own = share.start, jobs[share.start : share.stop]
     kept: list[Tensor] = []
-    scores: dict[str, list[Tensor]] = {label: [] for reward in rewards for label in labels_of(reward)}
-    for first in range(share.start, share.stop, batch_size):
-        batch = jobs[first : min(first + batch_size, share.stop)]
-        noise = torch.stack([normal(shape, seed, "start", "evaluate", record.uid, number) for record, number in batch])
-        conditions = policy.encode([record for record, _ in batch], negative=guidance_scale != 1)
-        latents = sample(policy, conditions, noise, num_inference_steps, guidance_scale, schedule)
-        images = policy.decode(latents)
-        for name, part in _score(rewards, [record for record, _ in batch], images, latents, fps, first).items():
+    scores: dict[str, list[Tensor]] = {label: [] for reward in judges for label in labels_of(reward)}
+    for batch, latents, images in in_batches(policy, own, settings, seed, batch_size):
+        for name, part in _score(judges, [record for record, _ in batch], images, latents, settings.fps, first).items():
             scores[name].append(part)
-        still = images if images.ndim == 4 else images[:, 0]
-        kept.append(still[: max(0, keep_images - first)].float().cpu())
+        kept.append(_pixels(images if images.ndim == 4 else images[:, 0], len(jobs)))
+        first += len(batch)
         if progress is not None:
             progress(len(batch))
     complete = {name: everyone.gather(torch.cat(parts)) for name, parts in scores.items()}
@@ -95,14 +125,28 @@ def evaluate(
         uids=[record.uid for record, _ in jobs],
         prompts=[record.prompt for record, _ in jobs],
         scores=complete,
-        images=everyone.gather(torch.cat(kept)),
+        pixels=everyone.gather(torch.cat(kept)),
         seed=seed,
-        num_inference_steps=num_inference_steps,
-        guidance_scale=guidance_scale,
+        num_inference_steps=settings.num_inference_steps,
+        guidance_scale=settings.guidance_scale,
         evaluations_per_image=everyone.total(policy.evaluations - rows_before) / len(jobs),
         seconds=time.monotonic() - began,
-        digest=digest(prompts),
+        digest=digest(records),
     )
+
+
+def as_rewards(rewards: Sequence[Reward | Callable[..., Any] | str]) -> list[Reward]:
+    """Rewards as they are; functions, and paths of functions, as rewards."""
+    if callable(rewards) or isinstance(rewards, str):
+        raise TypeError(f"got {rewards!r} as the rewards; expected a list of them: put it into brackets")
+    return [FunctionReward(each) if isinstance(each, str) or inspect.isroutine(each) else each for each in rewards]
+
+
+def _pixels(images: Tensor, count: int) -> Tensor:
+    """uint8 on the CPU, reduced so far that `count` of them fit into IMAGE_BYTES."""
+    factor = max(1, math.ceil(math.sqrt(count * images[0].numel() / IMAGE_BYTES)))
+    factor = min(factor, *images.shape[-2:])
+    return (avg_pool2d(images.float(), factor).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
 
 
 def _check(prompts: Sequence[PromptRecord], rewards: Sequence[Reward], batch_size: int, samples: int) -> None:
@@ -118,26 +162,6 @@ def _check(prompts: Sequence[PromptRecord], rewards: Sequence[Reward], batch_siz
         )
     if len(set(uids)) < len(uids):
         raise ValueError("got two prompts with one uid, hence the same noise; use samples_per_prompt to repeat prompts")
-
-
-@torch.no_grad()
-def sample(
-    policy: Policy,
-    conditions: Conditions,
-    noise: Tensor,
-    num_inference_steps: int,
-    guidance_scale: float,
-    schedule: Schedule | None = None,
-) -> Tensor:
-    """Clean latents [n, *] by the deterministic sampler (the solver of the policy's scheduler), from unit noise [n, *]."""
-    tree = scattered(num_inference_steps, len(noise), (), shared_start=False)  # no step has noise
-
-    def velocity(x: Tensor, sigma: Tensor, root: Tensor) -> Tensor:
-        return policy.velocity(x, sigma, conditions.rows(root), guidance_scale=guidance_scale)
-
-    sigmas = grid(policy, schedule, num_inference_steps, noise.shape[1:])
-    forest = rollout(velocity, policy.start(noise), sigmas, tree, policy.solver(), _no_noise)
-    return forest.at(tree.leaves)
 
 
 def _score(
@@ -176,7 +200,3 @@ def _check_valid(scores: dict[str, Tensor]) -> None:
                 f"reward {name!r} could not score {failed} of {len(values)} images; expected at most half: mend it, then "
                 "evaluate"
             )
-
-
-def _no_noise(tree: Tree, nodes: Tensor) -> Tensor:
-    raise AssertionError("a deterministic rollout asked for noise")

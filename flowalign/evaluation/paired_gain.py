@@ -18,14 +18,27 @@ from samplers import generator
 @dataclass(frozen=True)
 class PairedGain:
     """tuned − base: the means `base` and `tuned` over the valid pairs, `mean` their difference, and its 95 % interval
-    (low, high), which is None with fewer than two prompts. `pairs` were compared, `dropped` had an invalid score."""
+    (low, high), which is None with fewer than two prompts.
+
+    `pairs` were compared, of which `wins` gained and `losses` lost; `dropped` had an invalid score, the base's image in
+    `unscored_base` of them, the tuned one in `unscored_tuned`. Not kept: where scores are missing for a reason, the pairs that
+    are left are no fair sample."""
 
     mean: float
     interval: tuple[float, float] | None
     base: float
     tuned: float
     pairs: int
+    wins: int
+    losses: int
     dropped: int
+    unscored_base: int
+    unscored_tuned: int
+
+    @property
+    def ties(self) -> int:
+        """Pairs of equal scores."""
+        return self.pairs - self.wins - self.losses
 
 
 def paired_gain(
@@ -45,7 +58,8 @@ def paired_gain(
     if len(labels) != len(base):
         raise ValueError(f"got {len(labels)} cluster labels for {len(base)} scores; expected one each")
     before, after = base.double().numpy(), tuned.double().numpy()
-    valid = ~(np.isnan(before) | np.isnan(after))
+    missing = np.isnan(before), np.isnan(after)
+    valid = ~(missing[0] | missing[1])
     if not valid.any():
         raise ValueError(f"none of {len(base)} pairs has two valid scores; expected at least one: check the reward")
     before, after, labels = before[valid], after[valid], labels[valid]
@@ -59,7 +73,11 @@ def paired_gain(
         base=mean_before,
         tuned=mean_after,
         pairs=len(before),
+        wins=int((after > before).sum()),
+        losses=int((after < before).sum()),
         dropped=int((~valid).sum()),
+        unscored_base=int(missing[0].sum()),
+        unscored_tuned=int(missing[1].sum()),
     )
 
 

@@ -12,12 +12,12 @@ from safetensors.torch import save
 from flowalign.evaluation.evaluate import EvaluationResult
 from flowalign.storage.files import DamagedFile, append_line, write_atomic
 
-_TENSORS = ("scores", "images")
+_TENSORS = ("scores", "pixels")
 
 
 def save_result(path: Path, result: EvaluationResult) -> None:
     """Writes everything of `result`."""
-    tensors = {"images": result.images.contiguous(), **{f"scores/{name}": s for name, s in result.scores.items()}}
+    tensors = {"pixels": result.pixels.contiguous(), **{f"scores/{name}": s for name, s in result.scores.items()}}
     plain = {field.name: vars(result)[field.name] for field in fields(result) if field.name not in _TENSORS}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, save(tensors, metadata={"result": json.dumps(plain)}))
@@ -29,11 +29,11 @@ def load_result(path: Path) -> EvaluationResult:
         with safe_open(str(path), framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             plain = json.loads(file.metadata()["result"])
+            pixels = tensors.pop("pixels")
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise DamagedFile(f"{path} is damaged ({error}): restore it from a copy") from error
-    images = tensors.pop("images")
     return EvaluationResult(
-        scores={name.removeprefix("scores/"): value for name, value in tensors.items()}, images=images, **plain
+        scores={name.removeprefix("scores/"): value for name, value in tensors.items()}, pixels=pixels, **plain
     )
 
 

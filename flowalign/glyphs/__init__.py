@@ -8,8 +8,10 @@ from flowalign.glyphs.prompts import held_out_prompts, make_prompt, parse_prompt
 
 __all__ = [
     "CALL_ARGS",
+    "GUIDANCE_SCALE",
     "LOAD_ARGS",
     "PIPELINE",
+    "STEPS",
     "CallArgs",
     "LoadArgs",
     "held_out_prompts",
@@ -39,3 +41,6 @@ PIPELINE: Final = Path(__file__).parent / "pipeline"
 LOAD_ARGS: Final = LoadArgs(text_encoder_3=None, tokenizer_3=None)
 # Without max_sequence_length=0, SD3 would append 256 zero tokens in place of the absent T5.
 CALL_ARGS: Final = CallArgs(height=24, width=48, max_sequence_length=0)
+# What a call takes that does not say; the figures of the model card and of the quickstart are at these.
+STEPS: Final = 6
+GUIDANCE_SCALE: Final = 1.0

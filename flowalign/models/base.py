@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from torch.nn import Parameter
 import samplers
 from flowalign.data import PromptRecord
 from flowalign.models.roles import Role
+from samplers import Schedule
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,25 @@ class Size:
     height: int
     width: int
     frames: int = 1
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a policy generates by its solver. schedule: the noise levels; None: the family's own grid. fps: frames per second of a
+    policy that makes videos. ValueError for numbers that cannot be."""
+
+    num_inference_steps: int
+    guidance_scale: float
+    size: Size
+    schedule: Schedule | None = None
+    fps: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_inference_steps < 1 or not 1 <= self.guidance_scale < math.inf:
+            raise ValueError(
+                f"got num_inference_steps={self.num_inference_steps}, guidance_scale={self.guidance_scale}; expected at least 1 "
+                "step and a scale from 1 (no guidance)"
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,9 +93,11 @@ class Conditions:
 class Policy(Protocol):
     """A pipeline's parts in the convention of `samplers`: velocities, σ from 1 to 0, fp32 states.
 
-    `evaluations` counts network rows, `rows_per_state` of them per state; checkpoint recomputation does not count."""
+    `evaluations` counts network rows, `rows_per_state` of them per state; checkpoint recomputation does not count.
+    `sampling`: how it generates where a call does not say; None: every call has to."""
 
     evaluations: int
+    sampling: Sampling | None
 
     @property
     def path(self) -> samplers.Path:
@@ -124,6 +147,17 @@ class Policy(Protocol):
 
         grad: with a gradient to the latents, which passes the clamp to [0, 1] as if it were not there: a pixel beyond the
         range would have none otherwise."""
+        ...
+
+    def generate(
+        self, prompts: str | Sequence[str | PromptRecord], *, seed: int = 0, num_inference_steps: int | None = None,
+        guidance_scale: float | None = None, size: Size | None = None, schedule: Schedule | None = None,
+        batch_size: int = 8,
+    ) -> Tensor:  # fmt: skip
+        """Images fp32 [N, 3, H, W] in [0, 1] on the CPU, one per prompt, by the solver; videos [N, F, 3, H, W].
+
+        What is None is as `sampling` says. The start noise is a function of the seed and the prompt's uid (its place in a list
+        of texts), and the same as that of `flowalign.evaluation.evaluate`."""
         ...
 
     def modules(self) -> dict[str, nn.Module]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import copy
 import importlib
+import inspect
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +16,8 @@ from accelerate import init_empty_weights
 from diffusers import DDIMScheduler, DiffusionPipeline
 from torch import nn
 
-from flowalign.models.base import Family, Policy, Size
+from flowalign.models.base import Family, Policy, Sampling, Size
+from flowalign.models.checkpoint_files import check_files, check_finite, read_index
 from flowalign.models.lora import (
     ADAPTER,
     LoRA,
@@ -29,6 +32,7 @@ from flowalign.models.lora import (
 from flowalign.models.lora_file import read_lora
 from flowalign.models.pipeline_policy import PROMPT_STORE_BYTES, Offloadable, PipelinePolicy
 from flowalign.models.roles import Role
+from flowalign.models.sampling import defaults_of
 from flowalign.models.trained_networks import TrainedNetworks
 from samplers import Path as NoisingPath
 
@@ -41,9 +45,9 @@ FAMILIES = {
 
 
 def resolve(path: str) -> str:
-    """ "glyphs" is the pipeline that comes with flowalign; anything else is a folder or a hub id."""
+    """ "glyphs" is the pipeline that comes with flowalign; anything else is a folder (~ is the home) or a hub id."""
     if path != "glyphs":
-        return path
+        return os.path.expanduser(path)
     from flowalign.glyphs import PIPELINE
 
     return str(PIPELINE)
@@ -54,18 +58,25 @@ def inspect_checkpoint(path: str, family: str | None = None) -> tuple[dict[str, 
     another. Raises FileNotFoundError or ValueError before any weight is read."""
     name = resolve(path)
     local = Path(name)
-    if local.exists() and not (local / "model_index.json").is_file():
-        raise ValueError(
-            f"got policy.path={path!r} without a model_index.json; expected a diffusers pipeline folder: save one with "
-            "pipe.save_pretrained"
-        )
     if not local.exists() and (name.startswith((".", "/", "~")) or name.count("/") != 1):
         raise FileNotFoundError(
             f"got policy.path={path!r}, which does not exist (working directory: {Path.cwd()}); expected 'glyphs', a "
             "diffusers pipeline folder, or a hub id such as 'stabilityai/stable-diffusion-3.5-medium'"
         )
-    index = dict(DiffusionPipeline.load_config(name))
+    index = read_index(local) if local.exists() else dict(DiffusionPipeline.load_config(name))
     return index, family_of(f"policy.path={path!r}", str(index.get("_class_name")), family)
+
+
+def check_checkpoint(path: str, family: str | None = None) -> None:
+    """FileNotFoundError or ValueError for a folder that holds no whole pipeline of its family, naming the file; from
+    configurations and headers alone."""
+    index, known = inspect_checkpoint(path, family)
+    if not Path(resolve(path)).exists():
+        return
+    absent = {name for name, value in known.load_arguments(index).items() if value is None}
+    parameters = inspect.signature(known.pipeline.__init__).parameters.values()
+    needed = [each.name for each in parameters if each.default is each.empty and each.name not in {"self", *absent}]
+    check_files(Path(resolve(path)), index, known.networks, needed, absent)
 
 
 def family_of(what: str, pipeline: str, family: str | None = None) -> Family:
@@ -165,7 +176,17 @@ def read_pipeline(
     """The diffusers pipeline of a checkpoint. parts: components that are already there, by name; they are not read."""
     index, known = inspect_checkpoint(path, family)
     dtypes = {"default": DTYPES[dtype], "vae": DTYPES[vae_dtype or dtype]}
-    pipeline = known.pipeline.from_pretrained(resolve(path), dtype=dtypes, **{**known.load_arguments(index), **parts})
+    try:
+        pipeline = known.pipeline.from_pretrained(
+            resolve(path), dtype=dtypes, **{**known.load_arguments(index), **parts}
+        )
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ValueError(
+            f"got policy.path={path!r}, which diffusers cannot load as a {known.pipeline.__name__} ({type(error).__name__}: "
+            f"{error}); expected a pipeline that {known.pipeline.__name__}.from_pretrained reads: save or download it anew"
+        ) from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -186,17 +207,18 @@ def load_policy(
     offload: Sequence[Offloadable] = (),
     decode_batch: int | None = None,
     prompt_store: int = PROMPT_STORE_BYTES,
+    sampling: Sampling | None = None,
     seed: int = 0,
 ) -> Policy:
     """Loads a pipeline, or takes a live one, as a policy.
 
-    lora: its settings, or a folder with a LoRA to start from, with the settings of that. trainable: "lora" (the default LoRA
+    lora: its settings, or a LoRA to start from, with the settings of that: a run folder, its lora/, a folder of diffusers' save_lora_weights, or a .safetensors file. trainable: "lora" (the default LoRA
     if none is given), "full" weights (fp32 only), or "none". dtype: of the frozen network, "fp32" by default; adapters are
     always fp32. vae_dtype: of the VAE if it is another. family: the import path of a `Family` of your own.
     max_sequence_length: see the family's model. seed: of the adapters' initial weights. device: "cpu" by default.
     network_device: the trained networks' device if it is not `device` (see flowalign.distributed.fsdp2). reference_copy: keeps
     a frozen copy of the networks, the reference of a full fine-tuning with a KL. offload, decode_batch, prompt_store: see
-    PipelinePolicy.
+    PipelinePolicy. sampling: how the policy generates where a call does not say; by default as the pipeline's own call.
 
     A live pipeline says dtype and device itself. Its networks are shared, not copied: they get the policy's adapters, are
     frozen otherwise and put into eval mode, so the pipeline samples with what is trained. Its scheduler and settings are
@@ -204,11 +226,13 @@ def load_policy(
     policy's. Raises FileNotFoundError or ValueError, as far as possible before any weight is read."""
     if isinstance(path, str):
         dtype = dtype or "fp32"
+        check_checkpoint(path, family)
         path_of(path, family)  # refuses a scheduler before the weights are read
         _, known = inspect_checkpoint(path, family)
         _check_full(trainable, DTYPES[dtype])
         pipeline = read_pipeline(path, family, dtype=dtype, vae_dtype=vae_dtype)
         _place(pipeline, known, device or "cpu", network_device)
+        check_finite(path, pipeline.components)
     else:
         given = {"dtype": dtype, "vae_dtype": vae_dtype, "device": device, "network_device": network_device}
         if settings := [name for name, value in given.items() if value is not None]:
@@ -236,8 +260,9 @@ def load_policy(
         {name: copy.deepcopy(net).requires_grad_(False) for name, net in model.networks.items()} if copies else None
     )
     trained = TrainedNetworks(model.networks, has_lora=trainable == "lora", frozen=frozen, base=base)
+    configs = {name: network.config for name, network in model.networks.items()}
     return PipelinePolicy(
-        model, known, trained, negative_prompt=negative_prompt, device=device or model.vae.device, offload=offload,
+        model, known, trained, sampling=sampling or defaults_of(pipeline, configs, model.vae.config), negative_prompt=negative_prompt, device=device or model.vae.device, offload=offload,
         decode_batch=decode_batch, prompt_store=prompt_store,
     )  # fmt: skip
 

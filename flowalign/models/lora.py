@@ -33,8 +33,8 @@ class LoRA:
 
     `targets` are module-name suffixes such as "attn.to_q"; one that matches nothing is an error; None means the attention
     layers of the model's family. `dropout` must be 0: it would make the replayed log-prob differ from the stored one.
-    `init`: a folder with a LoRA to start from, of the same rank, alpha and targets (a run's lora/, or diffusers'
-    save_lora_weights); the reference is still the model without it."""
+    `init`: a LoRA to start from, of the same rank, alpha and targets (a run folder or its lora/, or what diffusers'
+    save_lora_weights wrote); the reference is still the model without it."""
 
     rank: int = 32
     alpha: float = 64.0

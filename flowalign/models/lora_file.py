@@ -74,15 +74,23 @@ class LoRAFile:
         }
 
 
-def read_lora(folder: str | Path, component: str) -> LoRAFile:
-    """Reads names, shapes and metadata of `folder`/pytorch_lora_weights.safetensors. FileNotFoundError if there is none;
-    ValueError if it has nothing for the component, or something other than lora_A and lora_B."""
-    path = Path(folder) / NAME
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"got the LoRA folder {folder}, which holds no {NAME} (working directory: {Path.cwd()}); expected what a run "
-            "writes under lora/, or diffusers' save_lora_weights"
-        )
+def find_lora(place: str | Path) -> Path:
+    """The .safetensors file that `place` names: itself, or in a folder of diffusers' `save_lora_weights`, or in the lora/ of a
+    run folder. FileNotFoundError if there is none."""
+    given = Path(place).expanduser()
+    for path in (given, given / NAME, given / "lora" / NAME):
+        if path.is_file() and path.suffix == ".safetensors":
+            return path
+    raise FileNotFoundError(
+        f"got the LoRA {place}, which is no .safetensors file and holds no {NAME} (working directory: {Path.cwd()}); expected "
+        "a run folder or its lora/ (of a run without one: flowalign export RUN), or what diffusers' save_lora_weights wrote"
+    )
+
+
+def read_lora(place: str | Path, component: str) -> LoRAFile:
+    """Reads names, shapes and metadata of the file that `find_lora` finds. FileNotFoundError if there is none; ValueError if it
+    has nothing for the component, or something other than lora_A and lora_B."""
+    path = find_lora(place)
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     with safe_open(path, "pt") as file:

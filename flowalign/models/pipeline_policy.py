@@ -13,12 +13,15 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 import samplers
-from flowalign.data import PromptRecord
-from flowalign.models.base import Conditions, Family, Model, Network, Size
+from flowalign.data import PromptRecord, as_records
+from flowalign.models.base import Conditions, Family, Model, Network, Sampling, Size
 from flowalign.models.lora import ADAPTER, adapter_state, save_peft
+from flowalign.models.lora_bytes import order_header, ordered
 from flowalign.models.prompt_store import PromptStore
 from flowalign.models.roles import Role
+from flowalign.models.sampling import in_batches, settle
 from flowalign.models.trained_networks import TrainedNetworks
+from samplers import Schedule
 
 Offloadable = Literal["encoders", "vae"]
 PROMPT_STORE_BYTES = 2 * 2**30  # 500 prompts of 512 tokens of T5-XXL in bf16; those of CLIP all fit
@@ -34,11 +37,12 @@ class PipelinePolicy:
     def __init__(
         self, model: Model, family: Family, trained: TrainedNetworks, *, negative_prompt: str = "",
         device: str | torch.device = "cpu", offload: Sequence[Offloadable] = (), decode_batch: int | None = None,
-        prompt_store: int = PROMPT_STORE_BYTES,
+        prompt_store: int = PROMPT_STORE_BYTES, sampling: Sampling | None = None,
     ) -> None:  # fmt: skip
         self.model = model
         self.negative_prompt = negative_prompt
         self.evaluations = 0
+        self.sampling = sampling
         self._family = family
         self._trained = trained
         self._device = torch.device(device)
@@ -107,6 +111,17 @@ class PipelinePolicy:
 
         return call
 
+    def generate(
+        self, prompts: str | Sequence[str | PromptRecord], *, seed: int = 0, num_inference_steps: int | None = None,
+        guidance_scale: float | None = None, size: Size | None = None, schedule: Schedule | None = None,
+        batch_size: int = 8,
+    ) -> Tensor:  # fmt: skip
+        settings = settle(
+            self, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, size=size, schedule=schedule
+        )
+        jobs = [(record, 0) for record in as_records(prompts)]
+        return torch.cat([images.cpu() for _, _, images in in_batches(self, jobs, settings, seed, batch_size)])
+
     def decode(self, latents: Tensor, grad: bool = False) -> Tensor:
         if grad:
             for part in self._offload.get("vae", ()):
@@ -162,7 +177,7 @@ class PipelinePolicy:
 
     def save_lora(self, folder: Path) -> None:
         """pytorch_lora_weights.safetensors with its alpha (for `pipe.load_lora_weights`) and a PEFT folder beside it, of
-        several networks one folder each."""
+        several networks one folder each. Equal tensors and settings give equal files."""
         networks = self.model.networks
         if not self._trained.has_lora:
             raise ValueError(
@@ -172,10 +187,12 @@ class PipelinePolicy:
         for stale in folder.glob(".tmp*"):  # safetensors writes a temporary file first; a killed save leaves it
             stale.unlink()
         layers = {name: adapter_state(network) for name, network in networks.items()}
-        settings = {name: network.peft_config[ADAPTER].to_dict() for name, network in networks.items()}
+        settings = {name: ordered(network.peft_config[ADAPTER].to_dict()) for name, network in networks.items()}
         self.model.save_lora(folder, layers, settings)
         for name, network in networks.items():
             save_peft(network, folder / name if len(networks) > 1 else folder)
+        for file in sorted(folder.rglob("*.safetensors")):
+            order_header(file)
 
     def pipeline_setup(self) -> list[str]:
         return self.model.pipeline_setup()

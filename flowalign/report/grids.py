@@ -17,29 +17,40 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from flowalign.evaluation.chosen_pairs import chosen_pairs
 from flowalign.evaluation.evaluate import EvaluationResult
 from flowalign.storage.files import write_atomic
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two images as PNG files and the lines below them."""
+    """Two images as PNG files, the lines below them, and why they are shown ("" in a grid that does not say)."""
 
     base: bytes
     tuned: bytes
     caption: list[str]
+    group: str
 
 
-def captions(base: EvaluationResult, tuned: EvaluationResult) -> list[str]:
-    """A caption for each kept image pair: the prompt, then a line `reward base → tuned` per reward."""
+def pairs_grid(base: EvaluationResult, tuned: EvaluationResult, reward: str, path: Path) -> Path:
+    """A grid of the pairs that gained and lost most by `reward`, and of some by chance."""
+    chosen = chosen_pairs(base.scores[reward], tuned.scores[reward])
+    rows = [row for group in chosen.values() for row in group]
+    groups = [name for name, group in chosen.items() for _ in group]
+    before, after = (result.pixels[rows].float() / 255 for result in (base, tuned))
+    return grid(before, after, captions(base, tuned, rows), path, groups)
+
+
+def captions(base: EvaluationResult, tuned: EvaluationResult, rows: Sequence[int]) -> list[str]:
+    """A caption for each of the pairs `rows`: the prompt, then a line `reward base → tuned` per reward."""
     return [
         "\n".join(
             [
-                prompt,
+                base.prompts[i],
                 *(f"{name} {_score(base.scores[name][i])} → {_score(tuned.scores[name][i])}" for name in base.scores),
             ]
         )
-        for i, prompt in enumerate(base.prompts[: len(base.images)])
+        for i in rows
     ]
 
 
@@ -47,10 +58,13 @@ def _score(value: Tensor) -> str:
     return "not valid" if bool(value.isnan()) else f"{float(value):.3g}"
 
 
-def grid(images_base: Tensor, images_tuned: Tensor, texts: Sequence[str], path: Path) -> Path:
+def grid(
+    images_base: Tensor, images_tuned: Tensor, texts: Sequence[str], path: Path, groups: Sequence[str] = ()
+) -> Path:
     """Draws pairs, base left and tuned right, with their captions into one PNG, and adds it to grids.json.
 
-    images [k, 3, H, W] in [0, 1]; texts [k]: the captions, lines separated by newlines. Tiny images are enlarged by a whole factor
+    images [k, 3, H, W] in [0, 1]; texts [k]: the captions, lines separated by newlines; groups [k]: why each pair is shown,
+    those of a group one after the other. Tiny images are enlarged by a whole factor
     without smoothing, those above 512 pixels reduced by one. Both files are written atomically."""
     if images_base.shape != images_tuned.shape or len(images_base) != len(texts) or not texts:
         raise ValueError(
@@ -70,11 +84,13 @@ def grid(images_base: Tensor, images_tuned: Tensor, texts: Sequence[str], path: 
         x, y = (number % columns) * cell[0] + gap, (number // columns) * cell[1] + gap
         boxes = {"base": (x, y + line, width, height), "tuned": (x + width + 4, y + line, width, height)}
         for (name, box), tile in zip(boxes.items(), (left, right), strict=True):
-            draw.text((box[0], y - 1), name, fill="#52606d", font=font)
+            label = ", ".join(filter(None, (name, groups[number] if groups and name == "base" else "")))
+            draw.text((box[0], y - 1), label, fill="#52606d", font=font)
             canvas.paste(tile, box[:2])
             draw.rectangle((box[0] - 1, box[1] - 1, box[0] + width, box[1] + height), outline="#d9dee4")
         draw.multiline_text((x, y + line + height + 3), "\n".join(lines), fill="#1f2933", font=font, spacing=3)
-        entries.append({"caption": texts[number], **{name: list(box) for name, box in boxes.items()}})
+        group = groups[number] if groups else ""
+        entries.append({"caption": texts[number], "group": group, **{name: list(box) for name, box in boxes.items()}})
     write_atomic(path, _png(canvas))
     index = path.parent / "grids.json"
     write_atomic(index, json.dumps({**read_json(index), path.name: entries}, indent=1).encode())
@@ -103,7 +119,10 @@ def newest_pairs(folder: Path) -> list[Pair]:
         return []
     with Image.open(pictures[-1]) as picture:
         entries = read_json(folder / "grids.json").get(pictures[-1].name, [])
-        return [Pair(_cut(picture, e["base"]), _cut(picture, e["tuned"]), e["caption"].split("\n")) for e in entries]
+        return [
+            Pair(_cut(picture, e["base"]), _cut(picture, e["tuned"]), e["caption"].split("\n"), e.get("group", ""))
+            for e in entries
+        ]
 
 
 def by_number(folder: Path) -> list[Path]:

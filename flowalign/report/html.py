@@ -17,7 +17,8 @@ from typing import Any
 import jinja2
 
 from flowalign.report.charts import Panel, bars, curves
-from flowalign.report.grids import by_number, newest_pairs, read_json
+from flowalign.report.doubts import doubts
+from flowalign.report.grids import Pair, by_number, newest_pairs, read_json
 from flowalign.storage.files import write_atomic
 from flowalign.storage.metrics_log import Row, read_rows
 
@@ -45,13 +46,27 @@ def write_report(run_folder: Path) -> Path:
         )
     rows = read_rows(folder / "metrics.jsonl") if (folder / "metrics.jsonl").exists() else []
     summary = read_json(folder / "summary.json")
-    config = folder / "config.yaml"
-    page = _template().render(
+    try:
+        page = _page(folder, summary, rows)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"got {folder / 'summary.json'} or {folder / 'grids' / 'grids.json'} without what a run writes there ({error!r}); "
+            "expected those of a run of this version: remove them to have a report without results"
+        ) from error
+    write_atomic(folder / "report.html", page.encode())
+    return folder / "report.html"
+
+
+def _page(folder: Path, summary: dict[str, Any], rows: Sequence[Row]) -> str:
+    config, gains = folder / "config.yaml", summary.get("rewards", {})
+    return _template().render(
         name=folder.resolve().name,
         iterations=len({row["step"] for row in rows if "reward/mean" in row}),
         facts=_facts(summary, rows),
-        results=_results(summary["rewards"]) if summary else [],
-        pairs=newest_pairs(folder / "grids"),
+        results=_results(gains) if gains else [],
+        doubts=doubts(gains, rows),
+        first=summary.get("reward"),
+        groups=_groups(newest_pairs(folder / "grids")),
         tree=trees[-1].read_bytes() if (trees := by_number(folder / "trees")) else b"",
         rewards=_svg_url(curves(rows, reward_panels(rows))),
         health=_svg_url(curves(rows, health_panels(rows))),
@@ -60,25 +75,26 @@ def write_report(run_folder: Path) -> Path:
         provenance=_flatten(read_json(folder / "provenance.json")),
         config=config.read_text() if config.exists() else None,
     )
-    write_atomic(folder / "report.html", page.encode())
-    return folder / "report.html"
 
 
 def load_snippet(run_folder: Path, pipeline: dict[str, Any]) -> str:
-    """Python that loads the run's LoRA into plain diffusers; `pipeline` is that of summary.json."""
+    """A Python script that makes an image with the run's LoRA in plain diffusers, from any working directory; `pipeline` is that
+    of summary.json."""
     arguments = {"prompt": "your prompt", **pipeline["arguments"]}
     return "\n".join(
         [
             "import torch",
             "from diffusers import DiffusionPipeline",
             "",
-            f"pipe = DiffusionPipeline.from_pretrained({pipeline['path']!r})",
+            f"pipe = {pipeline['load']}",
             *pipeline["setup"],
-            f"pipe.load_lora_weights({str(run_folder / 'lora')!r})",
+            f"pipe.load_lora_weights({str(run_folder.absolute() / 'lora')!r})",
+            'pipe.to("cuda" if torch.cuda.is_available() else "cpu")',
             "image = pipe(",
             *(f"    {name}={value!r}," for name, value in arguments.items()),
             "    generator=torch.Generator().manual_seed(0),",
             ").images[0]",
+            'image.save("image.png")',
         ]
     )
 
@@ -105,9 +121,17 @@ def _results(rewards: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
             "gain": _number(rewards["gain"][name], "+"),
             "interval": f"{_number(interval[0], '+')} to {_number(interval[1], '+')}" if interval else "–",
             "verdict": _verdict(interval) if interval else "",
+            "pairs": " / ".join(str(rewards[count][name]) for count in ("wins", "losses", "ties")),
         }
         for name, interval in rewards["gain_ci95"].items()
     ]
+
+
+def _groups(pairs: Sequence[Pair]) -> dict[str, list[Pair]]:
+    """The pairs by why they are shown, in their order."""
+    return {
+        name: [pair for pair in pairs if pair.group == name] for name in dict.fromkeys(pair.group for pair in pairs)
+    }
 
 
 def _verdict(interval: Sequence[float]) -> str:

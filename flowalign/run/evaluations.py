@@ -8,19 +8,20 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from flowalign.config import TrainConfig, evaluation_schedule
+from flowalign.config import TrainConfig
 from flowalign.data import PromptRecord
 from flowalign.distributed.processes import Processes
 from flowalign.evaluation.evaluate import EvaluationResult, evaluate
 from flowalign.evaluation.result_file import append_result, save_result
 from flowalign.models import Policy
 from flowalign.models.ema import EMA
+from flowalign.run.held_out_rewards import held_out_rewards
 from flowalign.storage.metrics_log import MetricsLog
 
 
 @dataclass
 class Evaluations:
-    """Evaluates as `config.evaluation` says and keeps the results in the run folder.
+    """Evaluates as `config.evaluation` says (how it generates, the policy knows: `Policy.sampling`) and keeps the results in the run folder.
 
     known_base: the base model's result, once it is there; read from the folder when a run resumes."""
 
@@ -55,16 +56,14 @@ class Evaluations:
         return nullcontext() if self.ema is None else self.ema.applied()
 
     def _evaluate(self, label: str) -> EvaluationResult:
-        settings, policy = self.config.evaluation, self.config.policy
+        settings = self.config.evaluation
         total = len(self.processes.share(len(self.held_out) * settings.samples_per_prompt))
         with tqdm(
             total=total, desc=f"evaluate {label}", unit="img", leave=False, disable=not self.processes.is_main
         ) as bar:
             return evaluate(
-                self.policy, self.held_out, settings.rewards, num_inference_steps=settings.num_inference_steps,
-                guidance_scale=settings.guidance_scale, seed=settings.seed, batch_size=settings.batch_size,
-                size=policy.size, samples_per_prompt=settings.samples_per_prompt,
-                fps=policy.fps, schedule=evaluation_schedule(self.config), progress=bar.update, processes=self.processes,
+                self.policy, self.held_out, held_out_rewards(self.config), seed=settings.seed, batch_size=settings.batch_size,
+                samples_per_prompt=settings.samples_per_prompt, progress=bar.update, processes=self.processes,
             )  # fmt: skip
 
     def _log(self, iteration: int, label: str, result: EvaluationResult) -> None:

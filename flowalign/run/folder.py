@@ -20,16 +20,32 @@ from flowalign.storage.files import write_atomic
 from flowalign.storage.metrics_log import MetricsLog
 
 # What a resumed run may change without a word: how long it is, what it keeps and what it shows.
-MAY_CHANGE = {
-    "run.iterations", "run.checkpoint_every", "run.keep_checkpoints", "run.trackers", "run.resume", "run.output",
-    "run.gradient_check", "evaluation.every",
-}  # fmt: skip
+MAY_CHANGE = re.compile(
+    r"run\.(iterations|checkpoint_every|keep_checkpoints|resume|output|gradient_check|project)|run\.(trackers|tags)(\..*)?"
+    r"|evaluation\.every"
+)
 # What it may change as well, noted: speed and memory; results differ by rounding.
 MAY_CHANGE_NOTED = re.compile(
-    r"(rollout|trainer\.init_args)\.micro_batch|evaluation\.batch_size|(reward|evaluation\.rewards)\..*workers"
+    r"(rollout|trainer\.init_args)\.micro_batch|evaluation\.batch_size|policy\.(decode_batch|offload(\..*)?)"
+    r"|(reward|evaluation\.rewards|process_rewards)\..*(workers|timeout)"
 )
 # What it may never change beside those: the saved weights, optimizer state and base evaluation belong to it.
 MAY_NOT_CHANGE = re.compile(r"(policy|evaluation)(\..*)?|trainer\.class_path")
+
+
+Changes = dict[str, tuple[Any, Any]]  # dotted key -> former and new value
+
+
+def run_folder(place: str | Path) -> Path:
+    """The absolute path of a run folder. ConfigError for what is none."""
+    folder = Path(place).expanduser().absolute()
+    if not (folder / "config.yaml").is_file():
+        near = folder.parent / "runs" / folder.name
+        hint = f"did you mean {near}?" if (near / "config.yaml").is_file() else "name one, such as runs/quickstart"
+        raise ConfigError(
+            f"got {place}, which is no run folder (no {folder / 'config.yaml'}); expected one that a run wrote: {hint}"
+        )
+    return folder
 
 
 def open_folder(folder: Path, plain: dict[str, Any]) -> IO[str]:
@@ -55,12 +71,13 @@ def open_folder(folder: Path, plain: dict[str, Any]) -> IO[str]:
     return lock
 
 
-def describe(folder: Path, plain: dict[str, Any]) -> None:
+def describe(folder: Path, plain: dict[str, Any], contents: Changes | None = None) -> None:
     """Writes config.yaml and provenance.json. Called after all checks and the model load: a start that fails before this
     leaves run.name unused.
-    Settings that changed are noted in provenance.json and printed."""
+    Settings that changed are noted in provenance.json and printed, and so are `contents`, what changed behind them."""
     config, provenance = folder / "config.yaml", folder / "provenance.json"
     changes = _changes(yaml.safe_load(config.read_text(encoding="utf-8")), plain) if config.exists() else {}
+    changes |= contents or {}
     text = json.dumps(_provenance(folder, changes), indent=1).encode()
     if changes:  # before the configuration that no longer shows them, in case of a kill between the two
         write_atomic(provenance, text)
@@ -98,11 +115,8 @@ def _check_saved(folder: Path, plain: dict[str, Any]) -> None:
     _check_logs(folder, plain["run"]["iterations"], every)
 
 
-Changes = dict[str, tuple[Any, Any]]
-
-
 def _changes(saved: dict[str, Any], plain: dict[str, Any]) -> Changes:
-    return {key: values for key, values in differences(saved, plain).items() if key not in MAY_CHANGE}
+    return {key: values for key, values in differences(saved, plain).items() if not MAY_CHANGE.fullmatch(key)}
 
 
 def _check_changes(folder: Path, changes: Changes, resume: str) -> None:

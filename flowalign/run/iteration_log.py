@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from accelerate import Accelerator
-
 from flowalign.config import TrainConfig
+from flowalign.errors import RunError
 from flowalign.run.checkpoints import Progress
+from flowalign.run.trackers import Trackers
 from flowalign.storage.metrics_log import MetricsLog
 
 SUMMARY = {  # of a row, for the progress bar: metric -> (name, format); one that a trainer does not measure is left out
@@ -28,12 +27,13 @@ ADDED_UP = ("time/", "cost/", "loss/")  # over the updates of an iteration; of o
 class IterationLog:
     """Collects the metrics of one iteration after another.
 
-    updates: metrics of this iteration's updates so far. began: time.monotonic() of the iteration. summary: the latest row
+    write_rows: whether this process writes metrics.jsonl. updates: metrics of this iteration's updates so far. began: time.monotonic() of the iteration. summary: the latest row
     in a few words, for the progress bar."""
 
     config: TrainConfig
     metrics: MetricsLog
-    accelerator: Accelerator
+    trackers: Trackers
+    write_rows: bool
     progress: Progress
     updates: dict[str, float] = field(default_factory=dict)
     began: float = 0.0
@@ -71,20 +71,20 @@ class IterationLog:
         return row
 
     def check_first_gradient(self, row: Mapping[str, float]) -> None:
-        """RuntimeError if no gradient was above 0 yet although there was something to learn from."""
+        """RunError if no gradient was above 0 yet although there was something to learn from."""
         equal_scores = row.get("group/zero_std_ratio", 0.0) == 1  # in every group: then there was nothing
         expected = self.config.run.gradient_check and "optim/grad_norm" in row and not equal_scores
         if expected and not self.progress.reached:
-            raise RuntimeError(
+            raise RunError(
                 "the first gradient is exactly 0: the policy is frozen or the loss does not reach it; run `flowalign doctor` "
                 "on this configuration"
             )
 
     def write(self, iteration: int, row: Mapping[str, float]) -> None:
         """Appends the row to metrics.jsonl and gives it to the trackers. `iteration` 1 is the first."""
-        if self.accelerator.is_main_process:
+        if self.write_rows:
             self.metrics.append(iteration, row)
-        self.accelerator.log({name: value for name, value in row.items() if math.isfinite(value)}, step=iteration)
+        self.trackers.row(iteration, row)
 
     def _add_to_totals(self, images: int, row: Mapping[str, float]) -> None:
         totals = self.progress.totals

@@ -55,6 +55,7 @@ class Launch:
     def of(config: TrainConfig, folder: Path) -> Launch:
         """Asks accelerate how this process was launched. ConfigError for settings that would be ignored."""
         check_environment()
+        check_devices()
         accelerator = Accelerator(log_with=list(config.run.trackers) or None, project_dir=str(folder / "logs"))
         kind = accelerator.distributed_type
         fsdp = accelerator.state.fsdp_plugin if kind == DistributedType.FSDP else None
@@ -92,6 +93,18 @@ def check_environment(environment: Mapping[str, str] = os.environ) -> None:
         raise ConfigError(
             f"accelerate was launched with DeepSpeed, but deepspeed >= {OLDEST_DEEPSPEED} is not installed: "
             "pip install 'flowalign-diffusion[deepspeed]', or launch with configs/accelerate/multi_gpu.yaml"
+        )
+
+
+def check_devices(environment: Mapping[str, str] = os.environ, devices: int | None = None) -> None:
+    """ConfigError if more processes were launched on this machine than it has devices (None: asks torch); accelerate would
+    run each of them as if it were alone."""
+    processes = int(environment.get("LOCAL_WORLD_SIZE", "1"))
+    found = torch.accelerator.device_count() if devices is None else devices
+    if processes > max(1, found) and environment.get("ACCELERATE_USE_CPU", "false").lower() != "true":
+        raise ConfigError(
+            f"got {processes} processes on this machine, which has {found} GPUs; expected one each: launch with "
+            f"--num_processes {max(1, found)}, without a GPU with --cpu and none of configs/accelerate"
         )
 
 

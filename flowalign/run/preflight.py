@@ -1,5 +1,4 @@
-"""What is done before the model is loaded: the forecast of the cost, prompts, what an earlier launch of this run saved, a trial of each
-reward."""
+"""What is done before the model is loaded: the forecast of the cost, prompts, what an earlier launch of this run saved."""
 
 from __future__ import annotations
 
@@ -7,19 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from flowalign.config import TrainConfig
-from flowalign.data import PromptRecord, digest, load_prompts, source_images
+from flowalign.data import PromptRecord, digest, load_prompts
 from flowalign.errors import ConfigError
 from flowalign.evaluation.evaluate import EvaluationResult
 from flowalign.evaluation.result_file import load_result
-from flowalign.models import Policy
 from flowalign.models.load import rows_per_state
 from flowalign.rollouts.collect import leaves_per_group
 from flowalign.storage import checkpoint
 from flowalign.storage.checkpoint import Tensors
-from rewards import Reward, RewardBatch, RewardError, pictures, score
 
 
 def forecast(config: TrainConfig) -> str:
@@ -86,9 +81,15 @@ class Saved:
     state: dict[str, Any]
     base: EvaluationResult | None
 
+    def changed_prompts(self, digests: dict[str, str]) -> dict[str, tuple[str, str]]:
+        """{prompt set: (former digest, digest now)} of those that are not what the checkpoint was trained with."""
+        former = self.state.get("prompts", {}) if self.iteration else {}
+        return {name: (former[name], now) for name, now in digests.items() if name in former and former[name] != now}
+
 
 def read_saved(config: TrainConfig, folder: Path, digests: dict[str, str]) -> Saved:
-    """Reads and checks what the folder holds. ConfigError if the base evaluation is lost, or if prompts have changed."""
+    """Reads and checks what the folder holds. ConfigError if the base evaluation is lost, or if prompts have changed: those of the
+    evaluation never may, those of the training with run.resume=changed."""
     path, base_file = checkpoint.latest(folder), folder / "evaluation" / "base.safetensors"
     iteration = 0 if path is None else checkpoint.step_of(path)
     tensors, state = ({}, {}) if path is None else checkpoint.load(path)
@@ -99,54 +100,16 @@ def read_saved(config: TrainConfig, folder: Path, digests: dict[str, str]) -> Sa
     base = load_result(base_file) if base_file.exists() else None
     if path is None and base is not None and base.digest != digests["held_out"]:
         base = None  # nothing is trained yet, and the prompts have changed: evaluated again
-    if path is not None and state.get("prompts") != digests:
+    saved = Saved(iteration, tensors, state, base)
+    others = saved.changed_prompts(digests)
+    if "held_out" in others:
         raise ConfigError(
-            f"the prompts of {config.prompts} or {config.evaluation.prompts} have changed since {folder} was begun: restore "
-            "them, or choose another run.name"
+            f"the first {config.evaluation.count} prompts of {config.evaluation.prompts} have changed since {folder} was begun, "
+            "and the base evaluation belongs to them: restore them, or choose another run.name"
         )
-    return Saved(iteration, tensors, state, base)
-
-
-def try_rewards(
-    config: TrainConfig, prompts: Prompts, device: torch.device | str = "cpu", policy: Policy | None = None
-) -> None:
-    """Each reward scores two samples of the form and on the device that it gets in the run: before the model is loaded
-    (policy None) those that read images or videos only, two black ones; after it those that read latents too, two all-zero
-    latents and what the policy decodes from them. ConfigError for one that cannot: a name is misspelt, a shape is wrong,
-    it answers in other channels than its spec says."""
-    trials = [
-        (config.reward, prompts.train),
-        *((reward, prompts.train) for reward in config.process_rewards),
-        *((reward, prompts.held_out) for reward in config.evaluation.rewards),
-    ]
-    for reward, records in trials:
-        if ("latents" in reward.spec.inputs) == (policy is None):
-            continue
-        two, what = (records * 2)[:2], "two black images" if policy is None else "two all-zero latents"
-        fields = _black(config, device) if policy is None else _zero_latents(config, reward, device, policy)
-        batch = RewardBatch(
-            prompts=[record.prompt for record in two],
-            metadata=[record.metadata for record in two],
-            conditions=source_images(two, device),
-            **fields,
+    if others and config.run.resume != "changed":
+        raise ConfigError(
+            f"the prompts of {config.prompts} have changed since {folder} was begun: restore them, choose another run.name, or "
+            "set run.resume=changed to go on with them"
         )
-        try:
-            score(reward, batch, max_fail_rate=1.0)
-        except RewardError as error:
-            raise ConfigError(f"tried on {what}, {error}") from error
-
-
-def _black(config: TrainConfig, device: torch.device | str) -> dict[str, Any]:
-    """Two black images, or videos of a policy that makes more than one frame."""
-    size = config.policy.size
-    frames = (size.frames,) if size.frames > 1 else ()
-    return pictures(torch.zeros(2, *frames, 3, size.height, size.width, device=device), config.policy.fps)
-
-
-def _zero_latents(config: TrainConfig, reward: Reward, device: torch.device | str, policy: Policy) -> dict[str, Any]:
-    """Two all-zero latents, pure noise for a process reward, else data, decoded if the reward reads that too."""
-    latents = torch.zeros(2, *policy.latent_shape(config.policy.size), device=device)
-    sigma = torch.full((2,), float(reward.spec.scope == "latent"), device=device)
-    decoded = set(reward.spec.inputs) != {"latents"}
-    made = pictures(policy.decode(latents), config.policy.fps) if decoded else {}
-    return {"latents": latents, "sigma": sigma, **made}
+    return saved

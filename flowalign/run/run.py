@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -19,9 +20,8 @@ from flowalign.config import TrainConfig
 from flowalign.data import PromptRecord, prompts_of_iteration
 from flowalign.distributed.processes import Processes
 from flowalign.distributed.stepper import Stepper
-from flowalign.errors import ConfigError
+from flowalign.errors import ConfigError, RunError
 from flowalign.models.ema import EMA
-from flowalign.report.summary import summarize, write_results
 from flowalign.rollouts.task import Task
 from flowalign.run.checkpoints import Checkpoints, Progress
 from flowalign.run.evaluations import Evaluations
@@ -29,12 +29,17 @@ from flowalign.run.folder import describe, open_folder
 from flowalign.run.interrupt import Interrupted, StopRequest
 from flowalign.run.iteration_log import IterationLog
 from flowalign.run.launch import Launch
-from flowalign.run.preflight import Prompts, forecast, read_saved, try_rewards
+from flowalign.run.preflight import Prompts, forecast, read_saved
+from flowalign.run.results import Results
+from flowalign.run.trackers import Trackers
+from flowalign.run.trial import try_rewards
 from flowalign.storage import checkpoint
 from flowalign.storage.checkpoint import CheckpointError
 from flowalign.storage.files import DamagedFile, write_atomic
+from flowalign.storage.finite import first_not_finite
 from flowalign.storage.metrics_log import MetricsLog
 from flowalign.trainers import Batch, Update
+from rewards import close
 
 
 @dataclass(eq=False)
@@ -55,6 +60,8 @@ class Run:
     checkpoints: Checkpoints
     evaluations: Evaluations
     log: IterationLog
+    trackers: Trackers
+    results: Results
     steppers: dict[Optimizer, Stepper] = field(default_factory=dict)
 
     def resume(self) -> None:
@@ -82,7 +89,7 @@ class Run:
                 if self.processes.total(self.stop.since is not None) and iteration + 1 < total:
                     if self.checkpoints.latest <= iteration:
                         self._save(iteration + 1)
-                    raise Interrupted(f"stopped after iteration {iteration + 1}; the same command goes on from there")
+                    raise Interrupted(self.results.stop(iteration + 1))
 
     def prompts(self, iteration: int) -> list[PromptRecord]:
         """The prompts of an iteration, one per group."""
@@ -92,9 +99,7 @@ class Run:
         """Adds a micro-batch's gradient to that of its update. Runs under the update's role: activation checkpointing
         recomputes the forward here, after the trainer has left that context."""
         if not bool(torch.isfinite(loss)):
-            raise FloatingPointError(
-                f"got loss {float(loss)}; expected a finite number: lower trainer.optimizer.lr, or check the reward"
-            )
+            raise self._not_finite(f"loss {float(loss.detach())}", update.role)
         with self.task.policy.role(update.role):
             self.steppers[update.optimizer].backward(loss)
 
@@ -107,9 +112,7 @@ class Run:
             ) in self.steppers:  # a loss may reach weights of other roles too: their next step must not see that
                 optimizer.zero_grad(set_to_none=True)
             if not math.isfinite(norm):
-                raise FloatingPointError(
-                    f"got gradient norm {norm}; expected a finite number: lower trainer.optimizer.lr, or check reward and log-probs"
-                )
+                raise self._not_finite(f"gradient norm {norm}", update.role)
             self.log.add_norm(update.role, norm)
             if update.role == "policy":
                 self.progress.updates += 1
@@ -121,10 +124,12 @@ class Run:
     def end(self, iteration: int, batch: Batch) -> None:
         """Logs the iteration; saves and evaluates when it is time."""
         step, last, every = iteration + 1, self.config.run.iterations, self.config.evaluation.every
+        self._check_weights()
         row = self.log.close(batch.images, batch.metrics)
         if every is not None and step % every == 0 and step < last:
-            scores = self.evaluations.evaluate_tuned().scores
-            row |= {f"eval/{name}": float(values[values.isfinite()].mean()) for name, values in scores.items()}
+            tuned = self.evaluations.evaluate_tuned()
+            row |= {f"eval/{name}": float(values[values.isfinite()].mean()) for name, values in tuned.scores.items()}
+            self.trackers.images(step, self.evaluations.base(), tuned)
         self.log.check_first_gradient(row)
         self.log.write(step, row)
         if self.processes.is_main and step in (1, last):
@@ -136,14 +141,27 @@ class Run:
 
     def finish(self) -> dict[str, Any]:
         """Evaluates the tuned model beside the base; writes LoRA, grid, summary and report."""
-        tuned, base = self.evaluations.evaluate_and_keep(self.config.run.iterations), self.evaluations.base()
-        result = summarize(self.config, self.task.policy, base, tuned, self.progress.totals, self.progress.elapsed)
-        if self.processes.is_main:
-            if self.config.policy.trainable == "lora":
-                with self.evaluations.averaged():
-                    self.task.policy.save_lora(self.folder / "lora")
-            print(write_results(self.folder, base, tuned, result), flush=True)
+        result = self.results.finish()
+        self.trackers.gains(self.config.run.iterations, result["rewards"])
         return result
+
+    def _not_finite(self, what: str, role: str) -> RunError:
+        """The error for a loss or a gradient that is not finite. Raises that of the weights, if they have made it so."""
+        self._check_weights()
+        return RunError(
+            f"got {what} of {role} from finite weights and scores; expected a finite number: lower trainer.optimizer.lr, or check "
+            "the numbers of the objective, the step weight and the regularizers. The last checkpoint stands"
+        )
+
+    def _check_weights(self) -> None:
+        """RunError for trained weights that are not finite: the next rollout would blame its images for it."""
+        roles = ("policy", *self.config.roles)
+        name = first_not_finite(pair for role in roles for pair in self.task.policy.parameters_of(role))
+        if name is not None:
+            raise RunError(
+                f"got the weight {name} with a value that is not finite; expected finite weights, but an update made them so: "
+                "lower trainer.optimizer.lr, or check the other settings of trainer.optimizer. The last checkpoint stands"
+            )
 
     def _save(self, step: int) -> None:
         main, optimizers = self.processes.is_main, self.config.trainer.optimizers
@@ -156,7 +174,7 @@ def open_run(config: TrainConfig, plain: dict[str, Any]) -> Iterator[Run]:
     """Opens the folder, checks everything that can be checked, then loads the model. Leaving closes rewards and trackers.
 
     `plain` is the configuration as data. ConfigError for what cannot work, before a model is loaded."""
-    folder = Path(config.run.output) / config.run.name
+    folder = Path(os.path.abspath(Path(config.run.output).expanduser())) / config.run.name
     launch = Launch.of(config, folder)
     with ExitStack() as leaving:
         yield _enter(config, plain, folder, launch, leaving)
@@ -175,10 +193,10 @@ def _enter(config: TrainConfig, plain: dict[str, Any], folder: Path, launch: Lau
     if processes.is_main:
         print(forecast(config), flush=True)
     for reward in (config.reward, *config.process_rewards, *config.evaluation.rewards):
-        leaving.callback(reward.close)
-    try_rewards(config, prompts, launch.accelerator.device)
+        leaving.callback(close, reward)
+    try_rewards(config, prompts, launch.accelerator.device, announce=processes.is_main)
     policy = policy_of(config, launch.accelerator.device, launch.network_device)
-    try_rewards(config, prompts, launch.accelerator.device, policy)
+    try_rewards(config, prompts, launch.accelerator.device, policy, announce=processes.is_main)
     processes = launch.shard(policy, processes)
     ema = None if config.run.ema_decay is None else EMA(policy.trainable_parameters(), decay=config.run.ema_decay)
     task = task_of(config, policy, processes=processes)
@@ -187,14 +205,15 @@ def _enter(config: TrainConfig, plain: dict[str, Any], folder: Path, launch: Lau
         metrics.cut_back(saved.iteration)
         MetricsLog(folder / "evaluations.jsonl").cut_back(saved.iteration)
         checkpoint.tidy(folder, config.run.keep_checkpoints)
-        describe(folder, plain)
-    launch.accelerator.init_trackers("flowalign", init_kwargs={"wandb": {"name": config.run.name}})
+        describe(folder, plain, {f"prompts.{k}": pair for k, pair in saved.changed_prompts(digests).items()})
+    trackers = Trackers.of(launch.accelerator, config.run, folder)
     leaving.callback(launch.accelerator.end_training)
     leaving.enter_context(stop.listening())
     progress = Progress()
+    evaluations = Evaluations(config, folder, policy, prompts.held_out, ema, processes, saved.base)
     return Run(
-        config, folder, launch, processes, prompts.train, task, ema, stop, progress,
-        checkpoints=Checkpoints(config, folder, policy, ema, progress, digests, saved),
-        evaluations=Evaluations(config, folder, policy, prompts.held_out, ema, processes, saved.base),
-        log=IterationLog(config, metrics, launch.accelerator, progress),
+        config, folder, launch, processes, prompts.train, task, ema, stop, progress, trackers=trackers,
+        checkpoints=Checkpoints(config, folder, policy, ema, progress, digests, saved), evaluations=evaluations,
+        log=IterationLog(config, metrics, trackers, processes.is_main, progress),
+        results=Results(config, folder, policy, evaluations, progress, processes.is_main),
     )  # fmt: skip

@@ -14,7 +14,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from flowalign.storage.files import fsync
+from flowalign.storage.finite import first_not_finite
 
 FORMAT = 1
 POINTS = ("part_written", "before_rename", "after_rename", "before_prune")  # where `hooks` is called, for kill tests
@@ -48,9 +49,10 @@ def save(
 
     `tensors` maps section -> name -> tensor, `state` is JSON that survives a round trip (text keys, lists, no NaN).
     Saving the same step again with the same content does nothing. Raises CheckpointError if the step exists with
-    other content or a later one exists."""
+    other content, a later one exists, or a tensor is not finite; what was saved before stands."""
     if keep < 1:
         raise CheckpointError(f"got keep={keep}; expected the number of checkpoints to keep, at least 1")
+    _check_finite(step, tensors)
     call = hooks or (lambda point: None)
     root = Path(run_folder) / "checkpoints"
     root.mkdir(parents=True, exist_ok=True)
@@ -87,19 +89,31 @@ def latest(run_folder: Path) -> Path | None:
     return folders[-1] if folders else None
 
 
-def load(path: Path) -> tuple[dict[str, Tensors], State]:
-    """Reads a step-N folder back, every file checked against the manifest; tensors on the CPU.
+def load(path: Path, sections: Collection[str] | None = None) -> tuple[dict[str, Tensors], State]:
+    """Reads a step-N folder back, every file that is read checked against the manifest; tensors on the CPU. sections: which
+    to read; None: all.
 
     Raises CheckpointError naming the file that is missing, cut short, changed or not of this checkpoint."""
     path = Path(path)
     parts = _read_manifest(path)
+    listed = set(parts)
+    lacks = [name for name in sections or () if f"{name}.safetensors" not in parts]
+    if lacks:
+        raise CheckpointError(f"{path} holds no {', '.join(lacks)}: it is of a run that keeps none")
+    wanted = set(parts) if sections is None else {"state.json", *(f"{name}.safetensors" for name in sections)}
+    parts = {name: part for name, part in parts.items() if name in wanted}
     for name, expected in parts.items():
         _check_part(path, name, expected)
-    unlisted = sorted({file.name for file in path.iterdir()} - set(parts) - {"manifest.json"})
+    unlisted = sorted({file.name for file in path.iterdir()} - listed - {"manifest.json"})
     if unlisted:
         raise CheckpointError(f"{path / unlisted[0]} is not listed in manifest.json: remove it or {_remedy(path)}")
     files = [path / name for name in parts if name.endswith(".safetensors")]
     return {file.stem: load_file(file) for file in files}, json.loads((path / "state.json").read_text())
+
+
+def steps(run_folder: Path) -> list[int]:
+    """The complete steps of a run, by rising number."""
+    return [step_of(path) for path in _folders(Path(run_folder) / "checkpoints")]
 
 
 def step_of(path: Path) -> int:
@@ -121,6 +135,15 @@ def _prune(root: Path, keep: int, call: Hook) -> None:
     for old in _folders(root)[:-keep]:
         call("before_prune")
         _remove(old)
+
+
+def _check_finite(step: int, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+    name = first_not_finite((f"{section}, {name}", t) for section, part in tensors.items() for name, t in part.items())
+    if name is not None:
+        raise CheckpointError(
+            f"got {name} with a value that is not finite; expected finite numbers: nothing was saved at step {step}, the "
+            "checkpoint before it stands; lower trainer.optimizer.lr, or check the settings of the optimizer and the losses"
+        )
 
 
 def _write(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: State, call: Hook) -> None:

@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from flowalign.errors import RunError
 from flowalign.objectives import Objective, Regularizer, StepWeight, Targets, Transitions
 from flowalign.trainers.update_engine import Measures, Part, States, UpdateEngine
 from samplers import Forest, Step
@@ -113,10 +114,10 @@ class EdgeUpdate:
         return (forest.role_steps("old", edges) if needed else None), forest.log_prob[edges]
 
     def _check_drift(self, drift: Tensor, step: Step) -> None:
-        """RuntimeError where an unchanged policy is further from the rollout than rounding can be."""
+        """RunError where an unchanged policy is further from the rollout than rounding can be."""
         relative = drift / velocity_unit(step)
         if bool((~(relative <= self.max_drift)).any()):
-            raise RuntimeError(
+            raise RunError(
                 f"got log-probs of an unchanged policy as if its velocity were off by {float(relative.max()):.2e} from the rollout's; "
                 f"expected at most trainer.max_drift={self.max_drift}, more than rounding: look for dropout, another grid of "
                 "sigmas or swapped conditions (`flowalign doctor` measures it), or raise max_drift if it is rounding"

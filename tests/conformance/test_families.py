@@ -10,10 +10,10 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from flowalign.data import as_records
-from flowalign.evaluation.evaluate import sample
 from flowalign.models import Family, LoRA, Size, check_lora_targets, families, inspect_checkpoint, load_policy, path_of
 from flowalign.models.grid import pipeline_call
 from flowalign.models.load import FAMILIES, check_image_size, read_pipeline, rows_per_state
+from flowalign.models.sampling import sample
 from samplers import Listed, PlainShift, Schedule, check_schedule
 from tests.helpers import tiny
 

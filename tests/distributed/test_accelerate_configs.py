@@ -13,7 +13,7 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 from flowalign.config import PolicySettings, load_config
 from flowalign.errors import ConfigError
 from flowalign.run import launch
-from flowalign.run.launch import check_deepspeed, check_environment, check_launch, check_processes
+from flowalign.run.launch import check_deepspeed, check_devices, check_environment, check_launch, check_processes
 from flowalign.run.run import open_run
 from samplers import FlowSDE, Guided, RewardGradient
 
@@ -163,3 +163,16 @@ def test_a_rollout_that_processes_cannot_share_is_refused() -> None:
     check_processes(1, guided)
     with pytest.raises(ConfigError, match=r"kernel=Guided.*launch one process"):
         check_processes(2, guided)
+
+
+def test_more_processes_than_devices_are_refused() -> None:
+    """accelerate would run each of them alone, in the same folder."""
+    asked = {"LOCAL_WORLD_SIZE": "4"}
+    for devices in (0, 2):
+        with pytest.raises(
+            ConfigError, match=rf"got 4 processes on this machine, which has {devices} GPUs; expected one each"
+        ):
+            check_devices(asked, devices)
+    check_devices(asked, 4)
+    check_devices({}, 0)
+    check_devices({**asked, "ACCELERATE_USE_CPU": "true"}, 0)

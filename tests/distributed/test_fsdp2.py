@@ -69,7 +69,8 @@ def test_a_sharded_run_is_the_same_run(tiny_pipeline: Path, tmp_path: Path, netw
     if networks == 2:
         pipeline, prompts = save_pipeline(tmp_path / "pipeline"), save_prompts(tmp_path)
         extra = [
-            "evaluation.count=3", f"prompts={prompts}", f"evaluation.prompts={prompts}", "policy.lora.targets=null",
+            "evaluation.count=3", f"prompts={prompts}", f"evaluation.prompts={prompts}",
+            "evaluation.allow_training_prompts=true", "policy.lora.targets=null",
             "policy.family=tests.helpers.two_networks.FAMILY", "rollout.guidance_scale=2",
             "rollout.allow_cfg_update=true", "rollout.plan={class_path: samplers.Chain}",
         ]  # fmt: skip

@@ -19,9 +19,9 @@ from peft import PeftModel
 from flowalign.config import load_config
 from flowalign.data import as_records
 from flowalign.errors import ConfigError
-from flowalign.evaluation.evaluate import sample
 from flowalign.models import LoRA, Size, check_lora_targets, inspect_checkpoint, load_policy
 from flowalign.models.families.sd3 import SD3Model
+from flowalign.models.sampling import sample
 from samplers import ODE, FlowSDE, Tree, chain, rollout
 
 CONFIG = str(Path(__file__).parents[1] / "data" / "tiny.yaml")

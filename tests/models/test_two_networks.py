@@ -29,7 +29,8 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def overrides(prompts: Path) -> list[str]:
     return [
-        f"policy.family={FAMILY}", f"prompts={prompts}", f"evaluation.prompts={prompts}", "policy.lora.targets=null",
+        f"policy.family={FAMILY}", f"prompts={prompts}", f"evaluation.prompts={prompts}",
+        "evaluation.allow_training_prompts=true", "policy.lora.targets=null",
         "policy.roles={old: {update: copy}, slow: {update: ema, of: old}}", "rollout.guidance_scale=2",
         "rollout.allow_cfg_update=true", "rollout.plan={class_path: samplers.Chain}", "run.ema_decay=0.5",
         "evaluation.guidance_scale=2", "evaluation.count=2",

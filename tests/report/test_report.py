@@ -1,6 +1,7 @@
 """The report: self-contained, complete, and able to describe a run that has hardly begun."""
 
 import base64
+import html
 import io
 import json
 import re
@@ -36,13 +37,16 @@ def log_iterations(run, count):
 
 def summary_of(base, tuned, intervals):
     gain = {name: tuned[name] - base[name] for name in base}
+    figures = {"pairs": 64, "wins": 30, "losses": 14, "ties": 20, "dropped": 0, "unscored_base": 0, "unscored_tuned": 0}
+    counts = {count: dict.fromkeys(base, value) for count, value in figures.items()}
     return {
-        "rewards": {"base": base, "tuned": tuned, "gain": gain, "gain_ci95": intervals},
+        "reward": next(iter(base)),
+        "rewards": {"base": base, "tuned": tuned, "gain": gain, "gain_ci95": intervals, **counts},
         "seconds": 3725,
         "evaluations_per_image": {"rollout": 10, "update": 2.5},
         "ratio_drift_max": 3e-7,
         "pipeline": {
-            "path": "some/model",
+            "load": "DiffusionPipeline.from_pretrained('some/model')",
             "setup": [],
             "arguments": {"num_inference_steps": 10, "guidance_scale": 1.5},
         },
@@ -104,7 +108,7 @@ def test_the_page_is_one_file_that_loads_and_runs_nothing(run, page):
 
 def test_the_table_states_base_tuned_gain_and_interval(page):
     text = text_of(page)
-    assert "ocr 0.5 0.75 +0.25 +0.125 to +0.375 better" in text
+    assert "ocr 0.5 0.75 +0.25 +0.125 to +0.375 better 30 / 14 / 20" in text
     assert "jpeg 3 2.5 −0.5 –" in text  # no interval, no verdict
     assert "1 h 02 min" in text and "3e-07" in text
     assert "per image, rollout 10" in text and "per image, update 2.5" in text and "3 training iterations" in text
@@ -123,7 +127,7 @@ def test_every_reward_has_a_line(tmp_path):
     summary = summary_of({"a": 1, "b": 2}, {"a": 2, "b": 1}, {"a": [0.5, 1.5], "b": [-1.5, -0.5]})
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     text = text_of(page_of(tmp_path))
-    assert "a 1 2 +1 +0.5 to +1.5 better b 2 1 −1 −1.5 to −0.5 worse" in text
+    assert "a 1 2 +1 +0.5 to +1.5 better 30 / 14 / 20 b 2 1 −1 −1.5 to −0.5 worse" in text
 
 
 def test_held_out_scores_that_few_rows_hold_have_their_own_curve(tmp_path):
@@ -137,7 +141,8 @@ def test_held_out_scores_that_few_rows_hold_have_their_own_curve(tmp_path):
 def test_it_says_how_the_run_was_made_and_how_to_load_the_lora(run, page):
     assert "git_commit abc123 versions torch 2.15" in text_of(page)
     assert "seed: 7\nnote: &lt;b&gt;bold&lt;/b&gt;" in page
-    snippet = re.search(r"<pre>(import torch.*?)</pre>", page, re.S).group(1).replace("&#39;", "'")
+    snippet = re.search(r"<pre>(import torch.*?)</pre>", page, re.S).group(1)
+    snippet = html.unescape(snippet)
     compile(snippet, "snippet", "exec")
     assert f"pipe.load_lora_weights('{run / 'lora'}')" in snippet
     assert "from_pretrained('some/model')" in snippet and "guidance_scale=1.5," in snippet
@@ -154,6 +159,21 @@ def test_the_newest_grid_is_shown_pair_by_pair_with_its_own_pixels(page):
     for tile, picture in zip(tiles, expected, strict=True):
         assert tile.shape == (24 * 6, 48 * 6, 3)
         np.testing.assert_array_equal(tile[3::6, 3::6], (picture * 255).round().byte().permute(1, 2, 0).numpy())
+
+
+def test_pairs_are_shown_by_why_they_were_chosen(tmp_path):
+    groups = ["largest gains", "drawn by chance"]
+    grid(images(0), images(1), CAPTIONS, tmp_path / "grids" / "held_out.png", groups)
+    page = page_of(tmp_path)
+    first, second = page.index("<h3>Largest gains</h3>"), page.index("<h3>Drawn by chance</h3>")
+    assert first < page.index("ocr 0.25 → 1") < second < page.index("ocr 0.5 → not valid")
+
+
+def test_a_summary_of_something_else_is_named(tmp_path):
+    for content in ('{"rewards": {"base": {}}}', '{"rewards": 3}', '{"seconds": {}}'):
+        (tmp_path / "summary.json").write_text(content)
+        with pytest.raises(ValueError, match=r"summary\.json or .* without what a run writes"):
+            write_report(tmp_path)
 
 
 def test_the_newest_tree_is_shown(tmp_path):

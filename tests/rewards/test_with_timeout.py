@@ -53,7 +53,7 @@ def test_a_request_that_fails_is_an_error_or_masks_its_own_samples(how, message:
     assert torch.equal(output.components["red"][:2], batch.images[:2, 0].mean(dim=(1, 2)))
     assert output.components["red"][2:4].isnan().all() and "'plain'" in output.info[3] and "masked" in caplog.text
     with pytest.raises(RewardError, match="6 of 6"):  # all masked: nothing to learn from
-        score(WithTimeout(reward, timeout=0.5, on_error="mask"), batch)
+        score(WithTimeout(reward, timeout=0.5, on_error="mask", batch_size=6), batch)
 
 
 def test_an_answer_of_the_wrong_form_is_masked_too() -> None:
@@ -68,7 +68,7 @@ def test_gradients_stay_out_of_the_thread() -> None:
     assert not score(WithTimeout(Plain(brightness), timeout=60), batch).scores.requires_grad
 
 
-@pytest.mark.parametrize("bad", [{"on_error": "ignore"}, {"timeout": 0.0}, {"batch_size": 0}])
+@pytest.mark.parametrize("bad", [{"on_error": "ignore"}, {"on_error": "mask"}, {"timeout": 0.0}, {"batch_size": 0}])
 def test_settings_that_mean_nothing_are_named(bad: dict) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(bad))}=.*; expected"):
         WithTimeout(Plain(brightness), **bad)

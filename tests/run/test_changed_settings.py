@@ -134,6 +134,40 @@ def test_any_trainers_micro_batch_and_a_rewards_workers_are_speed(run: Path) -> 
             open_folder(run, changed(run, **{key: other}))
 
 
+def test_what_is_only_shown_or_kept_changes_without_a_word(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = {"trackers": ["tensorboard"], "project": "mine", "tags": ["wide"], "checkpoint_every": 2}
+    (run / "config.yaml").write_text(yaml.safe_dump(changed(run, run__trackers=["wandb"], run__tags=["narrow"])))
+    plain = changed(run, **{f"run__{key}": value for key, value in shown.items()}, evaluation__every=1)
+    open_folder(run, plain).close()
+    describe(run, plain)
+    assert changes(run) == [] and "goes on" not in capsys.readouterr().out
+
+
+def test_memory_changes_freely_and_is_noted(run: Path) -> None:
+    plain = changed(run, policy__decode_batch=2, policy__offload=["vae", "encoders"])
+    open_folder(run, plain).close()
+    describe(run, plain)
+    assert changes(run)[0]["settings"].keys() == {"policy.decode_batch", "policy.offload"}
+
+
+def prompts_of(pipeline: Path, output: Path, text: str, *overrides: str) -> None:
+    (output / "mine.txt").write_text(text)
+    run_it(pipeline, output, f"prompts={output}/mine.txt", *overrides)
+
+
+def test_training_prompts_change_if_that_is_said_and_it_is_noted(tiny_pipeline: Path, tmp_path: Path) -> None:
+    prompts_of(tiny_pipeline, tmp_path, "a cat\na dog\n", "run.iterations=1")
+    longer = "a cat\na dog\na much longer prompt about a hen\n"
+    with pytest.raises(ConfigError, match=r"mine\.txt have changed .* set run\.resume=changed"):
+        prompts_of(tiny_pipeline, tmp_path, longer, "run.iterations=2")
+    prompts_of(tiny_pipeline, tmp_path, longer, "run.iterations=2", "run.resume=changed")
+    [change] = changes(tmp_path / "tiny")
+    former, now = change["settings"]["prompts.train"].values()
+    assert change["after_iteration"] == 1 and former != now
+    prompts_of(tiny_pipeline, tmp_path, longer, "run.iterations=3")  # from now on these are the run's own
+    assert len(changes(tmp_path / "tiny")) == 1
+
+
 # ------------------------------------------------------------------------------------------ never
 
 

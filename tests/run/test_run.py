@@ -1,6 +1,5 @@
 """The run folder: started again, extended, killed, opened twice, with lost or damaged files; nothing is lost."""
 
-import errno
 import json
 import os
 import shutil
@@ -12,9 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors import SafetensorError
 
-from flowalign import cli
 from flowalign.errors import ConfigError
 from flowalign.evaluation.result_file import load_result
 from flowalign.run import interrupt
@@ -23,10 +20,9 @@ from flowalign.run.folder import describe, open_folder
 from flowalign.run.interrupt import Interrupted
 from flowalign.run.run import Run
 from flowalign.storage import checkpoint
-from flowalign.storage.checkpoint import CheckpointError
 from flowalign.storage.metrics_log import read_rows, without_time
 from flowalign.trainers import Update
-from tests.helpers.tiny_run import CONFIG, result, run_it
+from tests.helpers.tiny_run import result, run_it
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +44,13 @@ def copy(done: Path, tmp_path: Path) -> Path:
 def start(pipeline: Path, output: Path, *overrides: str) -> dict:
     prompts = f"{output}/prompts.txt"
     return run_it(
-        pipeline, output, f"prompts={prompts}", f"evaluation.prompts={prompts}", "run.iterations=2", *overrides
+        pipeline,
+        output,
+        f"prompts={prompts}",
+        f"evaluation.prompts={prompts}",
+        "evaluation.allow_training_prompts=true",
+        "run.iterations=2",
+        *overrides,
     )
 
 
@@ -77,7 +79,7 @@ def test_a_finished_run_started_again_and_then_extended_equals_one_long_run(
     done: Path, tiny_pipeline: Path, tmp_path: Path
 ) -> None:
     prompts = f"prompts={done}/prompts.txt"
-    names = ["run.ema_decay=0.5", prompts, f"evaluation.{prompts}"]
+    names = ["run.ema_decay=0.5", prompts, f"evaluation.{prompts}", "evaluation.allow_training_prompts=true"]
     for iterations in (1, 1, 2):
         run_it(tiny_pipeline, tmp_path / "extended", *names, f"run.iterations={iterations}")
     run_it(tiny_pipeline, tmp_path / "uninterrupted", *names, "run.iterations=2")
@@ -217,47 +219,6 @@ def test_two_kills_around_another_checkpoint_every_before_the_first_checkpoint(
 def test_a_place_that_cannot_be_written_is_named(done: Path, tiny_pipeline: Path, no_model: None) -> None:
     with pytest.raises(ConfigError, match=r"cannot write .* choose another run\.output"):
         start(tiny_pipeline, done, f"run.output={done}/prompts.txt")
-
-
-@pytest.mark.parametrize(
-    ("error", "message"),
-    [
-        (OSError(errno.ENOSPC, "No space left on device", "runs/x"), "goes on from the last checkpoint"),
-        (SafetensorError("I/O error: Read-only file system (os error 30)"), "goes on from the last checkpoint"),
-        (CheckpointError("parameters: the checkpoint lacks 1"), "stopped: parameters"),
-    ],
-)
-def test_a_full_disk_is_an_error_of_one_sentence(
-    error: Exception, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def fails(*args: object) -> None:
-        raise error
-
-    monkeypatch.setattr("flowalign.loop.open_run", fails)
-    assert cli.train([CONFIG]) == 1
-    assert message in capsys.readouterr().err
-
-
-def test_a_reader_of_the_output_may_exit_first() -> None:
-    reader, writer = os.pipe()
-    with os.fdopen(writer, "w", buffering=1) as stream:
-        output = cli.IgnoresBrokenPipe(stream)
-        output.write("a line\n")
-        os.close(reader)  # `| tee log` on Ctrl-C
-        for text in ("stopping\n", "no newline"):
-            output.write(text)
-            output.flush()
-        assert output.fileno() == writer
-        assert (output.encoding, output.isatty(), output.closed) == (stream.encoding, False, False)
-
-
-def test_an_error_other_than_of_the_disk_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*args: object) -> None:
-        raise ConnectionResetError(errno.ECONNRESET, "reset")
-
-    monkeypatch.setattr("flowalign.loop.open_run", fails)
-    with pytest.raises(ConnectionResetError):
-        cli.train([CONFIG])
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,10 @@ from flowalign.config import PolicySettings
 from flowalign.data import PromptRecord
 from flowalign.diagnostics.doctor.base import Finding
 from flowalign.diagnostics.measure import distance
-from flowalign.evaluation.evaluate import sample
 from flowalign.models import Policy, check_lora_targets
 from flowalign.models.grid import grid, pipeline_call
 from flowalign.models.load import inspect_checkpoint, read_pipeline
+from flowalign.models.sampling import sample
 from flowalign.rollouts.task import Task
 from samplers import normal
 

@@ -1,0 +1,24 @@
+"""The call that loads a policy's pipeline in plain diffusers."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from flowalign.models.load import DTYPES, inspect_checkpoint, resolve
+
+
+def load_call(path: str, family: str | None, dtype: str, vae_dtype: str | None) -> str:
+    """Python that makes the pipeline from `DiffusionPipeline` and `torch`, from any working directory: a folder by its absolute
+    path, a hub id as it is, with the parts that the checkpoint lacks and the dtypes said."""
+    index, known = inspect_checkpoint(path, family)
+    name = resolve(path)
+    place = os.path.abspath(name) if Path(name).exists() else name
+    kinds = {"default": str(DTYPES[dtype]), "vae": str(DTYPES[vae_dtype or dtype])}
+    several = ", ".join(f"{part!r}: {kind}" for part, kind in kinds.items())
+    arguments = [
+        repr(place),
+        *(f"{part}={value!r}" for part, value in known.load_arguments(index).items()),
+        "dtype=" + (f"{{{several}}}" if len(set(kinds.values())) > 1 else kinds["default"]),
+    ]
+    return f"DiffusionPipeline.from_pretrained({', '.join(arguments)})"

@@ -1,0 +1,100 @@
+"""How a policy samples by its solver: the settings that a call need not say, and the samples themselves."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from flowalign.data import PromptRecord
+from flowalign.glyphs import CALL_ARGS, GUIDANCE_SCALE, PIPELINE, STEPS
+from flowalign.models.base import Conditions, Configs, Policy, Sampling, Size, vae_reduction
+from flowalign.models.grid import grid
+from samplers import Schedule, Tree, normal, rollout, scattered
+
+Job = tuple[PromptRecord, int]  # a prompt, and the number of its sample
+
+
+def settle(
+    policy: Policy, *, num_inference_steps: int | None = None, guidance_scale: float | None = None,
+    size: Size | None = None, schedule: Schedule | None = None, fps: float | None = None,
+) -> Sampling:  # fmt: skip
+    """What a call says, and `policy.sampling` where it says None. ValueError for what neither says, or for what cannot be."""
+    said = {
+        "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "size": size, "schedule": schedule,
+        "fps": fps,
+    }  # fmt: skip
+    given = {name: value for name, value in said.items() if value is not None}
+    if policy.sampling is None:
+        needed = [name for name in ("num_inference_steps", "guidance_scale", "size") if name not in given]
+        if needed:
+            raise ValueError(
+                f"got no {', '.join(needed)} for a policy whose pipeline has no defaults for its call; expected them: say them "
+                "in the call, or set policy.sampling"
+            )
+        return Sampling(**given)  # type: ignore[arg-type]
+    return replace(policy.sampling, **given)
+
+
+def defaults_of(pipeline: DiffusionPipeline, networks: Configs, vae: Mapping[str, Any]) -> Sampling | None:
+    """What the pipeline's own call does unless told otherwise, by its signature and its configurations; None if it has no such
+    defaults. networks: configurations of the trained ones, by name; vae: its configuration."""
+    if str(pipeline.name_or_path) == str(PIPELINE):  # its sample_size is the larger of two sides
+        return Sampling(STEPS, GUIDANCE_SCALE, Size(CALL_ARGS["height"], CALL_ARGS["width"]))
+    call = {name: value.default for name, value in inspect.signature(type(pipeline).__call__).parameters.items()}
+    steps, guidance = call.get("num_inference_steps"), call.get("guidance_scale")
+    sample_size = next((config["sample_size"] for config in networks.values() if config.get("sample_size")), None)
+    sides = list(sample_size) if isinstance(sample_size, list | tuple) else [sample_size] * 2
+    pixels = [None if side is None else side * vae_reduction(vae) for side in sides]
+    height, width = call.get("height") or pixels[0], call.get("width") or pixels[1]
+    numbers = (steps, guidance, height, width)
+    if not all(isinstance(number, int | float) for number in numbers):
+        return None
+    return Sampling(steps, float(guidance), Size(height, width, call.get("num_frames") or 1))
+
+
+@torch.no_grad()
+def sample(
+    policy: Policy,
+    conditions: Conditions,
+    noise: Tensor,
+    num_inference_steps: int,
+    guidance_scale: float,
+    schedule: Schedule | None = None,
+) -> Tensor:
+    """Clean latents [n, *] by the deterministic sampler (the solver of the policy's scheduler), from unit noise [n, *]."""
+    tree = scattered(num_inference_steps, len(noise), (), shared_start=False)  # no step has noise
+
+    def velocity(x: Tensor, sigma: Tensor, root: Tensor) -> Tensor:
+        return policy.velocity(x, sigma, conditions.rows(root), guidance_scale=guidance_scale)
+
+    sigmas = grid(policy, schedule, num_inference_steps, noise.shape[1:])
+    forest = rollout(velocity, policy.start(noise), sigmas, tree, policy.solver(), _no_noise)
+    return forest.at(tree.leaves)
+
+
+@torch.no_grad()
+def in_batches(
+    policy: Policy, jobs: Sequence[Job], settings: Sampling, seed: int, batch_size: int
+) -> Iterator[tuple[Sequence[Job], Tensor, Tensor]]:
+    """Batch by batch the jobs, their latents [n, *] and what the policy decodes from them, [n, 3, H, W] or [n, F, 3, H, W].
+
+    The start noise of a job is a function of the seed, its prompt's uid and its number alone."""
+    shape = policy.latent_shape(settings.size)
+    for first in range(0, len(jobs), batch_size):
+        batch = jobs[first : first + batch_size]
+        noise = torch.stack([normal(shape, seed, "start", "evaluate", record.uid, number) for record, number in batch])
+        conditions = policy.encode([record for record, _ in batch], negative=settings.guidance_scale != 1)
+        latents = sample(
+            policy, conditions, noise, settings.num_inference_steps, settings.guidance_scale, settings.schedule
+        )
+        yield batch, latents, policy.decode(latents)
+
+
+def _no_noise(tree: Tree, nodes: Tensor) -> Tensor:
+    raise AssertionError("a deterministic rollout asked for noise")

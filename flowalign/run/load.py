@@ -1,0 +1,113 @@
+"""A run folder read again: its policy at one of its checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from jsonargparse import ArgumentParser
+
+from flowalign.build import from_settings
+from flowalign.config import PolicySettings
+from flowalign.contracts import by_what_can_be_called
+from flowalign.errors import ConfigError
+from flowalign.models import Policy
+from flowalign.models.base import Sampling
+from flowalign.run.folder import run_folder
+from flowalign.storage import checkpoint
+from flowalign.storage.files import DamagedFile
+from flowalign.storage.named_tensors import restore_parameters
+from samplers import Schedule
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What of a run's configuration decides the images that its policy makes."""
+
+    policy: PolicySettings
+    num_inference_steps: int
+    guidance_scale: float
+    schedule: Schedule | None
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """A checkpoint of a run, found and not yet read. section: of the checkpoint, the weights or their average. usual: whether
+    it is what the run itself exports, the latest, averaged if the run keeps an average."""
+
+    folder: Path
+    policy: PolicySettings
+    sampling: Sampling
+    step: int
+    section: str
+    usual: bool
+
+    @staticmethod
+    def of(place: str | Path, step: int | None = None, ema: bool | None = None) -> SavedRun:
+        """step: None is the latest. ema: None is as the run evaluates. ConfigError for what the folder does not hold; DamagedFile
+        for a config.yaml that cannot be read."""
+        folder = run_folder(place)
+        generation, averaged = _read_config(folder / "config.yaml")
+        steps = checkpoint.steps(folder)
+        if not steps:
+            raise ConfigError(f"got {folder}, which holds no checkpoint yet; expected a run that has saved one")
+        if step is not None and step not in steps:
+            raise ConfigError(f"got step {step} of {folder}; expected one of those that it keeps: {steps}")
+        if ema and not averaged:
+            raise ConfigError(f"got ema=true for {folder}, which keeps no average (run.ema_decay=null); leave it out")
+        policy = replace(generation.policy, roles={}, lora=replace(generation.policy.lora, init=None))
+        sampling = Sampling(
+            generation.num_inference_steps, generation.guidance_scale, policy.size, generation.schedule, policy.fps
+        )
+        section = "ema" if (averaged if ema is None else ema) else "role_policy"
+        usual = step in (None, steps[-1]) and section == ("ema" if averaged else "role_policy")
+        return SavedRun(folder, policy, sampling, step or steps[-1], section, usual)
+
+    @property
+    def lora_folder(self) -> Path:
+        """Where an export goes: the run's own lora/, or beside it for another step or without the average."""
+        return self.folder / ("lora" if self.usual else f"lora-step-{self.step}{'-ema' * (self.section == 'ema')}")
+
+    def load(self, device: str | torch.device = "cpu") -> Policy:
+        """The policy with the weights of the checkpoint. CheckpointError for a damaged one; ValueError or FileNotFoundError for a
+        pipeline that cannot be loaded (see load_policy)."""
+        path = self.folder / "checkpoints" / f"step-{self.step}"
+        tensors, _ = checkpoint.load(path, [self.section])
+        policy = from_settings(self.policy, self.sampling, device)
+        restore_parameters(policy.parameters_of("policy"), tensors[self.section])
+        return policy
+
+
+def load_run(
+    folder: str | Path, *, step: int | None = None, ema: bool | None = None, device: str | torch.device = "cpu"
+) -> Policy:
+    """The policy that a run trained; it generates and evaluates with the run's own settings (`policy.sampling`).
+
+    Everything but the weights comes from the folder's config.yaml, whose relative paths start from the working directory.
+    step: of the checkpoints that the run keeps, None the latest. ema: whether the weights are the run's moving average, None:
+    if it keeps one. The run's roles are not loaded. Raises ConfigError for what the folder does not hold, CheckpointError or
+    DamagedFile for what is damaged, and what load_policy raises."""
+    return SavedRun.of(folder, step, ema).load(device)
+
+
+def _read_config(path: Path) -> tuple[Generation, bool]:
+    """And whether the run keeps an average."""
+    try:
+        plain: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+        schedule = plain["evaluation"]["schedule"] or plain["rollout"]["schedule"]
+        content = {
+            "policy": plain["policy"],
+            "schedule": schedule,
+            **{key: plain["evaluation"][key] for key in ("num_inference_steps", "guidance_scale")},
+        }
+        averaged = plain["run"]["ema_decay"] is not None
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_class_arguments(Generation, as_group=False, fail_untyped=True)
+        with by_what_can_be_called():
+            found = parser.instantiate(parser.parse_object(content))
+    except Exception as error:  # yaml and jsonargparse raise many kinds; each is a fault of the file
+        raise DamagedFile(f"{path} cannot be read ({error!r}): restore it from a copy") from error
+    return Generation(**found.as_dict()), averaged
