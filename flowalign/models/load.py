@@ -180,8 +180,8 @@ def read_pipeline(
         pipeline = known.pipeline.from_pretrained(
             resolve(path), dtype=dtypes, **{**known.load_arguments(index), **parts}
         )
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of the disk, not of what is on it
             raise
         raise ValueError(
             f"got policy.path={path!r}, which diffusers cannot load as a {known.pipeline.__name__} ({type(error).__name__}: "

@@ -122,7 +122,7 @@ def test_a_reward_of_finished_pictures_only_says_so(tmp_path: Path) -> None:
     reward.spec = RewardSpec(scores_black=False)
     tried(tmp_path, reward=reward)
     tried(tmp_path, reward=Mix([reward, JPEGCompressibility()], [1.0, 1.0]))
-    assert len(reward.seen) == 2
+    assert len(reward.seen) == 4  # twice as the reward, twice as one of the evaluation
 
 
 def test_what_fails_and_is_masked_is_told(tmp_path: Path) -> None:
@@ -143,6 +143,7 @@ def test_one_sees_what_is_waited_for(tmp_path: Path, capsys, monkeypatch, announ
         return RewardOutput(torch.ones(len(batch)), torch.ones(len(batch)).bool())
 
     monkeypatch.setattr(trial, "PATIENCE", 0.05)
-    config = replace(load_config(TINY, [f"run.output={tmp_path}"])[0], reward=Plain(slow))
+    overrides = [f"run.output={tmp_path}", "evaluation.training_reward=false"]
+    config = replace(load_config(TINY, overrides)[0], reward=Plain(slow))
     try_rewards(config, Prompts.of(config), "cpu", announce=announce)
     assert capsys.readouterr().out.splitlines() == lines
