@@ -139,7 +139,9 @@ def test_what_fails_and_is_masked_is_told(tmp_path: Path) -> None:
 PLACES = ("reward", "evaluation.training_reward (false leaves it out)")
 
 
-@pytest.mark.parametrize(("announce", "lines"), [(True, [f"trying {place} 'plain' …" for place in PLACES]), (False, [])])
+@pytest.mark.parametrize(
+    ("announce", "lines"), [(True, [f"trying {place} 'plain' …" for place in PLACES]), (False, [])]
+)
 def test_one_sees_what_is_waited_for(tmp_path: Path, capsys, monkeypatch, announce: bool, lines: list[str]) -> None:
     def slow(batch) -> RewardOutput:
         time.sleep(0.2)
