@@ -93,6 +93,13 @@ def test_a_trainer_with_roles_is_all_green(tiny_pipeline: Path) -> None:
     assert [str(finding) for finding in findings if finding.ok is not True] == []
 
 
+def test_a_trainer_without_a_tree_is_all_green(tiny_pipeline: Path) -> None:
+    overrides = [f"policy.path={tiny_pipeline}", "trainer={class_path: tests.helpers.treeless_trainer.Treeless}"]
+    findings = list(diagnose(str(DATA / "contract.yaml"), overrides))
+    assert [str(finding) for finding in findings if finding.ok is not True] == []
+    assert {"dtypes", "cost", "reached", "memory", "time"} <= {finding.name for finding in findings}
+
+
 def test_the_rows_of_a_copied_reference_are_counted(tiny_pipeline: Path) -> None:
     findings = examined(tiny_pipeline, "policy.trainable=full", "policy.reference_copy=true")
     assert "update 0.67" in found(findings, "cost").figure  # one state of three children, for policy and reference
@@ -411,9 +418,14 @@ class Planted:
         (lambda images, call: torch.ones(len(images)), "every advantage is 0"),
         (lambda images, call: images.mean((1, 2, 3)) + call, "asked again in another order"),
         (lambda images, call: images.mean((1, 2, 3)) + torch.arange(len(images)), "asked again in another order"),
+        (lambda images, call: images.mean((1, 2, 3)) - images.mean(), "depend on the rest of the batch"),
+        (
+            lambda images, call: torch.nn.functional.normalize(images.mean((1, 2, 3)), dim=0),
+            "depend on the rest of the batch",
+        ),
         (lambda images, call: images.nope, "nope"),
     ],
-    ids=["nan", "constant", "not-deterministic", "by-place-in-the-batch", "raises"],
+    ids=["nan", "constant", "not-deterministic", "by-place-in-the-batch", "batch-mean", "batch-norm", "raises"],
 )
 def test_a_reward_that_lies(tiny_pipeline: Path, scores: Any, sentence: str) -> None:
     reward = Planted(scores)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,8 +39,9 @@ from flowalign.diagnostics.doctor.update import (
 )
 from flowalign.diagnostics.measure import StandIn, count_calls, gradients, now
 from flowalign.models import Policy
-from flowalign.rollouts.collect import ScoredRollout, leaves_per_group
+from flowalign.rollouts.collect import ScoredRollout, collect, leaves_per_group
 from flowalign.rollouts.task import Task
+from flowalign.trainers import as_policy_gradient
 from rewards import channels_of, close, score
 
 __all__ = ["Finding", "diagnose", "examine"]
@@ -78,24 +80,37 @@ def examine(config: TrainConfig, policy: Policy) -> Iterator[Finding]:
     task = replace(real, reward=StandIn(channels_of(config.reward)))
 
     @cache
-    def first() -> tuple[ScoredRollout, int]:
+    def first() -> tuple[Any, int]:
         trainer.prepare(task, None)
         with count_calls(policy) as calls:
             batch = trainer.collect(prompts, 0)
         return batch, sum(call.rows for call in calls)
 
     @cache
-    def gradient() -> tuple[dict[str, Tensor], int]:
+    def own() -> tuple[ScoredRollout, int]:
         with count_calls(policy) as calls:
-            found = gradients(policy, trainer, first()[0])
+            batch = collect(task, prompts, 0)
+        return batch, sum(call.rows for call in calls)
+
+    # another trainer's batch need not have a tree: the doctor then rolls out for itself
+    rolled = own if as_policy_gradient(trainer) is None else first
+
+    @cache
+    def gradient() -> tuple[dict[str, Tensor], int]:
+        batch = first()[0]
+        with count_calls(policy) as calls:
+            found = gradients(policy, trainer, batch)
         return found, sum(call.rows for call in calls)
 
     @cache
-    def moved() -> tuple[ScoredRollout, dict[str, Tensor], float]:
+    def moved() -> tuple[Any, dict[str, Tensor], float]:
         for optimizer in trainer.optimizers.values():
             optimizer.step()
         batch, began = trainer.collect(prompts, 0), now()
-        return batch, gradients(policy, trainer, batch), now() - began
+        return batch, gradients(policy, trainer, batch), (now() - began) / batch.images
+
+    def after() -> ScoredRollout:
+        return rolled()[0] if rolled is own else moved()[0]
 
     def ask(name: str, check: Callable[[], Finding], *needs: str) -> Finding:
         return guarded(name, check, failed, needs)
@@ -106,18 +121,18 @@ def examine(config: TrainConfig, policy: Policy) -> Iterator[Finding]:
     yield ask("conditions", partial(check_conditions, task, settings, prompts), "modes")
     yield ask("velocity", partial(check_velocity, task, settings, prompts), "modes")
     yield ask("roles", partial(check_roles, task, settings, prompts), "adapters", "velocity")
-    yield ask("dtypes", lambda: check_dtypes(task, first()[0]), "roles")
-    yield ask("replay", lambda: check_replay(task, settings, trainer, first()[0]), "dtypes")
-    yield ask("floor", lambda: check_floor(task, trainer, first()[0]), "dtypes")
+    yield ask("dtypes", lambda: check_dtypes(task, rolled()[0]), "roles")
+    yield ask("replay", lambda: check_replay(task, settings, trainer, rolled()[0]), "dtypes")
+    yield ask("floor", lambda: check_floor(task, trainer, rolled()[0]), "dtypes")
     yield ask("gradient", lambda: check_gradient(task, gradient()[0]), "replay", "floor")
-    yield ask("cost", lambda: check_cost(task, trainer, *first(), gradient()[1]), "gradient")
-    yield ask("reached", lambda: check_reached(task, *moved()[:2]), "gradient")
-    yield ask("merged", lambda: check_merged(task, settings, trainer, moved()[0]), "gradient")
-    yield ask("memory", lambda: check_memory(config, task, first()[0]), "dtypes")
+    yield ask("cost", lambda: check_cost(task, trainer, *rolled(), gradient()[1]), "gradient")
+    yield ask("reached", lambda: check_reached(task, rolled()[0], moved()[1]), "gradient")
+    yield ask("merged", lambda: check_merged(task, settings, trainer, after()), "gradient")
+    yield ask("memory", lambda: check_memory(config, task, rolled()[0]), "dtypes")
     try:
-        yield from _rewards(config, task, prompts, lambda: first()[0], ask)
+        yield from _rewards(config, task, prompts, lambda: rolled()[0], ask)
         rewarded = f"reward {config.reward.name}"
-        yield ask("time", lambda: _time(config, task, moved()[0], moved()[2], prompts), "reached", rewarded)
+        yield ask("time", lambda: _time(config, task, after(), moved()[2], prompts), "reached", rewarded)
     finally:
         for reward in (config.reward, *config.process_rewards, *config.evaluation.rewards):
             close(reward)
@@ -148,7 +163,7 @@ def _time(
     images = images.select(range(min(16, len(images))))
     began = now()
     score(config.reward, images)
-    return check_time(config, task, batch, update / batch.images, (now() - began) / len(images))
+    return check_time(config, task, batch, update, (now() - began) / len(images))
 
 
 def prompt_count(config: TrainConfig) -> int:

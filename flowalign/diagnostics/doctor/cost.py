@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from math import prod
 
 import torch
@@ -27,10 +28,12 @@ def fixture(task: Task, batch: ScoredRollout, prompts: Sequence[PromptRecord], r
 
 
 def check_reward(reward: Reward, batch: RewardBatch, *, trained: bool) -> Finding:
-    """Valid scores, a spread inside groups if it is trained on, and the same scores when asked again in another order."""
-    name, rows = f"{'reward' if trained else 'evaluation'} {reward.name}", torch.arange(len(batch)).flip(0)
+    """Valid scores, a spread inside groups if it is trained on, and the same scores when asked again, in other company: every
+    second image, from the last, beside mirrored ones, in a batch of as many."""
+    name, count = f"{'reward' if trained else 'evaluation'} {reward.name}", len(batch)
+    rows = torch.arange(count).flip(0)[::2]
     first = score(reward, batch, max_fail_rate=1.0)
-    again = score(reward, batch.select(rows), max_fail_rate=1.0)
+    again = score(reward, _with_mirrored(batch.select(rows.repeat(2)[:count]), len(rows)), max_fail_rate=1.0)
     valid, groups = first.valid.all(1), torch.tensor(batch.group_ids)
     spreads = [
         float(ours.std(unbiased=False))
@@ -39,8 +42,8 @@ def check_reward(reward: Reward, batch: RewardBatch, *, trained: bool) -> Findin
         if len(ours := column[valid & (groups == group)].double()) > 1
     ]
     varied = sum(spread > 0 for spread in spreads)
-    same = torch.equal(first.valid, again.valid.flip(0)) and torch.allclose(
-        first.scores, again.scores.flip(0), rtol=1e-4, atol=1e-5, equal_nan=True
+    same = torch.equal(again.valid[: len(rows)], first.valid[rows]) and torch.allclose(
+        again.scores[: len(rows)], first.scores[rows], rtol=1e-4, atol=1e-5, equal_nan=True
     )
     mean = float(first.scores[valid].double().mean()) if bool(valid.any()) else float("nan")
     figure = (
@@ -54,10 +57,21 @@ def check_reward(reward: Reward, batch: RewardBatch, *, trained: bool) -> Findin
         reason = next((text for text in first.info if text), "no reason given")
         advice = f"most images have no score, a run would stop: {reason}"
     elif not same:
-        advice = "asked again in another order the scores differ: fix its seeds, and let no sample depend on its batch"
+        advice = (
+            "asked again in another order and company, the same images score otherwise: fix its seeds, and let no score depend "
+            "on the rest of the batch (a mean or norm over it)"
+        )
     elif trained and not varied:
         advice = "all images of a prompt score the same, so every advantage is 0: take a graded metric, or more noise"
     return Finding(name, not advice, figure, advice)
+
+
+def _with_mirrored(batch: RewardBatch, first: int) -> RewardBatch:
+    """The batch with all samples from number `first` on mirrored."""
+    whole = {name: tensor for name, tensor in batch.tensors().items() if tensor is not None and tensor.ndim > 1}
+    return replace(
+        batch, **{name: torch.cat([tensor[:first], tensor[first:].flip(-1)]) for name, tensor in whole.items()}
+    )
 
 
 def check_cost(task: Task, trainer: Trainer, batch: ScoredRollout, rows: int, updated: int) -> Finding:
