@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Sequence
@@ -16,7 +15,11 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from flowalign.config_layers import located, merge, origins, read_layer
-from flowalign.contracts import by_what_can_be_called, check_attributes, explain
+from flowalign.config_nodes import checked
+from flowalign.config_overrides import overridden
+from flowalign.config_parser import explain, own_rules
+from flowalign.config_types import Parameter
+from flowalign.contracts import check_attributes
 from flowalign.data import PromptRecord, load_prompts
 from flowalign.errors import ConfigError
 from flowalign.models.base import Size
@@ -166,29 +169,24 @@ def load_config(paths: str | Sequence[str], overrides: Sequence[str] = ()) -> tu
     """The typed configuration, and as plain data (what is saved and compared on resume; alone it gives the same run).
 
     paths: one YAML file, or several, later ones over earlier ones (see `flowalign.config_layers.merge`). overrides: key=value,
-    over all files. A run without a name gets those of its files. Raises ConfigError; no model is loaded."""
+    over all files, later ones over earlier ones (see `flowalign.config_overrides.overridden`). A run without a name gets those of its files. Raises ConfigError; no model is loaded."""
     paths = [paths] if isinstance(paths, str) else paths
-    node = _read(paths)
-    arguments = ["--config", yaml.serialize(node)]
+    node, whole = _read(paths), Parameter(TrainConfig)
     if "run.name" not in dict(origins(node)):
-        arguments.append(f"--run.name={'-'.join(Path(path).stem for path in paths)}")
+        node = overridden(node, f"run.name={'-'.join(Path(path).stem for path in paths)}", whole)
     for override in overrides:
-        key, equals, _ = override.partition("=")
-        if not equals or not key or key.startswith("-"):
-            raise ConfigError(
-                f"override {override!r}: expected key=value, such as rollout.group_size=24; files come before overrides"
-            )
-        arguments.append(f"--{override}")
-    reader = parser()
+        node = overridden(node, override, whole)
     try:
-        with by_what_can_be_called():
-            namespace = reader.parse_args(arguments)
+        text = yaml.serialize(checked(node, whole))
+        reader = parser()
+        with own_rules():
+            namespace = reader.parse_args(["--config", text])
             plain = yaml.safe_load(reader.dump(namespace, skip_unset=False))
             objects = reader.instantiate(namespace)
-    except ConfigError:
-        raise
+    except ConfigError as error:
+        raise ConfigError(located(str(error), node)) from error
     except Exception as error:  # jsonargparse raises many kinds; each is a fault of the configuration
-        raise ConfigError(located(explain(_explain(str(error))), node, overrides)) from error
+        raise ConfigError(located(explain(str(error)), node)) from error
     plain.pop("config", None)
     values = objects.as_dict() if isinstance(objects, Namespace) else dict(objects)
     values.pop("config", None)
@@ -197,7 +195,7 @@ def load_config(paths: str | Sequence[str], overrides: Sequence[str] = ()) -> tu
         check_attributes(config)
         check(config)
     except (ValueError, OSError) as error:
-        raise ConfigError(located(str(error), node, overrides)) from error
+        raise ConfigError(located(str(error), node)) from error
     return config, plain
 
 
@@ -205,12 +203,7 @@ def _read(paths: Sequence[str]) -> yaml.Node:
     """All files as one."""
     if not paths:
         raise ConfigError("no configuration file was named; expected at least one, such as configs/quickstart.yaml")
-    layers: list[yaml.Node] = []
-    for path in paths:
-        node, content = read_layer(path)
-        _check_keys(path, content)
-        layers.append(node)
-    return reduce(merge, layers)
+    return reduce(merge, [read_layer(path) for path in paths])
 
 
 def check(config: TrainConfig) -> None:
@@ -318,37 +311,3 @@ def _check_rewards(config: TrainConfig) -> tuple[str, ...]:
             "one score to rank states by: take a plan without samplers.Selected, or rewards.Mix"
         )
     return states
-
-
-KEYS = {
-    "": set(TrainConfig.__dataclass_fields__),
-    "run": set(RunSettings.__dataclass_fields__),
-    "policy": set(PolicySettings.__dataclass_fields__),
-    "rollout": set(Rollout.__dataclass_fields__),
-    "evaluation": set(EvaluationSettings.__dataclass_fields__),
-}
-
-
-def _check_keys(path: str, content: dict[str, Any]) -> None:
-    """Unknown keys of the fixed sections, with the nearest valid spelling."""
-    for section, known in KEYS.items():
-        given = content.get(section) if section else content
-        for key in given if isinstance(given, dict) else ():
-            if key not in known:
-                raise ConfigError(f"{path}: {_unknown(f'{section}.{key}'.strip('.'), str(key), known)}")
-
-
-def _unknown(full: str, key: str, known: set[str]) -> str:
-    near = difflib.get_close_matches(key, known, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"unknown key {full!r}: {hint}Allowed here: {', '.join(sorted(known))}"
-
-
-def _explain(message: str) -> str:
-    """The parser's message with the nearest valid spelling, where it names a key it does not know."""
-    names = {f"{section}.{key}".strip(".") for section, keys in KEYS.items() for key in keys}
-    for unknown in re.findall(r"(?:--|[Kk]ey ')([\w.]+)", message):
-        near = difflib.get_close_matches(unknown, names, n=1, cutoff=0.7)
-        if near and unknown not in names:
-            return f"unknown key {unknown!r}: did you mean {near[0]!r}? ({message.strip()})"
-    return message.strip()

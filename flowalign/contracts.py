@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import is_dataclass
-from importlib import import_module
+from functools import cache
 from types import ModuleType
 from typing import Any, get_args, get_type_hints
-from unittest.mock import patch
-
-from jsonargparse import _signatures, _typehints
 
 import rewards
 import samplers
@@ -21,46 +16,27 @@ from flowalign import advantage, credit, objectives, selectors, trainers
 HOMES: tuple[ModuleType, ...] = (rewards, samplers, trainers, credit, advantage, selectors, objectives)
 
 
-@contextmanager
-def by_what_can_be_called() -> Iterator[None]:
-    """A context in which the configuration parser takes a class for a contract if `differences` finds none. By itself it
-    compares annotations, for which `-> None` differs from a postponed `-> None`; and a part that is the default of another
-    would lose its class, since parts are dataclasses."""
-
-    def satisfies(value: Any, contract: type) -> bool:
-        return inspect.isclass(value) and value is not object and not differences(value, contract)
-
-    keeps_class = patch.object(_signatures, "is_subclasses_disabled", lambda cls: False)
-    with patch.object(_typehints, "implements_protocol", satisfies), keeps_class:
-        yield
-
-
-def explain(message: str) -> str:
-    """The configuration parser's message, with what is missing or differs where it says that a class does not implement a
-    contract."""
-    found = re.search(r"Import path (\S+) does not implement protocol (\w+)", message)
-    contract = next((vars(home)[found[2]] for home in HOMES if found and found[2] in vars(home)), None)
-    if not found or contract is None:
-        return message
-    module, _, name = found[1].rpartition(".")
-    cls = vars(import_module(module))[name]
-    return message.replace(found[0], f"got {found[1]}; expected a {found[2]}: " + "; ".join(differences(cls, contract)))
-
-
-def differences(cls: type, contract: type) -> list[str]:
+@cache
+def differences(cls: type, contract: type) -> tuple[str, ...]:
     """In a sentence each: what `cls` lacks of the Protocol `contract`, and which methods cannot be called as there."""
     found = []
-    for name, member in vars(contract).items():
-        dunder = name.startswith("_") and name != "__call__"
-        if dunder or not (inspect.isfunction(member) or isinstance(member, property)):
-            continue
+    for name in _members(contract):
+        member = vars(contract)[name]
         if isinstance(member, property):
             continue  # it may be set in __init__: see check_attributes
         if not callable(vars(cls).get(name, getattr(cls, name, None))):
             found.append(f"it has no method `{name}{_text(inspect.signature(member))}`")
         else:
             found += _method_differs(name, cls, member)
-    return found
+    return tuple(found)
+
+
+def _members(contract: type) -> list[str]:
+    """The names of its methods and properties."""
+    return [
+        name for name, member in vars(contract).items()
+        if (not name.startswith("_") or name == "__call__") and (inspect.isfunction(member) or isinstance(member, property))
+    ]  # fmt: skip
 
 
 def check_attributes(part: Any, key: str = "") -> None:

@@ -12,7 +12,7 @@ from jsonargparse import ArgumentParser
 
 from flowalign.build import from_settings
 from flowalign.config import PolicySettings
-from flowalign.contracts import by_what_can_be_called
+from flowalign.config_parser import own_rules
 from flowalign.errors import ConfigError
 from flowalign.models import Policy
 from flowalign.models.base import Sampling
@@ -106,7 +106,7 @@ def _read_config(path: Path) -> tuple[Generation, bool]:
         averaged = plain["run"]["ema_decay"] is not None
         parser = ArgumentParser(exit_on_error=False)
         parser.add_class_arguments(Generation, as_group=False, fail_untyped=True)
-        with by_what_can_be_called():
+        with own_rules():
             found = parser.instantiate(parser.parse_object(content))
     except Exception as error:  # yaml and jsonargparse raise many kinds; each is a fault of the file
         raise DamagedFile(f"{path} cannot be read ({error!r}): restore it from a copy") from error
