@@ -29,7 +29,7 @@ SIZES = [
 
 def refused(key: str, value: str, says: str | None = None) -> Case:
     return Case(
-        f"{key}={value}", (f"{key}={value}",), says=key.rpartition(".")[2] if says is None else says, seconds=20
+        f"{key}={value}", (f"{key}={value}",), says=key.rpartition(".")[2] if says is None else says, seconds=60
     )
 
 
