@@ -29,8 +29,9 @@ MAY_CHANGE_NOTED = re.compile(
     r"(rollout|trainer\.init_args)\.micro_batch|evaluation\.batch_size|policy\.(decode_batch|offload(\..*)?)"
     r"|(reward|evaluation\.rewards|process_rewards)\..*(workers|timeout)"
 )
-# What it may never change beside those: the saved weights, optimizer state and base evaluation belong to it.
-MAY_NOT_CHANGE = re.compile(r"(policy|evaluation)(\..*)?|trainer\.class_path")
+# What it may never change beside those: the saved weights, optimizer state and base evaluation (also by the training reward)
+# belong to it.
+MAY_NOT_CHANGE = re.compile(r"(policy|evaluation|reward)(\..*)?|trainer\.class_path")
 
 
 Changes = dict[str, tuple[Any, Any]]  # dotted key -> former and new value
