@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Sequence
@@ -16,11 +15,23 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from flowalign.config_layers import located, merge, origins, read_layer
-from flowalign.contracts import by_what_can_be_called, check_attributes, explain
+from flowalign.config_nodes import checked
+from flowalign.config_overrides import overridden
+from flowalign.config_parser import explain, own_rules
+from flowalign.config_sizes import check_sizes
+from flowalign.config_types import Parameter
+from flowalign.contracts import check_attributes
 from flowalign.data import PromptRecord, load_prompts
 from flowalign.errors import ConfigError
 from flowalign.models.base import Size
-from flowalign.models.load import check_checkpoint, check_image_size, check_lora_folders, check_lora_targets, path_of
+from flowalign.models.load import (
+    check_checkpoint,
+    check_image_size,
+    check_lora_folders,
+    check_lora_targets,
+    count_lora_numbers,
+    path_of,
+)
 from flowalign.models.lora import LoRA
 from flowalign.models.roles import Role, check_roles
 from flowalign.rollouts.collect import grow
@@ -166,29 +177,24 @@ def load_config(paths: str | Sequence[str], overrides: Sequence[str] = ()) -> tu
     """The typed configuration, and as plain data (what is saved and compared on resume; alone it gives the same run).
 
     paths: one YAML file, or several, later ones over earlier ones (see `flowalign.config_layers.merge`). overrides: key=value,
-    over all files. A run without a name gets those of its files. Raises ConfigError; no model is loaded."""
+    over all files, later ones over earlier ones (see `flowalign.config_overrides.overridden`). A run without a name gets those of its files. Raises ConfigError; no model is loaded."""
     paths = [paths] if isinstance(paths, str) else paths
-    node = _read(paths)
-    arguments = ["--config", yaml.serialize(node)]
+    node, whole = _read(paths), Parameter(TrainConfig)
     if "run.name" not in dict(origins(node)):
-        arguments.append(f"--run.name={'-'.join(Path(path).stem for path in paths)}")
+        node = overridden(node, f"run.name={'-'.join(Path(path).stem for path in paths)}", whole)
     for override in overrides:
-        key, equals, _ = override.partition("=")
-        if not equals or not key or key.startswith("-"):
-            raise ConfigError(
-                f"override {override!r}: expected key=value, such as rollout.group_size=24; files come before overrides"
-            )
-        arguments.append(f"--{override}")
-    reader = parser()
+        node = overridden(node, override, whole)
     try:
-        with by_what_can_be_called():
-            namespace = reader.parse_args(arguments)
+        text = yaml.serialize(checked(node, whole))
+        reader = parser()
+        with own_rules():
+            namespace = reader.parse_args(["--config", text])
             plain = yaml.safe_load(reader.dump(namespace, skip_unset=False))
             objects = reader.instantiate(namespace)
-    except ConfigError:
-        raise
+    except ConfigError as error:
+        raise ConfigError(located(str(error), node)) from error
     except Exception as error:  # jsonargparse raises many kinds; each is a fault of the configuration
-        raise ConfigError(located(explain(_explain(str(error))), node, overrides)) from error
+        raise ConfigError(located(explain(str(error)), node)) from error
     plain.pop("config", None)
     values = objects.as_dict() if isinstance(objects, Namespace) else dict(objects)
     values.pop("config", None)
@@ -197,7 +203,7 @@ def load_config(paths: str | Sequence[str], overrides: Sequence[str] = ()) -> tu
         check_attributes(config)
         check(config)
     except (ValueError, OSError) as error:
-        raise ConfigError(located(str(error), node, overrides)) from error
+        raise ConfigError(located(str(error), node)) from error
     return config, plain
 
 
@@ -205,12 +211,7 @@ def _read(paths: Sequence[str]) -> yaml.Node:
     """All files as one."""
     if not paths:
         raise ConfigError("no configuration file was named; expected at least one, such as configs/quickstart.yaml")
-    layers: list[yaml.Node] = []
-    for path in paths:
-        node, content = read_layer(path)
-        _check_keys(path, content)
-        layers.append(node)
-    return reduce(merge, layers)
+    return reduce(merge, [read_layer(path) for path in paths])
 
 
 def check(config: TrainConfig) -> None:
@@ -234,11 +235,20 @@ def check(config: TrainConfig) -> None:
             raise ConfigError(f"run.trackers names {tracker!r}, which is not installed: install it, or leave it out")
     check_roles(config.roles)
     check_checkpoint(policy.path, policy.family)
-    check_image_size(policy.path, policy.size, policy.family)
+    latent_shape = check_image_size(policy.path, policy.size, policy.family)
     if policy.decode_batch is not None and policy.decode_batch < 1:
         raise ConfigError(f"policy.decode_batch={policy.decode_batch}: expected at least 1, or null")
     if policy.max_sequence_length is not None and policy.max_sequence_length < 0:
         raise ConfigError(f"policy.max_sequence_length={policy.max_sequence_length}: expected at least 0, or null")
+    lora_numbers = 0
+    if policy.trainable == "lora":
+        check_lora_targets(policy.path, policy.lora.targets, policy.family)
+        lora_numbers = count_lora_numbers(policy.path, policy.lora, policy.family)
+    evaluation = config.evaluation
+    check_sizes(
+        rollout, policy.size, latent_shape, evaluated=evaluation.count * evaluation.samples_per_prompt,
+        evaluation_steps=evaluation.num_inference_steps, evaluation_batch=evaluation.batch_size, lora_numbers=lora_numbers,
+    )  # fmt: skip
     path = path_of(policy.path, policy.family)
     for key, schedule, steps in (
         ("rollout", rollout.schedule, rollout.num_inference_steps),
@@ -252,7 +262,6 @@ def check(config: TrainConfig) -> None:
     state_channels = _check_rewards(config)
     config.trainer.check(Setup(bound, path, channels_of(config.reward), policy.roles, state_channels))
     if policy.trainable == "lora":
-        check_lora_targets(policy.path, policy.lora.targets, policy.family)
         check_lora_folders(policy.path, policy.lora, config.roles, policy.family)
     elif folders := [role.folder for role in config.roles.values() if role.folder is not None]:
         raise ConfigError(
@@ -318,37 +327,3 @@ def _check_rewards(config: TrainConfig) -> tuple[str, ...]:
             "one score to rank states by: take a plan without samplers.Selected, or rewards.Mix"
         )
     return states
-
-
-KEYS = {
-    "": set(TrainConfig.__dataclass_fields__),
-    "run": set(RunSettings.__dataclass_fields__),
-    "policy": set(PolicySettings.__dataclass_fields__),
-    "rollout": set(Rollout.__dataclass_fields__),
-    "evaluation": set(EvaluationSettings.__dataclass_fields__),
-}
-
-
-def _check_keys(path: str, content: dict[str, Any]) -> None:
-    """Unknown keys of the fixed sections, with the nearest valid spelling."""
-    for section, known in KEYS.items():
-        given = content.get(section) if section else content
-        for key in given if isinstance(given, dict) else ():
-            if key not in known:
-                raise ConfigError(f"{path}: {_unknown(f'{section}.{key}'.strip('.'), str(key), known)}")
-
-
-def _unknown(full: str, key: str, known: set[str]) -> str:
-    near = difflib.get_close_matches(key, known, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"unknown key {full!r}: {hint}Allowed here: {', '.join(sorted(known))}"
-
-
-def _explain(message: str) -> str:
-    """The parser's message with the nearest valid spelling, where it names a key it does not know."""
-    names = {f"{section}.{key}".strip(".") for section, keys in KEYS.items() for key in keys}
-    for unknown in re.findall(r"(?:--|[Kk]ey ')([\w.]+)", message):
-        near = difflib.get_close_matches(unknown, names, n=1, cutoff=0.7)
-        if near and unknown not in names:
-            return f"unknown key {unknown!r}: did you mean {near[0]!r}? ({message.strip()})"
-    return message.strip()

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 
+from flowalign.config_yaml import MAX_BYTES, compose
 from flowalign.errors import ConfigError
 
 
@@ -20,38 +20,24 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return list(arguments[:count]), list(arguments[count:])
 
 
-def read_layer(path: str) -> tuple[yaml.MappingNode, dict[str, Any]]:
-    """One file, as YAML nodes (they know their line) and as plain data. Raises ConfigError, which names the file, for
-    what is no YAML mapping and for a key that is given twice."""
+def read_layer(path: str) -> yaml.MappingNode:
+    """One file, as YAML nodes (they know their line). Raises ConfigError, which names the file, for what is no YAML mapping
+    or cannot be read; see `flowalign.config_yaml.compose`."""
     if not Path(path).is_file():
+        what = "is a folder" if Path(path).is_dir() else "does not exist"
         raise ConfigError(
-            f"configuration file {path!r} does not exist (working directory: {Path.cwd()}); an override is written "
-            "key=value, such as rollout.group_size=24"
+            f"configuration file {path!r} {what} (working directory: {Path.cwd()}); expected a YAML file; an override is "
+            "written key=value, such as rollout.group_size=24"
         )
     try:
-        with open(path, encoding="utf-8") as stream:
-            loader = yaml.SafeLoader(stream)
-            node = loader.get_single_node()
-            _check_repeats(path, node)
-            content = None if node is None else loader.construct_document(node)  # it also resolves `<<`, in place
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML in UTF-8: {error}") from error
-    if not isinstance(node, yaml.MappingNode) or not isinstance(content, dict):
-        raise ConfigError(f"{path}: expected sections such as run, policy, rollout; got {type(content).__name__}")
-    return node, content
-
-
-def _check_repeats(path: str, node: yaml.Node | None) -> None:
-    """A key that is given twice; YAML itself would keep the last in silence."""
-    if isinstance(node, yaml.MappingNode):
-        keys = [key.value for key, _ in node.value]
-        for number, (key, value) in enumerate(node.value):
-            if key.value in keys[:number]:
-                raise ConfigError(f"{path}, line {key.start_mark.line + 1}: {key.value!r} is given twice; keep one")
-            _check_repeats(path, value)
-    elif isinstance(node, yaml.SequenceNode):
-        for value in node.value:
-            _check_repeats(path, value)
+        with open(path, encoding="utf-8-sig") as stream:
+            node = compose(stream.read(MAX_BYTES + 1), path)
+    except (UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path} cannot be read as YAML in UTF-8: {error}") from error
+    if not isinstance(node, yaml.MappingNode):
+        what = {yaml.ScalarNode: "a single value", yaml.SequenceNode: "a list"}.get(type(node), "nothing")
+        raise ConfigError(f"{path}: expected sections such as run, policy, rollout; got {what}")
+    return node
 
 
 def merge(former: yaml.Node, later: yaml.Node) -> yaml.Node:
@@ -61,13 +47,13 @@ def merge(former: yaml.Node, later: yaml.Node) -> yaml.Node:
     `{class_path: X, init_args: {…}}`, or the string X alone. If both name a class and the classes differ, the later part
     replaces the former as a whole, so no argument of one class reaches another. `init_args` without a class_path go to
     the class that the other file names."""
-    if _is_part(later) and _is_text(former):
-        former = _as_part(former)
-    elif _is_part(former) and _is_text(later):
-        later = _as_part(later)
+    if is_part(later) and is_text(former):
+        former = as_part(former)
+    elif is_part(former) and is_text(later):
+        later = as_part(later)
     if not (isinstance(former, yaml.MappingNode) and isinstance(later, yaml.MappingNode)):
         return later
-    old, new = _entries(former), _entries(later)
+    old, new = entries_of(former), entries_of(later)
     named = [str(entries["class_path"][1].value) for entries in (old, new) if "class_path" in entries]
     if len(set(named)) > 1:
         return later
@@ -76,20 +62,36 @@ def merge(former: yaml.Node, later: yaml.Node) -> yaml.Node:
     return yaml.MappingNode(later.tag, list(old.values()), later.start_mark, later.end_mark)
 
 
-def _entries(node: yaml.MappingNode) -> dict[str, tuple[yaml.Node, yaml.Node]]:
+def entries_of(node: yaml.MappingNode) -> dict[str, tuple[yaml.Node, yaml.Node]]:
     """Its (key, value) by key; the last counts, as where `<<` brought a key in that the mapping also gives itself."""
     return {key.value: (key, value) for key, value in node.value}
 
 
-def _is_part(node: yaml.Node) -> bool:
-    return isinstance(node, yaml.MappingNode) and not {"class_path", "init_args"}.isdisjoint(_entries(node))
+def class_path_of(part: yaml.Node) -> str | None:
+    """The class that a part names; None if it names none."""
+    if is_text(part):
+        return str(part.value)
+    path = (
+        entries_of(part)["class_path"][1]
+        if isinstance(part, yaml.MappingNode) and "class_path" in entries_of(part)
+        else None
+    )
+    return None if path is None else str(path.value)
 
 
-def _is_text(node: yaml.Node) -> bool:
+def is_null(node: yaml.Node) -> bool:
+    return isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:null"
+
+
+def is_part(node: yaml.Node) -> bool:
+    return isinstance(node, yaml.MappingNode) and not {"class_path", "init_args"}.isdisjoint(entries_of(node))
+
+
+def is_text(node: yaml.Node) -> bool:
     return isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:str"
 
 
-def _as_part(text: yaml.Node) -> yaml.MappingNode:
+def as_part(text: yaml.Node) -> yaml.MappingNode:
     key = yaml.ScalarNode("tag:yaml.org,2002:str", "class_path", text.start_mark, text.end_mark)
     return yaml.MappingNode("tag:yaml.org,2002:map", [(key, text)], text.start_mark, text.end_mark)
 
@@ -98,23 +100,22 @@ def origins(node: yaml.Node, prefix: str = "") -> Iterator[tuple[str, str]]:
     """(dotted key, "file, line n") of every value and section; `init_args` and `class_path` are left out of the key."""
     if not isinstance(node, yaml.MappingNode):
         return
-    for name, (key, value) in _entries(node).items():
+    for name, (key, value) in entries_of(node).items():
         full = prefix if name in ("init_args", "class_path") else f"{prefix}.{name}".strip(".")
         if full != prefix:
             yield full, f"{key.start_mark.name}, line {key.start_mark.line + 1}"
         yield from origins(value, full)
 
 
-def located(message: str, node: yaml.Node, overrides: Sequence[str]) -> str:
-    """`message`, and for each key that it names the file and line that gave it, unless an override did. Of a section and
-    a key in it, only the key."""
+def located(message: str, node: yaml.Node) -> str:
+    """`message`, and for each key that it names the file and line that gave it, or nothing if an override did. Of a section
+    and a key in it, only the key."""
     known = dict(origins(node))
-    overridden = [override.partition("=")[0].replace("init_args.", "") for override in overrides]
     found: dict[str, str] = {}
-    for dotted, quoted in re.findall(r"([a-z_]+(?:\.\w+)+)|'(\w+)'", message):
+    for dotted, quoted in re.findall(r"([a-z_]+(?:\.\w+)+)|key '(\w+)'", message):
         name = dotted or quoted
         full = [key for key in known if key == name or key.endswith(f".{name}")]
-        if len(full) == 1 and not any(f"{full[0]}.".startswith(f"{key}.") for key in overridden):
+        if len(full) == 1 and not known[full[0]].startswith("override"):
             found[full[0]] = known[full[0]]
     deepest = [key for key in found if not any(other.startswith(f"{key}.") for other in found)]
     places = "; ".join(f"{key}: {found[key]}" for key in deepest)

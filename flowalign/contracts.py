@@ -3,64 +3,40 @@
 from __future__ import annotations
 
 import inspect
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import is_dataclass
-from importlib import import_module
+from functools import cache
 from types import ModuleType
-from typing import Any, get_args, get_type_hints
-from unittest.mock import patch
-
-from jsonargparse import _signatures, _typehints
+from typing import Any, get_type_hints
 
 import rewards
 import samplers
 from flowalign import advantage, credit, objectives, selectors, trainers
+from flowalign.config_types import ANYTHING, Parameter
 
 HOMES: tuple[ModuleType, ...] = (rewards, samplers, trainers, credit, advantage, selectors, objectives)
 
 
-@contextmanager
-def by_what_can_be_called() -> Iterator[None]:
-    """A context in which the configuration parser takes a class for a contract if `differences` finds none. By itself it
-    compares annotations, for which `-> None` differs from a postponed `-> None`; and a part that is the default of another
-    would lose its class, since parts are dataclasses."""
-
-    def satisfies(value: Any, contract: type) -> bool:
-        return inspect.isclass(value) and value is not object and not differences(value, contract)
-
-    keeps_class = patch.object(_signatures, "is_subclasses_disabled", lambda cls: False)
-    with patch.object(_typehints, "implements_protocol", satisfies), keeps_class:
-        yield
-
-
-def explain(message: str) -> str:
-    """The configuration parser's message, with what is missing or differs where it says that a class does not implement a
-    contract."""
-    found = re.search(r"Import path (\S+) does not implement protocol (\w+)", message)
-    contract = next((vars(home)[found[2]] for home in HOMES if found and found[2] in vars(home)), None)
-    if not found or contract is None:
-        return message
-    module, _, name = found[1].rpartition(".")
-    cls = vars(import_module(module))[name]
-    return message.replace(found[0], f"got {found[1]}; expected a {found[2]}: " + "; ".join(differences(cls, contract)))
-
-
-def differences(cls: type, contract: type) -> list[str]:
+@cache
+def differences(cls: type, contract: type) -> tuple[str, ...]:
     """In a sentence each: what `cls` lacks of the Protocol `contract`, and which methods cannot be called as there."""
     found = []
-    for name, member in vars(contract).items():
-        dunder = name.startswith("_") and name != "__call__"
-        if dunder or not (inspect.isfunction(member) or isinstance(member, property)):
-            continue
+    for name in _members(contract):
+        member = vars(contract)[name]
         if isinstance(member, property):
             continue  # it may be set in __init__: see check_attributes
         if not callable(vars(cls).get(name, getattr(cls, name, None))):
             found.append(f"it has no method `{name}{_text(inspect.signature(member))}`")
         else:
             found += _method_differs(name, cls, member)
-    return found
+    return tuple(found)
+
+
+def _members(contract: type) -> list[str]:
+    """The names of its methods and properties."""
+    return [
+        name for name, member in vars(contract).items()
+        if (not name.startswith("_") or name == "__call__") and (inspect.isfunction(member) or isinstance(member, property))
+    ]  # fmt: skip
 
 
 def check_attributes(part: Any, key: str = "") -> None:
@@ -73,30 +49,31 @@ def check_attributes(part: Any, key: str = "") -> None:
     except NameError:  # annotations that only a type checker can read
         hints = {}
     for name, value in vars(part).items():
-        place = f"{key}.{name}".strip(".")
-        several = list(value.values()) if isinstance(value, dict) else value
-        parts = several if isinstance(several, list | tuple) else [several]
-        for contract in _contracts_in(hints.get(name)):
-            for one in parts:
-                lacks = [
-                    attribute for attribute, member in vars(contract).items()
-                    if isinstance(member, property) and one is not None and attribute not in dir(one)
-                ]  # fmt: skip
-                if lacks:
-                    raise ValueError(
-                        f"got {place}={type(one).__name__}, which has no attribute {', '.join(map(repr, lacks))}; expected those "
-                        f"of {contract.__module__}.{contract.__name__}"
-                    )
-        for one in parts:
-            check_attributes(one, place)
+        _check_value(value, Parameter(hints.get(name, Any)), f"{key}.{name}".strip("."))
 
 
-def _contracts_in(hint: Any) -> Iterator[type]:
-    """The Protocols that a type names: Reward, list[Reward], dict[str, Reward], Reward | None."""
-    if inspect.isclass(hint) and vars(hint).get("_is_protocol"):
-        yield hint
-    for inner in get_args(hint):
-        yield from _contracts_in(inner)
+def _check_value(value: Any, kind: Parameter, key: str) -> None:
+    """A part of several contracts (`Plan | Position`) has to satisfy one; where other types are allowed too, none."""
+    if isinstance(value, list | tuple | dict):
+        for one in value.values() if isinstance(value, dict) else value:
+            _check_value(one, kind.members or ANYTHING, key)
+        return
+    lacking = [
+        (each, _lacks(value, each)) for each in kind.kinds if inspect.isclass(each) and vars(each).get("_is_protocol")
+    ]
+    if value is not None and lacking and len(lacking) == len(kind.kinds) and all(lacks for _, lacks in lacking):
+        contract, lacks = lacking[0]
+        raise ValueError(
+            f"got {key}={type(value).__name__}, which has no attribute {', '.join(map(repr, lacks))}; expected those "
+            f"of {contract.__module__}.{contract.__name__}"
+        )
+    check_attributes(value, key)
+
+
+def _lacks(value: Any, contract: type) -> list[str]:
+    return [
+        name for name in _members(contract) if isinstance(vars(contract)[name], property) and name not in dir(value)
+    ]
 
 
 def _method_differs(name: str, cls: type, expected: Any) -> list[str]:

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib
-import importlib.util
 import inspect
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
-from pkgutil import iter_modules
-from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from rewards.base import Input, RewardBatch, RewardOutput, RewardSpec, Scope
+from rewards.import_path import check_file, import_named, near, split_path
 
 BATCH_FIELDS = ("latents", "sigma", "videos", "fps", "conditions")  # what a function may name beside metadata columns
 
@@ -34,7 +28,7 @@ class FunctionReward:
     inputs: what it reads. Without "images" the first argument is prompts. Parameters called latents, sigma, videos, fps or
     conditions get those of the batch (see RewardBatch). scope: "latent" makes it a process reward of states (latents, sigma).
     channels: names of its scores, if there are several: it then returns [N, C]. differentiable: it returns a tensor with a
-    graph to its inputs.
+    graph to its inputs. scores_black: see RewardSpec.
 
     path: the function itself (in Python), or its path. The path's form and the file are checked at construction, the
     function is imported by `load`. Relative files are looked for in the working directory. name: by default the function's.
@@ -47,16 +41,13 @@ class FunctionReward:
     inputs: tuple[Input, ...] = ("images",)
     scope: Scope = "terminal"
     differentiable: bool = False
+    scores_black: bool = True
     _function: Callable[..., Any] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.path, str):
-            place, attribute = split_path(self.path)
-            if place.endswith(".py") and not Path(place).is_file():
-                raise ValueError(
-                    f"reward {self.path!r}: there is no file {Path(place).absolute()}; expected it to exist"
-                )
-            self.name = self.name or attribute
+            check_file(self.path)
+            self.name = self.name or split_path(self.path)[1]
         else:
             if not callable(self.path):
                 raise TypeError(
@@ -68,7 +59,9 @@ class FunctionReward:
 
     @property
     def spec(self) -> RewardSpec:
-        return RewardSpec(tuple(self.inputs), self.scope, tuple(self.channels), self.differentiable)
+        return RewardSpec(
+            tuple(self.inputs), self.scope, tuple(self.channels), self.differentiable, scores_black=self.scores_black
+        )
 
     def load(self) -> None:
         if self._function is None:
@@ -121,38 +114,13 @@ def _name_of(function: Callable[..., Any]) -> str:
     return named.__name__.strip("<>")
 
 
-def split_path(path: str) -> tuple[str, str]:
-    """(file or module, function) of a path such as `./my_rewards.py:shininess` or `package.module.shininess`."""
-    place, _, attribute = path.rpartition(":" if ":" in path else ".")
-    if not place or not attribute.isidentifier() or (place.endswith(".py") and ":" not in path) or attribute == "py":
-        raise ValueError(
-            f"got reward path {path!r}; expected './my_rewards.py:shininess', 'package.module:shininess' or "
-            "'package.module.shininess'"
-        )
-    return place, attribute
-
-
 def import_function(path: str) -> Callable[..., Any]:
-    """The function behind a path; ValueError with near matches if it, or its module, is not there."""
-    place, attribute = split_path(path)
-    module = _import_file(Path(place)) if place.endswith(".py") else _import_module(path, place)
-    found = vars(module).get(attribute)
-    if not callable(found):
-        kind = "is not a function" if attribute in vars(module) else "does not exist"
-        own = [key for key, value in vars(module).items() if inspect.isfunction(value) and not key.startswith("_")]
-        raise ValueError(f"reward {path!r}: {attribute!r} {kind}; {place} has {near(attribute, own)}")
-    return found
-
-
-def near(name: str, known: Iterable[str]) -> str:
-    """The known names with a guess, for messages: `a, b (did you mean 'a'?)`."""
-    known = list(known)
-    return (", ".join(known) or "none") + _guess(name, known)
-
-
-def _guess(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+    """The function behind a path; ValueError if it is not there, or is none."""
+    found = import_named(path)
+    if not callable(found) or inspect.isclass(found):
+        what = "a class" if inspect.isclass(found) else f"of type {type(found).__name__}"
+        raise ValueError(f"got {path!r}, {what}; expected a function of images and prompts")
+    return cast(Callable[..., Any], found)
 
 
 def as_scores(values: object, path: str, *, grad: bool = False) -> Tensor:
@@ -179,27 +147,3 @@ def _numbers(values: object) -> object:
     if isinstance(values, (list, tuple)):
         return [_numbers(value) for value in values]
     return float("nan") if values is None else values
-
-
-def _import_file(path: Path) -> ModuleType:
-    name = f"rewards_user_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path.absolute())
-    assert spec is not None and spec.loader is not None  # it ends in .py
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look up their module
-    spec.loader.exec_module(module)
-    return module
-
-
-def _import_module(path: str, name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-            raise  # the module is there, but something that it imports is not
-        parent, _, last = error.name.rpartition(".")
-        folders = vars(sys.modules[parent]).get("__path__", []) if parent else None  # None: all of sys.path
-        raise ValueError(
-            f"reward {path!r}: no module {error.name!r}{_guess(last, [each.name for each in iter_modules(folders)])}; "
-            "for a file in the working directory write './file.py:function'"
-        ) from error

@@ -172,7 +172,7 @@ def test_pairs_are_shown_by_why_they_were_chosen(tmp_path):
 def test_a_summary_of_something_else_is_named(tmp_path):
     for content in ('{"rewards": {"base": {}}}', '{"rewards": 3}', '{"seconds": {}}'):
         (tmp_path / "summary.json").write_text(content)
-        with pytest.raises(ValueError, match=r"summary\.json or .* without what a run writes"):
+        with pytest.raises(ValueError, match=r"summary\.json, .* without what a run writes"):
             write_report(tmp_path)
 
 

@@ -130,13 +130,13 @@ def test_bad_answers_name_the_reward(file, function, message):
     [
         ("./my_rewards.py:shinyness", r"'shinyness' does not exist.*did you mean 'shininess'\?"),
         ("mine.inner.shiny_rewards:shinines", r"did you mean 'shininess'\?"),
-        ("./my_rewards.py:LIMIT", "'LIMIT' is not a function"),
+        ("./my_rewards.py:LIMIT", r"LIMIT', of type int; expected a function"),
         (
             "mine.inner.shiny_reward:shininess",
             r"no module 'mine.inner.shiny_reward' \(did you mean 'shiny_rewards'",
         ),
         ("mine.iner.shiny_rewards:shininess", r"no module 'mine.iner' \(did you mean 'inner'\?\)"),
-        ("no_such_package_here.x:f", "no module 'no_such_package_here'.*write './file.py:function'"),
+        ("no_such_package_here.x:f", "no module 'no_such_package_here'.*write './file.py:f'"),
         ("mine.inner.shiny_rewards.deeper:f", "no module 'mine.inner.shiny_rewards.deeper'"),
     ],
 )
@@ -152,7 +152,7 @@ def test_a_missing_dependency_is_not_taken_for_a_misspelt_path(file):
 
 @pytest.mark.parametrize("path", ["shininess", "./my_rewards.py", "./my_rewards.py:", ":shininess", "a.b:c d", ""])
 def test_malformed_paths_fail_at_construction(file, path):
-    with pytest.raises(ValueError, match="reward path"):
+    with pytest.raises(ValueError, match="got path"):
         FunctionReward(path)
 
 

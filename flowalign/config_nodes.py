@@ -1,0 +1,168 @@
+"""Checks a whole configuration, as YAML nodes, against the types of what it makes, before the parser sees it: every key by its
+full dotted name."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+from typing import Any
+
+import yaml
+
+from flowalign.config_layers import class_path_of, entries_of, is_null, is_text
+from flowalign.config_parser import import_part
+from flowalign.config_types import ANYTHING, NO_DEFAULT, Parameter, guess, parameters
+from flowalign.contracts import HOMES, differences
+from flowalign.errors import ConfigError
+from rewards import Reward
+
+PART = {"class_path": Parameter(str), "init_args": ANYTHING}
+
+
+def checked(node: yaml.Node, kind: Parameter, key: str = "") -> yaml.Node:
+    """The node as the parser gets it: without the names of a mapping that are null, and with text where text belongs.
+
+    ConfigError for an unknown or missing key, for null where there is no "none", for a part that does not exist or does not
+    satisfy its contract, and for a number that is not finite (a part's own default may be infinite)."""
+    if is_null(node):
+        if not kind.may_be_null:
+            raise ConfigError(
+                f"got {key}=null; expected {_said(kind)}: leave the key out for its default, if it has one"
+            )
+        return node
+    if kind.contract is not None:
+        return _part(node, kind, kind.contract, key)
+    if kind.section is not None:
+        names = parameters(kind.section)
+        assert names is not None  # ours take no **kwargs
+        return _named(_mapping(node, kind, key), names, key)
+    if isinstance(node, yaml.SequenceNode):
+        each = kind.members or ANYTHING
+        values = [checked(value, each, f"{key}[{number}]") for number, value in enumerate(node.value)]
+        return yaml.SequenceNode(node.tag, values, node.start_mark, node.end_mark)
+    if isinstance(node, yaml.MappingNode):
+        each = kind.members or ANYTHING
+        pairs = [(name, value) for name, value in node.value if not is_null(value) or each.may_be_null]
+        checked_pairs = [(name, checked(value, each, f"{key}.{name.value}")) for name, value in pairs]
+        return yaml.MappingNode(node.tag, checked_pairs, node.start_mark, node.end_mark)
+    return _scalar(node, kind, key)
+
+
+def _named(node: yaml.MappingNode, names: dict[str, Parameter], key: str) -> yaml.MappingNode:
+    """Its values checked, each as the parameter of its name."""
+    entries, dot = entries_of(node), f"{key}." if key else ""
+    for name in entries:
+        if name not in names:
+            raise ConfigError(
+                f"unknown key {dot + name!r}:{guess(name, names)} Allowed here: {', '.join(sorted(names))}"
+            )
+    for name, kind in names.items():
+        if kind.default is NO_DEFAULT and name not in entries:
+            raise ConfigError(f"{dot}{name} is missing; expected {_said(kind)}")
+    pairs = [(name, checked(value, names[name.value], dot + name.value)) for name, value in entries.values()]
+    return yaml.MappingNode(node.tag, pairs, node.start_mark, node.end_mark)
+
+
+def _part(node: yaml.Node, kind: Parameter, contract: type, key: str) -> yaml.Node:
+    """A part: its class is there and satisfies the contract, its arguments are checked."""
+    if not is_text(node):
+        entries = entries_of(_mapping(node, kind, key))
+        for name in entries:
+            if name not in PART:
+                raise ConfigError(
+                    f"unknown key {f'{key}.{name}'!r}: a part has class_path and init_args; write its arguments under init_args"
+                )
+        if "class_path" in entries and not isinstance(entries["class_path"][1], yaml.ScalarNode):
+            raise ConfigError(f"got {key} with a class_path of several values; expected the name of one class")
+    path, default = class_path_of(node), None if kind.default is NO_DEFAULT else kind.default
+    if path is None and default is None:
+        raise ConfigError(f"got {key} without a class_path; expected {_said(kind)}")
+    made_by = type(default) if path is None else _found(path, contract, key)
+    if is_text(node) or "init_args" not in entries:
+        names, arguments = parameters(made_by), yaml.MappingNode("tag:yaml.org,2002:map", [])
+        _named(arguments, names or {}, key)
+        return node
+    name, arguments = entries["init_args"]
+    if is_null(arguments):  # all arguments commented out
+        arguments = yaml.MappingNode("tag:yaml.org,2002:map", [], arguments.start_mark, arguments.end_mark)
+    arguments = _mapping(arguments, ANYTHING, f"{key}.init_args")
+    names = parameters(made_by)
+    inner = checked(arguments, Parameter(dict[str, Any]), key) if names is None else _named(arguments, names, key)
+    pairs = [entries["class_path"]] if path is not None else []
+    return yaml.MappingNode(node.tag, [*pairs, (name, inner)], node.start_mark, node.end_mark)
+
+
+def _found(path: str, contract: type, key: str) -> Any:
+    """What the class_path of a part names."""
+    try:
+        found = import_part(path)
+    except ValueError as error:
+        raise ConfigError(
+            f"{key}: {error}{'' if 'did you mean' in str(error) else _near_part(path, contract)}"
+        ) from error
+    if not inspect.isclass(found):  # what makes a FunctionReward
+        if contract is not Reward:
+            raise ConfigError(f"got {key}={path!r}, a function; expected a class that is {_a(contract)}")
+    elif vars(found).get("_is_protocol"):
+        raise ConfigError(f"got {key}={path!r}, which is a contract; expected a class that satisfies it")
+    elif differs := differences(found, contract):
+        raise ConfigError(f"got {key}={path!r}; expected {_a(contract)}: {'; '.join(differs)}")
+    return found
+
+
+def _near_part(path: str, contract: type) -> str:
+    """A guess which of our parts was meant, by the last part of its name."""
+    known = {
+        name: f"{home.__name__}.{name}" for home in HOMES for name in vars(home).get("__all__", ())
+        if inspect.isclass(vars(home)[name]) and not differences(vars(home)[name], contract)
+    }  # fmt: skip
+    near = difflib.get_close_matches(path.rpartition(".")[2], list(known), n=1)
+    return f"; did you mean {known[near[0]]!r}?" if near else ""
+
+
+def _mapping(node: yaml.Node, kind: Parameter, key: str) -> yaml.MappingNode:
+    if isinstance(node, yaml.MappingNode):
+        return node
+    got = f"={node.value!r}" if isinstance(node, yaml.ScalarNode) else ", a list"
+    raise ConfigError(f"got {key}{got}; expected {_said(kind)}")
+
+
+def _scalar(node: yaml.ScalarNode, kind: Parameter, key: str) -> yaml.ScalarNode:
+    """Text is text even where YAML would read a number (run.name=2024); a number has a size."""
+    if str in kind.kinds:
+        return yaml.ScalarNode("tag:yaml.org,2002:str", node.value, node.start_mark, node.end_mark, style='"')
+    value = _number(node, float in kind.kinds)
+    default = kind.default if isinstance(kind.default, tuple | list) else (kind.default,)
+    if node.tag.endswith(":int") and abs(value) >= 2**63:
+        raise ConfigError(f"got {key}={node.value:.40}; expected a whole number below 2**63")
+    if not math.isfinite(value) and value not in default:
+        raise ConfigError(f"got {key}={node.value}; expected a finite number")
+    return node
+
+
+def _number(node: yaml.ScalarNode, may_be_float: bool) -> float:
+    """What a scalar stands for, also where only the parser and not YAML reads a number (1e999); 0 for what is none."""
+    try:
+        if node.tag.endswith((":int", ":float")) and len(node.value) < 100:
+            return float(yaml.safe_load(node.value))
+        return float(node.value) if may_be_float or node.tag.endswith(":int") else 0.0
+    except (ValueError, OverflowError):
+        return math.inf if node.tag.endswith(":int") else 0.0
+
+
+def _said(kind: Parameter) -> str:
+    """What may stand there, for messages."""
+    if kind.contract is not None:
+        return f"{_a(kind.contract)}: class_path, './file.py:Class' or 'package.module.Class', and init_args"
+    if kind.section is not None:
+        return f"a mapping with some of {', '.join(sorted(parameters(kind.section) or ()))}"
+    if kind.members:
+        return "a mapping" if kind.is_mapping else "a list"
+    return " or ".join(
+        kind.__name__ if inspect.isclass(kind) else str(kind).rpartition("typing.")[2] for kind in kind.kinds
+    )
+
+
+def _a(contract: type) -> str:
+    return f"{'an' if contract.__name__[0] in 'AEIOU' else 'a'} {contract.__name__}"
