@@ -184,6 +184,7 @@ def test_training_prompts_change_if_that_is_said_and_it_is_noted(tiny_pipeline: 
         ("trainer__class_path", "mine.Trainer"),
         ("evaluation__num_inference_steps", 3),
         ("evaluation__rewards__0__class_path", "rewards.OCR"),
+        ("reward__class_path", "rewards.JPEGIncompressibility"),
     ],
 )
 def test_what_the_saved_tensors_belong_to_is_never_changed(run: Path, key: str, value: Any) -> None:
