@@ -193,8 +193,8 @@ def read_pipeline(
         pipeline = known.pipeline.from_pretrained(
             resolve(path), dtype=dtypes, **{**known.load_arguments(index), **parts}
         )
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of the disk, not of what is on it
             raise
         raise ValueError(
             f"got policy.path={path!r}, which diffusers cannot load as a {known.pipeline.__name__} ({type(error).__name__}: "
@@ -275,7 +275,7 @@ def load_policy(
     trained = TrainedNetworks(model.networks, has_lora=trainable == "lora", frozen=frozen, base=base)
     configs = {name: network.config for name, network in model.networks.items()}
     return PipelinePolicy(
-        model, known, trained, sampling=sampling or defaults_of(pipeline, configs, model.vae.config), negative_prompt=negative_prompt, device=device or model.vae.device, offload=offload,
+        model, known, trained, sampling=sampling or defaults_of(pipeline, configs), negative_prompt=negative_prompt, device=device or model.vae.device, offload=offload,
         decode_batch=decode_batch, prompt_store=prompt_store,
     )  # fmt: skip
 
