@@ -42,7 +42,17 @@ def from_settings(
     settings: PolicySettings, sampling: Sampling, device: str | torch.device,
     network_device: str | torch.device | None = None, *, seed: int = 0,
 ) -> Policy:  # fmt: skip
-    """The policy without roles beside its own and the reference; see load_policy."""
+    """The policy without roles beside its own and the reference; see load_policy. ConfigError for what cannot be loaded."""
+    try:
+        return _load(settings, sampling, device, network_device, seed)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"the pipeline policy.path={settings.path} cannot be loaded: {error}") from error
+
+
+def _load(
+    settings: PolicySettings, sampling: Sampling, device: str | torch.device, network_device: str | torch.device | None,
+    seed: int,
+) -> Policy:  # fmt: skip
     return load_policy(
         settings.path, lora=settings.lora, trainable=settings.trainable, dtype=settings.dtype,
         vae_dtype=settings.vae_dtype, family=settings.family, max_sequence_length=settings.max_sequence_length,

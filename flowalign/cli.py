@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 
-from flowalign.commands.endings import ending
 from flowalign.commands.output import IgnoresBrokenPipe
 
 USAGE = """usage: flowalign train CONFIG.yaml [CONFIG.yaml ...] [key=value ...]
@@ -48,6 +47,8 @@ def _run(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> i
         try:
             return command(arguments)
         except (Exception, KeyboardInterrupt) as error:
+            from flowalign.commands.endings import ending
+
             end = ending(error)
             if end is None:
                 raise

@@ -5,6 +5,16 @@ from __future__ import annotations
 import errno
 import re
 
+import torch
+from safetensors import SafetensorError
+
+from flowalign.errors import ConfigError, RunError
+from flowalign.storage.checkpoint import CheckpointError
+from flowalign.storage.files import DamagedFile
+from rewards import RewardError
+
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # full, over its quota, read-only or failing
+PLACE = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.EACCES, errno.EPERM, errno.ELOOP)
 AGAIN = "The same command goes on from the last checkpoint"
 
 
@@ -12,14 +22,6 @@ def ending(error: BaseException) -> tuple[int, str] | None:
     """(exit code, what to print) of an error that a user can mend; None for one that has to be mended in the code.
 
     Codes: 2 what was asked for cannot work, 1 the run was stopped by what it met, 130 by Ctrl-C or SIGTERM."""
-    import torch
-    from safetensors import SafetensorError
-
-    from flowalign.errors import ConfigError, RunError
-    from flowalign.storage.checkpoint import CheckpointError
-    from flowalign.storage.files import DamagedFile
-    from rewards import RewardError
-
     if isinstance(error, ConfigError):
         return 2, f"configuration error: {error}"
     if isinstance(error, KeyboardInterrupt):
@@ -34,8 +36,15 @@ def ending(error: BaseException) -> tuple[int, str] | None:
             "rollout.micro_batch, trainer.micro_batch, evaluation.batch_size or policy.decode_batch: they change memory and "
             f"speed only. {AGAIN}"
         )
-    if isinstance(error, OSError | SafetensorError) and _is_disk_error(error):
-        return 1, f"stopped: {error}. Free the disk; {AGAIN[0].lower()}{AGAIN[1:]}"
+    if isinstance(error, OSError | SafetensorError):
+        number = _number(error)
+        if number in DISK:
+            return 1, f"stopped: {error}. Free the disk; {AGAIN[0].lower()}{AGAIN[1:]}"
+        if number in PLACE:
+            return (
+                1,
+                f"stopped: {error}. Make room for what is written there, or readable what is read; then the same command",
+            )
     return None
 
 
@@ -47,8 +56,7 @@ def _is_cpu_memory(error: BaseException) -> bool:
     )
 
 
-def _is_disk_error(error: Exception) -> bool:
-    """Whether the disk is full, over its quota, read-only or failing; safetensors gives the number in its message only."""
+def _number(error: OSError | SafetensorError) -> int | None:
+    """safetensors gives the number in its message only."""
     match = re.search(r"os error (\d+)", str(error))
-    number = error.errno if isinstance(error, OSError) else int(match[1]) if match else 0
-    return number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+    return error.errno if isinstance(error, OSError) else int(match[1]) if match else None

@@ -6,11 +6,11 @@ import json
 from dataclasses import fields
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 
 from flowalign.evaluation.evaluate import EvaluationResult
-from flowalign.storage.files import DamagedFile, append_line, write_atomic
+from flowalign.storage.files import append_line, reading, write_atomic
 
 _TENSORS = ("scores", "pixels")
 
@@ -25,16 +25,11 @@ def save_result(path: Path, result: EvaluationResult) -> None:
 
 def load_result(path: Path) -> EvaluationResult:
     """Reads what `save_result` wrote. Raises DamagedFile naming the file if it is damaged."""
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            plain = json.loads(file.metadata()["result"])
-            pixels = tensors.pop("pixels")
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise DamagedFile(f"{path} is damaged ({error}): restore it from a copy") from error
-    return EvaluationResult(
-        scores={name.removeprefix("scores/"): value for name, value in tensors.items()}, pixels=pixels, **plain
-    )
+    with reading(path), safe_open(str(path), framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        pixels, plain = tensors.pop("pixels"), json.loads(file.metadata()["result"])
+        scores = {name.removeprefix("scores/"): value for name, value in tensors.items()}
+        return EvaluationResult(scores=scores, pixels=pixels, **plain)
 
 
 def append_result(path: Path, step: int, label: str, result: EvaluationResult) -> None:

@@ -10,7 +10,6 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from flowalign.evaluation.chosen_pairs import chosen_pairs
 from flowalign.evaluation.evaluate import EvaluationResult
-from flowalign.storage.files import write_atomic
+from flowalign.storage.files import read_json, reading, write_atomic
 
 
 @dataclass(frozen=True)
@@ -113,11 +112,12 @@ def _wrap(caption: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
 
 
 def newest_pairs(folder: Path) -> list[Pair]:
-    """The pairs of the newest grid (by the numbers in its name), cut out of the PNG; none without a grid."""
+    """The pairs of the newest grid (by the numbers in its name), cut out of the PNG; none without a grid. DamagedFile naming
+    a file that cannot be read."""
     pictures = by_number(folder)
     if not pictures:
         return []
-    with Image.open(pictures[-1]) as picture:
+    with reading(pictures[-1]), Image.open(pictures[-1]) as picture:
         entries = read_json(folder / "grids.json").get(pictures[-1].name, [])
         return [
             Pair(_cut(picture, e["base"]), _cut(picture, e["tuned"]), e["caption"].split("\n"), e.get("group", ""))
@@ -139,16 +139,3 @@ def _png(picture: Image.Image) -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
     return buffer.getvalue()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file, {} without the file; ValueError naming the file if it is damaged."""
-    if not path.exists():
-        return {}
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); expected a JSON object: restore or remove it") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"got {path} with a {type(content).__name__}; expected a JSON object; restore or remove it")
-    return content

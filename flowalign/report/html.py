@@ -18,9 +18,9 @@ import jinja2
 
 from flowalign.report.charts import Panel, bars, curves
 from flowalign.report.doubts import doubts
-from flowalign.report.grids import Pair, by_number, newest_pairs, read_json
-from flowalign.storage.files import write_atomic
-from flowalign.storage.metrics_log import Row, read_rows
+from flowalign.report.grids import Pair, by_number, newest_pairs
+from flowalign.storage.files import DamagedFile, read_json, reading, write_atomic
+from flowalign.storage.metrics_log import MetricsLog, Row
 
 HEALTH = (
     Panel("Ratio drift on replay (largest)", "ratio/drift_max", log=True),
@@ -38,19 +38,19 @@ PHASES = ("rollout", "decode", "reward", "update")
 def write_report(run_folder: Path) -> Path:
     """Writes report.html into the run folder and returns its path. Works on a run that has only just begun.
 
-    Raises ValueError naming the file if one that exists is damaged, FileNotFoundError without a folder."""
+    Raises DamagedFile naming the file if one that exists is damaged, FileNotFoundError without a folder."""
     folder = Path(run_folder)
     if not folder.is_dir():
         raise FileNotFoundError(
             f"there is no run folder {folder} (working directory: {Path.cwd()}); expected one that a run wrote"
         )
-    rows = read_rows(folder / "metrics.jsonl") if (folder / "metrics.jsonl").exists() else []
+    rows = MetricsLog(folder / "metrics.jsonl").rows()
     summary = read_json(folder / "summary.json")
     try:
         page = _page(folder, summary, rows)
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"got {folder / 'summary.json'} or {folder / 'grids' / 'grids.json'} without what a run writes there ({error!r}); "
+        raise DamagedFile(
+            f"got summary.json, metrics.jsonl or grids/grids.json in {folder} without what a run writes there ({error!r}); "
             "expected those of a run of this version: remove them to have a report without results"
         ) from error
     write_atomic(folder / "report.html", page.encode())
@@ -59,6 +59,8 @@ def write_report(run_folder: Path) -> Path:
 
 def _page(folder: Path, summary: dict[str, Any], rows: Sequence[Row]) -> str:
     config, gains = folder / "config.yaml", summary.get("rewards", {})
+    with reading(config):
+        settings = config.read_text(encoding="utf-8") if config.exists() else None
     return _template().render(
         name=folder.resolve().name,
         iterations=len({row["step"] for row in rows if "reward/mean" in row}),
@@ -68,12 +70,12 @@ def _page(folder: Path, summary: dict[str, Any], rows: Sequence[Row]) -> str:
         first=summary.get("reward"),
         groups=_groups(newest_pairs(folder / "grids")),
         tree=trees[-1].read_bytes() if (trees := by_number(folder / "trees")) else b"",
-        rewards=_svg_url(curves(rows, reward_panels(rows))),
-        health=_svg_url(curves(rows, health_panels(rows))),
-        phases=_svg_url(_phase_bars(rows)),
+        rewards=curves(rows, reward_panels(rows)),
+        health=curves(rows, health_panels(rows)),
+        phases=_phase_bars(rows),
         snippet=load_snippet(folder, summary["pipeline"]) if summary and (folder / "lora").is_dir() else None,
         provenance=_flatten(read_json(folder / "provenance.json")),
-        config=config.read_text() if config.exists() else None,
+        config=settings,
     )
 
 
@@ -105,6 +107,7 @@ def _template() -> jinja2.Template:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["png_url"] = lambda data: _data_url("png", data)
+    environment.filters["svg_url"] = lambda svg: _data_url("svg+xml", svg.encode())
     return environment.from_string(source)
 
 
@@ -200,7 +203,3 @@ def _flatten(content: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]
 
 def _data_url(kind: str, data: bytes) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-
-
-def _svg_url(svg: str) -> str:
-    return _data_url("svg+xml", svg.encode()) if svg else ""

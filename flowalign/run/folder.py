@@ -16,7 +16,7 @@ import yaml
 
 from flowalign.errors import ConfigError
 from flowalign.storage import checkpoint
-from flowalign.storage.files import write_atomic
+from flowalign.storage.files import read_json, write_atomic
 from flowalign.storage.metrics_log import MetricsLog
 
 # What a resumed run may change without a word: how long it is, what it keeps and what it shows.
@@ -30,7 +30,7 @@ MAY_CHANGE_NOTED = re.compile(
     r"|(reward|evaluation\.rewards|process_rewards)\..*(workers|timeout)"
 )
 # What it may never change beside those: the saved weights, optimizer state and base evaluation belong to it.
-MAY_NOT_CHANGE = re.compile(r"(policy|evaluation)(\..*)?|trainer\.class_path")
+MAY_NOT_CHANGE = re.compile(r"(policy|evaluation|reward)(\..*)?|trainer\.class_path")
 
 
 Changes = dict[str, tuple[Any, Any]]  # dotted key -> former and new value
@@ -191,10 +191,7 @@ def _provenance(folder: Path, changes: Changes) -> dict[str, Any]:
         "versions": {name: _version(name) for name in packages},
     }
     file = folder / "provenance.json"
-    try:
-        first = json.loads(file.read_text()) if file.exists() else dict(now)
-    except ValueError as error:
-        raise ConfigError(f"{file} is damaged ({error}): restore it, or remove it") from error
+    first = read_json(file) or dict(now)
     later, changed = first.pop("later", []), first.pop("changes", [])
     others = differences(first, now)
     if others:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentError
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,13 @@ from jsonargparse import ArgumentParser
 
 from flowalign.build import from_settings
 from flowalign.config import PolicySettings
-from flowalign.contracts import by_what_can_be_called
+from flowalign.config_parser import own_rules
 from flowalign.errors import ConfigError
 from flowalign.models import Policy
 from flowalign.models.base import Sampling
 from flowalign.run.folder import run_folder
 from flowalign.storage import checkpoint
-from flowalign.storage.files import DamagedFile
+from flowalign.storage.files import reading
 from flowalign.storage.named_tensors import restore_parameters
 from samplers import Schedule
 
@@ -72,8 +73,8 @@ class SavedRun:
         return self.folder / ("lora" if self.usual else f"lora-step-{self.step}{'-ema' * (self.section == 'ema')}")
 
     def load(self, device: str | torch.device = "cpu") -> Policy:
-        """The policy with the weights of the checkpoint. CheckpointError for a damaged one; ValueError or FileNotFoundError for a
-        pipeline that cannot be loaded (see load_policy)."""
+        """The policy with the weights of the checkpoint. CheckpointError for a damaged one, ConfigError for a
+        pipeline that cannot be loaded."""
         path = self.folder / "checkpoints" / f"step-{self.step}"
         tensors, _ = checkpoint.load(path, [self.section])
         policy = from_settings(self.policy, self.sampling, device)
@@ -89,14 +90,14 @@ def load_run(
     Everything but the weights comes from the folder's config.yaml, whose relative paths start from the working directory.
     step: of the checkpoints that the run keeps, None the latest. ema: whether the weights are the run's moving average, None:
     if it keeps one. The run's roles are not loaded. Raises ConfigError for what the folder does not hold, CheckpointError or
-    DamagedFile for what is damaged, and what load_policy raises."""
+    DamagedFile for what is damaged."""
     return SavedRun.of(folder, step, ema).load(device)
 
 
 def _read_config(path: Path) -> tuple[Generation, bool]:
     """And whether the run keeps an average."""
-    try:
-        plain: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    with reading(path):
+        plain = _read_yaml(path)
         schedule = plain["evaluation"]["schedule"] or plain["rollout"]["schedule"]
         content = {
             "policy": plain["policy"],
@@ -106,8 +107,16 @@ def _read_config(path: Path) -> tuple[Generation, bool]:
         averaged = plain["run"]["ema_decay"] is not None
         parser = ArgumentParser(exit_on_error=False)
         parser.add_class_arguments(Generation, as_group=False, fail_untyped=True)
-        with by_what_can_be_called():
-            found = parser.instantiate(parser.parse_object(content))
-    except Exception as error:  # yaml and jsonargparse raise many kinds; each is a fault of the file
-        raise DamagedFile(f"{path} cannot be read ({error!r}): restore it from a copy") from error
-    return Generation(**found.as_dict()), averaged
+        try:
+            with own_rules():
+                found = parser.instantiate(parser.parse_object(content))
+        except ArgumentError as error:
+            raise ValueError(str(error)) from error
+        return Generation(**found.as_dict()), averaged
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"not YAML: {error}") from error

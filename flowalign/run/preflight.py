@@ -13,8 +13,10 @@ from flowalign.evaluation.evaluate import EvaluationResult
 from flowalign.evaluation.result_file import load_result
 from flowalign.models.load import rows_per_state
 from flowalign.rollouts.collect import leaves_per_group
+from flowalign.run.held_out_rewards import held_out_rewards
 from flowalign.storage import checkpoint
 from flowalign.storage.checkpoint import Tensors
+from rewards import labels_of
 
 
 def forecast(config: TrainConfig) -> str:
@@ -104,7 +106,8 @@ def read_saved(config: TrainConfig, folder: Path, digests: dict[str, str]) -> Sa
             f"{base_file} is missing, though the run is at iteration {iteration}: restore it, or choose another run.name"
         )
     base = load_result(base_file) if base_file.exists() else None
-    if path is None and base is not None and base.digest != digests["held_out"]:
+    asked = base is None or _is_asked_for(base, config, digests["held_out"])
+    if path is None and not asked:
         base = None  # nothing is trained yet, and the prompts have changed: evaluated again
     saved = Saved(iteration, tensors, state, base)
     others = saved.changed_prompts(digests)
@@ -113,9 +116,17 @@ def read_saved(config: TrainConfig, folder: Path, digests: dict[str, str]) -> Sa
             f"the first {config.evaluation.count} prompts of {config.evaluation.prompts} have changed since {folder} was begun, "
             "and the base evaluation belongs to them: restore them, or choose another run.name"
         )
+    if base is not None and not asked:
+        raise ConfigError(f"{base_file} is of another run: restore it, or choose another run.name")
     if others and config.run.resume != "changed":
         raise ConfigError(
             f"the prompts of {config.prompts} have changed since {folder} was begun: restore them, choose another run.name, or "
             "set run.resume=changed to go on with them"
         )
     return saved
+
+
+def _is_asked_for(base: EvaluationResult, config: TrainConfig, prompts: str) -> bool:
+    """Whether the evaluation is of these prompts (their digest), this seed and these rewards."""
+    labels = {label for reward in held_out_rewards(config) for label in labels_of(reward)}
+    return (base.digest, base.seed, base.scores.keys()) == (prompts, config.evaluation.seed, labels)

@@ -213,7 +213,7 @@ def _read_manifest(path: Path) -> dict[str, State]:
         found, step, parts = manifest["format"], manifest["step"], manifest["parts"]
     except FileNotFoundError as error:
         raise CheckpointError(f"{file} is missing: not a checkpoint of flowalign; {_remedy(path)}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file} is unreadable ({error!r}); {_remedy(path)}") from error
     if found != FORMAT:
         raise CheckpointError(

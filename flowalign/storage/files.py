@@ -2,12 +2,40 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
 
 
 class DamagedFile(ValueError):
     """A file of a run that cannot be read; the message names it and says what to do."""
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """A context in which `path` is read and what is in it used: an error there is a DamagedFile that names it."""
+    try:
+        yield
+    except DamagedFile:
+        raise
+    except (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise DamagedFile(f"{path} cannot be read ({error!r}): restore it from a copy, or remove it") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file, {} without the file; DamagedFile for anything else."""
+    if not path.exists():
+        return {}
+    with reading(path):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise TypeError(f"got a {type(content).__name__}; expected a JSON object")
+    return content
 
 
 def fsync(path: Path) -> None:

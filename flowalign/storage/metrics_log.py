@@ -15,7 +15,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from flowalign.storage.files import DamagedFile, append_line, write_atomic
+from flowalign.storage.files import DamagedFile, append_line, reading, write_atomic
 
 Row = dict[str, Any]
 
@@ -50,9 +50,11 @@ class MetricsLog:
 def read_rows(path: Path) -> list[Row]:
     """The rows of a JSON-lines file. A last line without newline is a torn write and is left out.
 
-    Raises DamagedFile that names the line for anything else that is not a JSON object with an integer `step`."""
+    Raises DamagedFile that names the file, and the line for anything else that is not a JSON object with an integer `step`."""
     rows = []
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+    with reading(path):
+        content = path.read_bytes()
+    for number, line in enumerate(content.split(b"\n")[:-1], start=1):
         try:
             row = json.loads(line)
         except ValueError as error:

@@ -122,7 +122,7 @@ def test_a_reward_of_finished_pictures_only_says_so(tmp_path: Path) -> None:
     reward.spec = RewardSpec(scores_black=False)
     tried(tmp_path, reward=reward)
     tried(tmp_path, reward=Mix([reward, JPEGCompressibility()], [1.0, 1.0]))
-    assert len(reward.seen) == 4  # twice as the reward, twice as one of the evaluation
+    assert len(reward.seen) == 4  # each on training and held-out prompts
 
 
 def test_what_fails_and_is_masked_is_told(tmp_path: Path) -> None:
@@ -136,14 +136,18 @@ def test_what_fails_and_is_masked_is_told(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------- rewards that take long
 
 
-@pytest.mark.parametrize(("announce", "lines"), [(True, ["trying reward 'plain' …"]), (False, [])])
+PLACES = ("reward", "evaluation.training_reward (false leaves it out)")
+
+
+@pytest.mark.parametrize(
+    ("announce", "lines"), [(True, [f"trying {place} 'plain' …" for place in PLACES]), (False, [])]
+)
 def test_one_sees_what_is_waited_for(tmp_path: Path, capsys, monkeypatch, announce: bool, lines: list[str]) -> None:
     def slow(batch) -> RewardOutput:
         time.sleep(0.2)
         return RewardOutput(torch.ones(len(batch)), torch.ones(len(batch)).bool())
 
     monkeypatch.setattr(trial, "PATIENCE", 0.05)
-    overrides = [f"run.output={tmp_path}", "evaluation.training_reward=false"]
-    config = replace(load_config(TINY, overrides)[0], reward=Plain(slow))
+    config = replace(load_config(TINY, [f"run.output={tmp_path}"])[0], reward=Plain(slow))
     try_rewards(config, Prompts.of(config), "cpu", announce=announce)
     assert capsys.readouterr().out.splitlines() == lines

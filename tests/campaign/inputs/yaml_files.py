@@ -92,7 +92,7 @@ CASES = [
         "reward|init_args",
     ),
     over("a sexagesimal", "run: {iterations: 1:30}\n", "run.iterations"),
-    over("a date", "run: {name: 2026-11-24}\n", "run.name"),
+    over("a date", "run: {name: 2026-11-24}\n", fine=True),
     over("a huge integer", "run: {iterations: 1" + "0" * 400 + "}\n", "run.iterations"),
     over("5000 digits", "run: {iterations: " + "9" * 5000 + "}\n", "iterations|digits|number"),
     over("a windows file with its mark", "\ufeffrun: {seed: 3}\r\n", fine=True),
