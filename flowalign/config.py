@@ -14,7 +14,7 @@ from typing import Any, Literal
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
-from flowalign.config_layers import located, merge, origins, read_layer
+from flowalign.config_layers import entries_of, located, merge, read_layer
 from flowalign.config_nodes import checked
 from flowalign.config_overrides import overridden
 from flowalign.config_parser import explain, own_rules
@@ -180,7 +180,8 @@ def load_config(paths: str | Sequence[str], overrides: Sequence[str] = ()) -> tu
     over all files, later ones over earlier ones (see `flowalign.config_overrides.overridden`). A run without a name gets those of its files. Raises ConfigError; no model is loaded."""
     paths = [paths] if isinstance(paths, str) else paths
     node, whole = _read(paths), Parameter(TrainConfig)
-    if "run.name" not in dict(origins(node)):
+    given = entries_of(node).get("run")  # what is no mapping is refused below
+    if given is None or (isinstance(given[1], yaml.MappingNode) and "name" not in entries_of(given[1])):
         node = overridden(node, f"run.name={'-'.join(Path(path).stem for path in paths)}", whole)
     for override in overrides:
         node = overridden(node, override, whole)

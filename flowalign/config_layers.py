@@ -112,7 +112,7 @@ def located(message: str, node: yaml.Node) -> str:
     and a key in it, only the key."""
     known = dict(origins(node))
     found: dict[str, str] = {}
-    for dotted, quoted in re.findall(r"([a-z_]+(?:\.\w+)+)|key '(\w+)'", message):
+    for dotted, quoted in re.findall(r"([a-z_]+(?:\.\w+)+)|key '(\w+)'", re.sub("did you mean '.*?'", "", message)):
         name = dotted or quoted
         full = [key for key in known if key == name or key.endswith(f".{name}")]
         if len(full) == 1 and not known[full[0]].startswith("override"):

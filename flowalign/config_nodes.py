@@ -55,7 +55,7 @@ def _named(node: yaml.MappingNode, names: dict[str, Parameter], key: str) -> yam
     for name in entries:
         if name not in names:
             raise ConfigError(
-                f"unknown key {dot + name!r}:{guess(name, names)} Allowed here: {', '.join(sorted(names))}"
+                f"unknown key {dot + name!r}:{guess(name, names, dot)} Allowed here: {', '.join(sorted(names))}"
             )
     for name, kind in names.items():
         if kind.default is NO_DEFAULT and name not in entries:
@@ -132,6 +132,10 @@ def _scalar(node: yaml.ScalarNode, kind: Parameter, key: str) -> yaml.ScalarNode
     """Text is text even where YAML would read a number (run.name=2024); a number has a size."""
     if str in kind.kinds:
         return yaml.ScalarNode("tag:yaml.org,2002:str", node.value, node.start_mark, node.end_mark, style='"')
+    if ":" in node.value and node.tag.endswith((":int", ":float")):
+        raise ConfigError(
+            f"got {key}={node.value}, which YAML reads as a number to the base 60; expected a number, or quotes"
+        )
     value = _number(node, float in kind.kinds)
     default = kind.default if isinstance(kind.default, tuple | list) else (kind.default,)
     if node.tag.endswith(":int") and abs(value) >= 2**63:

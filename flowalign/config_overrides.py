@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from flowalign.config_layers import as_part, class_path_of, entries_of, is_part, is_text, merge
+from flowalign.config_layers import as_part, class_path_of, entries_of, is_null, is_part, is_text, merge
 from flowalign.config_parser import import_part
 from flowalign.config_types import ANYTHING, NO_DEFAULT, Parameter, parameters
 from flowalign.config_yaml import compose
@@ -35,6 +35,10 @@ def _put(node: yaml.Node | None, kind: Parameter, keys: list[str], text: str, ov
     if isinstance(node, yaml.SequenceNode):
         raise ConfigError(
             f"override {override!r}: {keys[0]!r} is a key in a list; expected the list as a whole, key=[…]"
+        )
+    if isinstance(node, yaml.ScalarNode) and not is_null(node) and kind.contract is None:
+        raise ConfigError(
+            f"override {override!r}: {keys[0]!r} would be a key in {node.value!r}; expected a mapping there"
         )
     if kind.contract is None and not (node is not None and is_part(node)):
         names = (parameters(kind.section) or {}) if kind.section else {}

@@ -82,7 +82,7 @@ def parameters(made_by: Callable[..., Any]) -> dict[str, Parameter] | None:
     }
 
 
-def guess(name: str, known: Iterable[str]) -> str:
-    """ " did you mean 'x'?", or nothing."""
+def guess(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """ " did you mean 'x'?", or nothing; prefix: what stands before the known names."""
     near = difflib.get_close_matches(name, list(known), n=1)
-    return f" did you mean {near[0]!r}?" if near else ""
+    return f" did you mean {prefix + near[0]!r}?" if near else ""

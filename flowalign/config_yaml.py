@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import yaml
@@ -18,13 +19,20 @@ def compose(text: str, source: str) -> yaml.Node | None:
     nesting beyond MAX_DEPTH, a tag such as !!python/object, a key that is no text, and a key that is given twice."""
     if len(text.encode(errors="replace")) > MAX_BYTES:
         raise ConfigError(f"{source} has more than {MAX_BYTES:,} bytes; expected a configuration")
+    depth = 0
+    for bracket in re.finditer(
+        r"[\[{]|[\]}]", text
+    ):  # before the scanner, whose time grows with the square of the depth
+        depth += 1 if bracket[0] in "[{" else -1
+        if depth > 10 * MAX_DEPTH:
+            raise ConfigError(f"{source} is nested too deeply; expected at most {MAX_DEPTH} levels")
     try:
         loader = yaml.SafeLoader(text)
         loader.name = source
         node = loader.get_single_node()
         if node is not None:
             _measure(node, source, {}, 0)
-            _check(node, source, loader, set())
+            _check(node, source, loader, set(), "")
     except yaml.YAMLError as error:
         raise ConfigError(f"{source} is not valid YAML: {error}") from error
     except RecursionError as error:
@@ -51,28 +59,32 @@ def _measure(node: yaml.Node, source: str, known: dict[int, int | None], depth: 
     return size
 
 
-def _check(node: yaml.Node, source: str, loader: yaml.SafeLoader, seen: set[int]) -> None:
+def _check(node: yaml.Node, source: str, loader: yaml.SafeLoader, seen: set[int], key: str) -> None:
     """Tags, keys, and keys that are given twice, of which YAML itself would keep the last in silence. Resolves `<<`, in place."""
     if id(node) in seen:
         return
     seen.add(id(node))
     tag = node.tag.removeprefix("tag:yaml.org,2002:")
     if tag not in TAGS:
-        raise ConfigError(f"{source}, line {_line(node)}: got the tag {tag!r}; expected plain YAML, without tags")
+        raise ConfigError(
+            f"{source}, line {_line(node)}: got {key or 'a configuration'} with the tag {tag!r}; expected plain YAML, without tags"
+        )
     if isinstance(node, yaml.MappingNode):
         given: set[Any] = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode) or not key.tag.endswith((":str", ":merge")):
-                text = key.value if isinstance(key, yaml.ScalarNode) else "of several values"
+        for name, _ in node.value:
+            if not isinstance(name, yaml.ScalarNode) or not name.tag.endswith((":str", ":merge")):
+                text = name.value if isinstance(name, yaml.ScalarNode) else "of several values"
                 raise ConfigError(
-                    f'{source}, line {_line(key)}: the key {text} is no text; write it in quotes, "{text}"'
+                    f'{source}, line {_line(name)}: the key {text} is no text; write it in quotes, "{text}"'
                 )
-            if key.value in given:
-                raise ConfigError(f"{source}, line {_line(key)}: {key.value!r} is given twice; keep one")
-            given.add(key.value)
+            if name.value in given:
+                raise ConfigError(f"{source}, line {_line(name)}: {name.value!r} is given twice; keep one")
+            given.add(name.value)
         loader.flatten_mapping(node)
-    for child in _children(node):
-        _check(child, source, loader, seen)
+    names = [name.value for name, _ in node.value] if isinstance(node, yaml.MappingNode) else []
+    values = [value for _, value in node.value] if names else _children(node)
+    for number, value in enumerate(values):
+        _check(value, source, loader, seen, f"{key}.{names[number]}".strip(".") if names else key)
 
 
 def _children(node: yaml.Node) -> list[yaml.Node]:

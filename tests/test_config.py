@@ -126,7 +126,7 @@ def test_unknown_keys_in_the_file_suggest_the_right_one(tmp_path: Path) -> None:
     text = Path(CONFIG).read_text().replace("group_size", "grup_size")
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(
-        ConfigError, match=r"unknown key 'rollout\.grup_size': did you mean 'group_size'.*c\.yaml, line 6\)$"
+        ConfigError, match=r"unknown key 'rollout\.grup_size': did you mean 'rollout\.group_size'.*c\.yaml, line 6\)$"
     ):
         load_config(str(tmp_path / "c.yaml"))
 
@@ -237,14 +237,14 @@ def test_a_run_without_a_name_gets_those_of_its_files(tmp_path: Path, tiny_pipel
 @pytest.mark.parametrize(
     ("layer", "named"),
     [
-        ("rollout: {grup_size: 4}", r"unknown key 'rollout.grup_size': did you mean 'group_size'.* \(rollout.grup_size: .*layer\.yaml, line 1\)"),
+        ("rollout: {grup_size: 4}", r"unknown key 'rollout.grup_size': did you mean 'rollout.group_size'.* \(rollout.grup_size: .*layer\.yaml, line 1\)"),
         ("run: {seed: 1}\nrun: {seed: 2}", r"layer\.yaml, line 2: 'run' is given twice"),
         ("- a", r"layer\.yaml: expected sections .* got a list"),
         # what only all files together show: the file and line of each key that the message names
         ("rollout:\n  group_size: 0", r"group_size=0.*\(rollout\.group_size: .*layer\.yaml, line 2\)"),
         ("rollout: {groups: 3}\ntrainer: {init_args: {updates_per_rollout: 2}}",
          r"rollout\.groups: .*layer\.yaml, line 1; trainer\.updates_per_rollout: .*layer\.yaml, line 2\)"),
-        ("\nrollout: {plan: {init_args: {hihg: 1}}}", r"unknown key 'rollout.plan.hihg': did you mean 'high'.* \(rollout\.plan\.hihg: .*layer\.yaml, line 2\)"),
+        ("\nrollout: {plan: {init_args: {hihg: 1}}}", r"unknown key 'rollout.plan.hihg': did you mean 'rollout.plan.high'.* \(rollout\.plan\.hihg: .*layer\.yaml, line 2\)"),
         ("policy: {dtype: bf16, trainable: full}", r"policy\.dtype: .*layer\.yaml, line 1; policy\.trainable: "),
     ],
 )  # fmt: skip

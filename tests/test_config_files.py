@@ -117,7 +117,10 @@ def test_a_function_where_a_reward_belongs_is_a_reward_of_it(folder: Path, monke
         ("./needs.py:Red", "importing it raised ModuleNotFoundError: No module named 'no_such_dependency'"),
         ("./leaves.py:Red", "importing it raised SystemExit: 3"),
         ("./wrong.py:Red", "importing it raised SyntaxError"),
-        ("{class_path: ./mine.py:Red, init_args: {scael: 1}}", "unknown key 'reward.scael': did you mean 'scale'"),
+        (
+            "{class_path: ./mine.py:Red, init_args: {scael: 1}}",
+            "unknown key 'reward.scael': did you mean 'reward.scale'",
+        ),
         ("{class_path: ./mine.py:redness, init_args: {path: x}}", "unknown key 'reward.path'"),
     ],
 )

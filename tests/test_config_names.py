@@ -18,11 +18,11 @@ PART = "class_path, './file.py:Class' or 'package.module.Class', and init_args"
     [
         # nested spelling: the list, and the nearest name
         ("trainer.init_args.signal.advantge=flowalign.advantage.Normalized",
-         r"'trainer\.signal\.advantge': did you mean 'advantage'\? Allowed here: advantage, credit, select"),
+         r"'trainer\.signal\.advantge': did you mean 'trainer\.signal\.advantage'\? Allowed here: advantage, credit, select"),
         ("reward.init_args.metrik=soft", r"'reward\.metrik': Allowed here: divide_by, name, quality"),
-        ("trainer.optimizer={lr: 1, wight_decay: 3}", r"'trainer\.optimizer\.wight_decay': did you mean 'weight_decay'"),
-        ("reward={class_path: rewards.Mix, init_args: {rewards: [], weigths: []}}", r"'reward\.weigths': did you mean 'weights'"),
-        ("policy.lora={rnk: 3}", r"'policy\.lora\.rnk': did you mean 'rank'"),
+        ("trainer.optimizer={lr: 1, wight_decay: 3}", r"'trainer\.optimizer\.wight_decay': did you mean 'trainer\.optimizer\.weight_decay'"),
+        ("reward={class_path: rewards.Mix, init_args: {rewards: [], weigths: []}}", r"'reward\.weigths': did you mean 'reward\.weights'"),
+        ("policy.lora={rnk: 3}", r"'policy\.lora\.rnk': did you mean 'policy\.lora\.rank'"),
         ("rollout.kernel={class_path: samplers.FlowSDE, noise_level: 1}", r"'rollout\.kernel\.noise_level': .*under init_args"),
         ("reward.dict_kwargs.x=3", r"'reward\.dict_kwargs'"),
         ("config=/etc/passwd", "unknown key 'config'"),
@@ -62,6 +62,8 @@ PART = "class_path, './file.py:Class' or 'package.module.Class', and init_args"
         ("reward={class_path: [a]}", "got reward with a class_path of several values"),
         ("reward=rewards.Reward", "which is a contract; expected a class that satisfies it"),
         ("reward=builtins.int", "expected a Reward: it has no method `load"),
+        ("rollout.groups.x=3", r"'x' would be a key in '2'; expected a mapping there"),
+        ("run.iterations=1:30", r"got run\.iterations=1:30, which YAML reads as a number to the base 60"),
         ("policy=glyphs", "got policy='glyphs'; expected a mapping with some of"),
         ("evaluation.rewards.0=rewards.OCR", "'0' is a key in a list; expected the list as a whole"),
         ("policy.lora={rank: 8", "override 'policy.lora={rank: 8' is not valid YAML"),
@@ -131,6 +133,13 @@ def test_null_turns_a_part_of_a_name_off(tmp_path: Path) -> None:
     (tmp_path / "no_kl.yaml").write_text("trainer: {init_args: {regularizers: {kl: null}}}\n")
     config, saved = load_config([CONFIG, str(tmp_path / "no_kl.yaml")])
     assert config.trainer.regularizers == {} == saved["trainer"]["init_args"]["regularizers"]
+
+
+@pytest.mark.parametrize("run", ["fast", "null", "[a]", "3"])
+def test_a_section_that_is_none_is_not_taken_for_an_empty_one(run: str, tmp_path: Path) -> None:
+    (tmp_path / "layer.yaml").write_text(f"run: {run}\n")
+    with pytest.raises(ConfigError, match=r"got run.*; expected a mapping with some of"):
+        load_config([CONFIG, str(tmp_path / "layer.yaml")])
 
 
 def test_a_mapping_replaces_and_dotted_keys_merge() -> None:

@@ -77,7 +77,10 @@ class OCR:
         given = [self._target(batch, i) for i in range(len(batch))]
         targets = [self._clean(text) if isinstance(text, str) else "" for text in given]
         alphabet = self._alphabet("".join(text for text in given if isinstance(text, str)))
-        pages = self._read(batch.pixels().permute(0, 2, 3, 1).contiguous().numpy(), alphabet)
+        wanted = [i for i, target in enumerate(targets) if target]  # without one there is no score, whatever is read
+        images = batch.pixels().permute(0, 2, 3, 1).contiguous().numpy()
+        found = dict(zip(wanted, self._read(images[wanted], alphabet), strict=True))
+        pages = [found.get(i, []) for i in range(len(batch))]
         rows = [self._parts(page, target, alphabet) for page, target in zip(pages, targets, strict=True)]
         components = {key: torch.tensor([row[key] for row in rows], dtype=torch.float32) for key in PARTS}
         scores = components["edit_exempt" if self.metric == "edit" and self.substring_exempt else self.metric]
