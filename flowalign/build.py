@@ -17,7 +17,8 @@ from flowalign.rollouts.task import Task
 def policy_of(
     config: TrainConfig, device: str | torch.device, network_device: str | torch.device | None = None
 ) -> Policy:
-    """The policy with its roles, which generates as the evaluations do; see load_policy. ConfigError for an image size it cannot make, or for nothing to train."""
+    """The policy with its roles, which generates as the evaluations do; see load_policy. ConfigError for weights that cannot be
+    loaded, for an image size it cannot make, or for nothing to train."""
     settings, evaluation = config.policy, config.evaluation
     sampling = Sampling(
         evaluation.num_inference_steps,
@@ -26,9 +27,12 @@ def policy_of(
         evaluation_schedule(config),
         settings.fps,
     )
-    policy = from_settings(settings, sampling, device, network_device, seed=config.run.seed)
-    policy.latent_shape(settings.size)
-    policy.add_roles(config.roles)
+    try:
+        policy = from_settings(settings, sampling, device, network_device, seed=config.run.seed)
+        policy.latent_shape(settings.size)
+        policy.add_roles(config.roles)
+    except ValueError as error:  # what only the weights can tell
+        raise ConfigError(str(error)) from error
     if not policy.trainable_parameters():
         raise ConfigError("got a policy without trainable parameters: check policy.trainable and policy.lora.targets")
     return policy

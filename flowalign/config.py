@@ -18,12 +18,20 @@ from flowalign.config_layers import located, merge, origins, read_layer
 from flowalign.config_nodes import checked
 from flowalign.config_overrides import overridden
 from flowalign.config_parser import explain, own_rules
+from flowalign.config_sizes import check_sizes
 from flowalign.config_types import Parameter
 from flowalign.contracts import check_attributes
 from flowalign.data import PromptRecord, load_prompts
 from flowalign.errors import ConfigError
 from flowalign.models.base import Size
-from flowalign.models.load import check_checkpoint, check_image_size, check_lora_folders, check_lora_targets, path_of
+from flowalign.models.load import (
+    check_checkpoint,
+    check_image_size,
+    check_lora_folders,
+    check_lora_targets,
+    count_lora_numbers,
+    path_of,
+)
 from flowalign.models.lora import LoRA
 from flowalign.models.roles import Role, check_roles
 from flowalign.rollouts.collect import grow
@@ -227,11 +235,20 @@ def check(config: TrainConfig) -> None:
             raise ConfigError(f"run.trackers names {tracker!r}, which is not installed: install it, or leave it out")
     check_roles(config.roles)
     check_checkpoint(policy.path, policy.family)
-    check_image_size(policy.path, policy.size, policy.family)
+    latent_shape = check_image_size(policy.path, policy.size, policy.family)
     if policy.decode_batch is not None and policy.decode_batch < 1:
         raise ConfigError(f"policy.decode_batch={policy.decode_batch}: expected at least 1, or null")
     if policy.max_sequence_length is not None and policy.max_sequence_length < 0:
         raise ConfigError(f"policy.max_sequence_length={policy.max_sequence_length}: expected at least 0, or null")
+    lora_numbers = 0
+    if policy.trainable == "lora":
+        check_lora_targets(policy.path, policy.lora.targets, policy.family)
+        lora_numbers = count_lora_numbers(policy.path, policy.lora, policy.family)
+    evaluation = config.evaluation
+    check_sizes(
+        rollout, policy.size, latent_shape, evaluated=evaluation.count * evaluation.samples_per_prompt,
+        evaluation_steps=evaluation.num_inference_steps, evaluation_batch=evaluation.batch_size, lora_numbers=lora_numbers,
+    )  # fmt: skip
     path = path_of(policy.path, policy.family)
     for key, schedule, steps in (
         ("rollout", rollout.schedule, rollout.num_inference_steps),
@@ -245,7 +262,6 @@ def check(config: TrainConfig) -> None:
     state_channels = _check_rewards(config)
     config.trainer.check(Setup(bound, path, channels_of(config.reward), policy.roles, state_channels))
     if policy.trainable == "lora":
-        check_lora_targets(policy.path, policy.lora.targets, policy.family)
         check_lora_folders(policy.path, policy.lora, config.roles, policy.family)
     elif folders := [role.folder for role in config.roles.values() if role.folder is not None]:
         raise ConfigError(

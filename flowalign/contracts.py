@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
 from dataclasses import is_dataclass
 from functools import cache
 from types import ModuleType
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_type_hints
 
 import rewards
 import samplers
 from flowalign import advantage, credit, objectives, selectors, trainers
+from flowalign.config_types import ANYTHING, Parameter
 
 HOMES: tuple[ModuleType, ...] = (rewards, samplers, trainers, credit, advantage, selectors, objectives)
 
@@ -49,30 +49,31 @@ def check_attributes(part: Any, key: str = "") -> None:
     except NameError:  # annotations that only a type checker can read
         hints = {}
     for name, value in vars(part).items():
-        place = f"{key}.{name}".strip(".")
-        several = list(value.values()) if isinstance(value, dict) else value
-        parts = several if isinstance(several, list | tuple) else [several]
-        for contract in _contracts_in(hints.get(name)):
-            for one in parts:
-                lacks = [
-                    attribute for attribute, member in vars(contract).items()
-                    if isinstance(member, property) and one is not None and attribute not in dir(one)
-                ]  # fmt: skip
-                if lacks:
-                    raise ValueError(
-                        f"got {place}={type(one).__name__}, which has no attribute {', '.join(map(repr, lacks))}; expected those "
-                        f"of {contract.__module__}.{contract.__name__}"
-                    )
-        for one in parts:
-            check_attributes(one, place)
+        _check_value(value, Parameter(hints.get(name, Any)), f"{key}.{name}".strip("."))
 
 
-def _contracts_in(hint: Any) -> Iterator[type]:
-    """The Protocols that a type names: Reward, list[Reward], dict[str, Reward], Reward | None."""
-    if inspect.isclass(hint) and vars(hint).get("_is_protocol"):
-        yield hint
-    for inner in get_args(hint):
-        yield from _contracts_in(inner)
+def _check_value(value: Any, kind: Parameter, key: str) -> None:
+    """A part of several contracts (`Plan | Position`) has to satisfy one; where other types are allowed too, none."""
+    if isinstance(value, list | tuple | dict):
+        for one in value.values() if isinstance(value, dict) else value:
+            _check_value(one, kind.members or ANYTHING, key)
+        return
+    lacking = [
+        (each, _lacks(value, each)) for each in kind.kinds if inspect.isclass(each) and vars(each).get("_is_protocol")
+    ]
+    if value is not None and lacking and len(lacking) == len(kind.kinds) and all(lacks for _, lacks in lacking):
+        contract, lacks = lacking[0]
+        raise ValueError(
+            f"got {key}={type(value).__name__}, which has no attribute {', '.join(map(repr, lacks))}; expected those "
+            f"of {contract.__module__}.{contract.__name__}"
+        )
+    check_attributes(value, key)
+
+
+def _lacks(value: Any, contract: type) -> list[str]:
+    return [
+        name for name in _members(contract) if isinstance(vars(contract)[name], property) and name not in dir(value)
+    ]
 
 
 def _method_differs(name: str, cls: type, expected: Any) -> list[str]:

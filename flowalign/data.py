@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,7 +47,7 @@ def as_records(prompts: str | PromptRecord | Sequence[str | PromptRecord]) -> li
 def load_prompts(source: str) -> list[PromptRecord]:
     """Reads a prompt set from `file.txt` (a prompt a line), `file.jsonl` (objects with "prompt", and if wanted "image" or
     "images", paths from the file's folder, and "negative_prompt"; the other keys become metadata) or an import path
-    `package.module:function` of a callable that returns such objects, its image paths from the working directory.
+    `package.module:function` of a callable that returns texts or such objects, its image paths from the working directory.
 
     Raises ValueError or FileNotFoundError that names the source and the line."""
     if source.endswith((".txt", ".jsonl")):
@@ -68,34 +69,69 @@ def load_prompts(source: str) -> list[PromptRecord]:
 OWN_KEYS = ("prompt", "image", "images", "negative_prompt")
 
 
+LONGEST = 10_000  # characters of a prompt; encoders read a few hundred words
+
+
 def _record(place: str, uid: int, row: dict[str, Any], folder: Path) -> PromptRecord:
     if not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
-        raise ValueError(f"{place}: got {row!r}; expected a non-empty text under 'prompt'")
+        raise ValueError(f"{place}: got {_short(row)}; expected a non-empty text under 'prompt'")
     negative = row.get("negative_prompt")
     if negative is not None and not isinstance(negative, str):
-        raise ValueError(f"{place}: got negative_prompt={negative!r}; expected a text, or none for the policy's own")
+        raise ValueError(
+            f"{place}: got negative_prompt={_short(negative)}; expected a text, or none for the policy's own"
+        )
+    for text in (row["prompt"], negative or ""):
+        _check_text(place, text)
     if "image" in row and "images" in row:
         raise ValueError(f"{place}: got 'image' and 'images'; expected one of them: list all files under 'images'")
     names = [row["image"]] if "image" in row else row.get("images", [])
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(
-            f"{place}: got images {names!r}; expected a path under 'image', or a list of paths under 'images'"
+            f"{place}: got images {_short(names)}; expected a path under 'image', or a list of paths under 'images'"
         )
     images = tuple(folder / name for name in names)
     for image in images:
         if not image.is_file():
-            raise FileNotFoundError(f"{place}: image {image} does not exist (working directory: {Path.cwd()})")
+            lacks = "is a folder" if image.is_dir() else "does not exist"
+            raise FileNotFoundError(
+                f"{place}: image {image} {lacks} (working directory: {Path.cwd()}); expected an image file"
+            )
     metadata = {key: value for key, value in row.items() if key not in OWN_KEYS}
     return PromptRecord(uid, row["prompt"], metadata, images, negative)
 
 
+def _check_text(place: str, text: str) -> None:
+    """ValueError for what no encoder can read as a text."""
+    if len(text) > LONGEST:
+        raise ValueError(
+            f"{place}: got a text of {len(text):,} characters, which begins {_short(text)}; expected at most {LONGEST:,}: write "
+            "one prompt a line"
+        )
+    strange = [char for char in text if unicodedata.category(char) in ("Cc", "Cs") and not char.isspace()]
+    if strange:
+        raise ValueError(
+            f"{place}: got the control character U+{ord(strange[0]):04X} in {_short(text)}; expected text: is this a text file?"
+        )
+
+
+def _short(value: object) -> str:
+    """Its repr, cut to about one line."""
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:120]}…"
+
+
 def _read_rows(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
-        raise FileNotFoundError(f"prompt file {path} does not exist (working directory: {Path.cwd()})")
+        lacks = "is a folder" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(
+            f"prompt file {path} {lacks} (working directory: {Path.cwd()}); expected a file with a prompt a line"
+        )
     try:
         text = path.read_text(encoding="utf-8-sig")  # with or without a byte order mark
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 ({error}): save it as UTF-8") from error
+    except OSError as error:
+        raise ValueError(f"prompt file {path} cannot be read ({error.strerror}); expected a readable file") from error
     # not splitlines: JSON texts may hold U+2028 and its like
     lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if path.suffix == ".txt":
@@ -105,27 +141,45 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
 
 def _parse(place: str, line: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
+        row = json.loads(line, object_pairs_hook=_once, parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{place}: not JSON ({error})") from error
     if not isinstance(row, dict):
         raise ValueError(f"{place}: got {type(row).__name__}; expected a JSON object")
     return row
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands there twice")
+    return row
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON number")
+
+
 def _call(source: str) -> list[dict[str, Any]]:
     module_name, _, name = source.partition(":")
     try:
         module = importlib.import_module(module_name)
-    except (ImportError, ValueError, TypeError) as error:
-        raise ValueError(f"prompt source {source!r}: cannot import {module_name!r} ({error})") from error
+    except (Exception, SystemExit) as error:  # whatever the module does
+        raise ValueError(
+            f"prompt source {source!r}: cannot import {module_name!r} ({type(error).__name__}: {error})"
+        ) from error
     if not callable(vars(module).get(name)):
         raise ValueError(f"prompt source {source!r}: {module_name} has no function {name!r}")
     try:
-        return [{**row} for row in vars(module)[name]()]
-    except TypeError as error:
+        rows = vars(module)[name]()
+        if isinstance(rows, str):
+            raise TypeError("got one text")
+        return [{"prompt": row} if isinstance(row, str) else {**row} for row in rows]
+    except (Exception, SystemExit) as error:  # whatever the function does
         raise ValueError(
-            f"prompt source {source!r}: {error}; expected a function without arguments that returns objects with 'prompt'"
+            f"prompt source {source!r}: {type(error).__name__}: {error}; expected a function without arguments that returns texts, "
+            "or objects with 'prompt'"
         ) from error
 
 
@@ -167,7 +221,20 @@ def source_images(records: Sequence[PromptRecord], device: torch.device | str = 
     return [[files[path] for path in record.images] for record in records]
 
 
+def check_images(records: Sequence[PromptRecord]) -> None:
+    """ValueError for a source image that cannot be read; each is decoded once."""
+    for path in dict.fromkeys(path for record in records for path in record.images):
+        _pixels(path)
+
+
 def _pixels(path: Path) -> Tensor:
-    with Image.open(path) as picture:
-        array = np.array(picture.convert("RGB"))
+    """[3, H, W] in [0, 1]; ValueError for a file that is damaged or no image."""
+    try:
+        with Image.open(path) as picture:
+            array = np.array(picture.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: of a broken PNG
+        raise ValueError(
+            f"got the source image {path}, which cannot be read ({error}); expected a whole image file: replace it, or leave its "
+            "prompt out"
+        ) from error
     return torch.from_numpy(array).permute(2, 0, 1).float() / 255

@@ -28,7 +28,7 @@ class FunctionReward:
     inputs: what it reads. Without "images" the first argument is prompts. Parameters called latents, sigma, videos, fps or
     conditions get those of the batch (see RewardBatch). scope: "latent" makes it a process reward of states (latents, sigma).
     channels: names of its scores, if there are several: it then returns [N, C]. differentiable: it returns a tensor with a
-    graph to its inputs.
+    graph to its inputs. scores_black: see RewardSpec.
 
     path: the function itself (in Python), or its path. The path's form and the file are checked at construction, the
     function is imported by `load`. Relative files are looked for in the working directory. name: by default the function's.
@@ -41,6 +41,7 @@ class FunctionReward:
     inputs: tuple[Input, ...] = ("images",)
     scope: Scope = "terminal"
     differentiable: bool = False
+    scores_black: bool = True
     _function: Callable[..., Any] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -58,7 +59,9 @@ class FunctionReward:
 
     @property
     def spec(self) -> RewardSpec:
-        return RewardSpec(tuple(self.inputs), self.scope, tuple(self.channels), self.differentiable)
+        return RewardSpec(
+            tuple(self.inputs), self.scope, tuple(self.channels), self.differentiable, scores_black=self.scores_black
+        )
 
     def load(self) -> None:
         if self._function is None:

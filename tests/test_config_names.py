@@ -75,6 +75,53 @@ def test_it_is_said_by_its_dotted_name(override: str, said: str) -> None:
         load_config(CONFIG, [override])
 
 
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        (
+            "rollout.group_size=1000000000",
+            r"rollout\.groups × rollout\.group_size: 2,000,000,000 latents \[3, 24, 48\]",
+        ),
+        ("rollout.groups=1000000000", r"rollout\.groups × rollout\.group_size: 3,000,000,000 latents"),
+        ("policy.height=999999984", r"policy\.height × policy\.width × policy\.frames: one sample"),
+        ("evaluation.samples_per_prompt=1000000000", r"evaluation\.samples_per_prompt: a list of 4,000,000,000 images"),
+        ("policy.lora.rank=1000000000", r"policy\.lora\.rank: a LoRA of 5,760,000,000,000 numbers"),
+    ],
+)
+def test_a_size_that_cannot_fit_is_refused_with_both_figures(override: str, said: str) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"{said}.* need at least [\d,.]+ GiB of memory; this machine has [\d,.]+ GiB"
+    ):
+        load_config(CONFIG, [override])
+
+
+def test_what_is_held_at_once_counts_not_what_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch is no larger than what there is to put into it."""
+    load_config(CONFIG, ["evaluation.batch_size=1000000000", "rollout.micro_batch=1000000000"])
+    monkeypatch.setattr("flowalign.config_sizes.machine_memory", lambda: 4 * 3 * 24 * 48 * 4 - 1)
+    with pytest.raises(ConfigError, match=r"evaluation\.batch_size"):
+        load_config(CONFIG, ["rollout.micro_batch=1", "rollout.groups=1", "rollout.group_size=2", "policy.lora.rank=1",
+                             "policy.lora.targets=[transformer_blocks.0.attn.to_q]"])  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["rollout.num_inference_steps=1000000000"],
+        ["evaluation.num_inference_steps=1000000000"],
+        ["rollout.num_inference_steps=9000", "rollout.group_size=1000", "rollout.plan=samplers.Chain"],
+        [
+            "rollout.num_inference_steps=9000",
+            "rollout.group_size=10",
+            "rollout.plan={class_path: samplers.Branch, init_args: {branches: 10}}",
+        ],
+    ],
+)
+def test_a_tree_that_cannot_be_built_is_refused(overrides: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"expected at most (10,000|2,000,000)"):
+        load_config(CONFIG, overrides)
+
+
 def plain(*overrides: str) -> dict[str, Any]:
     return load_config(CONFIG, overrides)[1]
 

@@ -1,10 +1,14 @@
 """A user's class that does not satisfy a contract is told what is missing or differs."""
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import pytest
 
 from flowalign.config import load_config
+from flowalign.contracts import check_attributes
 from flowalign.errors import ConfigError
 
 TINY = str(Path(__file__).parent / "data" / "tiny.yaml")
@@ -18,6 +22,16 @@ class Mine:
     def load(self) -> None: ...
     def close(self) -> None: ...
 """
+
+
+class HasName(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+class HasSize(Protocol):
+    @property
+    def size(self) -> int: ...
 
 
 @pytest.mark.parametrize(
@@ -105,3 +119,25 @@ class Outer:
     assert config.trainer.signal.credit.inner.beta == 0.5
     inner = plain["trainer"]["init_args"]["signal"]["credit"]["init_args"]["inner"]
     assert inner == {"class_path": "flowalign.credit.SubtreeFusion", "init_args": {"beta": 0.5}}
+
+
+def test_attributes_are_looked_for_only_where_a_contract_must_hold() -> None:
+    """In a union one contract is enough, and of nested containers the members are looked at."""
+
+    @dataclass
+    class Named:
+        name: str = "n"
+
+    @dataclass
+    class Holder:
+        either: "HasName | HasSize" = field(default_factory=Named)
+        text: "HasSize | str" = "plain"
+        made: "Callable[[HasSize], int]" = len
+        nested: "dict[str, list[HasName]]" = field(default_factory=lambda: {"a": [Named()]})
+        pairs: "tuple[tuple[HasName, ...], ...]" = ((Named(), Named()),)
+        none: "HasSize | None" = None
+
+    check_attributes(Holder())
+    for name, value in {"either": 3, "nested": {"a": [3]}, "pairs": ((Named(), 3),), "none": Named()}.items():
+        with pytest.raises(ValueError, match=rf"got holder\.{name}=\w+, which has no attribute"):
+            check_attributes(Holder(**{name: value}), "holder")

@@ -212,11 +212,11 @@ def test_commands_are_found() -> None:
 def test_every_command_loads(
     page: str, arguments: list[str], tiny_pipeline: Path, tiny_sd15_pipeline: Path, tmp_path: Path
 ) -> None:
-    (block,) = re.findall(r"```python\n# my_rewards\.py\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    rewards = re.findall(r"```python\n# (my_\w+\.py)\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     (method,) = re.findall(r"```yaml\n# mixgrpo\.yaml\n(.*?)```", (ROOT / "docs" / "methods.md").read_text(), re.S)
-    (tmp_path / "my_rewards.py").write_text(block)
-    (tmp_path / "mixgrpo.yaml").write_text(method)
-    for name in ("./my_rewards.py", "mixgrpo.yaml"):
+    for name, block in [*rewards, ("mixgrpo.yaml", method)]:
+        (tmp_path / name).write_text(block)
+    for name in ("./my_rewards.py", "./my_scorer.py", "mixgrpo.yaml"):
         arguments = [word.replace(name, str(tmp_path / Path(name).name)) for word in arguments]
     files, overrides = split_arguments(arguments)
     tiny = tiny_sd15_pipeline if "configs/models/sd15.yaml" in files else tiny_pipeline

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -139,7 +139,10 @@ def as_rewards(rewards: Sequence[Reward | Callable[..., Any] | str]) -> list[Rew
     """Rewards as they are; functions, and paths of functions, as rewards."""
     if callable(rewards) or isinstance(rewards, str):
         raise TypeError(f"got {rewards!r} as the rewards; expected a list of them: put it into brackets")
-    return [FunctionReward(each) if isinstance(each, str) or inspect.isroutine(each) else each for each in rewards]
+    return [
+        FunctionReward(each) if isinstance(each, str) or inspect.isroutine(each) else cast(Reward, each)
+        for each in rewards
+    ]
 
 
 def _pixels(images: Tensor, count: int) -> Tensor:

@@ -118,11 +118,13 @@ def path_of(path: str, family: str | None = None) -> NoisingPath:
     return known.path({**settings, "_class_name": index["scheduler"][1]})
 
 
-def check_image_size(path: str, size: Size, family: str | None = None) -> None:
-    """ValueError unless the model can make images of this size; from configurations alone."""
+def check_image_size(path: str, size: Size, family: str | None = None) -> tuple[int, ...]:
+    """The shape of one latent; ValueError unless the model can make images of this size. From configurations alone."""
     _, known = inspect_checkpoint(path, family)
     read = next(iter(known.networks.values())).load_config  # reads the file of any model
-    known.latent_shape(size, {name: dict(read(resolve(path), subfolder=name)) for name in (*known.networks, "vae")})
+    return known.latent_shape(
+        size, {name: dict(read(resolve(path), subfolder=name)) for name in (*known.networks, "vae")}
+    )
 
 
 def rows_per_state(path: str, guidance_scale: float, family: str | None = None) -> int:
@@ -141,6 +143,17 @@ def check_lora_targets(path: str, targets: Sequence[str] | None, family: str | N
         for name, network in empty.items()
         for module in matched_modules(network, wanted)
     ]
+
+
+def count_lora_numbers(path: str, lora: LoRA, family: str | None = None) -> int:
+    """How many numbers the LoRA has, from the networks' configs alone: rank · (inputs + outputs) of each layer."""
+    _, known = inspect_checkpoint(path, family)
+    layers = [
+        network.get_submodule(module)
+        for network in _empty_networks(path, known).values()
+        for module in matched_modules(network, known.targets if lora.targets is None else lora.targets)
+    ]
+    return sum(lora.rank * sum(weight.shape) for layer in layers for weight in layer.parameters() if weight.ndim == 2)
 
 
 def check_lora_folders(path: str, lora: LoRA, roles: Mapping[str, Role], family: str | None = None) -> None:
@@ -180,8 +193,8 @@ def read_pipeline(
         pipeline = known.pipeline.from_pretrained(
             resolve(path), dtype=dtypes, **{**known.load_arguments(index), **parts}
         )
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of the disk, not of what is on it
             raise
         raise ValueError(
             f"got policy.path={path!r}, which diffusers cannot load as a {known.pipeline.__name__} ({type(error).__name__}: "
@@ -262,7 +275,7 @@ def load_policy(
     trained = TrainedNetworks(model.networks, has_lora=trainable == "lora", frozen=frozen, base=base)
     configs = {name: network.config for name, network in model.networks.items()}
     return PipelinePolicy(
-        model, known, trained, sampling=sampling or defaults_of(pipeline, configs, model.vae.config), negative_prompt=negative_prompt, device=device or model.vae.device, offload=offload,
+        model, known, trained, sampling=sampling or defaults_of(pipeline, configs), negative_prompt=negative_prompt, device=device or model.vae.device, offload=offload,
         decode_batch=decode_batch, prompt_store=prompt_store,
     )  # fmt: skip
 

@@ -21,4 +21,4 @@ def load_call(path: str, family: str | None, dtype: str, vae_dtype: str | None) 
         *(f"{part}={value!r}" for part, value in known.load_arguments(index).items()),
         "dtype=" + (f"{{{several}}}" if len(set(kinds.values())) > 1 else kinds["default"]),
     ]
-    return f"DiffusionPipeline.from_pretrained({', '.join(arguments)})"
+    return "\n".join(["DiffusionPipeline.from_pretrained(", *(f"    {argument}," for argument in arguments), ")"])

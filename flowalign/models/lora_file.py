@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 NAME = "pytorch_lora_weights.safetensors"
@@ -54,13 +54,18 @@ class LoRAFile:
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """{module.lora_A.weight, module.lora_B.weight: tensor}, on the CPU."""
+        """{module.lora_A.weight, module.lora_B.weight: tensor}, on the CPU. ValueError if one is not finite."""
         with safe_open(self.path, "pt") as file:
-            return {
+            tensors = {
                 f"{module}.lora_{side}.weight": file.get_tensor(f"{self.component}.{module}.lora_{side}.weight")
                 for module in self.modules
                 for side in "AB"
             }
+        if bad := [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]:
+            raise ValueError(
+                f"got {self.path} with values of {bad[0]} that are NaN or infinite; expected finite weights: take an earlier export"
+            )
+        return tensors
 
     def peft_settings(self) -> dict[str, Any]:
         """Arguments of peft's LoraConfig for this file, one rank and alpha per module if they differ."""
@@ -89,10 +94,21 @@ def find_lora(place: str | Path) -> Path:
 
 def read_lora(place: str | Path, component: str) -> LoRAFile:
     """Reads names, shapes and metadata of the file that `find_lora` finds. FileNotFoundError if there is none; ValueError if it
-    has nothing for the component, or something other than lora_A and lora_B."""
+    is damaged, has nothing for the component, or something other than lora_A and lora_B."""
     path = find_lora(place)
+    try:
+        return _read(path, component)
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"got the LoRA {path} of {path.stat().st_size:,} bytes, which is damaged ({error}); expected a whole safetensors file: "
+            "copy or export it anew"
+        ) from error
+
+
+def _read(path: Path, component: str) -> LoRAFile:
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
+    others: dict[str, int] = {}  # the ranks of lora_B
     with safe_open(path, "pt") as file:
         settings = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
         names = [name for name in file.keys() if name.startswith(f"{component}.")]  # noqa: SIM118 (no mapping)
@@ -102,7 +118,9 @@ def read_lora(place: str | Path, component: str) -> LoRAFile:
                 ranks[module] = file.get_slice(name).get_shape()[0]
             elif name.endswith(".alpha"):
                 alphas[name.removeprefix(f"{component}.").removesuffix(".alpha")] = float(file.get_tensor(name))
-            elif kind != "B.weight":
+            elif kind == "B.weight":
+                others[module] = file.get_slice(name).get_shape()[1]
+            else:
                 raise ValueError(
                     f"got {name} in {path}; expected only lora_A and lora_B weights: save it by peft's plain LoRA"
                 )
@@ -110,6 +128,12 @@ def read_lora(place: str | Path, component: str) -> LoRAFile:
         raise ValueError(
             f"got {path} without adapters for the {component}; expected names such as {component}.….lora_A.weight: save it "
             "by save_lora_weights of this model's pipeline"
+        )
+    if ranks != others:
+        module = min(module for module, _ in ranks.items() ^ others.items())
+        raise ValueError(
+            f"got {path} with lora_A of rank {ranks.get(module)} and lora_B of rank {others.get(module)} at {module}; expected both, of "
+            "one rank: export it anew"
         )
     general, special = settings.get(f"{component}.lora_alpha"), settings.get(f"{component}.alpha_pattern") or {}
     for module, rank in ranks.items():

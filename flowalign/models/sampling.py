@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flowalign.data import PromptRecord
 from flowalign.glyphs import CALL_ARGS, GUIDANCE_SCALE, PIPELINE, STEPS
-from flowalign.models.base import Conditions, Configs, Policy, Sampling, Size, vae_reduction
+from flowalign.models.base import Conditions, Configs, Policy, Sampling, Size
 from flowalign.models.grid import grid
 from samplers import Schedule, Tree, normal, rollout, scattered
 
@@ -25,7 +25,7 @@ def settle(
     size: Size | None = None, schedule: Schedule | None = None, fps: float | None = None,
 ) -> Sampling:  # fmt: skip
     """What a call says, and `policy.sampling` where it says None. ValueError for what neither says, or for what cannot be."""
-    said = {
+    said: dict[str, Any] = {
         "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "size": size, "schedule": schedule,
         "fps": fps,
     }  # fmt: skip
@@ -37,23 +37,25 @@ def settle(
                 f"got no {', '.join(needed)} for a policy whose pipeline has no defaults for its call; expected them: say them "
                 "in the call, or set policy.sampling"
             )
-        return Sampling(**given)  # type: ignore[arg-type]
+        return Sampling(**given)
     return replace(policy.sampling, **given)
 
 
-def defaults_of(pipeline: DiffusionPipeline, networks: Configs, vae: Mapping[str, Any]) -> Sampling | None:
+def defaults_of(pipeline: DiffusionPipeline, networks: Configs) -> Sampling | None:
     """What the pipeline's own call does unless told otherwise, by its signature and its configurations; None if it has no such
-    defaults. networks: configurations of the trained ones, by name; vae: its configuration."""
+    defaults. networks: configurations of the trained ones, by name."""
     if str(pipeline.name_or_path) == str(PIPELINE):  # its sample_size is the larger of two sides
         return Sampling(STEPS, GUIDANCE_SCALE, Size(CALL_ARGS["height"], CALL_ARGS["width"]))
-    call = {name: value.default for name, value in inspect.signature(type(pipeline).__call__).parameters.items()}
+    parameters = inspect.signature(type(pipeline).__call__).parameters
+    call: dict[str, Any] = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
     steps, guidance = call.get("num_inference_steps"), call.get("guidance_scale")
-    sample_size = next((config["sample_size"] for config in networks.values() if config.get("sample_size")), None)
-    sides = list(sample_size) if isinstance(sample_size, list | tuple) else [sample_size] * 2
-    pixels = [None if side is None else side * vae_reduction(vae) for side in sides]
+    own = vars(pipeline)
+    latent = next((config["sample_size"] for config in networks.values() if config.get("sample_size")), None)
+    latent, factor = latent or own.get("default_sample_size"), own.get("vae_scale_factor")
+    sides = list(latent) if isinstance(latent, list | tuple) else [latent] * 2
+    pixels = [side * factor if side and factor else None for side in sides]
     height, width = call.get("height") or pixels[0], call.get("width") or pixels[1]
-    numbers = (steps, guidance, height, width)
-    if not all(isinstance(number, int | float) for number in numbers):
+    if steps is None or guidance is None or height is None or width is None:
         return None
     return Sampling(steps, float(guidance), Size(height, width, call.get("num_frames") or 1))
 

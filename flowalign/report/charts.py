@@ -15,8 +15,6 @@ from matplotlib.ticker import MaxNLocator
 from flowalign.picture_style import INK, LINE, RULE, STYLE
 from flowalign.storage.metrics_log import Row
 
-COLUMNS = 3
-
 
 @dataclass(frozen=True)
 class Panel:
@@ -29,34 +27,38 @@ class Panel:
     log: bool = False
 
 
-def curves(rows: Sequence[Row], panels: Sequence[Panel]) -> str:
-    """An SVG with one small chart per panel that has a value in `rows`; "" if none has."""
-    filled = [panel for panel in panels if any(_is_number(row.get(panel.key)) for row in rows)]
-    if not filled:
-        return ""
-    lines = math.ceil(len(filled) / COLUMNS)
+@dataclass(frozen=True)
+class Chart:
+    """A picture of its own, so that a page can lay charts out by its width."""
+
+    title: str
+    svg: str
+
+
+def curves(rows: Sequence[Row], panels: Sequence[Panel]) -> list[Chart]:
+    """A chart for each panel that has a value in `rows`."""
+    return [_chart(rows, panel) for panel in panels if any(_is_number(row.get(panel.key)) for row in rows)]
+
+
+def _chart(rows: Sequence[Row], panel: Panel) -> Chart:
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(10, 2.15 * lines), layout="constrained")
-        axes = figure.subplots(lines, COLUMNS, squeeze=False).flatten()
-        for axis, panel in zip(axes, filled, strict=False):
-            _curve(axis, rows, panel)
-        for axis in axes[len(filled) :]:
-            axis.remove()
-        return _svg(figure)
+        figure = Figure(figsize=(3.3, 2.15), layout="constrained")
+        _curve(figure.subplots(), rows, panel)
+        return Chart(panel.title, _svg(figure))
 
 
 def bars(labels: Sequence[str], values: Sequence[float], unit: str) -> str:
     """An SVG of horizontal bars, first on top, each with its value and its share of the sum."""
     total = sum(values) or 1.0
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(10, 0.5 + 0.3 * len(labels)), layout="constrained")
+        figure = Figure(figsize=(5, 0.5 + 0.3 * len(labels)), layout="constrained")
         axis = figure.subplots()
         drawn = axis.barh(range(len(labels)), values, color=LINE, height=0.62)
         texts = [f" {value:.3g} {unit}  ({100 * value / total:.0f} %)" for value in values]
         axis.bar_label(drawn, labels=texts, padding=2)
         axis.set_yticks(range(len(labels)), labels)
         axis.invert_yaxis()
-        axis.set_xlim(0, 1.25 * max([*values, 1e-9]))
+        axis.set_xlim(0, 1.4 * max([*values, 1e-9]))
         axis.tick_params(length=0)
         axis.set_xticks([])
         axis.spines[["bottom", "left"]].set_visible(False)

@@ -70,9 +70,9 @@ def _page(folder: Path, summary: dict[str, Any], rows: Sequence[Row]) -> str:
         first=summary.get("reward"),
         groups=_groups(newest_pairs(folder / "grids")),
         tree=trees[-1].read_bytes() if (trees := by_number(folder / "trees")) else b"",
-        rewards=_svg_url(curves(rows, reward_panels(rows))),
-        health=_svg_url(curves(rows, health_panels(rows))),
-        phases=_svg_url(_phase_bars(rows)),
+        rewards=curves(rows, reward_panels(rows)),
+        health=curves(rows, health_panels(rows)),
+        phases=_phase_bars(rows),
         snippet=load_snippet(folder, summary["pipeline"]) if summary and (folder / "lora").is_dir() else None,
         provenance=_flatten(read_json(folder / "provenance.json")),
         config=settings,
@@ -107,6 +107,7 @@ def _template() -> jinja2.Template:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["png_url"] = lambda data: _data_url("png", data)
+    environment.filters["svg_url"] = lambda svg: _data_url("svg+xml", svg.encode())
     return environment.from_string(source)
 
 
@@ -202,7 +203,3 @@ def _flatten(content: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]
 
 def _data_url(kind: str, data: bytes) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-
-
-def _svg_url(svg: str) -> str:
-    return _data_url("svg+xml", svg.encode()) if svg else ""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flowalign.config import TrainConfig
-from flowalign.data import PromptRecord, digest, load_prompts
+from flowalign.data import PromptRecord, check_images, digest, load_prompts
 from flowalign.errors import ConfigError
 from flowalign.evaluation.evaluate import EvaluationResult
 from flowalign.evaluation.result_file import load_result
@@ -63,8 +63,14 @@ class Prompts:
 
     @staticmethod
     def of(config: TrainConfig) -> Prompts:
+        """ConfigError for source images that cannot be read."""
         held_out = load_prompts(config.evaluation.prompts)
-        return Prompts(load_prompts(config.prompts), held_out[: config.evaluation.count])
+        prompts = Prompts(load_prompts(config.prompts), held_out[: config.evaluation.count])
+        try:
+            check_images([*prompts.train, *prompts.held_out])
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        return prompts
 
     def digests(self) -> dict[str, str]:
         """Hashes by which a resumed run recognizes its prompts."""

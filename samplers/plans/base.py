@@ -9,6 +9,8 @@ import numpy as np
 from samplers.selection import Score, Select
 from samplers.trees import Cost, Tree
 
+MAX_STATES = 2_000_000  # of one group; building it takes some seconds
+
 
 class Plan(Protocol):
     """The topology of one group's rollout, which may change from iteration to iteration."""
@@ -49,6 +51,15 @@ def most(costs: Sequence[Cost]) -> Cost:
     return Cost(*(max(vars(cost)[entry.name] for cost in costs) for entry in fields(Cost)))
 
 
+def check_states(count: int) -> None:
+    """ValueError for a group's tree of more than MAX_STATES states, before it is built."""
+    if count > MAX_STATES:
+        raise ValueError(
+            f"got a tree of {count:,} states for one group; expected at most {MAX_STATES:,}: take fewer steps, a smaller "
+            "group_size, or a plan with fewer children"
+        )
+
+
 def grow(roots: int, width: Sequence[int], level: Sequence[float]) -> Tree:
     """The tree of one group, step by step: every state has width[i] children at step i, reached at level[i]."""
     num_steps = len(width)
@@ -60,6 +71,11 @@ def grow(roots: int, width: Sequence[int], level: Sequence[float]) -> Tree:
                 f"got {children} children at step {step} with level {noise}; expected at least one, and one only where "
                 "the step is deterministic: siblings would be equal"
             )
+    count = widest = roots
+    for children in width:
+        widest *= children
+        count += widest
+    check_states(count)
     states = list(range(roots))  # of the generation that the next step leaves
     parents, indices, levels = [-1] * roots, [0] * roots, [0.0] * roots
     for step in range(num_steps):

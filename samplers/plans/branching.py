@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from samplers.plans.base import costliest, grow, select_nothing
+from samplers.plans.base import check_states, costliest, grow, select_nothing
 from samplers.plans.positions import Position, Random, Steps, window_end
 from samplers.trees import Tree
 
@@ -21,6 +21,7 @@ def branch(num_steps: int, seeds: int, branches: int, steps: Collection[int] | N
         raise ValueError(f"got num_steps={num_steps}, seeds={seeds}, branches={branches}; expected each at least 1")
     if not chosen or chosen[0] < 0 or chosen[-1] >= num_steps:
         raise ValueError(f"got steps {chosen}; expected at least one, inside 0..{num_steps - 1}")
+    check_states(seeds * (chosen[-1] + 1 + branches * sum(num_steps - step for step in chosen)))
     parent: list[int] = []
     index: list[int] = []
     level: list[float] = []

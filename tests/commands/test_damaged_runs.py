@@ -44,7 +44,11 @@ def folder(file: Path) -> None:
 
 
 REPORTED = ("summary.json", "metrics.jsonl", "provenance.json", "grids/grids.json", "grids/held_out.png", "config.yaml")
-HARMLESS = [("provenance.json", other), ("grids/grids.json", other), ("metrics.jsonl", cut)]  # nothing in them is read wrongly
+HARMLESS = [
+    ("provenance.json", other),
+    ("grids/grids.json", other),
+    ("metrics.jsonl", cut),
+]  # nothing in them is read wrongly
 HARMLESS += [("config.yaml", cut), ("config.yaml", other)]  # the report shows it as it is
 
 

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import T5Config, T5EncoderModel
 
+from flowalign import cli
 from flowalign.config import load_config
 from flowalign.errors import ConfigError
 from flowalign.models import load_policy
@@ -189,6 +190,15 @@ def test_a_weight_that_is_no_number_is_named(file: str, value: float, tiny_pipel
         ValueError, match=rf"whose {Path(file).parent} has 1 of \d+ values of .* NaN or infinite; expected"
     ):
         load_policy(str(folder))
+
+
+def test_a_run_says_so_in_a_sentence(tiny_pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "pipeline"
+    shutil.copytree(tiny_pipeline, folder)
+    saved(WEIGHTS, lambda tensors: tensors[FIRST].fill_(torch.nan))(folder)
+    assert cli.train([CONFIG, f"policy.path={folder}", f"run.output={tmp_path}"]) == 2
+    said = capsys.readouterr().err
+    assert f"whose transformer has 1024 of 1024 values of {FIRST} that are NaN" in said and "Traceback" not in said
 
 
 def test_what_diffusers_alone_can_tell_is_a_sentence_too(tiny_pipeline: Path, tmp_path: Path) -> None:

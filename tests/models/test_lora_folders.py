@@ -1,5 +1,6 @@
 """A LoRA from a folder: a start of the policy or of a role, with its own alpha; and a policy from a live pipeline."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -189,3 +190,40 @@ def test_live_pipelines_that_cannot_be_a_policy(pipeline: Any, teacher: tuple[Pa
     with pytest.raises(ValueError, match="unfuse_lora"):
         load_policy(pipeline)
     assert pipeline.get_active_adapters() == ["style"]
+
+
+def changed(change: Any) -> Any:
+    """A fault: the file's tensors changed by `change(tensors, name of the first lora_A)`."""
+
+    def plant(file: Path) -> None:
+        tensors = load_file(file)
+        change(tensors, min(name for name in tensors if "lora_A" in name))
+        save_file(tensors, file)
+
+    return plant
+
+
+@pytest.mark.parametrize(
+    ("plant", "message"),
+    [
+        (lambda file: file.write_bytes(b""), r"of 0 bytes, which is damaged .*; expected a whole safetensors file"),
+        (lambda file: file.write_bytes(file.read_bytes()[:500]), r"of 500 bytes, which is damaged"),
+        (lambda file: file.write_text("version https://git-lfs"), r"which is damaged"),
+        (lambda file: save_file(load_file(file), file, {"lora_adapter_metadata": "{"}), r"which is damaged"),
+        (
+            changed(lambda tensors, name: tensors.pop(name)),
+            r"lora_A of rank None and lora_B of rank 4 at .*; expected both",
+        ),
+        (
+            changed(lambda tensors, name: tensors.update({name: torch.zeros(3, 32)})),
+            r"lora_A of rank 3 and lora_B of rank 4",
+        ),
+        (changed(lambda tensors, name: tensors[name].fill_(torch.nan)), r"NaN or infinite; expected finite weights"),
+    ],
+    ids=["empty", "cut", "pointer", "metadata", "a half missing", "two ranks", "nan"],
+)
+def test_a_damaged_lora_is_named(plant: Any, message: str, teacher, tiny_pipeline: Path, tmp_path: Path) -> None:
+    shutil.copytree(teacher[0], tmp_path / "lora")
+    plant(tmp_path / "lora" / NAME)
+    with pytest.raises(ValueError, match=rf"got .*{tmp_path}/lora/{NAME} .*{message}"):
+        load_policy(str(tiny_pipeline), lora=str(tmp_path / "lora"))

@@ -33,7 +33,7 @@ def test_a_live_pipeline_has_its_defaults_too() -> None:
 
 def test_a_pipeline_without_defaults_has_none(tiny_sd15_pipeline: Path) -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd15_pipeline, safety_checker=None)
-    assert defaults_of(pipeline, {"unet": {}}, pipeline.vae.config) is None
+    assert defaults_of(pipeline, {"unet": {}}) is None
 
 
 def test_generate_makes_the_images_that_an_evaluation_scores(tiny_pipeline: Path) -> None:

@@ -100,7 +100,7 @@ def embedded(page, kind):
 def test_the_page_is_one_file_that_loads_and_runs_nothing(run, page):
     assert re.findall(r'(?:src|href)="(?!data:)', page) == [] and "url(" not in page and "@import" not in page
     assert "<script" not in page and "default-src 'none'" in page
-    assert len(embedded(page, r"svg\+xml")) == 3  # rewards, health, time
+    assert len(embedded(page, r"svg\+xml")) == 3 + 8 + 1  # rewards, health, time
     for svg in embedded(page, r"svg\+xml"):
         assert svg.rstrip().endswith(b"</svg>") and b"<script" not in svg and b"<image" not in svg
     assert not list(run.glob(".*"))  # no temporary file is left
@@ -135,7 +135,7 @@ def test_held_out_scores_that_few_rows_hold_have_their_own_curve(tmp_path):
     for step in range(1, 9):
         log.append(step, {"reward/mean": 0.4} | ({"eval/ocr": 0.1 * step} if step % 4 == 0 else {}))
     assert [panel.title for panel in reward_panels(log.rows())] == ["All rewards together", "Held-out ocr"]
-    assert len(embedded(page_of(tmp_path), r"svg\+xml")) == 1
+    assert len(embedded(page_of(tmp_path), r"svg\+xml")) == 2
 
 
 def test_it_says_how_the_run_was_made_and_how_to_load_the_lora(run, page):

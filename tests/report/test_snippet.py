@@ -76,8 +76,8 @@ def test_a_pipeline_is_loaded_from_anywhere_with_its_dtypes(
     tiny_pipeline: Path, tiny_sd15_pipeline: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tiny_pipeline.parent)
-    absent = "text_encoder_3=None, tokenizer_3=None"
-    expected = f"DiffusionPipeline.from_pretrained({str(tiny_pipeline)!r}, {absent}, dtype=torch.float32)"
+    arguments = [repr(str(tiny_pipeline)), "text_encoder_3=None", "tokenizer_3=None", "dtype=torch.float32"]
+    expected = "DiffusionPipeline.from_pretrained(\n" + "".join(f"    {argument},\n" for argument in arguments) + ")"
     assert (
         load_call(tiny_pipeline.name, None, "fp32", None)
         == load_call(str(tiny_pipeline), None, "fp32", None)
@@ -85,12 +85,15 @@ def test_a_pipeline_is_loaded_from_anywhere_with_its_dtypes(
     )
     several = load_call(str(tiny_sd15_pipeline), None, "bf16", "fp32")
     assert (
-        several.endswith("dtype={'default': torch.bfloat16, 'vae': torch.float32})") and "text_encoder_3" not in several
+        several.endswith("    dtype={'default': torch.bfloat16, 'vae': torch.float32},\n)")
+        and "text_encoder_3" not in several
     )
     monkeypatch.setattr(
         "diffusers.DiffusionPipeline.load_config", lambda name: {"_class_name": "StableDiffusionPipeline"}
     )
-    assert load_call("some/model", None, "bf16", None).startswith("DiffusionPipeline.from_pretrained('some/model', ")
+    assert load_call("some/model", None, "bf16", None).startswith(
+        "DiffusionPipeline.from_pretrained(\n    'some/model',"
+    )
 
 
 def test_equal_tensors_give_equal_lora_files(tiny_pipeline: Path, tmp_path: Path) -> None:

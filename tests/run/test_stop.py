@@ -38,7 +38,7 @@ def test_a_stopped_run_leaves_lora_and_report_as_far_as_it_came(
     folder = tmp_path / "tiny"
     assert str(folder / "lora") in str(stopped.value)
     page, summary = (folder / "report.html").read_text(), json.loads((folder / "summary.json").read_text())
-    assert "load_lora_weights" in page and 'alt="reward curves"' in page
+    assert "load_lora_weights" in page and 'aria-label="reward curves"' in page
     assert summary["iterations"] == 2 and "gain" not in summary
     tensors, _ = checkpoint.load(checkpoint.latest(folder))
     saved = load_file(folder / "lora" / "adapter_model.safetensors")

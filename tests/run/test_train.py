@@ -39,7 +39,7 @@ def test_a_run_writes_summary_rows_and_report(uninterrupted: Path) -> None:
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert all(row["optim/grad_norm"] > 0 and "ratio/drift_max" in row for row in rows)
     report = (folder / "report.html").read_text()
-    assert report.count('alt="tree of one rollout"') == report.count('alt="reward curves"') == 1
+    assert report.count('alt="tree of one rollout"') == report.count('aria-label="reward curves"') == 1
     assert not [path for path in folder.rglob("*") if path.suffix in (".pt", ".bin", ".pkl")]
 
 

@@ -122,7 +122,7 @@ def test_a_reward_of_finished_pictures_only_says_so(tmp_path: Path) -> None:
     reward.spec = RewardSpec(scores_black=False)
     tried(tmp_path, reward=reward)
     tried(tmp_path, reward=Mix([reward, JPEGCompressibility()], [1.0, 1.0]))
-    assert len(reward.seen) == 2
+    assert len(reward.seen) == 4  # each on training and held-out prompts
 
 
 def test_what_fails_and_is_masked_is_told(tmp_path: Path) -> None:
@@ -136,7 +136,12 @@ def test_what_fails_and_is_masked_is_told(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------- rewards that take long
 
 
-@pytest.mark.parametrize(("announce", "lines"), [(True, ["trying reward 'plain' …"]), (False, [])])
+PLACES = ("reward", "evaluation.training_reward (false leaves it out)")
+
+
+@pytest.mark.parametrize(
+    ("announce", "lines"), [(True, [f"trying {place} 'plain' …" for place in PLACES]), (False, [])]
+)
 def test_one_sees_what_is_waited_for(tmp_path: Path, capsys, monkeypatch, announce: bool, lines: list[str]) -> None:
     def slow(batch) -> RewardOutput:
         time.sleep(0.2)

@@ -125,7 +125,7 @@ def examine(config: TrainConfig, policy: Policy) -> Iterator[Finding]:
     yield ask("replay", lambda: check_replay(task, settings, trainer, rolled()[0]), "dtypes")
     yield ask("floor", lambda: check_floor(task, trainer, rolled()[0]), "dtypes")
     yield ask("gradient", lambda: check_gradient(task, gradient()[0]), "replay", "floor")
-    yield ask("cost", lambda: check_cost(task, trainer, *rolled(), gradient()[1]), "gradient")
+    yield ask("cost", lambda: check_cost(task, trainer, rolled()[0], rolled()[1], gradient()[1]), "gradient")
     yield ask("reached", lambda: check_reached(task, rolled()[0], moved()[1]), "gradient")
     yield ask("merged", lambda: check_merged(task, settings, trainer, after()), "gradient")
     yield ask("memory", lambda: check_memory(config, task, rolled()[0]), "dtypes")

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
+from typing import Any
 
 import torch
 
@@ -68,10 +69,12 @@ def check_reward(reward: Reward, batch: RewardBatch, *, trained: bool) -> Findin
 
 def _with_mirrored(batch: RewardBatch, first: int) -> RewardBatch:
     """The batch with all samples from number `first` on mirrored."""
-    whole = {name: tensor for name, tensor in batch.tensors().items() if tensor is not None and tensor.ndim > 1}
-    return replace(
-        batch, **{name: torch.cat([tensor[:first], tensor[first:].flip(-1)]) for name, tensor in whole.items()}
-    )
+    mirrored: dict[str, Any] = {
+        name: torch.cat([tensor[:first], tensor[first:].flip(-1)])
+        for name, tensor in batch.tensors().items()
+        if tensor is not None and tensor.ndim > 1
+    }
+    return replace(batch, **mirrored)
 
 
 def check_cost(task: Task, trainer: Trainer, batch: ScoredRollout, rows: int, updated: int) -> Finding:

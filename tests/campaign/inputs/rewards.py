@@ -117,7 +117,7 @@ CASES = [
     body("changes the default dtype", "torch.set_default_dtype(torch.float64)\nreturn images.mean((1, 2, 3))", "", fine=True),
     body("turns gradients off", "torch.set_grad_enabled(False)\nreturn images.mean((1, 2, 3))", "", fine=True),
     body("seeds everything", "torch.manual_seed(0); np.random.seed(0); random.seed(0)\nreturn images.mean((1, 2, 3))", "", fine=True),
-    body("changes the images", "images.zero_()\nreturn [0.5] * len(prompts)", "", fine=True),
+    body("changes the images", "images.zero_()\nreturn [0.5] * len(prompts)", "images.*clone"),
     body("changes the prompts", "prompts.clear()\nreturn images.mean((1, 2, 3))", "", fine=True),
     body("prints", "print('hello')\nreturn images.mean((1, 2, 3))", "", fine=True),
     body("closes the output", "sys.stdout.close()\nreturn images.mean((1, 2, 3))", "", fine=True),
