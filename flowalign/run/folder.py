@@ -110,7 +110,8 @@ def _check_saved(folder: Path, plain: dict[str, Any]) -> None:
         every = saved["run"]["checkpoint_every"]
         changes = _changes(saved, plain)
     except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ConfigError(f"{folder / 'config.yaml'} is damaged ({error!r}): restore it, or remove {folder}") from error
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ConfigError(f"{folder / 'config.yaml'} is damaged ({why}): restore it, or remove {folder}") from error
     _check_changes(folder, changes, plain["run"]["resume"])
     _check_logs(folder, plain["run"]["iterations"], every)
 
