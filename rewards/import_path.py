@@ -40,11 +40,12 @@ def import_named(path: str) -> Any:
     check_file(path)
     place, attribute = split_path(path)
     module = _import_file(place) if place.endswith(".py") else _import_module(path, place)
-    if attribute not in vars(module):
+    try:
+        return getattr(module, attribute)  # not vars: a module may make its names on demand, as flowalign does
+    except AttributeError as error:
         own = [key for key, value in vars(module).items() if callable(value) and value.__module__ == module.__name__]
         has = f"; {place} has {near(attribute, own)}" if own else _guess(attribute, list(vars(module)))
-        raise ValueError(f"got {path!r}: {attribute!r} does not exist{has}")
-    return vars(module)[attribute]
+        raise ValueError(f"got {path!r}: {attribute!r} does not exist{has}") from error
 
 
 def near(name: str, known: Iterable[str]) -> str:
