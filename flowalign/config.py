@@ -212,7 +212,8 @@ def _read(paths: Sequence[str]) -> yaml.Node:
     """All files as one."""
     if not paths:
         raise ConfigError("no configuration file was named; expected at least one, such as configs/quickstart.yaml")
-    return reduce(merge, [read_layer(path) for path in paths])
+    layers: list[yaml.Node] = [read_layer(path) for path in paths]
+    return reduce(merge, layers)
 
 
 def check(config: TrainConfig) -> None:

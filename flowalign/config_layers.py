@@ -62,7 +62,7 @@ def merge(former: yaml.Node, later: yaml.Node) -> yaml.Node:
     return yaml.MappingNode(later.tag, list(old.values()), later.start_mark, later.end_mark)
 
 
-def entries_of(node: yaml.MappingNode) -> dict[str, tuple[yaml.Node, yaml.Node]]:
+def entries_of(node: yaml.Node) -> dict[str, tuple[yaml.Node, yaml.Node]]:
     """Its (key, value) by key; the last counts, as where `<<` brought a key in that the mapping also gives itself."""
     return {key.value: (key, value) for key, value in node.value}
 

@@ -10,14 +10,12 @@ from typing import Any
 
 import yaml
 
-from flowalign.config_layers import class_path_of, entries_of, is_null, is_text
+from flowalign.config_layers import as_part, class_path_of, entries_of, is_null, is_text
 from flowalign.config_parser import import_part
 from flowalign.config_types import ANYTHING, NO_DEFAULT, Parameter, guess, parameters
 from flowalign.contracts import HOMES, differences
 from flowalign.errors import ConfigError
 from rewards import Reward
-
-PART = {"class_path": Parameter(str), "init_args": ANYTHING}
 
 
 def checked(node: yaml.Node, kind: Parameter, key: str = "") -> yaml.Node:
@@ -46,6 +44,7 @@ def checked(node: yaml.Node, kind: Parameter, key: str = "") -> yaml.Node:
         pairs = [(name, value) for name, value in node.value if not is_null(value) or each.may_be_null]
         checked_pairs = [(name, checked(value, each, f"{key}.{name.value}")) for name, value in pairs]
         return yaml.MappingNode(node.tag, checked_pairs, node.start_mark, node.end_mark)
+    assert isinstance(node, yaml.ScalarNode)  # there is no fourth kind
     return _scalar(node, kind, key)
 
 
@@ -66,31 +65,29 @@ def _named(node: yaml.MappingNode, names: dict[str, Parameter], key: str) -> yam
 
 def _part(node: yaml.Node, kind: Parameter, contract: type, key: str) -> yaml.Node:
     """A part: its class is there and satisfies the contract, its arguments are checked."""
-    if not is_text(node):
-        entries = entries_of(_mapping(node, kind, key))
-        for name in entries:
-            if name not in PART:
-                raise ConfigError(
-                    f"unknown key {f'{key}.{name}'!r}: a part has class_path and init_args; write its arguments under init_args"
-                )
-        if "class_path" in entries and not isinstance(entries["class_path"][1], yaml.ScalarNode):
-            raise ConfigError(f"got {key} with a class_path of several values; expected the name of one class")
-    path, default = class_path_of(node), None if kind.default is NO_DEFAULT else kind.default
+    part = as_part(node) if is_text(node) else _mapping(node, kind, key)
+    entries = entries_of(part)
+    for name in entries:
+        if name not in ("class_path", "init_args"):
+            raise ConfigError(
+                f"unknown key {f'{key}.{name}'!r}: a part has class_path and init_args; write its arguments under init_args"
+            )
+    if "class_path" in entries and not isinstance(entries["class_path"][1], yaml.ScalarNode):
+        raise ConfigError(f"got {key} with a class_path of several values; expected the name of one class")
+    path, default = class_path_of(part), None if kind.default is NO_DEFAULT else kind.default
     if path is None and default is None:
         raise ConfigError(f"got {key} without a class_path; expected {_said(kind)}")
     made_by = type(default) if path is None else _found(path, contract, key)
-    if is_text(node) or "init_args" not in entries:
-        names, arguments = parameters(made_by), yaml.MappingNode("tag:yaml.org,2002:map", [])
-        _named(arguments, names or {}, key)
-        return node
-    name, arguments = entries["init_args"]
-    if is_null(arguments):  # all arguments commented out
-        arguments = yaml.MappingNode("tag:yaml.org,2002:map", [], arguments.start_mark, arguments.end_mark)
-    arguments = _mapping(arguments, ANYTHING, f"{key}.init_args")
+    empty = yaml.MappingNode("tag:yaml.org,2002:map", [], node.start_mark, node.end_mark)
+    given = entries["init_args"][1] if "init_args" in entries else empty
+    # init_args may be null: all of them commented out
+    arguments = empty if is_null(given) else _mapping(given, Parameter(dict[str, Any]), f"{key}.init_args")
     names = parameters(made_by)
     inner = checked(arguments, Parameter(dict[str, Any]), key) if names is None else _named(arguments, names, key)
-    pairs = [entries["class_path"]] if path is not None else []
-    return yaml.MappingNode(node.tag, [*pairs, (name, inner)], node.start_mark, node.end_mark)
+    if "init_args" not in entries:
+        return part
+    pairs = [entry for name, entry in entries.items() if name == "class_path"]
+    return yaml.MappingNode(part.tag, [*pairs, (entries["init_args"][0], inner)], node.start_mark, node.end_mark)
 
 
 def _found(path: str, contract: type, key: str) -> Any:

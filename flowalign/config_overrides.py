@@ -89,10 +89,10 @@ def _replaced(former: yaml.Node | None, value: yaml.Node) -> yaml.Node:
 
 def _value(kind: Parameter, text: str, override: str) -> yaml.Node:
     if str in kind.kinds and text not in ("null", "~"):  # as it is typed: "bad: ugly", [x
-        node = yaml.ScalarNode("tag:yaml.org,2002:str", text, style='"')
+        node: yaml.Node = yaml.ScalarNode("tag:yaml.org,2002:str", text, style='"')
     else:
         node = compose(text, f"override {override!r}") or yaml.ScalarNode("tag:yaml.org,2002:null", "null")
-    node.start_mark = node.end_mark = yaml.Mark(f"override {override!r}", 0, 0, 0, None, None)
+    node.start_mark = node.end_mark = yaml.Mark(f"override {override!r}", 0, 0, 0, "", 0)
     return node
 
 

@@ -26,7 +26,7 @@ def check_sizes(
     rollout: Rollout, size: Size, latent_shape: Sequence[int], *, evaluated: int, evaluation_steps: int,
     evaluation_batch: int, lora_numbers: int,
 ) -> None:  # fmt: skip
-    """ConfigError if what a run holds at once, at the least, is more than the machine has: the states of a rollout, the images
+    """ConfigError if what a run holds at once, at the least, is more than the machine has: the samples of a rollout, the images
     that are decoded together, the list of evaluated images, the LoRA with its optimizer.
 
     evaluated: images of an evaluation. lora_numbers: of the policy's LoRA, 0 without one. A lower bound: activations, weights
@@ -45,9 +45,6 @@ def check_sizes(
     _check(min(evaluation_batch, evaluated) * pixels, "evaluation.batch_size", "the images that are decoded together")
     _check(evaluated * JOB, "evaluation.count × evaluation.samples_per_prompt", f"a list of {evaluated:,} images")
     _check(lora_numbers * OPTIMIZED, "policy.lora.rank", f"a LoRA of {lora_numbers:,} numbers with AdamW's moments")
-    cost = rollout.plan.forecast(rollout.num_inference_steps, rollout.group_size)
-    states = rollout.groups * max(cost.edges, cost.leaves)
-    _check(states * (latent + NODE), "rollout.plan", f"{states:,} states {list(latent_shape)} of one iteration")
 
 
 def _check(needed: int, key: str, what: str) -> None:

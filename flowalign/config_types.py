@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -62,9 +62,13 @@ def _alternatives(hint: Any) -> tuple[Any, ...]:
     return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 
-@cache
-def parameters(made_by: Callable[..., Any]) -> dict[str, Parameter] | None:
+def parameters(made_by: Any) -> dict[str, Parameter] | None:
     """Of a class or a function, by name; None if it takes any."""
+    return _parameters(made_by)
+
+
+@cache
+def _parameters(made_by: Any) -> dict[str, Parameter] | None:
     try:
         hints = get_type_hints(vars(made_by).get("__init__", made_by) if inspect.isclass(made_by) else made_by)
     except NameError:  # annotations that only a type checker can read

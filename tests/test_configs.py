@@ -100,7 +100,7 @@ BEFORE: dict[tuple[str, str, str], dict[str, Any]] = {
 
 
 @pytest.fixture
-def tiny(tiny_pipeline: Path, tiny_sd15_pipeline: Path) -> dict[str, str]:
+def tiny(tiny_pipeline: Path, tiny_sd15_pipeline: Path, large_machine: None) -> dict[str, str]:
     """Model layer -> an override that puts a tiny pipeline of its family in its place."""
     return {model: f"policy.path={tiny_sd15_pipeline if model == 'sd15' else tiny_pipeline}" for model in MODELS}
 
@@ -129,6 +129,7 @@ def test_layers_say_what_the_complete_files_said(layers: tuple[str, str, str], t
     assert plain["run"] | {"name": ""} == {
         "name": "", "iterations": 100, "seed": 0, "output": "runs", "checkpoint_every": 10, "keep_checkpoints": 2,
         "ema_decay": None, "trackers": ["tensorboard"], "resume": "auto", "gradient_check": True,
+            "project": "flowalign", "tags": [],
     }  # fmt: skip
     assert plain["run"]["name"] == "-".join(layers)
     assert [flat(reward)["class_path"] for reward in plain["evaluation"]["rewards"]] == [values["reward.class_path"]]
@@ -159,14 +160,14 @@ def test_all_layers_combine(method: str, model: str, tiny: dict[str, str]) -> No
 @pytest.mark.parametrize("layers", product(METHODS, MODELS, REWARDS), ids="-".join)
 def test_no_layer_undoes_another(layers: tuple[str, str, str]) -> None:
     """A method, a model and a reward never disagree about a key, so their order does not matter."""
-    nodes = [read_layer(path)[0] for path in files(*layers)]
+    nodes = [read_layer(path) for path in files(*layers)]
     merged = [yaml.safe_load(yaml.serialize(reduce(merge, order))) for order in permutations(nodes)]
     assert all(content == merged[0] for content in merged[1:])
 
 
 @pytest.mark.parametrize(("model", "elements"), [("glyphs", 3456), ("sd35_medium", 65_536)])
 def test_clip_ranges_of_flows_are_scaled_by_the_size_of_the_latents(model: str, elements: int) -> None:
-    content = read_layer(f"configs/models/{model}.yaml")[1]
+    content = yaml.safe_load(Path(f"configs/models/{model}.yaml").read_text())
     clip_range = content["trainer"]["init_args"]["objective"]["init_args"]["clip_range"]
     assert clip_range == pytest.approx(1e-4 * (65_536 / elements) ** 0.5, rel=0.02)
 
@@ -198,7 +199,8 @@ def test_the_recipe_of_stable_diffusion_3_5_is_that_of_flow_grpo(tiny: dict[str,
     }  # fmt: skip
     assert {key: values[key] for key in expected} == expected
     assert (
-        read_layer("configs/models/sd35_medium.yaml")[1]["policy"]["path"] == "stabilityai/stable-diffusion-3.5-medium"
+        yaml.safe_load(Path("configs/models/sd35_medium.yaml").read_text())["policy"]["path"]
+        == "stabilityai/stable-diffusion-3.5-medium"
     )
 
 

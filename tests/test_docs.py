@@ -210,7 +210,7 @@ def test_commands_are_found() -> None:
     ("page", "arguments"), commands(), ids=lambda value: " ".join(value)[-60:] if isinstance(value, list) else value
 )
 def test_every_command_loads(
-    page: str, arguments: list[str], tiny_pipeline: Path, tiny_sd15_pipeline: Path, tmp_path: Path
+    page: str, arguments: list[str], tiny_pipeline: Path, tiny_sd15_pipeline: Path, large_machine: None, tmp_path: Path
 ) -> None:
     rewards = re.findall(r"```python\n# (my_\w+\.py)\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     (method,) = re.findall(r"```yaml\n# mixgrpo\.yaml\n(.*?)```", (ROOT / "docs" / "methods.md").read_text(), re.S)
