@@ -64,7 +64,7 @@ def train(arguments: Sequence[str]) -> int:
 
 def _train(arguments: Sequence[str]) -> int:
     from flowalign.config import load_config
-    from flowalign.config_layers import split_arguments
+    from flowalign.config.layers import split_arguments
     from flowalign.loop import train as run
 
     run(*load_config(*split_arguments(arguments)))
@@ -80,7 +80,7 @@ def _doctor(arguments: Sequence[str]) -> int:
     import diffusers.utils.logging
     import transformers.utils.logging
 
-    from flowalign.config_layers import split_arguments
+    from flowalign.config.layers import split_arguments
     from flowalign.diagnostics.doctor import diagnose
 
     diffusers.utils.logging.disable_progress_bar()

@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import Any
 
 from flowalign.config import EvaluationSettings, PolicySettings, RunSettings
-from flowalign.contracts import differences
+from flowalign.config.contracts import differences
 from flowalign.models import LoRA, Role
 from flowalign.objectives import DynamicClip
 from flowalign.rollouts.task import Rollout

@@ -20,4 +20,4 @@ def tiny_sd15_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def large_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine on which the latents of a tiny pipeline fit at the size of a real model: its VAE does not reduce them."""
-    monkeypatch.setattr("flowalign.config_sizes.machine_memory", lambda: 2**50)
+    monkeypatch.setattr("flowalign.config.sizes.machine_memory", lambda: 2**50)

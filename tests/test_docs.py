@@ -15,7 +15,7 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
 from flowalign.config import load_config
-from flowalign.config_layers import split_arguments
+from flowalign.config.layers import split_arguments
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from flowalign.build import policy_of, task_of
 from flowalign.config import TrainConfig, load_config
-from flowalign.config_layers import split_arguments
+from flowalign.config.layers import split_arguments
 from flowalign.data import PromptRecord, prompts_of_iteration
 from flowalign.diagnostics.measure import count_calls, now, one_pass_per_edge
 from flowalign.errors import ConfigError

@@ -13,7 +13,7 @@ from jsonargparse import ArgumentParser
 
 from flowalign.build import from_settings
 from flowalign.config import PolicySettings
-from flowalign.config_parser import own_rules
+from flowalign.config.parser import own_rules
 from flowalign.errors import ConfigError
 from flowalign.models import Policy
 from flowalign.models.base import Sampling

@@ -10,10 +10,10 @@ from typing import Any
 
 import yaml
 
-from flowalign.config_layers import as_part, class_path_of, entries_of, is_null, is_text
-from flowalign.config_parser import import_part
-from flowalign.config_types import ANYTHING, NO_DEFAULT, Parameter, guess, parameters
-from flowalign.contracts import HOMES, differences
+from flowalign.config.contracts import HOMES, differences
+from flowalign.config.layers import as_part, class_path_of, entries_of, is_null, is_text
+from flowalign.config.parser import import_part
+from flowalign.config.types import ANYTHING, NO_DEFAULT, Parameter, guess, parameters
 from flowalign.errors import ConfigError
 from rewards import Reward
 

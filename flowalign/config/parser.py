@@ -12,7 +12,7 @@ from unittest.mock import patch
 
 from jsonargparse import _signatures, _typehints
 
-from flowalign.contracts import differences
+from flowalign.config.contracts import differences
 from rewards import FunctionReward
 from rewards.base import Input, Scope
 from rewards.import_path import import_named

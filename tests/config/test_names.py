@@ -9,7 +9,7 @@ import yaml
 from flowalign.config import load_config
 from flowalign.errors import ConfigError
 
-CONFIG = str(Path(__file__).parent / "data" / "tiny.yaml")
+CONFIG = str(Path(__file__).parents[1] / "data" / "tiny.yaml")
 PART = "class_path, './file.py:Class' or 'package.module.Class', and init_args"
 
 
@@ -100,7 +100,7 @@ def test_a_size_that_cannot_fit_is_refused_with_both_figures(override: str, said
 def test_what_is_held_at_once_counts_not_what_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """A batch is no larger than what there is to put into it."""
     load_config(CONFIG, ["evaluation.batch_size=1000000000", "rollout.micro_batch=1000000000"])
-    monkeypatch.setattr("flowalign.config_sizes.machine_memory", lambda: 4 * 3 * 24 * 48 * 4 - 1)
+    monkeypatch.setattr("flowalign.config.sizes.machine_memory", lambda: 4 * 3 * 24 * 48 * 4 - 1)
     with pytest.raises(ConfigError, match=r"evaluation\.batch_size"):
         load_config(CONFIG, ["rollout.micro_batch=1", "rollout.groups=1", "rollout.group_size=2", "policy.lora.rank=1",
                              "policy.lora.targets=[transformer_blocks.0.attn.to_q]"])  # fmt: skip

@@ -7,10 +7,10 @@ from typing import Any
 
 import yaml
 
-from flowalign.config_layers import as_part, class_path_of, entries_of, is_null, is_part, is_text, merge
-from flowalign.config_parser import import_part
-from flowalign.config_types import ANYTHING, NO_DEFAULT, Parameter, parameters
-from flowalign.config_yaml import compose
+from flowalign.config.layers import as_part, class_path_of, entries_of, is_null, is_part, is_text, merge
+from flowalign.config.parser import import_part
+from flowalign.config.types import ANYTHING, NO_DEFAULT, Parameter, parameters
+from flowalign.config.yaml_text import compose
 from flowalign.errors import ConfigError
 
 

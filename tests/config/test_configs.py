@@ -10,12 +10,12 @@ import torch
 import yaml
 
 from flowalign.config import TrainConfig, load_config
-from flowalign.config_layers import merge, read_layer
+from flowalign.config.layers import merge, read_layer
 from flowalign.data import load_prompts
 from flowalign.errors import ConfigError
 from rewards import RewardBatch, score
 
-FOLDER = Path(__file__).parents[1] / "configs"
+FOLDER = Path(__file__).parents[2] / "configs"
 METHODS, MODELS, REWARDS = (
     sorted(path.stem for path in (FOLDER / kind).glob("*.yaml")) for kind in ("methods", "models", "rewards")
 )

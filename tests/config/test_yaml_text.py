@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from flowalign.config import load_config
-from flowalign.config_yaml import MAX_NODES, compose
+from flowalign.config.yaml_text import MAX_NODES, compose
 from flowalign.errors import ConfigError
 
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(

@@ -10,7 +10,7 @@ from flowalign.config import load_config
 from flowalign.errors import ConfigError
 from rewards import FunctionReward, RewardBatch, score
 
-CONFIG = str(Path(__file__).parent / "data" / "tiny.yaml")
+CONFIG = str(Path(__file__).parents[1] / "data" / "tiny.yaml")
 KINDS = {  # key -> class that the file's class is made of
     "rollout.kernel": "samplers.FlowSDE", "rollout.plan": "samplers.Window", "rollout.schedule": "samplers.PlainShift",
     "reward": "rewards.JPEGCompressibility", "trainer": "flowalign.trainers.PolicyGradient",

@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 import rewards
 import samplers
 from flowalign import advantage, credit, objectives, selectors, trainers
-from flowalign.config_types import ANYTHING, Parameter
+from flowalign.config.types import ANYTHING, Parameter
 
 HOMES: tuple[ModuleType, ...] = (rewards, samplers, trainers, credit, advantage, selectors, objectives)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from flowalign.config_yaml import MAX_BYTES, compose
+from flowalign.config.yaml_text import MAX_BYTES, compose
 from flowalign.errors import ConfigError
 
 
@@ -22,7 +22,7 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def read_layer(path: str) -> yaml.MappingNode:
     """One file, as YAML nodes (they know their line). Raises ConfigError, which names the file, for what is no YAML mapping
-    or cannot be read; see `flowalign.config_yaml.compose`."""
+    or cannot be read; see `flowalign.config.yaml_text.compose`."""
     if not Path(path).is_file():
         what = "is a folder" if Path(path).is_dir() else "does not exist"
         raise ConfigError(

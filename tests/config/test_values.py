@@ -9,11 +9,11 @@ import yaml
 
 from flowalign import cli, models
 from flowalign.config import load_config
-from flowalign.config_layers import merge, split_arguments
+from flowalign.config.layers import merge, split_arguments
 from flowalign.errors import ConfigError
 from flowalign.run.preflight import forecast
 
-CONFIG = str(Path(__file__).parent / "data" / "tiny.yaml")
+CONFIG = str(Path(__file__).parents[1] / "data" / "tiny.yaml")
 
 # (overrides, what the message must name)
 BAD = [
@@ -149,7 +149,7 @@ def test_a_bad_file_is_named(tmp_path: Path, content: bytes, said: str) -> None:
 
 def test_a_tracker_that_is_not_installed_is_named(tiny_pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """accelerate would train without it."""
-    monkeypatch.setattr("flowalign.config.find_spec", lambda name: None if name == "wandb" else name)
+    monkeypatch.setattr("flowalign.config.checks.find_spec", lambda name: None if name == "wandb" else name)
     with pytest.raises(ConfigError, match="'wandb', which is not installed"):
         load_config(CONFIG, [f"policy.path={tiny_pipeline}", "run.trackers=[tensorboard,wandb]"])
 

@@ -8,10 +8,10 @@ from typing import Protocol
 import pytest
 
 from flowalign.config import load_config
-from flowalign.contracts import check_attributes
+from flowalign.config.contracts import check_attributes
 from flowalign.errors import ConfigError
 
-TINY = str(Path(__file__).parent / "data" / "tiny.yaml")
+TINY = str(Path(__file__).parents[1] / "data" / "tiny.yaml")
 COMPLETE = """
 from rewards import RewardBatch, RewardOutput, RewardSpec
 

@@ -1,0 +1,142 @@
+"""What can be known of a configuration before a model is loaded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib.util import find_spec
+
+from flowalign.config.settings import TrainConfig, evaluation_schedule
+from flowalign.config.sizes import check_sizes
+from flowalign.data import PromptRecord, load_prompts
+from flowalign.errors import ConfigError
+from flowalign.models.load import (
+    check_checkpoint,
+    check_image_size,
+    check_lora_folders,
+    check_lora_targets,
+    count_lora_numbers,
+    path_of,
+)
+from flowalign.models.roles import check_roles
+from flowalign.rollouts.collect import grow
+from flowalign.rollouts.sources import check_sources
+from flowalign.trainers import Setup
+from rewards import channels_of, spec_of
+from samplers import check_schedule, unscored
+
+
+def check(config: TrainConfig) -> None:
+    """Everything that can be known before a model is loaded."""
+    rollout, policy = config.rollout, config.policy
+    for key in ("groups", "group_size", "num_inference_steps", "micro_batch"):
+        if vars(rollout)[key] < 1:
+            raise ConfigError(f"rollout.{key}={vars(rollout)[key]}: expected at least 1")
+    for key, scale in (("rollout", rollout.guidance_scale), ("evaluation", config.evaluation.guidance_scale)):
+        if not 1 <= scale < math.inf:  # at 0 the prompt would be ignored, where diffusers means no guidance
+            raise ConfigError(f"{key}.guidance_scale={scale}: expected a number from 1 (no guidance)")
+    if rollout.detach_uncond and rollout.guidance_scale == 1:
+        raise ConfigError(
+            "got rollout.detach_uncond=true with rollout.guidance_scale=1, which has no unconditional half: it would "
+            "silently do nothing; set detach_uncond=false, or a guidance_scale above 1"
+        )
+    if rollout.branch_scale is not None and not 0 < rollout.branch_scale < math.inf:
+        raise ConfigError(f"rollout.branch_scale={rollout.branch_scale}: expected a number above 0, or null")
+    for tracker in config.run.trackers:
+        if find_spec(tracker) is None:
+            raise ConfigError(f"run.trackers names {tracker!r}, which is not installed: install it, or leave it out")
+    check_roles(config.roles)
+    check_checkpoint(policy.path, policy.family)
+    latent_shape = check_image_size(policy.path, policy.size, policy.family)
+    if policy.decode_batch is not None and policy.decode_batch < 1:
+        raise ConfigError(f"policy.decode_batch={policy.decode_batch}: expected at least 1, or null")
+    if policy.max_sequence_length is not None and policy.max_sequence_length < 0:
+        raise ConfigError(f"policy.max_sequence_length={policy.max_sequence_length}: expected at least 0, or null")
+    lora_numbers = 0
+    if policy.trainable == "lora":
+        check_lora_targets(policy.path, policy.lora.targets, policy.family)
+        lora_numbers = count_lora_numbers(policy.path, policy.lora, policy.family)
+    evaluation = config.evaluation
+    check_sizes(
+        rollout, policy.size, latent_shape, evaluated=evaluation.count * evaluation.samples_per_prompt,
+        evaluation_steps=evaluation.num_inference_steps, evaluation_batch=evaluation.batch_size, lora_numbers=lora_numbers,
+    )  # fmt: skip
+    path = path_of(policy.path, policy.family)
+    for key, schedule, steps in (
+        ("rollout", rollout.schedule, rollout.num_inference_steps),
+        ("evaluation", evaluation_schedule(config), config.evaluation.num_inference_steps),
+    ):
+        try:
+            check_schedule(schedule, steps, path)
+        except ValueError as error:
+            raise ConfigError(f"{key}.schedule: {error}") from error
+    bound = replace(rollout, kernel=rollout.kernel.bind(path))
+    state_channels = _check_rewards(config)
+    config.trainer.check(Setup(bound, path, channels_of(config.reward), policy.roles, state_channels))
+    if policy.trainable == "lora":
+        check_lora_folders(policy.path, policy.lora, config.roles, policy.family)
+    elif folders := [role.folder for role in config.roles.values() if role.folder is not None]:
+        raise ConfigError(
+            f"policy.trainable={policy.trainable} with a role that starts from {folders[0]}: expected policy.trainable=lora"
+        )
+    elif policy.dtype != "fp32":
+        raise ConfigError(f"policy.dtype={policy.dtype} with policy.trainable=full: expected fp32 for the optimizer")
+    elif "reference" in config.trainer.roles() and not policy.reference_copy:
+        raise ConfigError(
+            "got policy.trainable=full and a trainer that needs the reference (trainer.regularizers), of which no copy is kept: "
+            "set trainer.regularizers={}, or policy.reference_copy=true (it doubles the memory of the network)"
+        )
+    known = {"policy", *config.roles} | (
+        {"reference"} if policy.trainable == "lora" or policy.reference_copy else set()
+    )
+    check_sources(rollout, grow(rollout, 0, 0, [0]), known, load_prompts(config.prompts))
+    held_out = load_prompts(config.evaluation.prompts)
+    if config.evaluation.count > len(held_out):
+        raise ConfigError(
+            f"evaluation.count={config.evaluation.count}: {config.evaluation.prompts} holds {len(held_out)} prompts"
+        )
+    _check_held_out(config, held_out[: config.evaluation.count])
+
+
+def _check_held_out(config: TrainConfig, held_out: Sequence[PromptRecord]) -> None:
+    """ConfigError for prompts of the evaluation that are trained on, unless that is asked for."""
+    trained = {(record.prompt, record.images) for record in load_prompts(config.prompts)}
+    shared = [record.prompt for record in held_out if (record.prompt, record.images) in trained]
+    if shared and not config.evaluation.allow_training_prompts:
+        raise ConfigError(
+            f"got {len(shared)} of the {len(held_out)} prompts of evaluation.prompts={config.evaluation.prompts} among those of "
+            f"prompts={config.prompts}, such as {shared[0]!r}; expected prompts that are not trained on, or the gain would not be "
+            "that of new ones: name others, or set evaluation.allow_training_prompts=true"
+        )
+
+
+def _check_rewards(config: TrainConfig) -> tuple[str, ...]:
+    """Each reward is where its scope belongs. Returns the channels of the process rewards."""
+    for key, reward, expected in (
+        ("reward", config.reward, "terminal"),
+        *(("evaluation.rewards", reward, "terminal") for reward in config.evaluation.rewards),
+        *(("process_rewards", reward, "latent") for reward in config.process_rewards),
+    ):
+        if spec_of(reward).scope != expected:
+            place = "process_rewards" if expected == "terminal" else "reward, or evaluation.rewards"
+            raise ConfigError(
+                f"got {key} with {reward.name!r}, whose scope is {spec_of(reward).scope!r}; expected {expected!r}: name it under {place}"
+            )
+    if config.policy.fps is not None and not 0 < config.policy.fps < math.inf:
+        raise ConfigError(f"policy.fps={config.policy.fps}: expected a number above 0, or null")
+    if config.policy.frames > 1 and config.policy.fps is None:
+        raise ConfigError(f"policy.frames={config.policy.frames} with policy.fps=null: expected frames per second")
+    states = tuple(channel for reward in config.process_rewards for channel in channels_of(reward))
+    if len(set(states)) < len(states) or set(states) & set(channels_of(config.reward)):
+        raise ConfigError(
+            f"got process_rewards with the channels {list(states)} beside reward with {list(channels_of(config.reward))}; "
+            "expected different names: set `name`"
+        )
+    several = len(channels_of(config.reward)) > 1
+    if several and config.rollout.plan.select(unscored) is not None:
+        raise ConfigError(
+            f"got a rollout.plan that selects by the reward, which has the channels {list(channels_of(config.reward))}; expected "
+            "one score to rank states by: take a plan without samplers.Selected, or rewards.Mix"
+        )
+    return states

@@ -1,0 +1,71 @@
+"""YAML files plus overrides -> typed objects; everything that can be checked is, before a model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+
+from flowalign.config.checks import check
+from flowalign.config.contracts import check_attributes
+from flowalign.config.layers import entries_of, located, merge, read_layer
+from flowalign.config.nodes import checked
+from flowalign.config.overrides import overridden
+from flowalign.config.parser import explain, own_rules
+from flowalign.config.settings import TrainConfig
+from flowalign.config.types import Parameter
+from flowalign.errors import ConfigError
+
+
+def parser() -> ArgumentParser:
+    parser = ArgumentParser(exit_on_error=False, prog="flowalign train", allow_abbrev=False)
+    parser.add_argument("--config", action="config")
+    parser.add_class_arguments(TrainConfig, as_group=False, fail_untyped=True)
+    return parser
+
+
+def load_config(paths: str | Sequence[str], overrides: Sequence[str] = ()) -> tuple[TrainConfig, dict[str, Any]]:
+    """The typed configuration, and as plain data (what is saved and compared on resume; alone it gives the same run).
+
+    paths: one YAML file, or several, later ones over earlier ones (see `flowalign.config.layers.merge`). overrides: key=value,
+    over all files, later ones over earlier ones (see `flowalign.config.overrides.overridden`). A run without a name gets those of its files. Raises ConfigError; no model is loaded."""
+    paths = [paths] if isinstance(paths, str) else paths
+    node, whole = _read(paths), Parameter(TrainConfig)
+    given = entries_of(node).get("run")  # what is no mapping is refused below
+    if given is None or (isinstance(given[1], yaml.MappingNode) and "name" not in entries_of(given[1])):
+        node = overridden(node, f"run.name={'-'.join(Path(path).stem for path in paths)}", whole)
+    for override in overrides:
+        node = overridden(node, override, whole)
+    try:
+        text = yaml.serialize(checked(node, whole))
+        reader = parser()
+        with own_rules():
+            namespace = reader.parse_args(["--config", text])
+            plain = yaml.safe_load(reader.dump(namespace, skip_unset=False))
+            objects = reader.instantiate(namespace)
+    except ConfigError as error:
+        raise ConfigError(located(str(error), node)) from error
+    except Exception as error:  # jsonargparse raises many kinds; each is a fault of the configuration
+        raise ConfigError(located(explain(str(error)), node)) from error
+    plain.pop("config", None)
+    values = objects.as_dict() if isinstance(objects, Namespace) else dict(objects)
+    values.pop("config", None)
+    config = TrainConfig(**values)
+    try:
+        check_attributes(config)
+        check(config)
+    except (ValueError, OSError) as error:
+        raise ConfigError(located(str(error), node)) from error
+    return config, plain
+
+
+def _read(paths: Sequence[str]) -> yaml.Node:
+    """All files as one."""
+    if not paths:
+        raise ConfigError("no configuration file was named; expected at least one, such as configs/quickstart.yaml")
+    layers: list[yaml.Node] = [read_layer(path) for path in paths]
+    return reduce(merge, layers)
