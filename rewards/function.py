@@ -133,13 +133,14 @@ def as_scores(values: object, path: str, *, grad: bool = False) -> Tensor:
             )
         return values
     try:
-        return (
-            torch.as_tensor(_numbers(values) if isinstance(values, (list, tuple)) else values)
-            .detach()
-            .to("cpu", torch.float32)
-        )
+        scores = torch.as_tensor(_numbers(values) if isinstance(values, (list, tuple)) else values).detach()
+        if scores.is_complex():  # its imaginary part would be dropped with a warning
+            raise TypeError("complex numbers")
+        return scores.to("cpu", torch.float32)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"reward {path!r} returned {type(values).__name__}; expected one number per sample") from error
+        raise TypeError(
+            f"reward {path!r} returned {type(values).__name__}; expected one number per sample ({error})"
+        ) from error
 
 
 def _numbers(values: object) -> object:

@@ -18,7 +18,8 @@ from typing import Any
 def split_path(path: str) -> tuple[str, str]:
     """(file or module, name in it) of a path such as `./my_parts.py:Mine` or `package.module.Mine`."""
     place, _, attribute = path.rpartition(":" if ":" in path else ".")
-    if not place or not attribute.isidentifier() or (place.endswith(".py") and ":" not in path) or attribute == "py":
+    is_module = all(name.isidentifier() for name in place.split("."))
+    if not attribute.isidentifier() or not (is_module or (place.endswith(".py") and ":" in path)) or attribute == "py":
         raise ValueError(
             f"got path {path!r}; expected './my_file.py:name', 'package.module:name' or 'package.module.name'"
         )

@@ -22,7 +22,7 @@ def differences(cls: type, contract: type) -> tuple[str, ...]:
         member = vars(contract)[name]
         if isinstance(member, property):
             continue  # it may be set in __init__: see check_attributes
-        if not callable(vars(cls).get(name, getattr(cls, name, None))):
+        if not callable(next((vars(base)[name] for base in cls.__mro__ if name in vars(base)), None)):
             found.append(f"it has no method `{name}{_text(inspect.signature(member))}`")
         else:
             found += _method_differs(name, cls, member)

@@ -41,6 +41,8 @@ def checked(node: yaml.Node, kind: Parameter, key: str = "") -> yaml.Node:
         return yaml.SequenceNode(node.tag, values, node.start_mark, node.end_mark)
     if isinstance(node, yaml.MappingNode):
         each = kind.members or ANYTHING
+        if kind.keys is str and (numbers := [name.value for name, _ in node.value if name.tag.endswith(":int")]):
+            raise ConfigError(f"got {key} with the key {numbers[0]}, a number; expected text: write it in quotes")
         pairs = [(name, value) for name, value in node.value if not is_null(value) or each.may_be_null]
         checked_pairs = [(name, checked(value, each, f"{key}.{name.value}")) for name, value in pairs]
         return yaml.MappingNode(node.tag, checked_pairs, node.start_mark, node.end_mark)
@@ -48,13 +50,13 @@ def checked(node: yaml.Node, kind: Parameter, key: str = "") -> yaml.Node:
     return _scalar(node, kind, key)
 
 
-def _named(node: yaml.MappingNode, names: dict[str, Parameter], key: str) -> yaml.MappingNode:
-    """Its values checked, each as the parameter of its name."""
+def _named(node: yaml.MappingNode, names: dict[str, Parameter], key: str, of: str = "") -> yaml.MappingNode:
+    """Its values checked, each as the parameter of its name. of: whose they are, for messages."""
     entries, dot = entries_of(node), f"{key}." if key else ""
     for name in entries:
         if name not in names:
             raise ConfigError(
-                f"unknown key {dot + name!r}:{guess(name, names, dot)} Allowed here: {', '.join(sorted(names))}"
+                f"unknown key {dot + name!r}:{guess(name, names, dot)} Allowed here: {', '.join(sorted(names))}{of}"
             )
     for name, kind in names.items():
         if kind.default is NO_DEFAULT and name not in entries:
@@ -83,7 +85,11 @@ def _part(node: yaml.Node, kind: Parameter, contract: type, key: str) -> yaml.No
     # init_args may be null: all of them commented out
     arguments = empty if is_null(given) else _mapping(given, Parameter(dict[str, Any]), f"{key}.init_args")
     names = parameters(made_by)
-    inner = checked(arguments, Parameter(dict[str, Any]), key) if names is None else _named(arguments, names, key)
+    inner = (
+        checked(arguments, Parameter(dict[str, Any]), key)
+        if names is None
+        else _named(arguments, names, key, f" (arguments of {path or made_by.__name__})")
+    )
     if "init_args" not in entries:
         return part
     pairs = [entry for name, entry in entries.items() if name == "class_path"]
@@ -159,7 +165,7 @@ def _said(kind: Parameter) -> str:
     if kind.section is not None:
         return f"a mapping with some of {', '.join(sorted(parameters(kind.section) or ()))}"
     if kind.members:
-        return "a mapping" if kind.is_mapping else "a list"
+        return "a mapping" if kind.keys else "a list"
     return " or ".join(
         kind.__name__ if inspect.isclass(kind) else str(kind).rpartition("typing.")[2] for kind in kind.kinds
     )

@@ -50,9 +50,9 @@ class Parameter:
         return Parameter(inner[-1] if get_origin(holder) is dict or len(set(inner)) == 1 else Any)
 
     @property
-    def is_mapping(self) -> bool:
-        """Whether it is a mapping from names."""
-        return any(get_origin(kind) is dict for kind in self.kinds)
+    def keys(self) -> type | None:
+        """Of a mapping: the type of its keys, str or int; else None."""
+        return next((get_args(kind)[0] for kind in self.kinds if get_origin(kind) is dict), None)
 
 
 ANYTHING = Parameter()

@@ -72,7 +72,7 @@ def _check(node: yaml.Node, source: str, loader: yaml.SafeLoader, seen: set[int]
     if isinstance(node, yaml.MappingNode):
         given: set[Any] = set()
         for name, _ in node.value:
-            if not isinstance(name, yaml.ScalarNode) or not name.tag.endswith((":str", ":merge")):
+            if not isinstance(name, yaml.ScalarNode) or not name.tag.endswith((":str", ":int", ":merge")):
                 text = name.value if isinstance(name, yaml.ScalarNode) else "of several values"
                 raise ConfigError(
                     f'{source}, line {_line(name)}: the key {text} is no text; write it in quotes, "{text}"'

@@ -39,6 +39,11 @@ class HasSize(Protocol):
     [
         ("    def load(self) -> None: ...\n", "", r"it has no method `load\(self\) -> None`"),
         (
+            "    def __call__(self, batch: RewardBatch) -> RewardOutput: ...\n",
+            "",
+            r"it has no method `__call__\(self, batch",
+        ),
+        (
             "batch: RewardBatch)",
             "batch: RewardBatch, more: int)",
             r"cannot be called as `__call__\(self, batch: RewardBatch",

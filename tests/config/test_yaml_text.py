@@ -28,7 +28,7 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("run: !!python/object/apply:os.system [ls]\n", "line 1: got run with the tag 'python/object/apply:os.system'"),
         ("run: !mine {name: a}\n", "line 1: got run with the tag '!mine'; expected plain YAML"),
         ("run: {name: a}\nreward: !!binary aGVsbG8=\n", "line 2: got reward with the tag 'binary'"),
-        ("run:\n  1: a\n", 'line 2: the key 1 is no text; write it in quotes, "1"'),
+        ("run:\n  1.5: a\n", 'line 2: the key 1.5 is no text; write it in quotes, "1.5"'),
         ("run: {name: a}\non: 3\n", 'line 2: the key on is no text; write it in quotes, "on"'),
         ("? [a, b]\n: 3\n", "line 1: the key of several values is no text"),
         ("run: {null: 3}\n", "line 1: the key null is no text"),

@@ -33,6 +33,9 @@ def short(images, prompts):
 def text(images, prompts):
     return ["good"] * len(prompts)
 
+def complex_ones(images, prompts):
+    return [1 + 1j] * len(prompts)
+
 def fails(images, prompts):
     raise ZeroDivisionError("oh")
 
@@ -117,6 +120,7 @@ def test_none_and_nan_mask_the_sample(file):
     [
         ("short", r"scores has shape \[1\]"),
         ("text", "expected one number per sample"),
+        ("complex_ones", "expected one number per sample .complex numbers"),
         ("fails", "ZeroDivisionError: oh"),
     ],
 )
@@ -150,7 +154,9 @@ def test_a_missing_dependency_is_not_taken_for_a_misspelt_path(file):
         FunctionReward("mine.needy_rewards:f").load()
 
 
-@pytest.mark.parametrize("path", ["shininess", "./my_rewards.py", "./my_rewards.py:", ":shininess", "a.b:c d", ""])
+@pytest.mark.parametrize(
+    "path", ["shininess", "./my_rewards.py", "./tiny.yaml", "../x:y", "./my_rewards.py:", ":shininess", "a.b:c d", ""]
+)
 def test_malformed_paths_fail_at_construction(file, path):
     with pytest.raises(ValueError, match="got path"):
         FunctionReward(path)
