@@ -244,8 +244,8 @@ def load_policy(
         _, known = inspect_checkpoint(path, family)
         _check_full(trainable, DTYPES[dtype])
         pipeline = read_pipeline(path, family, dtype=dtype, vae_dtype=vae_dtype)
-        _place(pipeline, known, device or "cpu", network_device)
         check_finite(path, pipeline.components)
+        _place(pipeline, known, device or "cpu", network_device)
     else:
         given = {"dtype": dtype, "vae_dtype": vae_dtype, "device": device, "network_device": network_device}
         if settings := [name for name, value in given.items() if value is not None]:

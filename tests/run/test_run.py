@@ -20,6 +20,7 @@ from flowalign.run.folder import describe, open_folder
 from flowalign.run.interrupt import Interrupted
 from flowalign.run.run import Run
 from flowalign.storage import checkpoint
+from flowalign.storage.files import DamagedFile
 from flowalign.storage.metrics_log import read_rows, without_time
 from flowalign.trainers import Update
 from tests.helpers.tiny_run import result, run_it
@@ -155,7 +156,7 @@ def test_two_runs_cannot_share_a_folder(copy: Path, tiny_pipeline: Path, no_mode
         (lambda run: (run / "checkpoints/step-2/state.json").unlink(), r"state\.json is missing"),
         (lambda run: os.truncate(run / "checkpoints/step-2/role_policy.safetensors", 99), "has 99 bytes"),
         (lambda run: (run / "evaluation/base.safetensors").unlink(), r"base\.safetensors is missing"),
-        (lambda run: os.truncate(run / "evaluation/base.safetensors", 99), r"base\.safetensors is damaged"),
+        (lambda run: os.truncate(run / "evaluation/base.safetensors", 99), r"base\.safetensors cannot be read"),
         (lambda run: (run / "metrics.jsonl").write_text("x\n"), r"metrics\.jsonl, line 1"),
         (lambda run: os.truncate(run / "metrics.jsonl", 999), r"metrics\.jsonl lacks rows"),
         (lambda run: (run / "evaluations.jsonl").write_text("x\n"), r"evaluations\.jsonl, line 1"),
@@ -270,7 +271,7 @@ def test_a_machine_without_git_and_a_damaged_provenance(copy: Path, monkeypatch:
     describe(copy / "tiny", as_saved(copy))
     assert json.loads(file.read_text())["git"] is None
     file.write_text("{")
-    with pytest.raises(ConfigError, match=r"provenance\.json is damaged .* or remove it"):
+    with pytest.raises(DamagedFile, match=r"provenance\.json cannot be read .* or remove it"):
         describe(copy / "tiny", as_saved(copy))
 
 
