@@ -46,7 +46,7 @@ def score(reward: Reward, batch: RewardBatch, *, grad: bool = False, max_fail_ra
     try:
         with isolated(reward.name), torch.set_grad_enabled(grad):
             answer = reward(asked) if count else _nothing(0, len(channels))
-    except (Exception, SystemExit) as error:
+    except (Exception, SystemExit, GeneratorExit) as error:
         raise RewardError(f"reward {reward.name!r} failed on {count} samples: {_text(error)}") from error
     if changed := [name for name, version in _versions(asked).items() if version != written[name]]:
         raise RewardError(
@@ -69,7 +69,7 @@ def close(reward: Reward) -> None:
     try:
         with isolated(reward.name):
             reward.close()
-    except (Exception, SystemExit) as error:
+    except (Exception, SystemExit, GeneratorExit) as error:
         raise RewardError(f"reward {reward.name!r} failed to close: {_text(error)}") from error
 
 

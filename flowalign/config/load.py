@@ -66,6 +66,9 @@ def load_config(paths: str | Sequence[str], overrides: Sequence[str] = ()) -> tu
 def _read(paths: Sequence[str]) -> yaml.Node:
     """All files as one."""
     if not paths:
-        raise ConfigError("no configuration file was named; expected at least one, such as configs/quickstart.yaml")
+        raise ConfigError(
+            "no configuration file was named; expected at least one, such as "
+            "configs/quickstart.yaml, before the overrides"
+        )
     layers: list[yaml.Node] = [read_layer(path) for path in paths]
     return reduce(merge, layers)

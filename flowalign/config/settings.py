@@ -128,10 +128,10 @@ class TrainConfig:
 
     @property
     def roles(self) -> dict[str, Role]:
-        """Those that the policy gets: of policy.roles, and of the trainer where no role there has its name. Without the
-        reference, which is always there."""
-        wanted = {**self.trainer.roles(), **self.policy.roles}
-        return {name: role for name, role in wanted.items() if name != "reference"}
+        """Those that the policy gets: of policy.roles, and of the trainer where no role there has its name; without
+        the reference, which is always there."""
+        wanted = {name: role for name, role in self.trainer.roles().items() if name != "reference"}
+        return {**wanted, **self.policy.roles}
 
 
 def evaluation_schedule(config: TrainConfig) -> Schedule | None:
