@@ -47,9 +47,7 @@ class Server:
         )
 
     def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
+        self._process.communicate()  # closes its input, which ends it, and the pipes
 
     def run(self, case: Case, folder: Path) -> tuple[Outcome, str]:
         """What came of it, and its output."""
