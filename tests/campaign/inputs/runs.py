@@ -119,7 +119,7 @@ CASES = [
     go_on("provenance.json is a list", written(f"{RUN}/provenance.json", b"[]"), "provenance.json"),
     go_on("a weight is NaN", not_finite, "finite|nan|NaN"),
     go_on("a file in a checkpoint", written(f"{LAST}/extra.bin", b"x"), "extra.bin"),
-    go_on("a renamed checkpoint", renamed, "step-9", "run.iterations=12"),  # type: ignore[func-returns-value]
+    go_on("a renamed checkpoint", renamed, "iteration 9", "run.iterations=12"),  # type: ignore[func-returns-value]
     go_on("the folder is a file", file_instead(RUN), "done"),
     go_on("runs is a file", file_instead("runs"), "runs"),
     go_on("config.yaml of another run", written(f"{RUN}/config.yaml", b"run: {name: other}"), "config.yaml"),
