@@ -12,18 +12,9 @@ from flowalign.run.run import Run
 from tests.helpers.tiny_run import CONFIG, run_it
 
 
-@pytest.fixture(scope="module")
-def done(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of one iteration."""
-    output = tmp_path_factory.mktemp("done")
-    run_it(tiny_pipeline, output, "run.iterations=1")
-    return output
-
-
 @pytest.fixture
-def run(done: Path, tmp_path: Path) -> Path:
-    shutil.copytree(done, tmp_path, dirs_exist_ok=True)
-    return tmp_path / "tiny"
+def run(finished_run: Path) -> Path:
+    return finished_run
 
 
 def cut(file: Path) -> None:

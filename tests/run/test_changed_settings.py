@@ -2,7 +2,6 @@
 
 import copy
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,19 +25,9 @@ from tests.helpers.tiny_run import run_it
 MAX_DRIFT = "trainer.init_args.max_drift"
 
 
-@pytest.fixture(scope="module")
-def done(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of one iteration."""
-    output = tmp_path_factory.mktemp("done")
-    run_it(tiny_pipeline, output, "run.iterations=1")
-    return output
-
-
 @pytest.fixture
-def run(done: Path, tmp_path: Path) -> Path:
-    """The folder of a copy of the finished run."""
-    shutil.copytree(done, tmp_path, dirs_exist_ok=True)
-    return tmp_path / "tiny"
+def run(finished_run: Path) -> Path:
+    return finished_run
 
 
 def changed(run: Path, **settings: Any) -> dict[str, Any]:
