@@ -1,6 +1,8 @@
 """A comparison from its file to its page. Runs train in this process; tests/compare/test_launch.py starts children."""
 
 import json
+import re
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -137,9 +139,21 @@ def test_what_cannot_work_is_said_before_anything_runs(
         command.compare([write(tmp_path, spec), "--workres", "2"])
 
 
-def test_shipped_comparisons_can_be_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def documented() -> list[list[str]]:
+    """The arguments of every command of docs/compare.md, and every file of configs/compare."""
+    text = (ROOT / "docs" / "compare.md").read_text().replace("\\\n", " ")
+    lines = re.findall(r"^ {4}flowalign compare (.*)$", text, re.M)
+    files = [[f"configs/compare/{path.name}"] for path in sorted((ROOT / "configs" / "compare").glob("*.yaml"))]
+    return files + [shlex.split(line.partition(" #")[0]) for line in lines]
+
+
+def test_shipped_and_documented_comparisons_can_be_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every configuration is read, evaluated alike, and has a budget."""
     monkeypatch.chdir(ROOT)
-    for path in sorted((ROOT / "configs" / "compare").glob("*.yaml")):
-        plan = Plan.of(read_spec(str(path)))
-        assert plan.comparison.baseline in plan.plains
+    plans: list[Plan] = []
+    monkeypatch.setattr(command, "_run", lambda plan, workers: plans.append(plan))
+    monkeypatch.setattr(command, "records", lambda plan: {})
+    monkeypatch.setattr(command, "write_results", lambda comparison, found: [])
+    for arguments in documented():
+        command.compare(arguments)
+    assert len(plans) >= 3 and all(plan.comparison.methods.keys() == plan.plains.keys() for plan in plans)
