@@ -101,6 +101,11 @@ class Plan:
         )  # fmt: skip
 
 
+def has_own_budget(comparison: Comparison, name: str) -> bool:
+    """Whether the budget of a method is known without the baseline's total."""
+    return comparison.baseline in (None, name) or comparison.methods[name].budget is not None
+
+
 def budget_of(comparison: Comparison, name: str, denominator: Mapping[str, float] | None) -> Budget:
     """What a run of the method may cost. denominator: the baseline's totals, needed where the budget is a share of them."""
     method, baseline = comparison.methods[name], comparison.baseline
