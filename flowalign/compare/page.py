@@ -39,7 +39,7 @@ class Key:
 
 
 def plots(results: Results) -> list[Chart]:
-    """The mean reward of all methods against each of COSTS, with the 95 % interval of the mean as a band."""
+    """The mean reward of all methods against each of COSTS, with the 95 % interval of the gain as a band."""
     return [_chart(results, results.methods, cost, f"against {TITLES[cost]}") for cost in COSTS]
 
 
