@@ -61,9 +61,9 @@ class Launcher:
                         told = time.monotonic()
                         for child in children:
                             print(f"  {child.run.folder.name}: {_progress(child)}", flush=True)
-            except KeyboardInterrupt:
+            except KeyboardInterrupt as error:
                 _stop(children)
-                raise
+                raise KeyboardInterrupt(f"stopped {len(children)} runs; the same command goes on from there") from error
 
     def _left(self, waiting: Sequence[Planned]) -> str:
         """How long the runs that are waiting will take, by those that are finished; a budget of seconds needs none. Without
@@ -122,7 +122,7 @@ def _progress(child: Child) -> str:
 
 def _stop(children: Sequence[Child]) -> None:
     """Asks every child to save and stop, and waits for them."""
-    print(f"stopping {len(children)} runs after their iterations; the same command goes on from there", flush=True)
+    print(f"stopping {len(children)} runs after their iterations", flush=True)
     for child in children:
         if child.process.poll() is None:
             child.process.terminate()

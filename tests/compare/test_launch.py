@@ -68,6 +68,6 @@ def test_sigterm_stops_every_child_and_waits_for_it(tmp_path: Path, monkeypatch:
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=when_ready).start()
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="stopped 2 runs; the same command"):
         Launcher(2, (0, 2), lambda run: None).run(runs)
     assert all(run.folder.with_name(f"{run.folder.name}.saved").exists() for run in runs)
