@@ -14,7 +14,6 @@ from flowalign.config.layers import merge, read_layer
 from flowalign.data import load_prompts
 from flowalign.errors import ConfigError
 from flowalign.objectives import Transitions
-from flowalign.run.preflight import forecast
 from flowalign.trainers.policy_gradient import as_policy_gradient
 from rewards import RewardBatch, score
 from samplers import FlowSDE
@@ -147,18 +146,6 @@ def test_layers_say_what_the_complete_files_said(layers: tuple[str, str, str], t
         assert values[f"trainer.{part}.class_path"].rpartition(".")[2] in (
             "Broadcast", "AllEdges", "ClippedRatio", "Uniform",
         )  # fmt: skip
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_runs_on_glyphs_by_adding_its_layer(method: str, tiny: dict[str, str]) -> None:
-    config, plain = load("glyphs", files(method, "glyphs", "ocr_glyphs"), tiny)
-    assert config.run.name == f"{method}-glyphs-ocr_glyphs" and f"run {config.run.name}: 100 iterations" in forecast(
-        config
-    )
-    evaluated = plain["evaluation"]
-    assert evaluated["num_inference_steps"] == 6 and evaluated["schedule"] in (
-        None, {"class_path": "samplers.FamilyGrid"},
-    )  # fmt: skip
 
 
 @pytest.mark.slow
