@@ -10,7 +10,7 @@ from pathlib import Path
 
 from flowalign.compare.launch import Launcher
 from flowalign.compare.page import best, write_page
-from flowalign.compare.plan import Plan, Planned, budget_of, has_own_budget, is_done
+from flowalign.compare.plan import Plan, Planned, budget_of, former_record, has_own_budget, is_done
 from flowalign.compare.record import Record, read_record, write_record
 from flowalign.compare.results import as_json, as_markdown, mean_totals, results_of
 from flowalign.compare.spec import Comparison, of_files, read_spec
@@ -100,6 +100,12 @@ def _run(plan: Plan, names: Sequence[str], workers: int) -> list[str]:
             break
         runs = [run for name in group for run in plan.runs(name, budget_of(comparison, name, denominator))]
         waiting = [run for run in runs if not is_done(run)]
+        for run, former in [(run, former_record(run)) for run in waiting]:
+            if former is not None:
+                print(
+                    f"note: {former} was made by other files; if they say the same, stop here and rename it to {run.record.name}",
+                    flush=True,
+                )
         done, total = launcher.numbers
         launcher.numbers = (done + len(runs) - len(waiting), total)
         launcher.run(waiting)

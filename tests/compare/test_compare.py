@@ -13,7 +13,7 @@ import yaml
 
 from flowalign.cli import compare as main
 from flowalign.compare import command
-from flowalign.compare.plan import Plan, Planned
+from flowalign.compare.plan import Plan, Planned, former_record, is_done
 from flowalign.compare.spec import Budget, read_spec
 from flowalign.config import load_config
 from flowalign.errors import ConfigError
@@ -108,6 +108,22 @@ def test_a_larger_budget_goes_on_in_the_same_folders(spec: dict[str, Any], tmp_p
     assert len(list((tmp_path / "results" / "try").glob("plain-*.json"))) == 2  # a record of each budget
 
 
+def test_a_record_of_changed_files_is_named_and_not_taken(spec: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "layer.yaml").write_text("run: {iterations: 50}\n")
+    spec |= {"methods": {"plain": {"files": [CONFIG, str(tmp_path / "layer.yaml")]}}, "seeds": [1]}
+    path = write(tmp_path, spec)
+    [before] = Plan.of(read_spec(path)).runs("plain", Budget("evaluations", 130))
+    assert former_record(before) is None
+    before.record.parent.mkdir(parents=True)
+    overrides = [*before.overrides, before.budget.override]
+    before.record.write_text(json.dumps({"method": "plain", "overrides": overrides}))
+    (tmp_path / "layer.yaml").write_text("# the same values\nrun: {iterations: 50}\n")
+    assert Plan.of(read_spec(path)).runs("plain", Budget("evaluations", 130)) == [before]
+    (tmp_path / "layer.yaml").write_text("run: {iterations: 50, ema_decay: 0.5}\n")
+    [after] = Plan.of(read_spec(path)).runs("plain", Budget("evaluations", 130))
+    assert not is_done(after) and former_record(after) == before.record and is_done(before)
+
+
 def test_hashes_tell_configurations_apart_but_not_seeds_names_or_budgets_of_folders(
     spec: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -162,4 +178,4 @@ def test_shipped_and_documented_comparisons_can_be_run(monkeypatch: pytest.Monke
     monkeypatch.setattr(command, "write_results", lambda comparison, found: [])
     for arguments in documented():
         command.compare(arguments)
-    assert len(plans) >= 2 and all(plan.comparison.methods.keys() == plan.plains.keys() for plan in plans)
+    assert len(plans) >= 2 and all(plan.comparison.methods.keys() == plan.written.keys() for plan in plans)
