@@ -77,7 +77,7 @@ from samplers.schedules import (
     sigmas_of,
     stopped,
 )
-from samplers.selection import Best, Select, VelocityLookup, candidates, sampled, unscored
+from samplers.selection import Best, Select, candidates, sampled, unscored
 from samplers.trees import SOURCES, Cost, Tree
 from samplers.unroll import Unrolled, straight_through, unroll
 from samplers.unshared import UnsharedTree, unshared
@@ -93,7 +93,7 @@ __all__ = [
     "CPS", "ClippedFlowSDE", "DDIM", "DanceSDE", "FlowSDE", "LinearSDE", "ODE",
     "DPMSolver", "Guided", "Ascent", "ProcessReward", "RewardGradient", "SPSA", "spsa_gradient",
     "SOURCES", "Cost", "Tree", "UnsharedTree", "unshared",
-    "Best", "Select", "VelocityLookup", "candidates", "sampled", "unscored",
+    "Best", "Select", "candidates", "sampled", "unscored",
     "Bounded", "Plan", "Branch", "Chain", "Compressed", "Deterministic", "Probed", "RandomSteps", "Selected", "Sourced", "SplitTree",
     "TreeWindow", "Window", "branch", "chain", "compressed", "probed", "scattered", "tree", "window",
     "Fixed", "Position", "Random", "Sliding",

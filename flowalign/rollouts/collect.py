@@ -19,7 +19,7 @@ from flowalign.rollouts.sources import by_source, hinted, roles_of
 from flowalign.rollouts.task import Rollout, Task
 from flowalign.rollouts.tree_plot import plot_tree
 from rewards import Reward, RewardBatch, RewardOutput, channels_of, pictures, score_chunks
-from samplers import SOURCES, FlowSDE, Forest, KeyedNoise, Tree, VelocityLookup, rollout, sampled, unscored
+from samplers import SOURCES, FlowSDE, Forest, KeyedNoise, Tree, rollout, sampled, unscored
 from samplers.noise import generator, visits
 
 
@@ -113,6 +113,7 @@ def collect(
         **_reward_metrics(task.reward.name, output, own),
         "cost/rollout_per_image": rows / images,
         **({"cost/probes_per_image": probes / images} if probes else {}),
+        **({"cost/previews_per_image": forest.previews / images} if forest.previews else {}),
         "time/rollout": rolled - began,
         "time/decode": decoding,
         "time/reward": output.elapsed,
@@ -135,7 +136,8 @@ def _roll_out(
     task: Task, prompts: Sequence[PromptRecord], conditions: Conditions, iteration: int, share: range,
     roll: Callable[..., Forest],
 ) -> Forest:  # fmt: skip
-    """The forest of this process's groups. A plan that selects continues the states whose previews score highest."""
+    """The forest of this process's groups. A plan that selects continues states by the reward of their previews, which are
+    then discarded."""
     settings, policy = task.rollout, task.policy
     tree = grow(settings, task.seed, iteration, share)
     shape = policy.latent_shape(task.size)
@@ -159,14 +161,12 @@ def _roll_out(
             x, sigma, rows, guidance_scale=settings.guidance_scale, detach_uncond=settings.detach_uncond
         )
 
-    def preview(tree: Tree, nodes: Tensor, x: Tensor, velocities: VelocityLookup) -> Tensor:
-        """The reward (of one channel) of the predicted x̂0; a state that cannot be scored comes last."""
-        sigma = sigmas[tree.index[nodes]]
-        x0 = x if int(tree.index[nodes[0]]) == tree.num_steps else policy.path.x0_from_velocity(x, velocities(), sigma)
-        output = _judge(task, prompts, tree.group[nodes] + share.start, x0)
-        return torch.where(output.valid, output.scores, torch.finfo(output.scores.dtype).min)[:, 0]
+    def scored(tree: Tree, nodes: Tensor, previews: Tensor) -> Tensor:
+        """The reward, of one channel; -inf for a preview that cannot be scored."""
+        output = _judge(task, prompts, tree.group[nodes] + share.start, previews)
+        return torch.where(output.valid, output.scores, -torch.inf)[:, 0]
 
-    start, select = policy.start(noise.start(tree)), settings.plan.select(preview)
+    start, select = policy.start(noise.start(tree)), settings.plan.select(scored)
     if len(roles) == 1:
         return roll(
             velocity, start, sigmas, tree, settings.kernel, noise.step, micro_batch=settings.micro_batch, select=select

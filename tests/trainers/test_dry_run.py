@@ -66,7 +66,7 @@ def load(folder: Path, rollout: dict, trainer: dict) -> TrainConfig:
         ({"plan": plan("TreeWindow", depth=2)}, {"dynamic_clip": {}, "supervision": {"sft": part("flowalign.objectives.LayerTuning")}}),
         ({"plan": plan("Selected", plan=plan("Chain"), counts={2: 2})}, {}),
         ({"plan": plan("Sourced", plan=plan("Chain"), teacher=1), "sources": {"teacher": "reference"}}, {}),
-        ({"plan": plan("Selected", plan=plan("Chain", train_last=True), counts={4: 2}, uses_velocity=False)}, {}),  # no preview
+        ({"plan": plan("Selected", plan=plan("Chain", train_last=True), counts={4: 2}, preview_steps=0)}, {}),  # no preview
         ({"plan": plan("Window", size=1)},  # where the window is drawn, and what is left out of it: not in every iteration
          {"select": part("flowalign.selectors.DepthWindow", size=2, start=0, stop=0)}),
     ],
@@ -110,7 +110,7 @@ def test_methods_are_let_through(tmp_path: Path, rollout: dict, trainer: dict) -
         ({"sources": {"teacher": "reference"}}, {}, "expected only what the plan has"),
         ({"hint_key": "words"}, {}, "expected only what the plan has"),
         ({"plan": plan("Sourced", plan=plan("Chain"), hinted=1), "hint_key": "hint"}, {}, "got None under 'hint' of prompt 0"),
-        ({"plan": plan("Selected", plan=plan("Chain"), counts={2: 2}, uses_velocity=False)}, {}, "uses_velocity=true"),
+        ({"plan": plan("Selected", plan=plan("Chain"), counts={2: 2}, preview_steps=0)}, {}, "preview_steps=1"),
         ({}, {"objective": part("flowalign.objectives.KLMask"), "dynamic_clip": {}}, "dynamic_clip=null"),
     ],
 )  # fmt: skip
