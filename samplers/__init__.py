@@ -32,6 +32,7 @@ from samplers.kernels import (
     ProcessReward,
     RewardGradient,
     Step,
+    StepwiseSDE,
     TransitionContext,
     spsa_gradient,
 )
@@ -90,7 +91,7 @@ __all__ = [
     "FamilyGrid", "Listed", "PlainShift", "Schedule", "check_schedule", "sigmas_of",
     "diffusers_sigmas", "dynamic_sigmas", "plain_sigmas", "shift", "stopped",
     "Affine", "Carry", "TransitionContext", "Gaussian", "Kernel", "KLForm", "Step",
-    "CPS", "ClippedFlowSDE", "DDIM", "DanceSDE", "FlowSDE", "LinearSDE", "ODE",
+    "CPS", "ClippedFlowSDE", "DDIM", "DanceSDE", "FlowSDE", "LinearSDE", "ODE", "StepwiseSDE",
     "DPMSolver", "Guided", "Ascent", "ProcessReward", "RewardGradient", "SPSA", "spsa_gradient",
     "SOURCES", "Cost", "Tree", "UnsharedTree", "unshared",
     "Best", "Select", "candidates", "sampled", "unscored",
