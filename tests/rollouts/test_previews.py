@@ -30,6 +30,7 @@ def test_all_that_previews_cost_is_counted(tiny_pipeline: Path, plan, index: int
     assert batch.forest.previews == 2 * cost.previews == 12 and batch.images == 4
     assert batch.metrics["cost/rollout_per_image"] == rows / 2 and batch.metrics["cost/previews_per_image"] == 3
     assert sum(len(asked) for asked in reward.seen) == 12 + 4
+    assert batch.metrics["cost/decodes_per_image"] == batch.metrics["cost/reward_calls_per_image"] == 4
     assert "cost/previews_per_image" not in make(tiny_pipeline, plan, steps=6)[1].collect(PROMPTS, 0).metrics
 
 
