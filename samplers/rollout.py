@@ -54,12 +54,8 @@ def rollout(
     _check(x_start, sigmas, tree, micro_batch, keep)
     if select is not None:
         check_frontiers(tree, select)
-    among, needed, tail, compute = (
-        candidates(tree),
-        _needed(tree, keep),
-        ~trained_part(tree),
-        compute_dtype(store_dtype),
-    )
+    among, tail = candidates(tree), ~trained_part(tree)
+    needed, compute = _needed(tree, keep), compute_dtype(store_dtype)
     continued = torch.zeros(len(tree), dtype=torch.bool)
     log_prob = torch.full((len(tree),), torch.nan, dtype=compute, device=x_start.device)
     x, nodes, carry, evaluations, previews = x_start.to(store_dtype), tree.generations[0], None, 0, 0
