@@ -15,6 +15,7 @@ from flowalign.data import PromptRecord, source_images
 from flowalign.models.base import Conditions
 from flowalign.models.grid import grid
 from flowalign.rollouts.gather import gather_forest, gather_output, gather_tree
+from flowalign.rollouts.previews import Previews, correlation
 from flowalign.rollouts.sources import by_source, hinted, roles_of
 from flowalign.rollouts.task import Rollout, Task
 from flowalign.rollouts.tree_plot import plot_tree
@@ -115,7 +116,7 @@ def collect(
         **_reward_metrics(task.reward.name, output, own),
         "cost/rollout_per_image": rows / images,
         **({"cost/probes_per_image": probes / images} if probes else {}),
-        **({"cost/previews_per_image": forest.previews / images} if forest.previews else {}),
+        **_preview_metrics(forest, output, images),
         "cost/decodes_per_image": decodes / images,
         "cost/reward_calls_per_image": calls / images,
         "time/rollout": rolled - began,
@@ -165,18 +166,16 @@ def _roll_out(
             x, sigma, rows, guidance_scale=settings.guidance_scale, detach_uncond=settings.detach_uncond
         )
 
-    def scored(tree: Tree, nodes: Tensor, previews: Tensor) -> Tensor:
-        """The reward, of one channel; -inf for a preview that cannot be scored."""
-        output = _judge(task, prompts, tree.group[nodes] + share.start, previews)
-        return torch.where(output.valid, output.scores, -torch.inf)[:, 0]
-
-    start, select = policy.start(noise.start(tree)), settings.plan.select(scored)
+    previews = Previews(lambda groups, latents: _judge(task, prompts, groups + share.start, latents))
+    start, select = policy.start(noise.start(tree)), settings.plan.select(previews.score)
     if len(roles) == 1:
-        return roll(
+        forest = roll(
             velocity, start, sigmas, tree, settings.kernel, noise.step, micro_batch=settings.micro_batch, select=select
         )
-    routed = by_source(velocity, policy, tree, roles, settings.micro_batch)
-    return roll(routed, start, sigmas, tree, settings.kernel, noise.step, select=select)
+    else:
+        routed = by_source(velocity, policy, tree, roles, settings.micro_batch)
+        forest = roll(routed, start, sigmas, tree, settings.kernel, noise.step, select=select)
+    return forest if select is None else previews.on(forest)
 
 
 def decoded(
@@ -248,6 +247,13 @@ def _with_uncertainty(forest: Forest, output: RewardOutput) -> Forest:
 def _at(forest: Forest, nodes: Tensor, values: Tensor) -> Tensor:
     """[N] `values` [n] at `nodes` [n], nan elsewhere."""
     return torch.full((len(forest.tree),), torch.nan).index_copy(0, nodes, values.float())
+
+
+def _preview_metrics(forest: Forest, output: RewardOutput, images: int) -> dict[str, float]:
+    if not forest.previews:
+        return {}
+    agreement = correlation(forest, output.scores[:, 0], output.valid[:, 0])
+    return {"cost/previews_per_image": forest.previews / images, "reward/preview_correlation": agreement}
 
 
 def _process_metrics(task: Task, forest: Forest, seconds: float) -> dict[str, float]:

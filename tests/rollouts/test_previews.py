@@ -1,5 +1,6 @@
 """Previews in a rollout of a policy: whom the reward chooses, what is counted, and that only regenerated images train."""
 
+import math
 from itertools import pairwise
 from pathlib import Path
 
@@ -7,10 +8,12 @@ import pytest
 import torch
 
 from flowalign.advantage import SignalContext
+from flowalign.rollouts.previews import correlation
 from rewards import RewardBatch, RewardOutput
-from samplers import Chain, Deterministic, Fixed, FlowSDE, KeyedNoise, Selected, Window
+from samplers import Chain, Deterministic, Fixed, FlowSDE, KeyedNoise, Selected, Tree, Window
 from tests.helpers.plain_rewards import Plain, brightness
 from tests.helpers.policy_gradient import PROMPTS, gradients, make, run_updates
+from tests.helpers.trees import grown
 
 SHARED = Window(size=1, position=Fixed(1))
 
@@ -32,6 +35,26 @@ def test_all_that_previews_cost_is_counted(tiny_pipeline: Path, plan, index: int
     assert sum(len(asked) for asked in reward.seen) == 12 + 4
     assert batch.metrics["cost/decodes_per_image"] == batch.metrics["cost/reward_calls_per_image"] == 4
     assert "cost/previews_per_image" not in make(tiny_pipeline, plan, steps=6)[1].collect(PROMPTS, 0).metrics
+
+
+def test_how_well_previews_predict_is_measured() -> None:
+    """Two prompts; of each candidate after the first step the preview's score, and two samples below it."""
+    tree = Tree.from_parents([-1, 0, 0, 0, *(node for node in (1, 2, 3) for _ in range(2))], [0, 1, 1, 1, *[2] * 6],
+                             [0, 1, 1, 1, *[1.0] * 6], 2)  # fmt: skip
+    forest, scores = grown(Tree.cat([tree, tree])), torch.tensor([1.0, 3, 4, 4, 0, 0, 30, 10, 70, 90, 40, 40])
+    valid = torch.ones(12, dtype=torch.bool)
+    assert math.isnan(correlation(forest, scores, valid))
+    preview = torch.full((20,), torch.nan)
+    preview[forest.tree.index == 1] = torch.tensor([0.2, 0.4, 0.1, 5.0, 8.0, math.nan])
+    forest = forest.with_scores("preview", preview)
+    below = ([2.0, 4.0, 0.0], [20.0, 80.0])  # the last candidate has no preview
+    x = [a - m for row in ([0.2, 0.4, 0.1], [5.0, 8.0]) for m in [sum(row) / len(row)] for a in row]
+    y = [a - m for row in below for m in [sum(row) / len(row)] for a in row]
+    expected = sum(a * b for a, b in zip(x, y, strict=True)) / (sum(a * a for a in x) * sum(b * b for b in y)) ** 0.5
+    assert correlation(forest, scores, valid) == pytest.approx(expected, rel=1e-6)
+    valid[3] = False  # one of the two samples of a candidate: the other stands for both
+    assert correlation(forest, scores, valid) == pytest.approx(expected, rel=1e-6)
+    assert math.isnan(correlation(forest, torch.ones(12), valid))
 
 
 def test_the_extremes_of_the_previews_are_trained_by_their_own_rewards(tiny_pipeline: Path) -> None:
@@ -58,6 +81,7 @@ def test_the_extremes_of_the_previews_are_trained_by_their_own_rewards(tiny_pipe
         batch.forest, batch.scores, batch.valid, batch.channels, SignalContext()
     ).advantages.values
     assert sorted(values[:, 0].sign().tolist()) == [-1.0] * 10 + [1.0] * 10
+    assert batch.metrics["reward/preview_correlation"] > 0.5
     run_updates(trainer, batch)
     assert float(torch.cat([grad.flatten() for grad in gradients(policy).values()]).norm()) > 0
 
