@@ -32,6 +32,7 @@ from samplers.kernels import (
     ProcessReward,
     RewardGradient,
     Step,
+    StepwiseSDE,
     TransitionContext,
     spsa_gradient,
 )
@@ -77,7 +78,7 @@ from samplers.schedules import (
     sigmas_of,
     stopped,
 )
-from samplers.selection import Best, Select, VelocityLookup, candidates, sampled, unscored
+from samplers.selection import Best, Select, candidates, sampled, unscored
 from samplers.trees import SOURCES, Cost, Tree
 from samplers.unroll import Unrolled, straight_through, unroll
 from samplers.unshared import UnsharedTree, unshared
@@ -90,10 +91,10 @@ __all__ = [
     "FamilyGrid", "Listed", "PlainShift", "Schedule", "check_schedule", "sigmas_of",
     "diffusers_sigmas", "dynamic_sigmas", "plain_sigmas", "shift", "stopped",
     "Affine", "Carry", "TransitionContext", "Gaussian", "Kernel", "KLForm", "Step",
-    "CPS", "ClippedFlowSDE", "DDIM", "DanceSDE", "FlowSDE", "LinearSDE", "ODE",
+    "CPS", "ClippedFlowSDE", "DDIM", "DanceSDE", "FlowSDE", "LinearSDE", "ODE", "StepwiseSDE",
     "DPMSolver", "Guided", "Ascent", "ProcessReward", "RewardGradient", "SPSA", "spsa_gradient",
     "SOURCES", "Cost", "Tree", "UnsharedTree", "unshared",
-    "Best", "Select", "VelocityLookup", "candidates", "sampled", "unscored",
+    "Best", "Select", "candidates", "sampled", "unscored",
     "Bounded", "Plan", "Branch", "Chain", "Compressed", "Deterministic", "Probed", "RandomSteps", "Selected", "Sourced", "SplitTree",
     "TreeWindow", "Window", "branch", "chain", "compressed", "probed", "scattered", "tree", "window",
     "Fixed", "Position", "Random", "Sliding",

@@ -36,6 +36,7 @@ def save_forest(path: Path, forest: Forest) -> None:
         "tree": {name: value for name, value in tree.items() if not isinstance(value, Tensor)},
         "kernel": _describe(forest.kernel),
         "evaluations": forest.evaluations,
+        "previews": forest.previews,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -58,6 +59,7 @@ def load_forest(path: Path, kernel: Kernel | None = None) -> Forest:
         tree=Tree(**{**_under("tree/", tensors), **header["tree"]}),
         kernel=_rebuild(header["kernel"], kernel),
         evaluations=header["evaluations"],
+        previews=header["previews"],
         velocities={role: Velocities(**_under(f"velocities/{role}/", tensors)) for role in sorted(roles)},
         scores=_under("scores/", tensors),
         **{name: tensors[name] for name in _COLUMNS},

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -9,8 +10,8 @@ from torch import Tensor
 
 from samplers.forest import Forest, compute_dtype
 from samplers.kernels.base import Carry, Kernel, Step, TransitionContext
-from samplers.schedules import check_sigmas
-from samplers.selection import Select, candidates, check_frontiers, choose
+from samplers.schedules import check_sigmas, subgrid
+from samplers.selection import Select, candidates, check_frontiers, choose, trained_part
 from samplers.trees import Tree
 
 Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -40,9 +41,10 @@ def rollout(
     noise(tree, nodes) -> [n, *]: the draws of the stochastic steps that arrive at `nodes`, such as KeyedNoise.step.
     store_dtype: states are cast to it before log-probs are taken and before the next step, so that a replay sees the
     numbers of the rollout; the network gets them in at least fp32.
-    select: drops states during the rollout. Their descendants are not computed, and the forest's tree holds what is
-    left (Tree.keep); its `evaluations` count all rows. The noise of the others is unchanged, and velocities that the
-    selection read are not evaluated again.
+    select: drops states during the rollout, after completing them to previews in `select.preview_steps` deterministic
+    steps of the kernel. The descendants of dropped states are not computed, and the forest's tree holds what is left
+    (Tree.keep); its `evaluations` count all rows, those of previews too. The noise of the others is unchanged, and
+    the velocity from which a preview sets out is not evaluated again.
     keep_velocities: the forest holds, as the role "old", the velocities at the states that stochastic steps leave.
     keep: which states the forest stores. "edges": those that an update, a decoder or a score reads later (roots, both
     ends of stochastic steps, nodes without children). "all": every state, so that Forest.at works at deterministic ones
@@ -52,21 +54,23 @@ def rollout(
     _check(x_start, sigmas, tree, micro_batch, keep)
     if select is not None:
         check_frontiers(tree, select)
-    needed, trained_part, compute = _needed(tree, keep), candidates(tree), compute_dtype(store_dtype)
+    among, tail = candidates(tree), ~trained_part(tree)
+    needed, compute = _needed(tree, keep), compute_dtype(store_dtype)
     continued = torch.zeros(len(tree), dtype=torch.bool)
     log_prob = torch.full((len(tree),), torch.nan, dtype=compute, device=x_start.device)
-    x, nodes, carry, evaluations = x_start.to(store_dtype), tree.generations[0], None, 0
+    x, nodes, carry, evaluations, previews = x_start.to(store_dtype), tree.generations[0], None, 0, 0
     stored: list[Tensor] = []
     old_nodes, old_velocities = torch.zeros(len(tree), dtype=torch.bool), [x_start[:0].to(compute)]
     for generation in (*tree.generations[1:], torch.empty(0, dtype=torch.int64)):
         frontier = _Frontier(velocity, x.to(compute), sigmas, tree, nodes, micro_batch)
-        continued[nodes] = True if select is None else choose(select, tree, nodes, x, trained_part, frontier.velocities)
+        look = partial(frontier.previews, kernel, carry, tree, store_dtype)
+        continued[nodes] = True if select is None else choose(select, tree, nodes, among, look)
         stored.append(x[(needed & continued)[nodes].to(x.device)])
         children = generation[continued[tree.parent[generation]]]
         parents, position = tree.distinct_parents(children)
         rows = torch.searchsorted(nodes, parents)
         x_parents, v_parents = frontier.x[rows.to(x.device)], frontier.velocities(rows)
-        evaluations += int(frontier.known.sum())
+        evaluations, previews = evaluations + frontier.evaluations, previews + frontier.looked_at
         if keep_velocities:
             trained = torch.isin(parents, tree.parents_of_edges)
             old_nodes[parents[trained]] = True
@@ -75,16 +79,15 @@ def rollout(
             break
         row_of_child = position.to(x.device)
         history = None if carry is None else carry.rows(rows[position])
-        tail = ~trained_part[children]
         step = transition(
-            kernel, x_parents[row_of_child], v_parents[row_of_child], sigmas, tree, children, history, tail
+            kernel, x_parents[row_of_child], v_parents[row_of_child], sigmas, tree, children, history, tail[children]
         )
         x = draw(step, tree, children, noise).to(store_dtype)
         carry, nodes = step.carry, children
         _write_log_probs(log_prob, step, x, tree, children)
     kept = needed & continued
     row = torch.where(kept, kept.cumsum(0) - 1, -1)
-    forest = Forest(tree, sigmas, kernel, torch.cat(stored), row, log_prob, evaluations)
+    forest = Forest(tree, sigmas, kernel, torch.cat(stored), row, log_prob, evaluations, previews)
     if keep_velocities:
         forest = forest.with_velocities("old", old_nodes.nonzero().flatten(), torch.cat(old_velocities))
     return forest if select is None else _pruned(forest, continued)
@@ -132,26 +135,62 @@ def _pruned(forest: Forest, continued: Tensor) -> Forest:
 
 
 class _Frontier:
-    """The states of one generation and their velocities: each evaluated once, when it is first read."""
+    """The states of one generation, their velocities, each evaluated once when it is first read, and their previews.
+
+    evaluations: network rows so far. looked_at: how many previews were made."""
 
     def __init__(
         self, velocity: Velocity, x: Tensor, sigmas: Tensor, tree: Tree, nodes: Tensor, micro_batch: int | None
     ) -> None:
-        self.x, self.known = x, torch.zeros(len(nodes), dtype=torch.bool)
+        self.x, self.evaluations, self.looked_at = x, 0, 0
         self._velocity, self._limit = velocity, micro_batch or max(len(nodes), 1)
-        self._sigma, self._root = sigmas[tree.index[nodes]].to(x.device), tree.root[nodes]
+        self._sigmas, self._sigma, self._root = sigmas, sigmas[tree.index[nodes]].to(x.device), tree.root[nodes]
+        self._known = torch.zeros(len(nodes), dtype=torch.bool)
         self._v: Tensor | None = None
 
     def velocities(self, rows: Tensor) -> Tensor:
         """[n, *] at `rows` [n] of the generation."""
-        new = rows[~self.known[rows]]
+        new = rows[~self._known[rows]]
         for part in new.split(self._limit) if len(new) else ():
             on_device = part.to(self.x.device)
-            x = self.x[on_device]
-            v = checked(self._velocity, x, self._sigma[on_device], self._root[part])
+            v = self._call(self.x[on_device], self._sigma[on_device], part)
             self._v = self._v if self._v is not None else torch.empty_like(self.x, dtype=v.dtype)
-            self._v[on_device], self.known[part] = v, True
+            self._v[on_device], self._known[part] = v, True
         return self.x[:0] if self._v is None else self._v[rows.to(self.x.device)]
+
+    def previews(
+        self,
+        kernel: Kernel,
+        carry: Carry | None,
+        tree: Tree,
+        store_dtype: torch.dtype,
+        nodes: Tensor,
+        rows: Tensor,
+        steps: int,
+    ) -> Tensor:
+        """[n, *] the states `rows` [n] of `nodes`, all at one grid index, completed in `steps` of the kernel's deterministic
+        steps on the sub-grid of a probe. The first step takes the velocities of the states themselves."""
+        here, x = int(tree.index[nodes[rows[0]]]), self.x[rows.to(self.x.device)]
+        carry, self.looked_at = None if carry is None else carry.rows(rows), self.looked_at + len(rows)
+        for number, there in enumerate(subgrid(here, tree.num_steps, steps)):
+            v = self._completing(x, here, rows) if number else self.velocities(rows)
+            ctx = TransitionContext(
+                level=0.0, roots=self._root[rows], nodes=nodes[rows], parents=nodes[rows],
+                step=torch.full_like(rows, here), carry=carry,
+            )  # fmt: skip
+            step = kernel(x, v, self._sigmas[here], self._sigmas[there], ctx)
+            x, carry, here = step.behavior.mean.to(store_dtype).to(self.x.dtype), step.carry, there
+        return x
+
+    def _completing(self, x: Tensor, index: int, rows: Tensor) -> Tensor:
+        """Velocities [n, *] of x [n, *], at one grid index on the way from the states `rows` [n]."""
+        sigma = self._sigmas[index].to(x.device).expand(len(x))
+        parts = torch.arange(len(rows)).split(self._limit)
+        return torch.cat([self._call(x[part.to(x.device)], sigma[: len(part)], rows[part]) for part in parts])
+
+    def _call(self, x: Tensor, sigma: Tensor, rows: Tensor) -> Tensor:
+        self.evaluations += len(x)
+        return checked(self._velocity, x, sigma, self._root[rows])
 
 
 def checked(velocity: Velocity, x: Tensor, sigma: Tensor, root: Tensor) -> Tensor:

@@ -73,6 +73,16 @@ def stopped(sigmas: Tensor, step: int) -> Tensor:
     return torch.cat([sigmas[: step + 1], sigmas.new_zeros(1)])
 
 
+def subgrid(index: int, num_steps: int, count: int) -> list[int]:
+    """The `count` grid indices after `index` up to num_steps, as even as whole steps allow (halves go up).
+
+    All the remaining ones if there are no more than `count`.
+    """
+    left = num_steps - index
+    count = min(count, left)
+    return [index + (2 * j * left + count) // (2 * count) for j in range(1, count + 1)]
+
+
 def check_sigmas(sigmas: Tensor) -> None:
     """A grid is one-dimensional, of at least two levels, strictly decreasing inside [0, 1]."""
     if sigmas.ndim != 1 or len(sigmas) < 2 or not sigmas.is_floating_point():

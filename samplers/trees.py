@@ -21,13 +21,15 @@ class Cost:
     """What a topology costs, in network rows (one row = one velocity of one state; guidance doubles it).
 
     rollout: states evaluated without gradient. train: distinct states whose velocity an update needs.
-    edges: stochastic steps. leaves: clean latents, each decoded and scored.
+    edges: stochastic steps. leaves: clean latents, each decoded and scored. previews: states completed for a selection,
+    decoded and scored too; their rows are in `rollout`.
     """
 
     rollout: int
     train: int
     edges: int
     leaves: int
+    previews: int = 0
 
 
 @dataclass(frozen=True, eq=False)

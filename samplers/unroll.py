@@ -14,7 +14,7 @@ from samplers.kernels.base import Kernel
 from samplers.plans.base import grow
 from samplers.rollout import Velocity, checked, draw, transition
 from samplers.schedules import check_sigmas
-from samplers.selection import candidates
+from samplers.selection import trained_part
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +74,7 @@ def unroll(
     with_graph = range(steps) if active is None else active
     _check(x, steps, draws, with_graph, cut, cut_scale)
     tree = grow(len(x), [1] * steps, [float(step in draws) for step in range(steps)])
-    trained_part, x, carry = candidates(tree), x.to(compute_dtype(x.dtype)), None
+    part, x, carry = trained_part(tree), x.to(compute_dtype(x.dtype)), None
     states, velocities = [x], list[Tensor]()
     for step, children in enumerate(tree.generations[1:]):
         parents = tree.parent[children]
@@ -86,7 +86,7 @@ def unroll(
         )
         with torch.set_grad_enabled(torch.is_grad_enabled() and step in with_graph):
             v = recomputed(checked, *arguments, use_reentrant=False) if checkpoint else checked(*arguments)
-        done = transition(kernel, x, v, sigmas, tree, children, carry, ~trained_part[children])
+        done = transition(kernel, x, v, sigmas, tree, children, carry, ~part[children])
         x, carry = draw(done, tree, children, lambda tree, nodes: draws[int(tree.index[nodes[0]]) - 1]), done.carry
         states.append(x)
         velocities.append(v)

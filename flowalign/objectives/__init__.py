@@ -5,12 +5,20 @@ from flowalign.objectives.certainty import Certainty
 from flowalign.objectives.dynamic_clip import DynamicClip
 from flowalign.objectives.kl import KLPenalty, Regularizer
 from flowalign.objectives.layer_tuning import LayerTuning, Supervision, Targets
-from flowalign.objectives.step_weights import FlatGradient, InverseLength, LongCat, StdOverMean, StepWeight, Uniform
+from flowalign.objectives.step_weights import (
+    FlatGradient,
+    InverseLength,
+    LongCat,
+    MeanOne,
+    StdOverMean,
+    StepWeight,
+    Uniform,
+)
 from flowalign.objectives.transitions import ClippedRatio, Guard, KLMask, Objective, Transitions
 
 __all__ = [
     "ClippedRatio", "DynamicClip", "Guard", "KLMask", "Objective", "Transitions", "KLPenalty", "Regularizer",
     "LayerTuning", "Supervision", "Targets",
-    "Certainty", "FlatGradient", "InverseLength", "LongCat", "StdOverMean", "StepWeight", "Uniform",
+    "Certainty", "FlatGradient", "InverseLength", "LongCat", "MeanOne", "StdOverMean", "StepWeight", "Uniform",
     "scalar_adjoint",
 ]  # fmt: skip

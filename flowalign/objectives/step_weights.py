@@ -6,13 +6,13 @@ is 2·s² times that. Scales named below are those of full constants."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from samplers import Forest, Path, Step
+from samplers import Forest, Gaussian, Path, Step
 from samplers.kernels.flow_sde import near_one
 
 
@@ -53,6 +53,33 @@ class FlatGradient:
         if step.policy.constants == "full":
             return flat
         return torch.where(step.std > 0, flat / (2 * step.std.square()), 0.0)  # such a log-prob moves 2s² times as much
+
+
+@dataclass(frozen=True)
+class MeanOne:
+    """`weight` / its mean over all stochastic steps of the rollout, of all prompts and processes (Flash-GRPO 2605.15980,
+    temporal gradient rectification): it divides the gradient among the steps that this iteration drew, and leaves its
+    size to the learning rate. With FlatGradient it is (1/c)/mean(1/c), c = |b|/s.
+
+    Not kept: selectors. The mean is also over steps that are then not trained."""
+
+    weight: StepWeight = field(default_factory=FlatGradient)
+
+    def check(self, path: Path) -> None:
+        self.weight.check(path)
+
+    def weigh(self, step: Step, forest: Forest, edges: Tensor) -> Tensor:
+        everywhere = self.weight.weigh(_without_states(forest), forest, forest.tree.edges)
+        return self.weight.weigh(step, forest, edges) / everywhere.mean()
+
+
+def _without_states(forest: Forest) -> Step:
+    """All stochastic steps of a forest with their coefficients, and one 0 in place of each mean."""
+    tree, (sigma, sigma_next) = forest.tree, forest.step_sigmas(forest.tree.edges)
+    affine = forest.kernel.coefficients(sigma, sigma_next, tree.level[tree.edges], tree.index[tree.parent[tree.edges]])
+    std, coef, size = (values.float() for values in (affine.std, affine.velocity_coef, sigma - sigma_next))
+    gaussian = Gaussian(std.new_zeros(len(std), 1), std, coef, size, forest.kernel.reduce, forest.kernel.constants)
+    return Step(gaussian, gaussian)
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,12 @@ from flowalign.data import PromptRecord, source_images
 from flowalign.models.base import Conditions
 from flowalign.models.grid import grid
 from flowalign.rollouts.gather import gather_forest, gather_output, gather_tree
+from flowalign.rollouts.previews import Previews, correlation
 from flowalign.rollouts.sources import by_source, hinted, roles_of
 from flowalign.rollouts.task import Rollout, Task
 from flowalign.rollouts.tree_plot import plot_tree
 from rewards import Reward, RewardBatch, RewardOutput, channels_of, pictures, score_chunks
-from samplers import SOURCES, FlowSDE, Forest, KeyedNoise, Tree, VelocityLookup, rollout, sampled, unscored
+from samplers import SOURCES, FlowSDE, Forest, KeyedNoise, Tree, rollout, sampled, unscored
 from samplers.noise import generator, visits
 
 
@@ -115,6 +116,7 @@ def collect(
         **_reward_metrics(task.reward.name, output, own),
         "cost/rollout_per_image": rows / images,
         **({"cost/probes_per_image": probes / images} if probes else {}),
+        **_preview_metrics(forest, output, images),
         "cost/decodes_per_image": decodes / images,
         "cost/reward_calls_per_image": calls / images,
         "time/rollout": rolled - began,
@@ -139,7 +141,8 @@ def _roll_out(
     task: Task, prompts: Sequence[PromptRecord], conditions: Conditions, iteration: int, share: range,
     roll: Callable[..., Forest],
 ) -> Forest:  # fmt: skip
-    """The forest of this process's groups. A plan that selects continues the states whose previews score highest."""
+    """The forest of this process's groups. A plan that selects continues states by the reward of their previews, which are
+    then discarded."""
     settings, policy = task.rollout, task.policy
     tree = grow(settings, task.seed, iteration, share)
     shape = policy.latent_shape(task.size)
@@ -163,20 +166,16 @@ def _roll_out(
             x, sigma, rows, guidance_scale=settings.guidance_scale, detach_uncond=settings.detach_uncond
         )
 
-    def preview(tree: Tree, nodes: Tensor, x: Tensor, velocities: VelocityLookup) -> Tensor:
-        """The reward (of one channel) of the predicted x̂0; a state that cannot be scored comes last."""
-        sigma = sigmas[tree.index[nodes]]
-        x0 = x if int(tree.index[nodes[0]]) == tree.num_steps else policy.path.x0_from_velocity(x, velocities(), sigma)
-        output = _judge(task, prompts, tree.group[nodes] + share.start, x0)
-        return torch.where(output.valid, output.scores, torch.finfo(output.scores.dtype).min)[:, 0]
-
-    start, select = policy.start(noise.start(tree)), settings.plan.select(preview)
+    previews = Previews(lambda groups, latents: _judge(task, prompts, groups + share.start, latents))
+    start, select = policy.start(noise.start(tree)), settings.plan.select(previews.score)
     if len(roles) == 1:
-        return roll(
+        forest = roll(
             velocity, start, sigmas, tree, settings.kernel, noise.step, micro_batch=settings.micro_batch, select=select
         )
-    routed = by_source(velocity, policy, tree, roles, settings.micro_batch)
-    return roll(routed, start, sigmas, tree, settings.kernel, noise.step, select=select)
+    else:
+        routed = by_source(velocity, policy, tree, roles, settings.micro_batch)
+        forest = roll(routed, start, sigmas, tree, settings.kernel, noise.step, select=select)
+    return forest if select is None else previews.on(forest)
 
 
 def decoded(
@@ -248,6 +247,13 @@ def _with_uncertainty(forest: Forest, output: RewardOutput) -> Forest:
 def _at(forest: Forest, nodes: Tensor, values: Tensor) -> Tensor:
     """[N] `values` [n] at `nodes` [n], nan elsewhere."""
     return torch.full((len(forest.tree),), torch.nan).index_copy(0, nodes, values.float())
+
+
+def _preview_metrics(forest: Forest, output: RewardOutput, images: int) -> dict[str, float]:
+    if not forest.previews:
+        return {}
+    agreement = correlation(forest, output.scores[:, 0], output.valid[:, 0])
+    return {"cost/previews_per_image": forest.previews / images, "reward/preview_correlation": agreement}
 
 
 def _process_metrics(task: Task, forest: Forest, seconds: float) -> dict[str, float]:

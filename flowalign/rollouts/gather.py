@@ -29,8 +29,8 @@ def gather_forest(processes: Processes, tree: Tree, forest: Forest) -> Forest:
     log_prob[nodes] = processes.gather(forest.log_prob)
     states = forest.states.new_empty((int(kept.sum()), *forest.states.shape[1:]))
     states[row[nodes[kept[nodes]]]] = processes.gather(forest.states)
-    evaluations = round(processes.total(forest.evaluations))
-    gathered = Forest(tree, forest.sigmas, forest.kernel, states, row, log_prob, evaluations)
+    evaluations, previews = (round(processes.total(count)) for count in (forest.evaluations, forest.previews))
+    gathered = Forest(tree, forest.sigmas, forest.kernel, states, row, log_prob, evaluations, previews)
     for role, velocities in sorted(forest.velocities.items()):
         evaluated = torch.zeros(len(tree), dtype=torch.bool)
         evaluated[nodes] = processes.gather(velocities.row >= 0)

@@ -96,7 +96,7 @@ def node_heights(tree: Tree, group: int) -> Tensor:
     for node in mine:
         children.setdefault(int(tree.parent[node]), []).append(node)
     height, line = torch.zeros(len(tree)), 0
-    stack = children[-1][::-1]
+    stack = [root for root in children[-1][::-1] if root in children]  # a selection may have dropped the others
     while stack:
         node = stack.pop()
         if node in children:

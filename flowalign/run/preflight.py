@@ -34,6 +34,8 @@ def forecast(config: TrainConfig) -> str:
             notes.append(f"ends before an iteration beyond {limit:,} {unit}")
     if probes:
         notes.append(f"probes: {probes / samples:.2f} per image, decoded and scored but not counted as images")
+    if cost.previews:
+        notes.append(f"previews: {cost.previews / samples:.2f} per image, decoded and scored to select, then discarded")
     if rollout.guidance_scale != evaluation.guidance_scale:
         notes.append(
             f"guidance: rollout.guidance_scale={rollout.guidance_scale:g}, "

@@ -26,7 +26,7 @@ def dry_run(signal: Signal, setup: Setup) -> None:
     for iteration in range(ITERATIONS):
         forest = _forest(setup.rollout, iteration)
         if setup.path.rectified:
-            _check_last_step(forest)
+            _check_outer_steps(forest)
         for name in setup.state_channels:
             forest = forest.with_scores(name, _random_state_scores(forest, name))
         reason = _untrained(signal, forest, iteration, setup.channels)
@@ -51,16 +51,22 @@ def _forest(rollout: Rollout, iteration: int) -> Forest:
     )  # fmt: skip
 
 
-def _check_last_step(forest: Forest) -> None:
-    """ValueError if the step to σ = 0 is to be trained and the kernel draws no noise in it."""
+def _check_outer_steps(forest: Forest) -> None:
+    """ValueError if the step from σ = 1 or the one to σ = 0 is to be trained and the kernel draws no noise in it."""
     tree = forest.tree
-    level = tree.level[tree.edges[tree.index[tree.edges] == tree.num_steps]].unique()
-    std = forest.kernel.coefficients(torch.full_like(level, 0.5), torch.zeros_like(level), level).std
-    if bool((std == 0).any()):
-        raise ValueError(
-            f"got a rollout.plan that trains the last step, in which rollout.kernel={forest.kernel} draws no noise, so that it "
-            "has no log-prob: leave it deterministic (train_last=false, high below num_inference_steps), or take FlowSDE"
-        )
+    left, reached = tree.index[tree.parent[tree.edges]], tree.index[tree.edges]
+    for name, trained, sigmas, advice in (
+        ("first", left == 0, (1.0, 0.5), "a Window with low=1, RandomSteps without candidate 0"),
+        ("last", reached == tree.num_steps, (0.5, 0.0), "train_last=false, high below num_inference_steps"),
+    ):
+        level = tree.level[tree.edges[trained]].unique()
+        sigma, sigma_next = (torch.full_like(level, value) for value in sigmas)
+        std = forest.kernel.coefficients(sigma, sigma_next, level, 0 if name == "first" else None).std
+        if bool((std == 0).any()):
+            raise ValueError(
+                f"got a rollout.plan that trains the {name} step, in which rollout.kernel={forest.kernel} draws no noise, so that "
+                f"it has no log-prob: leave it deterministic ({advice}), or take FlowSDE"
+            )
 
 
 def _check_probes(signal: Signal, forest: Forest, channels: tuple[str, ...]) -> None:

@@ -145,10 +145,10 @@ class PolicyGradient:
 
     def _check_combinations(self, rollout: Rollout) -> None:
         select = rollout.plan.select(unscored)
-        if select is not None and not select.uses_velocity and min(select.counts) < rollout.num_inference_steps:
+        if select is not None and not select.preview_steps and min(select.counts) < rollout.num_inference_steps:
             raise ValueError(
-                "got rollout.plan.uses_velocity=false with a selection on the way, whose previews need the velocities of all "
-                "candidates, so the forecast has to count them: set uses_velocity=true"
+                "got rollout.plan.preview_steps=0 with a selection on the way, where the reward would see noise; expected at least "
+                "1, the jump to the predicted image: set preview_steps=1, or more"
             )
         if self.dynamic_clip is not None and not self.objective.has_clip_range:
             raise ValueError(

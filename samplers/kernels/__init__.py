@@ -12,9 +12,10 @@ from samplers.kernels.gaussian import Gaussian, KLForm
 from samplers.kernels.guided import Guided
 from samplers.kernels.linear_sde import LinearSDE
 from samplers.kernels.ode import ODE
+from samplers.kernels.stepwise_sde import StepwiseSDE
 
 __all__ = [
     "Affine", "Carry", "TransitionContext", "Gaussian", "Kernel", "KLForm", "Step",
-    "ODE", "FlowSDE", "ClippedFlowSDE", "DanceSDE", "LinearSDE", "CPS", "DDIM",
+    "ODE", "FlowSDE", "ClippedFlowSDE", "DanceSDE", "LinearSDE", "CPS", "DDIM", "StepwiseSDE",
     "DPMSolver", "Guided", "Ascent", "ProcessReward", "RewardGradient", "SPSA", "spsa_gradient",
 ]  # fmt: skip

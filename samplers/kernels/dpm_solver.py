@@ -21,7 +21,8 @@ class DPMSolver:
     0 as σ₋ goes to 1), and where a stochastic step still follows (`ctx.tail` is false) unless `prefix`.
     MixGRPO-Flash 2507.21802: DPMSolver(FlowSDE()) and a plan whose tail jumps grid indices (Compressed).
 
-    across_noise: take x̂0₋ also over a stochastic step (MixGRPO's code); False starts a tail with one first-order step.
+    across_noise: take x̂0₋ also over a stochastic step (MixGRPO's code); False starts a tail with one first-order step. Over
+    the noise x̂0 jumps by O(√h): halving all steps divides the tail's error by 2.8 (order 1.5) with True, by 4 with False.
     prefix: second order also before a stochastic step. Off by default: faster solvers before the window collapsed
     training (2507.21802). path: the policy's; None stands for a rectified flow, `bind` fills it in.
     Not kept: deterministic steps cannot be replayed alone, since their history is not stored. Stochastic steps replay.

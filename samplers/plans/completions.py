@@ -8,17 +8,8 @@ import numpy as np
 import torch
 
 from samplers.plans.base import Bounded, costliest, select_nothing
+from samplers.schedules import subgrid
 from samplers.trees import Tree
-
-
-def subgrid(index: int, num_steps: int, count: int) -> list[int]:
-    """The `count` grid indices after `index` up to num_steps, as even as whole steps allow (halves go up).
-
-    All the remaining ones if there are no more than `count`.
-    """
-    left = num_steps - index
-    count = min(count, left)
-    return [index + (2 * j * left + count) // (2 * count) for j in range(1, count + 1)]
 
 
 def probed(tree: Tree, steps: int | None = None, *, at: Collection[int] | None = None, duplicate: bool = False) -> Tree:

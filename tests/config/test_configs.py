@@ -27,8 +27,9 @@ METHODS, MODELS, REWARDS = (
 # steps that are few of the grid are refused with guidance, unless allow_cfg_update
 FEW_STEPS = {
     "flow_grpo_fast", "mixgrpo", "mixgrpo_flash", "mixgrpo_flash_star", "branchgrpo_mix", "dynamic_treerpo", "flash_grpo",
+    "preview_select",
 }  # fmt: skip
-KL_OF_FLOWS = {"flow_grpo", "flow_grpo_fast", "densegrpo"}  # form exact_times_h is that of an SDE
+KL_OF_FLOWS = {"flow_grpo", "flow_grpo_fast", "densegrpo", "preview_select"}  # form exact_times_h is that of an SDE
 
 # what the complete files glyphs_flow_grpo, glyphs_flow_grpo_fast and sd15_ddpo said before they became layers
 GLYPHS = {

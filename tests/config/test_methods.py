@@ -107,6 +107,10 @@ COSTS: dict[str, tuple[int, int, int, int]] = {
     "densegrpo": (CHAIN * comb(11, 2), CHAIN * 9, CHAIN * 9, CHAIN * 10),  # 1320, 216
     "tp_grpo": (CHAIN * comb(11, 2), CHAIN * 9, CHAIN * 9, CHAIN * 10),  # 1320, 216, 240
     "flash_grpo": (8 * 20, 8, 8, 8),
+    # prefix, previews of four steps, the other steps of those that stay: all leave one state by one stochastic step
+    "preview_select": (2 + 96 * 4 + CHAIN * 7, 1, CHAIN, CHAIN),
+    # a probe of five steps shares its first; the states 6, 7 and 8 have four, three and two left
+    "stepwise_flow_grpo": (CHAIN * (STEPS + 5 * 4 + 3 + 2 + 1), CHAIN * 8, CHAIN * 8, CHAIN * 9),
 }
 
 

@@ -76,9 +76,10 @@ def at(level: float) -> TransitionContext:
 
 
 def rolled_out(path: Path, kernel: Kernel, store: torch.dtype = torch.float32) -> Forest:
-    """A window and chains of six steps, on a grid of the path."""
+    """A window and chains of six steps, on a grid of the path. Chains, if the step from pure noise has a density."""
     grid = plain_sigmas(6) if path.rectified else torch.arange(7, 0, -1) / 10
-    tree = Tree.cat([window(6, 3, 1, 2), chain(6, 2)])
+    noisy = bool(kernel.coefficients(grid[:1], grid[1:2], 1.0, 0).std > 0)
+    tree = Tree.cat([window(6, 3, 1, 2), chain(6, 2) if noisy else window(6, 2, 1, 4, shared_start=False)])
     noise = KeyedNoise(0, 0, [0, 1], (2, 2))
     return rollout(velocity, noise.start(tree), grid, tree, kernel, noise.step, store_dtype=store)
 
@@ -168,13 +169,13 @@ def refuses_bad_levels(kernel: Kernel, folder: File) -> None:
 
 
 def goes_by_the_index_of_the_first_step(kernel: Kernel, folder: File) -> None:
-    """A grid that starts just below pure noise has nearly the coefficients of one that starts at it."""
+    """A grid that starts just below pure noise has nearly the coefficients of one that starts at it: within about √(1-σ)."""
     for path, on_path in bound(kernel):
         if path.rectified:
             then = torch.tensor([0.95], dtype=F64)
             one, below = (on_path.coefficients(torch.tensor([s], dtype=F64), then, 1.0, 0) for s in (1.0, 0.99999))
             for name in ("alpha", "velocity_coef", "std"):
-                torch.testing.assert_close(vars(below)[name], vars(one)[name], rtol=0, atol=1e-3)
+                torch.testing.assert_close(vars(below)[name], vars(one)[name], rtol=0, atol=3.2e-3)
 
 
 def survives_a_file(kernel: Kernel, folder: File) -> None:

@@ -21,7 +21,6 @@ from samplers import (
     Plan,
     Position,
     Tree,
-    VelocityLookup,
     Window,
     plain_sigmas,
     rollout,
@@ -59,8 +58,7 @@ def alike(one: Tree, other: Tree) -> bool:
     return all(torch.equal(vars(one)[name], vars(other)[name]) for name in COLUMNS)
 
 
-def random_score(tree: Tree, nodes: Tensor, states: Tensor, velocities: VelocityLookup) -> Tensor:
-    velocities()
+def random_score(tree: Tree, nodes: Tensor, previews: Tensor) -> Tensor:
     return torch.rand(len(nodes), generator=torch.Generator().manual_seed(int(nodes.sum())))
 
 

@@ -15,6 +15,7 @@ from samplers import (
     LinearSDE,
     Path,
     RectifiedFlow,
+    StepwiseSDE,
     VariancePreserving,
 )
 
@@ -29,7 +30,9 @@ EULER_MARUYAMA: dict[str, Kernel] = {
     "dance": DanceSDE(0.3),
     "linear": LinearSDE(0.1, 0.9),
 }
-PRESERVING: dict[str, Kernel] = {"cps": CPS(0.7, constants="full"), "ddim": DDIM(0.6).bind(VP)}
+PRESERVING: dict[str, Kernel] = {
+    "cps": CPS(0.7, constants="full"), "ddim": DDIM(0.6).bind(VP), "stepwise": StepwiseSDE(0.7)
+}  # fmt: skip
 KERNELS: dict[str, Kernel] = {**EULER_MARUYAMA, **PRESERVING}
 
 

@@ -28,6 +28,16 @@ def test_probes_are_counted_apart(tmp_path: Path) -> None:
     assert "probes" not in text(tmp_path)
 
 
+def test_previews_are_stated(tmp_path: Path) -> None:
+    """Of eight starts four stay, by previews of two steps out of four: 8·2 + 4·3 rows of each prompt for four images."""
+    plan = ["rollout.plan.class_path=samplers.Selected", "rollout.plan.init_args.plan=samplers.Chain"]
+    selected = [*plan, "rollout.plan.init_args.counts={0: 4}", "rollout.plan.init_args.preview_steps=2"]
+    printed = text(tmp_path, *selected, "rollout.group_size=8", "rollout.num_inference_steps=4")
+    assert "3 iterations × 2 prompts × 4 images = 24 images" in printed and "rollout 7.00" in printed
+    assert "previews: 2.00 per image, decoded and scored to select, then discarded" in printed
+    assert "previews" not in text(tmp_path)
+
+
 def test_guidance_that_differs_is_said(tmp_path: Path) -> None:
     printed = text(tmp_path, "rollout.guidance_scale=4.5", "rollout.allow_cfg_update=true")
     assert "rollout.guidance_scale=4.5, evaluation.guidance_scale=1;" in printed

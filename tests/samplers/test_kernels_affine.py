@@ -17,6 +17,7 @@ from samplers import (
     Kernel,
     KeyedNoise,
     LinearSDE,
+    StepwiseSDE,
     TransitionContext,
     VariancePreserving,
     chain,
@@ -93,6 +94,21 @@ def test_golden_clipped_and_linear_steps() -> None:
     assert float(linear.std) == pytest.approx(0.66 * 0.15**0.5, abs=1e-12)
 
 
+def test_golden_stepwise_step() -> None:
+    """σ .7 -> .55, η = .7: x̂0 = 1.07, ε̂ = -.03, ς = .7·.55·√.3; x' = .45·x̂0 + √(.55²-ς²)·ε̂ + ς·z. From σ = 1 and to
+    σ' = 0 there is no noise; with η = 1 and σ = 0+ all of it is new."""
+    step, std = StepwiseSDE(0.7)(X, V, 0.7, 0.55), 0.7 * 0.55 * 0.3**0.5
+    assert float(step.std) == pytest.approx(std, abs=1e-12)
+    assert float(step.mean) == pytest.approx(0.45 * 1.07 - 0.03 * (0.55**2 - std**2) ** 0.5, abs=1e-12)
+    first, last = StepwiseSDE(0.7)(X, V, 1.0, 0.9, FIRST), StepwiseSDE(0.7)(X, V, 0.2, 0.0)
+    assert float(first.std) == float(last.std) == 0 and torch.allclose(first.mean, X - 0.1 * V)
+    with pytest.raises(ValueError, match="density"):
+        first.log_prob(X)
+    assert float(StepwiseSDE(1.0)(X, V, 1e-6, 5e-7).std) == pytest.approx(5e-7, rel=1e-5)
+    with pytest.raises(ValueError, match="lower the level"):
+        StepwiseSDE(0.7)(X, V, 0.7, 0.5, TransitionContext(level=1.5))
+
+
 @pytest.mark.parametrize("name", KERNELS)
 def test_the_exact_kl_is_b_squared_over_two_s_squared_times_dv_squared(name: str) -> None:
     kernel, dv = KERNELS[name], rows(0.02, 0.3)
@@ -149,7 +165,7 @@ def test_point_mass_excess_of_euler_maruyama(name: str, sigma: float, then: floa
 
 @pytest.mark.parametrize(("sigma", "then"), STEPS)
 @pytest.mark.parametrize("name", PRESERVING)
-def test_point_mass_is_exact_for_cps_and_ddim_at_any_step_size(name: str, sigma: float, then: float) -> None:
+def test_point_mass_is_exact_for_what_keeps_the_noise_at_any_step_size(name: str, sigma: float, then: float) -> None:
     path, m = path_of(name), 0.6
     velocity, marginal = bed(path, m, 0.0)
     a, a_next = (float(path.mix(torch.tensor(s, dtype=F64))[0]) for s in (sigma, then))
@@ -160,7 +176,7 @@ def test_point_mass_is_exact_for_cps_and_ddim_at_any_step_size(name: str, sigma:
 
 @pytest.mark.parametrize(("sigma", "then"), STEPS)
 @pytest.mark.parametrize("name", PRESERVING)
-def test_gaussian_data_map_of_cps_and_ddim_at_any_step_size(name: str, sigma: float, then: float) -> None:
+def test_gaussian_data_map_of_what_keeps_the_noise_at_any_step_size(name: str, sigma: float, then: float) -> None:
     """The mean is exact; V goes to (a'·aδ²/V + e·b/V)²·V + s², e = √(b'² - s²): in closed form on either path."""
     path, kernel, (m, delta) = path_of(name), PRESERVING[name], (0.5, 0.8)
     velocity, marginal = bed(path, m, delta)
@@ -170,6 +186,8 @@ def test_gaussian_data_map_of_cps_and_ddim_at_any_step_size(name: str, sigma: fl
     s = float(kernel(X, V, sigma, then).std)
     if name == "cps":
         assert s == pytest.approx(then * np.sin(0.35 * np.pi), rel=1e-10)
+    elif name == "stepwise":
+        assert s == pytest.approx(0.7 * then * np.sqrt(1 - sigma), rel=1e-10)
     else:
         assert s == pytest.approx(0.6 * np.sqrt((b_next / b) ** 2 * (1 - (a / a_next) ** 2)), rel=1e-10)
     now = marginal(sigma)
@@ -224,7 +242,15 @@ def test_without_a_noise_level_the_step_from_pure_noise_is_euler(kernel: FlowSDE
     assert (float(step.alpha), float(step.std)) == (1.0, 0.0) and float(step.velocity_coef) == pytest.approx(-0.2)
 
 
-@pytest.mark.parametrize("kernel", [FlowSDE(0.7), ClippedFlowSDE(0.7), FlowSDE(0.7, sigma_cap=0.99), *KERNELS.values()])
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        FlowSDE(0.7),
+        ClippedFlowSDE(0.7),
+        FlowSDE(0.7, sigma_cap=0.99),
+        *(KERNELS[name] for name in KERNELS if name != "stepwise"),
+    ],
+)
 def test_a_rollout_from_just_below_one_is_near_that_from_one(kernel: Kernel) -> None:
     path = VP if isinstance(kernel, DDIM) else FLOW
     velocity, _ = bed(path)

@@ -15,13 +15,19 @@ from samplers import (
     DDIM,
     ODE,
     Carry,
+    Compressed,
+    Cost,
     DPMSolver,
+    Fixed,
     FlowSDE,
     Forest,
     Kernel,
     KeyedNoise,
+    Position,
+    Sliding,
     TransitionContext,
     Tree,
+    Window,
     chain,
     compressed,
     diffusers_sigmas,
@@ -278,3 +284,93 @@ def test_an_n_step_completion_on_a_sub_grid_is_a_run_of_jumps(kernel: Kernel) ->
     order = tree.generation[tree.leaves].argsort()
     torch.testing.assert_close(forest.at(tree.leaves[order]), ends, rtol=0, atol=1e-12)
     assert forest.evaluations == tree.cost().rollout == 3 + 1 + 2 + 8
+
+
+# ---------------------------------------------------------------------------------------------- MixGRPO-Flash
+
+
+def flash(ratio: float = 0.4, position: Position | None = None) -> Compressed:
+    """MixGRPO-Flash's plan: a window of four of 25 steps that slides every 20 iterations; Flash*: ratio 0.2, Fixed()."""
+    return Compressed(Window(4, position=position or Sliding(every=20, roll_back=True)), ratio)
+
+
+def own_steps(tree: Tree) -> Tensor:
+    """Grid indices at which one sample is evaluated, from its start."""
+    node, found = int(tree.leaves[0]), list[int]()
+    while int(tree.parent[node]) >= 0:
+        node = int(tree.parent[node])
+        found.insert(0, int(tree.index[node]))
+    return torch.tensor(found)
+
+
+def test_mixgrpo_flash_evaluates_a_sample_13_to_19_times() -> None:
+    trees = [flash().tree(25, 12, iteration, np.random.default_rng(0)) for iteration in range(0, 240, 20)]
+    counts = []
+    for start, tree in enumerate(trees):
+        steps, tail = own_steps(tree), math.ceil(round(0.4 * (21 - start), 9))
+        assert steps[: start + 4].tolist() == list(range(start + 4)) and len(steps) == start + 4 + tail
+        assert tree.cost() == Cost(start + 1 + 12 * (3 + tail), 1 + 12 * 3, 12 * 4, 12)
+        assert tree.index[tree.leaves].unique().tolist() == [25] and float(plain_sigmas(25)[25]) == 0.0
+        counts.append(len(steps))
+    assert (counts[0], counts[-1]) == (13, 19) and sum(counts) / 12 == pytest.approx(16.08, abs=0.005)
+    star = flash(0.2, Fixed()).tree(25, 12, 0, np.random.default_rng(0))
+    assert len(own_steps(star)) == 9
+
+
+@pytest.mark.parametrize("across_noise", [True, False])
+@pytest.mark.parametrize("start", [0, 3, 11])
+def test_mixgrpo_flash_step_by_step(start: int, across_noise: bool) -> None:
+    """Prefix: Euler. Window: Flow-SDE, untouched. Tail: second order from its first step, whose history is the x̂0 of the
+    last stochastic step; to σ' = 0 the jump to x̂0. Each sample walked alone in fp64."""
+    tree = flash(position=Fixed(start)).tree(25, 3, 0, np.random.default_rng(0))
+    grid, kernel = plain_sigmas(25).double(), DPMSolver(FlowSDE(), across_noise=across_noise)
+    forest, noise = grow(tree, kernel, grid), KeyedNoise(0, 0, [0], (3,))
+    plain = grow(tree, FlowSDE(), grid)
+    trained = torch.cat([tree.parents_of_edges, tree.edges])
+    assert torch.equal(forest.at(trained), plain.at(trained)) and torch.equal(
+        forest.log_prob[tree.edges], plain.log_prob[tree.edges]
+    )
+    for end in tree.leaves.tolist():
+        path = [end]
+        while int(tree.parent[path[0]]) >= 0:
+            path.insert(0, int(tree.parent[path[0]]))
+        x, before = noise.start(tree).double(), None
+        for up, node in itertools.pairwise(path):
+            s, then = grid[tree.index[up]], grid[tree.index[node]]
+            v = curved(x, s[None])
+            x0, step = x - s * v, int(tree.index[up])
+            if start <= step < start + 4:
+                done = FlowSDE()(x, v, s, then, TransitionContext(1.0, step=tree.index[up : up + 1]))
+                x = done.sample(noise.step(tree, torch.tensor([node])).double())
+                before = (s, x0) if across_noise else None
+            elif step < start or before is None or then == 0:
+                x, before = x - (s - then) * v, (None if step < start else (s, x0))
+            else:
+                log_snr = [((1 - value) / value).log() for value in (before[0], s, then)]
+                r = (log_snr[2] - log_snr[1]) / (2 * (log_snr[1] - log_snr[0]))
+                d = (1 + r) * x0 - r * before[1]
+                x, before = then / s * x - (1 - then) * ((log_snr[1] - log_snr[2]).exp() - 1) * d, (s, x0)
+        torch.testing.assert_close(x, forest.at(torch.tensor([end])), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("across_noise", "shrinks", "order"),
+    [(True, False, 2.0), (False, False, 2.0), (False, True, 2.0), (True, True, 1.5)],
+)
+def test_the_tail_after_prefix_and_window_is_of_second_order(across_noise: bool, shrinks: bool, order: float) -> None:
+    """Gaussian data, whose exact flow is known: ODE prefix, one stochastic step, tail to σ = 0.1. Halving the tail's steps
+    divides its error by four. If the stochastic step is halved too, the x̂0 taken over its noise, which is of order √h,
+    costs half an order: across_noise is MixGRPO's choice, not the more accurate one."""
+    velocity, marginal = bed(FLOW)
+    errors, counts = [], [256, 512]
+    for count in counts:
+        tail = torch.linspace(0.8, 0.1, count + 1, dtype=F64)
+        width = float(tail[0] - tail[1]) if shrinks else 0.1
+        grid = torch.cat([torch.tensor([0.97, 0.95, 0.8 + width], dtype=F64), tail])
+        tree = window(count + 3, 1, 2, 1, shared_start=False)
+        kernel = DPMSolver(FlowSDE(), across_noise=across_noise)
+        forest = rollout(velocity, rows(1.1), grid, tree, kernel, lambda tree, nodes: rows(5.0), store_dtype=F64)
+        x, end = float(forest.at(tree.edges)), float(forest.at(tree.leaves))
+        exact = 0.9 * 0.5 + math.sqrt(marginal(0.1) / marginal(0.8)) * (x - 0.2 * 0.5)
+        errors.append(abs(end - exact))
+    assert errors[0] / errors[1] == pytest.approx(2**order, rel=0.12), errors

@@ -23,7 +23,6 @@ from samplers import (
     Sliding,
     SplitTree,
     Tree,
-    VelocityLookup,
     Window,
     branch,
     candidates,
@@ -47,10 +46,8 @@ def roll(topology: Tree, select: Select | None = None, micro: int | None = None)
     )  # fmt: skip
 
 
-def first_element(
-    topology: Tree, nodes: torch.Tensor, states: torch.Tensor, velocities: VelocityLookup
-) -> torch.Tensor:
-    return states[:, 0]
+def first_element(topology: Tree, nodes: torch.Tensor, previews: torch.Tensor) -> torch.Tensor:
+    return previews[:, 0]
 
 
 def same_where_left(small: Forest, large: Forest) -> None:
@@ -94,11 +91,11 @@ def test_dropped_roots_stay_without_children() -> None:
 
 def test_best_of_n_starts() -> None:
     both = Tree.cat([chain(6, 5), chain(6, 5)])
-    forest, whole = roll(both, Best({2: 2}, first_element)), roll(both)
+    forest, whole = roll(both, Best({2: 2}, first_element, preview_steps=0)), roll(both)
     assert (
         forest.evaluations
         == 2 * (5 * 2 + 2 * 4)
-        == 2 * Selected(Chain(), {2: 2}, uses_velocity=False).forecast(6, 5).rollout
+        == 2 * Selected(Chain(), {2: 2}, preview_steps=0).forecast(6, 5).rollout
     )
     same_where_left(forest, whole)
     for group in range(2):
@@ -120,7 +117,7 @@ def beam(steps: int, width: int, factor: int, splits: int) -> Cost:
 
 @pytest.mark.parametrize(("width", "factor"), [(1, 2), (2, 2), (2, 3), (3, 3)])
 def test_path_search_costs_what_it_says(width: int, factor: int) -> None:
-    plan = Selected(SplitTree((0, 1, 2), factor), {i: min(width, factor**i) for i in (1, 2, 3)}, uses_velocity=False)
+    plan = Selected(SplitTree((0, 1, 2), factor), {i: min(width, factor**i) for i in (1, 2, 3)}, preview_steps=0)
     cost, by_hand = plan.forecast(6, factor**3), beam(6, width, factor, 3)
     assert (cost.rollout, cost.leaves) == (by_hand.rollout, by_hand.leaves)
     whole = plan.tree(6, factor**3, 0, generator(0))
@@ -133,19 +130,26 @@ def test_path_search_costs_what_it_says(width: int, factor: int) -> None:
 
 @pytest.mark.parametrize("plan", [Chain(), Probed(Chain())])
 def test_what_a_score_looks_at_is_evaluated_once(plan: Bounded) -> None:
-    def preview(topology: Tree, nodes: torch.Tensor, states: torch.Tensor, velocities: VelocityLookup) -> torch.Tensor:
-        assert torch.equal(velocities(), 0.3 * states) and torch.equal(velocities(), 0.3 * states)
-        return states[:, 0] - velocities()[:, 0]
+    chosen, blind = Selected(plan, {2: 2}), Selected(plan, {2: 2}, preview_steps=0)
+    topology, sigma = chosen.tree(6, 5, 0, generator(0)), plain_sigmas(6)[2]
+    states: list[torch.Tensor] = []
 
-    chosen = Selected(plan, {2: 2})
-    topology = chosen.tree(6, 5, 0, generator(0))
-    forest, blind = roll(topology, chosen.select(preview), micro=4), roll(topology, chosen.select(first_element))
-    assert forest.evaluations == chosen.forecast(6, 5).rollout == blind.evaluations + 3
-    same_where_left(forest, blind)  # 0.7 x orders as x does
+    def of_states(topology: Tree, nodes: torch.Tensor, previews: torch.Tensor) -> torch.Tensor:
+        states.append(previews)
+        return previews[:, 0]
+
+    def of_previews(topology: Tree, nodes: torch.Tensor, previews: torch.Tensor) -> torch.Tensor:
+        assert torch.equal(previews, states[0] - sigma * (0.3 * states[0]))
+        return previews[:, 0]
+
+    without = roll(topology, blind.select(of_states))
+    forest = roll(topology, chosen.select(of_previews), micro=4)
+    assert forest.evaluations == chosen.forecast(6, 5).rollout == without.evaluations + 3
+    same_where_left(forest, without)  # x - 0.3·σ·x orders as x does
 
 
 def test_probes_of_dropped_states_are_never_computed() -> None:
-    plan = Selected(Probed(SplitTree((0,), 4)), {1: 2}, uses_velocity=False)
+    plan = Selected(Probed(SplitTree((0,), 4)), {1: 2}, preview_steps=0)
     cost = plan.forecast(5, 4)
     probes = 4 + 2 * (
         3 + 2 + 1
@@ -153,7 +157,7 @@ def test_probes_of_dropped_states_are_never_computed() -> None:
     assert cost.rollout == 1 + 2 * 4 + probes
     topology = plan.tree(5, 4, 0, generator(0))
     forest = roll(topology, plan.select(first_element))
-    assert forest.evaluations == cost.rollout and forest.tree.cost() == cost
+    assert forest.evaluations == cost.rollout and forest.tree.cost() == replace(cost, previews=0) and cost.previews == 4
     same_where_left(forest, roll(topology))
     assert bool((forest.tree.completion(forest.tree.edges) >= 0).all())
     trained_part = candidates(topology)
@@ -177,7 +181,7 @@ def test_shares_are_equal_where_asked() -> None:
     topology = tree(4, (0, 1), 3, train_last=True)
     forest = roll(topology, Best({2: 3}, first_element, "parent"))
     assert forest.tree.parent[forest.tree.index == 2].bincount().tolist()[-3:] == [1, 1, 1]
-    anywhere = roll(topology, Best({2: 3}, lambda t, n, x, velocities: -t.local[n].double(), "group"))
+    anywhere = roll(topology, Best({2: 3}, lambda t, n, x: -t.local[n].double(), "group"))
     assert len(anywhere.tree.parent[anywhere.tree.index == 2].unique()) == 1
     with pytest.raises(ValueError, match="multiple"):
         roll(topology, Best({2: 4}, first_element, "parent"))
@@ -191,7 +195,9 @@ class Own:
     def __init__(self, counts, rule) -> None:
         self.counts, self._rule = counts, rule
 
-    def keep(self, topology, nodes, states, velocities):
+    preview_steps = 0
+
+    def keep(self, topology, nodes, previews):
         return self._rule(nodes)
 
 
@@ -206,8 +212,8 @@ def test_a_rule_is_held_to_its_counts() -> None:
         roll(both, Own({2: None}, lambda nodes: torch.arange(len(nodes)) < 3))
     with pytest.raises(ValueError, match=r"torch.bool\[6\]"):
         roll(both, Own({2: 1}, lambda nodes: nodes))
-    with pytest.raises(ValueError, match="finite"):
-        roll(both, Best({2: 2}, lambda t, n, x, velocities: x[:, 0] * math.nan))
+    with pytest.raises(ValueError, match="6 of them nan or inf"):
+        roll(both, Best({2: 2}, lambda t, n, x: x[:, 0] * math.nan))
 
 
 def test_what_cannot_be_selected_is_refused() -> None:

@@ -57,6 +57,8 @@ def load(folder: Path, rollout: dict, trainer: dict) -> TrainConfig:
           "advantage": part("flowalign.advantage.PerChannel",
                             parts={"outcome": within("prompt"), "gain": within("prompt_step")})}),
         ({"kernel": "samplers.CPS"}, kl(1e-4, form="exact")),
+        ({"plan": plan("Probed", steps=5, plan=plan("Window", size=2, low=1, high=3)), "kernel": "samplers.StepwiseSDE"},
+         {"credit": credit("Gain"), **kl(1e-4, form="exact")}),
         ({"guidance_scale": 4.5, "detach_uncond": True, "plan": plan("Chain")}, {}),
         ({"plan": plan("Branch", branches=2, count=1)},
          {"credit": credit("BranchLocal"), "advantage": within("seed_step")}),
@@ -66,11 +68,11 @@ def load(folder: Path, rollout: dict, trainer: dict) -> TrainConfig:
         ({"plan": plan("TreeWindow", depth=2)}, {"dynamic_clip": {}, "supervision": {"sft": part("flowalign.objectives.LayerTuning")}}),
         ({"plan": plan("Selected", plan=plan("Chain"), counts={2: 2})}, {}),
         ({"plan": plan("Sourced", plan=plan("Chain"), teacher=1), "sources": {"teacher": "reference"}}, {}),
-        ({"plan": plan("Selected", plan=plan("Chain", train_last=True), counts={4: 2}, uses_velocity=False)}, {}),  # no preview
+        ({"plan": plan("Selected", plan=plan("Chain", train_last=True), counts={4: 2}, preview_steps=0)}, {}),  # no preview
         ({"plan": plan("Window", size=1)},  # where the window is drawn, and what is left out of it: not in every iteration
          {"select": part("flowalign.selectors.DepthWindow", size=2, start=0, stop=0)}),
     ],
-    ids=["DenseGRPO", "TP-GRPO", "outcome and gain", "CPS", "half the guidance", "TempFlow", "BranchGRPO",
+    ids=["DenseGRPO", "TP-GRPO", "outcome and gain", "CPS", "Stepwise-Flow-GRPO", "half the guidance", "TempFlow", "BranchGRPO",
          "Dynamic-TreeRPO", "path search", "a teacher", "best of n", "moving"],
 )  # fmt: skip
 def test_methods_are_let_through(tmp_path: Path, rollout: dict, trainer: dict) -> None:
@@ -103,6 +105,7 @@ def test_methods_are_let_through(tmp_path: Path, rollout: dict, trainer: dict) -
         ({"detach_uncond": True}, {}, "silently do nothing"),
         ({"plan": plan("TreeWindow", depth=2), "kernel": "samplers.CPS"}, kl(0), "at most 1, where CPS"),
         ({"plan": plan("SplitTree", splits=[0, 1], train_last=True), "kernel": "samplers.CPS"}, kl(0), "train_last=false"),
+        ({"plan": plan("Chain"), "kernel": "samplers.StepwiseSDE"}, kl(0), "trains the first step.*low=1"),
         ({"plan": plan("Sourced", plan=plan("Chain"), teacher=1)}, {}, "teacher=0"),
         ({"plan": plan("Sourced", plan=plan("Chain"), hinted=1)}, {}, "a hint_key for hinted samples"),
         ({"plan": plan("Sourced", plan=plan("Chain"), teacher=1), "sources": {"teacher": "old"}}, {},
@@ -110,7 +113,7 @@ def test_methods_are_let_through(tmp_path: Path, rollout: dict, trainer: dict) -
         ({"sources": {"teacher": "reference"}}, {}, "expected only what the plan has"),
         ({"hint_key": "words"}, {}, "expected only what the plan has"),
         ({"plan": plan("Sourced", plan=plan("Chain"), hinted=1), "hint_key": "hint"}, {}, "got None under 'hint' of prompt 0"),
-        ({"plan": plan("Selected", plan=plan("Chain"), counts={2: 2}, uses_velocity=False)}, {}, "uses_velocity=true"),
+        ({"plan": plan("Selected", plan=plan("Chain"), counts={2: 2}, preview_steps=0)}, {}, "preview_steps=1"),
         ({}, {"objective": part("flowalign.objectives.KLMask"), "dynamic_clip": {}}, "dynamic_clip=null"),
     ],
 )  # fmt: skip
