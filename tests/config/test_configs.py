@@ -73,7 +73,7 @@ BEFORE: dict[tuple[str, str, str], dict[str, Any]] = {
         "policy.lora.alpha": 4,
         "policy.lora.targets": ["to_q", "to_k", "to_v", "to_out.0"],
         "rollout.groups": 16,
-        "rollout.group_size": 16,
+        "rollout.group_size": 8,  # was 16: they would fill the 16 entries of PromptTracker alone
         "rollout.num_inference_steps": 50,
         "rollout.guidance_scale": 5.0,
         "rollout.micro_batch": 16,
@@ -84,7 +84,8 @@ BEFORE: dict[tuple[str, str, str], dict[str, Any]] = {
         "rollout.kernel.eta": 1.0,
         "reward.class_path": "rewards.JPEGCompressibility",
         "reward.divide_by": 1.0,
-        "trainer.signal.advantage.std": "set",
+        "trainer.signal.advantage.class_path": "flowalign.advantage.PromptTracker",
+        "trainer.signal.advantage.size": 16,
         "trainer.objective.clip_range": 1e-4,
         "trainer.regularizers": {},
         "trainer.updates_per_rollout": 4,
