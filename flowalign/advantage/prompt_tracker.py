@@ -43,7 +43,9 @@ class PromptTracker:
 
     def compare(self, forest: Forest, credit: EdgeValues, context: SignalContext) -> Advantages:
         tree = forest.tree
-        of_sample, sample = lines(tree).last.unique(return_inverse=True)  # a step of each sample; the sample of each step
+        of_sample, sample = lines(tree).last.unique(
+            return_inverse=True
+        )  # a step of each sample; the sample of each step
         group = tree.group[tree.edges[of_sample]].tolist()
         prompts = [str(context.uids[number] if context.uids else number) for number in group]
         columns, flat = [], []
@@ -67,7 +69,9 @@ class PromptTracker:
         for prompt in dict.fromkeys(prompts):
             own = entries.get(prompt, [])
             compared = torch.tensor(own, dtype=torch.float64) if len(own) >= self.min_count else batch
-            found[prompt] = (compared.mean(), compared.std(correction=0)) if len(compared) else (rewards.new_zeros(()),) * 2
+            found[prompt] = (
+                (compared.mean(), compared.std(correction=0)) if len(compared) else (rewards.new_zeros(()),) * 2
+            )
         mean, std = (torch.stack([found[prompt][place] for prompt in prompts]) for place in (0, 1))
         return mean, std
 

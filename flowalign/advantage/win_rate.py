@@ -53,7 +53,9 @@ def win_rates(sets: Sets) -> Tensor:
     if not bool(scored.any()):
         return rate
     pairs = torch.stack([sets.keys[scored].double(), sets.values[scored]], 1)
-    distinct, place, equal = torch.unique(pairs, dim=0, return_inverse=True, return_counts=True)  # sorted: set, then value
+    distinct, place, equal = torch.unique(
+        pairs, dim=0, return_inverse=True, return_counts=True
+    )  # sorted: set, then value
     key = distinct[:, 0].long()
     below = equal.cumsum(0) - equal - (sets.count.cumsum(0) - sets.count)[key]
     own = sets.count / sets.samples.clamp(min=1)  # edges of one sample

@@ -75,7 +75,7 @@ class PolicyGradient:
 
     @property
     def _active(self) -> dict[str, Regularizer]:
-        return {name: term for name, term in self.regularizers.items() if term.beta}
+        return {name: term for name, term in self.regularizers.items() if term.active}
 
     def roles(self) -> Mapping[str, Role]:
         return {term.role: Role() for term in self._active.values()}

@@ -21,7 +21,9 @@ def advantages(rule: WinRate, rewards, forest: Forest | None = None, valid=None)
 
 def test_eight_samples_in_order() -> None:
     """w = k/7: mean ½, population std .327327."""
-    assert np.arange(8).mean() / 7 == pytest.approx(0.5) and (np.arange(8) / 7).std() == pytest.approx(0.327327, abs=1e-6)
+    assert np.arange(8).mean() / 7 == pytest.approx(0.5) and (np.arange(8) / 7).std() == pytest.approx(
+        0.327327, abs=1e-6
+    )
     order = [3, 0, 7, 1, 6, 2, 5, 4]
     got = advantages(WinRate(decimals=None, delta=0.0), order)
     np.testing.assert_allclose(got, np.array(GOLDEN)[order], atol=1e-6)
