@@ -58,21 +58,19 @@ def test_a_whole_group_may_be_better_than_its_prompt_was() -> None:
 
 def test_prompts_go_by_their_uid_and_not_by_their_place() -> None:
     forest, rewards = chains(3, 3), np.arange(6.0) ** 2
-    rule = PromptTracker(size=6, min_count=6)
-    memories: list[dict] = [{}, {}]
+    rule, memories, found = PromptTracker(size=6, min_count=6), [{}, {}], []
     for memory, uids in zip(memories, ((7, 9), (9, 7)), strict=True):
         rule.compare(forest, broadcast(forest, rewards), SignalContext(uids=(7, 9), memory=memory))
-        again = np.concatenate([rewards[3:], rewards[:3]]) if uids == (9, 7) else rewards
-        got = per_sample(
-            forest, rule.compare(forest, broadcast(forest, again), SignalContext(uids=uids, memory=memory))
-        )
-        if uids == (9, 7):
-            assert got[3:] + got[:3] == before
-        before = got
-    assert memories[0] == memories[1]
-    memory: dict = {}
-    rule.compare(forest, broadcast(forest, rewards), SignalContext(uids=(7, 7), memory=memory))
-    assert memory == {"r": {"7": rewards.tolist()}}  # one prompt in two groups
+        again = broadcast(forest, rewards if uids == (7, 9) else np.roll(rewards, 3))
+        found.append(per_sample(forest, rule.compare(forest, again, SignalContext(uids=uids, memory=memory))))
+    assert found[1][3:] + found[1][:3] == found[0] and memories[0] == memories[1]
+
+
+def test_one_prompt_in_two_groups_has_one_buffer() -> None:
+    forest, memory = chains(3, 3), {}
+    context = SignalContext(uids=(7, 7), memory=memory)
+    PromptTracker().compare(forest, broadcast(forest, np.arange(6.0)), context)
+    assert memory == {"r": {"7": [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]}}
 
 
 def test_it_goes_on_from_json_as_if_never_stopped() -> None:
