@@ -89,6 +89,6 @@ class IterationLog:
     def _add_to_totals(self, images: int, row: Mapping[str, float]) -> None:
         totals = self.progress.totals
         totals["images"] += images
-        for phase in ("rollout", "update"):
-            totals[phase] += images * row.get(f"cost/{phase}_per_image", 0.0)
+        for phase, parts in (("rollout", ("rollout", "before")), ("update", ("update",))):
+            totals[phase] += images * sum(row.get(f"cost/{part}_per_image", 0.0) for part in parts)
         totals["drift"] = max(totals["drift"], row.get("ratio/drift_max", 0.0))
