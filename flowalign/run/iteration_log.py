@@ -65,7 +65,8 @@ class IterationLog:
             row["cost/update_per_image"] = passes * row.pop("cost/trained_per_image") + row.get(
                 "cost/frozen_per_image", 0.0
             )
-        row["time/iteration"] = time.monotonic() - self.began
+        row["time/iteration"] = time.monotonic() - self.began + row.get("time/before", 0.0)
+        row["cost/images"] = images
         self._add_to_totals(images, row)
         self.summary = ", ".join(f"{name} {row[key]:{form}}" for key, (name, form) in SUMMARY.items() if key in row)
         return row
@@ -89,6 +90,7 @@ class IterationLog:
     def _add_to_totals(self, images: int, row: Mapping[str, float]) -> None:
         totals = self.progress.totals
         totals["images"] += images
-        for phase, parts in (("rollout", ("rollout", "before")), ("update", ("update",))):
-            totals[phase] += images * sum(row.get(f"cost/{part}_per_image", 0.0) for part in parts)
+        for phase in ("rollout", "update"):
+            totals[phase] += images * row.get(f"cost/{phase}_per_image", 0.0)
         totals["drift"] = max(totals["drift"], row.get("ratio/drift_max", 0.0))
+        self.progress.training += row["time/iteration"]

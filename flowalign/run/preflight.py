@@ -33,6 +33,9 @@ def forecast(config: TrainConfig) -> str:
     notes = []
     if before:
         notes.append(f"before the first iteration: at most {before:,} forwards, {update.before_scored:,} images scored")
+    for limit, unit in ((run.max_evaluations, "network evaluations"), (run.max_seconds, "seconds of iterations")):
+        if limit is not None:
+            notes.append(f"ends before an iteration beyond {limit:,} {unit}")
     if probes:
         notes.append(f"probes: {probes / samples:.2f} per image, decoded and scored but not counted as images")
     if rollout.guidance_scale != evaluation.guidance_scale:

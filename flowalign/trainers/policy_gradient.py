@@ -17,7 +17,7 @@ from flowalign.objectives import DynamicClip, Objective, Regularizer, StepWeight
 from flowalign.rollouts.collect import ScoredRollout, collect, grow, leaves_per_group
 from flowalign.rollouts.task import Rollout, Task
 from flowalign.trainers.base import AdamWConfig, Setup, Trainer, Update, UpdateForecast
-from flowalign.trainers.calibration import Calibration
+from flowalign.trainers.calibration import Calibration, Spent
 from flowalign.trainers.dry_run import dry_run
 from flowalign.trainers.edge_update import EdgeUpdate, states_of
 from flowalign.trainers.signal import EdgeSignal, Signal
@@ -178,10 +178,11 @@ class PolicyGradient:
     def prepare(self, task: Task, state: dict[str, Any] | None) -> None:
         saved: dict[str, Any] = {"updates": 0, "memory": {}, "factors": None} if state is None else state
         updates, self._memory, self._factors = saved["updates"], saved["memory"], saved["factors"]
-        rows = task.policy.evaluations
+        self._spent: Spent | None = None
         if state is None and self.calibration is not None and task.prompts:
+            before = Spent.by_now(task)
             self._factors = list(self.calibration.factors(task))
-        self._rows_before = task.processes.total(task.policy.evaluations - rows)
+            self._spent = Spent.by_now(task).since(before)
         if self._factors is not None:
             plan = Leveled(task.rollout.plan, tuple(self._factors))
             task = replace(task, rollout=replace(task.rollout, plan=plan))
@@ -195,9 +196,9 @@ class PolicyGradient:
     ) -> ScoredRollout:
         """See `rollouts.collect.collect`."""
         batch = collect(self.task, records, iteration, keep_velocities=self._keeps_velocities, roll=roll)
-        if self._rows_before:  # once, in the first iteration of a new run
-            batch.metrics["cost/before_per_image"] = self._rows_before / batch.images
-            self._rows_before = 0
+        if self._spent is not None:  # by the calibration of a new run: part of its first iteration
+            self._spent.add_to(batch.metrics, batch.images)
+            self._spent = None
         return batch
 
     def edge_signal(self, batch: ScoredRollout, memory: dict[str, Any] | None = None) -> EdgeSignal:
