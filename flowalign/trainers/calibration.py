@@ -79,9 +79,9 @@ class GainBalance:
                 f"got trainer.calibration with the channels {list(setup.channels)}; expected one, whose gains it counts: sum them "
                 "in one reward (rewards.Mix), or set calibration=null"
             )
-        half = torch.tensor([0.5]).double()
+        sigma, sigma_next = torch.tensor([[0.5, 0.05], [0.25, 0.01]]).double()  # DDIM bears least noise at the end
         try:
-            rollout.kernel.coefficients(half, half / 2, half / half * self.highest)
+            rollout.kernel.coefficients(sigma, sigma_next, torch.full_like(sigma, self.highest))
         except ValueError as error:
             raise ValueError(
                 f"got trainer.calibration.highest={self.highest} with rollout.kernel={rollout.kernel}: {error}. Lower highest"
