@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import MutableMapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -126,33 +124,6 @@ class GainBalance:
         signs = torch.where(gains.valid, gains.values.sign(), 0.0)[:, 0]
         excess, count = torch.zeros(2, rollout.num_inference_steps, dtype=torch.float64)
         return excess.index_add(0, step, signs), count.index_add(0, step, gains.valid[:, 0].double())
-
-
-@dataclass(frozen=True)
-class Spent:
-    """What a task has cost over all processes: network rows, decodes, reward calls; seconds on this one's clock."""
-
-    rollout: float = 0.0
-    decodes: float = 0.0
-    reward_calls: float = 0.0
-    seconds: float = 0.0
-
-    @staticmethod
-    def by_now(task: Task) -> Spent:
-        """So far."""
-        total, counts = task.processes.total, task.counts
-        return Spent(
-            total(task.policy.evaluations), total(counts.decodes), total(counts.reward_calls), time.monotonic()
-        )
-
-    def since(self, earlier: Spent) -> Spent:
-        return Spent(*(now - vars(earlier)[name] for name, now in vars(self).items()))
-
-    def add_to(self, metrics: MutableMapping[str, float], images: int) -> None:
-        """Into the metrics of a batch of so many images."""
-        for name in ("rollout", "decodes", "reward_calls"):
-            metrics[f"cost/{name}_per_image"] += vars(self)[name] / images
-        metrics["cost/before_per_image"], metrics["time/before"] = self.rollout / images, self.seconds
 
 
 def _diffusion(task: Task) -> Tensor:

@@ -17,7 +17,7 @@ from flowalign.objectives import DynamicClip, Objective, Regularizer, StepWeight
 from flowalign.rollouts.collect import ScoredRollout, collect, grow, leaves_per_group
 from flowalign.rollouts.task import Rollout, Task
 from flowalign.trainers.base import AdamWConfig, Setup, Trainer, Update, UpdateForecast
-from flowalign.trainers.calibration import Calibration, Spent
+from flowalign.trainers.calibration import Calibration
 from flowalign.trainers.dry_run import dry_run
 from flowalign.trainers.edge_update import EdgeUpdate, states_of
 from flowalign.trainers.signal import EdgeSignal, Signal
@@ -178,11 +178,8 @@ class PolicyGradient:
     def prepare(self, task: Task, state: dict[str, Any] | None) -> None:
         saved: dict[str, Any] = {"updates": 0, "memory": {}, "factors": None} if state is None else state
         updates, self._memory, self._factors = saved["updates"], saved["memory"], saved["factors"]
-        self._spent: Spent | None = None
         if state is None and self.calibration is not None and task.prompts:
-            before = Spent.by_now(task)
             self._factors = list(self.calibration.factors(task))
-            self._spent = Spent.by_now(task).since(before)
         if self._factors is not None:
             plan = Leveled(task.rollout.plan, tuple(self._factors))
             task = replace(task, rollout=replace(task.rollout, plan=plan))
@@ -195,11 +192,7 @@ class PolicyGradient:
         self, records: Sequence[PromptRecord], iteration: int, roll: Callable[..., Forest] | None = None
     ) -> ScoredRollout:
         """See `rollouts.collect.collect`."""
-        batch = collect(self.task, records, iteration, keep_velocities=self._keeps_velocities, roll=roll)
-        if self._spent is not None:  # by the calibration of a new run: part of its first iteration
-            self._spent.add_to(batch.metrics, batch.images)
-            self._spent = None
-        return batch
+        return collect(self.task, records, iteration, keep_velocities=self._keeps_velocities, roll=roll)
 
     def edge_signal(self, batch: ScoredRollout, memory: dict[str, Any] | None = None) -> EdgeSignal:
         """The advantages of all edges of a batch, and which of them are trained. memory: running statistics, updated; by

@@ -53,8 +53,9 @@ def test_a_run_killed_in_its_second_iteration_goes_on_as_if_it_had_not_been(
     )
     assert state == other_state and rows == other_rows and len(state["trainer"]["factors"]) == 3
     assert all(bool((tensors[name] == other_tensors[name]).all()) for name in tensors)
-    assert [row.get("cost/before_per_image") for row in rows] == [ROWS / 6, None, None]
-    assert [row["cost/rollout_per_image"] for row in rows] == [6 + ROWS / 6, 6, 6]
+    for name, spent in (("evaluations", ROWS), ("decodes", 24), ("reward_calls", 24)):
+        assert [row.get(f"cost/prepare_{name}") for row in rows] == [spent, None, None]
+    assert [row["cost/rollout_per_image"] for row in rows] == [6, 6, 6]
     rolled = summary["evaluations_per_image"]["rollout"]
     assert rolled == resumed["evaluations_per_image"]["rollout"] == pytest.approx((3 * 36 + ROWS) / 18)
 
