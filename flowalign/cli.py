@@ -137,7 +137,7 @@ def _report(arguments: Sequence[str]) -> int:
 
 
 def export(arguments: Sequence[str]) -> int:
-    """Writes the LoRA of a run's checkpoint and prints its folder. Exit code 0: done."""
+    """Writes the weights of a run's checkpoint and prints its folder. Exit code 0: done."""
     return _run(_export, arguments)
 
 
