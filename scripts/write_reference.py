@@ -29,6 +29,7 @@ KINDS = (  # where it stands in a configuration, the package and the contract of
     ("rollout.kernel", "samplers", "Kernel"),
     ("ascent of a Guided kernel", "samplers", "Ascent"),
     ("rollout.schedule, evaluation.schedule", "samplers", "Schedule"),
+    ("trainer.calibration", "flowalign.trainers", "Calibration"),
     ("trainer.signal.credit", "flowalign.credit", "Credit"),
     ("trainer.signal.advantage", "flowalign.advantage", "Advantage"),
     ("trainer.signal.select", "flowalign.selectors", "Selector"),

@@ -5,8 +5,10 @@ from flowalign.advantage.base import Advantage, Advantages, SignalContext, Withi
 from flowalign.advantage.gated import VarianceGated
 from flowalign.advantage.mix import Mixed, PerChannel
 from flowalign.advantage.normalized import Normalized
+from flowalign.advantage.prompt_tracker import PromptTracker
+from flowalign.advantage.win_rate import WinRate
 
 __all__ = [
-    "Advantage", "Advantages", "Asymmetric", "Mixed", "Normalized", "PerChannel", "SignalContext", "VarianceGated",
-    "Within", "set_keys",
+    "Advantage", "Advantages", "Asymmetric", "Mixed", "Normalized", "PerChannel", "PromptTracker", "SignalContext",
+    "VarianceGated", "WinRate", "Within", "set_keys",
 ]  # fmt: skip

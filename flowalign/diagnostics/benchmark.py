@@ -62,11 +62,14 @@ def compare(config: TrainConfig, variants: Sequence[str], iterations: int) -> li
             f"got trainer {type(config.trainer).__name__}; expected PolicyGradient, whose updates share states"
         )
     policy = policy_of(config, "cuda" if torch.cuda.is_available() else "cpu")
-    task = task_of(config, policy)
+    whole = task_of(config, policy)
+    task = replace(whole, prompts=())  # no calibration in each of the iterations
     measured: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
     try:
         for iteration in range(-1, iterations):  # the first one warms up
-            chosen = prompts_of_iteration(list(task.prompts), config.rollout.groups, config.run.seed, max(iteration, 0))
+            chosen = prompts_of_iteration(
+                list(whole.prompts), config.rollout.groups, config.run.seed, max(iteration, 0)
+            )
             for name in variants:
                 found = _iteration(task, trainer, chosen, max(iteration, 0), name)
                 if iteration >= 0:

@@ -3,8 +3,9 @@
 from flowalign.objectives.adjoint import scalar_adjoint
 from flowalign.objectives.certainty import Certainty
 from flowalign.objectives.dynamic_clip import DynamicClip
-from flowalign.objectives.kl import KLPenalty, Regularizer
+from flowalign.objectives.kl import KLPenalty, Regularizer, RoleSteps
 from flowalign.objectives.layer_tuning import LayerTuning, Supervision, Targets
+from flowalign.objectives.norm_guard import NormGuard
 from flowalign.objectives.step_weights import (
     FlatGradient,
     InverseLength,
@@ -17,7 +18,7 @@ from flowalign.objectives.step_weights import (
 from flowalign.objectives.transitions import ClippedRatio, Guard, KLMask, Objective, Transitions
 
 __all__ = [
-    "ClippedRatio", "DynamicClip", "Guard", "KLMask", "Objective", "Transitions", "KLPenalty", "Regularizer",
+    "ClippedRatio", "DynamicClip", "Guard", "KLMask", "Objective", "Transitions", "KLPenalty", "NormGuard", "Regularizer", "RoleSteps",
     "LayerTuning", "Supervision", "Targets",
     "Certainty", "FlatGradient", "InverseLength", "LongCat", "MeanOne", "StdOverMean", "StepWeight", "Uniform",
     "scalar_adjoint",

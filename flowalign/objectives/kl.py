@@ -11,8 +11,16 @@ from torch import Tensor
 from samplers import Kernel, Step
 
 
+@dataclass(frozen=True, eq=False)
+class RoleSteps:
+    """E transitions under the weights of one role: `step`, and the `velocity` [E, *] at the states they leave."""
+
+    step: Step
+    velocity: Tensor
+
+
 class Regularizer(Protocol):
-    """beta · divergence of the policy's transitions from a role's, the mean over edges. Off where beta is 0."""
+    """beta · divergence of the policy's transitions from a role's, the mean over edges."""
 
     @property
     def role(self) -> str: ...
@@ -20,12 +28,17 @@ class Regularizer(Protocol):
     @property
     def beta(self) -> float: ...
 
+    @property
+    def active(self) -> bool:
+        """Whether its role is evaluated: False leaves it out as if it were not there."""
+        ...
+
     def check(self, kernel: Kernel) -> None:
         """ValueError where it does not mean with this kernel what it says."""
         ...
 
-    def divergence(self, step: Step, other: Step) -> Tensor:
-        """[E] of the transitions `step` under the policy from `other`, the same ones under the role; without beta."""
+    def divergence(self, policy: RoleSteps, other: RoleSteps) -> Tensor:
+        """[E] of the transitions under the policy from `other`, the same ones under the role; without beta."""
         ...
 
 
@@ -45,6 +58,10 @@ class KLPenalty:
         if self.beta < 0:
             raise ValueError(f"got KLPenalty with beta={self.beta}; expected 0 (off) or a positive weight")
 
+    @property
+    def active(self) -> bool:
+        return self.beta > 0
+
     def check(self, kernel: Kernel) -> None:
         """ValueError for exact_times_h where the noise of a step is not g·√h (CPS, DDIM): it would be no Δμ²/(2g²)."""
         if self.beta and self.form == "exact_times_h" and not _noise_is_diffusion(kernel):
@@ -54,8 +71,8 @@ class KLPenalty:
                 "4 to 27 % on SD3's ten steps: set form=exact, or mean_sq for Δμ² without a variance"
             )
 
-    def divergence(self, step: Step, other: Step) -> Tensor:
-        return step.kl(other, form=self.form)
+    def divergence(self, policy: RoleSteps, other: RoleSteps) -> Tensor:
+        return policy.step.kl(other.step, form=self.form)
 
 
 def _noise_is_diffusion(kernel: Kernel) -> bool:

@@ -27,6 +27,7 @@ HEALTH = (
     Panel("Clipped edges (fraction)", "ratio/clip_fraction"),
     Panel("Approximate KL to the rollout policy", "ratio/approx_kl", log=True),
     Panel("KL loss to the reference", "loss/kl", log=True),
+    Panel("Velocity norm over the reference's (1: not inflated)", "norm/reference"),
     Panel("Gradient norm", "optim/grad_norm", log=True),
     Panel("Groups with equal rewards (fraction)", "group/zero_std_ratio"),
     Panel("Policy loss", "loss/policy"),
@@ -181,7 +182,7 @@ def health_panels(rows: Sequence[Row]) -> list[Panel]:
     """HEALTH, then a panel for every other metric that a trainer or a process reward measured."""
     known = {panel.key for panel in HEALTH}
     keys = dict.fromkeys(key for row in rows for key in row if key not in known)
-    elsewhere = ("time/", "cost/", "reward/", "eval/", "ratio/drift_step_")
+    elsewhere = ("time/", "cost/", "reward/", "eval/", "ratio/drift_step_", "norm_step/")
     return [*HEALTH, *(Panel(key, key) for key in keys if "/" in key and not key.startswith(elsewhere))]
 
 

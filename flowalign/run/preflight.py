@@ -27,8 +27,12 @@ def forecast(config: TrainConfig) -> str:
     samples, probes = leaves_per_group(rollout)
     images = rollout.groups * samples
     update = config.trainer.forecast(rollout)
-    sample, train, frozen = (guided * rows for rows in (rollout.groups * cost.rollout, update.trained, update.frozen))
+    sample, train, frozen, before = (
+        guided * rows for rows in (rollout.groups * cost.rollout, update.trained, update.frozen, update.before)
+    )
     notes = []
+    if before:
+        notes.append(f"before the first iteration: at most {before:,} forwards, {update.before_scored:,} images scored")
     for limit, unit in ((run.max_evaluations, "network evaluations"), (run.max_seconds, "seconds of iterations")):
         if limit is not None:
             notes.append(f"ends before an iteration beyond {limit:,} {unit}")
@@ -53,7 +57,7 @@ def forecast(config: TrainConfig) -> str:
             f"per iteration: {images} images, at most {update.trained} trained states, {update.updates} update(s)",
             f"network evaluations per image: rollout {sample / images:.2f}, update at most {train / images:.2f} "
             "forward and backward" + (f", without gradient at most {frozen / images:.2f}" if frozen else ""),
-            f"whole run: at most {run.iterations * (sample + frozen):,} forwards, {run.iterations * train:,} with backward",
+            f"whole run: at most {before + run.iterations * (sample + frozen):,} forwards, {run.iterations * train:,} with backward",
             *notes,
         ]
     )

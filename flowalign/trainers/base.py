@@ -69,11 +69,14 @@ class Update:
 @dataclass(frozen=True)
 class UpdateForecast:
     """Of one iteration: how many updates, how many states with forward and backward, and how many more network rows
-    without gradient (roles, rescoring)."""
+    without gradient (roles, rescoring). Once, in `prepare`: states evaluated before the first iteration, and images that
+    are decoded and scored there."""
 
     updates: int
     trained: int
     frozen: int = 0
+    before: int = 0
+    before_scored: int = 0
 
 
 class Batch(Protocol):

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from flowalign.errors import RunError
-from flowalign.objectives import Objective, Regularizer, StepWeight, Targets, Transitions
+from flowalign.objectives import Objective, Regularizer, RoleSteps, StepWeight, Targets, Transitions
+from flowalign.objectives.norm_guard import norm_ratio
 from flowalign.trainers.update_engine import Measures, Part, States, UpdateEngine
 from samplers import Forest, Step
 
@@ -84,9 +85,11 @@ class EdgeUpdate:
         advantages, count = self.advantages[mine].to(log_prob), len(self.edges)
         weight = self.step_weight.weigh(step, forest, edges)
         losses = {"policy": (weight * self.objective.loss(log_prob, old, advantages, transitions)).sum() / count}
+        here = RoleSteps(step, velocity[place.to(velocity.device)])
         for name, term in self.regularizers.items():
-            losses[name] = term.beta * term.divergence(step, forest.role_steps(term.role, edges)).sum() / count
+            losses[name] = term.beta * term.divergence(here, self._under(term.role, edges)).sum() / count
         real = self.nodes[part.index[: part.real]]
+        self._measure_norms(velocity[: part.real], real, measures)
         for name, (scale, targets) in self.targets.items():
             aimed = int(torch.isin(self.nodes, targets.nodes).sum())
             losses[name] = scale * targets.loss(real, velocity[: part.real]).sum() / max(aimed, 1)
@@ -100,6 +103,21 @@ class EdgeUpdate:
             **{f"loss/{name}": loss for name, loss in losses.items()},
         )
         return sum(losses.values(), torch.zeros((), device=log_prob.device))
+
+    def _under(self, role: str, edges: Tensor) -> RoleSteps:
+        velocities = self.forest.velocities[role].at(self.forest.tree.parent[edges])
+        return RoleSteps(self.forest.role_steps(role, edges), velocities)
+
+    @property
+    def _roles(self) -> list[str]:
+        """Those that regularizers name."""
+        return sorted({term.role for term in self.regularizers.values()})
+
+    def _measure_norms(self, velocity: Tensor, nodes: Tensor, measures: Measures) -> None:
+        """The length of the velocities at `nodes` over that under each role (2606.27771: it grows when things go wrong)."""
+        for role in self._roles:
+            ratio = norm_ratio(velocity.detach(), self.forest.velocities[role].at(nodes))
+            measures.add(**{f"norm/{role}": ratio, f"norm_step/{role}": self.forest.tree.index[nodes]})
 
     def _anchor(
         self, part: Part, edges: Tensor, place: Tensor, velocity: Tensor, log_prob: Tensor
@@ -131,6 +149,10 @@ class EdgeUpdate:
             "ratio/approx_kl": float(0.5 * (log_ratio**2).mean()),
             **{name: measures.total(name) for name in measures.values if name.startswith("loss/")},
         }
+        for role in self._roles:
+            ratio, index = measures.rows(f"norm/{role}"), measures.rows(f"norm_step/{role}")
+            found[f"norm/{role}"] = float(ratio.mean())
+            found |= {f"norm_step/{role}_{int(k)}": float(ratio[index == k].mean()) for k in index.unique()}
         if self.first:
             drift, step = measures.rows("drift"), measures.rows("step")
             found["ratio/drift_max"] = float(drift.max())

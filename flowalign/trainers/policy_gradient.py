@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -17,11 +17,12 @@ from flowalign.objectives import DynamicClip, Objective, Regularizer, StepWeight
 from flowalign.rollouts.collect import ScoredRollout, collect, grow, leaves_per_group
 from flowalign.rollouts.task import Rollout, Task
 from flowalign.trainers.base import AdamWConfig, Setup, Trainer, Update, UpdateForecast
+from flowalign.trainers.calibration import Calibration
 from flowalign.trainers.dry_run import dry_run
 from flowalign.trainers.edge_update import EdgeUpdate, states_of
 from flowalign.trainers.signal import EdgeSignal, Signal
 from flowalign.trainers.update_engine import TrainedRole, UpdateEngine
-from samplers import Forest, unscored
+from samplers import Forest, Leveled, unscored
 
 
 @dataclass
@@ -35,6 +36,7 @@ class PolicyGradient:
     signal: from the scores of the leaves to the trained steps and their advantages. objective, step_weight: the loss of a
     step. regularizers: added to it, each towards a role; by name, the metric is loss/<name>. supervision: velocity targets
     at the trained states, by name too.
+    calibration: of the noise level of each step, with the base model, in `prepare`; its factors are trainer state.
     dynamic_clip: takes the place of the objective's clip range. updates_per_rollout: updates per iteration, each on its
     share of the groups. micro_batch: states per forward and backward.
 
@@ -51,6 +53,7 @@ class PolicyGradient:
     step_weight: StepWeight = field(default_factory=Uniform)
     regularizers: dict[str, Regularizer] = field(default_factory=dict)
     supervision: dict[str, Supervision] = field(default_factory=dict)
+    calibration: Calibration | None = None
     dynamic_clip: DynamicClip | None = None
     optimizer: AdamWConfig = field(default_factory=AdamWConfig)
     updates_per_rollout: int = 1
@@ -75,7 +78,7 @@ class PolicyGradient:
 
     @property
     def _active(self) -> dict[str, Regularizer]:
-        return {name: term for name, term in self.regularizers.items() if term.beta}
+        return {name: term for name, term in self.regularizers.items() if term.active}
 
     def roles(self) -> Mapping[str, Role]:
         return {term.role: Role() for term in self._active.values()}
@@ -119,6 +122,8 @@ class PolicyGradient:
                     f"{sorted(setup.roles)}: add it there"
                 )
         self._check_combinations(rollout)
+        if self.calibration is not None:
+            self.calibration.check(setup)
         self.step_weight.check(setup.path)
         for part in self.supervision.values():
             part.check(setup.path, setup.channels)
@@ -167,15 +172,21 @@ class PolicyGradient:
         cost, share = rollout.plan.forecast(rollout.num_inference_steps, rollout.group_size), self.updates_per_rollout
         states = rollout.groups * cost.train
         rescored = states - states // share if self.anchor == "rescore" else 0
-        return UpdateForecast(share, states, len(self.roles()) * states + rescored)
+        before, scored = (0, 0) if self.calibration is None else self.calibration.forecast(rollout)
+        return UpdateForecast(share, states, len(self.roles()) * states + rescored, before, scored)
 
     def prepare(self, task: Task, state: dict[str, Any] | None) -> None:
-        saved: dict[str, Any] = {"updates": 0, "memory": {}} if state is None else state
-        updates, self._memory = saved["updates"], saved["memory"]
+        saved: dict[str, Any] = {"updates": 0, "memory": {}, "factors": None} if state is None else state
+        updates, self._memory, self._factors = saved["updates"], saved["memory"], saved["factors"]
+        if state is None and self.calibration is not None and task.prompts:
+            self._factors = list(self.calibration.factors(task))
+        if self._factors is not None:
+            plan = Leveled(task.rollout.plan, tuple(self._factors))
+            task = replace(task, rollout=replace(task.rollout, plan=plan))
         self.task, self._policy = task, TrainedRole.of(task.policy, self.optimizer, updates=updates)
 
     def state(self) -> dict[str, Any]:
-        return {"updates": self._policy.updates, "memory": self._memory}
+        return {"updates": self._policy.updates, "memory": self._memory, "factors": self._factors}
 
     def collect(
         self, records: Sequence[PromptRecord], iteration: int, roll: Callable[..., Forest] | None = None

@@ -242,6 +242,22 @@ def test_gate_thresholds_are_quantiles_of_the_batch() -> None:
         VarianceGated(low=0.1)
 
 
+def test_gate_thresholds_may_remember_earlier_batches() -> None:
+    """stds 1 and 2, then .1 and .5 beside them: the second batch is gated by the quantiles of all four."""
+    forest, memory = side_by_side(2, 2), {}
+    rule, second = VarianceGated(history=3), given([0.0, 0.2, 0.0, 1.0])
+    rule.compare(forest, given([0.0, 2.0, 0.0, 4.0]), SignalContext(memory=memory))
+    assert memory == {"a": [1.0, 2.0]}
+    got = column(rule.compare(forest, second, SignalContext(memory=memory)))
+    low, high = np.quantile([1.0, 2.0, 0.1, 0.5], [0.1, 0.5])
+    gated = 0.5 * (0.5 - low) / (high - low) / high
+    np.testing.assert_allclose(got, [0, 0, -gated, gated], atol=1e-6)
+    assert memory == {"a": [2.0, pytest.approx(0.1), 0.5]}
+    np.testing.assert_allclose(column(VarianceGated().compare(forest, second, SignalContext())), [0, 0, -1, 1])
+    with pytest.raises(ValueError, match="history"):
+        VarianceGated(low=0.1, high=0.2, history=8)
+
+
 def test_asymmetric_golden() -> None:
     """A-GRAE: p = .25, batch mean ω = .5, alpha 1."""
     got = column(Asymmetric(alpha=1.0).compare(side_by_side(4, 4), given([1, 0, 0, 0, 1, 1, 1, 0]), SignalContext()))

@@ -35,6 +35,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "Compressed": {"plan": Window(2)},
     "Sourced": {"plan": Chain(), "hinted": 1, "teacher": 2},
     "Selected": {"plan": Chain(), "counts": {3: 12}},
+    "Leveled": {"plan": Chain(), "factors": (0.5,) * 12},
 }
 WITHOUT_EDGES = {"Deterministic"}
 PLANS = dataclasses_of(samplers.plans, "forecast")

@@ -8,7 +8,19 @@ import pytest
 import torch
 
 from flowalign.credit import BranchLocal, Broadcast, Gain, Joined, Process, ReturnToGo, SubtreeFusion, TurningPoint
-from samplers import Forest, Tree, chain, window
+from samplers import (
+    Chain,
+    Deterministic,
+    FlowSDE,
+    Forest,
+    KeyedNoise,
+    Probed,
+    Tree,
+    chain,
+    diffusers_sigmas,
+    rollout,
+    window,
+)
 from tests.helpers.trees import everywhere, grown, leaves_under, probed, split_tree, trunk
 
 
@@ -223,6 +235,32 @@ def test_turning_points_are_balanced_over_the_batch_by_their_own_size() -> None:
     valid = torch.isin(forest.tree.root[forest.tree.leaves], torch.tensor([0, 2]))
     one_sign, _ = credit(TurningPoint(), forest, scores, valid)  # the negative one is masked: only one sign is left
     assert [by_step(forest, one_sign, root)[1] for root in (0, 2)] == pytest.approx([0.4, 0.1])
+
+
+def test_turning_points_of_all_prompts_are_balanced_together() -> None:
+    """Two up in one prompt, one down in another: each prompt alone has one sign and would keep all of its own."""
+    up, down = {0: [0.5, 0.4, 0.7, 0.8], 1: [0.5, 0.48, 0.56, 0.58]}, {0: [0.5, 0.6, 0.4, 0.3], 1: [0.1, 0.1, 0.1, 0.1]}
+    both = grown(Tree.cat([probed(4, 2), probed(4, 2)]))
+    assert both.tree.num_groups == 2
+    joined, _ = credit(TurningPoint(), both, leaf_scores(both.tree, up | {2: down[0], 3: down[1]}))
+    assert [by_step(both, joined, root)[1] for root in range(3)] == pytest.approx([0.4, 0.08, -0.3])
+    alone = grown(probed(4, 2))
+    kept, _ = credit(TurningPoint(), alone, leaf_scores(alone.tree, up))
+    assert [by_step(alone, kept, root)[1] for root in range(2)] == pytest.approx([0.4, 0.1])
+
+
+def test_the_value_of_the_start_is_that_of_the_same_start_noise() -> None:
+    """V_0 completes the very state that the chain leaves: bit for bit the sample of an ODE plan with the same keys."""
+    noise = KeyedNoise(3, 5, [7], (3,))
+
+    def rolled(plan) -> Forest:
+        tree = plan.tree(5, 4, 0, np.random.default_rng(0))
+        return rollout(lambda x, s, r: -0.3 * x, noise.start(tree), diffusers_sigmas(5), tree, FlowSDE(), noise.step)
+
+    chains, deterministic = rolled(Probed(Chain())), rolled(Deterministic())
+    starts = chains.tree.completion(torch.arange(4))
+    assert bool(chains.tree.probe[starts].all())
+    torch.testing.assert_close(chains.at(starts), deterministic.at(deterministic.tree.leaves), rtol=0, atol=0)
 
 
 def test_a_masked_turning_point_takes_no_place_in_the_balance() -> None:

@@ -8,6 +8,7 @@ import yaml
 from flowalign import advantage, credit, objectives, selectors
 from flowalign.config import load_config
 from flowalign.errors import ConfigError
+from flowalign.trainers import GainBalance
 
 TINY = Path(__file__).parents[1] / "data" / "tiny.yaml"
 
@@ -47,6 +48,9 @@ def trainer(folder: Path, **parts):
         ("credit", part("credit.Joined", parts={"o": part("credit.Broadcast"), "p": part("credit.Process", score="prm")}),
          credit.Joined({"o": credit.Broadcast(), "p": credit.Process("prm")})),
         ("advantage", part("advantage.VarianceGated", low=0.1, high=0.2), advantage.VarianceGated("prompt", 0.1, 0.2)),
+        ("advantage", part("advantage.VarianceGated", history=512), advantage.VarianceGated(history=512)),
+        ("advantage", part("advantage.PromptTracker", size=32), advantage.PromptTracker(32)),
+        ("advantage", part("advantage.WinRate", decimals=None), advantage.WinRate(decimals=None)),
         ("advantage", part("advantage.Asymmetric", rescale="quantiles"), advantage.Asymmetric(rescale="quantiles")),
         ("advantage", part("advantage.Mixed", advantage=part("advantage.Normalized", trim=0.1), how="gdpo",
                            weights={"a": 1.0}),
@@ -57,6 +61,8 @@ def trainer(folder: Path, **parts):
         ("objective", part("objectives.ClippedRatio", clip_range=[1e-4, 2e-4]), objectives.ClippedRatio((1e-4, 2e-4))),
         ("objective", part("objectives.KLMask"), objectives.KLMask()),
         ("step_weight", part("objectives.LongCat"), objectives.LongCat()),
+        ("regularizers", {"norm": part("objectives.NormGuard", beta=0.1)}, {"norm": objectives.NormGuard(0.1)}),
+        ("calibration", part("trainers.GainBalance", sweeps=3, per=None), GainBalance(sweeps=3, per=None)),
         ("dynamic_clip", {"low": 1e-4, "high": 1e-3}, objectives.DynamicClip(1e-4, 1e-3)),
         ("supervision", {"sft": part("objectives.LayerTuning", target="best_leaf_fm", fade=30)},
          {"sft": objectives.LayerTuning("best_leaf_fm", fade=30)}),

@@ -11,7 +11,7 @@ import torch
 from flowalign.advantage import Normalized, SignalContext, set_keys
 from flowalign.credit import Broadcast, EdgeValues
 from flowalign.models import Size
-from flowalign.objectives import ClippedRatio, FlatGradient, KLPenalty, StdOverMean
+from flowalign.objectives import ClippedRatio, FlatGradient, KLPenalty, RoleSteps, StdOverMean
 from flowalign.rollouts.collect import grow
 from flowalign.rollouts.task import Rollout
 from flowalign.selectors import AllEdges, NonZeroAdvantage
@@ -315,7 +315,8 @@ def test_loss_and_kl_gradients_equal_finite_differences(kernel, form: str) -> No
     def loss(v: torch.Tensor) -> torch.Tensor:
         step = kernel(x, v, 0.7, 0.55)
         surrogate = ClippedRatio(10.0).loss(step.log_prob(arrived), old.log_prob(arrived), advantages)
-        return (surrogate + KLPenalty(0.3, form).divergence(step, kernel(x, reference, 0.7, 0.55))).sum()
+        other = RoleSteps(kernel(x, reference, 0.7, 0.55), reference)
+        return (surrogate + KLPenalty(0.3, form).divergence(RoleSteps(step, v), other)).sum()
 
     assert torch.autograd.gradcheck(loss, (v0 + 0.01).requires_grad_())
 

@@ -77,7 +77,7 @@ def examine(config: TrainConfig, policy: Policy) -> Iterator[Finding]:
     settings, trainer, failed = config.policy, config.trainer, set[str]()
     prompts = distinct_prompts(config, prompt_count(config))
     real = task_of(config, policy, groups=len(prompts))
-    task = replace(real, reward=StandIn(channels_of(config.reward)))
+    task = replace(real, reward=StandIn(channels_of(config.reward)), prompts=())
 
     @cache
     def first() -> tuple[Any, int]:
