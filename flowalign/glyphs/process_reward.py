@@ -57,6 +57,7 @@ class LetterReader(nn.Module):
         self.first = nn.Conv2d(3, CHANNELS, 5, stride=2, padding=2)
         self.second = nn.Conv2d(CHANNELS, WIDE, 3, stride=2, padding=1)
         self.hidden = nn.Linear(WIDE * (HEIGHT // 4) * ((SLOT + 3) // 4), HIDDEN)
+        self.dropout = nn.Dropout(0.2)
         self.out = nn.Linear(HIDDEN, CLASSES)
         self.ink, self.paper = nn.Embedding(len(INKS), 16), nn.Embedding(len(PAPERS), 16)
         self.level = nn.Linear(2 * WAVES + 1, 32)
@@ -74,7 +75,7 @@ class LetterReader(nn.Module):
         strips = (x / size).unfold(3, SLOT, CELL)[:, :, :, :WORD_LENGTH].permute(0, 3, 1, 2, 4).flatten(0, 1)
         seen = silu(self.first(strips) * (1 + scale1) + shift1)
         seen = silu(self.second(seen) * (1 + scale2) + shift2)
-        logits = self.out(silu(self.hidden(seen.flatten(1)))).view(len(x), WORD_LENGTH, CLASSES)
+        logits = self.out(self.dropout(silu(self.hidden(self.dropout(seen.flatten(1)))))).view(len(x), WORD_LENGTH, CLASSES)
         wanted = one_hot(scenes.letters, CLASSES).to(logits)
         bonus = self.asked(level)[:, None].expand(-1, WORD_LENGTH, -1).gather(2, scenes.letters[..., None])
         return logits + wanted * bonus
