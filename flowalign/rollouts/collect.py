@@ -92,7 +92,7 @@ def collect(
     share = processes.share(len(prompts))
     conditions = task.policy.encode(prompts, negative=task.rollout.guidance_scale != 1)
     began = time.perf_counter()
-    forest, guiding_calls = _roll_out(
+    forest = _roll_out(
         task, prompts, conditions, iteration, share, partial(roll or rollout, keep_velocities=keep_velocities)
     )
     rolled, leaves = time.perf_counter(), forest.tree.leaves
@@ -125,10 +125,8 @@ def collect(
         "time/reward": output.elapsed,
         "time/reward_ms_per_image": milliseconds,
         **_process_metrics(task, forest, began_leaves - rolled),
+        **({} if guidance is None else measured(forest)),
     }
-    if guidance is not None:
-        calls = processes.total(guiding_calls) / images
-        metrics |= {"cost/guidance_calls_per_image": calls, **measured(forest)}
     return ScoredRollout(
         forest=forest,
         conditions=conditions,
@@ -144,9 +142,8 @@ def collect(
 def _roll_out(
     task: Task, prompts: Sequence[PromptRecord], conditions: Conditions, iteration: int, share: range,
     roll: Callable[..., Forest],
-) -> tuple[Forest, int]:  # fmt: skip
-    """The forest of this process's groups, and how many scores guided it. A plan that selects continues the states whose
-    previews score highest."""
+) -> Forest:  # fmt: skip
+    """The forest of this process's groups. A plan that selects continues the states whose previews score highest."""
     settings, policy = task.rollout, task.policy
     tree = grow(settings, task.seed, iteration, share)
     shape = policy.latent_shape(task.size)
@@ -187,7 +184,7 @@ def _roll_out(
     else:
         routed = by_source(velocity, policy, tree, roles, settings.micro_batch)
         forest = roll(routed, start, sigmas, tree, kernel, noise.step, select=select)
-    return (forest, 0) if guided is None else (guided.recorded(tree, forest), guided.judge.calls)
+    return forest if guided is None else guided.recorded(tree, forest)
 
 
 def _guided(
@@ -200,6 +197,7 @@ def _guided(
     reward = guidance.judge(task.process_rewards)
 
     def batch(owner: Tensor, latents: Tensor, sigma: Tensor) -> RewardBatch:
+        task.counts.reward_calls += len(latents)
         return decoded(task, prompts, owner, latents, reward.spec.inputs, sigma, grad=latents.requires_grad)
 
     return guidance.begin(

@@ -145,7 +145,7 @@ class RewardGuidance:
         if self.place(reward) == "prediction":
             ascent = AtPrediction(ascent, path)
         kept = Kept(ascent)
-        return GuidedRollout(self.guided(kernel, kept, path), kernel, judge, kept)
+        return GuidedRollout(self.guided(kernel, kept, path), kernel, kept)
 
     def replayed(self, forest: Forest, path: Path) -> Forest:
         """The forest as updates replay it: under the guided mean with the ∇ρ that was kept, else by its own kernel."""
@@ -156,11 +156,10 @@ class RewardGuidance:
 
 @dataclass(frozen=True, eq=False)
 class GuidedRollout:
-    """One rollout: `kernel` for the engine, `plain` without the guidance. judge: counts its scores."""
+    """One rollout: `kernel` for the engine, `plain` without the guidance."""
 
     kernel: Guided
     plain: Kernel
-    judge: Prompted
     kept: Kept
 
     def recorded(self, planned: Tree, forest: Forest) -> Forest:
@@ -199,17 +198,16 @@ class GuidedRollout:
         return rates.index_copy(0, parents, mean)
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class Prompted:
     """A reward of the rewards package as the samplers ask for it: rows become groups, whose prompts `batch` adds.
 
-    RewardError where a state has no score. calls: states scored so far."""
+    RewardError where a state has no score."""
 
     reward: Reward
     batch: Batch
     groups: Tensor
     micro_batch: int
-    calls: int = 0
 
     def score(self, x: Tensor, sigma: Tensor, rows: Tensor) -> Tensor:
         """[n], with a graph if x has one."""
@@ -219,7 +217,6 @@ class Prompted:
             batch = self.batch(groups[part], x[on_device], sigma[part.to(sigma.device)])
             output = score(self.reward, batch, grad=x.requires_grad, max_fail_rate=0.0)
             scores.append(output.scores[:, 0])
-        self.calls += len(x)
         return torch.cat(scores)
 
 

@@ -91,7 +91,7 @@ def test_each_state_is_moved_by_the_gradient_at_its_own_prompt_and_level(tiny_pi
     rate = (0.01 * (sigma - then).double() / kernel.velocity_coef)[: len(edges)]
     torch.testing.assert_close(forest.scores[RATE][tree.parent[edges]], rate)
     assert bool(forest.scores[RATE][tree.index == 0].isnan().all())
-    assert batch.metrics["cost/guidance_calls_per_image"] == len(inside) / 6 + 1  # and the last step, which has no noise
+    assert batch.metrics["cost/reward_calls_per_image"] == 1 + 3  # the image, and three states: the last step moves too
     norm = slope.abs().mean() * forest.states[0].numel() ** 0.5
     assert batch.metrics["guidance/gradient_norm"] == pytest.approx(float(norm), rel=1e-5)
     h = (sigma - then).double()
@@ -138,7 +138,7 @@ def test_probing_is_a_function_of_the_state_and_counts_its_scores(tiny_pipeline:
     batch = guided(tiny_pipeline, guidance).collect(PROMPTS, 3)
     forest, tree = batch.forest, batch.forest.tree
     inside = stepped(tree)[tree.index[stepped(tree)] >= 2]
-    assert batch.metrics["cost/guidance_calls_per_image"] == 2 * 2 * 2
+    assert batch.metrics["cost/reward_calls_per_image"] == 1 + 2 * 2 * 2
     u = KeyedNoise(0, 3, [0, 1], forest.states.shape[1:]).probes(tree, inside, 2)
     slope = torch.where(tree.group[inside] == 0, 3.0, -2.0) * (1 + forest.sigma(inside))
     along = (slope[:, None, None, None] * u).sum((2, 3, 4), keepdim=True)
