@@ -46,7 +46,9 @@ def main() -> None:
     states = States.cat(parts)
     rolled = time.process_time()
     network = train(states, epochs=arguments.epochs)
-    print(f"{len(states):,} states in {rolled - began:.0f} s, trained in {time.process_time() - rolled:.0f} s of one core")
+    print(
+        f"{len(states):,} states in {rolled - began:.0f} s, trained in {time.process_time() - rolled:.0f} s of one core"
+    )
     save_file({name: value.half() for name, value in network.state_dict().items()}, arguments.output)
     for number, source in enumerate(HELD_OUT):
         held_out = held_out_prompts()[: source.samples]

@@ -68,14 +68,18 @@ class LetterReader(nn.Module):
         """Logits [N, 4, CLASSES] of states x [N, 3, 24, 48] at σ [N]."""
         level = silu(self.level(_waves(sigma)))
         given = torch.cat([level, self.ink(scenes.ink), self.paper(scenes.paper)], 1)
-        scale1, shift1, scale2, shift2 = self.modulate(given).repeat_interleave(WORD_LENGTH, 0)[..., None, None].split(
-            [CHANNELS, CHANNELS, WIDE, WIDE], 1
+        scale1, shift1, scale2, shift2 = (
+            self.modulate(given)
+            .repeat_interleave(WORD_LENGTH, 0)[..., None, None]
+            .split([CHANNELS, CHANNELS, WIDE, WIDE], 1)
         )
         size = ((1 - sigma) ** 2 + sigma**2).sqrt()[:, None, None, None]
         strips = (x / size).unfold(3, SLOT, CELL)[:, :, :, :WORD_LENGTH].permute(0, 3, 1, 2, 4).flatten(0, 1)
         seen = silu(self.first(strips) * (1 + scale1) + shift1)
         seen = silu(self.second(seen) * (1 + scale2) + shift2)
-        logits = self.out(self.dropout(silu(self.hidden(self.dropout(seen.flatten(1)))))).view(len(x), WORD_LENGTH, CLASSES)
+        logits = self.out(self.dropout(silu(self.hidden(self.dropout(seen.flatten(1)))))).view(
+            len(x), WORD_LENGTH, CLASSES
+        )
         wanted = one_hot(scenes.letters, CLASSES).to(logits)
         bonus = self.asked(level)[:, None].expand(-1, WORD_LENGTH, -1).gather(2, scenes.letters[..., None])
         return logits + wanted * bonus

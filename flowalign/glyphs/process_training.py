@@ -85,7 +85,9 @@ def roll_out(
     seed: int,
 ) -> States:  # fmt: skip
     """All states of one rollout of each record, σ = 1 and 0 among them."""
-    parts = [_part(velocity, decode, judge, records[i : i + BATCH], source, seed + i) for i in range(0, len(records), BATCH)]
+    parts = [
+        _part(velocity, decode, judge, records[i : i + BATCH], source, seed + i) for i in range(0, len(records), BATCH)
+    ]
     return States.cat(parts)
 
 

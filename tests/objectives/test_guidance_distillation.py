@@ -10,7 +10,20 @@ from torch import Tensor
 from flowalign.objectives import GuidanceDistillation
 from flowalign.rollouts.guidance import RewardGuidance
 from rewards import RewardBatch, RewardOutput, RewardSpec
-from samplers import DanceSDE, FlowSDE, Forest, Guided, Kernel, KeyedNoise, RewardGradient, Tree, chain, plain_sigmas, rollout, window
+from samplers import (
+    DanceSDE,
+    FlowSDE,
+    Forest,
+    Guided,
+    Kernel,
+    KeyedNoise,
+    RewardGradient,
+    Tree,
+    chain,
+    plain_sigmas,
+    rollout,
+    window,
+)
 from samplers.kernels.guided import GRADIENTS, RATE
 from tests.helpers.kernels import F64, FLOW, VP, bed, moments
 from tests.helpers.trees import split_tree
@@ -87,7 +100,9 @@ class Student:
         return bed(FLOW, M, DELTA)[0](x, sigma) + constant + slope * x
 
 
-@pytest.mark.parametrize(("kernel", "g"), [(DanceSDE(0.25), 0.25), (FlowSDE(0.7, sigma_cap=0.95), None)], ids=["dance", "flow"])
+@pytest.mark.parametrize(
+    ("kernel", "g"), [(DanceSDE(0.25), 0.25), (FlowSDE(0.7, sigma_cap=0.95), None)], ids=["dance", "flow"]
+)
 @pytest.mark.parametrize("kappa", [0.0, 1.3], ids=["linear", "quadratic"])
 def test_the_student_repeats_the_guided_moments_without_the_reward(kernel: Kernel, g, kappa: float) -> None:
     """Regression on the targets (least squares on visited states) gives an affine student; its own rollout has the
@@ -158,7 +173,7 @@ def test_what_it_needs_and_refuses() -> None:
     forest = rolled(RewardGuidance(scale=0.1), Quadratic(), chain(3, 2), DanceSDE(0.3), steps=3)
     for role in ("old", GRADIENTS):
         without = replace(forest, velocities={k: v for k, v in forest.velocities.items() if k != role})
-        with pytest.raises(ValueError, match="set rollout.reward_guidance"):
+        with pytest.raises(ValueError, match=r"set rollout\.reward_guidance"):
             part.targets(without, torch.empty(0), torch.empty(0))
     with pytest.raises(ValueError, match="take sde_mean"):
         GuidanceDistillation("marginal").check(VP, ("ocr",))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flowalign.config import load_config
 from flowalign.errors import ConfigError
-from flowalign.objectives import GuidanceDistillation, Guard
+from flowalign.objectives import Guard, GuidanceDistillation
 from flowalign.rollouts.guidance import Probing, RewardGuidance
 from flowalign.run.preflight import forecast
 from rewards import RewardBatch, RewardError, RewardOutput, RewardSpec
@@ -104,10 +104,14 @@ def test_without_strength_it_is_the_plain_rollout_bit_for_bit(tiny_pipeline: Pat
     plain = guided(tiny_pipeline, None).collect(PROMPTS, 0).forest
     none = guided(tiny_pipeline, RewardGuidance(Drift(), scale=0.0)).collect(PROMPTS, 0).forest
     some = guided(tiny_pipeline, RewardGuidance(Drift(), scale=0.01)).collect(PROMPTS, 0).forest
-    assert torch.equal(plain.states, none.states) and torch.equal(plain.log_prob.nan_to_num(), none.log_prob.nan_to_num())
+    assert torch.equal(plain.states, none.states) and torch.equal(
+        plain.log_prob.nan_to_num(), none.log_prob.nan_to_num()
+    )
     leaves = plain.tree.leaves
     up = (some.at(leaves) - plain.at(leaves)).mean((1, 2, 3))
-    assert bool((up[plain.tree.group[leaves] == 0] > 1e-3).all()) and bool((up[plain.tree.group[leaves] == 1] < 0).all())
+    assert bool((up[plain.tree.group[leaves] == 0] > 1e-3).all()) and bool(
+        (up[plain.tree.group[leaves] == 1] < 0).all()
+    )
 
 
 @pytest.mark.parametrize("mode", ["unguided", "guided"])
@@ -184,7 +188,7 @@ def test_a_reward_of_pictures_guides_at_the_predicted_clean_latent(tiny_pipeline
 
 def test_a_state_without_a_score_is_an_error(tiny_pipeline: Path) -> None:
     guidance = RewardGuidance(Red(least=2.0), spsa=Probing())
-    with pytest.raises(RewardError, match="'red'.*have no score"):
+    with pytest.raises(RewardError, match=r"'red'.*have no score"):
         guided(tiny_pipeline, guidance).collect(PROMPTS, 0)
 
 
@@ -209,9 +213,10 @@ def test_a_configuration_guides_and_its_forecast_counts() -> None:
 
 
 def test_the_only_process_reward_guides_by_default() -> None:
-    credit = f"{{class_path: flowalign.credit.Process, init_args: {{score: drift}}}}"
+    credit = "{class_path: flowalign.credit.Process, init_args: {score: drift}}"
     config, _ = load_config(
-        CONFIG, [*overrides(reward=""), f"process_rewards=[{{class_path: {HERE}.Drift}}]", f"trainer.signal.credit={credit}"]
+        CONFIG,
+        [*overrides(reward=""), f"process_rewards=[{{class_path: {HERE}.Drift}}]", f"trainer.signal.credit={credit}"],
     )
     guidance = config.rollout.reward_guidance
     assert guidance is not None and guidance.judge(config.process_rewards) is config.process_rewards[0]
@@ -259,7 +264,9 @@ def test_distillation_without_guidance_is_refused() -> None:
 def test_the_loss_of_a_distilled_rollout_is_the_squared_move(tiny_pipeline: Path) -> None:
     """At unchanged weights v − v_T = −(λ/b)·∇ρ, so the term is the mean of (λ/b)²⟨∇ρ²⟩ over the guided states."""
     trainer = guided(
-        tiny_pipeline, RewardGuidance(Drift(), scale=0.05, start=1), supervision={"distill": GuidanceDistillation(scale=2.0)}
+        tiny_pipeline,
+        RewardGuidance(Drift(), scale=0.05, start=1),
+        supervision={"distill": GuidanceDistillation(scale=2.0)},
     )
     batch = trainer.collect(PROMPTS, 0)
     (update,) = trainer.updates(batch)
