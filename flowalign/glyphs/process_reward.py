@@ -57,7 +57,7 @@ class LetterReader(nn.Module):
         self.first = nn.Conv2d(3, CHANNELS, 5, stride=2, padding=2)
         self.second = nn.Conv2d(CHANNELS, WIDE, 3, stride=2, padding=1)
         self.hidden = nn.Linear(WIDE * (HEIGHT // 4) * ((SLOT + 3) // 4), HIDDEN)
-        self.dropout = nn.Dropout(0.2)
+        self.dropout = nn.Dropout(0.1)
         self.out = nn.Linear(HIDDEN, CLASSES)
         self.ink, self.paper = nn.Embedding(len(INKS), 16), nn.Embedding(len(PAPERS), 16)
         self.level = nn.Linear(2 * WAVES + 1, 32)
@@ -85,20 +85,21 @@ class LetterReader(nn.Module):
         return logits + wanted * bonus
 
     def expected(self, x: Tensor, sigma: Tensor, scenes: Scenes) -> Tensor:
-        """[N] in [0, 1]: the mean probability of a letter to be read as asked, so 1 - (edit distance)/4."""
+        """[N] in [0, 1]: the expected score."""
         return self.score_of(self(x, sigma, scenes), scenes)
 
     @staticmethod
     def score_of(logits: Tensor, scenes: Scenes) -> Tensor:
-        """[N] of logits [N, 4, CLASSES]."""
-        return logits.softmax(2).gather(2, scenes.letters[..., None])[..., 0].mean(1)
+        """[N] of logits [N, 4, CLASSES]: the geometric mean probability of a letter that was asked for, as rewards.OCR has it
+        under the recognizer's posterior (metric "soft")."""
+        return logits.log_softmax(2).gather(2, scenes.letters[..., None])[..., 0].mean(1).exp()
 
 
 @dataclass
 class GlyphsProcessReward:
-    """The expected OCR score (rewards.OCR, metric edit) of the picture that a noisy state of Glyphs becomes.
+    """The expected OCR score (rewards.OCR, metric soft) of the picture that a noisy state of Glyphs becomes.
 
-    A network of 157,000 numbers, trained on rollouts of the base model (scripts/train_process_reward.py says how, and how
+    A network of 185,000 numbers, trained on rollouts of the base model (scripts/train_process_reward.py says how, and how
     far it agrees with the outcome at each σ). Differentiable in the latents, for reward guidance (Euphonium 2602.04928).
     Not kept: a policy that has moved away from the base draws pictures that it has not seen, and its gradient can be
     climbed without becoming readable: look at the outcome reward. weights: a file of its own, by default the shipped."""

@@ -31,7 +31,7 @@ class Source:
 
 
 SOURCES = (
-    Source(640, ODE(), 6, 3.0),
+    Source(1024, ODE(), 6, 3.0),
     Source(512, DanceSDE(0.25), 10, 5.0),
     Source(384, FlowSDE(0.7), 10, 3.0),
 )  # the ODE of an evaluation, Euphonium's SDE, Flow-GRPO's
@@ -68,16 +68,16 @@ class Drawn:
     x0: Tensor
     scenes: Scenes
 
-    def loss(self, network: LetterReader, batch: int, misread: float, generator: torch.Generator) -> Tensor:
-        """Cross entropy of the drawn letters from `batch` of them, noised."""
+    def loss(self, network: LetterReader, batch: int, generator: torch.Generator) -> Tensor:
+        """Cross entropy of the drawn letters from `batch` of them, noised. A quarter of their letters is asked for as
+        another one, so that what is asked for does not say what is there."""
         rows = torch.randint(len(self.x0), (batch,), generator=generator)
         scenes, sigma = self.scenes.at(rows), torch.rand(batch, generator=generator)
-        noise = torch.randn(self.x0[rows].shape, generator=generator)
-        x = (1 - sigma)[:, None, None, None] * self.x0[rows] + sigma[:, None, None, None] * noise
         other = torch.randint(len(LETTERS), scenes.letters.shape, generator=generator)
-        wrong = torch.rand(scenes.letters.shape, generator=generator) < misread
+        wrong = torch.rand(scenes.letters.shape, generator=generator) < 0.25
         asked = Scenes(torch.where(wrong, other, scenes.letters), scenes.ink, scenes.paper)
-        return cross_entropy(network(x, sigma, asked).flatten(0, 1), scenes.letters.flatten())
+        logits = network(_noised(self.x0[rows], sigma, generator), sigma, asked)
+        return cross_entropy(logits.flatten(0, 1), scenes.letters.flatten())
 
 
 def roll_out(
@@ -124,31 +124,42 @@ def _letters(info: str) -> list[int]:
 
 
 def train(
-    states: States, drawn: Drawn, *, epochs: int = 6, batch: int = 128, rate: float = 2e-3, misread: float = 0.25,
+    states: States, drawn: Drawn, *, epochs: int = 5, batch: int = 96, rate: float = 2e-3, renoised: float = 0.5,
     seed: int = 0,
 ) -> LetterReader:  # fmt: skip
     """The network that predicts the score by least squares, so its expectation given the state, and by cross entropy the
-    letters that were read, which say more than how many were right.
+    letters that were read, which say more than one number.
 
-    drawn: as many words again, noised: what letters look like, of which 1,500 pictures that OCR has read are too few. A
-    share `misread` of their letters is asked for as another one, so that what is asked for does not say what is there."""
+    renoised: this share of a batch are finished latents, noised again to σ < 0.7: near the data they are as good as states
+    on the way, and never the same twice. drawn: as many words again: what letters look like, of which the pictures that
+    OCR has read are too few. All are moved by up to one pixel."""
     torch.manual_seed(seed)
     network, generator = LetterReader(), torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=0.05)
-    steps = epochs * (len(states) // batch)
+    finished, steps = (states.sigma == 0).nonzero().flatten(), epochs * (len(states) // batch)
     for step, rows in enumerate(_batches(len(states), batch, epochs, generator)):
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
-        scenes = states.scenes.at(rows)
+        again = finished[torch.randint(len(finished), (int(renoised * batch),), generator=generator)]
+        rows = torch.cat([again, rows[len(again) :]])
+        sigma = torch.zeros(batch)
+        sigma[len(again) // 4 : len(again)] = 0.7 * torch.rand(len(again) - len(again) // 4, generator=generator)
+        x, sigma = _noised(states.x[rows], sigma, generator), torch.where(sigma > 0, sigma, states.sigma[rows])
         moved = torch.randint(-1, 2, (2,), generator=generator).tolist()
-        logits = network(states.x[rows].roll(moved, (2, 3)), states.sigma[rows], scenes)
+        scenes = states.scenes.at(rows)
+        logits = network(x.roll(moved, (2, 3)), sigma, scenes)
         squared = (network.score_of(logits, scenes) - states.score[rows]).square().mean()
         entropy = cross_entropy(logits.flatten(0, 1), states.read[rows].flatten(), ignore_index=-1)
-        other = drawn.loss(network, batch, misread, generator)
         optimizer.zero_grad()
-        (4 * squared + entropy + other).backward()
+        (4 * squared + entropy + 0.5 * drawn.loss(network, batch, generator)).backward()
         optimizer.step()
     return network.eval().requires_grad_(False)
+
+
+def _noised(x0: Tensor, sigma: Tensor, generator: torch.Generator) -> Tensor:
+    """x0 [n, *] at σ [n]; σ = 0 leaves it as it is."""
+    sigma = sigma[:, None, None, None]
+    return (1 - sigma) * x0 + sigma * torch.randn(x0.shape, generator=generator)
 
 
 def _batches(count: int, batch: int, epochs: int, generator: torch.Generator) -> Iterator[Tensor]:
