@@ -69,7 +69,7 @@ def test_its_gradient_is_that_of_finite_differences() -> None:
 
 def test_other_prompts_are_refused() -> None:
     batch = RewardBatch(prompts=["a cat"], latents=torch.zeros(1, 3, 24, 48), sigma=torch.ones(1))
-    with pytest.raises(RewardError, match="process.*a cat"):
+    with pytest.raises(RewardError, match=r"process.*a cat"):
         score(GlyphsProcessReward(), batch)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flowalign.config import load_config
 from flowalign.errors import ConfigError
+from flowalign.loop import train
 from flowalign.objectives import Guard, GuidanceDistillation
 from flowalign.rollouts.guidance import Probing, RewardGuidance
 from flowalign.run.preflight import forecast
@@ -16,7 +17,7 @@ from rewards import RewardBatch, RewardError, RewardOutput, RewardSpec
 from samplers import Chain, DanceSDE, Deterministic, KeyedNoise, Selected, Tree, chain, window
 from samplers.kernels.guided import GRADIENTS, RATE
 from tests.helpers.policy_gradient import PROMPTS, make, run_updates
-from tests.helpers.tiny_run import CONFIG
+from tests.helpers.tiny_run import CONFIG, result
 
 STEPS = 4
 
@@ -168,7 +169,7 @@ def test_the_directions_do_not_depend_on_batch_company_or_order() -> None:
     assert torch.equal(KeyedNoise(7, 2, [5], (3,)).probes(one, torch.tensor([4, 2]), 1)[0], alone[0, [4, 2]])
 
 
-@pytest.mark.parametrize("spsa", [None, Probing(64, tau=0.05)])
+@pytest.mark.parametrize("spsa", [None, Probing(16, tau=0.05)])
 def test_a_reward_of_pictures_guides_at_the_predicted_clean_latent(tiny_pipeline: Path, spsa) -> None:
     """∇ of the decoded x̂0's score, by autograd through the decoder or from its values."""
     guidance = RewardGuidance(Red(differentiable=spsa is None), spsa=spsa, scale=1.0, start=1, end=1)
@@ -181,9 +182,9 @@ def test_a_reward_of_pictures_guides_at_the_predicted_clean_latent(tiny_pipeline
     found = forest.velocities[GRADIENTS].at(nodes)
     if spsa is None:
         torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-7)
-    else:  # 64 directions of 3,456 elements: cosine √(64/3,520) = .13
+    else:  # 16 directions of 3,456 elements: cosine √(16/3,472) = .07
         cosine = torch.cosine_similarity(found.flatten(1), exact.flatten(1)).mean()
-        assert 0.10 < float(cosine) < 0.17
+        assert 0.04 < float(cosine) < 0.10
 
 
 def test_a_state_without_a_score_is_an_error(tiny_pipeline: Path) -> None:
@@ -276,3 +277,22 @@ def test_the_loss_of_a_distilled_rollout_is_the_squared_move(tiny_pipeline: Path
     nodes = (forest.velocities[GRADIENTS].row >= 0).nonzero().flatten()
     size = forest.scores[RATE][nodes] ** 2 * forest.velocities[GRADIENTS].at(nodes).square().mean((1, 2, 3))
     assert update.after()["loss/distill"] == pytest.approx(2 * float(size.mean()), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_the_layer_of_euphonium_runs_and_resumes(tiny_pipeline: Path, tmp_path: Path) -> None:
+    """One run of two iterations, and one that is stopped after the first and resumed, end the same; ratios start at 1."""
+    term = "trainer.supervision={distill: {class_path: flowalign.objectives.GuidanceDistillation, init_args: {scale: 0.1}}}"
+    ends = []
+    for output, lengths in ((tmp_path / "one", [2]), (tmp_path / "two", [1, 2])):
+        for length in lengths:
+            settings = [f"policy.path={tiny_pipeline}", f"run.output={output}", f"run.iterations={length}", term]
+            config, plain = load_config([CONFIG, "configs/methods/euphonium.yaml"], [*settings, "rollout.group_size=3"])
+            train(config, plain)
+        ends.append(result(output))
+    (tensors, _, rows), (others, _, other_rows) = ends
+    assert rows == other_rows and all(torch.equal(tensors[name], others[name]) for name in tensors)
+    for row in rows:
+        assert row["guidance/gradient_norm"] > 0 and row["loss/distill"] > 0
+        assert row["ratio/drift_max"] <= 1e-6 and row["ratio/clip_fraction"] == 0
+        assert row["cost/reward_calls_per_image"] == pytest.approx(1 + 4 + 15 + 1 / 3)  # leaf, guided, scored states
