@@ -99,8 +99,10 @@ class LetterReader(nn.Module):
 class GlyphsProcessReward:
     """The expected OCR score (rewards.OCR, metric soft) of the picture that a noisy state of Glyphs becomes.
 
-    A network of 185,000 numbers, trained on rollouts of the base model (scripts/train_process_reward.py says how, and how
-    far it agrees with the outcome at each σ). Differentiable in the latents, for reward guidance (Euphonium 2602.04928).
+    A network of 185,000 numbers, trained on states of 1,920 rollouts of the base model by scripts/train_process_reward.py
+    (2.5 minutes of one core). Correlation with the outcome on 256 held-out words: .49 at σ = 1 (some words are harder than
+    others), .52 at .75, .58 at .6, .65 at .375, .68 at 0; along Euphonium's SDE .46, .48, .54 (.68), .65 (.36), .67.
+    Differentiable in the latents, for reward guidance (Euphonium 2602.04928).
     Not kept: a policy that has moved away from the base draws pictures that it has not seen, and its gradient can be
     climbed without becoming readable: look at the outcome reward. weights: a file of its own, by default the shipped."""
 

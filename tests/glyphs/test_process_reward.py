@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 
 from flowalign.config import load_config
+from flowalign.glyphs import PIPELINE
+from flowalign.glyphs.pretrain import scaled_latents
 from flowalign.glyphs.process_reward import WEIGHTS, GlyphsProcessReward, LetterReader, Scenes
 from flowalign.glyphs.process_training import Drawn, States, agreement, train
 from flowalign.glyphs.prompts import LETTERS, held_out_prompts, make_prompt
@@ -14,9 +17,9 @@ GENERATOR = torch.Generator().manual_seed(0)
 
 
 def latents_of(words: list[str], ink: str = "red", paper: str = "yellow") -> torch.Tensor:
-    """The drawn pictures as latents: nearly the pixels, of mean 0 and variance 1 over all color pairs."""
-    pixels = 2 * render(words, [ink] * len(words), [paper] * len(words)) - 1
-    return (pixels - 0.38) / 0.78
+    """What the pipeline's VAE makes of drawn pictures."""
+    vae = AutoencoderKL.from_pretrained(PIPELINE, subfolder="vae")
+    return scaled_latents(vae, 2 * render(words, [ink] * len(words), [paper] * len(words)) - 1)
 
 
 def asked(words: list[str]) -> list[str]:
@@ -36,19 +39,26 @@ def test_the_shipped_weights_are_small_and_read_held_out_words() -> None:
         for given in (words, other, third)
     )
     assert float((right > wrong).float().mean()) > 0.95
-    assert float(right.mean()) > float(wrong.mean()) + 0.2 > float(worse.mean()) + 0.3
+    assert float(right.mean()) > float(wrong.mean()) + 0.2 and float(wrong.mean()) > float(worse.mean()) + 0.05
 
 
 def test_noise_blurs_what_it_knows() -> None:
-    """At σ = 1 the score is the same for every picture."""
+    """Another picture under the same word changes the score much at σ = 0.2 and little at σ = 1."""
     words = [record["target"] for record in held_out_prompts()[:32]]
     x, noise = latents_of(words), torch.randn(32, 3, 24, 48, generator=GENERATOR)
-    spread = []
+    change = []
     for level in (0.2, 1.0):
-        sigma = torch.full((32,), level)
-        batch = RewardBatch(prompts=asked(["KITE"] * 32), latents=(1 - level) * x + level * noise, sigma=sigma)
-        spread.append(float(score(GlyphsProcessReward(), batch).scores.std()))
-    assert spread[0] > 2 * spread[1]
+        one, other = (
+            score(
+                GlyphsProcessReward(),
+                RewardBatch(
+                    prompts=asked(words), latents=(1 - level) * shown + level * noise, sigma=torch.full((32,), level)
+                ),
+            ).scores
+            for shown in (x, x.roll(1, 0))
+        )
+        change.append(float((one - other).abs().mean()))
+    assert change[0] > 0.2 and change[1] == 0
 
 
 def test_its_gradient_is_that_of_finite_differences() -> None:
@@ -73,6 +83,7 @@ def test_other_prompts_are_refused() -> None:
         score(GlyphsProcessReward(), batch)
 
 
+@pytest.mark.slow
 def test_training_learns_what_the_finished_pictures_score() -> None:
     """States of drawn words, a third of them asked for as another word: 60 steps tell them apart at σ = 0."""
     words = ["".join(LETTERS[i] for i in torch.randint(26, (4,), generator=GENERATOR)) for _ in range(384)]
