@@ -36,7 +36,7 @@ def normal(shape: Sequence[int], *key: int | str) -> Tensor:
 
 @dataclass(frozen=True)
 class KeyedNoise:
-    """The start and step noise of one iteration's rollout.
+    """The start, step and probing noise of one iteration's rollout.
 
     uids: prompt uid of each group of the tree, in group order. visits: for each group, how many earlier groups of this
     iteration have the same prompt, so that a prompt seen again gets new noise; by default it is counted within `uids`,
@@ -84,6 +84,17 @@ class KeyedNoise:
         common = self._draw("branch-common", tree, parents, common_key)
         own = self.branch_scale * self._draw("branch-own", tree, nodes, own_key)
         return (common[position] + own) / math.sqrt(1.0 + self.branch_scale**2)
+
+    def probes(self, tree: Tree, nodes: Tensor, count: int) -> Tensor:
+        """[count, n, *shape] for the states `nodes`: SPSA's directions; key (seed, "spsa", iteration, uid, visit, local,
+        number)."""
+        numbers = torch.arange(count)
+        return torch.stack(
+            [
+                self._draw("spsa", tree, nodes, torch.stack([tree.local[nodes], m.expand(len(nodes))], 1))
+                for m in numbers
+            ]
+        )
 
     def _draw(self, stream: str, tree: Tree, nodes: Tensor, keys: Tensor) -> Tensor:
         """[n, *shape] for `nodes` [n]; keys [n, k]: the last parts of each node's key."""

@@ -11,6 +11,7 @@ from flowalign.config import EvaluationSettings, PolicySettings, RunSettings
 from flowalign.config.contracts import differences
 from flowalign.models import LoRA, Role
 from flowalign.objectives import DynamicClip
+from flowalign.rollouts.guidance import Probing, RewardGuidance
 from flowalign.rollouts.task import Rollout
 from flowalign.trainers import AdamWConfig, Signal
 
@@ -18,6 +19,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "methods.md"
 HEADING = "## Parameters"
 SECTIONS = {
     "run": RunSettings, "policy": PolicySettings, "policy.lora": LoRA, "policy.roles.<name>": Role, "rollout": Rollout,
+    "rollout.reward_guidance": RewardGuidance, "rollout.reward_guidance.spsa": Probing,
     "evaluation": EvaluationSettings, "trainer.signal": Signal, "trainer.optimizer": AdamWConfig,
     "trainer.dynamic_clip": DynamicClip,
 }  # fmt: skip

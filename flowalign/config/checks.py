@@ -73,6 +73,8 @@ def check(config: TrainConfig) -> None:
             raise ConfigError(f"{key}.schedule: {error}") from error
     bound = replace(rollout, kernel=rollout.kernel.bind(path))
     state_channels = _check_rewards(config)
+    if bound.reward_guidance is not None:
+        bound.reward_guidance.check(grow(bound, 0, 0, [0]), bound.kernel, path, config.process_rewards)
     config.trainer.check(Setup(bound, path, channels_of(config.reward), policy.roles, state_channels))
     if policy.trainable == "lora":
         check_lora_folders(policy.path, policy.lora, config.roles, policy.family)

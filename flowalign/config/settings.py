@@ -143,6 +143,13 @@ class TrainConfig:
         wanted = {name: role for name, role in self.trainer.roles().items() if name != "reference"}
         return {**wanted, **self.policy.roles}
 
+    @property
+    def rollout_rewards(self) -> list[Reward]:
+        """All that a rollout asks: about samples, about states, and the one that guides if it is none of these."""
+        guidance = self.rollout.reward_guidance
+        guiding = [] if guidance is None or guidance.reward is None else [guidance.reward]
+        return [self.reward, *self.process_rewards, *guiding]
+
 
 def evaluation_schedule(config: TrainConfig) -> Schedule | None:
     """Of evaluations and of the exported call: evaluation.schedule, or where that is not set rollout.schedule."""

@@ -18,14 +18,18 @@ class Process:
 
     timing "post" (default): the state arrived at; "gain": post − pre; "pre": the state left, as in the authors' code,
     which credits an action with what was there before it. The scores of leaves are not read: put this beside a credit
-    that reads them with Joined. Not valid where the state was not scored."""
+    that reads them with Joined. Not valid where the state was not scored, nor in grid steps before `start`, where a reward of
+    almost pure noise would only add noise (Euphonium's code scores the guided steps)."""
 
     score: str
     timing: Literal["pre", "post", "gain"] = "post"
+    start: int = 0
 
     def __post_init__(self) -> None:
         if self.timing not in ("pre", "post", "gain"):
             raise ValueError(f"got Process.timing={self.timing!r}; expected 'pre', 'post' or 'gain'")
+        if self.start < 0:
+            raise ValueError(f"got Process.start={self.start}; expected a grid step, at least 0")
 
     def assign(self, forest: Forest, scores: Tensor, valid: Tensor, channels: tuple[str, ...]) -> EdgeValues:
         if self.score not in forest.scores:
@@ -37,7 +41,8 @@ class Process:
         of_state = forest.scores[self.score].double().cpu()
         before, after = of_state[forest.tree.parent[forest.tree.edges]], of_state[forest.tree.edges]
         values = {"pre": before, "post": after, "gain": after - before}[self.timing][:, None]
-        scored = values.isfinite()
+        tree = forest.tree
+        scored = values.isfinite() & (tree.index[tree.parent[tree.edges]] >= self.start)[:, None]
         return EdgeValues(torch.where(scored, values, 0.0), scored, (self.score,))
 
 

@@ -46,6 +46,11 @@ def rollout_unshared(
             "got a plan that selects states, or an objective that reads the rollout's velocities; expected neither, since code "
             "without sharing has none of it: leave out the variant 'unshared'"
         )
+    if kernel.uses_roots:
+        raise ConfigError(
+            f"got {type(kernel).__name__}, whose steps depend on the numbers of states; expected a rollout without reward "
+            "guidance, since the copies have others: leave out the variant 'unshared'"
+        )
     return unshared(tree).rollout(velocity, x_start, sigmas, kernel, noise, micro_batch=micro_batch)
 
 
@@ -75,7 +80,7 @@ def compare(config: TrainConfig, variants: Sequence[str], iterations: int) -> li
                 if iteration >= 0:
                     measured[name].append(found)
     finally:
-        for reward in (config.reward, *config.process_rewards):
+        for reward in config.rollout_rewards:
             close(reward)
     backward = 2 if config.policy.trainable == "lora" else 3
     rows = [_row(name, found, backward) for name, found in measured.items()]

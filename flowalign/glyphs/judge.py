@@ -1,7 +1,7 @@
 """Figures of a Glyphs pipeline for its model card and its tests: shares of words, letters and colors that are right.
 
 Apart from rewards.OCR and rewards.ColorAccuracy on purpose: the quality of the base is measured without the rewards that
-train on it, with shares of letters in their place, which no reward has, and `flowalign.glyphs` imports no reward. Only
+train on it, with shares of letters in their place, which no reward has, and the base's own making imports no reward. Only
 RapidOCR's recognizer is used: a picture enlarged twice (nearest) has exactly the 48 rows that the recognizer needs. All of
 500 ground-truth renders were read exactly, "0" counting as "O".
 """

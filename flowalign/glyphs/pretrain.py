@@ -134,7 +134,7 @@ def train_flow(pipeline: StableDiffusion3Pipeline, recipe: Pretraining, folder: 
 def flow_loss(pipeline: StableDiffusion3Pipeline, recipe: Pretraining, generator: torch.Generator) -> Tensor:
     """Mean squared error of the velocity on one random batch."""
     batch = sample_batch(recipe.batch_size, generator)
-    x0 = _scaled_latents(pipeline.vae, batch.pictures)
+    x0 = scaled_latents(pipeline.vae, batch.pictures)
     dropped = torch.rand(recipe.batch_size, generator=generator) < recipe.prompt_dropout
     prompts = ["" if drop else prompt for drop, prompt in zip(dropped.tolist(), batch.prompts, strict=True)]
     tokens, pooled = encode_text(pipeline, prompts)
@@ -174,7 +174,7 @@ def _encode_pictures(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
     return vae.encode(pictures).latent_dist.mode()
 
 
-def _scaled_latents(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
+def scaled_latents(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
     return (_encode_pictures(vae, pictures) - vae.config.shift_factor) * vae.config.scaling_factor
 
 

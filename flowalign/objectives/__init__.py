@@ -3,6 +3,7 @@
 from flowalign.objectives.adjoint import scalar_adjoint
 from flowalign.objectives.certainty import Certainty
 from flowalign.objectives.dynamic_clip import DynamicClip
+from flowalign.objectives.guidance_distillation import GuidanceDistillation
 from flowalign.objectives.kl import KLPenalty, Regularizer, RoleSteps
 from flowalign.objectives.layer_tuning import LayerTuning, Supervision, Targets
 from flowalign.objectives.norm_guard import NormGuard
@@ -19,7 +20,7 @@ from flowalign.objectives.transitions import ClippedRatio, Guard, KLMask, Object
 
 __all__ = [
     "ClippedRatio", "DynamicClip", "Guard", "KLMask", "Objective", "Transitions", "KLPenalty", "NormGuard", "Regularizer", "RoleSteps",
-    "LayerTuning", "Supervision", "Targets",
+    "GuidanceDistillation", "LayerTuning", "Supervision", "Targets",
     "Certainty", "FlatGradient", "InverseLength", "LongCat", "MeanOne", "StdOverMean", "StepWeight", "Uniform",
     "scalar_adjoint",
 ]  # fmt: skip

@@ -39,6 +39,11 @@ class Supervision(Protocol):
         """Whether forest.velocities["old"] must hold the rollout's own velocities."""
         ...
 
+    @property
+    def needs_guidance(self) -> bool:
+        """Whether the rollout must be guided by a reward (rollout.reward_guidance), whose gradients its targets read."""
+        ...
+
     def check(self, path: Path, channels: tuple[str, ...]) -> None:
         """ValueError unless its formula holds for a policy on `path` and a reward of `channels`."""
         ...
@@ -66,6 +71,7 @@ class LayerTuning:
     target: Literal["best_path_velocity", "best_leaf_fm"] = "best_path_velocity"
     scale: float = 0.01
     fade: int | None = None
+    needs_guidance = False
 
     def __post_init__(self) -> None:
         if self.target not in ("best_path_velocity", "best_leaf_fm"):

@@ -15,6 +15,7 @@ from flowalign.data import PromptRecord, source_images
 from flowalign.models.base import Conditions
 from flowalign.models.grid import grid
 from flowalign.rollouts.gather import gather_forest, gather_output, gather_tree
+from flowalign.rollouts.guidance import GuidedRollout, measured
 from flowalign.rollouts.previews import Previews, correlation
 from flowalign.rollouts.sources import by_source, hinted, roles_of
 from flowalign.rollouts.task import Rollout, Task
@@ -108,7 +109,9 @@ def collect(
         planned = grow(task.rollout, task.seed, iteration, range(len(prompts)))
         tree = gather_tree(processes, planned, forest.tree)
         forest, output = gather_forest(processes, tree, forest), gather_output(processes, tree, output)
-    forest = _with_uncertainty(forest, output)
+    forest, guidance = _with_uncertainty(forest, output), task.rollout.reward_guidance
+    if guidance is not None:
+        forest = guidance.replayed(forest, task.policy.path)
     sample = sampled(forest.tree)
     images, probes = int(sample.sum()), int((~sample).sum())
     own = sample & (forest.tree.source[forest.tree.leaves] == SOURCES.index("student"))
@@ -124,6 +127,7 @@ def collect(
         "time/reward": output.elapsed,
         "time/reward_ms_per_image": milliseconds,
         **_process_metrics(task, forest, began_leaves - rolled),
+        **({} if guidance is None else measured(forest)),
     }
     return ScoredRollout(
         forest=forest,
@@ -168,27 +172,50 @@ def _roll_out(
 
     previews = Previews(lambda groups, latents: _judge(task, prompts, groups + share.start, latents))
     start, select = policy.start(noise.start(tree)), settings.plan.select(previews.score)
+    guided = _guided(task, prompts, tree, share, noise)
+    kernel = settings.kernel if guided is None else guided.kernel
     if len(roles) == 1:
         forest = roll(
-            velocity, start, sigmas, tree, settings.kernel, noise.step, micro_batch=settings.micro_batch, select=select
+            velocity, start, sigmas, tree, kernel, noise.step, micro_batch=settings.micro_batch, select=select
         )
     else:
         routed = by_source(velocity, policy, tree, roles, settings.micro_batch)
-        forest = roll(routed, start, sigmas, tree, settings.kernel, noise.step, select=select)
+        forest = roll(routed, start, sigmas, tree, kernel, noise.step, select=select)
+    if guided is not None:
+        forest = guided.recorded(tree, forest)
     return forest if select is None else previews.on(forest)
+
+
+def _guided(
+    task: Task, prompts: Sequence[PromptRecord], tree: Tree, share: range, noise: KeyedNoise
+) -> GuidedRollout | None:
+    """What guides the rollout of this process's groups, if a reward's gradient does."""
+    settings, guidance = task.rollout, task.rollout.reward_guidance
+    if guidance is None:
+        return None
+    reward = guidance.judge(task.process_rewards)
+
+    def batch(owner: Tensor, latents: Tensor, sigma: Tensor) -> RewardBatch:
+        task.counts.reward_calls += len(latents)
+        return decoded(task, prompts, owner, latents, reward.spec.inputs, sigma, grad=latents.requires_grad)
+
+    return guidance.begin(
+        settings.kernel, task.policy.path, reward, batch, tree.group[: tree.num_roots] + share.start,
+        partial(noise.probes, tree), settings.micro_batch,
+    )  # fmt: skip
 
 
 def decoded(
     task: Task, prompts: Sequence[PromptRecord], owner: Tensor, latents: Tensor, inputs: Sequence[str] = ("images",),
-    sigma: Tensor | None = None, first: int = 0,
+    sigma: Tensor | None = None, first: int = 0, grad: bool = False,
 ) -> RewardBatch:  # fmt: skip
     """Latents [n, *] of the groups `owner` [n] as a reward that reads `inputs` gets them, with what it may know of them.
 
     Decoded only if it reads images or videos, in parts of rollout.micro_batch. sigma [n]: their noise levels, 0 by default.
-    first: number of the first sample."""
+    first: number of the first sample. grad: see Policy.decode."""
     groups, fields = owner.tolist(), {}
     if set(inputs) & {"images", "videos"}:
-        pixels = torch.cat([task.policy.decode(part) for part in latents.split(task.rollout.micro_batch)])
+        pixels = torch.cat([task.policy.decode(part, grad) for part in latents.split(task.rollout.micro_batch)])
         fields = pictures(pixels, task.fps)
         task.counts.decodes += len(latents)
     if "latents" in inputs:

@@ -9,6 +9,7 @@ from typing import Literal
 from flowalign.data import PromptRecord
 from flowalign.distributed.processes import Processes
 from flowalign.models.base import Policy, Size
+from flowalign.rollouts.guidance import RewardGuidance
 from rewards import Reward
 from samplers import Kernel, Plan, Schedule
 
@@ -26,7 +27,8 @@ class Rollout:
 
     sources, hint_key: for a plan with samples that are not the policy's own (samplers.Sourced). sources: "teacher" (or
     "hinted") -> the role that rolls these samples out; hinted ones are the policy's without it. hint_key: key of the
-    prompts' metadata under which the hinted samples' prompt stands; the reward and the update see the prompt itself."""
+    prompts' metadata under which the hinted samples' prompt stands; the reward and the update see the prompt itself.
+    reward_guidance: steps are drawn from a mean that a reward's gradient moves (Euphonium); None: from the kernel's own."""
 
     plan: Plan
     kernel: Kernel
@@ -42,6 +44,7 @@ class Rollout:
     detach_uncond: bool = False
     sources: dict[str, str] = field(default_factory=dict)
     hint_key: str | None = None
+    reward_guidance: RewardGuidance | None = None
 
 
 @dataclass

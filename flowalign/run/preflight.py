@@ -11,8 +11,8 @@ from flowalign.data import PromptRecord, check_images, digest, load_prompts
 from flowalign.errors import ConfigError
 from flowalign.evaluation.evaluate import EvaluationResult
 from flowalign.evaluation.result_file import load_result
-from flowalign.models.load import rows_per_state
-from flowalign.rollouts.collect import leaves_per_group
+from flowalign.models.load import path_of, rows_per_state
+from flowalign.rollouts.collect import grow, leaves_per_group
 from flowalign.run.held_out_rewards import held_out_rewards
 from flowalign.storage import checkpoint
 from flowalign.storage.checkpoint import Tensors
@@ -40,6 +40,11 @@ def forecast(config: TrainConfig) -> str:
         notes.append(f"probes: {probes / samples:.2f} per image, decoded and scored but not counted as images")
     if cost.previews:
         notes.append(f"previews: {cost.previews / samples:.2f} per image, decoded and scored to select, then discarded")
+    if rollout.reward_guidance is not None:
+        path = path_of(config.policy.path, config.policy.family)
+        tree = grow(rollout, 0, 0, [0])
+        calls = rollout.reward_guidance.calls(tree, rollout.kernel.bind(path), path)
+        notes.append(f"reward guidance: at most {calls / samples:.2f} more scores per image, at states of its rollout")
     if rollout.guidance_scale != evaluation.guidance_scale:
         notes.append(
             f"guidance: rollout.guidance_scale={rollout.guidance_scale:g}, "

@@ -218,7 +218,7 @@ def _enter(config: TrainConfig, plain: dict[str, Any], folder: Path, launch: Lau
         raise ConfigError(str(error)) from error
     if processes.is_main:
         print(forecast(config), flush=True)
-    for reward in (config.reward, *config.process_rewards, *config.evaluation.rewards):
+    for reward in (*config.rollout_rewards, *config.evaluation.rewards):
         leaving.callback(close, reward)
     try_rewards(config, prompts, launch.accelerator.device, announce=processes.is_main)
     policy = policy_of(config, launch.accelerator.device, launch.network_device)

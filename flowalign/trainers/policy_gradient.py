@@ -125,8 +125,13 @@ class PolicyGradient:
         if self.calibration is not None:
             self.calibration.check(setup)
         self.step_weight.check(setup.path)
-        for part in self.supervision.values():
+        for name, part in self.supervision.items():
             part.check(setup.path, setup.channels)
+            if part.needs_guidance and rollout.reward_guidance is None:
+                raise ValueError(
+                    f"got trainer.supervision.{name}, which distills the reward guidance of the rollout, without any: set "
+                    "rollout.reward_guidance, or leave the term out"
+                )
         dry_run(self.signal, setup)
 
     def _check_names(self) -> None:

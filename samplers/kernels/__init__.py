@@ -1,6 +1,6 @@
 """Denoising transitions, one kernel per file."""
 
-from samplers.kernels.ascent import SPSA, Ascent, ProcessReward, RewardGradient, spsa_gradient
+from samplers.kernels.ascent import SPSA, Ascent, AtPrediction, ProcessReward, RewardGradient, spsa_gradient
 from samplers.kernels.base import Affine, Carry, Kernel, Step, TransitionContext
 from samplers.kernels.clipped_flow_sde import ClippedFlowSDE
 from samplers.kernels.cps import CPS
@@ -17,5 +17,5 @@ from samplers.kernels.stepwise_sde import StepwiseSDE
 __all__ = [
     "Affine", "Carry", "TransitionContext", "Gaussian", "Kernel", "KLForm", "Step",
     "ODE", "FlowSDE", "ClippedFlowSDE", "DanceSDE", "LinearSDE", "CPS", "DDIM", "StepwiseSDE",
-    "DPMSolver", "Guided", "Ascent", "ProcessReward", "RewardGradient", "SPSA", "spsa_gradient",
+    "DPMSolver", "Guided", "Ascent", "AtPrediction", "ProcessReward", "RewardGradient", "SPSA", "spsa_gradient",
 ]  # fmt: skip

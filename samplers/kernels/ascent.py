@@ -61,24 +61,37 @@ class RewardGradient:
 
 @dataclass(frozen=True)
 class SPSA:
-    """∇ρ from values at σ = 0 around the predicted x̂0: 2M scores per state, for rewards without a gradient
-    (Euphonium).
+    """∇ρ from values alone: 2M scores around each state, for rewards without a gradient (Euphonium).
 
-    noise: nodes [n] -> u [M, n, *], independent N(0, 1) and a function of the node (stream "spsa"). path: the policy's;
-    None stands for a rectified flow. Not kept: ∂x̂0/∂x = I - σ·∂v/∂x; the gradient at x̂0 stands for that at x.
-    """
+    noise: nodes [n] -> u [M, n, *], independent N(0, 1) and a function of the node, as KeyedNoise.probes gives them."""
 
     reward: ProcessReward
     noise: Callable[[Tensor], Tensor]
     tau: float = 0.01
+
+    def gradient(self, x: Tensor, v: Tensor, sigma: Tensor, rows: Tensor, nodes: Tensor) -> Tensor:
+        """The estimate; `v` does not matter."""
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        return spsa_gradient(
+            lambda latents: self.reward.score(latents, sigma.to(x), rows), x, self.noise(nodes), self.tau
+        )
+
+
+@dataclass(frozen=True)
+class AtPrediction:
+    """`ascent` at σ = 0 around the predicted x̂0(x, v, σ), for a reward of finished samples.
+
+    Not kept: ∂x̂0/∂x = I - σ·∂v/∂x; the gradient at x̂0 stands for that at x, as in Euphonium's code. path: the policy's;
+    None stands for a rectified flow."""
+
+    ascent: Ascent
     path: Path | None = None
 
     def gradient(self, x: Tensor, v: Tensor, sigma: Tensor, rows: Tensor, nodes: Tensor) -> Tensor:
-        """The estimate at x̂0(x, v, σ)."""
+        """That of `ascent` at x̂0."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         x0 = (self.path or RectifiedFlow()).x0_from_velocity(x.to(dtype), v.to(dtype), sigma)
-        clean = torch.zeros(len(x0), dtype=x0.dtype, device=x0.device)
-        return spsa_gradient(lambda latents: self.reward.score(latents, clean, rows), x0, self.noise(nodes), self.tau)
+        return self.ascent.gradient(x0, v, torch.zeros_like(sigma), rows, nodes)
 
 
 @torch.no_grad()

@@ -14,6 +14,10 @@ from samplers.paths import Path, RectifiedFlow
 GuidanceForm = Literal["score_half", "full_tilt", "doob"]
 MeanOf = Literal["unguided", "guided"]
 
+# what a guided rollout keeps in its Forest, for replays and distillation
+GRADIENTS = "reward_gradient"  # velocities: ∇ρ at the guided states that stochastic steps leave
+RATE = "guidance/rate"  # scores: what ∇ρ there is multiplied by to move the velocity, λ/b
+
 _LEAST_DATA = 1e-3  # the least a(σ) at which full_tilt acts; grids start at σ = 1 or just below, such as 0.99999
 
 
@@ -111,13 +115,7 @@ class Guided:
         A velocity target that learns the guidance is v + shift/b: under it the kernel's own mean is the guided one.
         """
         sigma = torch.as_tensor(sigma, dtype=torch.float64).expand(len(x))
-        rate = torch.where(self._active(ctx, len(x)).to(step.std.device), self._rate(step, sigma), 0.0)
-        if not bool(rate.isfinite().all()):
-            unbounded = (~rate.isfinite()).to(sigma.device)
-            raise ValueError(
-                f"got form={self.form!r} at sigma {sigma[unbounded][:8].tolist()}, where its rate has no bound; expected "
-                f"active steps with a data coefficient of at least {_LEAST_DATA}: set start=1"
-            )
+        rate = self.rate(step, sigma, ctx)
         guided = (rate != 0).nonzero().flatten()
         if not len(guided):
             return None
@@ -128,6 +126,17 @@ class Guided:
         shift = torch.zeros_like(step.mean)
         shift[guided] = spread(rate[guided], gradient) * gradient
         return shift
+
+    def rate(self, step: Step, sigma: Tensor, ctx: TransitionContext) -> Tensor:
+        """λ [N] of the unguided `step` that leaves σ [N]; 0 in inactive rows. ValueError where it has no bound."""
+        rate = torch.where(self._active(ctx, len(sigma)).to(step.std.device), self._rate(step, sigma), 0.0)
+        if not bool(rate.isfinite().all()):
+            unbounded = (~rate.isfinite()).to(sigma.device)
+            raise ValueError(
+                f"got form={self.form!r} at sigma {sigma[unbounded][:8].tolist()}, where its rate has no bound; expected "
+                f"active steps with a data coefficient of at least {_LEAST_DATA}: set start=1"
+            )
+        return rate
 
     def _rate(self, step: Step, sigma: Tensor) -> Tensor:
         """λ [N], before `interval` and its like; not finite where it has no value."""

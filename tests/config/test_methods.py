@@ -96,6 +96,7 @@ COSTS: dict[str, tuple[int, int, int, int]] = {
     # a shared start saves G - 1 evaluations of the first stochastic step: 12·16 = 192, less 11
     "dance_grpo": (12 * 16 - 11, 12 * 15 - 11, 12 * 15, 12),
     "dance_grpo_best_of_n": (24 * 16 - 23, 24 * 15 - 23, 24 * 15, 24),
+    "euphonium": (8 * 16 - 7, 8 * 15 - 7, 8 * 15, 8),  # 128, 120 of which 72 are trained
     "mixgrpo": (12 * 25 - 11, 12 * 4 - 11, 12 * 4, 12),  # 300, 48
     "mixgrpo_flash": (12 * (4 + ceil(0.4 * 21)) - 11, 12 * 4 - 11, 12 * 4, 12),
     "mixgrpo_flash_star": (12 * 9 - 11, 12 * 4 - 11, 12 * 4, 12),
@@ -135,6 +136,12 @@ def test_the_papers_count_of_a_chain_that_shares_nothing(on_glyphs: Load) -> Non
         rollout = on_glyphs(method).rollout
         cost = plan.forecast(rollout.num_inference_steps, rollout.group_size)
         assert (cost.rollout, cost.train, cost.edges, cost.leaves) == expected
+
+
+def test_euphonium_guides_four_steps_of_each_sample(on_glyphs: Load) -> None:
+    """N_g = 4 gradients of the process reward per sample, in the last four of 16 steps."""
+    config = on_glyphs("euphonium")
+    assert "at most 4.00 more scores per image" in forecast(config)
 
 
 @pytest.mark.parametrize(("method", "kept"), [("dance_grpo", 12 * 9), ("dance_grpo_best_of_n", 8 * 9)])

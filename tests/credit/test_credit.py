@@ -297,6 +297,10 @@ def test_process_scores_before_after_and_their_difference() -> None:
         got = Process("prm", timing).assign(forest, torch.zeros(1, 1), everywhere(torch.zeros(1, 1)), ("r",))
         assert got.channels == ("prm",)
         assert got.values[:, 0].tolist() == expected and got.valid[:, 0].tolist() == known
+    later = Process("prm", "pre", start=1).assign(forest, torch.zeros(1, 1), everywhere(torch.zeros(1, 1)), ("r",))
+    assert later.valid[:, 0].tolist() == [False, True, True] and later.values[:, 0].tolist() == [0, 2, 4]
+    with pytest.raises(ValueError, match="start=-1"):
+        Process("prm", start=-1)
     with pytest.raises(ValueError, match=r"this rollout has: \['prm'\]"):
         credit(Process("other"), forest, [1.0])
 

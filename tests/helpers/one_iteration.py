@@ -19,6 +19,7 @@ from flowalign.distributed.fsdp2 import shard
 from flowalign.distributed.processes import Processes
 from flowalign.models import LoRA, Size, load_policy
 from flowalign.objectives import ClippedRatio, Guard, KLPenalty
+from flowalign.rollouts.guidance import Probing, RewardGuidance
 from flowalign.rollouts.task import Rollout, Task
 from flowalign.selectors import All, BestOfN, NonZeroAdvantage
 from flowalign.trainers import PolicyGradient, Signal
@@ -72,9 +73,11 @@ class Level:
 
 PLANS = {
     "window": (Window(size=2, low=0, high=4), 4, ClippedRatio(1e-2)),
-    # after three steps the better half of eight goes on; the guard reads the rollout's own velocities
+    # after three steps the better half of eight goes on; the guard reads the rollout's own velocities and replays the guidance
     "selected": (Selected(Chain(), {3: 4}), 8, Guard(1e-2)),
 }
+# the kept gradients of all processes make the guided means of every update
+GUIDANCE = {"selected": RewardGuidance(Level(), spsa=Probing(), scale=3.0, log_prob_mean="guided")}
 
 
 def run(pipeline: str, output: Path, plan: str, weights: str) -> None:
@@ -93,7 +96,10 @@ def run(pipeline: str, output: Path, plan: str, weights: str) -> None:
         Signal(Normalized(std="batch"), select=All([NonZeroAdvantage(), BestOfN(2)])),
         objective=objective, regularizers={"kl": KLPenalty(0.1)}, micro_batch=2,
     )  # fmt: skip
-    settings = Rollout(chosen, FlowSDE(), groups=5, group_size=group_size, num_inference_steps=5, micro_batch=5)
+    settings = Rollout(
+        chosen, FlowSDE(), groups=5, group_size=group_size, num_inference_steps=5, micro_batch=5,
+        reward_guidance=GUIDANCE.get(plan),
+    )  # fmt: skip
     trainer.prepare(Task(policy, Moody(DARK[plan]), settings, 0, Size(24, 48), processes, [Level()]), None)
     prompts = [
         PromptRecord(uid, f'the word "{word}" in red on a white background')

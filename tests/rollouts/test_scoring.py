@@ -113,7 +113,9 @@ def test_videos_come_with_their_frames_per_second(tiny_pipeline: Path, monkeypat
     )
     policy, task = scored(tiny_pipeline, Chain(), reward, fps=8.0, micro_batch=4)
     decode = policy.decode
-    monkeypatch.setattr(policy, "decode", lambda latents: torch.stack([decode(latents), decode(latents) + 0.25], 1))
+    monkeypatch.setattr(
+        policy, "decode", lambda latents, grad=False: torch.stack([decode(latents), decode(latents) + 0.25], 1)
+    )
     batch = collect(task, PROMPTS, 0)
     torch.testing.assert_close(batch.scores, torch.full((6, 1), 2.0))
     with pytest.raises(ValueError, match=r"policy\.fps"):

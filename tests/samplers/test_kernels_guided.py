@@ -14,6 +14,7 @@ from samplers import (
     DDIM,
     ODE,
     SPSA,
+    AtPrediction,
     DanceSDE,
     DPMSolver,
     FlowSDE,
@@ -315,7 +316,7 @@ def test_spsa_guides_at_the_predicted_clean_latent_with_noise_of_the_state() -> 
         return torch.stack([normal((8, 2), 5, "spsa", int(node)) for node in nodes], 1)
 
     counted = Counted(Quadratic())
-    guided = Guided(DanceSDE(), SPSA(counted, keyed), scale=1.0, use_delta=False)
+    guided = Guided(DanceSDE(), AtPrediction(SPSA(counted, keyed)), scale=1.0, use_delta=False)
     ctx = TransitionContext(
         roots=torch.tensor([1, 1, 0]), parents=torch.tensor([7, 7, 9]), nodes=torch.tensor([11, 12, 13])
     )

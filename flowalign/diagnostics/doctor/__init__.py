@@ -134,7 +134,7 @@ def examine(config: TrainConfig, policy: Policy) -> Iterator[Finding]:
         rewarded = f"reward {config.reward.name}"
         yield ask("time", lambda: _time(config, task, after(), moved()[2], prompts), "reached", rewarded)
     finally:
-        for reward in (config.reward, *config.process_rewards, *config.evaluation.rewards):
+        for reward in (*config.rollout_rewards, *config.evaluation.rewards):
             close(reward)
 
 
