@@ -1,4 +1,4 @@
-"""The command line: `flowalign train | doctor | benchmark | report | export …`."""
+"""The command line: `flowalign train | compare | doctor | benchmark | report | export …`."""
 
 from __future__ import annotations
 
@@ -14,13 +14,17 @@ USAGE = """usage: flowalign train CONFIG.yaml [CONFIG.yaml ...] [key=value ...]
        flowalign doctor CONFIG.yaml [CONFIG.yaml ...] [key=value ...]
        flowalign benchmark CONFIG.yaml [CONFIG.yaml ...] [--iterations N] [--variants NAME,NAME] [--output FOLDER]
                            [key=value ...]
+       flowalign compare SPEC.yaml [--workers N] [--only-report]
+       flowalign compare CONFIG.yaml ... --with CONFIG.yaml ... --seeds N ... (--evaluations N | --seconds N)
+                         [--baseline NAME] [--set key=value ...] [--workers N] [--only-report]
        flowalign report RUN
        flowalign export RUN [--step N] [--ema | --no-ema] [--output FOLDER]
 
 Trains as the files say, later files over earlier ones (configs/methods/… configs/models/… configs/rewards/…); dotted keys
 override them, for example rollout.group_size=24 run.name=wide. The doctor measures in about a minute whether that can
 work: one line per check, exit code 1 if one fails. The benchmark times an iteration beside the same iteration with less
-sharing. The report of a run folder is written anew from what is in it, also while the run goes on. Export writes the LoRA of
+sharing. Compare runs configurations × seeds on equal budgets and writes a table, curves and a page (docs/compare.md); the
+same command goes on where it stopped. The report of a run folder is written anew from what is in it, also while the run goes on. Export writes the LoRA of
 a checkpoint (the latest, averaged if the run keeps an average) for diffusers and PEFT.
 On several devices: accelerate launch scripts/train.py CONFIG.yaml [CONFIG.yaml ...] [key=value ...]"""
 
@@ -104,6 +108,18 @@ def _benchmark(arguments: Sequence[str]) -> int:
     return 0
 
 
+def compare(arguments: Sequence[str]) -> int:
+    """Compares configurations and prints the paths of the results. Exit code 0: done."""
+    return _run(_compare, arguments)
+
+
+def _compare(arguments: Sequence[str]) -> int:
+    from flowalign.compare.command import compare as run
+
+    print(*run(arguments), sep="\n")
+    return 0
+
+
 def report(arguments: Sequence[str]) -> int:
     """Writes a run's report.html anew and prints its path. Exit code 0: done."""
     return _run(_report, arguments)
@@ -132,7 +148,14 @@ def _export(arguments: Sequence[str]) -> int:
     return 0
 
 
-COMMANDS = {"train": train, "doctor": doctor, "benchmark": benchmark, "report": report, "export": export}
+COMMANDS = {
+    "train": train,
+    "compare": compare,
+    "doctor": doctor,
+    "benchmark": benchmark,
+    "report": report,
+    "export": export,
+}
 
 
 def main() -> None:

@@ -48,10 +48,16 @@ class PolicySettings:
 class RunSettings:
     """A run: its folder `output`/`name`, its length and what it keeps. `resume`: "auto" goes on with a run of the same
     configuration, up to settings of length, speed and memory; "changed" also with other settings (a wider clip range,
-    say), which are noted in provenance.json; "never" refuses a folder that exists. project and tags: for the trackers."""
+    say), which are noted in provenance.json; "never" refuses a folder that exists. project and tags: for the trackers.
+
+    max_evaluations, in `summary.evaluation_unit`, and max_seconds of iterations (evaluations on the way are not counted): the
+    run ends before an iteration that would go beyond, if it costs what the iterations so far cost on average; the first is
+    always run. null: no limit."""
 
     name: str
     iterations: int = 100
+    max_evaluations: int | None = None
+    max_seconds: float | None = None
     seed: int = 0
     output: str = "runs"
     checkpoint_every: int = 10
@@ -67,6 +73,10 @@ class RunSettings:
         for key in ("iterations", "checkpoint_every", "keep_checkpoints"):
             if vars(self)[key] < 1:
                 raise ValueError(f"run.{key}={vars(self)[key]}: expected at least 1")
+        for key in ("max_evaluations", "max_seconds"):
+            limit = vars(self)[key]
+            if limit is not None and not limit > 0:
+                raise ValueError(f"run.{key}={limit}: expected more than 0, or null for no limit")
         _check_seed("run.seed", self.seed)
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
             raise ValueError(f"run.name={self.name!r}: expected letters, digits, '.', '_' and '-', it names a folder")

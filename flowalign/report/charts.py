@@ -44,7 +44,7 @@ def _chart(rows: Sequence[Row], panel: Panel) -> Chart:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(3.3, 2.15), layout="constrained")
         _curve(figure.subplots(), rows, panel)
-        return Chart(panel.title, _svg(figure))
+        return Chart(panel.title, svg(figure))
 
 
 def bars(labels: Sequence[str], values: Sequence[float], unit: str) -> str:
@@ -62,7 +62,7 @@ def bars(labels: Sequence[str], values: Sequence[float], unit: str) -> str:
         axis.tick_params(length=0)
         axis.set_xticks([])
         axis.spines[["bottom", "left"]].set_visible(False)
-        return _svg(figure)
+        return svg(figure)
 
 
 def _curve(axis: Axes, rows: Sequence[Row], panel: Panel) -> None:
@@ -88,7 +88,8 @@ def _curve(axis: Axes, rows: Sequence[Row], panel: Panel) -> None:
     axis.tick_params(which="both", length=0)
 
 
-def _svg(figure: Figure) -> str:
+def svg(figure: Figure) -> str:
+    """The picture, the same bytes for the same content."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return buffer.getvalue()

@@ -61,7 +61,7 @@ def _page(folder: Path, summary: dict[str, Any], rows: Sequence[Row]) -> str:
     config, gains = folder / "config.yaml", summary.get("rewards", {})
     with reading(config):
         settings = config.read_text(encoding="utf-8") if config.exists() else None
-    return _template().render(
+    return template("flowalign.report", "report.html").render(
         name=folder.resolve().name,
         iterations=len({row["step"] for row in rows if "reward/mean" in row}),
         facts=_facts(summary, rows),
@@ -101,8 +101,9 @@ def load_snippet(run_folder: Path, pipeline: dict[str, Any]) -> str:
     )
 
 
-def _template() -> jinja2.Template:
-    source = (files("flowalign.report") / "report.html").read_text(encoding="utf-8")
+def template(package: str, name: str) -> jinja2.Template:
+    """A page of the package, whose pictures are written into it: `{{ … | svg_url }}`, `{{ … | png_url }}`."""
+    source = (files(package) / name).read_text(encoding="utf-8")
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

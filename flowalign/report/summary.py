@@ -29,7 +29,7 @@ COUNTS: dict[str, Callable[[PairedGain], int]] = {
 
 def summarize(
     config: TrainConfig, policy: Policy, base: EvaluationResult, tuned: EvaluationResult,
-    totals: Mapping[str, float], seconds: float,
+    iterations: int, totals: Mapping[str, float], seconds: float,
 ) -> dict[str, Any]:  # fmt: skip
     """summary.json. The figures of the first evaluation reward stand at the top, those of all under `rewards`."""
     rewards, first = gains_table(paired_gains(base, tuned)), labels_of(config.evaluation.rewards[0])[0]
@@ -37,7 +37,7 @@ def summarize(
         "reward": first,
         **{key: column[first] for key, column in rewards.items()},
         "rewards": rewards,
-        **summarize_stopped(config, policy, config.run.iterations, totals, seconds),
+        **summarize_stopped(config, policy, iterations, totals, seconds),
     }
 
 

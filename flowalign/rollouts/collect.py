@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 import torch
@@ -87,7 +87,7 @@ def collect(
 
     keep_velocities: the forest keeps the rollout's own velocities, as the role "old". roll: another engine with the
     arguments of `rollout`. Each process rolls out whole groups, its share; what is returned is the batch of all."""
-    processes, rows_before = task.processes, task.policy.evaluations
+    processes, rows_before, before = task.processes, task.policy.evaluations, replace(task.counts)
     share = processes.share(len(prompts))
     conditions = task.policy.encode(prompts, negative=task.rollout.guidance_scale != 1)
     began = time.perf_counter()
@@ -101,6 +101,8 @@ def collect(
     decoding = time.perf_counter() - began_leaves - output.elapsed
     milliseconds = 1000 * output.elapsed / len(leaves)
     rows = processes.total(task.policy.evaluations - rows_before)
+    decodes = processes.total(task.counts.decodes - before.decodes)
+    calls = processes.total(task.counts.reward_calls - before.reward_calls)
     if processes.count > 1:
         planned = grow(task.rollout, task.seed, iteration, range(len(prompts)))
         tree = gather_tree(processes, planned, forest.tree)
@@ -113,6 +115,8 @@ def collect(
         **_reward_metrics(task.reward.name, output, own),
         "cost/rollout_per_image": rows / images,
         **({"cost/probes_per_image": probes / images} if probes else {}),
+        "cost/decodes_per_image": decodes / images,
+        "cost/reward_calls_per_image": calls / images,
         "time/rollout": rolled - began,
         "time/decode": decoding,
         "time/reward": output.elapsed,
@@ -187,6 +191,7 @@ def decoded(
     if set(inputs) & {"images", "videos"}:
         pixels = torch.cat([task.policy.decode(part) for part in latents.split(task.rollout.micro_batch)])
         fields = pictures(pixels, task.fps)
+        task.counts.decodes += len(latents)
     if "latents" in inputs:
         levels = torch.zeros(len(latents)) if sigma is None else sigma
         fields |= {"latents": latents, "sigma": levels.to(latents.device, torch.float32)}
@@ -207,6 +212,7 @@ def _judge(
     """Scores latents [n, *] of the groups `owner` [n] (by the task's reward if no other is given), rollout.micro_batch at a
     time: one part is decoded, scored and freed before the next. What is not scoring in its time is decoding."""
     judge, size = reward or task.reward, task.rollout.micro_batch
+    task.counts.reward_calls += len(latents)
 
     def parts() -> Iterator[RewardBatch]:
         for first in range(0, len(latents), size):

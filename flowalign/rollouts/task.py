@@ -44,12 +44,21 @@ class Rollout:
     hint_key: str | None = None
 
 
+@dataclass
+class Counts:
+    """What was decoded and scored so far by this process: decodes, images or videos; reward_calls, rows given to a reward."""
+
+    decodes: int = 0
+    reward_calls: int = 0
+
+
 @dataclass(frozen=True, eq=False)
 class Task:
     """What a trainer is given: the loaded policy, the reward, and the rollout with its kernel bound to the policy's path.
 
     process_rewards: score states of the rollout, into Forest.scores. fps: frames per second of a policy that makes videos.
-    prompts: the whole training set, for what a trainer does before its first iteration (calibration, cold start)."""
+    prompts: the whole training set, for what a trainer does before its first iteration (calibration, cold start).
+    counts: of decodes and reward calls, beside `policy.evaluations`."""
 
     policy: Policy
     reward: Reward
@@ -60,3 +69,4 @@ class Task:
     process_rewards: Sequence[Reward] = ()
     fps: float | None = None
     prompts: Sequence[PromptRecord] = ()
+    counts: Counts = field(default_factory=Counts)

@@ -13,6 +13,7 @@ import torch
 from torch.optim import Optimizer
 
 from flowalign.config import TrainConfig
+from flowalign.config.settings import RunSettings
 from flowalign.models import Policy
 from flowalign.models.ema import EMA
 from flowalign.run.preflight import Saved
@@ -25,12 +26,13 @@ from flowalign.storage.named_tensors import pack_optimizer, pack_parameters, res
 class Progress:
     """How far a run is; saved with every checkpoint.
 
-    updates: of the policy. reached: whether a gradient was above 0. totals: over all iterations. seconds: run time before
-    this launch; began: time.monotonic() at this launch."""
+    updates: of the policy. reached: whether a gradient was above 0. totals: over all iterations. training: seconds
+    of all iterations. seconds: run time before this launch; began: time.monotonic() at this launch."""
 
     updates: int = 0
     reached: bool = False
     totals: dict[str, float] = field(default_factory=lambda: {"images": 0, "rollout": 0.0, "update": 0.0, "drift": 0.0})
+    training: float = 0.0
     seconds: float = 0.0
     began: float = field(default_factory=time.monotonic)
 
@@ -42,13 +44,22 @@ class Progress:
     def state(self) -> dict[str, Any]:
         """As JSON, for a checkpoint."""
         return {
-            "updates": self.updates, "reached": self.reached, "totals": dict(self.totals), "time/seconds": self.elapsed
+            "updates": self.updates, "reached": self.reached, "totals": dict(self.totals), "time/seconds": self.elapsed,
+            "time/training": self.training,
         }  # fmt: skip
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Takes over `state()` of a checkpoint."""
         self.updates, self.reached = state["updates"], state["reached"]
         self.totals, self.seconds = state["totals"], state["time/seconds"]
+        self.training = state.get("time/training", self.seconds)  # a checkpoint of 0.1.0 has no such count
+
+    def is_spent(self, step: int, run: RunSettings) -> bool:
+        """Whether another iteration like the `step` so far would go beyond the limits of the run."""
+        counts = (
+            (self.totals["rollout"] + self.totals["update"], run.max_evaluations), (self.training, run.max_seconds)
+        )  # fmt: skip
+        return any(limit is not None and count * (step + 1) > limit * step for count, limit in counts)
 
 
 @dataclass

@@ -46,6 +46,12 @@ class Evaluations:
         self._log(iteration, "tuned", result)
         return result
 
+    def evaluate_on_the_way(self, iteration: int) -> EvaluationResult:
+        """The trained model after `iteration` iterations; its scores are kept, its images are not."""
+        result = self.evaluate_tuned()
+        self._append(iteration, "on the way", result)
+        return result
+
     def evaluate_tuned(self) -> EvaluationResult:
         """The trained model; under its moving average, if the run keeps one."""
         with self.averaged():
@@ -67,10 +73,15 @@ class Evaluations:
             )  # fmt: skip
 
     def _log(self, iteration: int, label: str, result: EvaluationResult) -> None:
-        """Writes the row before the file: if base.safetensors exists, so does its row. A row of an earlier launch is cut."""
+        """Writes the row before the file: if base.safetensors exists, so does its row."""
+        self._append(iteration, label, result)
+        if self.processes.is_main:
+            save_result(self.folder / "evaluation" / f"{label}.safetensors", result)
+
+    def _append(self, iteration: int, label: str, result: EvaluationResult) -> None:
+        """A row of evaluations.jsonl; one of an earlier launch is cut."""
         if not self.processes.is_main:
             return
         log = self.folder / "evaluations.jsonl"
         MetricsLog(log).cut_back(iteration - 1)
         append_result(log, iteration, label, result)
-        save_result(self.folder / "evaluation" / f"{label}.safetensors", result)

@@ -66,6 +66,7 @@ class IterationLog:
                 "cost/frozen_per_image", 0.0
             )
         row["time/iteration"] = time.monotonic() - self.began
+        row["cost/images"] = images
         self._add_to_totals(images, row)
         self.summary = ", ".join(f"{name} {row[key]:{form}}" for key, (name, form) in SUMMARY.items() if key in row)
         return row
@@ -92,3 +93,4 @@ class IterationLog:
         for phase in ("rollout", "update"):
             totals[phase] += images * row.get(f"cost/{phase}_per_image", 0.0)
         totals["drift"] = max(totals["drift"], row.get("ratio/drift_max", 0.0))
+        self.progress.training += row["time/iteration"]

@@ -29,6 +29,9 @@ def forecast(config: TrainConfig) -> str:
     update = config.trainer.forecast(rollout)
     sample, train, frozen = (guided * rows for rows in (rollout.groups * cost.rollout, update.trained, update.frozen))
     notes = []
+    for limit, unit in ((run.max_evaluations, "network evaluations"), (run.max_seconds, "seconds of iterations")):
+        if limit is not None:
+            notes.append(f"ends before an iteration beyond {limit:,} {unit}")
     if probes:
         notes.append(f"probes: {probes / samples:.2f} per image, decoded and scored but not counted as images")
     if rollout.guidance_scale != evaluation.guidance_scale:

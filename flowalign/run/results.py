@@ -27,10 +27,13 @@ class Results:
     progress: Progress
     write: bool
 
-    def finish(self) -> dict[str, Any]:
-        """Evaluates the tuned model beside the base. Returns the summary; prints the run's last line."""
-        tuned, base = self.evaluations.evaluate_and_keep(self.config.run.iterations), self.evaluations.base()
-        result = summarize(self.config, self.policy, base, tuned, self.progress.totals, self.progress.elapsed)
+    def finish(self, iteration: int) -> dict[str, Any]:
+        """Evaluates the tuned model, after `iteration` iterations, beside the base. Returns the summary; prints the run's last
+        line."""
+        tuned, base = self.evaluations.evaluate_and_keep(iteration), self.evaluations.base()
+        result = summarize(
+            self.config, self.policy, base, tuned, iteration, self.progress.totals, self.progress.elapsed
+        )
         if self.write:
             self._save_lora()
             print(write_results(self.folder, base, tuned, result), flush=True)

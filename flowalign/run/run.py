@@ -82,11 +82,13 @@ class Run:
             disable=not self.processes.is_main,
         ) as bar:  # fmt: skip
             for iteration in range(first, total):
+                if self._is_last(iteration):
+                    return
                 self.log.begin()
                 yield iteration
                 bar.set_postfix_str(self.log.summary, refresh=False)
                 bar.update()
-                if self.processes.total(self.stop.since is not None) and iteration + 1 < total:
+                if self.processes.total(self.stop.since is not None) and not self._is_last(iteration + 1):
                     if self.checkpoints.latest <= iteration:
                         self._save(iteration + 1)
                     raise Interrupted(self.results.stop(iteration + 1))
@@ -123,27 +125,35 @@ class Run:
 
     def end(self, iteration: int, batch: Batch) -> None:
         """Logs the iteration; saves and evaluates when it is time."""
-        step, last, every = iteration + 1, self.config.run.iterations, self.config.evaluation.every
+        step, every = iteration + 1, self.config.evaluation.every
         self._check_weights()
         row = self.log.close(batch.images, batch.metrics)
-        if every is not None and step % every == 0 and step < last:
-            tuned = self.evaluations.evaluate_tuned()
+        last = self._is_last(step)
+        if every is not None and step % every == 0 and not last:
+            tuned = self.evaluations.evaluate_on_the_way(step)
             row |= {f"eval/{name}": float(values[values.isfinite()].mean()) for name, values in tuned.scores.items()}
             self.trackers.images(step, self.evaluations.base(), tuned)
         self.log.check_first_gradient(row)
         self.log.write(step, row)
-        if self.processes.is_main and step in (1, last):
+        if self.processes.is_main and (step == 1 or last):
             picture = batch.picture()
             if picture is not None:
                 write_atomic(self.folder / "trees" / f"iteration-{step}.png", picture)
-        if step % self.config.run.checkpoint_every == 0 or step == last:
+        if step % self.config.run.checkpoint_every == 0 or last:
             self._save(step)
 
     def finish(self) -> dict[str, Any]:
         """Evaluates the tuned model beside the base; writes LoRA, grid, summary and report."""
-        result = self.results.finish()
-        self.trackers.gains(self.config.run.iterations, result["rewards"])
+        result = self.results.finish(self.checkpoints.latest)
+        self.trackers.gains(self.checkpoints.latest, result["rewards"])
         return result
+
+    def _is_last(self, step: int) -> bool:
+        """Whether the run ends after `step` iterations, by their number or by what they cost. Collective
+        with run.max_seconds: clocks differ."""
+        run = self.config.run
+        spent = step >= run.iterations or (step > 0 and self.progress.is_spent(step, run))
+        return spent if run.max_seconds is None else self.processes.total(spent) > 0
 
     def _not_finite(self, what: str, role: str) -> RunError:
         """The error for a loss or a gradient that is not finite. Raises that of the weights, if they have made it so."""

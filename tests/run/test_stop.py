@@ -13,19 +13,8 @@ from flowalign.run.interrupt import Interrupted
 from flowalign.run.run import Run
 from flowalign.storage import checkpoint
 from flowalign.trainers import Batch
+from tests.helpers.stopping import stopping_in
 from tests.helpers.tiny_run import result, run_it
-
-
-def stopping_in(iteration: int, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """This process gets the signal while that iteration (0 is the first) ends."""
-    original = Run.end
-
-    def interrupted(self: Run, current: int, batch: Batch) -> None:
-        if current == iteration:
-            os.kill(os.getpid(), number)
-        original(self, current, batch)
-
-    monkeypatch.setattr(Run, "end", interrupted)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

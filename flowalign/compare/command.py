@@ -1,0 +1,135 @@
+"""`flowalign compare`: from its arguments to the files it writes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from flowalign.compare.launch import Launcher
+from flowalign.compare.page import best, write_page
+from flowalign.compare.plan import Plan, Planned, budget_of, is_done
+from flowalign.compare.record import Record, read_record, write_record
+from flowalign.compare.results import as_json, as_markdown, mean_totals, results_of
+from flowalign.compare.spec import Comparison, of_files, read_spec
+from flowalign.errors import ConfigError, RunError
+from flowalign.storage.files import write_atomic
+
+PLAIN = (
+    "with",
+    "seeds",
+    "evaluations",
+    "seconds",
+    "baseline",
+    "set",
+)  # options of a comparison without a file of its own
+
+
+def compare(arguments: Sequence[str]) -> list[Path]:
+    """Runs what is not done yet, then writes the results. Returns their paths. ConfigError before anything is run, RunError if
+    runs failed; what is finished is written all the same."""
+    given = _parsed(arguments)
+    if given.workers < 1:
+        raise ConfigError(f"got --workers {given.workers}; expected at least 1")
+    comparison = _comparison(given, arguments)
+    plan, failures = Plan.of(comparison), list[str]()
+    if not given.only_report:
+        failures = _run(plan, given.workers)
+    written = write_results(comparison, records(plan))
+    if failures:
+        raise RunError(f"{len(failures)} runs failed: {'; '.join(failures)}. The same command tries them again")
+    return written
+
+
+def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="flowalign compare", exit_on_error=False, allow_abbrev=False, add_help=False)
+    parser.add_argument("files", nargs="+")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--only-report", action="store_true")
+    parser.add_argument("--with", nargs="+", default=[])
+    parser.add_argument("--set", nargs="+", default=[])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[])
+    parser.add_argument("--evaluations", type=int)
+    parser.add_argument("--seconds", type=float)
+    parser.add_argument("--baseline")
+    try:
+        given, unknown = parser.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise ConfigError(f"flowalign compare: {error}") from error
+    if unknown:
+        raise ConfigError(f"flowalign compare: got {' '.join(unknown)}; see flowalign compare --help")
+    return given
+
+
+def _comparison(given: argparse.Namespace, arguments: Sequence[str]) -> Comparison:
+    options = vars(given)
+    plain = [f"--{key}" for key in PLAIN if options[key]]
+    if not plain and len(given.files) == 1:
+        return read_spec(given.files[0])
+    if not given.seeds:
+        raise ConfigError(
+            "got several files, or options of a comparison without a file of its own, but no --seeds; expected --seeds 1 2 3 "
+            "and --evaluations N or --seconds N, or one file SPEC.yaml and neither of them"
+        )
+    budget = {unit: options[unit] for unit in ("evaluations", "seconds") if options[unit] is not None}
+    kept = [each for each in arguments if each != "--only-report"]
+    command = shlex.join(["flowalign", "compare", *kept])
+    return of_files(given.files, options["with"], given.set, given.seeds, budget, given.baseline, command)
+
+
+def _run(plan: Plan, workers: int) -> list[str]:
+    """The baseline first: budgets of the others may be a share of its total. Returns what failed, in sentences."""
+    comparison = plan.comparison
+    names = sorted(comparison.methods, key=lambda name: name != comparison.baseline)
+    total = sum(len(method.seeds) for method in comparison.methods.values())
+    launcher = Launcher(workers, (0, total), write_record)
+    first = [name for name in names if name == comparison.baseline]
+    for group in (first, names[len(first) :]):
+        denominator = _denominator(plan) if group is not first and first else None
+        if group is not first and first and denominator is None:
+            return launcher.failures  # the baseline is not finished, so the others have no budget
+        runs = [run for name in group for run in plan.runs(name, budget_of(comparison, name, denominator))]
+        waiting = [run for run in runs if not is_done(run)]
+        launcher.numbers = (launcher.numbers[0] + len(runs) - len(waiting), total)
+        launcher.run(waiting)
+    return launcher.failures
+
+
+def _denominator(plan: Plan) -> Mapping[str, float] | None:
+    """The baseline's mean totals; None until all its runs are finished."""
+    name = plan.comparison.baseline
+    assert name is not None
+    runs = plan.runs(name, budget_of(plan.comparison, name, None))
+    return mean_totals([read_record(run.record) for run in runs]) if all(map(is_done, runs)) else None
+
+
+def records(plan: Plan) -> dict[str, list[Record]]:
+    """The finished runs of each method."""
+    comparison = plan.comparison
+    denominator = _denominator(plan) if comparison.baseline else None
+    found: dict[str, list[Record]] = {}
+    for name in comparison.methods:
+        own = comparison.baseline in (None, name) or comparison.methods[name].budget is not None
+        runs: list[Planned] = []
+        if own or denominator is not None:
+            runs = plan.runs(name, budget_of(comparison, name, denominator))
+        found[name] = [read_record(run.record) for run in runs if is_done(run)]
+    return found
+
+
+def write_results(comparison: Comparison, found: Mapping[str, Sequence[Record]]) -> list[Path]:
+    """NAME.json, NAME.md, NAME.html and the plots in NAME/, of the comparison's name. ConfigError without a finished run."""
+    if not any(found.values()):
+        raise ConfigError(f"no run of {comparison.name} is finished: leave --only-report out to run them")
+    results = results_of(comparison, found)
+    base = comparison.results / comparison.name
+    paths = [base.with_name(f"{comparison.name}{ending}") for ending in (".json", ".md", ".html")]
+    write_atomic(paths[0], (json.dumps(as_json(results), indent=1, ensure_ascii=False) + "\n").encode())
+    write_atomic(paths[1], as_markdown(results).encode())
+    write_page(results, paths[2])
+    headline = best(results)
+    if headline:
+        print(headline, flush=True)
+    return paths

@@ -1,0 +1,106 @@
+"""The plots of a comparison, and its page: one HTML file with everything inside, readable on a telephone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
+
+from flowalign.compare.record import COSTS
+from flowalign.compare.results import HEAD, MethodResult, Results, lines, notes
+from flowalign.picture_style import INK, RULE, SOFT, STYLE
+from flowalign.report.charts import Chart, svg
+from flowalign.report.html import template
+from flowalign.storage.files import write_atomic
+
+# Okabe and Ito, less yellow; then again with dashes
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
+DASHES = ("-", "--", ":", "-.")
+TITLES = {
+    "evaluations": "network evaluations",
+    "decodes": "decoded images",
+    "reward_calls": "reward calls",
+    "seconds": "seconds of training",
+}
+
+
+@dataclass(frozen=True)
+class Key:
+    """How a method is drawn."""
+
+    name: str
+    color: str
+    dash: str
+
+
+def plots(results: Results) -> list[Chart]:
+    """The mean reward against each of COSTS, with the 95 % interval of the mean as a band."""
+    return [_plot(results, cost) for cost in COSTS]
+
+
+def keys(results: Results) -> list[Key]:
+    return [
+        Key(method.name, COLORS[place % len(COLORS)], DASHES[place // len(COLORS) % len(DASHES)])
+        for place, method in enumerate(results.methods)
+    ]
+
+
+def _plot(results: Results, cost: str) -> Chart:
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(4.4, 2.9), layout="constrained")
+        axis = figure.subplots()
+        levels = dict(results.comparison.references) | ({} if results.target is None else {"target": results.target})
+        for name, level in levels.items():
+            axis.axhline(level, color=SOFT, linewidth=0.8, linestyle=(0, (1, 2)))
+            axis.annotate(
+                name, (1, level), xycoords=("axes fraction", "data"), xytext=(0, 2), textcoords="offset points",
+                ha="right", va="bottom", fontsize=7.5, color=SOFT, parse_math=False,
+            )  # fmt: skip
+        for method, key in zip(results.methods, keys(results), strict=True):
+            curve = method.curve
+            x = curve.costs[cost]
+            axis.fill_between(x, curve.low, curve.high, color=key.color, alpha=0.1, linewidth=0)
+            axis.plot(x, curve.score, color=key.color, linestyle=key.dash, linewidth=1.5, marker="o", markersize=2.5)
+        axis.set_title(f"{results.reward} against {TITLES[cost]}", loc="left", fontsize=9, color=INK, parse_math=False)
+        axis.set_xlabel(TITLES[cost])
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axis.xaxis.set_major_locator(MaxNLocator(6))
+        axis.margins(x=0.02)
+        axis.grid(axis="y", color=RULE, linewidth=0.6)
+        axis.tick_params(which="both", length=0)
+        return Chart(TITLES[cost], svg(figure))
+
+
+def write_page(results: Results, path: Path) -> Path:
+    """Writes the page, and beside it a folder of its plots as SVG."""
+    charts = plots(results)
+    for cost, chart in zip(COSTS, charts, strict=True):
+        write_atomic(path.with_suffix("") / f"{cost}.svg", chart.svg.encode())
+    tables = {"": lines(results, apart=False), "Listed apart": lines(results, apart=True)}
+    page = template("flowalign.compare", "compare.html").render(
+        name=results.comparison.name, command=results.comparison.command, notes=notes(results), head=HEAD, charts=charts,
+        tables={title: table for title, table in tables.items() if table}, keys=keys(results),
+        best=best(results),
+    )  # fmt: skip
+    write_atomic(path, page.encode())
+    return path
+
+
+def best(results: Results) -> str | None:
+    """The headline: which method reaches the target at the fewest evaluations; None without a target."""
+    if results.target is None or results.denominator is None:
+        return None
+    others = [method for method in results.methods if not method.apart and method.name != results.comparison.baseline]
+    reached = {method.name: _to_target(method) for method in others if _to_target(method) is not None}
+    if not reached:
+        return f"No other method reaches the target of {results.target:.3f} within its budget."
+    name, value = min(reached.items(), key=lambda pair: pair[1] or 0.0)
+    share = (value or 0.0) / results.denominator["evaluations"]
+    return f"{name} reaches the final mean of {results.comparison.baseline} ({results.target:.3f}) at {share:.2f} × its evaluations."
+
+
+def _to_target(method: MethodResult) -> float | None:
+    return method.to_target.get("evaluations")

@@ -1,0 +1,135 @@
+"""The runs of a comparison: which folder, which record, which command, and what of it is done."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flowalign.compare.spec import Budget, Comparison, Method
+from flowalign.config import load_config
+from flowalign.errors import ConfigError
+from flowalign.run.folder import MAY_CHANGE, differences
+
+# of the run, what its result does not depend on
+NO_MATTER = re.compile(
+    r"run\.(name|seed|output|project|resume|gradient_check|checkpoint_every|keep_checkpoints|trackers|tags)(\..*)?"
+)
+# of the evaluation, what may differ between methods
+FREE = re.compile(r"every|batch_size|training_reward|allow_training_prompts|rewards\..*(workers|timeout)")
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One run. config_hash: of the complete configuration less its seed, and name, output and the like. folder: keyed by what
+    a run folder is tied to, so that a larger budget goes on where a smaller one ended. record: the JSON of its result."""
+
+    method: str
+    seed: int
+    budget: Budget
+    config_hash: str
+    folder: Path
+    record: Path
+    files: tuple[str, ...]
+    overrides: tuple[str, ...]
+
+    @property
+    def settings(self) -> list[str]:
+        """All overrides of the run."""
+        own = [f"run.name={self.folder.name}", f"run.output={self.folder.parent}", f"run.seed={self.seed}"]
+        return [*self.overrides, *own, self.budget.override]
+
+    @property
+    def command(self) -> list[str]:
+        """Of a child process."""
+        return [sys.executable, "-m", "flowalign.cli", "train", *self.files, *self.settings]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A comparison whose configurations are known to be good. plains: of each method, its configuration as data."""
+
+    comparison: Comparison
+    plains: Mapping[str, dict[str, Any]]
+
+    @staticmethod
+    def of(comparison: Comparison) -> Plan:
+        """Reads every configuration; no model is loaded. ConfigError naming the method whose configuration is wrong, or which
+        is evaluated otherwise than the first."""
+        plains = {}
+        for name, method in comparison.methods.items():
+            try:
+                plains[name] = load_config(method.files, [*method.overrides, f"run.name={name}"])[1]
+            except ConfigError as error:
+                raise ConfigError(f"method {name!r}: {error}") from error
+        first = next(iter(plains))
+        for name, plain in plains.items():
+            changed = differences(plains[first]["evaluation"], plain["evaluation"])
+            others = {key: values for key, values in changed.items() if not FREE.fullmatch(key)}
+            if plains[first]["policy"]["path"] != plain["policy"]["path"]:
+                others["policy.path"] = (plains[first]["policy"]["path"], plain["policy"]["path"])
+            if others:
+                key, (ours, other) = next(iter(others.items()))
+                raise ConfigError(
+                    f"methods {first!r} and {name!r} differ in evaluation: {key} is {ours!r} and {other!r}; expected one base "
+                    "and one evaluation for all: set it in the overrides of the comparison"
+                )
+        return Plan(comparison, plains)
+
+    def runs(self, name: str, budget: Budget) -> list[Planned]:
+        """The runs of a method, one per seed."""
+        method = self.comparison.methods[name]
+        values = _flat(self.plains[name]) | {f"run.max_{budget.unit}": budget.override}
+        tied = {key: value for key, value in values.items() if not MAY_CHANGE.fullmatch(key)}
+        config_hash, folder_hash = _hash(values), _hash(tied)
+        return [self._run(name, method, seed, budget, config_hash, folder_hash) for seed in method.seeds]
+
+    def _run(
+        self, name: str, method: Method, seed: int, budget: Budget, config_hash: str, folder_hash: str
+    ) -> Planned:  # fmt: skip
+        comparison = self.comparison
+        return Planned(
+            name, seed, budget, config_hash,
+            comparison.output.absolute() / f"{name}-{folder_hash}-s{seed}",
+            comparison.results / comparison.name / f"{name}-{config_hash}-s{seed}.json",
+            method.files, method.overrides,
+        )  # fmt: skip
+
+
+def budget_of(comparison: Comparison, name: str, denominator: Mapping[str, float] | None) -> Budget:
+    """What a run of the method may cost. denominator: the baseline's totals, needed where the budget is a share of them."""
+    method, baseline = comparison.methods[name], comparison.baseline
+    if method.budget is not None:
+        return method.budget
+    if baseline in (None, name) or denominator is None:
+        assert comparison.budget is not None  # checked by the specification
+        return comparison.budget
+    given = comparison.methods[str(baseline)].budget or comparison.budget
+    assert given is not None
+    return Budget(given.unit, max(1.0, round(comparison.share * denominator[given.unit])))
+
+
+def is_done(run: Planned) -> bool:
+    return run.record.exists()
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """{dotted key: value} of a nest of dicts and lists."""
+    items: Sequence[tuple[Any, Any]] | None = None
+    if isinstance(value, dict) and value:
+        items = list(value.items())
+    elif isinstance(value, list) and value:
+        items = list(enumerate(value))
+    if items is None:
+        return {prefix: value}
+    return {name: each for key, inner in items for name, each in _flat(inner, f"{prefix}.{key}".strip(".")).items()}
+
+
+def _hash(values: Mapping[str, Any]) -> str:
+    kept = {key: value for key, value in values.items() if not NO_MATTER.fullmatch(key)}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:10]

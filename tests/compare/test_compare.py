@@ -1,0 +1,159 @@
+"""A comparison from its file to its page. Runs train in this process; tests/compare/test_launch.py starts children."""
+
+import json
+import re
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from flowalign.cli import compare as main
+from flowalign.compare import command
+from flowalign.compare.plan import Plan, Planned
+from flowalign.compare.spec import Budget, read_spec
+from flowalign.config import load_config
+from flowalign.errors import ConfigError
+from flowalign.loop import train
+from tests.helpers.tiny_run import CONFIG
+
+ROOT = Path(__file__).parents[2]
+trained: list[str] = []
+
+
+@dataclass
+class InProcess:
+    """A launcher without children."""
+
+    workers: int
+    numbers: tuple[int, int]
+    finished: Callable[[Planned], None]
+    failures: list[str] = field(default_factory=list)
+
+    def run(self, runs: Sequence[Planned]) -> None:
+        for run in runs:
+            trained.append(f"{run.method}{run.seed}")
+            train(*load_config(run.files, run.settings))
+            self.finished(run)
+
+
+@pytest.fixture
+def spec(tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.setattr(command, "Launcher", InProcess)
+    trained.clear()
+    return {
+        "files": [], "overrides": [f"policy.path={tiny_pipeline}", "run.iterations=50", "evaluation.every=1"],
+        "seeds": [1, 2], "baseline": "plain", "share": 0.5, "budget": {"evaluations": 130},
+        "output": str(tmp_path / "runs"), "results": str(tmp_path / "results"), "references": {"guided base": -1.0},
+        "methods": {
+            "small": {"files": [CONFIG], "overrides": ["rollout.groups=1"], "seeds": [1], "guided": True},
+            "plain": {"files": [CONFIG]},
+        },
+    }  # fmt: skip
+
+
+def write(tmp_path: Path, spec: dict[str, Any]) -> str:
+    (tmp_path / "try.yaml").write_text(yaml.safe_dump(spec, sort_keys=False))
+    return str(tmp_path / "try.yaml")
+
+
+def test_a_comparison_runs_the_baseline_first_and_gives_the_others_a_share(
+    spec: dict[str, Any], tmp_path: Path
+) -> None:
+    path = write(tmp_path, spec)
+    assert main([path]) == 0 and trained == ["plain1", "plain2", "small1"]
+    found = json.loads((tmp_path / "results" / "try.json").read_text())
+    plain, small = found["methods"]["plain"], found["methods"]["small"]
+    assert found["denominator_evaluations"] == plain["evaluations"] <= 130
+    assert 0 < small["evaluations"] <= 0.5 * plain["evaluations"]
+    assert small["guided"] and small["apart"] and "apart" not in plain and plain["seeds"] == [1, 2]
+    assert plain["base"] == small["base"] and plain["gain"] == pytest.approx(plain["tuned"] - plain["base"], abs=2e-5)
+    assert plain["gain_ci95"][0] <= plain["gain"] <= plain["gain_ci95"][1]
+
+    records = sorted((tmp_path / "results" / "try").glob("plain-*.json"))
+    record = json.loads(records[0].read_text())
+    images = record["totals"]["decodes"]
+    assert images == record["totals"]["reward_calls"] == 6 * record["totals"]["iterations"]
+    assert [point["iteration"] for point in record["curve"]] == list(range(record["totals"]["iterations"] + 1))
+    assert len(record["on_the_way"]) == len(record["curve"]) - 2 and len(record["uids"]) == 4
+    assert record["curve"][-1]["score"] == pytest.approx(sum(record["tuned"][record["reward"]]) / 4, rel=1e-4)
+
+    # again: nothing is trained, and the same is written
+    written = {name: (tmp_path / "results" / name).read_bytes() for name in ("try.json", "try.md", "try.html")}
+    assert main([path]) == 0 and main([path, "--only-report"]) == 0 and len(trained) == 3
+    assert all((tmp_path / "results" / name).read_bytes() == content for name, content in written.items())
+    page = written["try.html"].decode()
+    assert page.count("data:image/svg+xml") == 4 and "Listed apart" in page and "http" not in page.split("</style>")[1]
+    table = written["try.md"].decode()
+    assert "| plain | 2 |" in table and "| small (guided) | 1 |" in table and "guided base: -1.000" in table
+
+
+def test_a_larger_budget_goes_on_in_the_same_folders(spec: dict[str, Any], tmp_path: Path) -> None:
+    spec |= {"methods": {"plain": {"files": [CONFIG]}}, "seeds": [1], "share": None}
+    del spec["share"]
+    assert main([write(tmp_path, spec)]) == 0
+    [folder] = (path for path in (tmp_path / "runs" / "try").iterdir() if path.is_dir())
+    first = (folder / "metrics.jsonl").read_text()
+    assert main([write(tmp_path, spec | {"budget": {"evaluations": 200}})]) == 0
+    assert len([path for path in (tmp_path / "runs" / "try").iterdir() if path.is_dir()]) == 1
+    later = (folder / "metrics.jsonl").read_text()
+    assert later.startswith(first) and len(later) > len(first)
+    assert len(list((tmp_path / "results" / "try").glob("plain-*.json"))) == 2  # a record of each budget
+
+
+def test_hashes_tell_configurations_apart_but_not_seeds_names_or_budgets_of_folders(
+    spec: dict[str, Any], tmp_path: Path
+) -> None:
+    spec["methods"] = {
+        "one": {"files": [CONFIG]},
+        "two": {"files": [CONFIG], "overrides": ["run.trackers=[]", "run.keep_checkpoints=3"]},
+        "other": {"files": [CONFIG], "overrides": ["trainer.optimizer.lr=1e-5"]},
+    }
+    plan = Plan.of(read_spec(write(tmp_path, spec | {"baseline": "one"})))
+    small, large = Budget("evaluations", 10), Budget("evaluations", 20)
+    one, two, other = (plan.runs(name, small)[0] for name in ("one", "two", "other"))
+    assert one.config_hash == two.config_hash != other.config_hash == plan.runs("other", small)[1].config_hash
+    longer = plan.runs("one", large)[0]
+    assert longer.folder == one.folder and longer.config_hash != one.config_hash
+    assert plan.runs("one", small)[1].folder.name == one.folder.name.replace("-s1", "-s2")
+
+
+def test_what_cannot_work_is_said_before_anything_runs(
+    spec: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec["methods"]["small"]["overrides"] = ["rollout.gruops=1"]
+    with pytest.raises(ConfigError, match=r"method 'small': .*gruops"):
+        command.compare([write(tmp_path, spec)])
+    spec["methods"]["small"]["overrides"] = ["evaluation.count=3"]
+    with pytest.raises(ConfigError, match="'small' and 'plain' differ in evaluation: count is 3 and 4; expected one"):
+        command.compare([write(tmp_path, spec)])
+    spec["methods"]["small"]["overrides"] = []
+    with pytest.raises(ConfigError, match="no run of try is finished"):
+        command.compare([write(tmp_path, spec), "--only-report"])
+    assert trained == [] and main(["a.yaml", "b.yaml"]) == 2
+    assert "no --seeds; expected --seeds 1 2 3" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="got --workres 2"):
+        command.compare([write(tmp_path, spec), "--workres", "2"])
+
+
+def documented() -> list[list[str]]:
+    """The arguments of every command of docs/compare.md, and every file of configs/compare."""
+    text = (ROOT / "docs" / "compare.md").read_text().replace("\\\n", " ")
+    lines = re.findall(r"^ {4}flowalign compare (.*)$", text, re.M)
+    files = [[f"configs/compare/{path.name}"] for path in sorted((ROOT / "configs" / "compare").glob("*.yaml"))]
+    return files + [shlex.split(line.partition(" #")[0]) for line in lines]
+
+
+def test_shipped_and_documented_comparisons_can_be_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every configuration is read, evaluated alike, and has a budget."""
+    monkeypatch.chdir(ROOT)
+    plans: list[Plan] = []
+    monkeypatch.setattr(command, "_run", lambda plan, workers: plans.append(plan))
+    monkeypatch.setattr(command, "records", lambda plan: {})
+    monkeypatch.setattr(command, "write_results", lambda comparison, found: [])
+    for arguments in documented():
+        command.compare(arguments)
+    assert len(plans) >= 3 and all(plan.comparison.methods.keys() == plan.plains.keys() for plan in plans)
