@@ -1,4 +1,4 @@
-"""Methods on the bed: a configuration made into a task, the main loop without a run folder, and what it measured."""
+"""Methods on the bed of tests/helpers/bed.py: a configuration made into a task, and the main loop without a run folder."""
 
 from __future__ import annotations
 
@@ -23,9 +23,20 @@ from rewards import Reward
 CONFIG = "tests/data/bed.yaml"
 
 
+@dataclass(frozen=True)
+class Iteration:
+    """What an iteration cost and measured: network rows, states and leaves scored, metrics of the rollout and of each update."""
+
+    rolled: int
+    evaluations: int
+    reward_calls: int
+    metrics: dict[str, float]
+    updates: list[dict[str, float]]
+
+
 @dataclass(eq=False)
 class Bed:
-    """A configuration with its policy loaded and its trainer prepared. rows: metrics of each update so far."""
+    """A configuration with its policy loaded and its trainer prepared."""
 
     config: TrainConfig
     policy: Policy
@@ -36,40 +47,33 @@ class Bed:
     def of(pipeline: Path, layers: Sequence[str], *overrides: str) -> Bed:
         """layers: files below the bed's own."""
         config, _ = load_config([*layers, CONFIG], [f"policy.path={pipeline}", *overrides])
-        return Bed.prepared(config)
-
-    @staticmethod
-    def prepared(config: TrainConfig) -> Bed:
         policy = policy_of(config, "cpu")
         task = task_of(config, policy)
         config.trainer.prepare(task, None)
         return Bed(config, policy, task, config.trainer)
 
-    def with_rewards(self, reward: Reward, process: Sequence[Reward] = ()) -> Bed:
-        """The same weights, trained with another reward."""
+    def rewarded(self, reward: Reward, process: Sequence[Reward]) -> Bed:
+        """The same weights with a new optimizer, trained with other rewards."""
         task = replace(self.task, reward=reward, process_rewards=process)
         self.trainer.prepare(task, None)
         return Bed(self.config, self.policy, task, self.trainer)
 
-    def iteration(self, number: int) -> list[dict[str, float]]:
-        """As the main loop has it. Returns the metrics of each update, with those of the rollout and the counted network rows."""
-        before = self.policy.evaluations
-        batch = self.trainer.collect(
-            prompts_of_iteration(list(self.task.prompts), self.task.rollout.groups, self.task.seed, number), number
-        )
-        rolled, rows = self.policy.evaluations - before, []
-        steppers = {
-            optimizer: Summed(optimizer, self.task.processes) for optimizer in self.trainer.optimizers.values()
-        }
+    def iteration(self, number: int) -> Iteration:
+        """As the main loop has it."""
+        before, calls = self.policy.evaluations, self.task.counts.reward_calls
+        records = prompts_of_iteration(list(self.task.prompts), self.task.rollout.groups, self.task.seed, number)
+        batch, updates = self.trainer.collect(records, number), []
+        rolled = self.policy.evaluations - before
+        steppers = {each: Summed(each, self.task.processes) for each in self.trainer.optimizers.values()}
         for update in self.trainer.updates(batch):
             for micro_batch in update.micro_batches:
                 loss = micro_batch()
                 with self.policy.role(update.role):
                     steppers[update.optimizer].backward(loss)
             norm = steppers[update.optimizer].step(update.max_grad_norm) if update.micro_batches else 0.0
-            self.policy.follow(number + 1)
-            rows.append({"rolled": rolled, "norm": norm, **update.after()})
-        return [{**batch.metrics, **row} for row in rows]
+            updates.append({**update.after(), "norm": norm})
+        evaluations, calls = self.policy.evaluations - before, self.task.counts.reward_calls - calls
+        return Iteration(rolled, evaluations, calls, batch.metrics, updates)
 
     def gradient(self, number: int = 0) -> tuple[ScoredRollout, Tensor]:
         """An iteration's batch, and the sum of the gradients of its updates [n]; no weight is stepped."""
