@@ -66,22 +66,24 @@ class ClippedRatio:
     """PPO's clipped surrogate, one term per advantage channel: max(−A·r, −A·clip(r, 1−lo, 1+hi)) (1707.06347).
 
     r = exp(log_prob − old_log_prob) [E], A the advantages [E, C]. clip_range: one number or (lo, hi), > 0, of the ratio of
-    the kernel's own log-probs: 1e-4 is the Flow-GRPO value (2505.05470) for mean-reduced log-probs of about 65,536
-    elements; for D elements scale it by √(65,536/D). A term's coefficient is a factor on its channel (Mixed.weights).
-    `transitions.bounds` take the place of clip_range."""
+    the kernel's own log-probs: 1e-4 is the Flow-GRPO value (2505.05470) for mean-reduced log-probs of 65,536 elements.
+    elements: the size of the latents that clip_range was found for; others get clip_range scaled by
+    `scale_of_clip_range`. None: clip_range as it stands. A term's coefficient is a factor on its channel
+    (Mixed.weights). `transitions.bounds` take the place of clip_range."""
 
     clip_range: float | tuple[float, float] = 1e-4
+    elements: int | None = None
     has_clip_range = True
 
     def __post_init__(self) -> None:
-        _check_clip(self.clip_range)
+        _check_clip(self.clip_range, self.elements)
 
     @property
     def needs_old_means(self) -> bool:
         return False
 
     def drift_limit(self, transitions: Transitions) -> Tensor:
-        return _narrowest(self.clip_range, transitions)
+        return _bounds(self, transitions).min().expand(len(transitions.arrived))
 
     def log_ratio(self, log_prob: Tensor, old_log_prob: Tensor, transitions: Transitions | None = None) -> Tensor:
         return log_prob - old_log_prob
@@ -89,12 +91,12 @@ class ClippedRatio:
     def loss(
         self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, transitions: Transitions | None = None
     ) -> Tensor:
-        return _surrogate(self.log_ratio(log_prob, old_log_prob), advantages, _bounds(self.clip_range, transitions))
+        return _surrogate(self.log_ratio(log_prob, old_log_prob), advantages, _bounds(self, transitions))
 
     def clipped(
         self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, transitions: Transitions | None = None
     ) -> Tensor:
-        return _outside(self.log_ratio(log_prob, old_log_prob), _bounds(self.clip_range, transitions))
+        return _outside(self.log_ratio(log_prob, old_log_prob), _bounds(self, transitions))
 
 
 @dataclass(frozen=True)
@@ -103,17 +105,18 @@ class Guard:
 
     z = (x' − μ_old)/s, Δμ = μ − μ_old, ⟨⟩ reduced like the kernel's log-prob; computed from the means, where fp32 keeps
     what a difference of log-probs would lose. The ratio has the same spread at every step, so one small clip range serves
-    all: 2e-6 (GenEval, OCR), 4e-6 (PickScore) for 65,536 elements.
+    all: 2e-6 (GenEval, OCR), 4e-6 (PickScore) for 65,536 elements; elements: as in ClippedRatio.
     weight of a step: "inv_h" 1/h (flat gradients with Flow-SDE), "beta_over_h" |b|/h² (Eq. 12 for Dance-SDE, as others
     read it; the gradient scale is then (|b|/h)²), "inv_b" 1/|b| (flat for every kernel), "none".
     Needs the old means: those of the velocities that the rollout kept."""
 
     clip_range: float | tuple[float, float] = 2e-6
     weight: Literal["none", "inv_h", "beta_over_h", "inv_b"] = "inv_h"
+    elements: int | None = None
     has_clip_range = True
 
     def __post_init__(self) -> None:
-        _check_clip(self.clip_range)
+        _check_clip(self.clip_range, self.elements)
         if self.weight not in ("none", "inv_h", "beta_over_h", "inv_b"):
             raise ValueError(f"got weight={self.weight!r}; expected 'none', 'inv_h', 'beta_over_h' or 'inv_b'")
 
@@ -122,7 +125,7 @@ class Guard:
         return True
 
     def drift_limit(self, transitions: Transitions) -> Tensor:
-        return _narrowest(self.clip_range, transitions)
+        return _bounds(self, transitions).min().expand(len(transitions.arrived))
 
     def log_ratio(self, log_prob: Tensor, old_log_prob: Tensor, transitions: Transitions | None = None) -> Tensor:
         here, old = _with_old(transitions)
@@ -134,12 +137,12 @@ class Guard:
     ) -> Tensor:
         here, _ = _with_old(transitions)
         log_ratio = self.log_ratio(log_prob, old_log_prob, here)
-        return self._weigh(here.step) * _surrogate(log_ratio, advantages, _bounds(self.clip_range, here))
+        return self._weigh(here.step) * _surrogate(log_ratio, advantages, _bounds(self, here))
 
     def clipped(
         self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, transitions: Transitions | None = None
     ) -> Tensor:
-        return _outside(self.log_ratio(log_prob, old_log_prob, transitions), _bounds(self.clip_range, transitions))
+        return _outside(self.log_ratio(log_prob, old_log_prob, transitions), _bounds(self, transitions))
 
     def _weigh(self, step: Step) -> Tensor:
         coef, step_size = step.policy.velocity_coef.abs(), step.policy.step_size
@@ -215,24 +218,47 @@ def _outside(log_ratio: Tensor, bounds: Tensor) -> Tensor:
     return ((ratio < 1 - limits[..., 0]) | (ratio > 1 + limits[..., 1])).any(1)
 
 
-def _bounds(clip_range: float | tuple[float, float], transitions: Transitions | None) -> Tensor:
+def scale_of_clip_range(elements: int | None, states: Tensor, reduce: str) -> float:
+    """The factor of a clip range that was found for latents of `elements`, for `states` [n, *] of D elements; None: 1.
+
+    Of the same relative change of every velocity, a log ratio that is averaged over D elements spreads as 1/√D, a summed
+    one as √D: √(elements/D) and √(D/elements)."""
+    if elements is None:
+        return 1.0
+    relative = elements / states.shape[1:].numel()
+    return (relative if reduce == "mean" else 1 / relative) ** 0.5
+
+
+def _bounds(objective: ClippedRatio | Guard, transitions: Transitions | None) -> Tensor:
+    """[E, C, 2] or broadcastable, float64."""
     if transitions is not None and transitions.bounds is not None:
         return transitions.bounds
-    return torch.tensor(_pair(clip_range), dtype=torch.float64).reshape(1, 1, 2)
-
-
-def _narrowest(clip_range: float | tuple[float, float], transitions: Transitions) -> Tensor:
-    """[E] the smallest distance of any bound from ratio 1."""
-    return _bounds(clip_range, transitions).min().expand(len(transitions.arrived))
+    if transitions is None and objective.elements is not None:
+        raise ValueError(
+            f"got {objective} without transitions, which give the size of the latents: pass Transitions(step, arrived)"
+        )
+    scale = (
+        1.0
+        if transitions is None
+        else scale_of_clip_range(objective.elements, transitions.arrived, transitions.step.policy.reduce)
+    )
+    return scale * torch.tensor(_pair(objective.clip_range), dtype=torch.float64).reshape(1, 1, 2)
 
 
 def _pair(clip_range: float | tuple[float, float]) -> tuple[float, float]:
     return clip_range if isinstance(clip_range, tuple) else (clip_range, clip_range)
 
 
-def _check_clip(clip_range: float | tuple[float, float]) -> None:
+def _check_clip(clip_range: float | tuple[float, float], elements: int | None) -> None:
     if min(_pair(clip_range)) <= 0:
         raise ValueError(f"got clip_range={clip_range}; expected numbers above 0 (a large one switches clipping off)")
+    check_elements(elements)
+
+
+def check_elements(elements: int | None) -> None:
+    """ValueError for a size of latents below 1."""
+    if elements is not None and elements < 1:
+        raise ValueError(f"got elements={elements}; expected at least 1, or None for a clip range that is not scaled")
 
 
 def _with_old(transitions: Transitions | None) -> tuple[Transitions, Step]:

@@ -13,13 +13,20 @@ from flowalign.config import TrainConfig, load_config
 from flowalign.config.layers import merge, read_layer
 from flowalign.data import load_prompts
 from flowalign.errors import ConfigError
+from flowalign.objectives import Transitions
+from flowalign.trainers.policy_gradient import as_policy_gradient
 from rewards import RewardBatch, score
+from samplers import FlowSDE
 
 FOLDER = Path(__file__).parents[2] / "configs"
 METHODS, MODELS, REWARDS = (
     sorted(path.stem for path in (FOLDER / kind).glob("*.yaml")) for kind in ("methods", "models", "rewards")
 )
-GUIDED_WINDOWS = {("flow_grpo_fast", "sd15"), ("flow_grpo_fast", "sd35_medium")}
+# steps that are few of the grid are refused with guidance, unless allow_cfg_update
+FEW_STEPS = {
+    "flow_grpo_fast", "mixgrpo", "mixgrpo_flash", "mixgrpo_flash_star", "branchgrpo_mix", "dynamic_treerpo", "flash_grpo",
+}  # fmt: skip
+KL_OF_FLOWS = {"flow_grpo", "flow_grpo_fast", "densegrpo"}  # form exact_times_h is that of an SDE
 
 # what the complete files glyphs_flow_grpo, glyphs_flow_grpo_fast and sd15_ddpo said before they became layers
 GLYPHS = {
@@ -43,7 +50,8 @@ GLYPHS = {
     "reward.metric": "edit",
     "reward.fold": {"0": "O"},
     "trainer.signal.advantage.std": "batch",
-    "trainer.objective.clip_range": 4.4e-4,
+    "trainer.objective.clip_range": 1e-4,
+    "trainer.objective.elements": 65_536,
     "trainer.regularizers.kl.beta": 0.04,
     "trainer.regularizers.kl.form": "exact_times_h",
     "trainer.updates_per_rollout": 2,
@@ -86,6 +94,7 @@ BEFORE: dict[tuple[str, str, str], dict[str, Any]] = {
         "reward.divide_by": 1.0,
         "trainer.signal.advantage.std": "set",
         "trainer.objective.clip_range": 1e-4,
+        "trainer.objective.elements": 16_384,
         "trainer.regularizers": {},
         "trainer.updates_per_rollout": 4,
         "trainer.micro_batch": 8,
@@ -139,12 +148,15 @@ def test_layers_say_what_the_complete_files_said(layers: tuple[str, str, str], t
         )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "model"), product(METHODS, MODELS))
 def test_all_layers_combine(method: str, model: str, tiny: dict[str, str]) -> None:
     needed = {}
-    if method != "ddpo" and model == "sd15":  # Flow-GRPO's KL is that of an SDE
+    if method in KL_OF_FLOWS and model == "sd15":
         needed["trainer.regularizers.kl.form=exact"] = r"regularizers\.kl: .*form=exact"
-    if (method, model) in GUIDED_WINDOWS:
+    if method == "dynamic_treerpo" and model == "sd15":  # 1.5 times η = 1 would be more noise than there is
+        needed["rollout.kernel.eta=0.6"] = "lower the level"
+    if method in FEW_STEPS and model != "glyphs":
         needed["rollout.allow_cfg_update=true"] = r"allow_cfg_update=true.*sd.*\.yaml, line"
     for reward in REWARDS:
         paths = files(method, model, reward)
@@ -157,19 +169,40 @@ def test_all_layers_combine(method: str, model: str, tiny: dict[str, str]) -> No
         assert config.run.name == f"{method}-{model}-{reward}" and config.run.iterations > 0
 
 
-@pytest.mark.parametrize("layers", product(METHODS, MODELS, REWARDS), ids="-".join)
-def test_no_layer_undoes_another(layers: tuple[str, str, str]) -> None:
-    """A method, a model and a reward never disagree about a key, so their order does not matter."""
-    nodes = [read_layer(path) for path in files(*layers)]
-    merged = [yaml.safe_load(yaml.serialize(reduce(merge, order))) for order in permutations(nodes)]
-    assert all(content == merged[0] for content in merged[1:])
+@pytest.mark.parametrize(("method", "model"), product(METHODS, MODELS))
+def test_only_the_layer_of_stable_diffusion_1_5_depends_on_the_order(method: str, model: str) -> None:
+    """Its chain takes the place of the method's kernel, so it comes after the method. All other orders give the same."""
+    for reward in REWARDS:
+        orders = list(permutations(files(method, model, reward)))
+        if model == "sd15":
+            orders = [
+                order
+                for order in orders
+                if order.index(files(method, model, reward)[0]) < order.index(f"configs/models/{model}.yaml")
+            ]
+        merged = [yaml.safe_load(yaml.serialize(reduce(merge, map(read_layer, order)))) for order in orders]
+        assert all(content == merged[0] for content in merged[1:])
+        assert merged[0]["rollout"]["kernel"]["class_path"] == (
+            "samplers.DDIM" if model == "sd15" else yaml.safe_load(Path(files(method, model, reward)[0]).read_text())["rollout"]["kernel"]["class_path"]
+        )  # fmt: skip
 
 
-@pytest.mark.parametrize(("model", "elements"), [("glyphs", 3456), ("sd35_medium", 65_536)])
-def test_clip_ranges_of_flows_are_scaled_by_the_size_of_the_latents(model: str, elements: int) -> None:
-    content = yaml.safe_load(Path(f"configs/models/{model}.yaml").read_text())
-    clip_range = content["trainer"]["init_args"]["objective"]["init_args"]["clip_range"]
-    assert clip_range == pytest.approx(1e-4 * (65_536 / elements) ** 0.5, rel=0.02)
+def test_the_layer_of_stable_diffusion_1_5_before_the_method_is_refused(tiny: dict[str, str]) -> None:
+    method, model, reward = files("flow_grpo", "sd15", "jpeg")
+    with pytest.raises(ConfigError, match="DDIM"):
+        load("sd15", [model, method, reward], tiny)
+
+
+@pytest.mark.parametrize(("elements", "clip_range"), [(3456, 4.4e-4), (65_536, 1e-4), (262_144, 5e-5)])
+def test_the_clip_range_of_flow_grpo_is_scaled_by_the_size_of_the_latents(
+    elements: int, clip_range: float, tiny: dict[str, str]
+) -> None:
+    """Glyphs, SD3.5 at 512×512 and at 1024×1024."""
+    config, _ = load("glyphs", files("flow_grpo", "glyphs", "ocr_glyphs"), tiny)
+    states = torch.zeros(1, elements)
+    step = FlowSDE(0.7)(states, states, 0.5, 0.4)
+    limit = as_policy_gradient(config.trainer).objective.drift_limit(Transitions(step, states))
+    assert float(limit) == pytest.approx(clip_range, rel=0.02)
 
 
 @pytest.mark.parametrize("reward", ["color_glyphs", "jpeg"])

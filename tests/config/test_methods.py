@@ -1,0 +1,201 @@
+"""Each method's layer runs on Glyphs, and costs what its paper's topology costs: evaluations, trained steps, scores."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from math import ceil, comb
+from pathlib import Path
+
+import pytest
+import torch
+
+from flowalign.advantage import SignalContext
+from flowalign.config import TrainConfig, load_config
+from flowalign.rollouts.collect import grow
+from flowalign.rollouts.task import Rollout
+from flowalign.run.preflight import forecast
+from flowalign.trainers.policy_gradient import PolicyGradient, as_policy_gradient
+from samplers import Chain, Forest, Probed, SplitTree, Tree, Window
+
+FOLDER = Path(__file__).parents[2] / "configs" / "methods"
+METHODS = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+Load = Callable[[str], TrainConfig]
+
+
+@pytest.fixture(scope="module")
+def on_glyphs(tiny_pipeline: Path) -> Load:
+    """Method -> its configuration on Glyphs, with a tiny pipeline in its place."""
+
+    @cache
+    def load(method: str) -> TrainConfig:
+        files = [f"configs/methods/{method}.yaml", "configs/models/glyphs.yaml", "configs/rewards/ocr_glyphs.yaml"]
+        return load_config(files, [f"policy.path={tiny_pipeline}"])[0]
+
+    return load
+
+
+def trainer(config: TrainConfig) -> PolicyGradient:
+    found = as_policy_gradient(config.trainer)
+    assert found is not None
+    return found
+
+
+def chosen(config: TrainConfig, rollout: Rollout, iteration: int = 0) -> tuple[Tree, torch.Tensor]:
+    """The topology of one group, and which of its edges are trained for random rewards."""
+    tree = grow(rollout, 0, iteration, [0])
+    size, nowhere = len(tree), torch.full((len(tree),), -1)
+    forest = Forest(
+        tree, torch.linspace(1, 0, tree.num_steps + 1), rollout.kernel, torch.empty(0, 1), nowhere, torch.zeros(size), 0
+    )
+    scores = torch.rand(len(tree.leaves), 1, generator=torch.Generator().manual_seed(0)).double()
+    signal = trainer(config).signal
+    edges = signal.edges(forest, scores, torch.ones_like(scores, dtype=torch.bool), ("r",), SignalContext(0, iteration))
+    return tree, edges.chosen
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_it_runs_on_glyphs_by_adding_its_layer(method: str, on_glyphs: Load) -> None:
+    config = on_glyphs(method)
+    assert config.run.name == f"{method}-glyphs-ocr_glyphs"
+    assert f"run {config.run.name}: 100 iterations × 8 prompts" in forecast(config)
+    assert config.evaluation.num_inference_steps == 6
+    if config.rollout.schedule is not None:
+        assert config.evaluation.schedule is not None, "evaluated on the pipeline's own grid, as every method"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_it_names_its_paper_and_the_source_of_each_number(method: str) -> None:
+    text = (FOLDER / f"{method}.yaml").read_text()
+    header, _, body = text.partition("rollout:")
+    assert "(2" in header.partition("\n")[0], "its first line names an arXiv id"
+    if "all other values are ours" in header:
+        return
+    lines = body.splitlines()
+    for above, line in zip(["", *lines], lines, strict=False):
+        value = line.partition("#")[0]
+        if any(letter.isdigit() for letter in value.partition(":")[2]):
+            assert "#" in line or above.strip().startswith("#") or "# " in above, line
+
+
+# ------------------------------------------------------------------------------------------ cost
+
+CHAIN, STEPS = 24, 10
+COSTS: dict[str, tuple[int, int, int, int]] = {
+    # (evaluations, distinct trained states, stochastic steps, decoded and scored) of one prompt
+    "ddpo": (16 * STEPS, 16 * STEPS, 16 * STEPS, 16),
+    "flow_grpo": (CHAIN * STEPS, CHAIN * 9, CHAIN * 9, CHAIN),  # 240, 216
+    "flow_cps": (CHAIN * STEPS, CHAIN * 9, CHAIN * 9, CHAIN),
+    "grpo_guard": (CHAIN * STEPS, CHAIN * 9, CHAIN * 9, CHAIN),
+    "flow_dppo": (16 * STEPS, 16 * 9, 16 * 9, 16),
+    "flow_grpo_fast": (CHAIN * STEPS, CHAIN * 2, CHAIN * 2, CHAIN),
+    # a shared start saves G - 1 evaluations of the first stochastic step: 12·16 = 192, less 11
+    "dance_grpo": (12 * 16 - 11, 12 * 15 - 11, 12 * 15, 12),
+    "dance_grpo_best_of_n": (24 * 16 - 23, 24 * 15 - 23, 24 * 15, 24),
+    "mixgrpo": (12 * 25 - 11, 12 * 4 - 11, 12 * 4, 12),  # 300, 48
+    "mixgrpo_flash": (12 * (4 + ceil(0.4 * 21)) - 11, 12 * 4 - 11, 12 * 4, 12),
+    "mixgrpo_flash_star": (12 * 9 - 11, 12 * 4 - 11, 12 * 4, 12),
+    "tempflow_grpo": (4 * (9 + 6 * comb(10, 2)), 4 * 9, 4 * 6 * 9, 4 * 6 * 9),  # 1116, 36, 216, 216
+    "branchgrpo": (203, 203 - 16, 218 - 16, 16),
+    "branchgrpo_width": (203, 203 - 16, 218 - 16, 16),
+    "branchgrpo_depth": (203, 203 - 16, 218 - 16, 16),
+    "dynamic_treerpo": ((2**4 - 1) + 2**4 * (16 - 4), 2**4 - 1, 2**5 - 2, 2**4),  # 207, 15, 30, 16
+    "densegrpo": (CHAIN * comb(11, 2), CHAIN * 9, CHAIN * 9, CHAIN * 10),  # 1320, 216
+    "tp_grpo": (CHAIN * comb(11, 2), CHAIN * 9, CHAIN * 9, CHAIN * 10),  # 1320, 216, 240
+    "flash_grpo": (8 * 20, 8, 8, 8),
+}
+
+
+@pytest.mark.parametrize("method", COSTS)
+def test_it_costs_what_its_formula_says(method: str, on_glyphs: Load) -> None:
+    config = on_glyphs(method)
+    rollout = config.rollout
+    cost = rollout.plan.forecast(rollout.num_inference_steps, rollout.group_size)
+    assert (cost.rollout, cost.train, cost.edges, cost.leaves) == COSTS[method]
+    update = trainer(config).forecast(rollout)
+    roles = len(trainer(config).roles())
+    assert update.trained == 8 * cost.train
+    assert update.frozen == update.trained * (roles + 1) - update.trained // update.updates  # reference, later updates
+
+
+def test_the_papers_count_of_a_chain_that_shares_nothing(on_glyphs: Load) -> None:
+    """MixGRPO: 300 evaluations and 48 trained steps of 12 images in 25 steps; DanceGRPO: 192."""
+    for method, plan, expected in (
+        ("mixgrpo", Window(size=4, shared_start=False), (300, 48, 48, 12)),
+        ("dance_grpo", Chain(), (192, 180, 180, 12)),
+    ):
+        rollout = on_glyphs(method).rollout
+        cost = plan.forecast(rollout.num_inference_steps, rollout.group_size)
+        assert (cost.rollout, cost.train, cost.edges, cost.leaves) == expected
+
+
+@pytest.mark.parametrize(("method", "kept"), [("dance_grpo", 12 * 9), ("dance_grpo_best_of_n", 8 * 9)])
+def test_dance_grpo_trains_nine_of_fifteen_steps(method: str, kept: int, on_glyphs: Load) -> None:
+    config = on_glyphs(method)
+    assert int(chosen(config, config.rollout)[1].sum()) == kept
+
+
+def test_the_window_of_mixgrpo_slides_and_its_tail_shortens(on_glyphs: Load) -> None:
+    """l = 0 for 25 iterations, then 1; its Flash form takes 13 to 19 evaluations per image, 16.08 on average over l = 0..11."""
+    mix, flash = on_glyphs("mixgrpo").rollout, on_glyphs("mixgrpo_flash").rollout
+    first = []
+    for iteration in (0, 24, 25, 299):
+        tree = grow(mix, 0, iteration, [0])
+        first.append(int(tree.index[tree.parents_of_edges].min()))
+        assert len(tree.edges) == 48
+    assert first == [0, 0, 1, 11]
+    per_image = []
+    for left in range(12):
+        cost = grow(flash, 0, 20 * left, [0]).cost()
+        alone = left + 4 + ceil(0.4 * (21 - left))
+        per_image.append(alone)
+        assert cost.rollout == left + 1 + 12 * (alone - left - 1)  # the prefix and the first stochastic step are shared
+    assert (min(per_image), max(per_image), round(sum(per_image) / 12, 2)) == (13, 19, 16.08)
+
+
+def with_last_step(config: TrainConfig) -> Rollout:
+    """The rollout of a BranchGRPO layer with the paper's last step, which is trained."""
+    plan = config.rollout.plan
+    assert isinstance(plan, SplitTree)
+    return replace(config.rollout, plan=replace(plan, train_last=True))
+
+
+@pytest.mark.parametrize(
+    ("method", "edges"),
+    [("branchgrpo", 218), ("branchgrpo_width", 218 - 5 * 16), ("branchgrpo_depth", 218 - 4 * 16)],
+)
+def test_the_papers_count_of_branchgrpo(method: str, edges: int, on_glyphs: Load) -> None:
+    """203 evaluations, 218 steps, 16 leaves; width pruning leaves 8.625 steps per leaf. The window of the script is 4 steps."""
+    config = on_glyphs(method)
+    rollout = with_last_step(config)
+    cost = rollout.plan.forecast(20, 16)
+    assert (cost.rollout, cost.edges, cost.leaves) == (203, 218, 16)
+    tree, kept = chosen(config, rollout)
+    assert int(kept.sum()) == edges
+    left_out = set(tree.index[tree.parent[tree.edges[~kept]]].tolist())
+    assert left_out == {"branchgrpo": set(), "branchgrpo_width": set(range(10, 20)), "branchgrpo_depth": {14, 15, 16, 17}}[method]  # fmt: skip
+    if method == "branchgrpo_depth":
+        later, kept = chosen(config, rollout, 30)
+        assert set(later.index[later.parent[later.edges[~kept]]].tolist()) == {13, 14, 15, 16}
+
+
+def test_branchgrpo_mix_trains_its_splits_and_a_window(on_glyphs: Load) -> None:
+    """The released code's 34 edges with the window at steps 0 to 3, which then slides."""
+    config = on_glyphs("branchgrpo_mix")
+    for iteration, steps in ((0, {0, 1, 2, 3, 6, 9}), (30, {0, 1, 2, 3, 4, 6, 9})):
+        tree, kept = chosen(config, config.rollout, iteration)
+        assert set(tree.index[tree.parent[tree.edges[kept]]].tolist()) == steps
+        assert int(kept.sum()) == sum(2 ** sum(split <= step for split in (0, 3, 6, 9)) for step in steps)
+    assert grow(config.rollout, 0, 0, [0]).cost().edges == 34
+
+
+def test_the_tree_of_dynamic_treerpo_gets_cheaper_towards_the_data(on_glyphs: Load) -> None:
+    rollout = on_glyphs("dynamic_treerpo").rollout
+    costs = [grow(rollout, 0, 25 * left, [0]).cost().rollout for left in (0, 4, 8)]
+    assert costs == [207, 147, 87]
+
+
+def test_the_papers_count_of_densegrpo(on_glyphs: Load) -> None:
+    """264 scores: its code scores the state before the last, deterministic step too, which is the image again."""
+    rollout = on_glyphs("densegrpo").rollout
+    cost = Probed(Chain(), duplicate=True).forecast(rollout.num_inference_steps, rollout.group_size)
+    assert (cost.rollout, cost.edges, cost.leaves) == (1320, 216, 264)
