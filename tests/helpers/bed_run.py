@@ -25,12 +25,12 @@ CONFIG = "tests/data/bed.yaml"
 
 @dataclass(frozen=True)
 class Iteration:
-    """What an iteration cost and measured: network rows, states and leaves scored, metrics of the rollout and of each update."""
+    """An iteration: its batch, the network rows of its rollout and of all of it, what was scored, metrics of each update."""
 
+    batch: ScoredRollout
     rolled: int
     evaluations: int
     reward_calls: int
-    metrics: dict[str, float]
     updates: list[dict[str, float]]
 
 
@@ -73,7 +73,7 @@ class Bed:
             norm = steppers[update.optimizer].step(update.max_grad_norm) if update.micro_batches else 0.0
             updates.append({**update.after(), "norm": norm})
         evaluations, calls = self.policy.evaluations - before, self.task.counts.reward_calls - calls
-        return Iteration(rolled, evaluations, calls, batch.metrics, updates)
+        return Iteration(batch, rolled, evaluations, calls, updates)
 
     def gradient(self, number: int = 0) -> tuple[ScoredRollout, Tensor]:
         """An iteration's batch, and the sum of the gradients of its updates [n]; no weight is stepped."""

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from flowalign.loop import train
 from flowalign.config import load_config
-from flowalign.rollouts.collect import grow
+from flowalign.loop import train
 from flowalign.storage import checkpoint
+from flowalign.trainers import UpdateForecast
 from rewards import Reward
-from samplers import unscored
+from samplers import Cost, unscored
 from tests.helpers.bed import Nearness, Potential, save_pipeline
-from tests.helpers.bed_run import CONFIG, Bed
+from tests.helpers.bed_run import CONFIG, Bed, Iteration
 
 METHODS = sorted(path.stem for path in Path("configs/methods").glob("*.yaml"))
 # more samples for the method that trains one step of each, fewer where a smaller group will do
@@ -53,31 +53,31 @@ def test_it_improves_with_every_seed(pipeline: Path, method: str, seed: int) -> 
 
 def check_it_improves(bed: Bed, iterations: int, margin: float) -> None:
     assert bed.reward() == pytest.approx(BASE, abs=0.005)
+    rollout = bed.task.rollout
+    forecast = rollout.plan.forecast(rollout.num_inference_steps, rollout.group_size), bed.trainer.forecast(rollout)
     for number in range(iterations):
-        found = check_cost(bed, number)
-        measured = {key: value for row in found for key, value in row.items() if key.startswith(("loss/", "ratio/"))}
-        assert all(math.isfinite(value) for value in measured.values()), measured
+        found = bed.iteration(number)
+        check_cost(bed, found, *forecast)
+        measured = [value for row in found.updates for key, value in row.items() if key.startswith(("loss/", "ratio/"))]
+        assert measured and all(map(math.isfinite, measured))
         if number == 0:  # the replay of an unchanged policy
-            assert found[0]["ratio/drift_max"] < 1e-6 and found[0]["ratio/approx_kl"] == 0
+            assert found.updates[0]["ratio/drift_max"] < 1e-6 and found.updates[0]["ratio/approx_kl"] == 0
     assert bed.reward() > BASE + margin
 
 
-def check_cost(bed: Bed, number: int) -> list[dict[str, float]]:
-    """Runs an iteration. Counted network rows and scores are those of the iteration's topology, never above the forecast, and
-    the forecast exactly where the topology is the most expensive one and all its steps are trained."""
-    rollout = bed.task.rollout
-    forecast, update = rollout.plan.forecast(rollout.num_inference_steps, rollout.group_size), bed.trainer.forecast(rollout)
-    planned = grow(rollout, bed.task.seed, number, range(rollout.groups)).cost()
-    found, most = bed.iteration(number), rollout.groups * forecast.rollout + update.trained + update.frozen
+def check_cost(bed: Bed, found: Iteration, group: Cost, update: UpdateForecast) -> None:
+    """Counted network rows and scores are those of the iteration's topology and never above the forecast of a `group` and of
+    the updates; they are the forecast where the topology is the most expensive one and all its steps are trained."""
+    groups, tree = bed.task.rollout.groups, found.batch.forest.tree.cost()
+    most = groups * group.rollout + update.trained + update.frozen
     assert len(found.updates) == update.updates and found.evaluations <= most
-    if rollout.plan.select(unscored) is None:
-        assert found.rolled == planned.rollout
-        scored = len(bed.task.process_rewards) * (planned.edges + planned.train)
-        assert planned.leaves <= found.reward_calls <= planned.leaves + scored
-        costliest = all(vars(planned)[key] == rollout.groups * value for key, value in vars(forecast).items())
-        if costliest and found.metrics["group/trained_edges"] == planned.edges:
+    if bed.task.rollout.plan.select(unscored) is None:
+        assert found.rolled == tree.rollout
+        scored = len(bed.task.process_rewards) * (tree.edges + tree.train)
+        assert tree.leaves <= found.reward_calls <= tree.leaves + scored
+        costliest = all(vars(tree)[key] == groups * value for key, value in vars(group).items())
+        if costliest and found.batch.metrics["group/trained_edges"] == tree.edges:
             assert found.evaluations == most
-    return found.updates
 
 
 def check_constant_reward(bed: Bed) -> None:
