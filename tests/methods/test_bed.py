@@ -20,9 +20,14 @@ from tests.helpers.bed_run import CONFIG, Bed, Iteration
 
 METHODS = sorted(path.stem for path in Path("configs/methods").glob("*.yaml"))
 # more samples for the method that trains one step of each, fewer where a smaller group will do
-SIZES = {
-    "flash_grpo": 32, "densegrpo": 12, "flow_cps": 12, "flow_grpo": 12, "flow_grpo_fast": 12, "grpo_guard": 12,
-    "tempflow_grpo": 12, "tp_grpo": 12, "dance_grpo_best_of_n": 12,
+CHANGES = {
+    "flash_grpo": ["rollout.group_size=32"],
+    **dict.fromkeys(
+        ["densegrpo", "flow_cps", "flow_grpo", "flow_grpo_fast", "grpo_guard", "tempflow_grpo", "tp_grpo",
+         "dance_grpo_best_of_n", "stepwise_flow_grpo"],
+        ["rollout.group_size=12"],
+    ),
+    "euphonium": ["process_rewards=[{class_path: tests.helpers.bed.Potential, init_args: {name: process}}]"],
 }  # fmt: skip
 BASE = 0.321  # reward without training; it is between 0 and 1
 
@@ -33,8 +38,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def bed_of(pipeline: Path, method: str, *overrides: str) -> Bed:
-    size = [f"rollout.group_size={SIZES[method]}"] if method in SIZES else []
-    return Bed.of(pipeline, [f"configs/methods/{method}.yaml"], *size, *overrides)
+    return Bed.of(pipeline, [f"configs/methods/{method}.yaml"], *CHANGES.get(method, []), *overrides)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -73,7 +77,7 @@ def check_cost(bed: Bed, found: Iteration, group: Cost, update: UpdateForecast) 
     assert len(found.updates) == update.updates and found.evaluations <= most
     if bed.task.rollout.plan.select(unscored) is None:
         assert found.rolled == tree.rollout
-        scored = len(bed.task.process_rewards) * (tree.edges + tree.train)
+        scored = len(bed.task.process_rewards) * (tree.edges + tree.train + tree.rollout)  # and where they guide
         assert tree.leaves <= found.reward_calls <= tree.leaves + scored
         costliest = all(vars(tree)[key] == groups * value for key, value in vars(group).items())
         if costliest and found.batch.metrics["group/trained_edges"] == tree.edges:
