@@ -1,9 +1,8 @@
 """Methods that are the same method under another name: equal samples and equal gradients, through the real trainer on the bed.
 
-The last steps of a gradient are compared bit for bit where both names make the same network calls, else to rounding."""
+Gradients are compared bit for bit where both names make the same network calls, else to rounding."""
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from flowalign.advantage import Mixed, Normalized, PerChannel
 from flowalign.credit import BranchLocal, Broadcast, Gain, Joined, Process, SubtreeFusion, TurningPoint
-from flowalign.objectives import ClippedRatio, Guard, StdOverMean, Uniform
+from flowalign.objectives import ClippedRatio, DynamicClip, Guard, LayerTuning, StdOverMean, Uniform
 from flowalign.trainers import PolicyGradient, Signal
 from samplers import (
     CPS,
@@ -51,13 +50,15 @@ def bed(tmp_path_factory: pytest.TempPathFactory) -> Bed:
     return bed
 
 
-def found(bed: Bed, plan, kernel=None, process=(), objective=None, step_weight=None, **signal):
+def found(
+    bed: Bed, plan, kernel=None, process=(), objective=None, step_weight=None, group_size: int = GROUP, parts=None, **signal
+):  # fmt: skip
     """(network rows, scores of the leaves, gradient) of one iteration of a policy gradient of these parts."""
     trainer = PolicyGradient(
         Signal(**{"advantage": Normalized(), **signal}), objective or ClippedRatio(0.1), step_weight or Uniform(),
-        micro_batch=4096,
+        micro_batch=4096, **(parts or {}),
     )  # fmt: skip
-    rollout = replace(bed.task.rollout, plan=plan, kernel=kernel or FlowSDE(), group_size=GROUP)
+    rollout = replace(bed.task.rollout, plan=plan, kernel=kernel or FlowSDE(), group_size=group_size)
     task = replace(bed.task, rollout=rollout, process_rewards=process)
     trainer.prepare(task, None)
     before = bed.policy.evaluations
@@ -96,11 +97,28 @@ def test_with_one_step_that_splits_every_tree_is_flow_grpo_fast(bed: Bed, method
         for plan, credit, within in (ONE_STEP["Flow-GRPO-Fast"], ONE_STEP[method])
     )
     if method == "DenseGRPO":
-        assert rows == 4 * (STEPS + GROUP * (STEPS - STEP - 1) + 1)  # the probe of the split; and the update's one state
+        assert rows == 4 * (
+            STEPS + GROUP * (STEPS - STEP - 1) + 1
+        )  # the probe of the split; and the update's one state
         torch.testing.assert_close(own, gradient, rtol=1e-4, atol=1e-6)
         return
     assert rows == 4 * (STEP + 1 + GROUP * (STEPS - STEP - 1) + 1)
     assert torch.equal(own_scores, scores) and torch.equal(own, gradient)
+
+
+def test_dynamic_tree_rpo_without_growth_bounds_and_tuning_is_a_tree_grpo(bed: Bed) -> None:
+    """Growth 0, equal bounds, λ = 0; the other tree is BranchGRPO's with two splits inside its window."""
+    own = {"credit": SubtreeFusion(), "advantage": Normalized(within="tree_depth")}
+    split = found(bed, SplitTree((2, 3), 2, window=2, position=Fixed(2)), group_size=8, **own)
+    extra = {"dynamic_clip": DynamicClip(0.1, 0.1), "supervision": {"tuning": LayerTuning(scale=0.0)}}
+    dynamic = found(bed, TreeWindow(2, 2, 0.0, position=Fixed(2)), parts=extra, group_size=8, **own)
+    check_equal(split, dynamic)
+    tuned = {**extra, "supervision": {"tuning": LayerTuning(scale=0.1)}}
+    for plan, parts in (
+        (TreeWindow(2, 2, 0.5, position=Fixed(2)), extra),
+        (TreeWindow(2, 2, 0.0, position=Fixed(2)), tuned),
+    ):
+        assert not torch.equal(found(bed, plan, parts=parts, group_size=8, **own)[2], split[2])
 
 
 def test_without_turning_points_tp_grpo_is_dense_grpo(bed: Bed) -> None:
