@@ -14,7 +14,7 @@ USAGE = """usage: flowalign train CONFIG.yaml [CONFIG.yaml ...] [key=value ...]
        flowalign doctor CONFIG.yaml [CONFIG.yaml ...] [key=value ...]
        flowalign benchmark CONFIG.yaml [CONFIG.yaml ...] [--iterations N] [--variants NAME,NAME] [--output FOLDER]
                            [key=value ...]
-       flowalign compare SPEC.yaml [--workers N] [--only-report]
+       flowalign compare SPEC.yaml [--workers N] [--only METHOD ...] [--only-report]
        flowalign compare CONFIG.yaml ... --with CONFIG.yaml ... --seeds N ... (--evaluations N | --seconds N)
                          [--baseline NAME] [--set key=value ...] [--workers N] [--only-report]
        flowalign report RUN
@@ -137,7 +137,7 @@ def _report(arguments: Sequence[str]) -> int:
 
 
 def export(arguments: Sequence[str]) -> int:
-    """Writes the LoRA of a run's checkpoint and prints its folder. Exit code 0: done."""
+    """Writes the weights of a run's checkpoint and prints its folder. Exit code 0: done."""
     return _run(_export, arguments)
 
 

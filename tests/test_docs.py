@@ -118,9 +118,9 @@ def test_the_parameters_of_the_parts_are_those_of_the_code() -> None:
 
 
 def test_a_method_of_the_page_holds_what_makes_it_that_method(tiny_pipeline: Path, tmp_path: Path) -> None:
-    (block,) = re.findall(r"```yaml\n# mixgrpo\.yaml\n(.*?)```", (ROOT / "docs" / "methods.md").read_text(), re.S)
-    (tmp_path / "mixgrpo.yaml").write_text(block)
-    files = [str(tmp_path / "mixgrpo.yaml"), "configs/models/glyphs.yaml", "configs/rewards/ocr_glyphs.yaml"]
+    (block,) = re.findall(r"```yaml\n# my_method\.yaml\n(.*?)```", (ROOT / "docs" / "methods.md").read_text(), re.S)
+    (tmp_path / "my_method.yaml").write_text(block)
+    files = [str(tmp_path / "my_method.yaml"), "configs/models/glyphs.yaml", "configs/rewards/ocr_glyphs.yaml"]
     config, plain = load_config(files, [f"policy.path={tiny_pipeline}"])
     assert plain["trainer"]["init_args"]["signal"]["credit"]["class_path"] == "flowalign.credit.Broadcast"
     assert plain["trainer"]["init_args"]["step_weight"]["class_path"] == "flowalign.objectives.Uniform"
@@ -213,10 +213,10 @@ def test_every_command_loads(
     page: str, arguments: list[str], tiny_pipeline: Path, tiny_sd15_pipeline: Path, large_machine: None, tmp_path: Path
 ) -> None:
     rewards = re.findall(r"```python\n# (my_\w+\.py)\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    (method,) = re.findall(r"```yaml\n# mixgrpo\.yaml\n(.*?)```", (ROOT / "docs" / "methods.md").read_text(), re.S)
-    for name, block in [*rewards, ("mixgrpo.yaml", method)]:
+    (method,) = re.findall(r"```yaml\n# my_method\.yaml\n(.*?)```", (ROOT / "docs" / "methods.md").read_text(), re.S)
+    for name, block in [*rewards, ("my_method.yaml", method)]:
         (tmp_path / name).write_text(block)
-    for name in ("./my_rewards.py", "./my_scorer.py", "mixgrpo.yaml"):
+    for name in ("./my_rewards.py", "./my_scorer.py", "my_method.yaml"):
         arguments = [word.replace(name, str(tmp_path / Path(name).name)) for word in arguments]
     files, overrides = split_arguments(arguments)
     tiny = tiny_sd15_pipeline if "configs/models/sd15.yaml" in files else tiny_pipeline

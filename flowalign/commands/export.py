@@ -1,4 +1,4 @@
-"""`flowalign export`: the LoRA of a run at one of its checkpoints."""
+"""`flowalign export`: what a run trained, at one of its checkpoints: its LoRA, or its networks."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flowalign.errors import ConfigError
-from flowalign.run.load import SavedRun
+from flowalign.run.load import SavedRun, save_weights
 
 
 def export(arguments: Sequence[str]) -> Path:
-    """Writes the LoRA that the arguments ask for; returns its folder. ConfigError for what cannot be exported."""
+    """Writes the weights that the arguments ask for; returns its folder. ConfigError for what cannot be exported."""
     parser = argparse.ArgumentParser(prog="flowalign export", exit_on_error=False, allow_abbrev=False, add_help=False)
     parser.add_argument("run")
     parser.add_argument("--step", type=int)
@@ -26,10 +26,6 @@ def export(arguments: Sequence[str]) -> Path:
             f"flowalign export: got {' '.join(unknown)}; expected RUN [--step N] [--ema | --no-ema] [--output FOLDER]"
         )
     saved = SavedRun.of(given.run, given.step, given.ema)
-    if saved.policy.trainable != "lora":
-        raise ConfigError(
-            f"got {saved.folder}, a run that trains full weights; expected one with a LoRA: fa.load_run gives its policy"
-        )
-    folder = given.output or saved.lora_folder
-    saved.load().save_lora(folder)
+    folder = given.output or saved.weights_folder
+    save_weights(saved.load(), saved.policy.trainable, folder)
     return folder

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from flowalign.compare.launch import Launcher
 from flowalign.compare.page import best, write_page
-from flowalign.compare.plan import Plan, Planned, budget_of, is_done
+from flowalign.compare.plan import Plan, Planned, budget_of, former_record, has_own_budget, is_done
 from flowalign.compare.record import Record, read_record, write_record
 from flowalign.compare.results import as_json, as_markdown, mean_totals, results_of
 from flowalign.compare.spec import Comparison, of_files, read_spec
@@ -34,9 +34,12 @@ def compare(arguments: Sequence[str]) -> list[Path]:
     if given.workers < 1:
         raise ConfigError(f"got --workers {given.workers}; expected at least 1")
     comparison = _comparison(given, arguments)
+    names = list(comparison.methods) if given.only is None else given.only
+    if unknown := [name for name in names if name not in comparison.methods]:
+        raise ConfigError(f"got --only {' '.join(unknown)}; expected of the methods {', '.join(comparison.methods)}")
     plan, failures = Plan.of(comparison), list[str]()
     if not given.only_report:
-        failures = _run(plan, given.workers)
+        failures = _run(plan, names, given.workers)
     written = write_results(comparison, records(plan))
     if failures:
         raise RunError(f"{len(failures)} runs failed: {'; '.join(failures)}. The same command tries them again")
@@ -48,6 +51,7 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("files", nargs="+")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--only-report", action="store_true")
+    parser.add_argument("--only", nargs="+")
     parser.add_argument("--with", nargs="+", default=[])
     parser.add_argument("--set", nargs="+", default=[])
     parser.add_argument("--seeds", nargs="+", type=int, default=[])
@@ -79,28 +83,40 @@ def _comparison(given: argparse.Namespace, arguments: Sequence[str]) -> Comparis
     return of_files(given.files, options["with"], given.set, given.seeds, budget, given.baseline, command)
 
 
-def _run(plan: Plan, workers: int) -> list[str]:
-    """The baseline first: budgets of the others may be a share of its total. Returns what failed, in sentences."""
+def _run(plan: Plan, names: Sequence[str], workers: int) -> list[str]:
+    """Runs these methods: first the baseline and what has a budget of its own, then what gets a share of the baseline's total.
+    Returns what failed, in sentences."""
     comparison = plan.comparison
-    names = sorted(comparison.methods, key=lambda name: name != comparison.baseline)
-    total = sum(len(method.seeds) for method in comparison.methods.values())
-    launcher = Launcher(workers, (0, total), write_record)
-    first = [name for name in names if name == comparison.baseline]
-    for group in (first, names[len(first) :]):
-        denominator = _denominator(plan) if group is not first and first else None
-        if group is not first and first and denominator is None:
-            return launcher.failures  # the baseline is not finished, so the others have no budget
+    baseline = comparison.baseline
+    own = [name for name in names if has_own_budget(comparison, name)]
+    own.sort(key=lambda name: name != baseline)
+    launcher = Launcher(workers, (0, sum(len(comparison.methods[name].seeds) for name in names)), write_record)
+    for group in (own, [name for name in names if name not in own]):
+        denominator = _denominator(plan) if group is not own else None
+        if group and group is not own and denominator is None:
+            launcher.failures.append(
+                f"{baseline} is not finished, and the budget of {', '.join(group)} is a share of its total"
+            )
+            break
         runs = [run for name in group for run in plan.runs(name, budget_of(comparison, name, denominator))]
         waiting = [run for run in runs if not is_done(run)]
-        launcher.numbers = (launcher.numbers[0] + len(runs) - len(waiting), total)
+        for run, former in [(run, former_record(run)) for run in waiting]:
+            if former is not None:
+                print(
+                    f"note: {former} was made by other files; if they say the same, stop here and rename it to {run.record.name}",
+                    flush=True,
+                )
+        done, total = launcher.numbers
+        launcher.numbers = (done + len(runs) - len(waiting), total)
         launcher.run(waiting)
     return launcher.failures
 
 
 def _denominator(plan: Plan) -> Mapping[str, float] | None:
-    """The baseline's mean totals; None until all its runs are finished."""
+    """The baseline's mean totals; None without one, and until all its runs are finished."""
     name = plan.comparison.baseline
-    assert name is not None
+    if name is None:
+        return None
     runs = plan.runs(name, budget_of(plan.comparison, name, None))
     return mean_totals([read_record(run.record) for run in runs]) if all(map(is_done, runs)) else None
 
@@ -108,12 +124,11 @@ def _denominator(plan: Plan) -> Mapping[str, float] | None:
 def records(plan: Plan) -> dict[str, list[Record]]:
     """The finished runs of each method."""
     comparison = plan.comparison
-    denominator = _denominator(plan) if comparison.baseline else None
+    denominator = _denominator(plan)
     found: dict[str, list[Record]] = {}
     for name in comparison.methods:
-        own = comparison.baseline in (None, name) or comparison.methods[name].budget is not None
         runs: list[Planned] = []
-        if own or denominator is not None:
+        if has_own_budget(comparison, name) or denominator is not None:
             runs = plan.runs(name, budget_of(comparison, name, denominator))
         found[name] = [read_record(run.record) for run in runs if is_done(run)]
     return found

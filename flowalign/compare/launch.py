@@ -51,7 +51,8 @@ class Launcher:
                 told = time.monotonic()
                 while waiting or children:
                     while waiting and len(children) < self.workers:
-                        children.append(self._start(waiting.pop(0)))
+                        children.append(self._start(waiting[0], self._left(waiting)))
+                        del waiting[0]
                     time.sleep(POLL)
                     for child in [child for child in children if child.process.poll() is not None]:
                         children.remove(child)
@@ -60,11 +61,25 @@ class Launcher:
                         told = time.monotonic()
                         for child in children:
                             print(f"  {child.run.folder.name}: {_progress(child)}", flush=True)
-            except KeyboardInterrupt:
+            except KeyboardInterrupt as error:
                 _stop(children)
-                raise
+                raise KeyboardInterrupt(f"stopped {len(children)} runs; the same command goes on from there") from error
 
-    def _start(self, run: Planned) -> Child:
+    def _left(self, waiting: Sequence[Planned]) -> str:
+        """How long the runs that are waiting will take, by those that are finished; a budget of seconds needs none. Without
+        the comparison's later runs, whose budget is not known yet."""
+        mean = sum(self._speeds) / len(self._speeds) if self._speeds else 0.0
+        seconds = [run.budget.amount * (1.0 if run.budget.unit == "seconds" else mean) for run in waiting]
+        if not all(seconds):
+            return ""
+        rest = (
+            f", with the {len(seconds) - 1} after it {duration(sum(seconds) / self.workers)}"
+            if len(seconds) > 1
+            else ""
+        )
+        return f", about {duration(seconds[0])}{rest}"
+
+    def _start(self, run: Planned, expected: str) -> Child:
         run.folder.parent.mkdir(parents=True, exist_ok=True)
         log = run.folder.with_name(f"{run.folder.name}.log")
         environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -76,16 +91,8 @@ class Launcher:
             )  # fmt: skip
         done, total = self.numbers
         self.numbers = (done + 1, total)
-        print(f"run {done + 1} of {total}: {run.method} seed {run.seed}{self._expected(run)}; log: {log}", flush=True)
+        print(f"run {done + 1} of {total}: {run.method} seed {run.seed}{expected}; log: {log}", flush=True)
         return Child(run, process, log)
-
-    def _expected(self, run: Planned) -> str:
-        """By the runs that are finished; a budget of seconds needs none."""
-        if run.budget.unit == "seconds":
-            return f", about {duration(run.budget.amount)} and its evaluations"
-        if not self._speeds:
-            return ""
-        return f", about {duration(run.budget.amount * sum(self._speeds) / len(self._speeds))}"
 
     def _end(self, child: Child) -> None:
         seconds, run = time.monotonic() - child.began, child.run
@@ -115,7 +122,7 @@ def _progress(child: Child) -> str:
 
 def _stop(children: Sequence[Child]) -> None:
     """Asks every child to save and stop, and waits for them."""
-    print(f"stopping {len(children)} runs after their iterations; the same command goes on from there", flush=True)
+    print(f"stopping {len(children)} runs after their iterations", flush=True)
     for child in children:
         if child.process.poll() is None:
             child.process.terminate()

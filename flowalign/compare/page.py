@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
@@ -37,8 +39,15 @@ class Key:
 
 
 def plots(results: Results) -> list[Chart]:
-    """The mean reward against each of COSTS, with the 95 % interval of the mean as a band."""
-    return [_plot(results, cost) for cost in COSTS]
+    """The mean reward of all methods against each of COSTS, with the 95 % interval of the gain as a band."""
+    return [_chart(results, results.methods, cost, f"against {TITLES[cost]}") for cost in COSTS]
+
+
+def one_by_one(results: Results) -> list[Chart]:
+    """Each method against the network evaluations, beside the baseline."""
+    baseline = [method for method in results.methods if method.name == results.comparison.baseline]
+    others = [method for method in results.methods if method not in baseline]
+    return [_chart(results, [*baseline, method], "evaluations", method.name, (3.3, 2.15)) for method in others]
 
 
 def keys(results: Results) -> list[Key]:
@@ -48,30 +57,38 @@ def keys(results: Results) -> list[Key]:
     ]
 
 
-def _plot(results: Results, cost: str) -> Chart:
+def _chart(
+    results: Results, methods: Sequence[MethodResult], cost: str, title: str, size: tuple[float, float] = (4.4, 2.9)
+) -> Chart:
+    drawn = {key.name: key for key in keys(results)}
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(4.4, 2.9), layout="constrained")
+        figure = Figure(figsize=size, layout="constrained")
         axis = figure.subplots()
-        levels = dict(results.comparison.references) | ({} if results.target is None else {"target": results.target})
-        for name, level in levels.items():
-            axis.axhline(level, color=SOFT, linewidth=0.8, linestyle=(0, (1, 2)))
-            axis.annotate(
-                name, (1, level), xycoords=("axes fraction", "data"), xytext=(0, 2), textcoords="offset points",
-                ha="right", va="bottom", fontsize=7.5, color=SOFT, parse_math=False,
-            )  # fmt: skip
-        for method, key in zip(results.methods, keys(results), strict=True):
-            curve = method.curve
-            x = curve.costs[cost]
+        _levels(axis, results)
+        for method in methods:
+            x, curve, key = method.curve.costs[cost], method.curve, drawn[method.name]
             axis.fill_between(x, curve.low, curve.high, color=key.color, alpha=0.1, linewidth=0)
             axis.plot(x, curve.score, color=key.color, linestyle=key.dash, linewidth=1.5, marker="o", markersize=2.5)
-        axis.set_title(f"{results.reward} against {TITLES[cost]}", loc="left", fontsize=9, color=INK, parse_math=False)
+        axis.set_title(title, loc="left", fontsize=9, color=INK, parse_math=False)
         axis.set_xlabel(TITLES[cost])
+        axis.set_ylabel(results.reward, parse_math=False)
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
         axis.xaxis.set_major_locator(MaxNLocator(6))
         axis.margins(x=0.02)
         axis.grid(axis="y", color=RULE, linewidth=0.6)
         axis.tick_params(which="both", length=0)
-        return Chart(TITLES[cost], svg(figure))
+        return Chart(title, svg(figure))
+
+
+def _levels(axis: Axes, results: Results) -> None:
+    """Lines at the target and at the references, each named at its right end."""
+    target = {} if results.target is None else {"target": results.target}
+    for name, level in (dict(results.comparison.references) | target).items():
+        axis.axhline(level, color=SOFT, linewidth=0.8, linestyle=(0, (1, 2)))
+        axis.annotate(
+            name, (1, level), xycoords=("axes fraction", "data"), xytext=(0, 2), textcoords="offset points", ha="right",
+            va="bottom", fontsize=7.5, color=SOFT, parse_math=False,
+        )  # fmt: skip
 
 
 def write_page(results: Results, path: Path) -> Path:
@@ -83,7 +100,7 @@ def write_page(results: Results, path: Path) -> Path:
     page = template("flowalign.compare", "compare.html").render(
         name=results.comparison.name, command=results.comparison.command, notes=notes(results), head=HEAD, charts=charts,
         tables={title: table for title, table in tables.items() if table}, keys=keys(results),
-        best=best(results),
+        best=best(results), singles=one_by_one(results), baseline=results.comparison.baseline,
     )  # fmt: skip
     write_atomic(path, page.encode())
     return path

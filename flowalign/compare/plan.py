@@ -13,8 +13,10 @@ from typing import Any
 
 from flowalign.compare.spec import Budget, Comparison, Method
 from flowalign.config import load_config
+from flowalign.config.load import as_written
 from flowalign.errors import ConfigError
 from flowalign.run.folder import MAY_CHANGE, differences
+from flowalign.storage.files import read_json
 
 # of the run, what its result does not depend on
 NO_MATTER = re.compile(
@@ -26,8 +28,9 @@ FREE = re.compile(r"every|batch_size|training_reward|allow_training_prompts|rewa
 
 @dataclass(frozen=True)
 class Planned:
-    """One run. config_hash: of the complete configuration less its seed, and name, output and the like. folder: keyed by what
-    a run folder is tied to, so that a larger budget goes on where a smaller one ended. record: the JSON of its result."""
+    """One run. config_hash: of the complete configuration as it is written, less its seed, and name, output and the like: a
+    parameter that a class gets later changes nothing. folder: keyed by what a run folder is tied to, so that a larger budget
+    goes on where a smaller one ended. record: the JSON of its result."""
 
     method: str
     seed: int
@@ -52,10 +55,10 @@ class Planned:
 
 @dataclass(frozen=True)
 class Plan:
-    """A comparison whose configurations are known to be good. plains: of each method, its configuration as data."""
+    """A comparison whose configurations are known to be good. written: that of each method as data, without defaults."""
 
     comparison: Comparison
-    plains: Mapping[str, dict[str, Any]]
+    written: Mapping[str, dict[str, Any]]
 
     @staticmethod
     def of(comparison: Comparison) -> Plan:
@@ -79,12 +82,13 @@ class Plan:
                     f"methods {first!r} and {name!r} differ in evaluation: {key} is {ours!r} and {other!r}; expected one base "
                     "and one evaluation for all: set it in the overrides of the comparison"
                 )
-        return Plan(comparison, plains)
+        methods = comparison.methods.items()
+        return Plan(comparison, {name: as_written(method.files, method.overrides) for name, method in methods})
 
     def runs(self, name: str, budget: Budget) -> list[Planned]:
         """The runs of a method, one per seed."""
         method = self.comparison.methods[name]
-        values = _flat(self.plains[name]) | {f"run.max_{budget.unit}": budget.override}
+        values = _flat(self.written[name]) | {f"run.max_{budget.unit}": budget.override}
         tied = {key: value for key, value in values.items() if not MAY_CHANGE.fullmatch(key)}
         config_hash, folder_hash = _hash(values), _hash(tied)
         return [self._run(name, method, seed, budget, config_hash, folder_hash) for seed in method.seeds]
@@ -99,6 +103,11 @@ class Plan:
             comparison.results / comparison.name / f"{name}-{config_hash}-s{seed}.json",
             method.files, method.overrides,
         )  # fmt: skip
+
+
+def has_own_budget(comparison: Comparison, name: str) -> bool:
+    """Whether the budget of a method is known without the baseline's total."""
+    return comparison.baseline in (None, name) or comparison.methods[name].budget is not None
 
 
 def budget_of(comparison: Comparison, name: str, denominator: Mapping[str, float] | None) -> Budget:
@@ -116,6 +125,15 @@ def budget_of(comparison: Comparison, name: str, denominator: Mapping[str, float
 
 def is_done(run: Planned) -> bool:
     return run.record.exists()
+
+
+def former_record(run: Planned) -> Path | None:
+    """A record of the same method, seed, files and overrides under another hash: something in the files has changed."""
+    for path in sorted(run.record.parent.glob(f"{run.method}-*-s{run.seed}.json")):
+        content = read_json(path)
+        if (content.get("method"), content.get("overrides")) == (run.method, [*run.overrides, run.budget.override]):
+            return path
+    return None
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -99,8 +99,8 @@ def costs_by_iteration(rows: Sequence[Row]) -> list[dict[str, float]]:
             "reward_calls": row["cost/reward_calls_per_image"],
         }
         for name, value in per_image.items():
-            sums[name] += row["cost/images"] * value
-        sums["seconds"] += row["time/iteration"]
+            sums[name] += row["cost/images"] * value + row.get(f"cost/prepare_{name}", 0.0)
+        sums["seconds"] += row["time/iteration"] + row.get("time/prepare", 0.0)
         found.append({name: round(value, 3) for name, value in sums.items()})
     return found
 

@@ -17,7 +17,7 @@ from flowalign.errors import ConfigError
 
 KEYS = ("methods", "files", "overrides", "seeds", "budget", "baseline", "share", "references", "output", "results")
 METHOD_KEYS = ("files", "overrides", "seeds", "budget", "apart", "guided")
-OWN = re.compile(r"run\.(name|seed|output|resume|max_evaluations|max_seconds)=.*", re.DOTALL)  # set by the comparison
+OWN = re.compile(r"run\.(name|seed|output|max_evaluations|max_seconds)=.*", re.DOTALL)  # set by the comparison
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def _strings(given: Mapping[str, Any], key: str, place: str) -> tuple[str, ...]:
         if key == "overrides" and ("=" not in value or OWN.fullmatch(value)):
             raise ConfigError(
                 f"got the override {value!r} in {f'{place}.{key}'.strip('.')}; expected key=value, and not of what the "
-                "comparison sets itself: run.name, run.seed, run.output, run.resume, and by the budget run.max_…"
+                "comparison sets itself: run.name, run.seed, run.output, and by the budget run.max_…"
             )
     return tuple(values)
 

@@ -14,8 +14,8 @@ from samplers import generator
 
 @dataclass(frozen=True)
 class Curve:
-    """The mean of several runs at each of E evaluations. costs {name: [E]}: means over the seeds. score [E], low [E], high
-    [E]: of the mean and its 95 % interval."""
+    """The mean of several runs at each of E evaluations. costs {name: [E]}: means over the seeds. score [E]: the mean of the
+    base plus the paired gain; low [E], high [E]: the same with the bounds of the gain's 95 % interval."""
 
     costs: dict[str, list[float]]
     score: list[float]
@@ -72,11 +72,15 @@ def mean_curve(records: Sequence[Record]) -> Curve:
     ]
     columns = list(zip(*rows, strict=True))
     costs = {name: [float(np.mean([point.costs[name] for point in column])) for column in columns] for name in COSTS}
-    scores = [np.stack([point.scores for point in column]) for column in columns]
-    valid = [each[:, ~np.isnan(each).any(0)] for each in scores]
-    intervals = [hierarchical_interval(each, resamples=2000) for each in valid]
+    base = np.stack([record.curve[0].scores for record in records])
+    start = float(np.nanmean(base))
+    found = [np.stack([point.scores for point in column]) - base for column in columns]
+    paired = [each[:, ~np.isnan(each).any(0)] for each in found]
+    intervals = [hierarchical_interval(each, resamples=2000) for each in paired]
     return Curve(
-        costs, [float(each.mean()) for each in valid], [low for low, _ in intervals], [high for _, high in intervals]
+        costs, *([start + value for value in values] for values in (
+            [float(each.mean()) for each in paired], [low for low, _ in intervals], [high for _, high in intervals]
+        ))
     )  # fmt: skip
 
 

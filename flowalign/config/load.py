@@ -63,6 +63,15 @@ def load_config(paths: str | Sequence[str], overrides: Sequence[str] = ()) -> tu
     return config, plain
 
 
+def as_written(paths: Sequence[str], overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The files and overrides as one, as plain data without defaults; what `load_config` has accepted."""
+    node = _read(paths)
+    for override in overrides:
+        node = overridden(node, override, Parameter(TrainConfig))
+    content: dict[str, Any] = yaml.safe_load(yaml.serialize(node))
+    return content
+
+
 def _read(paths: Sequence[str]) -> yaml.Node:
     """All files as one."""
     if not paths:

@@ -195,6 +195,11 @@ class Policy(Protocol):
         """Writes the adapter for diffusers and for PEFT; ValueError if the policy has none."""
         ...
 
+    def save_networks(self, folder: Path) -> None:
+        """Writes each network as a folder of diffusers (`from_pretrained`), named after its part of the pipeline; ValueError
+        for a policy with a LoRA, whose networks are not trained."""
+        ...
+
     def pipeline_setup(self) -> list[str]:
         """Lines of Python that make a freshly loaded `pipe` sample as this policy's deterministic rollout does."""
         ...

@@ -181,7 +181,7 @@ class PipelinePolicy:
         networks = self.model.networks
         if not self._trained.has_lora:
             raise ValueError(
-                f"got save_lora of a policy that trains full weights; expected a LoRA: save the {', '.join(networks)} instead"
+                f"got save_lora of a policy that trains full weights; expected a LoRA: save_networks"
             )
         folder.mkdir(parents=True, exist_ok=True)
         for stale in folder.glob(".tmp*"):  # safetensors writes a temporary file first; a killed save leaves it
@@ -193,6 +193,12 @@ class PipelinePolicy:
             save_peft(network, folder / name if len(networks) > 1 else folder)
         for file in sorted(folder.rglob("*.safetensors")):
             order_header(file)
+
+    def save_networks(self, folder: Path) -> None:
+        if self._trained.has_lora:
+            raise ValueError("got save_networks of a policy with a LoRA; expected one that trains full weights: save_lora")
+        for name, network in self.model.networks.items():
+            network.save_pretrained(folder / name)
 
     def pipeline_setup(self) -> list[str]:
         return self.model.pipeline_setup()

@@ -1,7 +1,7 @@
 """The report of a run: one HTML file with everything inside, made from what the run folder holds and nothing else.
 
 Reads config.yaml, provenance.json, metrics.jsonl, summary.json, grids/*.png with grids/grids.json, trees/*.png, and
-whether there is a lora/; each may be missing. No script, nothing loaded from elsewhere.
+whether there is a lora/ or networks/; each may be missing. No script, nothing loaded from elsewhere.
 """
 
 from __future__ import annotations
@@ -73,15 +73,15 @@ def _page(folder: Path, summary: dict[str, Any], rows: Sequence[Row]) -> str:
         rewards=curves(rows, reward_panels(rows)),
         health=curves(rows, health_panels(rows)),
         phases=_phase_bars(rows),
-        snippet=load_snippet(folder, summary["pipeline"]) if summary and (folder / "lora").is_dir() else None,
+        snippet=load_snippet(folder, summary["pipeline"]) if summary and _weights(folder) else None,
         provenance=_flatten(read_json(folder / "provenance.json")),
         config=settings,
     )
 
 
 def load_snippet(run_folder: Path, pipeline: dict[str, Any]) -> str:
-    """A Python script that makes an image with the run's LoRA in plain diffusers, from any working directory; `pipeline` is that
-    of summary.json."""
+    """A Python script that makes an image with the run's weights in plain diffusers, from any working directory; `pipeline` is
+    that of summary.json."""
     arguments = {"prompt": "your prompt", **pipeline["arguments"]}
     return "\n".join(
         [
@@ -90,7 +90,7 @@ def load_snippet(run_folder: Path, pipeline: dict[str, Any]) -> str:
             "",
             f"pipe = {pipeline['load']}",
             *pipeline["setup"],
-            f"pipe.load_lora_weights({str(run_folder.absolute() / 'lora')!r})",
+            *_weights(run_folder.absolute()),
             'pipe.to("cuda" if torch.cuda.is_available() else "cpu")',
             "image = pipe(",
             *(f"    {name}={value!r}," for name, value in arguments.items()),
@@ -99,6 +99,17 @@ def load_snippet(run_folder: Path, pipeline: dict[str, Any]) -> str:
             'image.save("image.png")',
         ]
     )
+
+
+def _weights(run_folder: Path) -> list[str]:
+    """Lines that give `pipe` what the run has trained, its lora/ or networks/; none without them."""
+    if (run_folder / "lora").is_dir():
+        return [f"pipe.load_lora_weights({str(run_folder / 'lora')!r})"]
+    return [
+        f"pipe.{part.name} = type(pipe.{part.name}).from_pretrained({str(part)!r}, torch_dtype=pipe.{part.name}.dtype)"
+        for part in sorted(run_folder.glob("networks/*"))
+        if part.is_dir()
+    ]
 
 
 def template(package: str, name: str) -> jinja2.Template:

@@ -27,7 +27,8 @@ ADDED_UP = ("time/", "cost/", "loss/")  # over the updates of an iteration; of o
 class IterationLog:
     """Collects the metrics of one iteration after another.
 
-    write_rows: whether this process writes metrics.jsonl. updates: metrics of this iteration's updates so far. began: time.monotonic() of the iteration. summary: the latest row
+    write_rows: whether this process writes metrics.jsonl. updates: metrics of this iteration's updates so far. began: time.monotonic() of the iteration. prepared: what the trainer's `prepare` cost, until it is
+    in the first row. summary: the latest row
     in a few words, for the progress bar."""
 
     config: TrainConfig
@@ -37,6 +38,7 @@ class IterationLog:
     progress: Progress
     updates: dict[str, float] = field(default_factory=dict)
     began: float = 0.0
+    prepared: dict[str, float] = field(default_factory=dict)
     summary: str = ""
 
     def begin(self) -> None:
@@ -67,6 +69,8 @@ class IterationLog:
             )
         row["time/iteration"] = time.monotonic() - self.began
         row["cost/images"] = images
+        row |= self.prepared
+        self.prepared = {}
         self._add_to_totals(images, row)
         self.summary = ", ".join(f"{name} {row[key]:{form}}" for key, (name, form) in SUMMARY.items() if key in row)
         return row
@@ -93,4 +97,5 @@ class IterationLog:
         for phase in ("rollout", "update"):
             totals[phase] += images * row.get(f"cost/{phase}_per_image", 0.0)
         totals["drift"] = max(totals["drift"], row.get("ratio/drift_max", 0.0))
-        self.progress.training += row["time/iteration"]
+        totals["rollout"] += row.get("cost/prepare_evaluations", 0.0)
+        self.progress.training += row["time/iteration"] + row.get("time/prepare", 0.0)

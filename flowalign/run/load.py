@@ -23,6 +23,16 @@ from flowalign.storage.files import reading
 from flowalign.storage.named_tensors import restore_parameters
 from samplers import Schedule
 
+WEIGHTS = {"lora": "lora", "full": "networks"}  # policy.trainable -> the folder, inside a run's, of what is trained
+
+
+def save_weights(policy: Policy, trainable: str, folder: Path) -> None:
+    """What is trained, for plain diffusers."""
+    if trainable == "lora":
+        policy.save_lora(folder)
+    else:
+        policy.save_networks(folder)
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -68,9 +78,11 @@ class SavedRun:
         return SavedRun(folder, policy, sampling, step or steps[-1], section, usual)
 
     @property
-    def lora_folder(self) -> Path:
-        """Where an export goes: the run's own lora/, or beside it for another step or without the average."""
-        return self.folder / ("lora" if self.usual else f"lora-step-{self.step}{'-ema' * (self.section == 'ema')}")
+    def weights_folder(self) -> Path:
+        """Where an export goes: the run's own lora/ (networks/ of full weights), or beside it for another step or without the
+        average."""
+        name = WEIGHTS[self.policy.trainable]
+        return self.folder / (name if self.usual else f"{name}-step-{self.step}{'-ema' * (self.section == 'ema')}")
 
     def load(self, device: str | torch.device = "cpu") -> Policy:
         """The policy with the weights of the checkpoint. CheckpointError for a damaged one, ConfigError for a

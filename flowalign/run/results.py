@@ -1,4 +1,4 @@
-"""What a run leaves: LoRA, summary and report, of a finished run with its gains, of a stopped one as far as it came."""
+"""What a run leaves: weights, summary and report, of a finished run with its gains, of a stopped one as far as it came."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from flowalign.report.html import write_report
 from flowalign.report.summary import summarize, summarize_stopped, write_results
 from flowalign.run.checkpoints import Progress
 from flowalign.run.evaluations import Evaluations
+from flowalign.run.load import WEIGHTS, save_weights
 from flowalign.storage.files import write_atomic
 
 
@@ -35,17 +36,17 @@ class Results:
             self.config, self.policy, base, tuned, iteration, self.progress.totals, self.progress.elapsed
         )
         if self.write:
-            self._save_lora()
+            self._save_weights()
             print(write_results(self.folder, base, tuned, result), flush=True)
         return result
 
     def stop(self, iteration: int) -> str:
         """After `iteration` iterations, without an evaluation. Returns the line to print. An earlier summary, of fewer
-        iterations, is replaced: it is not of this LoRA."""
+        iterations, is replaced: it is not of these weights."""
         result = summarize_stopped(self.config, self.policy, iteration, self.progress.totals, self.progress.elapsed)
         left = [self.folder / "report.html"]
         if self.write:
-            left += self._save_lora()
+            left += self._save_weights()
             write_atomic(self.folder / "summary.json", json.dumps(result, indent=1).encode())
             write_report(self.folder)
         return (
@@ -53,10 +54,10 @@ class Results:
             f"as far as it came: {', '.join(map(str, left))}; the same command goes on from there"
         )
 
-    def _save_lora(self) -> list[Path]:
-        """The folder of the LoRA; none of full weights, which the checkpoint holds."""
-        if self.config.policy.trainable != "lora":
-            return []
+    def _save_weights(self) -> list[Path]:
+        """lora/, or networks/ of full weights."""
+        trainable = self.config.policy.trainable
+        folder = self.folder / WEIGHTS[trainable]
         with self.evaluations.averaged():
-            self.policy.save_lora(self.folder / "lora")
-        return [self.folder / "lora"]
+            save_weights(self.policy, trainable, folder)
+        return [folder]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -46,7 +47,7 @@ from rewards import close
 class Run:
     """A run whose folder is open and whose model is loaded; see `open_run`. Its methods are the loop's verbs.
 
-    steppers: the Stepper of each of the trainer's optimizers; filled by `resume`."""
+    steppers: the Stepper of each of the trainer's optimizers; filled by `resume`. opened: time.monotonic() then."""
 
     config: TrainConfig
     folder: Path
@@ -63,10 +64,13 @@ class Run:
     trackers: Trackers
     results: Results
     steppers: dict[Optimizer, Stepper] = field(default_factory=dict)
+    opened: float = field(default_factory=time.monotonic)
 
     def resume(self) -> None:
         """Restores the latest checkpoint, if any, then builds a stepper for each of the trainer's optimizers."""
-        if self.checkpoints.restore(self.launch.optimizer_device) and self.processes.is_main:
+        if not self.checkpoints.restore(self.launch.optimizer_device):
+            self.log.prepared = self._prepare_cost()
+        elif self.processes.is_main:
             print(f"resumed {self.folder} after iteration {self.checkpoints.latest}", flush=True)
         self.steppers |= self.launch.steppers(self.config.trainer.optimizers.values(), self.processes)
 
@@ -147,6 +151,18 @@ class Run:
         result = self.results.finish(self.checkpoints.latest)
         self.trackers.gains(self.checkpoints.latest, result["rewards"])
         return result
+
+    def _prepare_cost(self) -> dict[str, float]:
+        """Metrics of what the trainer's `prepare` cost since the model was loaded, backward passes not counted; none if it did
+        not use the network."""
+        counts = self.task.counts
+        spent = {
+            "evaluations": self.task.policy.evaluations,
+            "decodes": counts.decodes,
+            "reward_calls": counts.reward_calls,
+        }
+        total = {f"cost/prepare_{name}": self.processes.total(value) for name, value in spent.items()}
+        return total | {"time/prepare": time.monotonic() - self.opened} if any(total.values()) else {}
 
     def _is_last(self, step: int) -> bool:
         """Whether the run ends after `step` iterations, by their number or by what they cost. Collective

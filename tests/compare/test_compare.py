@@ -13,11 +13,12 @@ import yaml
 
 from flowalign.cli import compare as main
 from flowalign.compare import command
-from flowalign.compare.plan import Plan, Planned
+from flowalign.compare.plan import Plan, Planned, former_record, is_done
 from flowalign.compare.spec import Budget, read_spec
 from flowalign.config import load_config
 from flowalign.errors import ConfigError
 from flowalign.loop import train
+from flowalign.report import summary
 from tests.helpers.tiny_run import CONFIG
 
 ROOT = Path(__file__).parents[2]
@@ -43,6 +44,7 @@ class InProcess:
 @pytest.fixture
 def spec(tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.setattr(command, "Launcher", InProcess)
+    monkeypatch.setattr(summary, "write_report", lambda folder: folder)  # of each run: drawn elsewhere, and slowly
     trained.clear()
     return {
         "files": [], "overrides": [f"policy.path={tiny_pipeline}", "run.iterations=50", "evaluation.every=1"],
@@ -86,7 +88,9 @@ def test_a_comparison_runs_the_baseline_first_and_gives_the_others_a_share(
     assert main([path]) == 0 and main([path, "--only-report"]) == 0 and len(trained) == 3
     assert all((tmp_path / "results" / name).read_bytes() == content for name, content in written.items())
     page = written["try.html"].decode()
-    assert page.count("data:image/svg+xml") == 4 and "Listed apart" in page and "http" not in page.split("</style>")[1]
+    assert (
+        page.count("data:image/svg+xml") == 4 + 1 and "Listed apart" in page and "http" not in page.split("</style>")[1]
+    )
     table = written["try.md"].decode()
     assert "| plain | 2 |" in table and "| small (guided) | 1 |" in table and "guided base: -1.000" in table
 
@@ -102,6 +106,22 @@ def test_a_larger_budget_goes_on_in_the_same_folders(spec: dict[str, Any], tmp_p
     later = (folder / "metrics.jsonl").read_text()
     assert later.startswith(first) and len(later) > len(first)
     assert len(list((tmp_path / "results" / "try").glob("plain-*.json"))) == 2  # a record of each budget
+
+
+def test_a_record_of_changed_files_is_named_and_not_taken(spec: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "layer.yaml").write_text("run: {iterations: 50}\n")
+    spec |= {"methods": {"plain": {"files": [CONFIG, str(tmp_path / "layer.yaml")]}}, "seeds": [1]}
+    path = write(tmp_path, spec)
+    [before] = Plan.of(read_spec(path)).runs("plain", Budget("evaluations", 130))
+    assert former_record(before) is None
+    before.record.parent.mkdir(parents=True)
+    overrides = [*before.overrides, before.budget.override]
+    before.record.write_text(json.dumps({"method": "plain", "overrides": overrides}))
+    (tmp_path / "layer.yaml").write_text("# the same values\nrun: {iterations: 50}\n")
+    assert Plan.of(read_spec(path)).runs("plain", Budget("evaluations", 130)) == [before]
+    (tmp_path / "layer.yaml").write_text("run: {iterations: 50, ema_decay: 0.5}\n")
+    [after] = Plan.of(read_spec(path)).runs("plain", Budget("evaluations", 130))
+    assert not is_done(after) and former_record(after) == before.record and is_done(before)
 
 
 def test_hashes_tell_configurations_apart_but_not_seeds_names_or_budgets_of_folders(
@@ -140,20 +160,22 @@ def test_what_cannot_work_is_said_before_anything_runs(
 
 
 def documented() -> list[list[str]]:
-    """The arguments of every command of docs/compare.md, and every file of configs/compare."""
+    """Every file of configs/compare, and the arguments of the other commands of docs/compare.md."""
     text = (ROOT / "docs" / "compare.md").read_text().replace("\\\n", " ")
     lines = re.findall(r"^ {4}flowalign compare (.*)$", text, re.M)
     files = [[f"configs/compare/{path.name}"] for path in sorted((ROOT / "configs" / "compare").glob("*.yaml"))]
-    return files + [shlex.split(line.partition(" #")[0]) for line in lines]
+    commands = [shlex.split(line.partition(" #")[0]) for line in lines]
+    assert all([arguments[0]] in files for arguments in commands if "--with" not in arguments)
+    return files + [arguments for arguments in commands if "--with" in arguments]
 
 
 def test_shipped_and_documented_comparisons_can_be_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every configuration is read, evaluated alike, and has a budget."""
     monkeypatch.chdir(ROOT)
     plans: list[Plan] = []
-    monkeypatch.setattr(command, "_run", lambda plan, workers: plans.append(plan))
+    monkeypatch.setattr(command, "_run", lambda plan, names, workers: plans.append(plan))
     monkeypatch.setattr(command, "records", lambda plan: {})
     monkeypatch.setattr(command, "write_results", lambda comparison, found: [])
     for arguments in documented():
         command.compare(arguments)
-    assert len(plans) >= 3 and all(plan.comparison.methods.keys() == plan.plains.keys() for plan in plans)
+    assert len(plans) >= 2 and all(plan.comparison.methods.keys() == plan.written.keys() for plan in plans)

@@ -12,6 +12,18 @@ def test_costs_add_up_over_iterations() -> None:
         "cost/decodes_per_image": 3.0, "cost/reward_calls_per_image": 2.0,
     }  # fmt: skip
     untrained = {key: value for key, value in row.items() if key != "cost/update_per_image"}  # nothing to learn from
+    prepared = {
+        "cost/prepare_evaluations": 100.0,
+        "cost/prepare_decodes": 10.0,
+        "cost/prepare_reward_calls": 1.0,
+        "time/prepare": 5,
+    }
+    assert costs_by_iteration([row | prepared])[1] == {
+        "evaluations": 130,
+        "decodes": 22,
+        "reward_calls": 9,
+        "seconds": 6.5,
+    }
     assert costs_by_iteration([row, untrained]) == [
         {"evaluations": 0, "decodes": 0, "reward_calls": 0, "seconds": 0},
         {"evaluations": 30, "decodes": 12, "reward_calls": 8, "seconds": 1.5},

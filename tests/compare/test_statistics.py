@@ -72,7 +72,11 @@ def test_a_mean_curve_joins_equal_iterations_and_the_ends() -> None:
     curve = mean_curve(runs)
     assert curve.score == pytest.approx([0, 0.4, 0.8])
     assert curve.costs["evaluations"] == [0, 40, 100] and curve.costs["decodes"] == [0, 8, 20]
+    assert curve.low[0] == curve.high[0] == 0  # the band is of the gain
     assert all(low <= score <= high for low, score, high in zip(curve.low, curve.score, curve.high, strict=True))
+    # it ends in the interval of the table, up to the draws
+    low, high = hierarchical_interval(gains(runs))
+    assert (curve.low[-1], curve.high[-1]) == pytest.approx((low, high), abs=0.02)
 
 
 @pytest.mark.parametrize(

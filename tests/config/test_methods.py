@@ -1,5 +1,6 @@
 """Each method's layer runs on Glyphs, and costs what its paper's topology costs: evaluations, trained steps, scores."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -15,6 +16,7 @@ from flowalign.rollouts.collect import grow
 from flowalign.rollouts.task import Rollout
 from flowalign.run.preflight import forecast
 from flowalign.trainers.policy_gradient import PolicyGradient, as_policy_gradient
+from rewards import channels_of
 from samplers import Chain, Forest, Probed, SplitTree, Tree, Window
 
 FOLDER = Path(__file__).parents[2] / "configs" / "methods"
@@ -40,13 +42,16 @@ def trainer(config: TrainConfig) -> PolicyGradient:
     return found
 
 
+def forest_of(rollout: Rollout, tree: Tree) -> Forest:
+    """The topology without states."""
+    sigmas, nowhere = torch.linspace(1, 0, tree.num_steps + 1), torch.full((len(tree),), -1)
+    return Forest(tree, sigmas, rollout.kernel, torch.empty(0, 1), nowhere, torch.zeros(len(tree)), 0)
+
+
 def chosen(config: TrainConfig, rollout: Rollout, iteration: int = 0) -> tuple[Tree, torch.Tensor]:
     """The topology of one group, and which of its edges are trained for random rewards."""
     tree = grow(rollout, 0, iteration, [0])
-    size, nowhere = len(tree), torch.full((len(tree),), -1)
-    forest = Forest(
-        tree, torch.linspace(1, 0, tree.num_steps + 1), rollout.kernel, torch.empty(0, 1), nowhere, torch.zeros(size), 0
-    )
+    forest = forest_of(rollout, tree)
     scores = torch.rand(len(tree.leaves), 1, generator=torch.Generator().manual_seed(0)).double()
     signal = trainer(config).signal
     edges = signal.edges(forest, scores, torch.ones_like(scores, dtype=torch.bool), ("r",), SignalContext(0, iteration))
@@ -199,3 +204,21 @@ def test_the_papers_count_of_densegrpo(on_glyphs: Load) -> None:
     rollout = on_glyphs("densegrpo").rollout
     cost = Probed(Chain(), duplicate=True).forecast(rollout.num_inference_steps, rollout.group_size)
     assert (cost.rollout, cost.edges, cost.leaves) == (1320, 216, 264)
+
+
+def test_several_rewards_have_a_clipped_term_each(tiny_pipeline: Path, tmp_path: Path) -> None:
+    """The layer of docs/methods.md over DanceGRPO."""
+    (block,) = re.findall(r"```yaml\n# two_rewards\.yaml\n(.*?)```", (FOLDER.parents[1] / "docs" / "methods.md").read_text(), re.S)  # fmt: skip
+    (tmp_path / "two_rewards.yaml").write_text(block)
+    layers = ["configs/methods/dance_grpo.yaml", "configs/models/glyphs.yaml", "configs/rewards/ocr_glyphs.yaml"]
+    config, _ = load_config([*layers, str(tmp_path / "two_rewards.yaml")], [f"policy.path={tiny_pipeline}"])
+    assert channels_of(config.reward) == ("ocr", "jpeg_compressibility")
+    rollout = config.rollout
+    tree = grow(rollout, 0, 0, [0])
+    scores = torch.rand(len(tree.leaves), 2, generator=torch.Generator().manual_seed(0)).double()
+    edges = trainer(config).signal.edges(
+        forest_of(rollout, tree), scores, torch.ones_like(scores, dtype=torch.bool), channels_of(config.reward), SignalContext(0, 0)
+    )  # fmt: skip
+    assert edges.advantages.values.shape == (180, 2) and int(edges.chosen.sum()) == 108
+    ratio = edges.advantages.values.std(0)
+    assert float(ratio[1] / ratio[0]) == pytest.approx(0.5, rel=1e-3)

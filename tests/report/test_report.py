@@ -194,7 +194,7 @@ def test_equal_folders_give_equal_pages(run, page):
 def test_a_run_that_has_hardly_begun_has_a_report(tmp_path, iterations):
     log_iterations(tmp_path, iterations)
     text = text_of(page_of(tmp_path))
-    assert "No evaluation was run." in text and "no config.yaml" in text and "Use the LoRA" not in text
+    assert "No evaluation was run." in text and "no config.yaml" in text and "Use what was trained" not in text
     assert ("No training iteration was logged." in text) == (iterations == 0)
     assert f"{iterations} training iteration" in text
 

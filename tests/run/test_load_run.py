@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from diffusers import SD3Transformer2DModel
 from safetensors.torch import load_file
 
 import flowalign as fa
@@ -89,6 +90,23 @@ def test_an_export_equals_what_the_run_wrote(copy: Path, run: Path) -> None:
     for file in (run / "lora").glob("*.safetensors"):
         ours, theirs = load_file(copy / "lora" / file.name), load_file(file)
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_full_weights_are_exported_as_folders_of_diffusers(
+    tiny_pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full = ["policy.trainable=full", "trainer.regularizers={}", "run.iterations=2", "evaluation.count=2"]
+    run_it(tiny_pipeline, tmp_path, *full)
+    folder = tmp_path / "tiny"
+    assert not (folder / "lora").exists()
+    for step, name in ((2, "networks"), (1, "networks-step-1")):
+        if step == 1:
+            capsys.readouterr()
+            assert cli.export([str(folder), "--step", "1"]) == 0
+            assert capsys.readouterr().out.strip() == str(folder / name)
+        made = dict(SD3Transformer2DModel.from_pretrained(folder / name / "transformer").named_parameters())
+        trained = weights(fa.load_run(folder, step=step))
+        assert made.keys() == trained.keys() and all(torch.equal(made[key], trained[key]) for key in made)
 
 
 def test_a_report_is_written_anew(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -60,6 +60,16 @@ def test_every_role_goes_its_own_way(uninterrupted: Path) -> None:
     assert all("optim/grad_norm" in row and "optim/fake_grad_norm" in row for row in rows)
 
 
+def test_what_the_calibration_cost_is_counted_once(uninterrupted: Path) -> None:
+    """It rolls out two prompts, as many as an iteration, with a window of its own."""
+    _, state, rows = saved(uninterrupted)
+    images, prepared = rows[0]["cost/images"], rows[0]["cost/prepare_evaluations"]
+    assert images < prepared < 4 * images
+    assert rows[0]["cost/prepare_decodes"] == rows[0]["cost/prepare_reward_calls"] == images
+    assert not any("cost/prepare_evaluations" in row for row in rows[1:])
+    assert state["totals"]["rollout"] == prepared + sum(images * row["cost/rollout_per_image"] for row in rows)
+
+
 def test_a_role_of_the_trainer_is_saved_as_one_of_the_configuration(uninterrupted: Path, tiny_pipeline: Path) -> None:
     """contract.yaml does not name "fake", which the trainer asks for and trains."""
     config, _ = load_config(CONFIG, [f"policy.path={tiny_pipeline}"])
