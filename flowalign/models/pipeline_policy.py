@@ -181,7 +181,7 @@ class PipelinePolicy:
         networks = self.model.networks
         if not self._trained.has_lora:
             raise ValueError(
-                f"got save_lora of a policy that trains full weights; expected a LoRA: save_networks"
+                "got save_lora of a policy that trains full weights; expected a LoRA: save_networks"
             )
         folder.mkdir(parents=True, exist_ok=True)
         for stale in folder.glob(".tmp*"):  # safetensors writes a temporary file first; a killed save leaves it

@@ -25,7 +25,7 @@ SMALLER = (
     "dance_grpo_best_of_n", "stepwise_flow_grpo",
 )  # fmt: skip
 CHANGES = {
-    **{method: "rollout.group_size=12" for method in SMALLER},
+    **dict.fromkeys(SMALLER, "rollout.group_size=12"),
     "flash_grpo": "rollout.group_size=32",
     "euphonium": "process_rewards=[{class_path: tests.helpers.bed.Potential, init_args: {name: process}}]",
 }
@@ -46,7 +46,7 @@ def bed_of(pipeline: Path, method: str, *overrides: str) -> Bed:
 def test_it_improves_and_costs_what_is_forecast(pipeline: Path, method: str) -> None:
     bed = bed_of(pipeline, method)
     check_constant_reward(bed)
-    check_it_improves(bed, iterations=6, margin=0.07)
+    check_it_improves(bed, iterations=5, margin=0.05)
 
 
 @pytest.mark.slow
