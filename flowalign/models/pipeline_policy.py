@@ -180,9 +180,7 @@ class PipelinePolicy:
         several networks one folder each. Equal tensors and settings give equal files."""
         networks = self.model.networks
         if not self._trained.has_lora:
-            raise ValueError(
-                "got save_lora of a policy that trains full weights; expected a LoRA: save_networks"
-            )
+            raise ValueError("got save_lora of a policy that trains full weights; expected a LoRA: save_networks")
         folder.mkdir(parents=True, exist_ok=True)
         for stale in folder.glob(".tmp*"):  # safetensors writes a temporary file first; a killed save leaves it
             stale.unlink()
@@ -196,7 +194,9 @@ class PipelinePolicy:
 
     def save_networks(self, folder: Path) -> None:
         if self._trained.has_lora:
-            raise ValueError("got save_networks of a policy with a LoRA; expected one that trains full weights: save_lora")
+            raise ValueError(
+                "got save_networks of a policy with a LoRA; expected one that trains full weights: save_lora"
+            )
         for name, network in self.model.networks.items():
             network.save_pretrained(folder / name)
 
