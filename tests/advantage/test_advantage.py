@@ -75,6 +75,18 @@ def test_per_prompt_advantages_do_not_know_the_scale_of_the_reward() -> None:
     assert float(plain[:3].sum().abs()) < 1e-6 and float(plain[:3].square().mean()) == pytest.approx(1, rel=1e-6)
 
 
+def test_with_the_std_of_the_batch_only_the_scale_of_the_whole_batch_is_unknown() -> None:
+    forest, rewards = side_by_side(3, 3), np.array([1.0, 5.0, 2.0, 7.0, 7.5, 9.0])
+    shifted, one_prompt = 30 * rewards - 4, np.where(np.arange(6) < 3, 30 * rewards, rewards)
+    plain, all_scaled, one_scaled = (
+        Normalized(std="batch", delta=0).compare(forest, given(r), SignalContext()).values[:, 0]
+        for r in (rewards, shifted, one_prompt)
+    )
+    torch.testing.assert_close(plain, all_scaled)
+    assert float(plain[:3].sum().abs()) < 1e-6 and float(plain[3:].sum().abs()) < 1e-6
+    assert float((one_scaled / plain)[:3].min()) > 1.5 and float((one_scaled / plain)[3:].max()) < 0.5
+
+
 @pytest.mark.parametrize(
     "rule", [Normalized(), Normalized(std="none"), VarianceGated(low=0.0, high=0.0), Asymmetric(alpha=0.01)], ids=str
 )

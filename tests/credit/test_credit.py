@@ -7,8 +7,20 @@ import numpy as np
 import pytest
 import torch
 
-from flowalign.credit import BranchLocal, Broadcast, Gain, Joined, Process, ReturnToGo, SubtreeFusion, TurningPoint
+from flowalign.advantage import Normalized, SignalContext
+from flowalign.credit import (
+    BranchLocal,
+    Broadcast,
+    EdgeValues,
+    Gain,
+    Joined,
+    Process,
+    ReturnToGo,
+    SubtreeFusion,
+    TurningPoint,
+)
 from samplers import (
+    CPS,
     Chain,
     Deterministic,
     FlowSDE,
@@ -181,6 +193,17 @@ def test_gain_of_a_linear_reward_is_the_noise_that_the_step_added() -> None:
     left, h = tree.parent[edges], forest.sigma(tree.parent[edges]) - forest.sigma(edges)
     expected = forest.at(edges)[:, 0] - (forest.at(left)[:, 0] - h * constant)
     torch.testing.assert_close(gain, expected.double(), rtol=0, atol=1e-6)
+
+
+def test_without_noise_no_step_gains_anything() -> None:
+    """The completion of a state is then the sample itself: all gains are 0, and so are their advantages."""
+    forest = grown(probed(6, 3), CPS(0.0))
+    ends = forest.at(forest.tree.leaves)
+    gain, known = credit(Gain(), forest, ends.square().sum(1).double())
+    assert bool(known.all()) and float(gain.abs().max()) < 1e-6
+    values = EdgeValues(gain[:, None], known[:, None], ("r",))
+    compared = Normalized(within="prompt_step").compare(forest, values, SignalContext())
+    assert not bool(compared.values.any()) and compared.zero_std_ratio == 1
 
 
 def test_a_gain_needs_both_scores() -> None:

@@ -232,6 +232,10 @@ def test_step_weights_on_the_sd3_grid() -> None:
     parents, position = forest.tree.distinct_parents(edges)
     step = forest.edge_steps(edges, torch.zeros(len(parents), 3), position)
     gradient = LongCat().weigh(step, forest, edges) * step.policy.velocity_coef.abs() / step.std
+    order = forest.tree.index[forest.tree.parent[edges]]
+    scale = step.policy.velocity_coef.abs() / step.std  # of a step's gradient without a weight: 26-fold over the grid
+    golden = [0.057, 0.078, 0.129, 0.188, 0.264, 0.371, 0.536, 0.825, 1.487]
+    np.testing.assert_allclose([float(scale[order == i][0]) for i in range(9)], golden, atol=6e-4)
     sigma, sigma_next = forest.step_sigmas(edges)
     np.testing.assert_allclose(gradient[sigma < 1], (1 + 0.7**2 / 2) / 0.7, rtol=1e-5)
     np.testing.assert_allclose(gradient[sigma == 1], 1 / 0.7, rtol=1e-5)  # at σ = 1 the velocity_coef is −h alone

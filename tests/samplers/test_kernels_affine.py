@@ -109,6 +109,44 @@ def test_golden_stepwise_step() -> None:
         StepwiseSDE(0.7)(X, V, 0.7, 0.5, TransitionContext(level=1.5))
 
 
+@pytest.mark.parametrize(("sigma", "then"), [(0.9, 0.1), (0.7, 0.55), (0.278, 0.0089)])
+def test_closed_forms_of_the_three_numbers(sigma: float, then: float) -> None:
+    """α, b, s of each kernel as its paper's formula simplifies; Flow-SDE's first step of a grid too."""
+    h, a, eta, angle = sigma - then, 0.7, 0.3, 0.35 * np.pi
+    bounded = min(a * np.sqrt(sigma / (1 - sigma)), 0.45 / np.sqrt(h))
+    own = {
+        FlowSDE(a): (1 - a**2 * h / (2 * (1 - sigma)), -h * (1 + a**2 / 2), a * np.sqrt(sigma * h / (1 - sigma))),
+        DanceSDE(eta): (1 - eta**2 * h / (2 * sigma), -h * (1 + eta**2 * (1 - sigma) / (2 * sigma)), eta * np.sqrt(h)),
+        CPS(a): (
+            1 - then + then * np.cos(angle), -sigma * (1 - then) + (1 - sigma) * then * np.cos(angle), then * np.sin(angle),
+        ),
+        ODE(): (1.0, -h, 0.0),
+        ClippedFlowSDE(a): (
+            1 - bounded**2 * h / (2 * sigma), -h * (1 + bounded**2 * (1 - sigma) / (2 * sigma)), bounded * np.sqrt(h),
+        ),
+    }  # fmt: skip
+    for kernel, expected in own.items():
+        got = kernel.coefficients(torch.tensor([sigma], dtype=F64), torch.tensor([then], dtype=F64))
+        np.testing.assert_allclose([float(got.alpha), float(got.velocity_coef), float(got.std)], expected, rtol=1e-12)
+    first = FlowSDE(a).coefficients(torch.ones(1, dtype=F64), torch.tensor([then], dtype=F64), 1.0, 0)
+    got = [float(first.alpha), float(first.velocity_coef), float(first.std)]
+    np.testing.assert_allclose(got, [1 - a**2 / 2, -(1 - then), a], rtol=1e-12)
+
+
+@pytest.mark.parametrize("sigma", [0.278, 0.25, 0.0089])
+def test_a_last_step_of_flow_sde_leaves_its_noise_in_the_sample(sigma: float) -> None:
+    """To σ' = 0, all data at m: the variance is (a²σ²/(1−σ))·(1 + a²/(4(1−σ))), where the ODE and CPS leave none."""
+    velocity, _ = bed(FLOW, 0.6, 0.0)
+    left = {
+        kernel: moments(kernel, velocity, (1 - sigma) * 0.6, sigma**2, sigma, 0.0)
+        for kernel in (FlowSDE(0.7), CPS(0.7), ODE())
+    }
+    for mean, _ in left.values():
+        assert mean == pytest.approx(0.6, abs=1e-12)
+    excess = 0.49 * sigma**2 / (1 - sigma) * (1 + 0.49 / (4 * (1 - sigma)))
+    assert [variance for _, variance in left.values()] == pytest.approx([excess, 0, 0], abs=1e-12)
+
+
 @pytest.mark.parametrize("name", KERNELS)
 def test_the_exact_kl_is_b_squared_over_two_s_squared_times_dv_squared(name: str) -> None:
     kernel, dv = KERNELS[name], rows(0.02, 0.3)

@@ -134,6 +134,29 @@ def test_chain_is_the_window_of_all_but_the_last() -> None:
     assert torch.equal(chain(6, 4, shared_start=True).level, scattered(6, 4, range(5)).level)
 
 
+def test_a_tree_without_splits_is_chains() -> None:
+    assert torch.equal(roll(tree(6, (), 2, roots=4)).states, roll(chain(6, 4)).states)
+
+
+@pytest.mark.parametrize("kernel", [FlowSDE(), CPS()], ids=["flow", "cps"])
+def test_a_sample_is_a_function_of_its_start_and_of_the_noise_inside_the_window(kernel) -> None:
+    """Noise is asked for at the window's edges alone; with equal noise all siblings are one sample."""
+    topology, asked = window(10, 4, 3, 2), []
+
+    def noise(tree: Tree, nodes: torch.Tensor) -> torch.Tensor:
+        asked.append(nodes)
+        return torch.full((len(nodes), 3), 0.5)
+
+    velocity, _ = gaussian_velocity()
+    forest = rollout(velocity, torch.ones(1, 3), plain_sigmas(10, 3.0), topology, kernel, noise)
+    assert torch.equal(torch.cat(asked).sort().values, topology.edges.sort().values)
+    assert [int((topology.level[topology.index == step + 1] > 0).any()) for step in range(10)] == [0] * 3 + [1] * 2 + [
+        0
+    ] * 5
+    leaves = forest.at(topology.leaves)
+    assert torch.equal(leaves, leaves[:1].expand_as(leaves)) and len(leaves) == 4
+
+
 def test_one_split_is_fast_grpo_with_one_step_is_one_branching_step() -> None:
     """Same topology, same noise keys, so the same numbers bit for bit."""
     levels = [float(i == 2) for i in range(6)]

@@ -1,0 +1,111 @@
+"""Every shipped method improves a model in two dimensions: exact velocities, a small trained correction, a smooth reward.
+
+The reward is measured with the deterministic sampler, from start noise of its own: what noise SDE steps leave in a sample is
+neither punished nor rewarded. Kernels, steps, clip ranges and weights are the method's own."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from flowalign.config import load_config
+from flowalign.loop import train
+from flowalign.storage import checkpoint
+from flowalign.trainers import UpdateForecast
+from rewards import Reward
+from samplers import Cost, unscored
+from tests.helpers.bed import Nearness, Potential, save_pipeline
+from tests.helpers.bed_run import CONFIG, Bed, Iteration
+
+METHODS = sorted(path.stem for path in Path("configs/methods").glob("*.yaml"))
+# a smaller group will do for most; more samples for the method that trains one step of each
+SMALLER = (
+    "densegrpo", "flow_cps", "flow_grpo", "flow_grpo_fast", "grpo_guard", "tempflow_grpo", "tp_grpo",
+    "dance_grpo_best_of_n", "stepwise_flow_grpo",
+)  # fmt: skip
+CHANGES = {
+    **dict.fromkeys(SMALLER, "rollout.group_size=12"),
+    "flash_grpo": "rollout.group_size=32",
+    "euphonium": "process_rewards=[{class_path: tests.helpers.bed.Potential, init_args: {name: process}}]",
+}
+BASE = 0.321  # reward without training; it is between 0 and 1
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_pipeline(tmp_path_factory.mktemp("bed"))
+
+
+def bed_of(pipeline: Path, method: str, *overrides: str) -> Bed:
+    changes = [CHANGES[method]] if method in CHANGES else []
+    return Bed.of(pipeline, [f"configs/methods/{method}.yaml"], *changes, *overrides)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_it_improves_and_costs_what_is_forecast(pipeline: Path, method: str) -> None:
+    bed = bed_of(pipeline, method)
+    check_constant_reward(bed)
+    check_it_improves(bed, iterations=6, margin=0.07)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("method", METHODS)
+def test_it_improves_with_every_seed(pipeline: Path, method: str, seed: int) -> None:
+    check_it_improves(bed_of(pipeline, method, f"run.seed={seed}"), iterations=20, margin=0.2)
+
+
+def check_it_improves(bed: Bed, iterations: int, margin: float) -> None:
+    rollout = bed.task.rollout
+    forecast = rollout.plan.forecast(rollout.num_inference_steps, rollout.group_size), bed.trainer.forecast(rollout)
+    for number in range(iterations):
+        found = bed.iteration(number)
+        check_cost(bed, found, *forecast)
+        measured = [value for row in found.updates for key, value in row.items() if key.startswith(("loss/", "ratio/"))]
+        assert measured and all(map(math.isfinite, measured))
+        if number == 0:  # the replay of an unchanged policy
+            assert found.updates[0]["ratio/drift_max"] < 1e-6 and found.updates[0]["ratio/approx_kl"] == 0
+    assert bed.reward() > BASE + margin
+
+
+def check_cost(bed: Bed, found: Iteration, group: Cost, update: UpdateForecast) -> None:
+    """Counted network rows and scores are those of the iteration's topology and never above the forecast of a `group` and of
+    the updates; they are the forecast where the topology is the most expensive one and all its steps are trained."""
+    groups, tree = bed.task.rollout.groups, found.batch.forest.tree.cost()
+    most = groups * group.rollout + update.trained + update.frozen
+    assert len(found.updates) == update.updates and found.evaluations <= most
+    if bed.task.rollout.plan.select(unscored) is None:
+        assert found.rolled == tree.rollout
+        scored = len(bed.task.process_rewards) * (tree.edges + tree.train + tree.rollout)  # and where they guide
+        assert tree.leaves <= found.reward_calls <= tree.leaves + scored
+        costliest = all(vars(tree)[key] == groups * value for key, value in vars(group).items())
+        if costliest and found.batch.metrics["group/trained_edges"] == tree.edges:
+            assert found.evaluations == most
+
+
+def check_constant_reward(bed: Bed) -> None:
+    """Where all samples are equally good, no weight moves."""
+    before = bed.weights()
+    constant: list[Reward] = [Potential(reward.name, constant=True) for reward in bed.task.process_rewards]
+    plain = bed.rewarded(Nearness(constant=True), constant)
+    plain.iteration(0)
+    assert torch.equal(plain.weights(), before)
+    bed.trainer.prepare(bed.task, None)
+
+
+def test_the_base_is_the_same_for_all(pipeline: Path) -> None:
+    assert bed_of(pipeline, "flow_grpo").reward() == pytest.approx(BASE, abs=0.005)
+
+
+def test_the_loop_of_these_tests_is_the_main_loop(pipeline: Path, tmp_path: Path) -> None:
+    layers = ["configs/methods/flow_grpo.yaml"]
+    small = ["rollout.group_size=4", "evaluation.samples_per_prompt=1"]
+    config, plain = load_config([*layers, CONFIG], [f"policy.path={pipeline}", f"run.output={tmp_path}", *small])
+    train(config, plain)
+    tensors, _ = checkpoint.load(checkpoint.latest(tmp_path / "bed"))
+    bed = Bed.of(pipeline, layers, *small)
+    for number in range(config.run.iterations):
+        bed.iteration(number)
+    for name, parameter in bed.policy.trainable_parameters():
+        assert torch.equal(tensors["role_policy"][name], parameter)
