@@ -163,19 +163,11 @@ def notes(results: Results) -> list[str]:
 
 
 def as_markdown(results: Results) -> str:
-    text = [
-        f"# {results.comparison.name}",
-        "",
-        *(f"{note}\n" for note in notes(results)),
-        *_table(results, apart=False),
-    ]
+    told = [f"{note}\n" for note in notes(results)]
+    text = [f"# {results.comparison.name}", "", *told, *_table(results, apart=False)]
     if lines(results, apart=True):
-        text += [
-            "",
-            "Listed apart (a guided rollout or teacher, or not to be compared):",
-            "",
-            *_table(results, apart=True),
-        ]
+        title = "Listed apart (a guided rollout or teacher, or not to be compared):"
+        text += ["", title, "", *_table(results, apart=True)]
     return "\n".join([*text, "", f"`{results.comparison.command}`", ""])
 
 
