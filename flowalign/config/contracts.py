@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import is_dataclass
+from functools import cache
 from types import ModuleType
 from typing import Any, get_type_hints
 
@@ -15,6 +16,7 @@ from flowalign.config.types import ANYTHING, Parameter
 HOMES: tuple[ModuleType, ...] = (rewards, samplers, trainers, credit, advantage, selectors, objectives)
 
 
+@cache
 def differences(cls: type, contract: type) -> tuple[str, ...]:
     """In a sentence each: what `cls` lacks of the Protocol `contract`, and which methods cannot be called as there."""
     found = []
