@@ -98,9 +98,9 @@ class Guided:
         sigma_next: Tensor | float,
         ctx: TransitionContext = DEFAULT_CONTEXT,
     ) -> Step:
-        """The kernel's step with a moved behavior. A replay under the unguided mean asks for no gradient."""
+        """The kernel's step with a moved behavior. Previews, and replays under the unguided mean, ask for no gradient."""
         step = self.kernel(x, v, sigma, sigma_next, ctx)
-        if ctx.replay and self.log_prob_mean == "unguided":
+        if ctx.preview or (ctx.replay and self.log_prob_mean == "unguided"):
             return step
         shift = self.shift(step, x, v, sigma, ctx)
         if shift is None:
