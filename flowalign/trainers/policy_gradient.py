@@ -188,7 +188,7 @@ class PolicyGradient:
             state = {"updates": 0, "memory": {}, "factors": None}
             if self.calibration is not None and task.prompts:
                 state["factors"] = list(self.calibration.factors(task))
-        self._memory, self._factors = state["memory"], state["factors"]
+        self._memory, self._factors = state["memory"], state.get("factors")  # a checkpoint of 0.1.0 has none
         self.task = leveled(task, self._factors)
         self._policy = TrainedRole.of(task.policy, self.optimizer, updates=state["updates"])
 
