@@ -38,7 +38,7 @@ class Calibration(Protocol):
 class GainBalance:
     """DenseGRPO's reward-aware noise calibration (2601.20218, Alg. 1): as much noise as leaves gains and losses balanced.
 
-    A sweep rolls out `trajectories` samples, each of a prompt of its own, and counts at each step i the gains ΔR_i above
+    A sweep rolls out `trajectories` samples, each of a prompt of its own (of a smaller set some twice), and counts at each step i the gains ΔR_i above
     and below 0, n₊ and n₋ (zeros are neither). Where |n₊ − n₋| < threshold the noise ψ_i rises by `step`, else it falls by
     `step`. ψ_i is the diffusion coefficient: here a factor (samplers.Leveled) times the kernel's own g_i = s_i/√h, so it
     starts at the kernel's noise level (Flow-SDE .7; the paper does not say where) and every kernel works. With CPS and DDIM,
@@ -47,8 +47,10 @@ class GainBalance:
     threshold, step: the paper's ε₁ = 2 and ε₂ = .01. The rest is our reading, since the paper says neither how many
     trajectories nor how many sweeps. per: the threshold is meant of so many trajectories and grows with them: 2 of 8 are a
     quarter. None takes it as a count, whatever `trajectories` is; signs by chance alone differ by √trajectories, so a
-    balanced step then seldom passes and noise falls everywhere. sweeps: the rule never settles, it swings about the border;
-    the factors are the mean of the last `average` sweeps', each kept inside [lowest, highest].
+    balanced step then seldom passes and noise falls everywhere. sweeps: ψ_i moves by sweeps·step at most. Ten are .1, 3 % of
+    Flow-SDE's 3.5 at the first of SD3's ten steps and 23 % of its .43 at the last trained one: they show the direction, and
+    reach no border that is further away. At the border the rule never settles, it swings; the factors are the mean of the
+    last `average` sweeps', each kept inside [lowest, highest].
     plan: of these rollouts, with a probe at both ends of every step that is to be calibrated; other steps keep factor 1.
 
     Noise and prompts are keyed by negative iterations, so training draws what it would without a calibration."""
