@@ -52,6 +52,7 @@ class GainBalance:
     reach no border that is further away. At the border the rule never settles, it swings; the factors are the mean of the
     last `average` sweeps', each kept inside [lowest, highest].
     plan: of these rollouts, with a probe at both ends of every step that is to be calibrated; other steps keep factor 1.
+    Reward guidance is left out: gains are then of the noise alone.
 
     Noise and prompts are keyed by negative iterations, so training draws what it would without a calibration."""
 
@@ -116,7 +117,7 @@ class GainBalance:
         """n₊ − n₋ and the number of gains at each step [T], in rollouts with these factors."""
         rollout = replace(
             task.rollout, plan=Leveled(self.plan, tuple(factors.tolist())), groups=self.trajectories, group_size=1,
-            sources={}, hint_key=None,
+            sources={}, hint_key=None, reward_guidance=None,
         )  # fmt: skip
         prompts = prompts_of_iteration(task.prompts, self.trajectories, task.seed, -1 - sweep)
         batch = collect(replace(task, rollout=rollout, process_rewards=()), prompts, -1 - sweep)

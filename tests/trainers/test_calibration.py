@@ -13,6 +13,7 @@ from flowalign.credit import Gain
 from flowalign.data import PromptRecord
 from flowalign.models import Size
 from flowalign.models.base import Conditions
+from flowalign.rollouts.guidance import RewardGuidance
 from flowalign.rollouts.task import Rollout, Task
 from flowalign.trainers import GainBalance
 from rewards import RewardOutput, RewardSpec
@@ -85,6 +86,12 @@ def test_noise_rises_where_gains_are_symmetric_and_falls_where_all_are_losses() 
     factors = torch.tensor(rule.factors(bed(1.0)))
     expected = torch.tensor([1.0] * (STEPS - 1) + [-1.0]) * 2 * 0.01 / units()
     torch.testing.assert_close(factors, (1 + expected).float(), rtol=1e-5, atol=1e-6)
+
+
+def test_guidance_of_the_rollout_does_not_move_what_is_calibrated() -> None:
+    rule, plain = GainBalance(trajectories=8, sweeps=1, average=1), bed(1.0)
+    guided = replace(plain.rollout, reward_guidance=RewardGuidance(scale=5.0))  # by a process reward of the run
+    assert rule.factors(replace(plain, rollout=guided)) == rule.factors(bed(1.0))
 
 
 @pytest.mark.slow
