@@ -12,7 +12,7 @@ from tqdm import tqdm
 from flowalign.credit import Gain
 from flowalign.data import prompts_of_iteration
 from flowalign.models.grid import grid
-from flowalign.rollouts.collect import collect
+from flowalign.rollouts.collect import collect, grow
 from flowalign.rollouts.task import Rollout, Task
 from flowalign.trainers.base import Setup
 from samplers import Chain, Leveled, Plan, Probed
@@ -81,11 +81,14 @@ class GainBalance:
                 "in one reward (rewards.Mix), or set calibration=null"
             )
         sigma, sigma_next = torch.tensor([[0.5, 0.05], [0.25, 0.01]]).double()  # DDIM bears least noise at the end
+        plans = (rollout, replace(rollout, plan=self.plan, group_size=1))
+        level = max(float(grow(one, 0, 0, [0]).level.max()) for one in plans)  # a factor multiplies the plan's own
         try:
-            rollout.kernel.coefficients(sigma, sigma_next, torch.full_like(sigma, self.highest))
+            rollout.kernel.coefficients(sigma, sigma_next, torch.full_like(sigma, self.highest * level))
         except ValueError as error:
             raise ValueError(
-                f"got trainer.calibration.highest={self.highest} with rollout.kernel={rollout.kernel}: {error}. Lower highest"
+                f"got trainer.calibration.highest={self.highest} with rollout.kernel={rollout.kernel} and levels up to {level:g} in the "
+                f"plan: {error}. Lower highest"
             ) from error
         if not self.plan.forecast(rollout.num_inference_steps, 1).edges:
             raise ValueError("got a trainer.calibration.plan without a stochastic step; expected some to calibrate")
