@@ -176,7 +176,7 @@ class _Frontier:
             v = self._completing(x, here, rows) if number else self.velocities(rows)
             ctx = TransitionContext(
                 level=0.0, roots=self._root[rows], nodes=nodes[rows], parents=nodes[rows],
-                step=torch.full_like(rows, here), carry=carry,
+                step=torch.full_like(rows, here), carry=carry, preview=True,
             )  # fmt: skip
             step = kernel(x, v, self._sigmas[here], self._sigmas[there], ctx)
             x, carry, here = step.behavior.mean.to(store_dtype).to(self.x.dtype), step.carry, there

@@ -76,6 +76,7 @@ class TransitionContext:
     level: [N] or one factor of the kernel's own noise level; 0 = the path's deterministic step. roots [N]: which root
     each row descends from, hence its condition. nodes [N]: the child nodes; parents [N]: the nodes they leave. step [N]: grid index of the
     parent. carry [N]: what the parents' steps passed on. tail [N] bool: True where no stochastic step follows; None: all True. replay: the step was drawn before and only its policy is needed; carry and tail are None then.
+    preview: the rows complete states to previews, which are discarded: no reward guides them.
     """
 
     level: Tensor | float = 1.0
@@ -86,6 +87,7 @@ class TransitionContext:
     carry: Carry | None = None
     tail: Tensor | None = None
     replay: bool = False
+    preview: bool = False
 
 
 DEFAULT_CONTEXT = TransitionContext()
