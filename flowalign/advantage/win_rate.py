@@ -17,7 +17,8 @@ class WinRate:
     """The z-score of w_i = Σ_{j≠i} [1 if i scores higher, ½ for a tie] / (G − 1), over the G samples of a set (Pref-GRPO,
     2508.20751).
 
-    decimals: what w is rounded to (3 in its code; None: not at all). Population std; clamped to ±clip. A set in which all
+    The steps of a sample have one value, as with Broadcast on chains; where they differ (Gain) take within=prompt_step, or a
+    step's rank counts its own sample's other steps as beaten. decimals: what w is rounded to (3 in its code; None: not at all). Population std; clamped to ±clip. A set in which all
     tie gets 0.
     Not kept: the size of gaps; two images that hardly differ are as far apart as two that differ a lot. Not part of it:
     a judge that looks at two images at once, which Pref-GRPO asks for each of the G·(G−1)/2 pairs; here two scores of one

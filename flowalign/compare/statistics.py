@@ -28,8 +28,10 @@ def hierarchical_interval(scores: np.ndarray, *, seed: int = 0, resamples: int =
 
     Seeds are drawn with replacement, then prompts: the same prompts for all seeds of a draw, since they are the same in the
     data (Owen 2007, "The pigeonhole bootstrap"). With one seed it is the interval over prompts alone. The draws are keyed: the
-    same scores give the same interval. Not kept: with few seeds it is too narrow, the drawn variance of S seeds is (S − 1)/S of
-    theirs."""
+    same scores give the same interval.
+    Not kept: 95 % with few seeds. The drawn variance of S seeds is (S − 1)/S of theirs, and no draw leaves their range: where
+    seeds differ more than prompts do, three give the interval from the worst to the best of them, which holds the true mean
+    in 75 of 100 comparisons, 1 − 2·(1/2)³, and five give at most 94."""
     rng = generator(seed, "select", "hierarchical_interval")
     seeds, prompts = scores.shape
     means = []

@@ -94,7 +94,10 @@ class InverseLength:
 
 @dataclass(frozen=True)
 class StdOverMean:
-    """s / mean of s over all steps but the last (TempFlow-GRPO's noise-aware weight, 2508.04324): gradient scale ∝ |b|."""
+    """s / mean of s over all steps but the last (TempFlow-GRPO's noise-aware weight, 2508.04324): gradient scale ∝ |b|.
+
+    The mean is that of the kernel's own noise level. Where a plan has other levels (Leveled, so after a calibration, or
+    TreeWindow's growth) s is the step's, and weights do not have mean 1."""
 
     check = on_any_path
 
@@ -112,8 +115,8 @@ class LongCat:
     """√(σ/(1−σ))/√h (LongCat-Video, 2510.22200): flat gradients with Flow-SDE, whatever its noise level.
 
     loss_reweighting in GenRL. At the first step of the grid (index 0) σ' stands for σ inside 1−σ where Flow-SDE does so, whose
-    gradients are .80 of the others there. The
-    KL's weight (its square) is not kept."""
+    gradients are 1/(1 + a²/2) of the others there, .80 at a = .7. Not kept: the KL's weight (its square), and flatness
+    where steps have levels of their own."""
 
     def check(self, path: Path) -> None:
         if not path.rectified:

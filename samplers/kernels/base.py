@@ -77,7 +77,7 @@ class TransitionContext:
     each row descends from, hence its condition. nodes [N]: the child nodes; parents [N]: the nodes they leave. step [N]:
     grid index of the parent. carry [N]: what the parents' steps passed on. tail [N] bool: True where no stochastic step
     follows; None: all True. replay: the step was drawn before and only its policy is needed; carry and tail are None
-    then. preview: the step completes a state for a selection, on the way to no sample.
+    then. preview: the rows complete states to previews, which are discarded: no reward guides them.
     """
 
     level: Tensor | float = 1.0

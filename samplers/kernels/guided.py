@@ -31,11 +31,13 @@ class Guided:
     -(b/a)·∇ρ/β (σ/(1-σ) in a flow), the score with it, so the mean by that times ∂μ/∂v; unbounded near σ = 1. Only
     full_tilt reaches the tilted law at any noise level; doob does where g² = 2σ/(1-σ) (Flow-SDE with a = √2).
     normalize: ∇ρ/|∇ρ|, each row by its own norm. Active on the grid steps start..end, every `interval`; also on
-    deterministic rows, which only `scale` and full_tilt move: `end` keeps a tail unguided.
+    deterministic rows, which only `scale` and full_tilt move: `end` keeps a tail unguided. Previews of a selection are
+    never guided.
 
     log_prob_mean "unguided": what was drawn from the guided mean is scored under μ: off-policy without importance
-    weights, by design: the gradient gains λ·∇ρ/s, and so learns the guidance. "guided": both are the moved Gaussian,
-    and a replay computes ∇ρ again. ∂mean/∂v stays the kernel's: ∇ρ is a constant to it.
+    weights, by design: the gradient gains A·λ·∇ρ/s. Advantages of a set have mean 0, so of the guidance it learns what
+    differs between samples and goes with the reward; a shift that all share cancels. "guided": both are the moved
+    Gaussian, and a replay computes ∇ρ again. ∂mean/∂v stays the kernel's: ∇ρ is a constant to it.
     path: the policy's; None stands for a rectified flow, `bind` fills it in.
     """
 
@@ -98,7 +100,7 @@ class Guided:
         sigma_next: Tensor | float,
         ctx: TransitionContext = DEFAULT_CONTEXT,
     ) -> Step:
-        """The kernel's step with a moved behavior. Previews, and replays under the unguided mean, ask for no gradient."""
+        """The kernel's step with a moved behavior. A replay under the unguided mean and a preview ask for no gradient."""
         step = self.kernel(x, v, sigma, sigma_next, ctx)
         if ctx.preview or (ctx.replay and self.log_prob_mean == "unguided"):
             return step

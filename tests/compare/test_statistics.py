@@ -47,6 +47,14 @@ def test_the_interval_adds_the_variance_over_seeds_to_that_over_prompts() -> Non
         assert (high - low) / 2 == pytest.approx(Z * np.sqrt(variance), rel=0.04)
 
 
+def test_three_seeds_that_differ_give_their_range_which_seldom_holds_the_mean() -> None:
+    """A draw is one seed thrice with probability 1/27 > .025; all three lie on one side of the mean in 2 of 8 cases."""
+    seeds = np.random.default_rng(3).normal(size=(400, 3))
+    found = [hierarchical_interval(np.repeat(each[:, None], 2, 1), resamples=2000) for each in seeds]
+    assert found[0] == pytest.approx((seeds[0].min(), seeds[0].max()))
+    assert np.mean([low < 0 < high for low, high in found]) == pytest.approx(0.75, abs=3 * np.sqrt(0.75 * 0.25 / 400))
+
+
 def test_equal_scores_have_an_interval_of_no_width_and_draws_are_keyed() -> None:
     assert hierarchical_interval(np.full((3, 5), 0.25)) == pytest.approx((0.25, 0.25))
     scores = np.random.default_rng(2).random((3, 50))

@@ -1,6 +1,6 @@
 """Previews of several steps: what they are, what they cost, what they leave as it was; which candidates stay."""
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from samplers import (
     Fixed,
     FlowSDE,
     Forest,
+    Guided,
     Kernel,
     KeyedNoise,
     Probed,
@@ -98,6 +99,27 @@ def test_a_preview_is_the_probe_of_its_state(plan: Bounded, index: int, steps: i
             line = int(((whole.tree.parent == line) & whole.tree.probe).nonzero()[0])
         key = int(whole.tree.group[node]), int(whole.tree.local[node])
         assert torch.equal(shown[key], whole.at(torch.tensor([line]))[0]) and torch.equal(shown[key], other[key])
+
+
+@dataclass
+class Up:
+    """∇ρ = 1. Remembers the states it was asked for."""
+
+    asked: list[int] = field(default_factory=list)
+
+    def gradient(self, x: Tensor, v: Tensor, sigma: Tensor, rows: Tensor, nodes: Tensor) -> Tensor:
+        self.asked += nodes.tolist()
+        return torch.ones_like(x)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_no_reward_guides_a_preview(steps: int) -> None:
+    """Its deterministic steps are the kernel's own, and ∇ρ is asked for once at each state that is continued."""
+    tree, chosen, up = grown(Chain(), 6), Selected(Chain(), {2: 2}, preview_steps=steps), Up()
+    plain = Rolled(tree, chosen)
+    moved = Rolled(tree, chosen, Guided(FlowSDE(), up, scale=1.0, start=2))
+    assert all(torch.equal(plain.seen[key], preview) for key, preview in moved.seen.items()) and len(moved.seen) == 12
+    assert len(up.asked) == len(set(up.asked)) == 2 * 2 * (STEPS - 2)
 
 
 @pytest.mark.parametrize(

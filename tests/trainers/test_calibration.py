@@ -13,10 +13,12 @@ from flowalign.credit import Gain
 from flowalign.data import PromptRecord
 from flowalign.models import Size
 from flowalign.models.base import Conditions
+from flowalign.rollouts.guidance import RewardGuidance
 from flowalign.rollouts.task import Rollout, Task
 from flowalign.trainers import GainBalance
+from flowalign.trainers.base import Setup
 from rewards import RewardOutput, RewardSpec
-from samplers import Chain, FlowSDE, Leveled, Probed, RectifiedFlow, plain_sigmas
+from samplers import CPS, Chain, FlowSDE, Leveled, Probed, RectifiedFlow, TreeWindow, plain_sigmas
 from tests.helpers.policy_gradient import PROMPTS, make
 
 STEPS, ELEMENTS = 6, 33
@@ -85,6 +87,12 @@ def test_noise_rises_where_gains_are_symmetric_and_falls_where_all_are_losses() 
     factors = torch.tensor(rule.factors(bed(1.0)))
     expected = torch.tensor([1.0] * (STEPS - 1) + [-1.0]) * 2 * 0.01 / units()
     torch.testing.assert_close(factors, (1 + expected).float(), rtol=1e-5, atol=1e-6)
+
+
+def test_guidance_of_the_rollout_does_not_move_what_is_calibrated() -> None:
+    rule, plain = GainBalance(trajectories=8, sweeps=1, average=1), bed(1.0)
+    guided = replace(plain.rollout, reward_guidance=RewardGuidance(scale=5.0))  # by a process reward of the run
+    assert rule.factors(replace(plain, rollout=guided)) == rule.factors(bed(1.0))
 
 
 @pytest.mark.slow
@@ -200,6 +208,18 @@ def test_without_prompts_there_is_none(tiny_pipeline: Path) -> None:
 def test_numbers_that_cannot_work(wrong: dict) -> None:
     with pytest.raises(ValueError, match="expected"):
         GainBalance(**wrong)
+
+
+def test_the_highest_factor_meets_the_levels_of_the_plan() -> None:
+    """CPS at .4 bears a factor 2, not on top of 1.5 times its level at the last split."""
+
+    def check(growth: float) -> None:
+        settings = replace(bed(0.0).rollout, plan=TreeWindow(2, 2, growth), kernel=CPS(0.4), group_size=4)
+        GainBalance().check(Setup(settings, RectifiedFlow(), ("linear",)))
+
+    check(0.0)
+    with pytest.raises(ValueError, match=r"levels up to 1\.5"):
+        check(0.5)
 
 
 def test_factors_are_one_per_step() -> None:
