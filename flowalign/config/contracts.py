@@ -16,7 +16,6 @@ from flowalign.config.types import ANYTHING, Parameter
 HOMES: tuple[ModuleType, ...] = (rewards, samplers, trainers, credit, advantage, selectors, objectives)
 
 
-@cache
 def differences(cls: type, contract: type) -> tuple[str, ...]:
     """In a sentence each: what `cls` lacks of the Protocol `contract`, and which methods cannot be called as there."""
     found = []
@@ -76,7 +75,8 @@ def _lacks(value: Any, contract: type) -> list[str]:
     ]
 
 
-def _method_differs(name: str, cls: type, expected: Any) -> list[str]:
+@cache
+def _method_differs(name: str, cls: type, expected: Any) -> tuple[str, ...]:
     wanted, given = inspect.signature(expected), inspect.signature(getattr(cls, name))
     first = () if isinstance(inspect.getattr_static(cls, name), staticmethod | classmethod) else (None,)
     others = list(wanted.parameters.values())[1:]  # without self, under whatever name
@@ -88,8 +88,8 @@ def _method_differs(name: str, cls: type, expected: Any) -> list[str]:
     except TypeError:
         callable_so = False
     if not callable_so:
-        return [f"its `{name}{_text(given)}` cannot be called as `{name}{_text(wanted)}`"]
-    return []
+        return (f"its `{name}{_text(given)}` cannot be called as `{name}{_text(wanted)}`",)
+    return ()
 
 
 def _text(signature: inspect.Signature) -> str:
