@@ -28,7 +28,7 @@ from flowalign.diagnostics.measure import count_calls, now, one_pass_per_edge
 from flowalign.errors import ConfigError
 from flowalign.rollouts.task import Task
 from flowalign.storage.files import write_atomic
-from flowalign.trainers import PolicyGradient, as_policy_gradient
+from flowalign.trainers import PolicyGradient, as_policy_gradient, uncalibrated
 from rewards import close
 from samplers import Forest, Kernel, Noise, Select, Tree, Velocity, unshared
 
@@ -61,20 +61,17 @@ def compare(config: TrainConfig, variants: Sequence[str], iterations: int) -> li
         raise ConfigError(f"got variants {list(variants)}; expected some of {', '.join(VARIANTS)}")
     if iterations < 1:
         raise ConfigError(f"got iterations={iterations}; expected at least 1")
-    trainer = as_policy_gradient(config.trainer)
+    trainer = as_policy_gradient(uncalibrated(config.trainer))
     if trainer is None:
         raise ConfigError(
             f"got trainer {type(config.trainer).__name__}; expected PolicyGradient, whose updates share states"
         )
     policy = policy_of(config, "cuda" if torch.cuda.is_available() else "cpu")
-    whole = task_of(config, policy)
-    task = replace(whole, prompts=())  # no calibration in each of the iterations
+    task = task_of(config, policy)
     measured: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
     try:
         for iteration in range(-1, iterations):  # the first one warms up
-            chosen = prompts_of_iteration(
-                list(whole.prompts), config.rollout.groups, config.run.seed, max(iteration, 0)
-            )
+            chosen = prompts_of_iteration(list(task.prompts), config.rollout.groups, config.run.seed, max(iteration, 0))
             for name in variants:
                 found = _iteration(task, trainer, chosen, max(iteration, 0), name)
                 if iteration >= 0:

@@ -3,11 +3,11 @@ update_engine, edge_update, dry_run, calibration). A method is a configuration o
 
 from flowalign.trainers.base import AdamWConfig, Batch, Setup, Trainer, Update, UpdateForecast
 from flowalign.trainers.calibration import Calibration, GainBalance
-from flowalign.trainers.policy_gradient import PolicyGradient, as_policy_gradient
+from flowalign.trainers.policy_gradient import PolicyGradient, as_policy_gradient, uncalibrated
 from flowalign.trainers.signal import Signal
 from flowalign.trainers.update_engine import Measures, Part, States, TrainedRole, UpdateEngine
 
 __all__ = [
     "AdamWConfig", "Batch", "Calibration", "GainBalance", "Measures", "Part", "PolicyGradient", "Setup", "Signal", "States", "TrainedRole", "Trainer",
-    "Update", "UpdateEngine", "UpdateForecast", "as_policy_gradient",
+    "Update", "UpdateEngine", "UpdateForecast", "as_policy_gradient", "uncalibrated",
 ]  # fmt: skip

@@ -251,3 +251,9 @@ class PolicyGradient:
 def as_policy_gradient(trainer: Trainer) -> PolicyGradient | None:
     """`trainer` if it is a policy gradient, which alone has a replay and siblings to merge; else None."""
     return trainer if isinstance(trainer, PolicyGradient) else None
+
+
+def uncalibrated(trainer: Trainer) -> Trainer:
+    """`trainer` without what it measures before training: enough for a few iterations that are not a run."""
+    gradient = as_policy_gradient(trainer)
+    return trainer if gradient is None else replace(gradient, calibration=None)

@@ -59,7 +59,10 @@ def test_another_error_keeps_its_traceback(error: Exception) -> None:
 
 @pytest.mark.parametrize(
     ("command", "part"),
-    [("frobnicate", "unknown command 'frobnicate': Commands: train, doctor"), ("trian", "did you mean 'train'?")],
+    [
+        ("frobnicate", "unknown command 'frobnicate': Commands: train, compare, doctor"),
+        ("trian", "did you mean 'train'?"),
+    ],
 )
 def test_an_unknown_command_is_said_to_be_unknown(
     command: str, part: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -240,11 +240,11 @@ def no_gradient(policy: Any) -> None:
 
 def gray(policy: Any) -> None:
     decode = policy.decode
-    policy.decode = lambda latents: torch.zeros_like(decode(latents))
+    policy.decode = lambda latents, grad=False: torch.zeros_like(decode(latents, grad))
 
 
 def rounded_by_batch(velocity: Any, x: Any, sigma: Any, conditions: Any, scale: float) -> torch.Tensor:
-    return velocity(x, sigma, conditions, guidance_scale=scale) + (1e-6 if len(x) == 1 else 0.0)
+    return velocity(x, sigma, conditions, guidance_scale=scale) + (1e-4 if len(x) == 1 else 0.0)
 
 
 def freezing_role(policy: Any) -> None:

@@ -192,7 +192,7 @@ def test_training_draws_what_it_would_without(tiny_pipeline: Path) -> None:
 
 
 def test_without_prompts_there_is_none(tiny_pipeline: Path) -> None:
-    """As the doctor and the benchmark prepare."""
+    """A task made by hand, without a training set."""
     _, trainer = make(tiny_pipeline, Probed(Chain()), credit=Gain(), calibration=RULE)
     assert trainer.state()["factors"] is None and trainer.task.policy.evaluations == 0
 

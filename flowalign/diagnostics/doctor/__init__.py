@@ -41,7 +41,7 @@ from flowalign.diagnostics.measure import StandIn, count_calls, gradients, now
 from flowalign.models import Policy
 from flowalign.rollouts.collect import ScoredRollout, collect, leaves_per_group
 from flowalign.rollouts.task import Task
-from flowalign.trainers import as_policy_gradient
+from flowalign.trainers import as_policy_gradient, uncalibrated
 from rewards import channels_of, close, score
 
 __all__ = ["Finding", "diagnose", "examine"]
@@ -74,10 +74,10 @@ def diagnose(paths: str | Sequence[str], overrides: Sequence[str] = ()) -> Itera
 
 def examine(config: TrainConfig, policy: Policy) -> Iterator[Finding]:
     """The findings about a policy, of which the weights are changed by one optimizer step."""
-    settings, trainer, failed = config.policy, config.trainer, set[str]()
+    settings, trainer, failed = config.policy, uncalibrated(config.trainer), set[str]()
     prompts = distinct_prompts(config, prompt_count(config))
     real = task_of(config, policy, groups=len(prompts))
-    task = replace(real, reward=StandIn(channels_of(config.reward)), prompts=())
+    task = replace(real, reward=StandIn(channels_of(config.reward)))
 
     @cache
     def first() -> tuple[Any, int]:
