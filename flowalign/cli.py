@@ -24,8 +24,9 @@ Trains as the files say, later files over earlier ones (configs/methods/… conf
 override them, for example rollout.group_size=24 run.name=wide. The doctor measures in about a minute whether that can
 work: one line per check, exit code 1 if one fails. The benchmark times an iteration beside the same iteration with less
 sharing. Compare runs configurations × seeds on equal budgets and writes a table, curves and a page (docs/compare.md); the
-same command goes on where it stopped. The report of a run folder is written anew from what is in it, also while the run goes on. Export writes the LoRA of
-a checkpoint (the latest, averaged if the run keeps an average) for diffusers and PEFT.
+same command goes on where it stopped. The report of a run folder is written anew from what is in it, also while the run
+goes on. Export writes what was trained, a LoRA or networks, at a checkpoint (the latest, averaged if the run keeps an
+average) for diffusers and PEFT.
 On several devices: accelerate launch scripts/train.py CONFIG.yaml [CONFIG.yaml ...] [key=value ...]"""
 
 

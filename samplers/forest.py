@@ -40,7 +40,8 @@ class Forest:
     states [K, *]: those that are needed again (roots, both ends of every stochastic step, nodes without children; all
     with `keep="all"`), in the storage dtype; row [N]: the row of a node's state in it (-1: not kept). log_prob [N]: of the step that arrived
     at a node, under the policy that rolled out, taken after the storage cast; nan where the step is deterministic.
-    evaluations: network rows of the rollout. previews: states that it completed for a selection. sigmas, kernel: those of the rollout, which every replay uses.
+    evaluations: network rows of the rollout. previews: states that it completed for a selection. sigmas, kernel: those of
+    the rollout, which every replay uses.
     velocities: of other networks (reference, old, teacher, …) at its states, by role. scores: of states (a latent
     process reward), by name, each [N], nan = not scored.
     """

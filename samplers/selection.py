@@ -11,9 +11,7 @@ from samplers.schedules import subgrid
 from samplers.trees import Cost, Tree
 
 Score = Callable[[Tree, Tensor, Tensor], Tensor]  # (tree, nodes [n], their previews [n, *]) -> [n]
-Preview = Callable[
-    [Tensor, Tensor, int], Tensor
-]  # (nodes of one generation, rows [n] of them, steps) -> previews [n, *]
+Preview = Callable[[Tensor, Tensor, int], Tensor]  # (nodes of one generation, rows [n] of them, steps) -> [n, *]
 Within = Literal["group", "root", "parent"]
 Keep = Literal["best", "extremes"]
 

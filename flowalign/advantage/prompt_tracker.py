@@ -21,8 +21,8 @@ class PromptTracker:
     """(reward − mean) / (std + delta) over the last `size` rewards of the sample's prompt, clamped to ±clip (DDPO,
     2305.13301; the figures are ddpo-pytorch's).
 
-    The rewards of this iteration enter first, first in first out; while a prompt has fewer than `min_count` entries, mean and
-    std are those of the whole batch instead. Population std; where it is below 1e-6 the advantage is 0. An entry is one
+    The rewards of this iteration enter first, first in first out; while a prompt has fewer than `min_count` entries, mean
+    and std are those of the whole batch instead. Population std; where it is below 1e-6 the advantage is 0. An entry is one
     sample, however many of its steps are trained, and all of them get its advantage; invalid samples are no entries.
     A prompt is its uid, so two rows of equal text are two prompts (ddpo-pytorch goes by the text), and which process holds
     it does not matter.
@@ -43,9 +43,8 @@ class PromptTracker:
 
     def compare(self, forest: Forest, credit: EdgeValues, context: SignalContext) -> Advantages:
         tree = forest.tree
-        of_sample, sample = lines(tree).last.unique(
-            return_inverse=True
-        )  # a step of each sample; the sample of each step
+        # a step of each sample [S], and the sample of each step [E]
+        of_sample, sample = lines(tree).last.unique(return_inverse=True)
         group = tree.group[tree.edges[of_sample]].tolist()
         prompts = [str(context.uids[number] if context.uids else number) for number in group]
         columns, flat = [], []
@@ -65,14 +64,13 @@ class PromptTracker:
         for prompt, reward, scored in zip(prompts, rewards.tolist(), known.tolist(), strict=True):
             if scored:
                 entries[prompt] = [*entries.get(prompt, []), reward][-self.size :]
-        batch, found = rewards[known], {}
+        batch = rewards[known] if bool(known.any()) else rewards.new_zeros(1)
+        found = {}
         for prompt in dict.fromkeys(prompts):
             own = entries.get(prompt, [])
             compared = torch.tensor(own, dtype=torch.float64) if len(own) >= self.min_count else batch
-            found[prompt] = (
-                (compared.mean(), compared.std(correction=0)) if len(compared) else (rewards.new_zeros(()),) * 2
-            )
-        mean, std = (torch.stack([found[prompt][place] for prompt in prompts]) for place in (0, 1))
+            found[prompt] = torch.stack([compared.mean(), compared.std(correction=0)])
+        mean, std = torch.stack([found[prompt] for prompt in prompts], 1)
         return mean, std
 
 
@@ -84,7 +82,7 @@ def _per_sample(values: Tensor, valid: Tensor, sample: Tensor, count: int) -> tu
     known = high >= low
     if bool((high - low)[known].gt(APART * high[known].abs().clamp(min=1)).any()):
         raise ValueError(
-            "got a credit whose values differ between the steps of one sample, for PromptTracker, which keeps one reward of each; "
-            "expected Broadcast over a plan of chains: take Normalized(within=prompt_step) with such a credit"
+            "got a credit whose values differ between the steps of one sample, for PromptTracker, which keeps one reward of "
+            "each; expected Broadcast over a plan of chains: take Normalized(within=prompt_step) with such a credit"
         )
     return torch.where(known, high, 0.0), known

@@ -49,14 +49,14 @@ class WinRate:
 def win_rates(sets: Sets) -> Tensor:
     """[E] the share of the set's other samples that an edge's sample beats, ties by half; 0 where invalid.
 
-    In a chain a sample has as many edges as there are trained steps, all of one value: they are no opponents of each other."""
+    In a chain a sample has as many edges as there are trained steps, all of one value: they are no opponents of each
+    other."""
     rate, scored = torch.zeros_like(sets.values), sets.valid
     if not bool(scored.any()):
         return rate
     pairs = torch.stack([sets.keys[scored].double(), sets.values[scored]], 1)
-    distinct, place, equal = torch.unique(
-        pairs, dim=0, return_inverse=True, return_counts=True
-    )  # sorted: set, then value
+    # sorted by set, then by value
+    distinct, place, equal = torch.unique(pairs, dim=0, return_inverse=True, return_counts=True)
     key = distinct[:, 0].long()
     below = equal.cumsum(0) - equal - (sets.count.cumsum(0) - sets.count)[key]
     own = sets.count / sets.samples.clamp(min=1)  # edges of one sample

@@ -17,14 +17,8 @@ from flowalign.compare.spec import Comparison, of_files, read_spec
 from flowalign.errors import ConfigError, RunError
 from flowalign.storage.files import write_atomic
 
-PLAIN = (
-    "with",
-    "seeds",
-    "evaluations",
-    "seconds",
-    "baseline",
-    "set",
-)  # options of a comparison without a file of its own
+# options of a comparison without a file of its own
+PLAIN = ("with", "seeds", "evaluations", "seconds", "baseline", "set")
 
 
 def compare(arguments: Sequence[str]) -> list[Path]:
@@ -69,8 +63,7 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
 
 def _comparison(given: argparse.Namespace, arguments: Sequence[str]) -> Comparison:
     options = vars(given)
-    plain = [f"--{key}" for key in PLAIN if options[key]]
-    if not plain and len(given.files) == 1:
+    if len(given.files) == 1 and not any(options[key] for key in PLAIN):
         return read_spec(given.files[0])
     if not given.seeds:
         raise ConfigError(
@@ -86,30 +79,32 @@ def _comparison(given: argparse.Namespace, arguments: Sequence[str]) -> Comparis
 def _run(plan: Plan, names: Sequence[str], workers: int) -> list[str]:
     """Runs these methods: first the baseline and what has a budget of its own, then what gets a share of the baseline's total.
     Returns what failed, in sentences."""
-    comparison = plan.comparison
-    baseline = comparison.baseline
-    own = [name for name in names if has_own_budget(comparison, name)]
-    own.sort(key=lambda name: name != baseline)
+    comparison, baseline = plan.comparison, plan.comparison.baseline
+    own = sorted((name for name in names if has_own_budget(comparison, name)), key=lambda name: name != baseline)
+    sharing = [name for name in names if name not in own]
     launcher = Launcher(workers, (0, sum(len(comparison.methods[name].seeds) for name in names)), write_record)
-    for group in (own, [name for name in names if name not in own]):
-        denominator = _denominator(plan) if group is not own else None
-        if group and group is not own and denominator is None:
-            launcher.failures.append(
-                f"{baseline} is not finished, and the budget of {', '.join(group)} is a share of its total"
-            )
-            break
-        runs = [run for name in group for run in plan.runs(name, budget_of(comparison, name, denominator))]
-        waiting = [run for run in runs if not is_done(run)]
-        for run, former in [(run, former_record(run)) for run in waiting]:
-            if former is not None:
-                print(
-                    f"note: {former} was made by other files; if they say the same, stop here and rename it to {run.record.name}",
-                    flush=True,
-                )
-        done, total = launcher.numbers
-        launcher.numbers = (done + len(runs) - len(waiting), total)
-        launcher.run(waiting)
+    _launch(launcher, [run for name in own for run in _runs(plan, name, None)])
+    if sharing:
+        denominator = _denominator(plan)
+        if denominator is None:
+            told = f"{baseline} is not finished, and the budget of {', '.join(sharing)} is a share of its total"
+            return [*launcher.failures, told]
+        _launch(launcher, [run for name in sharing for run in _runs(plan, name, denominator)])
     return launcher.failures
+
+
+def _launch(launcher: Launcher, runs: Sequence[Planned]) -> None:
+    """Runs those that are not done."""
+    waiting = [run for run in runs if not is_done(run)]
+    for run in waiting:
+        if former := former_record(run):
+            print(
+                f"note: {former} was made by other files; if they say the same, stop here and rename it to {run.record.name}",
+                flush=True,
+            )
+    done, total = launcher.numbers
+    launcher.numbers = (done + len(runs) - len(waiting), total)
+    launcher.run(waiting)
 
 
 def _denominator(plan: Plan) -> Mapping[str, float] | None:
@@ -117,21 +112,22 @@ def _denominator(plan: Plan) -> Mapping[str, float] | None:
     name = plan.comparison.baseline
     if name is None:
         return None
-    runs = plan.runs(name, budget_of(plan.comparison, name, None))
+    runs = _runs(plan, name, None)
     return mean_totals([read_record(run.record) for run in runs]) if all(map(is_done, runs)) else None
+
+
+def _runs(plan: Plan, name: str, denominator: Mapping[str, float] | None) -> list[Planned]:
+    return plan.runs(name, budget_of(plan.comparison, name, denominator))
 
 
 def records(plan: Plan) -> dict[str, list[Record]]:
     """The finished runs of each method."""
-    comparison = plan.comparison
-    denominator = _denominator(plan)
-    found: dict[str, list[Record]] = {}
-    for name in comparison.methods:
-        runs: list[Planned] = []
-        if has_own_budget(comparison, name) or denominator is not None:
-            runs = plan.runs(name, budget_of(comparison, name, denominator))
-        found[name] = [read_record(run.record) for run in runs if is_done(run)]
-    return found
+    comparison, denominator = plan.comparison, _denominator(plan)
+    return {
+        name: [read_record(run.record) for run in _runs(plan, name, denominator) if is_done(run)]
+        for name in comparison.methods
+        if has_own_budget(comparison, name) or denominator is not None
+    }
 
 
 def write_results(comparison: Comparison, found: Mapping[str, Sequence[Record]]) -> list[Path]:
@@ -144,7 +140,6 @@ def write_results(comparison: Comparison, found: Mapping[str, Sequence[Record]])
     write_atomic(paths[0], (json.dumps(as_json(results), indent=1, ensure_ascii=False) + "\n").encode())
     write_atomic(paths[1], as_markdown(results).encode())
     write_page(results, paths[2])
-    headline = best(results)
-    if headline:
+    if headline := best(results):
         print(headline, flush=True)
     return paths

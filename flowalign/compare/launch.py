@@ -72,12 +72,10 @@ class Launcher:
         seconds = [run.budget.amount * (1.0 if run.budget.unit == "seconds" else mean) for run in waiting]
         if not all(seconds):
             return ""
-        rest = (
-            f", with the {len(seconds) - 1} after it {duration(sum(seconds) / self.workers)}"
-            if len(seconds) > 1
-            else ""
-        )
-        return f", about {duration(seconds[0])}{rest}"
+        told = f", about {duration(seconds[0])}"
+        if len(seconds) > 1:
+            told += f", with the {len(seconds) - 1} after it {duration(sum(seconds) / self.workers)}"
+        return told
 
     def _start(self, run: Planned, expected: str) -> Child:
         run.folder.parent.mkdir(parents=True, exist_ok=True)

@@ -110,14 +110,15 @@ def best(results: Results) -> str | None:
     """The headline: which method reaches the target at the fewest evaluations; None without a target."""
     if results.target is None or results.denominator is None:
         return None
-    others = [method for method in results.methods if not method.apart and method.name != results.comparison.baseline]
-    reached = {method.name: _to_target(method) for method in others if _to_target(method) is not None}
+    reached = {}
+    for method in results.methods:
+        value = method.to_target.get("evaluations")
+        if value is not None and not method.apart and method.name != results.comparison.baseline:
+            reached[method.name] = value / results.denominator["evaluations"]
     if not reached:
         return f"No other method reaches the target of {results.target:.3f} within its budget."
-    name, value = min(reached.items(), key=lambda pair: pair[1] or 0.0)
-    share = (value or 0.0) / results.denominator["evaluations"]
-    return f"{name} reaches the final mean of {results.comparison.baseline} ({results.target:.3f}) at {share:.2f} × its evaluations."
-
-
-def _to_target(method: MethodResult) -> float | None:
-    return method.to_target.get("evaluations")
+    name = min(reached, key=reached.__getitem__)
+    return (
+        f"{name} reaches the final mean of {results.comparison.baseline} ({results.target:.3f}) at {reached[name]:.2f} × its "
+        "evaluations."
+    )

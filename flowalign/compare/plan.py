@@ -6,12 +6,12 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flowalign.compare.spec import Budget, Comparison, Method
+from flowalign.compare.spec import Budget, Comparison
 from flowalign.config import load_config
 from flowalign.config.load import as_written
 from flowalign.errors import ConfigError
@@ -91,18 +91,15 @@ class Plan:
         values = _flat(self.written[name]) | {f"run.max_{budget.unit}": budget.override}
         tied = {key: value for key, value in values.items() if not MAY_CHANGE.fullmatch(key)}
         config_hash, folder_hash = _hash(values), _hash(tied)
-        return [self._run(name, method, seed, budget, config_hash, folder_hash) for seed in method.seeds]
-
-    def _run(
-        self, name: str, method: Method, seed: int, budget: Budget, config_hash: str, folder_hash: str
-    ) -> Planned:  # fmt: skip
-        comparison = self.comparison
-        return Planned(
-            name, seed, budget, config_hash,
-            comparison.output.absolute() / f"{name}-{folder_hash}-s{seed}",
-            comparison.results / comparison.name / f"{name}-{config_hash}-s{seed}.json",
-            method.files, method.overrides,
-        )  # fmt: skip
+        return [
+            Planned(
+                name, seed, budget, config_hash,
+                self.comparison.output.absolute() / f"{name}-{folder_hash}-s{seed}",
+                self.comparison.results / self.comparison.name / f"{name}-{config_hash}-s{seed}.json",
+                method.files, method.overrides,
+            )
+            for seed in method.seeds
+        ]  # fmt: skip
 
 
 def has_own_budget(comparison: Comparison, name: str) -> bool:
@@ -138,14 +135,13 @@ def former_record(run: Planned) -> Path | None:
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     """{dotted key: value} of a nest of dicts and lists."""
-    items: Sequence[tuple[Any, Any]] | None = None
-    if isinstance(value, dict) and value:
-        items = list(value.items())
-    elif isinstance(value, list) and value:
-        items = list(enumerate(value))
-    if items is None:
+    if isinstance(value, list):
+        value = dict(enumerate(value)) or value
+    if not isinstance(value, dict) or not value:
         return {prefix: value}
-    return {name: each for key, inner in items for name, each in _flat(inner, f"{prefix}.{key}".strip(".")).items()}
+    return {
+        name: each for key, inner in value.items() for name, each in _flat(inner, f"{prefix}.{key}".strip(".")).items()
+    }
 
 
 def _hash(values: Mapping[str, Any]) -> str:

@@ -66,9 +66,9 @@ def mean_totals(records: Sequence[Record]) -> dict[str, float]:
 
 def _method(comparison: Comparison, name: str, records: Sequence[Record], target: float | None) -> MethodResult:
     paired, curve, method = gains(records), mean_curve(records), comparison.methods[name]
-    reached = (
-        {} if target is None else {cost: cost_to_reach(curve, target, cost) for cost in ("evaluations", "seconds")}
-    )
+    reached = {}
+    if target is not None:
+        reached = {cost: cost_to_reach(curve, target, cost) for cost in ("evaluations", "seconds")}
     return MethodResult(
         name, tuple(record.seed for record in records), curve.score[0], curve.score[-1], float(paired.mean()),
         hierarchical_interval(paired), mean_totals(records), curve, reached, method.apart, method.guided,
@@ -107,7 +107,7 @@ def _method_json(method: MethodResult) -> dict[str, Any]:
 
 
 def _round(value: float | None, digits: int) -> float | int | None:
-    return None if value is None else round(value) if digits == 0 else round(value, digits)
+    return None if value is None else round(value, digits or None)
 
 
 HEAD = (
@@ -163,19 +163,11 @@ def notes(results: Results) -> list[str]:
 
 
 def as_markdown(results: Results) -> str:
-    text = [
-        f"# {results.comparison.name}",
-        "",
-        *(f"{note}\n" for note in notes(results)),
-        *_table(results, apart=False),
-    ]
+    told = [f"{note}\n" for note in notes(results)]
+    text = [f"# {results.comparison.name}", "", *told, *_table(results, apart=False)]
     if lines(results, apart=True):
-        text += [
-            "",
-            "Listed apart (a guided rollout or teacher, or not to be compared):",
-            "",
-            *_table(results, apart=True),
-        ]
+        title = "Listed apart (a guided rollout or teacher, or not to be compared):"
+        text += ["", title, "", *_table(results, apart=True)]
     return "\n".join([*text, "", f"`{results.comparison.command}`", ""])
 
 

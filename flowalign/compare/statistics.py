@@ -79,11 +79,8 @@ def mean_curve(records: Sequence[Record]) -> Curve:
     found = [np.stack([point.scores for point in column]) - base for column in columns]
     paired = [each[:, ~np.isnan(each).any(0)] for each in found]
     intervals = [hierarchical_interval(each, resamples=2000) for each in paired]
-    return Curve(
-        costs, *([start + value for value in values] for values in (
-            [float(each.mean()) for each in paired], [low for low, _ in intervals], [high for _, high in intervals]
-        ))
-    )  # fmt: skip
+    low, high = ([start + bounds[place] for bounds in intervals] for place in (0, 1))
+    return Curve(costs, [start + float(each.mean()) for each in paired], low, high)
 
 
 def cost_to_reach(curve: Curve, target: float, cost: str) -> float | None:

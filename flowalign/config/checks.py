@@ -92,18 +92,18 @@ def check(config: TrainConfig) -> None:
     known = {"policy", *config.roles} | (
         {"reference"} if policy.trainable == "lora" or policy.reference_copy else set()
     )
-    check_sources(rollout, grow(rollout, 0, 0, [0]), known, load_prompts(config.prompts))
-    held_out = load_prompts(config.evaluation.prompts)
+    prompts, held_out = load_prompts(config.prompts), load_prompts(config.evaluation.prompts)
+    check_sources(rollout, grow(rollout, 0, 0, [0]), known, prompts)
     if config.evaluation.count > len(held_out):
         raise ConfigError(
             f"evaluation.count={config.evaluation.count}: {config.evaluation.prompts} holds {len(held_out)} prompts"
         )
-    _check_held_out(config, held_out[: config.evaluation.count])
+    _check_held_out(config, prompts, held_out[: config.evaluation.count])
 
 
-def _check_held_out(config: TrainConfig, held_out: Sequence[PromptRecord]) -> None:
+def _check_held_out(config: TrainConfig, prompts: Sequence[PromptRecord], held_out: Sequence[PromptRecord]) -> None:
     """ConfigError for prompts of the evaluation that are trained on, unless that is asked for."""
-    trained = {(record.prompt, record.images) for record in load_prompts(config.prompts)}
+    trained = {(record.prompt, record.images) for record in prompts}
     shared = [record.prompt for record in held_out if (record.prompt, record.images) in trained]
     if shared and not config.evaluation.allow_training_prompts:
         raise ConfigError(

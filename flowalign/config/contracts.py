@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import is_dataclass
+from functools import cache
 from types import ModuleType
 from typing import Any, get_type_hints
 
@@ -74,7 +75,8 @@ def _lacks(value: Any, contract: type) -> list[str]:
     ]
 
 
-def _method_differs(name: str, cls: type, expected: Any) -> list[str]:
+@cache
+def _method_differs(name: str, cls: type, expected: Any) -> tuple[str, ...]:
     wanted, given = inspect.signature(expected), inspect.signature(getattr(cls, name))
     first = () if isinstance(inspect.getattr_static(cls, name), staticmethod | classmethod) else (None,)
     others = list(wanted.parameters.values())[1:]  # without self, under whatever name
@@ -86,8 +88,8 @@ def _method_differs(name: str, cls: type, expected: Any) -> list[str]:
     except TypeError:
         callable_so = False
     if not callable_so:
-        return [f"its `{name}{_text(given)}` cannot be called as `{name}{_text(wanted)}`"]
-    return []
+        return (f"its `{name}{_text(given)}` cannot be called as `{name}{_text(wanted)}`",)
+    return ()
 
 
 def _text(signature: inspect.Signature) -> str:

@@ -233,16 +233,14 @@ def _bounds(objective: ClippedRatio | Guard, transitions: Transitions | None) ->
     """[E, C, 2] or broadcastable, float64."""
     if transitions is not None and transitions.bounds is not None:
         return transitions.bounds
-    if transitions is None and objective.elements is not None:
+    limits = torch.tensor(_pair(objective.clip_range), dtype=torch.float64).reshape(1, 1, 2)
+    if transitions is not None:
+        return limits * scale_of_clip_range(objective.elements, transitions.arrived, transitions.step.policy.reduce)
+    if objective.elements is not None:
         raise ValueError(
             f"got {objective} without transitions, which give the size of the latents: pass Transitions(step, arrived)"
         )
-    scale = (
-        1.0
-        if transitions is None
-        else scale_of_clip_range(objective.elements, transitions.arrived, transitions.step.policy.reduce)
-    )
-    return scale * torch.tensor(_pair(objective.clip_range), dtype=torch.float64).reshape(1, 1, 2)
+    return limits
 
 
 def _pair(clip_range: float | tuple[float, float]) -> tuple[float, float]:

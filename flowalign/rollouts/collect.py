@@ -16,11 +16,12 @@ from flowalign.models.base import Conditions
 from flowalign.models.grid import grid
 from flowalign.rollouts.gather import gather_forest, gather_output, gather_tree
 from flowalign.rollouts.guidance import GuidedRollout, measured
-from flowalign.rollouts.previews import Previews, correlation
+from flowalign.rollouts.metrics import cost_metrics, process_metrics, reward_metrics
+from flowalign.rollouts.previews import Previews
 from flowalign.rollouts.sources import by_source, hinted, roles_of
 from flowalign.rollouts.task import Rollout, Task
 from flowalign.rollouts.tree_plot import plot_tree
-from rewards import Reward, RewardBatch, RewardOutput, channels_of, pictures, score_chunks
+from rewards import Reward, RewardBatch, RewardOutput, pictures, score_chunks
 from samplers import SOURCES, FlowSDE, Forest, KeyedNoise, Tree, rollout, sampled, unscored
 from samplers.noise import generator, visits
 
@@ -109,36 +110,22 @@ def collect(
         planned = grow(task.rollout, task.seed, iteration, range(len(prompts)))
         tree = gather_tree(processes, planned, forest.tree)
         forest, output = gather_forest(processes, tree, forest), gather_output(processes, tree, output)
-    forest, guidance = _with_uncertainty(forest, output), task.rollout.reward_guidance
+    forest = _with_uncertainty(forest, output)
+    guidance = task.rollout.reward_guidance
     if guidance is not None:
         forest = guidance.replayed(forest, task.policy.path)
-    sample = sampled(forest.tree)
-    images, probes = int(sample.sum()), int((~sample).sum())
-    own = sample & (forest.tree.source[forest.tree.leaves] == SOURCES.index("student"))
     metrics = {
-        **_reward_metrics(task.reward.name, output, own),
-        "cost/rollout_per_image": rows / images,
-        **({"cost/probes_per_image": probes / images} if probes else {}),
-        **_preview_metrics(forest, output, images),
-        "cost/decodes_per_image": decodes / images,
-        "cost/reward_calls_per_image": calls / images,
+        **reward_metrics(task.reward.name, forest, output),
+        **cost_metrics(forest, output, rows, decodes, calls),
         "time/rollout": rolled - began,
         "time/decode": decoding,
         "time/reward": output.elapsed,
         "time/reward_ms_per_image": milliseconds,
-        **_process_metrics(task, forest, began_leaves - rolled),
+        **process_metrics(task.process_rewards, forest, began_leaves - rolled),
         **({} if guidance is None else measured(forest)),
     }
-    return ScoredRollout(
-        forest=forest,
-        conditions=conditions,
-        scores=output.scores,
-        valid=output.valid,
-        channels=output.channels,
-        iteration=iteration,
-        metrics=metrics,
-        uids=tuple(record.uid for record in prompts),
-    )
+    uids = tuple(record.uid for record in prompts)
+    return ScoredRollout(forest, conditions, output.scores, output.valid, output.channels, iteration, metrics, uids)
 
 
 def _roll_out(
@@ -274,42 +261,3 @@ def _with_uncertainty(forest: Forest, output: RewardOutput) -> Forest:
 def _at(forest: Forest, nodes: Tensor, values: Tensor) -> Tensor:
     """[N] `values` [n] at `nodes` [n], nan elsewhere."""
     return torch.full((len(forest.tree),), torch.nan).index_copy(0, nodes, values.float())
-
-
-def _preview_metrics(forest: Forest, output: RewardOutput, images: int) -> dict[str, float]:
-    if not forest.previews:
-        return {}
-    agreement = correlation(forest, output.scores[:, 0], output.valid[:, 0])
-    return {"cost/previews_per_image": forest.previews / images, "reward/preview_correlation": agreement}
-
-
-def _process_metrics(task: Task, forest: Forest, seconds: float) -> dict[str, float]:
-    if not task.process_rewards:
-        return {}
-    channels = [channel for reward in task.process_rewards for channel in channels_of(reward)]
-    return {f"process/{c}_mean": _mean(forest.scores[c]) for c in channels} | {"time/process": seconds}
-
-
-def _mean(values: Tensor) -> float:
-    """Over the finite ones; nan without one."""
-    finite = values[values.isfinite()].double()
-    return float(finite.mean()) if len(finite) else float("nan")
-
-
-def _reward_metrics(name: str, output: RewardOutput, sample: Tensor) -> dict[str, float]:
-    """Of the leaves `sample` [L] that end one of the policy's own samples: probes of noisier states would lower the mean, a
-    teacher's samples raise it. `invalid` is of all.
-
-    reward/mean: of several channels the mean of their means, whatever weight an advantage gives them."""
-    found: dict[str, float] = {}
-    for channel, column in zip(output.channels, output.scores.T, strict=True):
-        ok = column[column.isfinite() & sample].double()
-        found[f"reward/{channel}_mean"] = _mean(column[sample])
-        found[f"reward/{channel}_std"] = float(ok.std(unbiased=False)) if len(ok) else float("nan")
-    means = [found[f"reward/{channel}_mean"] for channel in output.channels]
-    return {
-        "reward/mean": sum(means) / len(means),
-        **found,
-        "reward/invalid": float((~output.valid).any(1).sum()),
-        **{f"reward/{name}.{part}_mean": _mean(values[sample]) for part, values in output.components.items()},
-    }

@@ -25,9 +25,8 @@ from samplers import (
 )
 from samplers.kernels.guided import GRADIENTS, RATE, GuidanceForm, MeanOf
 
-Batch = Callable[
-    [Tensor, Tensor, Tensor], RewardBatch
-]  # groups [n], latents [n, *], σ [n] -> what a reward gets of them
+# groups [n], latents [n, *], σ [n] -> what a reward gets of them
+Batch = Callable[[Tensor, Tensor, Tensor], RewardBatch]
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class RewardGuidance:
 
     Under the default log_prob_mean the update knows nothing of the guidance: ratios are those of the kernel itself. The
     forest keeps ∇ρ at the guided states that stochastic steps leave, at most as many latents as the states themselves.
-    A state without a score is an error, never an unguided one."""
+    Previews of a selection are not guided. A state without a score is an error, never an unguided one."""
 
     reward: Reward | None = None
     at: Literal["state", "prediction"] | None = None
@@ -136,7 +135,8 @@ class RewardGuidance:
         self, kernel: Kernel, path: Path, reward: Reward, batch: Batch, groups: Tensor,
         probes: Callable[[Tensor, int], Tensor], micro_batch: int,
     ) -> GuidedRollout:  # fmt: skip
-        """What guides one rollout. groups [R]: of each root, as `batch` numbers them. probes: nodes [n], count -> [count, n, *]."""
+        """What guides one rollout. groups [R]: of each root, as `batch` numbers them. probes: nodes [n], count ->
+        [count, n, *]."""
         judge = Prompted(reward, batch, groups, micro_batch)
         ascent: Ascent = RewardGradient(judge, micro_batch)
         if self.spsa is not None:
@@ -187,11 +187,9 @@ class GuidedRollout:
         gradient = known.at(parents)
         step = forest.edge_steps(edges, torch.zeros_like(gradient), position)
         ctx = TransitionContext(step=tree.index[tree.parent[edges]])
-        rate = (
-            self.kernel.rate(step, forest.sigma(tree.parent[edges]).double(), ctx) / step.policy.velocity_coef
-        ).cpu()
+        rate = self.kernel.rate(step, forest.sigma(tree.parent[edges]).double(), ctx) / step.policy.velocity_coef
         total, count = torch.zeros(len(parents), dtype=torch.float64), position.bincount(minlength=len(parents))
-        mean = total.index_add(0, position, rate.double()) / count
+        mean = total.index_add(0, position, rate.cpu().double()) / count
         if self.kernel.normalize:
             norm = gradient.flatten(1).norm(dim=1).cpu().double()
             mean = torch.where(norm == 0, 0.0, mean / norm)

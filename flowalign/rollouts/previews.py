@@ -43,10 +43,8 @@ def correlation(forest: Forest, scores: Tensor, valid: Tensor) -> float:
 
     scores, valid [L]: of tree.leaves. Of "extremes" it is higher than that of all candidates would be: the middle is
     gone."""
-    preview, below = (
-        forest.scores.get(NAME, torch.full((len(forest.tree),), torch.nan)),
-        _mean_below(forest.tree, scores, valid),
-    )
+    preview = forest.scores.get(NAME, torch.full((len(forest.tree),), torch.nan))
+    below = _mean_below(forest.tree, scores, valid)
     nodes = (preview.isfinite() & below.isfinite()).nonzero().flatten()
     sets = torch.stack([forest.tree.group[nodes], forest.tree.index[nodes]], 1).unique(dim=0, return_inverse=True)[1]
     x, y = (_centered(values[nodes].double(), sets) for values in (preview, below))

@@ -60,8 +60,8 @@ class Task:
     """What a trainer is given: the loaded policy, the reward, and the rollout with its kernel bound to the policy's path.
 
     process_rewards: score states of the rollout, into Forest.scores. fps: frames per second of a policy that makes videos.
-    prompts: the whole training set, for what a trainer does before its first iteration (calibration, cold start); empty
-    where it shall not (doctor, benchmark). counts: of decodes and reward calls, beside `policy.evaluations`."""
+    prompts: the whole training set, for what a trainer does before its first iteration (calibration, cold start); empty:
+    it does nothing. counts: of decodes and reward calls, beside `policy.evaluations`."""
 
     policy: Policy
     reward: Reward

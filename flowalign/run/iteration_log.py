@@ -27,9 +27,9 @@ ADDED_UP = ("time/", "cost/", "loss/")  # over the updates of an iteration; of o
 class IterationLog:
     """Collects the metrics of one iteration after another.
 
-    write_rows: whether this process writes metrics.jsonl. updates: metrics of this iteration's updates so far. began: time.monotonic() of the iteration. prepared: what the trainer's `prepare` cost, until it is
-    in the first row. summary: the latest row
-    in a few words, for the progress bar."""
+    write_rows: whether this process writes metrics.jsonl. updates: metrics of this iteration's updates so far. began:
+    time.monotonic() of the iteration. prepared: what the trainer's `prepare` cost, until it is in the first row. summary:
+    the latest row in a few words, for the progress bar."""
 
     config: TrainConfig
     metrics: MetricsLog

@@ -17,11 +17,12 @@ from flowalign.run.held_out_rewards import held_out_rewards
 from flowalign.storage import checkpoint
 from flowalign.storage.checkpoint import Tensors
 from rewards import labels_of
+from samplers import Cost
 
 
 def forecast(config: TrainConfig) -> str:
     """The batch arithmetic and the network evaluations of one iteration and of the run, in the most expensive case."""
-    rollout, run, evaluation = config.rollout, config.run, config.evaluation
+    rollout, run = config.rollout, config.run
     cost = rollout.plan.forecast(rollout.num_inference_steps, rollout.group_size)
     guided = rows_per_state(config.policy.path, rollout.guidance_scale, config.policy.family)
     samples, probes = leaves_per_group(rollout)
@@ -30,9 +31,28 @@ def forecast(config: TrainConfig) -> str:
     sample, train, frozen, before = (
         guided * rows for rows in (rollout.groups * cost.rollout, update.trained, update.frozen, update.before)
     )
-    notes = []
+    notes = _notes(config, cost, samples, probes)
     if before:
-        notes.append(f"before the first iteration: at most {before:,} forwards, {update.before_scored:,} images scored")
+        notes.insert(
+            0, f"before the first iteration: at most {before:,} forwards, {update.before_scored:,} images scored"
+        )
+    return "\n".join(
+        [
+            f"run {run.name}: {run.iterations} iterations × {rollout.groups} prompts × {samples} images = "
+            f"{run.iterations * images:,} images",
+            f"per iteration: {images} images, at most {update.trained} trained states, {update.updates} update(s)",
+            f"network evaluations per image: rollout {sample / images:.2f}, update at most {train / images:.2f} "
+            "forward and backward" + (f", without gradient at most {frozen / images:.2f}" if frozen else ""),
+            f"whole run: at most {before + run.iterations * (sample + frozen):,} forwards, {run.iterations * train:,} with "
+            "backward",
+            *notes,
+        ]
+    )
+
+
+def _notes(config: TrainConfig, cost: Cost, samples: int, probes: int) -> list[str]:
+    """Lines on what a run need not have. cost: of a group that ends in `samples` and `probes`."""
+    rollout, run, evaluation, notes = config.rollout, config.run, config.evaluation, list[str]()
     for limit, unit in ((run.max_evaluations, "network evaluations"), (run.max_seconds, "seconds of iterations")):
         if limit is not None:
             notes.append(f"ends before an iteration beyond {limit:,} {unit}")
@@ -55,17 +75,7 @@ def forecast(config: TrainConfig) -> str:
             f"schedule: rollout.schedule={rollout.schedule}, evaluation.schedule={evaluation.schedule}; evaluations do not "
             "sample as the rollout does"
         )
-    return "\n".join(
-        [
-            f"run {run.name}: {run.iterations} iterations × {rollout.groups} prompts × {samples} images = "
-            f"{run.iterations * images:,} images",
-            f"per iteration: {images} images, at most {update.trained} trained states, {update.updates} update(s)",
-            f"network evaluations per image: rollout {sample / images:.2f}, update at most {train / images:.2f} "
-            "forward and backward" + (f", without gradient at most {frozen / images:.2f}" if frozen else ""),
-            f"whole run: at most {before + run.iterations * (sample + frozen):,} forwards, {run.iterations * train:,} with backward",
-            *notes,
-        ]
-    )
+    return notes
 
 
 @dataclass(frozen=True)

@@ -113,9 +113,8 @@ class Run:
         """Takes the optimizer step, if there is anything to learn from; the average and the roles follow the policy's."""
         if update.micro_batches:
             norm = self.steppers[update.optimizer].step(update.max_grad_norm)
-            for (
-                optimizer
-            ) in self.steppers:  # a loss may reach weights of other roles too: their next step must not see that
+            # a loss may reach weights of other roles too: their next step must not see that
+            for optimizer in self.steppers:
                 optimizer.zero_grad(set_to_none=True)
             if not math.isfinite(norm):
                 raise self._not_finite(f"gradient norm {norm}", update.role)
@@ -156,11 +155,7 @@ class Run:
         """Metrics of what the trainer's `prepare` cost since the model was loaded, backward passes not counted; none if it did
         not use the network."""
         counts = self.task.counts
-        spent = {
-            "evaluations": self.task.policy.evaluations,
-            "decodes": counts.decodes,
-            "reward_calls": counts.reward_calls,
-        }
+        spent = {"evaluations": self.task.policy.evaluations, **vars(counts)}
         total = {f"cost/prepare_{name}": self.processes.total(value) for name, value in spent.items()}
         return total | {"time/prepare": time.monotonic() - self.opened} if any(total.values()) else {}
 

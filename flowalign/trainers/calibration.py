@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -32,6 +33,13 @@ class Calibration(Protocol):
     def factors(self, task: Task) -> tuple[float, ...]:
         """One per step of the grid, the same on every process."""
         ...
+
+
+def leveled(task: Task, factors: Sequence[float] | None) -> Task:
+    """The task whose steps have `factors` times their noise level; None: as it is."""
+    if factors is None:
+        return task
+    return replace(task, rollout=replace(task.rollout, plan=Leveled(task.rollout.plan, tuple(factors))))
 
 
 @dataclass(frozen=True)
@@ -103,9 +111,8 @@ class GainBalance:
         with tqdm(total=self.sweeps, desc="calibration", unit="sweep", disable=not task.processes.is_main) as bar:
             for sweep in range(self.sweeps):
                 found.append(self.moved(found[-1], *self._signs(task, found[-1], sweep), unit))
-                bar.set_postfix_str(
-                    "noise × " + " ".join(f"{factor:.2f}" for factor in found[-1].tolist()), refresh=False
-                )
+                told = " ".join(f"{factor:.2f}" for factor in found[-1].tolist())
+                bar.set_postfix_str(f"noise × {told}", refresh=False)
                 bar.update()
         return tuple(torch.stack(found[-self.average :]).mean(0).tolist())
 
@@ -137,9 +144,6 @@ def _diffusion(task: Task) -> Tensor:
     rollout = task.rollout
     shape = task.policy.latent_shape(task.size)
     sigmas = grid(task.policy, rollout.schedule, rollout.num_inference_steps, shape).double()
-    level, index = (
-        torch.ones(rollout.num_inference_steps, dtype=torch.float64),
-        torch.arange(rollout.num_inference_steps),
-    )
-    std = rollout.kernel.coefficients(sigmas[:-1], sigmas[1:], level, index).std
+    index = torch.arange(rollout.num_inference_steps)
+    std = rollout.kernel.coefficients(sigmas[:-1], sigmas[1:], torch.ones_like(sigmas[1:]), index).std
     return torch.where(std > 0, std / (sigmas[:-1] - sigmas[1:]).sqrt(), 1.0)

@@ -17,12 +17,12 @@ from flowalign.objectives import DynamicClip, Objective, Regularizer, StepWeight
 from flowalign.rollouts.collect import ScoredRollout, collect, grow, leaves_per_group
 from flowalign.rollouts.task import Rollout, Task
 from flowalign.trainers.base import AdamWConfig, Setup, Trainer, Update, UpdateForecast
-from flowalign.trainers.calibration import Calibration
+from flowalign.trainers.calibration import Calibration, leveled
 from flowalign.trainers.dry_run import dry_run
 from flowalign.trainers.edge_update import EdgeUpdate, states_of
 from flowalign.trainers.signal import EdgeSignal, Signal
 from flowalign.trainers.update_engine import TrainedRole, UpdateEngine
-from samplers import Forest, Leveled, unscored
+from samplers import Forest, unscored
 
 
 @dataclass
@@ -111,9 +111,17 @@ class PolicyGradient:
                 "DanceSDE or CPS with a noise_level above 0"
             )
         self._check_names()
+        self._check_terms(setup)
+        self._check_combinations(rollout)
+        if self.calibration is not None:
+            self.calibration.check(setup)
+        self.step_weight.check(setup.path)
+        dry_run(self.signal, setup)
+
+    def _check_terms(self, setup: Setup) -> None:
         for name, term in self.regularizers.items():
             try:
-                term.check(rollout.kernel)
+                term.check(setup.rollout.kernel)
             except ValueError as error:
                 raise ValueError(f"trainer.regularizers.{name}: {error}") from error
             if term.role not in ("reference", *setup.roles):
@@ -121,18 +129,13 @@ class PolicyGradient:
                     f"got trainer.regularizers.{name}.role={term.role!r}; expected 'reference' or one of policy.roles "
                     f"{sorted(setup.roles)}: add it there"
                 )
-        self._check_combinations(rollout)
-        if self.calibration is not None:
-            self.calibration.check(setup)
-        self.step_weight.check(setup.path)
         for name, part in self.supervision.items():
             part.check(setup.path, setup.channels)
-            if part.needs_guidance and rollout.reward_guidance is None:
+            if part.needs_guidance and setup.rollout.reward_guidance is None:
                 raise ValueError(
                     f"got trainer.supervision.{name}, which distills the reward guidance of the rollout, without any: set "
                     "rollout.reward_guidance, or leave the term out"
                 )
-        dry_run(self.signal, setup)
 
     def _check_names(self) -> None:
         names = ["policy", *self.regularizers, *self.supervision]
@@ -181,14 +184,13 @@ class PolicyGradient:
         return UpdateForecast(share, states, len(self.roles()) * states + rescored, before, scored)
 
     def prepare(self, task: Task, state: dict[str, Any] | None) -> None:
-        saved: dict[str, Any] = {"updates": 0, "memory": {}, "factors": None} if state is None else state
-        updates, self._memory, self._factors = saved["updates"], saved["memory"], saved["factors"]
-        if state is None and self.calibration is not None and task.prompts:
-            self._factors = list(self.calibration.factors(task))
-        if self._factors is not None:
-            plan = Leveled(task.rollout.plan, tuple(self._factors))
-            task = replace(task, rollout=replace(task.rollout, plan=plan))
-        self.task, self._policy = task, TrainedRole.of(task.policy, self.optimizer, updates=updates)
+        if state is None:
+            state = {"updates": 0, "memory": {}, "factors": None}
+            if self.calibration is not None and task.prompts:
+                state["factors"] = list(self.calibration.factors(task))
+        self._memory, self._factors = state["memory"], state.get("factors")  # a checkpoint of 0.1.0 has none
+        self.task = leveled(task, self._factors)
+        self._policy = TrainedRole.of(task.policy, self.optimizer, updates=state["updates"])
 
     def state(self) -> dict[str, Any]:
         return {"updates": self._policy.updates, "memory": self._memory, "factors": self._factors}

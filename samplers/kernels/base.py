@@ -74,9 +74,10 @@ class TransitionContext:
     """What a kernel may know of the rows it steps.
 
     level: [N] or one factor of the kernel's own noise level; 0 = the path's deterministic step. roots [N]: which root
-    each row descends from, hence its condition. nodes [N]: the child nodes; parents [N]: the nodes they leave. step [N]: grid index of the
-    parent. carry [N]: what the parents' steps passed on. tail [N] bool: True where no stochastic step follows; None: all True. replay: the step was drawn before and only its policy is needed; carry and tail are None then.
-    preview: the rows complete states to previews, which are discarded: no reward guides them.
+    each row descends from, hence its condition. nodes [N]: the child nodes; parents [N]: the nodes they leave. step [N]:
+    grid index of the parent. carry [N]: what the parents' steps passed on. tail [N] bool: True where no stochastic step
+    follows; None: all True. replay: the step was drawn before and only its policy is needed; carry and tail are None
+    then. preview: the rows complete states to previews, which are discarded: no reward guides them.
     """
 
     level: Tensor | float = 1.0

@@ -16,6 +16,7 @@ from flowalign.compare import command
 from flowalign.compare.plan import Plan, Planned, former_record, is_done
 from flowalign.compare.spec import Budget, read_spec
 from flowalign.config import load_config
+from flowalign.config.load import as_written
 from flowalign.errors import ConfigError
 from flowalign.loop import train
 from flowalign.report import summary
@@ -85,7 +86,7 @@ def test_a_comparison_runs_the_baseline_first_and_gives_the_others_a_share(
 
     # again: nothing is trained, and the same is written
     written = {name: (tmp_path / "results" / name).read_bytes() for name in ("try.json", "try.md", "try.html")}
-    assert main([path]) == 0 and main([path, "--only-report"]) == 0 and len(trained) == 3
+    assert main([path]) == 0 and len(trained) == 3
     assert all((tmp_path / "results" / name).read_bytes() == content for name, content in written.items())
     page = written["try.html"].decode()
     assert (
@@ -159,23 +160,42 @@ def test_what_cannot_work_is_said_before_anything_runs(
         command.compare([write(tmp_path, spec), "--workres", "2"])
 
 
+SHIPPED = sorted((ROOT / "configs" / "compare").glob("*.yaml"))
+
+
 def documented() -> list[list[str]]:
-    """Every file of configs/compare, and the arguments of the other commands of docs/compare.md."""
+    """The arguments of the commands of docs/compare.md."""
     text = (ROOT / "docs" / "compare.md").read_text().replace("\\\n", " ")
     lines = re.findall(r"^ {4}flowalign compare (.*)$", text, re.M)
-    files = [[f"configs/compare/{path.name}"] for path in sorted((ROOT / "configs" / "compare").glob("*.yaml"))]
-    commands = [shlex.split(line.partition(" #")[0]) for line in lines]
-    assert all([arguments[0]] in files for arguments in commands if "--with" not in arguments)
-    return files + [arguments for arguments in commands if "--with" in arguments]
+    return [shlex.split(line.partition(" #")[0]) for line in lines]
 
 
-def test_shipped_and_documented_comparisons_can_be_run(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_the_overrides_of_shipped_comparisons_are_known(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    for method in read_spec(str(path)).methods.values():
+        assert as_written(method.files, method.overrides)["trainer"]
+
+
+def check_it_can_be_run(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Every configuration is read, evaluated alike, and has a budget."""
     monkeypatch.chdir(ROOT)
     plans: list[Plan] = []
     monkeypatch.setattr(command, "_run", lambda plan, names, workers: plans.append(plan))
     monkeypatch.setattr(command, "records", lambda plan: {})
     monkeypatch.setattr(command, "write_results", lambda comparison, found: [])
-    for arguments in documented():
-        command.compare(arguments)
-    assert len(plans) >= 2 and all(plan.comparison.methods.keys() == plan.written.keys() for plan in plans)
+    command.compare(arguments)
+    assert all(plan.comparison.methods.keys() == plan.written.keys() for plan in plans) and len(plans) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_a_shipped_comparison_can_be_run(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_it_can_be_run([f"configs/compare/{path.name}"], monkeypatch)
+
+
+def test_documented_comparisons_can_be_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    of_files = [arguments for arguments in documented() if "--with" in arguments]
+    assert of_files and all(ROOT / each[0] in SHIPPED for each in documented() if each not in of_files)
+    for arguments in of_files:
+        check_it_can_be_run(arguments, monkeypatch)

@@ -1,7 +1,7 @@
 """The shipped configurations: every layer combines with every other, and the quickstart is one complete file."""
 
 from dataclasses import asdict
-from functools import reduce
+from functools import cache, reduce
 from itertools import permutations, product
 from pathlib import Path
 from typing import Any
@@ -131,7 +131,10 @@ def flat(plain: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def load(model: str, paths: list[str], tiny: dict[str, str], *overrides: str) -> tuple[TrainConfig, dict[str, Any]]:
-    return load_config(paths, [tiny[model], *overrides])
+    return loaded(tuple(paths), (tiny[model], *overrides))
+
+
+loaded = cache(load_config)
 
 
 @pytest.mark.parametrize("layers", BEFORE, ids="-".join)
@@ -172,22 +175,26 @@ def test_all_layers_combine(method: str, model: str, tiny: dict[str, str]) -> No
         assert config.run.name == f"{method}-{model}-{reward}" and config.run.iterations > 0
 
 
+layer = cache(read_layer)
+
+
+def content(path: str, *later: str) -> Any:
+    """Files as one, as plain data."""
+    return yaml.SafeLoader("").construct_document(reduce(merge, map(layer, later), layer(path)))
+
+
 @pytest.mark.parametrize(("method", "model"), product(METHODS, MODELS))
 def test_only_the_layer_of_stable_diffusion_1_5_depends_on_the_order(method: str, model: str) -> None:
     """Its chain takes the place of the method's kernel, so it comes after the method. All other orders give the same."""
     for reward in REWARDS:
-        orders = list(permutations(files(method, model, reward)))
-        if model == "sd15":
-            orders = [
-                order
-                for order in orders
-                if order.index(files(method, model, reward)[0]) < order.index(f"configs/models/{model}.yaml")
-            ]
-        merged = [yaml.safe_load(yaml.serialize(reduce(merge, map(read_layer, order)))) for order in orders]
-        assert all(content == merged[0] for content in merged[1:])
-        assert merged[0]["rollout"]["kernel"]["class_path"] == (
-            "samplers.DDIM" if model == "sd15" else yaml.safe_load(Path(files(method, model, reward)[0]).read_text())["rollout"]["kernel"]["class_path"]
-        )  # fmt: skip
+        layers = files(method, model, reward)
+        orders = permutations(layers)
+        merged = [
+            content(*order) for order in orders if model != "sd15" or order.index(layers[0]) < order.index(layers[1])
+        ]
+        assert all(each == merged[0] for each in merged[1:])
+        kernel = "samplers.DDIM" if model == "sd15" else content(layers[0])["rollout"]["kernel"]["class_path"]
+        assert merged[0]["rollout"]["kernel"]["class_path"] == kernel
 
 
 def test_the_layer_of_stable_diffusion_1_5_before_the_method_is_refused(tiny: dict[str, str]) -> None:

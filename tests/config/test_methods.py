@@ -12,6 +12,7 @@ import torch
 
 from flowalign.advantage import SignalContext
 from flowalign.config import TrainConfig, load_config
+from flowalign.glyphs.process_reward import GlyphsProcessReward
 from flowalign.rollouts.collect import grow
 from flowalign.rollouts.task import Rollout
 from flowalign.run.preflight import forecast
@@ -141,6 +142,9 @@ def test_the_papers_count_of_a_chain_that_shares_nothing(on_glyphs: Load) -> Non
 def test_euphonium_guides_four_steps_of_each_sample(on_glyphs: Load) -> None:
     """N_g = 4 gradients of the process reward per sample, in the last four of 16 steps."""
     config = on_glyphs("euphonium")
+    guidance = config.rollout.reward_guidance
+    assert guidance is not None and isinstance(guidance.judge(config.process_rewards), GlyphsProcessReward)
+    assert config.process_rewards[0].name == "process"
     assert "at most 4.00 more scores per image" in forecast(config)
 
 

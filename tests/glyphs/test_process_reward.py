@@ -4,7 +4,6 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from flowalign.config import load_config
 from flowalign.glyphs import PIPELINE
 from flowalign.glyphs.pretrain import scaled_latents
 from flowalign.glyphs.process_reward import WEIGHTS, GlyphsProcessReward, LetterReader, Scenes
@@ -102,11 +101,3 @@ def test_training_learns_what_the_finished_pictures_score() -> None:
     assert low > 0.7 > high and error < 0.35
     untrained, _ = agreement(LetterReader().eval().requires_grad_(False), states)[0.0]
     assert abs(untrained) < 0.4
-
-
-def test_the_layer_of_euphonium_asks_for_it() -> None:
-    files = [f"configs/{name}.yaml" for name in ("models/glyphs", "rewards/ocr_glyphs", "methods/euphonium")]
-    config, _ = load_config(files)
-    guidance = config.rollout.reward_guidance
-    assert guidance is not None and isinstance(guidance.judge(config.process_rewards), GlyphsProcessReward)
-    assert config.process_rewards[0].name == "process"

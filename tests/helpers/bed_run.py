@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from flowalign.rollouts.collect import ScoredRollout
 from flowalign.rollouts.task import Task
 from flowalign.trainers import Trainer
 from rewards import Reward
+from tests.helpers.policy_gradient import run_updates
 
 CONFIG = "tests/data/bed.yaml"
 
@@ -53,9 +55,9 @@ class Bed:
         return Bed(config, policy, task, config.trainer)
 
     def rewarded(self, reward: Reward, process: Sequence[Reward]) -> Bed:
-        """The same weights with a new optimizer, trained with other rewards."""
+        """The same weights and trainer state with a new optimizer, trained with other rewards."""
         task = replace(self.task, reward=reward, process_rewards=process)
-        self.trainer.prepare(task, None)
+        self.trainer.prepare(task, copy.deepcopy(self.trainer.state()))
         return Bed(self.config, self.policy, task, self.trainer)
 
     def iteration(self, number: int) -> Iteration:
@@ -79,12 +81,7 @@ class Bed:
         """An iteration's batch, and the sum of the gradients of its updates [n]; no weight is stepped."""
         parameters = [parameter for _, parameter in self.policy.trainable_parameters()]
         batch = self.trainer.collect(list(self.task.prompts)[: self.task.rollout.groups], number)
-        for update in self.trainer.updates(batch):
-            for micro_batch in update.micro_batches:
-                loss = micro_batch()
-                with self.policy.role(update.role):
-                    loss.backward()
-            update.after()
+        run_updates(self.trainer, batch)
         found = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters])
         for parameter in parameters:
             parameter.grad = None

@@ -31,23 +31,12 @@ from samplers import (
     VariancePreserving,
     Window,
 )
-from tests.helpers.bed import Potential, save_pipeline
+from tests.helpers.bed import Potential
 from tests.helpers.bed_run import Bed
 
 STEP = 3  # where methods with one stochastic step have it
 STEPS = 10
 GROUP = 6
-
-
-@pytest.fixture(scope="module")
-def bed(tmp_path_factory: pytest.TempPathFactory) -> Bed:
-    """Flow-GRPO on the bed with a correction other than 0."""
-    bed = Bed.of(save_pipeline(tmp_path_factory.mktemp("bed")), ["configs/methods/flow_grpo.yaml"])
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for _, parameter in bed.policy.trainable_parameters():
-            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
-    return bed
 
 
 def found(

@@ -26,20 +26,10 @@ from samplers import (
     Window,
     plain_sigmas,
 )
-from tests.helpers.bed import Nearness, save_pipeline
+from tests.helpers.bed import Nearness
 from tests.helpers.bed_run import Bed
 
 STEPS, DRAWS = 4, 3000
-
-
-@pytest.fixture(scope="module")
-def bed(tmp_path_factory: pytest.TempPathFactory) -> Bed:
-    bed = Bed.of(save_pipeline(tmp_path_factory.mktemp("bed")), ["configs/methods/flow_grpo.yaml"])
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for _, parameter in bed.policy.trainable_parameters():
-            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
-    return bed
 
 
 def true_gradient(bed: Bed, rollout: Rollout, noisy: range) -> Tensor:
