@@ -12,7 +12,10 @@ from flowalign.glyphs.prompts import LETTERS, held_out_prompts, make_prompt
 from flowalign.glyphs.renderer import render
 from rewards import RewardBatch, RewardError, score
 
-GENERATOR = torch.Generator().manual_seed(0)
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
 
 
 def latents_of(words: list[str], ink: str = "red", paper: str = "yellow") -> torch.Tensor:
@@ -41,10 +44,10 @@ def test_the_shipped_weights_are_small_and_read_held_out_words() -> None:
     assert float(right.mean()) > float(wrong.mean()) + 0.2 and float(wrong.mean()) > float(worse.mean()) + 0.05
 
 
-def test_noise_blurs_what_it_knows() -> None:
+def test_noise_blurs_what_it_knows(generator: torch.Generator) -> None:
     """Another picture under the same word changes the score much at σ = 0.2 and little at σ = 1."""
     words = [record["target"] for record in held_out_prompts()[:32]]
-    x, noise = latents_of(words), torch.randn(32, 3, 24, 48, generator=GENERATOR)
+    x, noise = latents_of(words), torch.randn(32, 3, 24, 48, generator=generator)
     change = []
     for level in (0.2, 1.0):
         one, other = (
@@ -60,10 +63,10 @@ def test_noise_blurs_what_it_knows() -> None:
     assert change[0] > 0.2 and change[1] == 0
 
 
-def test_its_gradient_is_that_of_finite_differences() -> None:
+def test_its_gradient_is_that_of_finite_differences(generator: torch.Generator) -> None:
     reward, x = GlyphsProcessReward(), latents_of(["KITE", "MOON"])
-    x = (0.6 * x + 0.4 * torch.randn(x.shape, generator=GENERATOR)).requires_grad_()
-    direction = torch.randn(x.shape, generator=GENERATOR)
+    x = (0.6 * x + 0.4 * torch.randn(x.shape, generator=generator)).requires_grad_()
+    direction = torch.randn(x.shape, generator=generator)
 
     def at(latents: torch.Tensor, grad: bool = False) -> torch.Tensor:
         batch = RewardBatch(prompts=asked(["KITE", "MOAN"]), latents=latents, sigma=torch.tensor([0.4, 0.4]))
@@ -83,12 +86,12 @@ def test_other_prompts_are_refused() -> None:
 
 
 @pytest.mark.slow
-def test_training_learns_what_the_finished_pictures_score() -> None:
+def test_training_learns_what_the_finished_pictures_score(generator: torch.Generator) -> None:
     """States of drawn words, a third of them asked for as another word: 60 steps tell them apart at σ = 0."""
-    words = ["".join(LETTERS[i] for i in torch.randint(26, (4,), generator=GENERATOR)) for _ in range(384)]
+    words = ["".join(LETTERS[i] for i in torch.randint(26, (4,), generator=generator)) for _ in range(384)]
     x0 = latents_of(words).repeat(2, 1, 1, 1)
     sigma = torch.cat([torch.zeros(384), torch.full((384,), 0.9)])
-    x = (1 - sigma)[:, None, None, None] * x0 + sigma[:, None, None, None] * torch.randn(x0.shape, generator=GENERATOR)
+    x = (1 - sigma)[:, None, None, None] * x0 + sigma[:, None, None, None] * torch.randn(x0.shape, generator=generator)
     wrong = torch.arange(384) % 3 == 0
     scenes = Scenes.of(
         asked([word[::-1] if bad else word for word, bad in zip(words, wrong.tolist(), strict=True)] * 2)
