@@ -144,11 +144,15 @@ class TrainConfig:
         return {**wanted, **self.policy.roles}
 
     @property
-    def rollout_rewards(self) -> list[Reward]:
-        """All that a rollout asks: about samples, about states, and the one that guides if it is none of these."""
+    def guiding_rewards(self) -> list[Reward]:
+        """The reward that guides the rollout, if it is none of the others."""
         guidance = self.rollout.reward_guidance
-        guiding = [] if guidance is None or guidance.reward is None else [guidance.reward]
-        return [self.reward, *self.process_rewards, *guiding]
+        return [] if guidance is None or guidance.reward is None else [guidance.reward]
+
+    @property
+    def rollout_rewards(self) -> list[Reward]:
+        """All that a rollout asks: about samples, about states, and to guide."""
+        return [self.reward, *self.process_rewards, *self.guiding_rewards]
 
 
 def evaluation_schedule(config: TrainConfig) -> Schedule | None:

@@ -33,12 +33,10 @@ def try_rewards(
     in a channel it has no score for any of 2 · PAIRS prompts spread over the set (unless its spec says that black images have
     none)."""
     judges, named = held_out_rewards(config), len(config.evaluation.rewards)
-    guidance = config.rollout.reward_guidance
-    guiding = [] if guidance is None or guidance.reward is None else [guidance.reward]
     trials = [
         ("reward", config.reward, prompts.train),
         *(("process_rewards", reward, prompts.train) for reward in config.process_rewards),
-        *(("rollout.reward_guidance.reward", reward, prompts.train) for reward in guiding),
+        *(("rollout.reward_guidance.reward", reward, prompts.train) for reward in config.guiding_rewards),
         *(("evaluation.rewards", reward, prompts.held_out) for reward in judges[:named]),
         *(("evaluation.training_reward (false leaves it out)", reward, prompts.held_out) for reward in judges[named:]),
     ]

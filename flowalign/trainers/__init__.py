@@ -8,6 +8,6 @@ from flowalign.trainers.signal import Signal
 from flowalign.trainers.update_engine import Measures, Part, States, TrainedRole, UpdateEngine
 
 __all__ = [
-    "AdamWConfig", "Batch", "Calibration", "GainBalance", "Measures", "Part", "PolicyGradient", "Setup", "Signal", "States", "TrainedRole", "Trainer",
-    "Update", "UpdateEngine", "UpdateForecast", "as_policy_gradient", "uncalibrated",
+    "AdamWConfig", "Batch", "Calibration", "GainBalance", "Measures", "Part", "PolicyGradient", "Setup", "Signal", "States",
+    "TrainedRole", "Trainer", "Update", "UpdateEngine", "UpdateForecast", "as_policy_gradient", "uncalibrated",
 ]  # fmt: skip

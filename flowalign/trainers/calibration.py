@@ -46,9 +46,9 @@ def leveled(task: Task, factors: Sequence[float] | None) -> Task:
 class GainBalance:
     """DenseGRPO's reward-aware noise calibration (2601.20218, Alg. 1): as much noise as leaves gains and losses balanced.
 
-    A sweep rolls out `trajectories` samples, each of a prompt of its own (of a smaller set some twice), and counts at each step i the gains ΔR_i above
-    and below 0, n₊ and n₋ (zeros are neither). Where |n₊ − n₋| < threshold the noise ψ_i rises by `step`, else it falls by
-    `step`. ψ_i is the diffusion coefficient: here a factor (samplers.Leveled) times the kernel's own g_i = s_i/√h, so it
+    A sweep rolls out `trajectories` samples, each of a prompt of its own (of a smaller set some twice), and counts at each
+    step i the gains ΔR_i above and below 0, n₊ and n₋ (zeros are neither). Where |n₊ − n₋| < threshold the noise ψ_i rises
+    by `step`, else it falls by `step`. ψ_i is the diffusion coefficient: here a factor (samplers.Leveled) times the kernel's own g_i = s_i/√h, so it
     starts at the kernel's noise level (Flow-SDE .7; the paper does not say where) and every kernel works. With CPS and DDIM,
     whose noise is not g·√h, `step` is right to first order only.
 
