@@ -21,7 +21,8 @@ from samplers import Path
 class AdamWConfig:
     """AdamW and its schedule; defaults of flow_grpo (2505.05470) for SD3.5 with LoRA.
 
-    lr rises linearly over `warmup` updates, then stays. Gradients are clipped to norm `max_grad_norm`."""
+    lr rises linearly over `warmup` updates, then stays, or halves with every `half_life` updates: lr · 2^(−update/half_life).
+    Gradients are clipped to norm `max_grad_norm`."""
 
     lr: float = 3e-4
     betas: tuple[float, float] = (0.9, 0.999)
@@ -29,10 +30,13 @@ class AdamWConfig:
     eps: float = 1e-8
     max_grad_norm: float = 1.0
     warmup: int = 0
+    half_life: int | None = None
 
     def __post_init__(self) -> None:
         if not (self.lr > 0 and math.isfinite(self.lr)) or self.max_grad_norm <= 0 or self.warmup < 0:
             raise ValueError(f"got {self}; expected lr > 0, max_grad_norm > 0 and warmup >= 0")
+        if self.half_life is not None and self.half_life < 1:
+            raise ValueError(f"got half_life={self.half_life}; expected updates >= 1, or None for a constant lr")
         if not all(0 <= beta < 1 for beta in self.betas) or self.weight_decay < 0 or self.eps < 0:
             raise ValueError(f"got {self}; expected 0 <= betas < 1, weight_decay >= 0 and eps >= 0")
 
@@ -44,7 +48,8 @@ class AdamWConfig:
 
     def lr_at(self, update: int) -> float:
         """The learning rate of update number `update` (0 is the first)."""
-        return self.lr * min(1.0, (update + 1) / (self.warmup + 1))
+        decay = 1.0 if self.half_life is None else 0.5 ** (update / self.half_life)
+        return self.lr * decay * min(1.0, (update + 1) / (self.warmup + 1))
 
 
 @dataclass(frozen=True, eq=False)

@@ -362,3 +362,11 @@ def test_the_numbers_of_the_states_are_in_their_order_on_every_process(monkeypat
 
     for values in on_processes(2, work, monkeypatch):
         assert values.tolist() == [1, 11, 21, 31, 41] and values.dtype == F64 and not values.requires_grad
+
+
+def test_the_learning_rate_halves_with_every_half_life() -> None:
+    config = AdamWConfig(lr=0.1, half_life=4)
+    assert [config.lr_at(update) for update in (0, 4, 8)] == pytest.approx([0.1, 0.05, 0.025])
+    assert config.lr_at(2) == pytest.approx(0.1 / 2**0.5)
+    with pytest.raises(ValueError, match="half_life=0; expected updates"):
+        AdamWConfig(half_life=0)
