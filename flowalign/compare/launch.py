@@ -15,6 +15,7 @@ from types import FrameType
 
 from flowalign.compare.plan import Planned
 from flowalign.compare.record import costs_by_iteration
+from flowalign.errors import RunError
 from flowalign.storage.files import DamagedFile
 from flowalign.storage.metrics_log import read_rows
 
@@ -64,6 +65,9 @@ class Launcher:
             except KeyboardInterrupt as error:
                 _stop(children)
                 raise KeyboardInterrupt(f"stopped {len(children)} runs; the same command goes on from there") from error
+            except BaseException:  # no run goes on without this process
+                _stop(children)
+                raise
 
     def _left(self, waiting: Sequence[Planned]) -> str:
         """How long the runs that are waiting will take, by those that are finished; a budget of seconds needs none. Without
@@ -97,7 +101,7 @@ class Launcher:
         if child.process.returncode == 0:
             try:
                 self.finished(run)
-            except DamagedFile as error:
+            except (DamagedFile, RunError) as error:
                 self.failures.append(f"{run.folder.name}: {error}")
                 return
             self._speeds.append(seconds / run.budget.amount)
