@@ -28,7 +28,7 @@ def compare(arguments: Sequence[str]) -> list[Path]:
     if given.workers < 1:
         raise ConfigError(f"got --workers {given.workers}; expected at least 1")
     comparison = _comparison(given, arguments)
-    names = list(comparison.methods) if given.only is None else given.only
+    names = list(dict.fromkeys(comparison.methods if given.only is None else given.only))
     if unknown := [name for name in names if name not in comparison.methods]:
         raise ConfigError(f"got --only {' '.join(unknown)}; expected of the methods {', '.join(comparison.methods)}")
     plan, failures = Plan.of(comparison), list[str]()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -25,11 +26,12 @@ NICE = 5
 
 @dataclass
 class Child:
-    """A run that goes on. log: what it prints."""
+    """A run that goes on. log: what it prints, from byte `printed` on; before that stands what earlier ones printed."""
 
     run: Planned
     process: subprocess.Popen[bytes]
     log: Path
+    printed: int
     began: float = field(default_factory=time.monotonic)
 
 
@@ -87,6 +89,7 @@ class Launcher:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         nice = ["nice", "-n", str(NICE)] if shutil.which("nice") else []
         with log.open("ab") as output:
+            printed = output.tell()
             process = subprocess.Popen(
                 [*nice, *run.command], stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment,
                 start_new_session=True,  # a Ctrl-C reaches the children through this process, once
@@ -94,7 +97,7 @@ class Launcher:
         done, total = self.numbers
         self.numbers = (done + 1, total)
         print(f"run {done + 1} of {total}: {run.method} seed {run.seed}{expected}; log: {log}", flush=True)
-        return Child(run, process, log)
+        return Child(run, process, log, printed)
 
     def _end(self, child: Child) -> None:
         seconds, run = time.monotonic() - child.began, child.run
@@ -107,9 +110,15 @@ class Launcher:
             self._speeds.append(seconds / run.budget.amount)
             print(f"  {run.method} seed {run.seed} is done in {duration(seconds)}", flush=True)
             return
-        last = child.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-        self.failures.append(f"{run.folder.name} ended with code {child.process.returncode}: {' '.join(last)}")
+        self.failures.append(f"{run.folder.name} ended with code {child.process.returncode}: {_reason(child)}")
         print(f"  {self.failures[-1]}", flush=True)
+
+
+def _reason(child: Child) -> str:
+    """The sentence with which it ended, else the last line. A run that a killed comparison left writes into the same log."""
+    text = child.log.read_bytes()[child.printed :].decode(errors="replace")
+    sentences = re.findall(r"(?:configuration error|stopped): [^\r\n]*", text)
+    return " ".join(sentences[-1:] or text.strip().splitlines()[-1:])
 
 
 def _progress(child: Child) -> str:
