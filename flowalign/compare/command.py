@@ -11,7 +11,7 @@ from pathlib import Path
 from flowalign.compare.launch import Launcher
 from flowalign.compare.page import best, write_page
 from flowalign.compare.plan import Plan, Planned, budget_of, former_record, has_own_budget, is_done
-from flowalign.compare.record import Record, read_record, write_record
+from flowalign.compare.record import Record, is_beyond, read_record, write_record
 from flowalign.compare.results import as_json, as_markdown, mean_totals, results_of
 from flowalign.compare.spec import Comparison, of_files, read_spec
 from flowalign.errors import ConfigError, RunError
@@ -28,13 +28,15 @@ def compare(arguments: Sequence[str]) -> list[Path]:
     if given.workers < 1:
         raise ConfigError(f"got --workers {given.workers}; expected at least 1")
     comparison = _comparison(given, arguments)
-    names = list(comparison.methods) if given.only is None else given.only
+    names = list(dict.fromkeys(comparison.methods if given.only is None else given.only))
     if unknown := [name for name in names if name not in comparison.methods]:
         raise ConfigError(f"got --only {' '.join(unknown)}; expected of the methods {', '.join(comparison.methods)}")
     plan, failures = Plan.of(comparison), list[str]()
+    found = records(plan)  # a damaged one is named before anything is run
     if not given.only_report:
         failures = _run(plan, names, given.workers)
-    written = write_results(comparison, records(plan))
+        found = records(plan)
+    written = write_results(comparison, found) if any(found.values()) or not failures else []
     if failures:
         raise RunError(f"{len(failures)} runs failed: {'; '.join(failures)}. The same command tries them again")
     return written
@@ -63,7 +65,7 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
 
 def _comparison(given: argparse.Namespace, arguments: Sequence[str]) -> Comparison:
     options = vars(given)
-    if len(given.files) == 1 and not any(options[key] for key in PLAIN):
+    if len(given.files) == 1 and all(options[key] in (None, []) for key in PLAIN):
         return read_spec(given.files[0])
     if not given.seeds:
         raise ConfigError(
@@ -82,20 +84,31 @@ def _run(plan: Plan, names: Sequence[str], workers: int) -> list[str]:
     comparison, baseline = plan.comparison, plan.comparison.baseline
     own = sorted((name for name in names if has_own_budget(comparison, name)), key=lambda name: name != baseline)
     sharing = [name for name in names if name not in own]
+    if sharing and baseline not in names and _denominator(plan) is None:
+        raise ConfigError(
+            f"got --only {' '.join(names)}, where the budget of {', '.join(sharing)} is a share of the total of {baseline}, which is "
+            f"not finished; expected it to be: run it first, or add it to --only"
+        )
     launcher = Launcher(workers, (0, sum(len(comparison.methods[name].seeds) for name in names)), write_record)
     _launch(launcher, [run for name in own for run in _runs(plan, name, None)])
     if sharing:
         denominator = _denominator(plan)
         if denominator is None:
-            told = f"{baseline} is not finished, and the budget of {', '.join(sharing)} is a share of its total"
+            told = f"not begun: {', '.join(sharing)}, whose budget is a share of the total of {baseline}"
             return [*launcher.failures, told]
         _launch(launcher, [run for name in sharing for run in _runs(plan, name, denominator)])
     return launcher.failures
 
 
 def _launch(launcher: Launcher, runs: Sequence[Planned]) -> None:
-    """Runs those that are not done."""
-    waiting = [run for run in runs if not is_done(run)]
+    """Runs those that are not done, less those whose folder has gone beyond their budget: they are failures."""
+    missing = [run for run in runs if not is_done(run)]
+    beyond = [run for run in missing if is_beyond(run)]
+    launcher.failures += [
+        f"{run.folder} was begun with a larger budget and is beyond {run.budget.override}; remove it, or set another `output`"
+        for run in beyond
+    ]
+    waiting = [run for run in missing if run not in beyond]
     for run in waiting:
         if former := former_record(run):
             print(
@@ -113,7 +126,7 @@ def _denominator(plan: Plan) -> Mapping[str, float] | None:
     if name is None:
         return None
     runs = _runs(plan, name, None)
-    return mean_totals([read_record(run.record) for run in runs]) if all(map(is_done, runs)) else None
+    return mean_totals([read_record(run) for run in runs]) if all(map(is_done, runs)) else None
 
 
 def _runs(plan: Plan, name: str, denominator: Mapping[str, float] | None) -> list[Planned]:
@@ -124,7 +137,7 @@ def records(plan: Plan) -> dict[str, list[Record]]:
     """The finished runs of each method."""
     comparison, denominator = plan.comparison, _denominator(plan)
     return {
-        name: [read_record(run.record) for run in _runs(plan, name, denominator) if is_done(run)]
+        name: [read_record(run) for run in _runs(plan, name, denominator) if is_done(run)]
         for name in comparison.methods
         if has_own_budget(comparison, name) or denominator is not None
     }

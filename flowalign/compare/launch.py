@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from types import FrameType
 
 from flowalign.compare.plan import Planned
 from flowalign.compare.record import costs_by_iteration
+from flowalign.errors import RunError
 from flowalign.storage.files import DamagedFile
 from flowalign.storage.metrics_log import read_rows
 
@@ -24,11 +26,12 @@ NICE = 5
 
 @dataclass
 class Child:
-    """A run that goes on. log: what it prints."""
+    """A run that goes on. log: what it prints, from byte `printed` on; before that stands what earlier ones printed."""
 
     run: Planned
     process: subprocess.Popen[bytes]
     log: Path
+    printed: int
     began: float = field(default_factory=time.monotonic)
 
 
@@ -64,6 +67,9 @@ class Launcher:
             except KeyboardInterrupt as error:
                 _stop(children)
                 raise KeyboardInterrupt(f"stopped {len(children)} runs; the same command goes on from there") from error
+            except BaseException:  # no run goes on without this process
+                _stop(children)
+                raise
 
     def _left(self, waiting: Sequence[Planned]) -> str:
         """How long the runs that are waiting will take, by those that are finished; a budget of seconds needs none. Without
@@ -83,6 +89,7 @@ class Launcher:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         nice = ["nice", "-n", str(NICE)] if shutil.which("nice") else []
         with log.open("ab") as output:
+            printed = output.tell()
             process = subprocess.Popen(
                 [*nice, *run.command], stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment,
                 start_new_session=True,  # a Ctrl-C reaches the children through this process, once
@@ -90,22 +97,28 @@ class Launcher:
         done, total = self.numbers
         self.numbers = (done + 1, total)
         print(f"run {done + 1} of {total}: {run.method} seed {run.seed}{expected}; log: {log}", flush=True)
-        return Child(run, process, log)
+        return Child(run, process, log, printed)
 
     def _end(self, child: Child) -> None:
         seconds, run = time.monotonic() - child.began, child.run
         if child.process.returncode == 0:
             try:
                 self.finished(run)
-            except DamagedFile as error:
+            except (DamagedFile, RunError) as error:
                 self.failures.append(f"{run.folder.name}: {error}")
                 return
             self._speeds.append(seconds / run.budget.amount)
             print(f"  {run.method} seed {run.seed} is done in {duration(seconds)}", flush=True)
             return
-        last = child.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-        self.failures.append(f"{run.folder.name} ended with code {child.process.returncode}: {' '.join(last)}")
+        self.failures.append(f"{run.folder.name} ended with code {child.process.returncode}: {_reason(child)}")
         print(f"  {self.failures[-1]}", flush=True)
+
+
+def _reason(child: Child) -> str:
+    """The sentence with which it ended, else the last line. A run that a killed comparison left writes into the same log."""
+    text = child.log.read_bytes()[child.printed :].decode(errors="replace")
+    sentences = re.findall(r"(?:configuration error|stopped): [^\r\n]*", text)
+    return " ".join(sentences[-1:] or text.strip().splitlines()[-1:])
 
 
 def _progress(child: Child) -> str:

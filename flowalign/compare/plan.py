@@ -22,6 +22,8 @@ from flowalign.storage.files import read_json
 NO_MATTER = re.compile(
     r"run\.(name|seed|output|project|resume|gradient_check|checkpoint_every|keep_checkpoints|trackers|tags)(\..*)?"
 )
+# an override of the comparison or of a method says otherwise; what its files say, and the default, are of another length
+UNTIL_BUDGET = "run.iterations=1000000"
 # of the evaluation, what may differ between methods
 FREE = re.compile(r"every|batch_size|training_reward|allow_training_prompts|rewards\..*(workers|timeout)")
 
@@ -43,9 +45,9 @@ class Planned:
 
     @property
     def settings(self) -> list[str]:
-        """All overrides of the run."""
+        """All overrides of the run: its budget ends it, unless they name run.iterations."""
         own = [f"run.name={self.folder.name}", f"run.output={self.folder.parent}", f"run.seed={self.seed}"]
-        return [*self.overrides, *own, self.budget.override]
+        return [UNTIL_BUDGET, *self.overrides, *own, self.budget.override]
 
     @property
     def command(self) -> list[str]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from flowalign.compare.plan import Planned
+from flowalign.errors import RunError
 from flowalign.storage.files import DamagedFile, read_json, reading, write_atomic
 from flowalign.storage.metrics_log import Row, read_rows
 
@@ -73,10 +73,24 @@ def write_record(run: Planned) -> None:
     write_atomic(run.record, _lines(content).encode())
 
 
-def read_record(path: Path) -> Record:
+def is_beyond(run: Planned) -> bool:
+    """Whether the folder of a run has iterations that its budget does not allow: it was begun with a larger one."""
+    path = run.folder / "metrics.jsonl"
+    costs = costs_by_iteration(read_rows(path) if path.exists() else [])
+    last = len(costs) - 1
+    # the rule by which a run ends, at its last iteration but one; costs are rounded to 3 digits
+    return last > 1 and (costs[-2][run.budget.unit] - 0.001) * last > run.budget.amount * (last - 1)
+
+
+def read_record(run: Planned) -> Record:
     """DamagedFile naming the file for what `write_record` did not write."""
+    path = run.record
     with reading(path):
         content = json.loads(path.read_text(encoding="utf-8"))
+        if (content["method"], content["seed"]) != (run.method, run.seed):
+            raise ValueError(
+                f"it is of {content['method']} seed {content['seed']}, not of {run.method} seed {run.seed}"
+            )
         first, uids = content["reward"], content["uids"]
         scores = [content["base"][first], *content["on_the_way"], content["tuned"][first]]
         prompts = tuple(dict.fromkeys(uids))
@@ -84,12 +98,19 @@ def read_record(path: Path) -> Record:
             Point(point["iteration"], {name: point[name] for name in COSTS}, by_prompt(uids, prompts, values))
             for point, values in zip(content["curve"], scores, strict=True)
         ]
-        totals = content["totals"]
+        totals = {name: float(content["totals"][name]) for name in COSTS}
         return Record(content["method"], content["seed"], first, prompts, tuple(points), totals)
 
 
 def costs_by_iteration(rows: Sequence[Row]) -> list[dict[str, float]]:
-    """COSTS after 0, 1, 2, … iterations of metrics.jsonl; without those of evaluations on held-out prompts."""
+    """COSTS after 0, 1, 2, … iterations of metrics.jsonl; without those of evaluations on held-out prompts. RunError for
+    rows of a trainer that does not count."""
+    counted = ("cost/images", "cost/rollout_per_image", "cost/decodes_per_image", "cost/reward_calls_per_image")
+    if rows and (missing := [name for name in counted if name not in rows[0]]):
+        raise RunError(
+            f"got metrics without {', '.join(missing)}, which a comparison adds up; expected a trainer that logs them, as the "
+            "`metrics` of a collected rollout do"
+        )
     sums = dict.fromkeys(COSTS, 0.0)
     found = [dict(sums)]
     for row in rows:

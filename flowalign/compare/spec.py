@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -93,7 +92,7 @@ def of_files(
 def _comparison(name: str, spec: dict[str, Any], command: str) -> Comparison:
     _check_keys("the comparison", spec, KEYS, ("methods", "seeds"))
     shared = [_strings(spec, key, "") for key in ("files", "overrides")]
-    seeds, baseline = _seeds(spec, ""), spec.get("baseline")
+    seeds, baseline, share = _seeds(spec, ""), spec.get("baseline"), spec.get("share")
     if not isinstance(spec["methods"], dict) or not spec["methods"]:
         raise ConfigError(f"got methods={spec['methods']!r}; expected name: {{files: […]}} of at least one")
     methods = {str(key): _method(str(key), value, shared, seeds) for key, value in spec["methods"].items()}
@@ -103,9 +102,8 @@ def _comparison(name: str, spec: dict[str, Any], command: str) -> Comparison:
     if not isinstance(references, dict) or not all(_is_number(value) for value in references.values()):
         raise ConfigError(f"got references={references!r}; expected name: score")
     return Comparison(
-        name, methods, budget, baseline, float(spec.get("share", 1.0)), references,
-        Path(str(spec.get("output", "runs/compare"))).expanduser() / name,
-        Path(str(spec.get("results", "results"))).expanduser(), command,
+        name, methods, budget, baseline, 1.0 if share is None else float(share), references,
+        _folder(spec, "output", "runs/compare") / name, _folder(spec, "results", "results"), command,
     )  # fmt: skip
 
 
@@ -139,7 +137,7 @@ def _check_keys(place: str, given: Mapping[Any, Any], known: Sequence[str], need
 
 def _check_baseline(spec: Mapping[str, Any], methods: Mapping[str, Method], budget: Budget | None) -> None:
     baseline, share = spec.get("baseline"), spec.get("share")
-    if baseline is not None and baseline not in methods:
+    if baseline is not None and baseline not in list(methods):
         raise ConfigError(f"got baseline={baseline!r}; expected one of the methods {', '.join(methods)}")
     if share is not None and (baseline is None or not _is_number(share) or not share > 0):
         raise ConfigError(f"got share={share!r}; expected a number above 0, of the total of a `baseline`")
@@ -184,5 +182,13 @@ def _budget(given: Mapping[str, Any], place: str) -> Budget | None:
     return Budget(unit, float(amount))
 
 
+def _folder(given: Mapping[str, Any], key: str, default: str) -> Path:
+    value = given.get(key, default)
+    if not isinstance(value, str) or not value:
+        raise ConfigError(f"got {key}={value!r}; expected a folder, or leave the key out for {default}")
+    return Path(value).expanduser()
+
+
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Finite, and no whole number that is too large for a float."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from flowalign.compare.record import COSTS, Record
+from flowalign.compare.record import COSTS, Point, Record
 from flowalign.errors import ConfigError
 from samplers import generator
 
@@ -67,17 +67,22 @@ def check_same(records: Sequence[Record]) -> None:
 
 
 def mean_curve(records: Sequence[Record]) -> Curve:
-    """Over the iterations at which all runs were evaluated, and over the end of each."""
+    """Over the iterations at which all runs were evaluated, and over the end of each; without those at which no prompt has a
+    valid score in all of them."""
     common = set.intersection(*({point.iteration for point in record.curve[:-1]} for record in records))
     rows = [
         [point for point in record.curve[:-1] if point.iteration in common] + [record.curve[-1]] for record in records
     ]
-    columns = list(zip(*rows, strict=True))
-    costs = {name: [float(np.mean([point.costs[name] for point in column])) for column in columns] for name in COSTS}
     base = np.stack([record.curve[0].scores for record in records])
     start = float(np.nanmean(base))
-    found = [np.stack([point.scores for point in column]) - base for column in columns]
-    paired = [each[:, ~np.isnan(each).any(0)] for each in found]
+    columns, paired = list[tuple[Point, ...]](), list[np.ndarray]()
+    for column in zip(*rows, strict=True):
+        found = np.stack([point.scores for point in column]) - base
+        valid = ~np.isnan(found).any(0)
+        if valid.any():
+            columns.append(column)
+            paired.append(found[:, valid])
+    costs = {name: [float(np.mean([point.costs[name] for point in column])) for column in columns] for name in COSTS}
     intervals = [hierarchical_interval(each, resamples=2000) for each in paired]
     low, high = ([start + bounds[place] for bounds in intervals] for place in (0, 1))
     return Curve(costs, [start + float(each.mean()) for each in paired], low, high)

@@ -63,8 +63,20 @@ def inspect_checkpoint(path: str, family: str | None = None) -> tuple[dict[str, 
             f"got policy.path={path!r}, which does not exist (working directory: {Path.cwd()}); expected 'glyphs', a "
             "diffusers pipeline folder, or a hub id such as 'stabilityai/stable-diffusion-3.5-medium'"
         )
-    index = read_index(local) if local.exists() else dict(DiffusionPipeline.load_config(name))
+    index = read_index(local) if local.exists() else _hub_index(name)
     return index, family_of(f"policy.path={path!r}", str(index.get("_class_name")), family)
+
+
+def _hub_index(name: str) -> dict[str, Any]:
+    """model_index.json of a hub id; FileNotFoundError where it cannot be had."""
+    try:
+        return dict(DiffusionPipeline.load_config(name))
+    except OSError as error:
+        raise FileNotFoundError(
+            f"got policy.path={name!r}, whose model_index.json cannot be had from the hub or its cache: {error} Expected a pipeline "
+            "that this machine may read: accept its license on its page and log in (`hf auth login`), unset HF_HUB_OFFLINE, or "
+            "name a folder that it was downloaded to"
+        ) from error
 
 
 def check_checkpoint(path: str, family: str | None = None) -> None:

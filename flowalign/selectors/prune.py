@@ -63,7 +63,8 @@ class DepthWindow:
 
     It covers first..first+size−1, `first` going from `start` to `stop` and staying there. Smaller is shallower (noisier).
     The authors' script names states, from depth 15 to 9 of 20; step i arrives at depth i + 1, hence 14 and 8. One reading
-    of the paper goes the other way, so the two ends say the sign. size: 4 in the script; the paper's cost table fits 5."""
+    of the paper goes the other way, so the two ends say the sign. size: 4 in the script; the paper's cost table fits 5.
+    ValueError for a window that leaves the grid: on one of ten steps these defaults would leave out nothing."""
 
     size: int = 4
     start: int = 14
@@ -80,6 +81,12 @@ class DepthWindow:
         return self.start + moved * (1 if self.stop > self.start else -1)
 
     def choose(self, forest: Forest, advantages: Advantages, context: SignalContext = START) -> Tensor:
+        steps = forest.tree.num_steps
+        if max(self.start, self.stop) + self.size > steps:
+            raise ValueError(
+                f"got select.start={self.start}, select.stop={self.stop} and select.size={self.size} on a grid of {steps} steps; "
+                f"expected windows inside it: both ends at most {steps - self.size}"
+            )
         step = forest.tree.index[forest.tree.parent[forest.tree.edges]]
         first = self.first(context.iteration)
         return (step < first) | (step >= first + self.size)

@@ -14,12 +14,14 @@ import yaml
 from flowalign.cli import compare as main
 from flowalign.compare import command
 from flowalign.compare.plan import Plan, Planned, former_record, is_done
+from flowalign.compare.record import read_record
 from flowalign.compare.spec import Budget, read_spec
 from flowalign.config import load_config
 from flowalign.config.load import as_written
-from flowalign.errors import ConfigError
+from flowalign.errors import ConfigError, RunError
 from flowalign.loop import train
 from flowalign.report import summary
+from flowalign.storage.files import DamagedFile
 from tests.helpers.tiny_run import CONFIG
 
 ROOT = Path(__file__).parents[2]
@@ -107,6 +109,66 @@ def test_a_larger_budget_goes_on_in_the_same_folders(spec: dict[str, Any], tmp_p
     later = (folder / "metrics.jsonl").read_text()
     assert later.startswith(first) and len(later) > len(first)
     assert len(list((tmp_path / "results" / "try").glob("plain-*.json"))) == 2  # a record of each budget
+
+
+def test_a_folder_that_is_beyond_a_smaller_budget_is_not_taken(spec: dict[str, Any], tmp_path: Path) -> None:
+    spec = {key: value for key, value in spec.items() if key != "share"}
+    spec |= {"methods": {"plain": {"files": [CONFIG]}}, "seeds": [1]}
+    path = write(tmp_path, spec | {"budget": {"evaluations": 90}})
+    assert (
+        main([path, "--only", "plain", "plain"]) == 0
+        and main([write(tmp_path, spec | {"budget": {"evaluations": 91}})]) == 0
+    )  # as long
+    with pytest.raises(
+        RunError, match=r"plain-\w+-s1 was begun with a larger budget and is beyond run.max_evaluations=40;"
+    ):
+        command.compare([write(tmp_path, spec | {"budget": {"evaluations": 40}})])
+    assert trained == ["plain1", "plain1"]
+
+
+def test_the_budget_ends_a_run_not_the_iterations_of_its_files(spec: dict[str, Any], tmp_path: Path) -> None:
+    spec = {key: value for key, value in spec.items() if key != "share"}
+    spec |= {"methods": {"plain": {"files": [CONFIG]}}, "seeds": [1], "overrides": spec["overrides"][:1]}
+    assert load_config(CONFIG)[0].run.iterations == 3 and main([write(tmp_path, spec)]) == 0
+    [record] = (tmp_path / "results" / "try").glob("plain-*.json")
+    assert json.loads(record.read_text())["totals"]["iterations"] > 3
+    [run] = Plan.of(read_spec(write(tmp_path, spec | {"overrides": ["run.iterations=2"]}))).runs(
+        "plain", Budget("evaluations", 130)
+    )
+    assert load_config(run.files, run.settings)[0].run.iterations == 2  # an override is meant
+
+
+def test_what_failed_is_told_where_nothing_is_finished(
+    spec: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path, spec)
+    with pytest.raises(
+        ConfigError, match="--only small, where the budget of small is a share of the total of plain, which is"
+    ):
+        command.compare([path, "--only", "small"])
+    monkeypatch.setattr(InProcess, "run", lambda self, runs: self.failures.append("plain fell"))
+    with pytest.raises(RunError, match="2 runs failed: plain fell; not begun: small, whose budget is a share"):
+        command.compare([path])
+    for option in ("--evaluations", "--seconds"):
+        with pytest.raises(ConfigError, match="but no --seeds"):
+            command.compare([path, option, "0"])
+
+
+def test_a_damaged_record_is_told_before_anything_runs(spec: dict[str, Any], tmp_path: Path) -> None:
+    path = write(tmp_path, spec)
+    [first, second] = Plan.of(read_spec(path)).runs("plain", Budget("evaluations", 130))
+    first.record.parent.mkdir(parents=True)
+    for run, text, why in (
+        (second, "{", "JSONDecodeError"),
+        (second, json.dumps({"method": "plain", "seed": 1}), "it is of plain seed 1, not of plain seed 2"),
+    ):
+        for each in (first, second):
+            each.record.write_text(text)
+        with pytest.raises(DamagedFile, match=f"{re.escape(str(run.record))} cannot be read .*{why}"):
+            read_record(run)
+        with pytest.raises(DamagedFile):
+            command.compare([path])
+    assert trained == []
 
 
 def test_a_record_of_changed_files_is_named_and_not_taken(spec: dict[str, Any], tmp_path: Path) -> None:

@@ -54,6 +54,36 @@ def test_a_child_that_fails_is_told_by_its_last_line_and_the_others_go_on(
     assert finished == ["good"] and launcher.failures == ["bad-s1 ended with code 1: so it is"]
 
 
+def test_the_reason_is_found_among_what_others_write_into_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    does("import sys; print('3%| 1/9\\rconfiguration error: another process\\n4%| 2/9'); sys.exit(2)", monkeypatch)
+    run = planned(tmp_path, "a")
+    run.folder.parent.mkdir()
+    run.folder.with_name("a-s1.log").write_text("stopped: long ago\n")
+    launcher = Launcher(1, (0, 1), lambda run: None)
+    launcher.run([run])
+    assert launcher.failures == ["a-s1 ended with code 2: configuration error: another process"]
+
+
+def test_no_child_goes_on_after_an_error_of_this_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    does(
+        "import os, pathlib, sys, time\n"
+        "other = pathlib.Path(sys.argv[1].replace('first', 'other') + '.pid')\n"
+        "if 'first' not in sys.argv[1]:\n"
+        "    other.with_suffix('.new').write_text(str(os.getpid())); other.with_suffix('.new').replace(other); time.sleep(60)\n"
+        "while not other.exists(): time.sleep(.01)", monkeypatch,
+    )  # fmt: skip
+
+    def full(run: Planned) -> None:
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space"):
+        Launcher(2, (0, 2), full).run([planned(tmp_path, "first"), planned(tmp_path, "other")])
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "runs" / "other-s1.pid").read_text()), 0)
+
+
 def test_sigterm_stops_every_child_and_waits_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     does(
         "import signal, sys, time, pathlib\n"

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from flowalign.compare.record import by_prompt, costs_by_iteration
+from flowalign.errors import RunError
 
 
 def test_costs_add_up_over_iterations() -> None:
@@ -29,6 +30,11 @@ def test_costs_add_up_over_iterations() -> None:
         {"evaluations": 30, "decodes": 12, "reward_calls": 8, "seconds": 1.5},
         {"evaluations": 50, "decodes": 24, "reward_calls": 16, "seconds": 3.0},
     ]
+
+
+def test_rows_of_a_trainer_that_does_not_count_are_told() -> None:
+    with pytest.raises(RunError, match=r"metrics without cost/decodes_per_image, cost/reward_calls_per_image, which"):
+        costs_by_iteration([{"step": 1, "cost/images": 4, "cost/rollout_per_image": 5.0, "time/iteration": 1.5}])
 
 
 def test_scores_by_prompt_are_means_over_valid_samples() -> None:

@@ -45,6 +45,10 @@ def test_shared_files_lie_over_a_methods_own_and_its_own_overrides_over_shared_o
         ({"seeds": [True]}, r"seeds=\[True\]"),
         ({"baseline": "c"}, "baseline='c'; expected one of the methods a, b"),
         ({"share": 0}, "share=0; expected a number above 0"),
+        ({"baseline": ["a"]}, r"baseline=\['a'\]; expected one of the methods a, b"),
+        ({"budget": {"evaluations": 10**400}}, r"budget\.evaluations=10+; expected a whole number"),
+        ({"results": 5}, "results=5; expected a folder, or leave the key out for results"),
+        ({"output": ""}, "output=''; expected a folder"),
         ({"baseline": None}, "share=0.2; expected .* of a `baseline`"),
         ({"budget": None}, "no budget for a; expected budget"),
         ({"budget": None, "baseline": None, "share": None}, "no budget for a, b; expected budget"),
@@ -59,6 +63,12 @@ def test_shared_files_lie_over_a_methods_own_and_its_own_overrides_over_shared_o
 def test_what_cannot_be_is_refused_by_name(change: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         read(tmp_path, {key: value for key, value in (GOOD | change).items() if value is not None})
+
+
+def test_a_key_without_a_value(tmp_path: Path) -> None:
+    assert read(tmp_path, GOOD | {"share": None}).share == 1
+    with pytest.raises(ConfigError, match="results=None; expected a folder"):
+        read(tmp_path, GOOD | {"results": None})
 
 
 def test_files_alone_are_a_comparison() -> None:

@@ -87,6 +87,11 @@ def test_a_mean_curve_joins_equal_iterations_and_the_ends() -> None:
     assert (curve.low[-1], curve.high[-1]) == pytest.approx((low, high), abs=0.02)
 
 
+def test_an_evaluation_without_a_valid_score_is_left_out_of_the_curve() -> None:
+    curve = mean_curve([record([[0, 0], [np.nan, np.nan], [0.6, 0.8]], [0, 4, 9])])
+    assert curve.score == pytest.approx([0, 0.7]) and curve.costs["evaluations"] == [0, 90]
+
+
 @pytest.mark.parametrize(
     ("target", "evaluations"), [(0.2, 5.0), (0.4, 10.0), (0.6, 15.0), (0.9, None), (0.1, 2.5), (0.0, 0.0)]
 )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 from transformers import T5Config, T5EncoderModel
 
@@ -208,6 +209,15 @@ def test_what_diffusers_alone_can_tell_is_a_sentence_too(tiny_pipeline: Path, tm
     (folder / "tokenizer" / "tokenizer.json").write_text('{"model": 3}')
     with pytest.raises(ValueError, match=r"which diffusers cannot load as a StableDiffusion3Pipeline .*; expected"):
         load_policy(str(folder))
+
+
+def test_a_hub_id_that_cannot_be_had_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> dict:
+        raise OSError(f"{name} does not appear to have a file named model_index.json.")
+
+    monkeypatch.setattr(DiffusionPipeline, "load_config", absent)
+    with pytest.raises(ConfigError, match=r"got policy\.path='some/model', .* not appear .* log in .* HF_HUB_OFFLINE"):
+        load_config(CONFIG, ["policy.path=some/model"])
 
 
 def test_whole_folders_pass(tiny_pipeline: Path, tiny_sd15_pipeline: Path) -> None:

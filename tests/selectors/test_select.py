@@ -72,6 +72,10 @@ def test_depth_pruning_moves_between_its_ends() -> None:
         assert sorted(step[~kept].unique().tolist()) == list(range(first, first + 4))
     assert int(DepthWindow(size=5).choose(forest, advantages).sum()) == 138  # 5 · 16 edges fewer
     assert int(DepthWindow(size=4).choose(forest, advantages).sum()) == 154
+    with pytest.raises(
+        ValueError, match="size=5 on a grid of 20 steps; expected windows inside it: both ends at most 15"
+    ):
+        DepthWindow(size=5, start=16).choose(forest, advantages)
     assert [DepthWindow(start=9, stop=15).first(30 * k) for k in (0, 1, 6, 7)] == [9, 10, 15, 15]
 
 
