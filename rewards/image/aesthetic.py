@@ -12,7 +12,18 @@ from rewards.base import RewardSpec
 from rewards.image.checkpoints import check_place, pretrained_network, read_state
 from rewards.image.heads import head_of
 from rewards.image.preprocess import Mode, Preprocess
-from rewards.image.scorer import DTYPES, Dtype, Scorer, at_least_fp32, call_scorer, check_settings, close_scorer, frozen, load_scorer, unit
+from rewards.image.scorer import (
+    DTYPES,
+    Dtype,
+    Scorer,
+    at_least_fp32,
+    call_scorer,
+    check_settings,
+    close_scorer,
+    frozen,
+    load_scorer,
+    unit,
+)
 
 SOURCE = "https://github.com/christophschuhmann/improved-aesthetic-predictor"
 
@@ -70,9 +81,10 @@ class Aesthetic:
             )
         head, dtype = head_of(read_state(path), str(path)), DTYPES[self.dtype]
         tower = pretrained_network(CLIPVisionModelWithProjection, "clip", self.clip, dtype)
-        if head[0].in_features != tower.config.projection_dim:
+        width = next(head.parameters()).shape[1]
+        if width != tower.config.projection_dim:
             raise ValueError(
-                f"got head={self.head!r} for embeddings of {head[0].in_features} numbers; expected {tower.config.projection_dim}, "
+                f"got head={self.head!r} for embeddings of {width} numbers; expected {tower.config.projection_dim}, "
                 f"as clip={self.clip!r} makes: take the CLIP that the head was trained on"
             )
         frozen(tower, dtype)
@@ -82,4 +94,6 @@ class Aesthetic:
             return head(unit(tower(pixel_values=pixels).image_embeds))[:, 0]
 
         # the image processor's crop
-        return Scorer(nn.ModuleList([tower, head]).eval(), Preprocess(tower.config.image_size, crop_offset="floor"), score)
+        return Scorer(
+            nn.ModuleList([tower, head]).eval(), Preprocess(tower.config.image_size, crop_offset="floor"), score
+        )

@@ -49,7 +49,9 @@ def vision_tower(state: Mapping[str, Tensor], path: Path) -> Any:
     from transformers import BlipVisionConfig, BlipVisionModel
 
     if "patch_embed.proj.weight" not in state or "pos_embed" not in state or "blocks.0.mlp.fc1.weight" not in state:
-        raise ValueError(f"got {path} without blip.visual_encoder.*; expected ImageReward's own file, not a converted one")
+        raise ValueError(
+            f"got {path} without blip.visual_encoder.*; expected ImageReward's own file, not a converted one"
+        )
     width, _, patch, _ = state["patch_embed.proj.weight"].shape
     config = BlipVisionConfig(
         hidden_size=width,

@@ -30,7 +30,9 @@ def find_file(what: str, place: str, file: str) -> Path:
         folder = local if local.is_dir() else local.parent
         if (folder / file).is_file():
             return folder / file
-        raise FileNotFoundError(f"got {what}={place!r} and no {file} there; expected it: put it into {folder.absolute()}")
+        raise FileNotFoundError(
+            f"got {what}={place!r} and no {file} there; expected it: put it into {folder.absolute()}"
+        )
     from huggingface_hub import hf_hub_download
 
     try:

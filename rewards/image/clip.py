@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,17 +45,17 @@ def load_clip(model: str, tokenizer: str | None, dtype: torch.dtype) -> Clip:
     return load_transformers_clip(model, tokenizer, dtype)
 
 
-def load_transformers_clip(model: str, tokenizer: str | None, dtype: torch.dtype) -> Clip:
+def load_transformers_clip(model: str, tokenizer_place: str | None, dtype: torch.dtype) -> Clip:
     """Texts are padded and cut to the network's number of positions (77); the end token is kept."""
     from transformers import CLIPModel, CLIPTokenizer
 
     network = pretrained_network(CLIPModel, "model", model, at_least_fp32(dtype))
-    source = "model" if tokenizer is None else "tokenizer"
-    words = pretrained(CLIPTokenizer, source, tokenizer or model)
+    source = "model" if tokenizer_place is None else "tokenizer"
+    tokenizer = pretrained(CLIPTokenizer, source, tokenizer_place or model)
     text, vision = network.config.text_config, network.config.vision_config
-    if len(words) != text.vocab_size:
+    if len(tokenizer) != text.vocab_size:
         raise ValueError(
-            f"got {source}={tokenizer or model!r}, a tokenizer of {len(words)} tokens; expected {text.vocab_size}, the "
+            f"got {source}={tokenizer_place or model!r}, a tokenizer of {len(tokenizer)} tokens; expected {text.vocab_size}, the "
             "vocabulary of the network"
         )
     scale = float(network.logit_scale.detach().double().exp())  # before the weights are rounded to dtype
@@ -66,27 +67,32 @@ def load_transformers_clip(model: str, tokenizer: str | None, dtype: torch.dtype
 
     def texts(prompts: list[str]) -> Tensor:
         length = text.max_position_embeddings
-        ids = words(prompts, padding="max_length", truncation=True, max_length=length, return_tensors="pt").input_ids
+        ids = tokenizer(
+            prompts, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+        ).input_ids
         return cast(Tensor, network.text_projection(network.text_model(ids.to(network.device)).pooler_output))
 
     return Clip(network, Preprocess(vision.image_size, crop_offset="floor"), images, texts, scale)
 
 
-def load_open_clip(name: str, tokenizer: str | None, dtype: torch.dtype) -> Clip:
+def load_open_clip(name: str, tokenizer_place: str | None, dtype: torch.dtype) -> Clip:
     """Activation, image size and normalization come with the weights, from open_clip_config.json."""
     import open_clip
 
     try:
         network = open_clip.create_model(name, require_pretrained=True)
-        words = open_clip.get_tokenizer(name) if tokenizer is None else open_clip.HFTokenizer(tokenizer)
+        if tokenizer_place is None:
+            tokenizer = open_clip.get_tokenizer(name)
+        else:
+            tokenizer = open_clip.HFTokenizer(os.path.expanduser(tokenizer_place))
         config = open_clip.get_model_preprocess_cfg(network)
     except (OSError, RuntimeError, ValueError) as error:
         place = name.partition(":")[2]
-        raise FileNotFoundError(
+        raise ValueError(
             f"got model={name!r}, which open_clip cannot load ({error}); expected {CONFIG}, weights and a tokenizer: "
             f"`hf download {place}` on a machine with a network, then set model to `local-dir:` and the folder"
         ) from error
-    return clip_of(network, words, _preprocess(name, config), dtype)
+    return clip_of(network, tokenizer, _preprocess(name, config), dtype)
 
 
 def clip_of(network: Any, tokenizer: Any, preprocess: Preprocess, dtype: torch.dtype) -> Clip:
@@ -112,4 +118,3 @@ def _preprocess(name: str, config: dict[str, Any]) -> Preprocess:
     mean, std = tuple(config["mean"]), tuple(config["std"])
     fill = config["fill_color"] / 255
     return Preprocess(sides.pop(), cast(Any, FITS[fit]), "round", interpolation, fill, mean, std)
-

@@ -71,19 +71,21 @@ class ImageReward:
 
         path = find_file("model", self.model, "ImageReward.pt")
         config = json.loads(find_file("model", self.model, "med_config.json").read_text(encoding="utf-8"))
-        words = pretrained(BertTokenizer, "tokenizer", self.tokenizer)
-        words.add_special_tokens({"bos_token": "[DEC]", "additional_special_tokens": ["[ENC]"]})
-        if len(words) != config["vocab_size"]:
+        tokenizer = pretrained(BertTokenizer, "tokenizer", self.tokenizer)
+        tokenizer.add_special_tokens({"bos_token": "[DEC]", "additional_special_tokens": ["[ENC]"]})
+        if len(tokenizer) != config.get("vocab_size"):
             raise ValueError(
-                f"got tokenizer={self.tokenizer!r} with {len(words)} tokens, [DEC] and [ENC] among them; expected "
-                f"{config['vocab_size']}, those of the checkpoint: take bert-base-uncased"
+                f"got tokenizer={self.tokenizer!r} with {len(tokenizer)} tokens, [DEC] and [ENC] among them; expected "
+                f"{config.get('vocab_size')}, those of the checkpoint: take bert-base-uncased"
             )
         tower, encoder, head = read_network(read_state(path), config, path)
         dtype = DTYPES[self.dtype]
-        network = nn.ModuleList([frozen(tower, dtype), frozen(encoder, dtype), frozen(head, at_least_fp32(dtype))]).eval()
+        network = nn.ModuleList(
+            [frozen(tower, dtype), frozen(encoder, dtype), frozen(head, at_least_fp32(dtype))]
+        ).eval()
 
         def score(pixels: Tensor, prompts: list[str]) -> Tensor:
-            tokens = words(prompts, padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt")
+            tokens = tokenizer(prompts, padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt")
             hidden = encoder(
                 input_ids=tokens.input_ids.to(pixels.device),
                 attention_mask=tokens.attention_mask.to(pixels.device),

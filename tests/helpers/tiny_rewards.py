@@ -7,7 +7,8 @@ import atexit
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,14 @@ def folder(name: str) -> Path:
     return path
 
 
+@contextmanager
+def seeded(seed: int = 0) -> Iterator[None]:
+    """Draws from a generator of its own: what is made depends neither on the order of the tests nor the tests on it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
 @cache
 def clip(projection: int = 16) -> Path:
     """The folder of a CLIPModel of transformers and its tokenizer, as OpenAI's and PickScore's: images of 32 pixels, 77
@@ -42,9 +51,9 @@ def clip(projection: int = 16) -> Path:
         "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
     }  # fmt: skip
     vision = {**tower, "projection_dim": projection, "image_size": 32, "patch_size": 8}
-    torch.manual_seed(0)
-    network = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=projection))
-    shaken(network).save_pretrained(path)
+    with seeded():
+        network = shaken(CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=projection)))
+    network.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
 
@@ -62,7 +71,8 @@ def clip_tokenizer() -> Any:
 def aesthetic_head(variant: str, width: int = 768) -> Path:
     """A file of LAION's: "linear" or "relu" (v2), or "v1", which is one layer."""
     path = folder("heads") / f"{variant}_{width}.pth"
-    torch.save(head_state(AESTHETIC[variant], width), path)
+    with seeded():
+        torch.save(head_state(AESTHETIC[variant], width), path)
     return path
 
 
@@ -93,10 +103,11 @@ def open_clip_folder(resize_mode: str = "shortest") -> Path:
     config = open_clip_config(context_length=24, vocab_size=len(tokenizer), hf_tokenizer_name="here")
     seen = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4], "interpolation": "bicubic", "resize_mode": resize_mode}
     (path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": seen}))
-    torch.manual_seed(0)
     model = {key: value for key, value in config.items() if key != "text_cfg"}
     text = {key: value for key, value in config["text_cfg"].items() if key != "hf_tokenizer_name"}
-    save_file(shaken(open_clip.CLIP(**model, text_cfg=text)).state_dict(), path / "open_clip_model.safetensors")
+    with seeded():
+        network = shaken(open_clip.CLIP(**model, text_cfg=text))
+    save_file(network.state_dict(), path / "open_clip_model.safetensors")
     tokenizer.save_pretrained(path)
     return path
 
@@ -109,8 +120,9 @@ def hps() -> Path:
     path, config = folder("hps"), open_clip_config()
     (path / "architecture.json").write_text(json.dumps(config))
     for seed, name in enumerate(("HPS_v2_compressed.pt", "HPS_v2.1_compressed.pt")):
-        torch.manual_seed(seed)
-        torch.save({"epoch": 0, "state_dict": shaken(open_clip.CLIP(**config)).state_dict()}, path / name)
+        with seeded(seed):
+            network = shaken(open_clip.CLIP(**config))
+        torch.save({"epoch": 0, "state_dict": network.state_dict()}, path / name)
     return path
 
 
@@ -128,8 +140,8 @@ def image_reward() -> Path:
         "encoder_width": 768, "add_cross_attention": True,
     }  # fmt: skip
     (path / "med_config.json").write_text(json.dumps(config))
-    torch.manual_seed(0)
-    torch.save(image_reward_state(config), path / "ImageReward.pt")
+    with seeded():
+        torch.save(image_reward_state(config), path / "ImageReward.pt")
     return path
 
 

@@ -62,7 +62,9 @@ class ByHand:
 
     def text(self, image: Tensor, ids: list[int]) -> Tensor:
         """[tokens, width] of a prompt that looks at the image."""
-        words, places = (self.state[f"blip.text_encoder.embeddings.{kind}_embeddings.weight"] for kind in ("word", "position"))
+        words, places = (
+            self.state[f"blip.text_encoder.embeddings.{kind}_embeddings.weight"] for kind in ("word", "position")
+        )
         x = self.norm("blip.text_encoder.embeddings.LayerNorm", words[ids] + places[: len(ids)], 1e-12)
         for block in ("blip.text_encoder.encoder.layer.0", "blip.text_encoder.encoder.layer.1"):
             for kind in ("attention", "crossattention"):
@@ -95,7 +97,11 @@ def test_the_score_is_blips_of_the_published_tensors() -> None:
 
 def test_prompts_are_cut_at_35_tokens() -> None:
     reward, longest = made(), "abcdefghijklmnopqrstuvwxyzabcdefg"  # 33 letters, start and end
-    full, cut, short = scores(reward, [longest] * 3), scores(reward, [longest + "h"] * 3), scores(reward, [longest[:-1]] * 3)
+    full, cut, short = (
+        scores(reward, [longest] * 3),
+        scores(reward, [longest + "h"] * 3),
+        scores(reward, [longest[:-1]] * 3),
+    )
     assert torch.equal(full, cut)
     assert float((full - short).abs().min()) > 1e-4
 

@@ -76,7 +76,9 @@ def test_the_reference_modes_are_the_published_pipelines(height: int, width: int
     from transformers import CLIPImageProcessor
 
     raw = pictures(height, width)
-    pipeline = Compose([Resize(32, InterpolationMode.BICUBIC), CenterCrop(32), ToTensor(), Normalize(CLIP_MEAN, CLIP_STD)])
+    pipeline = Compose(
+        [Resize(32, InterpolationMode.BICUBIC), CenterCrop(32), ToTensor(), Normalize(CLIP_MEAN, CLIP_STD)]
+    )
     theirs = torch.stack([pipeline(as_pil(picture)) for picture in raw])
     torch.testing.assert_close(Preprocess(32)(raw.float() / 255, "pil"), theirs)
     processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
