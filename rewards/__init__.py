@@ -2,7 +2,7 @@
 
 A new reward is one new file, or a plain function named by its path; YAML names the class by import path. base: the
 contract; guard: `score`, through which every caller asks a reward (isolation: what it may change); mix, channels, with_timeout: rewards made of others
-(parts: what they share); function: a plain function; ocr/ and workers/: reading text, and helper processes.
+(parts: what they share); function: a plain function; ocr/ and workers/: reading text, and helper processes; image/: pretrained networks.
 """
 
 from rewards.base import (
@@ -20,6 +20,7 @@ from rewards.channels import Channels
 from rewards.color import ColorAccuracy
 from rewards.function import FunctionReward
 from rewards.guard import close, score, score_chunks
+from rewards.image import Aesthetic, CLIPScore, HPSv2, ImageReward, PickScore
 from rewards.jpeg import JPEGCompressibility, JPEGIncompressibility
 from rewards.mix import Mix
 from rewards.ocr import OCR, Line, RapidReader, Recognizer
@@ -48,6 +49,11 @@ __all__ = [
     "ColorAccuracy",
     "JPEGCompressibility",
     "JPEGIncompressibility",
+    "Aesthetic",
+    "CLIPScore",
+    "PickScore",
+    "HPSv2",
+    "ImageReward",
     "Mix",
     "Channels",
     "FunctionReward",

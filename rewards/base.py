@@ -16,6 +16,7 @@ from torch import Tensor
 
 Input = Literal["images", "videos", "latents"]
 Scope = Literal["terminal", "latent"]
+Memory = Literal["cpu", "S", "M", "L", "XL"]
 
 
 class RewardError(RuntimeError):
@@ -30,9 +31,10 @@ class RewardSpec:
     samples (their latents, if it reads them, have sigma 0). "latent": noisy states x_sigma of a rollout (a process reward).
     channels: names of the columns of its scores; () is one column, named like the reward. differentiable: whether gradients
     reach its inputs (`score(..., grad=True)`). range: smallest and largest score of every channel; a score outside is a
-    RewardError. licence: of code and weights, for humans. scores_black: False if an image without content has no score, since
+    RewardError. licence: of code and weights, for humans. checkpoint: the weights it loads, hub id or path. memory: what its
+    weights take on a GPU: "cpu" nothing, "S" less than 2 GB, "M" 2 to 8, "L" 8 to 20, "XL" more, or a server. scores_black: False if an image without content has no score, since
     a face, say, must be found first: the trial before a run then does not ask for one.
-    ValueError for an unknown input or scope, for channels of one name, for a range that is none, and for a latent reward
+    ValueError for an unknown input, scope or memory, for channels of one name, for a range that is none, and for a latent reward
     that does not read latents alone."""
 
     inputs: tuple[Input, ...] = ("images",)
@@ -42,12 +44,16 @@ class RewardSpec:
     range: tuple[float, float] | None = None
     licence: str = ""
     scores_black: bool = True
+    checkpoint: str = ""
+    memory: Memory = "cpu"
 
     def __post_init__(self) -> None:
         if len(set(self.inputs)) < len(self.inputs) or not set(self.inputs) <= set(get_args(Input)):
             raise ValueError(f"got inputs {self.inputs}; expected some of {get_args(Input)}, each once")
         if self.scope not in get_args(Scope):
             raise ValueError(f"got scope {self.scope!r}; expected one of {get_args(Scope)}")
+        if self.memory not in get_args(Memory):
+            raise ValueError(f"got memory {self.memory!r}; expected one of {get_args(Memory)}")
         if self.scope == "latent" and self.inputs != ("latents",):
             raise ValueError(
                 f"got scope 'latent' with inputs {self.inputs}; expected ('latents',): states are not decoded"
@@ -133,8 +139,8 @@ class RewardBatch:
         conditions = self.conditions and [[image.to(device) for image in images] for images in self.conditions]
         return replace(self, **moved, conditions=conditions)
 
-    def pixels(self) -> Tensor:
-        """images as uint8 [N, 3, H, W] on the CPU, round(255 x) as flow_grpo does (half to even; not truncated).
+    def unit_images(self) -> Tensor:
+        """images as they are, with their graph.
 
         ValueError without images, or if a value lies more than 1e-3 outside [0, 1] (a model's [-1, 1], say).
         """
@@ -144,7 +150,14 @@ class RewardBatch:
         if images.numel() and not (images.min() >= -1e-3 and images.max() <= 1 + 1e-3):
             low, high = images.min().item(), images.max().item()
             raise ValueError(f"got images in {low:.3g}..{high:.3g}; expected [0, 1]: rescale what the decoder returns")
-        return (images.clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+        return self.images
+
+    def pixels(self) -> Tensor:
+        """images as uint8 [N, 3, H, W] on the CPU, round(255 x) as flow_grpo does (half to even; not truncated).
+
+        ValueError as in `unit_images`.
+        """
+        return (self.unit_images().detach().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ from typing import Protocol, get_args
 import torch
 from torch import Tensor
 
-from rewards.base import Input, Reward, RewardBatch, RewardOutput, RewardSpec, spec_of
+from rewards.base import Input, Memory, Reward, RewardBatch, RewardOutput, RewardSpec, spec_of
 from rewards.guard import score
 
 
@@ -22,7 +22,9 @@ def check_names(what: str, parts: Sequence[Reward]) -> None:
 
 
 def joint_spec(what: str, parts: Sequence[Reward], channels: tuple[str, ...] = ()) -> RewardSpec:
-    """The spec of all parts together: all their inputs; differentiable if all are. ValueError for parts of two scopes."""
+    """The spec of all parts together: all their inputs; differentiable if all are; the memory of the largest.
+
+    ValueError for parts of two scopes."""
     specs = [spec_of(part) for part in parts]
     scopes = {part.name: spec.scope for part, spec in zip(parts, specs, strict=True)}
     if len(set(scopes.values())) > 1:
@@ -34,6 +36,8 @@ def joint_spec(what: str, parts: Sequence[Reward], channels: tuple[str, ...] = (
         differentiable=all(spec.differentiable for spec in specs),
         scores_black=all(spec.scores_black for spec in specs),
         licence="; ".join(dict.fromkeys(spec.licence for spec in specs if spec.licence)),
+        checkpoint="; ".join(dict.fromkeys(spec.checkpoint for spec in specs if spec.checkpoint)),
+        memory=max((spec.memory for spec in specs), key=get_args(Memory).index),
     )
 
 

@@ -26,9 +26,15 @@ from rewards import (
     channels_of,
     score,
 )  # fmt: skip
+from tests.helpers import tiny_rewards as tiny
 
 # class -> its arguments, for rewards that have no defaults or are slow with them
 ARGUMENTS: dict[str, Callable[[], dict[str, object]]] = {
+    "Aesthetic": lambda: {"head": str(tiny.aesthetic_head("relu")), "clip": str(tiny.clip(768))},
+    "CLIPScore": lambda: {"model": str(tiny.open_clip_folder())},
+    "HPSv2": lambda: {"model": str(tiny.hps()), "architecture": str(tiny.hps() / "architecture.json")},
+    "ImageReward": lambda: {"model": str(tiny.image_reward()), "tokenizer": str(tiny.image_reward())},
+    "PickScore": lambda: {"model": str(tiny.clip())},
     "Channels": lambda: {"rewards": [JPEGCompressibility(), ColorAccuracy()]},
     "FunctionReward": lambda: {"path": "flowalign.diagnostics.measure:brightness", "differentiable": True},
     "Mix": lambda: {"rewards": [JPEGCompressibility(), OCR(recognizer=RapidReader(workers=1))], "weights": [0.1, 1.0]},

@@ -51,6 +51,13 @@ init_args:
     assert mix.rewards[1].palette["red"] == (200, 0, 0) and mix.weights == [1, 0.5, 0.1, 2]
 
 
+def test_yaml_builds_pretrained_rewards_without_loading_them():
+    picked = built("{class_path: rewards.PickScore, init_args: {scale: logit_over_26, dtype: bf16, batch_size: 8}}")
+    assert picked == rewards.PickScore(scale="logit_over_26", dtype="bf16", batch_size=8) and picked.scorer is None
+    for name in ("Aesthetic", "CLIPScore", "HPSv2", "ImageReward"):
+        assert built(f"rewards.{name}").spec.differentiable
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -58,6 +65,8 @@ init_args:
         ("{class_path: rewards.OCR, init_args: {metric: edt}}", "edt"),
         ("{class_path: rewards.Line, init_args: {text: a, confidence: 1}}", "protocol Reward"),
         ("{class_path: rewards.OCRR}", "OCRR"),
+        ("{class_path: rewards.HPSv2, init_args: {version: v3}}", "v3"),
+        ("{class_path: rewards.HPSv2, init_args: {scorer: null}}", "scorer"),
     ],
 )
 def test_yaml_mistakes_are_errors(text, message):
