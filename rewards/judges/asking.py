@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from PIL import Image
@@ -16,12 +16,13 @@ from rewards.judges.parse import Unreadable
 from rewards.judges.template import Templates
 
 
-def data_urls(images: Sequence[Tensor]) -> list[str]:
+def data_urls(images: Iterable[Tensor]) -> list[str]:
     """Each of the uint8 images [3, H, W] as a PNG, without loss (JPEG would be part of what is judged); equal images are
     encoded once."""
     known: dict[tuple[torch.Size, bytes], str] = {}
-    keys = [(image.shape, image.numpy().tobytes()) for image in images]
-    for key, image in zip(keys, images, strict=True):
+    keys = []
+    for image in images:
+        keys.append(key := (image.shape, image.numpy().tobytes()))
         if key not in known:
             file = io.BytesIO()
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, format="PNG", compress_level=1)

@@ -115,8 +115,9 @@ class UnifiedWinRate:
     Components: comparisons (pairs that were read), same_in_both_orders (the share of them in which the order of the images
     did not matter), noncanonical_template.
 
-    It sees groups (equal group_ids) as far as they are in one batch: keep rollout.micro_batch a multiple of a group's
-    samples, and leave it out of an evaluation with one sample per prompt. w is a rate already: take
+    It sees groups (equal group_ids) as far as they are in one batch: keep rollout.micro_batch at a multiple of a group's
+    samples, and leave it out of an evaluation with one sample per prompt. group_size: a group of two or more samples that
+    has another number of them is a ValueError; None takes what there is. w is a rate already: take
     flowalign.advantage.Normalized; WinRate would rank it once more, and is for rewards that score one image.
     Not kept: a score does depend on the batch mates of its group; the size of a win."""
 
@@ -124,6 +125,7 @@ class UnifiedWinRate:
     version: Literal[1, 2] = 2
     opponents: int | None = None
     both_orders: bool = True
+    group_size: int | None = None
     seed: int = 0
     sampling: Sampling = field(default_factory=partial(Sampling, max_tokens=4096))
     templates: str | None = None
@@ -166,6 +168,12 @@ class UnifiedWinRate:
         groups: dict[int, list[int]] = {}
         for row, group in enumerate(batch.group_ids):
             groups.setdefault(group, []).append(row)
+        for group, rows in groups.items():
+            if self.group_size is not None and 1 < len(rows) != self.group_size:
+                raise ValueError(
+                    f"got {len(rows)} samples of group {group} in one batch; expected all {self.group_size}: set "
+                    "rollout.micro_batch to a multiple of a group's samples"
+                )
         keys = [hashlib.sha256(f"{self.seed} {url}".encode()).hexdigest() for url in urls]
         rings = [sorted(rows, key=lambda row: (keys[row], batch.sample_ids[row])) for rows in groups.values()]
         return [pair for ring in rings for pair in pairs_in_ring(ring, self.opponents)]

@@ -129,6 +129,13 @@ def test_a_sample_without_any_pair_is_invalid():
     assert output.scores[:2, 0].tolist() == [0, 1] and not output.valid[2] and "HTTP 400" in output.info[2]
 
 
+def test_a_group_in_parts_is_an_error_if_its_size_is_known():
+    with pytest.raises(RewardError, match="got 2 samples of group 5 in one batch; expected all 3"):
+        rates(brighter, shades(1, 2, groups=[5, 5]), group_size=3)
+    assert bool(rates(brighter, shades(1, 2, 3, groups=[5] * 3), group_size=3)[0].valid.all())
+    assert not bool(rates(brighter, shades(1, 2, groups=[5, 6]), group_size=3)[0].valid.any())  # as in a trial
+
+
 def test_the_order_of_the_batch_does_not_matter():
     batch = shades(*range(0, 70, 10), groups=[0] * 7)
     first, asked = rates(brighter, batch, opponents=2)
