@@ -98,8 +98,8 @@ class Augmented:
 
 def changed(batch: RewardBatch, view: View, shift: int) -> RewardBatch:
     """The batch with every image and every frame in that view."""
-    fields = {"images": batch.images, "videos": batch.videos}
-    return replace(batch, **{name: _seen(x, view, shift) for name, x in fields.items() if x is not None})
+    images, videos = (None if x is None else _seen(x, view, shift) for x in (batch.images, batch.videos))
+    return replace(batch, images=images, videos=videos)
 
 
 def _seen(pixels: Tensor, view: View, shift: int) -> Tensor:

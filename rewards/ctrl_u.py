@@ -16,7 +16,9 @@ def disagreement(outputs: Tensor) -> Tensor:
     """U [N, *]: mean of |a − b| over the pairs of K >= 2 repeats, outputs [K, N, *]: for K = 2 Ctrl-U's |a − b| of depth, edges
     and line art, pixel by pixel. ValueError for fewer repeats."""
     if outputs.ndim < 2 or len(outputs) < 2:
-        raise ValueError(f"got outputs {list(outputs.shape)}; expected [K, N, *] with at least 2 repeats of each sample")
+        raise ValueError(
+            f"got outputs {list(outputs.shape)}; expected [K, N, *] with at least 2 repeats of each sample"
+        )
     first, second = torch.triu_indices(len(outputs), len(outputs), 1, device=outputs.device)
     return (outputs[first] - outputs[second]).abs().mean(0)
 
@@ -39,7 +41,9 @@ def certainty_weighted_loss(
     weights [N] >= 0: None is 1 each. Gradients pass through U too, as in Ctrl-U's code: + scale·U is there since the loss would
     otherwise fall with every growth of U. Where L·exp(−U) > scale it still does. ValueError for other shapes, or below 0."""
     if losses.shape != uncertainty.shape or losses.ndim < 1:
-        raise ValueError(f"got losses {list(losses.shape)}, uncertainty {list(uncertainty.shape)}; expected one shape [N, *]")
+        raise ValueError(
+            f"got losses {list(losses.shape)}, uncertainty {list(uncertainty.shape)}; expected one shape [N, *]"
+        )
     if bool((losses < 0).any()) or bool((uncertainty < 0).any()):
         raise ValueError("got a negative loss or uncertainty; expected at least 0, so that exp(-U) lowers a loss")
     each = (losses * torch.exp(-uncertainty) + scale * uncertainty)[..., None].flatten(1).mean(1)

@@ -67,4 +67,8 @@ def group_distances(features: Tensor, groups: list[int]) -> Tensor:
     group = torch.tensor(groups, device=features.device)
     apart = group[:, None] != group[None, :]
     apart |= torch.eye(len(groups), dtype=torch.bool, device=features.device)
-    return torch.stack([(features - row).norm(dim=1) for row in features]).masked_fill(apart, torch.nan) if groups else apart.float()
+    return (
+        torch.stack([(features - row).norm(dim=1) for row in features]).masked_fill(apart, torch.nan)
+        if groups
+        else apart.float()
+    )

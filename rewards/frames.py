@@ -43,9 +43,13 @@ class OnFrames:
         if self.frames not in named and (isinstance(self.frames, str) or self.frames < 1):
             raise ValueError(f"got frames={self.frames!r}; expected one of {named}, or a number of at least 1")
         if self.every < 1 or (self.every > 1 and self.frames != "all"):
-            raise ValueError(f"got every={self.every} with frames={self.frames!r}; expected at least 1, and frames='all'")
+            raise ValueError(
+                f"got every={self.every} with frames={self.frames!r}; expected at least 1, and frames='all'"
+            )
         if self.per_second is not None and (not self.per_second > 0 or (self.frames, self.every) != ("all", 1)):
-            raise ValueError(f"got per_second={self.per_second}; expected a number above 0, with frames='all' and every=1")
+            raise ValueError(
+                f"got per_second={self.per_second}; expected a number above 0, with frames='all' and every=1"
+            )
         if self.reduce not in ("mean", "min", "max", "top", "mean_positive") or not 0 < self.share <= 1:
             raise ValueError(
                 f"got reduce={self.reduce!r}, share={self.share}; expected 'mean', 'min', 'max', 'top' or 'mean_positive', and a "
@@ -97,12 +101,16 @@ class OnFrames:
         """The numbers of the frames, of `count`, that the reward sees; ValueError if there are too few."""
         if self.per_second is not None:
             if self.per_second > fps:
-                raise ValueError(f"got per_second={self.per_second:g} and videos of {fps:g} fps; expected no more than they have")
+                raise ValueError(
+                    f"got per_second={self.per_second:g} and videos of {fps:g} fps; expected no more than they have"
+                )
             times = range(int((count - 1) / fps * self.per_second + 1e-9) + 1)
             return [round(number * fps / self.per_second) for number in times]
         if isinstance(self.frames, int):
             if self.frames > count:
-                raise ValueError(f"got frames={self.frames} and videos of {count} frames; expected no more than they have")
+                raise ValueError(
+                    f"got frames={self.frames} and videos of {count} frames; expected no more than they have"
+                )
             if self.frames == 1:
                 return [count // 2]
             return [round(number * (count - 1) / (self.frames - 1)) for number in range(self.frames)]
@@ -129,4 +137,6 @@ def frames_as_images(batch: RewardBatch, index: list[int]) -> RewardBatch:
     assert batch.videos is not None
     rows = torch.arange(len(batch)).repeat_interleave(len(index))
     stills = batch.videos[:, index].flatten(0, 1)
-    return replace(replace(batch, videos=None, fps=None, images=None, latents=None, sigma=None).select(rows), images=stills)
+    return replace(
+        replace(batch, videos=None, fps=None, images=None, latents=None, sigma=None).select(rows), images=stills
+    )

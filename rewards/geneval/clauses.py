@@ -42,7 +42,9 @@ class Record:
 def parse(metadata: dict[str, Any], classes: tuple[str, ...] = CLASSES) -> Record:
     """A record of GenEval's jsonl: {"tag", "include": [{"class", "count", "color"?, "position"?: [relation, number of an earlier
     clause]}], "exclude"?: [{"class", "count"}]}; other keys are ignored. ValueError says what is wrong with it."""
-    tag, include, exclude = (metadata.get(key, default) for key, default in (("tag", ""), ("include", []), ("exclude", [])))
+    tag, include, exclude = (
+        metadata.get(key, default) for key, default in (("tag", ""), ("include", []), ("exclude", []))
+    )
     if not isinstance(tag, str) or not isinstance(include, list) or not isinstance(exclude, list) or not include:
         raise ValueError(
             f"got metadata with tag {tag!r}, include {include!r}, exclude {exclude!r}; expected GenEval's record: a tag, a list of "
@@ -62,7 +64,9 @@ def _clause(clause: Any, number: int, classes: tuple[str, ...]) -> Clause:
     """The clause with that number among those to include."""
     known = {"class", "count", "color", "position"}
     if not isinstance(clause, dict) or not {"class", "count"} <= set(clause) <= known:
-        raise ValueError(f"got the clause {clause!r}; expected a mapping of class, count and perhaps color and position")
+        raise ValueError(
+            f"got the clause {clause!r}; expected a mapping of class, count and perhaps color and position"
+        )
     name, count, color, position = (clause.get(key) for key in ("class", "count", "color", "position"))
     if name not in classes:
         raise ValueError(f"got the class {name!r}; expected one of the detector's: {', '.join(classes)}")
@@ -73,7 +77,9 @@ def _clause(clause: Any, number: int, classes: tuple[str, ...]) -> Clause:
     if position is None:
         return Clause(name, count, color)
     if not isinstance(position, list | tuple) or len(position) != 2 or position[0] not in RELATIONS:
-        raise ValueError(f"got the position {position!r} of {name!r}; expected [one of {RELATIONS}, number of a clause]")
+        raise ValueError(
+            f"got the position {position!r} of {name!r}; expected [one of {RELATIONS}, number of a clause]"
+        )
     relation, target = position
     if not isinstance(target, int) or not 0 <= target < number:
         raise ValueError(f"got the position {position!r} in clause {number}; expected the number of an earlier clause")

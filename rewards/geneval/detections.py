@@ -41,7 +41,9 @@ class Detector(Protocol):
 
 
 class ColorClassifier(Protocol):
-    def classify(self, image: Tensor, boxes: Tensor, masks: Tensor | None, name: str, colors: Sequence[str]) -> list[str]:
+    def classify(
+        self, image: Tensor, boxes: Tensor, masks: Tensor | None, name: str, colors: Sequence[str]
+    ) -> list[str]:
         """The color, of `colors`, of each of k objects of class `name` at boxes [k, 4] (masks [k, H, W]) in the uint8 RGB image
         [3, H, W]."""
         ...

@@ -70,8 +70,8 @@ class GenEval:
                 rows.append(dict.fromkeys(METRICS, float("nan")))
                 info.append(record)
                 continue
-            scores, text = self._judge(record, found[i], images[i])
-            rows.append(scores)
+            row, text = self._judge(record, found[i], images[i])
+            rows.append(row)
             info.append(text)
         components = {key: torch.tensor([row[key] for row in rows], dtype=torch.float32) for key in METRICS}
         scores = components[self.metric]

@@ -20,7 +20,9 @@ def one(image):
 
 
 def test_an_even_picture_looks_alike_in_all_views():
-    output = score(Augmented(Plain(brightness), views=6, crop=0.3, shift=2, flip=True), one(torch.full((3, 16, 16), 0.3)))
+    output = score(
+        Augmented(Plain(brightness), views=6, crop=0.3, shift=2, flip=True), one(torch.full((3, 16, 16), 0.3))
+    )
     assert output.scores.item() == pytest.approx(0.3, abs=1e-6) and output.uncertainty.item() < 1e-6
     assert output.components["drop"].abs().item() < 1e-6
 

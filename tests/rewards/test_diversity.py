@@ -33,7 +33,9 @@ def test_order_and_other_groups_do_not_matter():
     levels, groups = [0.1, 0.5, 0.2, 0.6, 0.4, 0.9], [0, 1, 0, 1, 0, 1]
     whole, order = score(GroupDiversity(3), batch(levels, groups)).scores, [4, 1, 5, 0, 2, 3]
     torch.testing.assert_close(score(GroupDiversity(3), batch(levels, groups).select(order)).scores, whole[order])
-    torch.testing.assert_close(score(GroupDiversity(3), batch(levels, groups).select([0, 2, 4])).scores, whole[[0, 2, 4]])
+    torch.testing.assert_close(
+        score(GroupDiversity(3), batch(levels, groups).select([0, 2, 4])).scores, whole[[0, 2, 4]]
+    )
 
 
 def test_a_group_that_is_not_whole_has_no_score():

@@ -1,5 +1,6 @@
 """Ensembles: closed forms of each rule, limits of the soft minimum, gradients, and samples that a member cannot score."""
 
+import itertools
 import math
 
 import pytest
@@ -53,7 +54,7 @@ def test_the_soft_minimum_goes_from_the_least_to_the_mean():
     torch.testing.assert_close(combined(members, NONE, "softmin", 1e-4), members.amin(1), rtol=1e-6, atol=1e-3)
     torch.testing.assert_close(combined(members, NONE, "softmin", 1e9), members.mean(1), rtol=1e-4, atol=1e-3)
     betas = [combined(members, NONE, "softmin", beta) for beta in (0.1, 1.0, 10.0, 100.0)]
-    assert all(bool((low < high).all()) for low, high in zip(betas, betas[1:], strict=False))
+    assert all(bool((low < high).all()) for low, high in itertools.pairwise(betas))
     second = combined(MEMBERS, NONE, "softmin", 1e3) - combined(MEMBERS, NONE, "uwo", 1 / 2e3)  # mean - var/(2 beta)
     assert float(second.abs().max()) < 1e-5
 
@@ -121,7 +122,7 @@ def test_a_member_that_explodes_on_one_sample_costs_that_sample_only():
     output = score(Ensemble(members, how="wco"), batch(4))
     assert output.valid[:, 0].tolist() == [True, True, False, True] and "boom" in output.info[2]
     assert output.scores[output.valid].tolist() == [0, 1, 3] and output.scores[2].isnan()
-    with pytest.raises(RewardError, match="'ensemble' failed.*'plain' failed.*boom"):
+    with pytest.raises(RewardError, match=r"'ensemble' failed.*'plain' failed.*boom"):
         score(Ensemble([fragile, named("y", [0.0] * 4)]), batch(4))
 
 
@@ -130,7 +131,9 @@ def test_standardized_members_decide_alike():
     cosine, tens = named("cosine", [0.2, 0.3]), named("tens", [21.0, 19.0])
     raw = score(Ensemble([cosine, tens], how="wco"), batch(2)).scores[:, 0]
     torch.testing.assert_close(raw, torch.tensor([0.2, 0.3]))
-    fair = score(Ensemble([Standardized(cosine, 0.25, 0.05), Standardized(tens, 20, 1)], how="wco"), batch(2)).scores[:, 0]
+    fair = score(Ensemble([Standardized(cosine, 0.25, 0.05), Standardized(tens, 20, 1)], how="wco"), batch(2)).scores[
+        :, 0
+    ]
     torch.testing.assert_close(fair, torch.tensor([-1.0, -1.0]))
 
 

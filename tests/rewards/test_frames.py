@@ -13,7 +13,9 @@ LEVELS = torch.tensor([[0.1, 0.9, 0.5, 0.3], [0.2, 0.2, 0.2, 0.8]])
 def level(b):
     """Scores the brightness."""
     scores = b.images.mean((1, 2, 3))
-    return RewardOutput(scores, torch.ones(len(b)).bool(), {"twice": 2 * scores}, [f"saw {x:.1f}" for x in scores.tolist()])
+    return RewardOutput(
+        scores, torch.ones(len(b)).bool(), {"twice": 2 * scores}, [f"saw {x:.1f}" for x in scores.tolist()]
+    )
 
 
 def bright(**options):
@@ -88,7 +90,9 @@ def test_a_frame_without_a_score_leaves_its_video_without_one():
 
 
 def test_mean_positive_is_zero_where_no_frame_is_above_it():
-    shifted = Plain(lambda b: RewardOutput(b.images.mean((1, 2, 3)) - 0.5, torch.ones(len(b)).bool()), RewardSpec(range=(-1, 1)))
+    shifted = Plain(
+        lambda b: RewardOutput(b.images.mean((1, 2, 3)) - 0.5, torch.ones(len(b)).bool()), RewardSpec(range=(-1, 1))
+    )
     levels = torch.tensor([[0.1, 0.2, 0.5], [0.1, 0.6, 0.8]])
     reward = OnFrames(shifted, reduce="mean_positive")
     assert score(reward, batch(levels)).scores[:, 0].tolist() == pytest.approx([0, 0.2])
@@ -113,7 +117,9 @@ def test_frames_know_what_their_video_knows():
 
 def test_several_channels_and_the_spec():
     two = Plain(
-        lambda b: RewardOutput(torch.stack([b.images.amax((1, 2, 3)), -b.images.amin((1, 2, 3))], 1), torch.ones(len(b), 2).bool()),
+        lambda b: RewardOutput(
+            torch.stack([b.images.amax((1, 2, 3)), -b.images.amin((1, 2, 3))], 1), torch.ones(len(b), 2).bool()
+        ),
         RewardSpec(channels=("high", "low")),
     )
     reward = OnFrames(two, reduce="max")
@@ -124,7 +130,10 @@ def test_several_channels_and_the_spec():
 
 @pytest.mark.parametrize("reduce", ["mean", "min", "max", "top", "mean_positive"])
 def test_gradients_equal_finite_differences(reduce):
-    cube = Plain(lambda b: RewardOutput((b.images**3).mean((1, 2, 3)), torch.ones(len(b)).bool()), RewardSpec(differentiable=True))
+    cube = Plain(
+        lambda b: RewardOutput((b.images**3).mean((1, 2, 3)), torch.ones(len(b)).bool()),
+        RewardSpec(differentiable=True),
+    )
     videos = torch.rand(2, 4, 3, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
     def total(pixels):

@@ -219,7 +219,10 @@ def test_records_that_are_none(metadata, message):
 
 
 def test_a_record_and_the_classes():
-    include = [{"class": "computer mouse", "count": 2}, {"class": "dog", "count": 1, "color": "red", "position": ("above", 0)}]
+    include = [
+        {"class": "computer mouse", "count": 2},
+        {"class": "dog", "count": 1, "color": "red", "position": ("above", 0)},
+    ]
     record = parse({"tag": "position", "include": include, "prompt": "p", "other": 1})
     assert record == Record("position", (Clause("computer mouse", 2), Clause("dog", 1, "red", "above", 0)))
     assert len(CLASSES) == len(set(CLASSES)) == 80 and CLASSES[0] == "person" and CLASSES[-1] == "toothbrush"
@@ -227,7 +230,10 @@ def test_a_record_and_the_classes():
 
 
 def test_a_color_without_a_classifier_is_no_score():
-    output = score(GenEval(Table([thing("dog")], [thing("dog")])), batch([{"tag": "t", "include": [DOG]}, {"tag": "t", "include": [RED_DOG]}]))
+    output = score(
+        GenEval(Table([thing("dog")], [thing("dog")])),
+        batch([{"tag": "t", "include": [DOG]}, {"tag": "t", "include": [RED_DOG]}]),
+    )
     assert output.valid[:, 0].tolist() == [True, False] and "set `colors`" in output.info[1]
 
 

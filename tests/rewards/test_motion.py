@@ -54,7 +54,10 @@ def test_a_still_is_caught():
     assert score(gated, video([0.4] * 5)).scores.item() == 0
     assert score(gated, moving).scores.item() == pytest.approx(1 - 0.05**2 / 2)
     assert measured(video([0.4, 0.4, 0.4, 0.6]))["static"] == pytest.approx(2 / 3)
-    assert measured(video([0.4, 0.4 + 0.9 / 255]))["static"] == 1 and measured(video([0.4, 0.4 + 1.1 / 255]))["static"] == 0
+    assert (
+        measured(video([0.4, 0.4 + 0.9 / 255]))["static"] == 1
+        and measured(video([0.4, 0.4 + 1.1 / 255]))["static"] == 0
+    )
 
 
 @pytest.mark.parametrize(("step", "expected"), [(0.0, 0.0), (0.0125, 0.5), (0.025, 1.0), (0.1, 1.0), (0.2, 0.5)])
@@ -97,7 +100,9 @@ def test_the_distance_of_thumbnails_is_the_root_mean_square_of_what_is_left():
         torch.testing.assert_close(distance, left.square().mean().sqrt())
 
 
-@pytest.mark.parametrize("made", [VideoStatistics(("motion", "flicker", "consistency", "first_frame")), MotionBand(0.1, 1.5)])
+@pytest.mark.parametrize(
+    "made", [VideoStatistics(("motion", "flicker", "consistency", "first_frame")), MotionBand(0.1, 1.5)]
+)
 def test_gradients(made):
     def total(pixels):
         return score(made, RewardBatch(prompts=["p"] * 2, videos=pixels, fps=8.0), grad=True).scores.sum()

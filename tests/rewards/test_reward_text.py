@@ -31,7 +31,9 @@ def test_unknown_rule():
 def test_similarity_is_capped_at_the_target():
     assert similarity("x" * 100, "abcd") == 0
     assert similarity("xabcdx", "abcd") == 0.5
-    assert similarity(["a", "cat"], ["a", "dog", "ran"]) == pytest.approx(1 / 3)  # of words: one kept, one other, one missing
+    assert similarity(["a", "cat"], ["a", "dog", "ran"]) == pytest.approx(
+        1 / 3
+    )  # of words: one kept, one other, one missing
 
 
 @pytest.mark.parametrize("read", ["", "zz", "xabcdx", "xabdx", "bcd", "dcba", "abxcdab"])

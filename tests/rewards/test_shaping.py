@@ -74,7 +74,10 @@ def test_capped():
 
 
 def test_gated():
-    own, gate = reward([0.9, 0.8, 0.7, NAN, 0.6], range=(0, 1), doubt=0.1), reward([1.0, 5.0, 4.9, 9.0, NAN], name="gate")
+    own, gate = (
+        reward([0.9, 0.8, 0.7, NAN, 0.6], range=(0, 1), doubt=0.1),
+        reward([1.0, 5.0, 4.9, 9.0, NAN], name="gate"),
+    )
     output = score(Gated(own, gate, threshold=4.9), batch(5))
     assert output.scores[:3, 0].tolist() == pytest.approx([0, 0.8, 0.7])
     assert output.valid[:, 0].tolist() == [True, True, True, False, False]
