@@ -26,7 +26,7 @@ from rewards.ensembles import Ensemble
 from rewards.features import Features, Thumbnail
 from rewards.frames import OnFrames
 from rewards.function import FunctionReward
-from rewards.geneval import ColorClassifier, Detections, Detector, GenEval
+from rewards.geneval import CLIPColors, ColorClassifier, Detections, Detector, GenEval, Mask2Former
 from rewards.guard import close, score, score_chunks
 from rewards.jpeg import JPEGCompressibility, JPEGIncompressibility
 from rewards.mix import Mix
@@ -63,6 +63,8 @@ __all__ = [
     "Detector",
     "ColorClassifier",
     "Detections",
+    "Mask2Former",
+    "CLIPColors",
     "ImageStatistics",
     "VideoStatistics",
     "MotionBand",
