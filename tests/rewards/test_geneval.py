@@ -156,7 +156,8 @@ def box(x, y, width=2.0, height=2.0):
         (box(0, 9), box(0, 0), {"below"}),
         (box(-9, 9), box(0, 0), {"left of", "below"}),
         (box(0, 0), box(0, 0), set()),
-        (box(0.4, 0), box(0, 0), set()),  # no more than a tenth of both sizes together
+        (box(0.1, 0), box(0, 0), set()),  # less than a tenth of both sizes together
+        (box(0.4, 0), box(0, 0), set()),
         (box(0.79, 0), box(0, 0), set()),  # (0.79 − 0.4) / 0.79 < 1/2
         (box(0.81, 0), box(0, 0), {"right of"}),
         (box(4.2, 0, width=20), box(0, 0), set()),  # wide objects ask for more
