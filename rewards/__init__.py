@@ -1,11 +1,14 @@
 """Rewards: images, videos or latents with text in, scores out. Imports neither samplers nor trainers.
 
 A new reward is one new file, or a plain function named by its path; YAML names the class by import path. base: the
-contract; guard: `score`, through which every caller asks a reward (isolation: what it may change); mix, channels, with_timeout: rewards made of others
-(parts: what they share); function: a plain function; ocr/ and workers/: reading text, and helper processes; image/: pretrained
-networks; judges/: vision-language models that are asked through a chat endpoint.
+contract; guard: `score`, through which every caller asks a reward (isolation: what it may change); mix, channels, ensembles,
+shaping, augmented, frames, with_timeout: rewards made of others (parts: what they share); function: a plain function; monitors,
+motion, diversity: statistics without a model (features: how alike two pictures are); ctrl_u: losses weighted by certainty;
+image/: pretrained networks; judges/: vision-language models that are asked through a chat endpoint; ocr/, geneval/ and
+workers/: reading text, checking objects, and helper processes.
 """
 
+from rewards.augmented import Augmented
 from rewards.base import (
     Reward,
     RewardBatch,
@@ -19,7 +22,12 @@ from rewards.base import (
 )
 from rewards.channels import Channels
 from rewards.color import ColorAccuracy
+from rewards.diversity import GroupDiversity
+from rewards.ensembles import Ensemble
+from rewards.features import Features, Thumbnail
+from rewards.frames import OnFrames
 from rewards.function import FunctionReward
+from rewards.geneval import CLIPColors, ColorClassifier, Detections, Detector, GenEval, Mask2Former
 from rewards.guard import close, score, score_chunks
 from rewards.image import Aesthetic, CLIPScore, HPSv2, ImageReward, PickScore
 from rewards.jpeg import JPEGCompressibility, JPEGIncompressibility
@@ -36,7 +44,10 @@ from rewards.judges import (
     UnifiedWinRate,
 )
 from rewards.mix import Mix
+from rewards.monitors import ImageStatistics
+from rewards.motion import MotionBand, VideoStatistics
 from rewards.ocr import OCR, Line, RapidReader, Recognizer
+from rewards.shaping import Capped, Gated, Standardized
 from rewards.with_timeout import WithTimeout
 
 PART_OF = "flowalign"
@@ -67,8 +78,26 @@ __all__ = [
     "PickScore",
     "HPSv2",
     "ImageReward",
+    "GenEval",
+    "Detector",
+    "ColorClassifier",
+    "Detections",
+    "Mask2Former",
+    "CLIPColors",
+    "ImageStatistics",
+    "VideoStatistics",
+    "MotionBand",
+    "GroupDiversity",
+    "Features",
+    "Thumbnail",
     "Mix",
     "Channels",
+    "Ensemble",
+    "Standardized",
+    "Capped",
+    "Gated",
+    "Augmented",
+    "OnFrames",
     "FunctionReward",
     "ChatEndpoint",
     "Sampling",

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from rewards.base import Reward, RewardBatch, RewardOutput, RewardSpec, channels_of
-from rewards.parts import ask, check_names, close_parts, joint_spec, load_parts, wants_gradient
+from rewards.base import Reward, RewardBatch, RewardOutput, RewardSpec
+from rewards.parts import ask, check_names, check_one_channel, close_parts, joint_spec, load_parts, wants_gradient
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,7 @@ class Mix:
         if len(self.rewards) != len(self.weights):
             names = [part.name for part in self.rewards]
             raise ValueError(f"got a mix of rewards {names} and weights {self.weights}; expected one weight per reward")
-        for part in self.rewards:
-            if len(channels := channels_of(part)) > 1:
-                raise ValueError(
-                    f"got a mix with reward {part.name!r}, whose channels are {list(channels)}; expected one score "
-                    "per part: take rewards.Channels, and mix advantages (flowalign.advantage.Mixed)"
-                )
+        check_one_channel("a mix", self.rewards)
         joint_spec("a mix", self.rewards)
 
     @property

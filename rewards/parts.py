@@ -8,7 +8,7 @@ from typing import Protocol, get_args
 import torch
 from torch import Tensor
 
-from rewards.base import Input, Memory, Reward, RewardBatch, RewardOutput, RewardSpec, spec_of
+from rewards.base import Input, Memory, Reward, RewardBatch, RewardOutput, RewardSpec, channels_of, spec_of
 from rewards.guard import score
 
 
@@ -19,6 +19,16 @@ def check_names(what: str, parts: Sequence[Reward]) -> None:
         raise ValueError(
             f"got {what} of rewards {names}; expected at least one, and different names: set `name` on the equal ones"
         )
+
+
+def check_one_channel(what: str, parts: Sequence[Reward]) -> None:
+    """ValueError for a part of several channels."""
+    for part in parts:
+        if len(channels := channels_of(part)) > 1:
+            raise ValueError(
+                f"got {what} with reward {part.name!r}, whose channels are {list(channels)}; expected one score "
+                "per part: take rewards.Channels, and mix advantages (flowalign.advantage.Mixed)"
+            )
 
 
 def joint_spec(what: str, parts: Sequence[Reward], channels: tuple[str, ...] = ()) -> RewardSpec:
@@ -73,6 +83,20 @@ def ask(
         components |= {f"{part.name}/{key}": value for key, value in output.components.items()}
         info = [f"{text}; {part.name}: {more}" if more else text for text, more in zip(info, output.info, strict=True)]
     return outputs, components, [text.removeprefix("; ") for text in info]
+
+
+def columns(outputs: Sequence[RewardOutput]) -> tuple[Tensor, Tensor]:
+    """Answers of K rewards of one channel as scores [N, K], NaN where invalid, and uncertainties [N, K], 0 where none is stated."""
+    like = outputs[0].scores
+    scores = torch.cat([output.scores.to(like) for output in outputs], 1)
+    doubts = [torch.zeros_like(o.scores) if o.uncertainty is None else o.uncertainty for o in outputs]
+    return scores, torch.cat([doubt.to(like) for doubt in doubts], 1)
+
+
+def with_raw(output: RewardOutput) -> dict[str, Tensor]:
+    """The components of a part, with its scores as `raw` (`raw/channel`), for a reward that changes them."""
+    names = ("raw",) if len(output.channels) == 1 else tuple(f"raw/{channel}" for channel in output.channels)
+    return output.components | dict(zip(names, output.scores.detach().float().T, strict=True))
 
 
 def wants_gradient(spec: RewardSpec) -> bool:

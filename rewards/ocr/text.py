@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import unicodedata
+from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -19,24 +21,27 @@ def normalize_text(text: str, rule: str) -> str:
     raise ValueError(f"got normalize={rule!r}; expected 'flow_grpo', 'strict' or 'loose'")
 
 
-def edit_distance(a: str, b: str) -> int:
-    """Levenshtein distance: insertions, deletions and substitutions, each 1."""
-    row = list(range(len(b) + 1))
+def edit_distance(a: Sequence[str], b: Sequence[str], *, anywhere: bool = False) -> int:
+    """Levenshtein distance of texts, or of lists of words: insertions, deletions and substitutions, each 1. anywhere: the least
+    one between `b` and any part of `a` in one piece."""
+    row, least = list(range(len(b) + 1)), len(b)
     for i, x in enumerate(a, start=1):
-        diagonal, row[0] = row[0], i
+        diagonal, row[0] = row[0], 0 if anywhere else i
         for j, y in enumerate(b, start=1):
             diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
-    return row[-1]
+        least = min(least, row[-1])
+    return least if anywhere else row[-1]
 
 
-def similarity(read: str, target: str, *, exempt: bool) -> float:
-    """1 - min(d, L) / L with d the edit distance and L = len(target) > 0, in [0, 1] (flow_grpo's OCR reward).
+def similarity(read: Sequence[str], target: Sequence[str], *, anywhere: bool = False) -> float:
+    """1 - min(d, L) / L with d the edit distance and L = len(target) > 0, in [0, 1]: 1 less the error rate of characters (CER,
+    of texts) or of words (WER, of lists), cut at 0. anywhere: the best over all parts of what was read."""
+    return 1.0 - min(edit_distance(read, target, anywhere=anywhere), len(target)) / len(target)
 
-    exempt: a target that stands anywhere in what was read has d = 0, so extra text costs nothing.
-    """
-    if exempt and target in read:
-        return 1.0
-    return 1.0 - min(edit_distance(read, target), len(target)) / len(target)
+
+def f1(read: Sequence[str], target: Sequence[str]) -> float:
+    """2 · common / (read + target words), each word as often as it stands there, in any order; target not empty."""
+    return 2 * (Counter(read) & Counter(target)).total() / (len(read) + len(target))
 
 
 def ctc_log_prob(letters: np.ndarray, blank: np.ndarray, target: str) -> float:

@@ -4,7 +4,7 @@ import importlib
 import inspect
 import pkgutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
@@ -16,6 +16,8 @@ from flowalign.glyphs.renderer import render
 from rewards import (
     OCR,
     ColorAccuracy,
+    Detections,
+    ImageStatistics,
     JPEGCompressibility,
     RapidReader,
     Reward,
@@ -29,6 +31,21 @@ from rewards import (
 from tests.helpers import tiny_rewards as tiny
 from tests.helpers.judge_server import bright_judge
 
+
+class Corners:
+    """A detector for GenEval: a person wherever the left half of the picture is darker than its right half."""
+
+    def detect(self, images: torch.Tensor, classes: Sequence[str]) -> list[Detections]:
+        left, right = (half.float().mean((1, 2, 3)) for half in images.chunk(2, dim=3))
+        box, one = torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.ones(1)
+        return [Detections(box[:n], one[:n], torch.zeros(n)) for n in (left < right).long().tolist()]
+
+    def load(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+SEEN = ("brightness", "contrast", "saturation", "edges", "high_frequency", "flat")  # no Glyph has a black pixel
 # class -> its arguments, for rewards that have no defaults or are slow with them
 ARGUMENTS: dict[str, Callable[[], dict[str, object]]] = {
     "Aesthetic": lambda: {"head": str(tiny.aesthetic_head("relu")), "clip": str(tiny.clip(768))},
@@ -40,14 +57,28 @@ ARGUMENTS: dict[str, Callable[[], dict[str, object]]] = {
         name: lambda: {"endpoint": bright_judge()}
         for name in ("DeQA", "EditScore", "Questions", "QwenVL", "UnifiedReward", "UnifiedWinRate", "WISE")
     },
+    "Augmented": lambda: {"reward": ImageStatistics(("contrast",))},
+    "Capped": lambda: {"reward": ImageStatistics(("contrast", "edges")), "high": 0.3, "low": 0.0, "soft": True},
     "Channels": lambda: {"rewards": [JPEGCompressibility(), ColorAccuracy()]},
+    "Ensemble": lambda: {
+        "rewards": [ImageStatistics(("contrast",), "a"), ImageStatistics(("edges",), "b")],
+        "how": "softmin",
+    },
     "FunctionReward": lambda: {"path": "flowalign.diagnostics.measure:brightness", "differentiable": True},
+    "Gated": lambda: {"reward": ImageStatistics(("contrast",)), "gate": JPEGCompressibility(), "threshold": -1.86},
+    "GenEval": lambda: {"detector": Corners()},
+    "GroupDiversity": lambda: {"group_size": 2, "near": 0.35},
+    "ImageStatistics": lambda: {"statistics": SEEN},
     "Mix": lambda: {"rewards": [JPEGCompressibility(), OCR(recognizer=RapidReader(workers=1))], "weights": [0.1, 1.0]},
     "OCR": lambda: {"recognizer": RapidReader(workers=1)},
     "PARM": lambda: {"endpoint": bright_judge(), "sigma": 0.0},
+    "MotionBand": lambda: {"low": 0.1, "high": 0.5},
+    "OnFrames": lambda: {"reward": ImageStatistics(SEEN), "frames": "first_last"},
+    "Standardized": lambda: {"reward": ImageStatistics(("contrast", "edges")), "loc": 0.2, "scale": 0.1},
     "WithTimeout": lambda: {"reward": JPEGCompressibility(), "timeout": 60.0, "batch_size": 2},
 }
-GROUPWISE = {"UnifiedWinRate"}  # a score is one among its group's, so it does depend on batch mates
+
+GROUPWISE = {"GroupDiversity", "UnifiedWinRate"}  # a score depends on the whole group, and on nothing else of the batch
 
 
 def reward_classes() -> list[type]:
@@ -75,25 +106,29 @@ def made(found: type) -> Reward:
 
 
 def batch() -> RewardBatch:
-    """Six Glyphs, two of them equal, of which the last does not show what its prompt asks for. One group; each has a source
-    image, a question and an explanation, for the judges."""
+    """Six Glyphs in three groups, two of them equal, of which the last does not show what its prompt asks for; as videos they run
+    sideways, each at its own speed. GenEval's clauses ask for a person; for the judges each has a source image, a question and
+    an explanation."""
     records = [*held_out_prompts()[:5], held_out_prompts()[0]]
     words, inks, papers = ([record[key] for record in records] for key in ("target", "ink", "paper"))
+    images = render([*words[:5], "ZZZZ"], inks, [*papers[:5], "cyan" if papers[0] != "cyan" else "white"])
+    frames = [[image.roll(number * t, 2) for t in range(4)] for number, image in enumerate(images)]
     asked = {"vqa_list": [["Is it bright?", "Yes"]], "explanation": "none is needed"}
+    clauses = {"tag": "single_object", "include": [{"class": "person", "count": 1}]}
     return RewardBatch(
         prompts=[record["prompt"] for record in records],
-        images=render([*words[:5], "ZZZZ"], inks, [*papers[:5], "cyan" if papers[0] != "cyan" else "white"]),
-        metadata=[{**record, **asked, "palette": {**INKS, **PAPERS}} for record in records],
+        images=images,
+        videos=torch.stack([torch.stack(each) for each in frames]),
+        fps=8.0,
+        metadata=[{**record, **asked, **clauses, "palette": {**INKS, **PAPERS}} for record in records],
         conditions=[[image] for image in render(words, inks, papers)],
-        group_ids=[0] * 6,
+        group_ids=[0, 0, 1, 1, 2, 2],
     )
 
 
-@pytest.fixture
-def pointwise(reward: Reward) -> Reward:
-    if type(reward).__name__ in GROUPWISE:
-        pytest.skip("compares the samples of a group")
-    return reward
+def units(reward: Reward) -> list[list[int]]:
+    """Which samples may be scored apart from the others."""
+    return [[0, 1], [2, 3], [4, 5]] if type(reward).__name__ in GROUPWISE else [[i] for i in range(6)]
 
 
 @pytest.fixture(params=reward_classes(), ids=lambda found: found.__name__, scope="module")
@@ -110,8 +145,8 @@ def equal(ours: RewardOutput, other: RewardOutput) -> None:
 
 def test_the_walk_finds_the_rewards() -> None:
     names = {found.__name__ for found in reward_classes()}
-    assert {"ColorAccuracy", "FunctionReward", "JPEGCompressibility", "Mix", "OCR", "WithTimeout", "Channels"} <= names
-    assert not {"Engine", "RapidReader", "Recognizer", "Reward", "Workers"} & names
+    assert {"ColorAccuracy", "FunctionReward", "JPEGCompressibility", "Mix", "OCR", "OnFrames", "WithTimeout"} <= names
+    assert not {"Engine", "RapidReader", "Recognizer", "Reward", "Workers", "Thumbnail", "Detector"} & names
 
 
 def test_every_argument_is_of_a_reward() -> None:
@@ -143,43 +178,37 @@ def test_the_form_of_an_answer(reward: Reward) -> None:
 
 
 def test_a_batch_without_what_its_spec_reads_is_refused(reward: Reward) -> None:
-    assert reward.spec.inputs == ("images",)
-    with pytest.raises(RewardError, match="expected images, which it reads"):
+    assert reward.spec.inputs in (("images",), ("videos",))
+    with pytest.raises(RewardError, match=f"expected {reward.spec.inputs[0]}, which it reads"):
         score(reward, RewardBatch(prompts=["p"]))
 
 
 def test_a_gradient_is_given_or_refused_as_its_spec_says(reward: Reward) -> None:
     pixels = batch()
-    assert pixels.images is not None
-    pixels.images.requires_grad_()
+    read = pixels.tensors()[reward.spec.inputs[0]].requires_grad_()
     if not reward.spec.differentiable:
         with pytest.raises(RewardError, match="which this is not"):
             score(reward, pixels, grad=True)
         return
-    (gradient,) = torch.autograd.grad(score(reward, pixels, grad=True).scores.sum(), pixels.images)
+    (gradient,) = torch.autograd.grad(score(reward, pixels, grad=True).scores.sum(), read)
     assert bool(gradient.isfinite().all()) and float(gradient.abs().max()) > 0
 
 
-def test_a_score_does_not_depend_on_the_order_of_the_batch(reward: Reward) -> None:
+def test_a_score_depends_neither_on_batch_mates_nor_on_order(reward: Reward) -> None:
     together, order = score(reward, batch()), [4, 0, 5, 2, 1, 3]
     shuffled = score(reward, batch().select(order))
     equal(RewardOutput(together.scores[order], together.valid[order]), shuffled)
+    for rows in units(reward):
+        equal(RewardOutput(together.scores[rows], together.valid[rows]), score(reward, batch().select(rows)))
 
 
-def test_a_score_does_not_depend_on_batch_mates(pointwise: Reward) -> None:
-    together = score(pointwise, batch())
-    for i in range(6):
-        alone = score(pointwise, batch().select([i]))
-        equal(RewardOutput(together.scores[i : i + 1], together.valid[i : i + 1]), alone)
-
-
-def test_an_image_that_is_not_finite_is_masked_and_harms_no_other(pointwise: Reward) -> None:
-    reward, together, broken = pointwise, score(pointwise, batch()), batch()
-    assert broken.images is not None
-    broken.images[2, 1, 3, 3] = torch.nan
-    output, others = score(reward, broken), [0, 1, 3, 4, 5]
-    assert output.valid.all(1).tolist() == output.valid.any(1).tolist() == [True, True, False, True, True, True]
-    assert bool(output.scores[2].isnan().all())
+def test_an_input_that_is_not_finite_is_masked_and_harms_no_other(reward: Reward) -> None:
+    together, broken = score(reward, batch()), batch()
+    broken.tensors()[reward.spec.inputs[0]][2, ..., 1, 3, 3] = torch.nan
+    output, harmed = score(reward, broken), next(rows for rows in units(reward) if 2 in rows)
+    others = [i for i in range(6) if i not in harmed]
+    assert output.valid.all(1).tolist() == output.valid.any(1).tolist() == [i in others for i in range(6)]
+    assert bool(output.scores[harmed].isnan().all())
     torch.testing.assert_close(output.scores[others], together.scores[others], rtol=1e-5, atol=1e-6)
 
 

@@ -1,4 +1,4 @@
-"""The OCR reward with a fake recognizer: flow_grpo's table (methods/rewards.md 6.1), variants, failures, batch laws."""
+"""The OCR reward with a fake recognizer: flow_grpo's table, variants, failures, batch laws."""
 
 import numpy as np
 import pytest
@@ -61,6 +61,43 @@ def test_without_the_exemption_extra_text_costs():
     output = only("Hello World", ["xx hello world yy"], substring_exempt=False)
     assert output.scores.item() == pytest.approx(0.6)
     assert output.components["edit_exempt"].item() == 1 and output.components["edit"].item() == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize(
+    ("lines", "words", "f1", "anywhere"),
+    [
+        (["HELLO", "world"], 1.0, 1.0, 1.0),
+        (["world", "hello"], 0.0, 1.0, 5 / 10),  # each word is one substitution; of 10 letters half stand in one piece
+        (["hello there world"], 0.5, 4 / 5, 7 / 10),  # "hereworld" is three edits away
+        (["xx hello world yy"], 0.0, 4 / 6, 1.0),
+        (["hello world world"], 0.5, 4 / 5, 1.0),
+        (["helloworld"], 0.0, 0.0, 1.0),  # no space was read: two words are missing, one is other
+        ([], 0.0, 0.0, 0.0),
+    ],
+)
+def test_words_and_order(lines, words, f1, anywhere):
+    output = only("Hello World", lines)
+    got = [output.components[key].item() for key in ("words", "f1", "anywhere")]
+    assert got == pytest.approx([words, f1, anywhere])
+    for metric in ("words", "f1", "anywhere"):
+        assert only("Hello World", lines, metric=metric).scores.item() == output.components[metric].item()
+
+
+def test_several_targets_are_one_text_or_each_anywhere():
+    swapped = only(["Open", "Closed"], ["CLOSED", "0PEN"]).components
+    assert swapped["anywhere"].item() == pytest.approx((3 / 4 + 1) / 2) and swapped["f1"].item() == 0.5
+    in_order = only(["Open", "Closed"], ["open", "closed"]).components
+    assert all(in_order[key].item() == 1 for key in ("exact", "edit", "words", "f1", "anywhere"))
+    prompt = 'a door with "Open" above "Closed" and an open "quote'
+    for target, lines, edit in (("quotes", ["open"], 1.0), ("all_quotes", ["open", "closed"], 1.0)):
+        batch = RewardBatch(prompts=[prompt], images=torch.zeros(1, 3, 4, 4))
+        reward = OCR(target=target, recognizer=Fake(lines), substring_exempt=False)
+        assert score(reward, batch).scores.item() == edit
+
+
+def test_of_several_targets_each_has_to_be_a_text():
+    output = score(OCR(recognizer=Fake(["A"], ["A"], ["A"])), batch_for(["A"], ["A", ""], ["A", 3]), max_fail_rate=1)
+    assert output.valid[:, 0].tolist() == [True, False, False] and "is ['A', 3]; expected" in output.info[2]
 
 
 @pytest.mark.parametrize(

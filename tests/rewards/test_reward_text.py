@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from rewards.ocr.text import ctc_log_prob, edit_distance, normalize_text, similarity
+from rewards.ocr.text import ctc_log_prob, edit_distance, f1, normalize_text, similarity
 
 
 @pytest.mark.parametrize(
@@ -29,9 +29,23 @@ def test_unknown_rule():
 
 
 def test_similarity_is_capped_at_the_target():
-    assert similarity("x" * 100, "abcd", exempt=True) == 0
-    assert similarity("xabcdx", "abcd", exempt=True) == 1
-    assert similarity("xabcdx", "abcd", exempt=False) == 0.5
+    assert similarity("x" * 100, "abcd") == 0
+    assert similarity("xabcdx", "abcd") == 0.5
+    assert similarity(["a", "cat"], ["a", "dog", "ran"]) == pytest.approx(
+        1 / 3
+    )  # of words: one kept, one other, one missing
+
+
+@pytest.mark.parametrize("read", ["", "zz", "xabcdx", "xabdx", "bcd", "dcba", "abxcdab"])
+def test_anywhere_is_the_least_distance_to_any_part(read):
+    parts = [read[i:j] for i in range(len(read) + 1) for j in range(i, len(read) + 1)]
+    assert edit_distance(read, "abcd", anywhere=True) == min(edit_distance(part, "abcd") for part in parts)
+    assert similarity(read, "abcd", anywhere=True) == 1 - edit_distance(read, "abcd", anywhere=True) / 4
+
+
+def test_f1_counts_each_word_as_often_as_it_stands_there():
+    assert f1(["b", "a"], ["a", "b"]) == 1 and f1([], ["a"]) == 0
+    assert f1(["a", "a", "x"], ["a", "b"]) == pytest.approx(2 * 1 / 5)
 
 
 @pytest.mark.parametrize("target", ["a", "ab", "aa", "aba", "abba"])

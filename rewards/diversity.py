@@ -1,0 +1,74 @@
+"""Diversity within a group: how far the samples of one prompt lie apart, and how many of them repeat each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from rewards.base import RewardBatch, RewardOutput, RewardSpec
+from rewards.features import Features, Thumbnail
+
+
+@dataclass
+class GroupDiversity:
+    """Of each image, beside the others of its group (equal group_ids), two channels:
+
+      distance  mean Euclidean distance of its features to theirs
+      repeated  share of them nearer than `near`, 0 to 1
+
+    The mean of `repeated` over a group is the share of pairs that are near-duplicates: near 1 the policy has collapsed. features: None
+    is Thumbnail(), pixels averaged to 16 × 16; any `Features` measures what it sees. near: 0.02, for Thumbnail about five of 255 levels.
+    group_size: images of a group that are needed. A score depends on its group, alone among rewards: an image whose group is not
+    whole in the batch has none, so `rollout.micro_batch` has to be a multiple of group_size (or the batch hold everything), and an
+    image that is not finite takes its group with it. Not differentiable. Not kept: in `flowalign evaluate` samples of one prompt
+    are batch_size apart or more: give it one batch, or call `group_distances` on the pictures of its result."""
+
+    group_size: int
+    near: float = 0.02
+    features: Features | None = None
+    name: str = "group"
+    _features: Features = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.group_size < 2 or not self.near > 0:
+            raise ValueError(
+                f"got group_size={self.group_size}, near={self.near}; expected at least 2 images and a distance above 0"
+            )
+        self._features = Thumbnail() if self.features is None else self.features
+
+    @property
+    def spec(self) -> RewardSpec:
+        return RewardSpec(channels=("distance", "repeated"), scores_black=False)
+
+    def load(self) -> None:
+        self._features.load()
+
+    def close(self) -> None:
+        self._features.close()
+
+    def __call__(self, batch: RewardBatch) -> RewardOutput:
+        assert batch.images is not None
+        sizes = [batch.group_ids.count(group) for group in batch.group_ids]
+        distances = group_distances(self._features.embed(batch.images), batch.group_ids)
+        repeated = torch.where(distances.isnan(), torch.nan, (distances < self.near).to(distances.dtype))
+        scores = torch.stack([distances.nanmean(1), repeated.nanmean(1)], 1).float()
+        whole = torch.tensor([size == self.group_size for size in sizes], dtype=torch.bool, device=scores.device)
+        info = [
+            "" if size == self.group_size else f"{size} of its group are in the batch; expected {self.group_size}: give whole groups"
+            for size in sizes
+        ]  # fmt: skip
+        return RewardOutput(scores, whole[:, None].expand_as(scores), info=info)
+
+
+def group_distances(features: Tensor, groups: list[int]) -> Tensor:
+    """[N, N]: Euclidean distances between the rows of features [N, D] of one group; NaN between groups, and of a row to itself."""
+    group = torch.tensor(groups, device=features.device)
+    apart = group[:, None] != group[None, :]
+    apart |= torch.eye(len(groups), dtype=torch.bool, device=features.device)
+    return (
+        torch.stack([(features - row).norm(dim=1) for row in features]).masked_fill(apart, torch.nan)
+        if groups
+        else apart.float()
+    )
