@@ -84,7 +84,7 @@ def load_open_clip(name: str, tokenizer_place: str | None, dtype: torch.dtype) -
         if tokenizer_place is None:
             tokenizer = open_clip.get_tokenizer(name)
         else:
-            tokenizer = open_clip.HFTokenizer(os.path.expanduser(tokenizer_place))
+            tokenizer = open_clip.tokenizer.HFTokenizer(os.path.expanduser(tokenizer_place))
         config = open_clip.get_model_preprocess_cfg(network)
     except (OSError, RuntimeError, ValueError) as error:
         place = name.partition(":")[2]

@@ -10,7 +10,7 @@ from rewards import Aesthetic, RewardBatch, score
 from rewards.image.preprocess import Preprocess
 from tests.helpers import tiny_rewards as tiny
 
-IMAGES = torch.rand(3, 3, 24, 48, generator=torch.Generator().manual_seed(0))
+IMAGES = torch.rand(3, 3, 32, 67, generator=torch.Generator().manual_seed(0))  # an odd number to crop
 
 
 def made(head: Path, width: int = 768) -> Aesthetic:

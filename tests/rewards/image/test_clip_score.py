@@ -15,7 +15,7 @@ from rewards.image.preprocess import Preprocess
 from tests.helpers import tiny_rewards as tiny
 
 PROMPTS = ["a red cat", 'the word "MOON"', "", "long " * 60]
-IMAGES = torch.rand(4, 3, 24, 48, generator=torch.Generator().manual_seed(0))
+IMAGES = torch.rand(4, 3, 32, 67, generator=torch.Generator().manual_seed(0))  # an odd number to crop
 
 
 def scores(reward: CLIPScore | PickScore, images: Tensor = IMAGES) -> Tensor:

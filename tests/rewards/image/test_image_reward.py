@@ -13,7 +13,7 @@ from rewards.image.preprocess import Preprocess
 from tests.helpers import tiny_rewards as tiny
 
 PROMPTS = ["a red cat", "the word moon, in a very long sentence that goes on", ""]
-IMAGES = torch.rand(3, 3, 24, 48, generator=torch.Generator().manual_seed(0))
+IMAGES = torch.rand(3, 3, 32, 67, generator=torch.Generator().manual_seed(0))  # an odd number to crop
 
 
 def made(folder: Path | None = None) -> ImageReward:
@@ -103,7 +103,7 @@ def test_prompts_are_cut_at_35_tokens() -> None:
         scores(reward, [longest[:-1]] * 3),
     )
     assert torch.equal(full, cut)
-    assert float((full - short).abs().min()) > 1e-4
+    assert float((full - short).abs().max()) > 1e-3
 
 
 def test_the_tokenizer_is_built_from_a_vocabulary_file_and_knows_two_more_tokens(tmp_path: Path) -> None:
