@@ -23,7 +23,7 @@ class GroupDiversity:
     group_size: images of a group that are needed. A score depends on its group, alone among rewards: an image whose group is not
     whole in the batch has none, so `rollout.micro_batch` has to be a multiple of group_size (or the batch hold everything), and an
     image that is not finite takes its group with it. Not differentiable. Not kept: in `flowalign evaluate` samples of one prompt
-    are batch_size apart or more: give it one batch, or call `group_distances` on the pictures of its result."""
+    are as many images apart as there are prompts: give it one batch, or call `group_distances` on the pictures of its result."""
 
     group_size: int
     near: float = 0.02

@@ -117,6 +117,16 @@ def test_the_parameters_of_the_parts_are_those_of_the_code() -> None:
     assert "`RapidReader` |" not in page  # a part of a reward, none itself
 
 
+def test_the_guarded_reward_of_the_page_is_a_layer(tiny_pipeline: Path, tmp_path: Path) -> None:
+    (block,) = re.findall(r"```yaml\n# guarded\.yaml.*?\n(.*?)```", (ROOT / "docs" / "methods.md").read_text(), re.S)
+    (tmp_path / "guarded.yaml").write_text(block)
+    config, _ = load_config(
+        ["configs/quickstart.yaml", str(tmp_path / "guarded.yaml")], [f"policy.path={tiny_pipeline}"]
+    )
+    assert config.reward.how == "wco" and [part.name for part in config.reward.rewards] == ["letters", "words"]
+    assert config.evaluation.rewards[1].statistics == ("saturation", "edges", "black", "flat")
+
+
 def test_a_method_of_the_page_holds_what_makes_it_that_method(tiny_pipeline: Path, tmp_path: Path) -> None:
     (block,) = re.findall(r"```yaml\n# my_method\.yaml\n(.*?)```", (ROOT / "docs" / "methods.md").read_text(), re.S)
     (tmp_path / "my_method.yaml").write_text(block)

@@ -28,9 +28,9 @@ class GenEval:
       "flow_grpo"  the score that Flow-GRPO (2505.05470) trains on, not bounded below; see logic.flow_grpo_score
 
     detector: `rewards.Mask2Former()`, say. The benchmark's is the same model with the weights of mmdet 2; with any other, call the
-    results GenEval-like. colors: `rewards.CLIPColors()`, or None: a prompt that asks for a color then has no score. It sees the most confident objects. A sample whose metadata is no
-    valid record has none either, `info` says why. The benchmark's figure is the mean of six task means (`overall`). Not kept:
-    JPEG at quality 75 before detection (reward-server), non-maximum suppression (off in the benchmark)."""
+    results GenEval-like. colors: `rewards.CLIPColors()`, or None: a prompt that asks for a color then has no score. A sample whose
+    metadata is no valid record has none either, `info` says why. The benchmark's figure is the mean of six task means (`overall`).
+    Not kept: JPEG at quality 75 before detection (reward-server), non-maximum suppression (off in the benchmark)."""
 
     detector: Detector
     colors: ColorClassifier | None = None

@@ -86,6 +86,7 @@ def test_a_frame_without_a_score_leaves_its_video_without_one():
 
     output = score(OnFrames(Plain(picky)), batch())
     assert output.valid[:, 0].tolist() == [False, True] and output.scores[1].item() == pytest.approx(0.35)
+    assert score(OnFrames(Plain(picky), reduce="mean_positive"), batch()).valid[:, 0].tolist() == [False, True]
     assert bool(score(OnFrames(Plain(picky), frames="first_last"), batch()).valid.all())
 
 

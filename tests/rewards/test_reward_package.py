@@ -58,6 +58,37 @@ def test_yaml_builds_pretrained_rewards_without_loading_them():
         assert built(f"rewards.{name}").spec.differentiable
 
 
+def test_yaml_builds_rewards_of_rewards():
+    channels = built("""
+class_path: rewards.Channels
+init_args:
+  rewards:
+    - class_path: rewards.Ensemble
+      init_args:
+        how: uwo
+        coef: 0.2
+        rewards:
+          - {class_path: rewards.Standardized, init_args: {reward: rewards.JPEGCompressibility, loc: -40, scale: 5}}
+          - {class_path: rewards.Capped, init_args: {high: 0.9, reward: {class_path: rewards.OCR, init_args: {metric: f1}}}}
+    - class_path: rewards.Augmented
+      init_args: {views: 3, reward: {class_path: rewards.ImageStatistics, init_args: {statistics: [edges]}}}
+    - {class_path: rewards.GroupDiversity, init_args: {group_size: 4, features: {class_path: rewards.Thumbnail, init_args: {size: 8}}}}
+    - {class_path: rewards.GenEval, init_args: {detector: rewards.Mask2Former, colors: rewards.CLIPColors, metric: strict}}
+""")
+    ensemble, augmented, diversity, geneval = channels.rewards
+    assert ensemble.coef == 0.2 and [part.name for part in ensemble.rewards] == ["jpeg_compressibility", "ocr"]
+    assert augmented.reward.statistics == ("edges",) and diversity.features.size == 8
+    assert geneval.detector.short_side == 800 and geneval.colors.model == "ViT-L-14"
+    gated = built("""
+class_path: rewards.Gated
+init_args:
+  reward: {class_path: rewards.OnFrames, init_args: {frames: 4, reduce: min, reward: rewards.OCR}}
+  gate: {class_path: rewards.MotionBand, init_args: {low: 0.1, high: 1}}
+  threshold: 0.5
+""")
+    assert gated.reward.frames == 4 and gated.spec.inputs == ("videos",) and not gated.spec.differentiable
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -67,6 +98,7 @@ def test_yaml_builds_pretrained_rewards_without_loading_them():
         ("{class_path: rewards.OCRR}", "OCRR"),
         ("{class_path: rewards.HPSv2, init_args: {version: v3}}", "v3"),
         ("{class_path: rewards.HPSv2, init_args: {scorer: null}}", "scorer"),
+        ("{class_path: rewards.OnFrames, init_args: {frames: some, reward: rewards.OCR}}", "some"),
     ],
 )
 def test_yaml_mistakes_are_errors(text, message):
