@@ -69,6 +69,12 @@ def _chart(
             x, curve, key = method.curve.costs[cost], method.curve, drawn[method.name]
             axis.fill_between(x, curve.low, curve.high, color=key.color, alpha=0.1, linewidth=0)
             axis.plot(x, curve.score, color=key.color, linestyle=key.dash, linewidth=1.5, marker="o", markersize=2.5)
+            if len(methods) < 4:  # with more the page's legend names them
+                right = x[-1] > max(each.curve.costs[cost][-1] for each in methods) / 2
+                axis.annotate(
+                    method.name, (x[-1], curve.score[-1]), xytext=(0 if right else 4, -4), textcoords="offset points",
+                    ha="right" if right else "left", va="top", fontsize=7.5, color=key.color, parse_math=False,
+                )  # fmt: skip
         axis.set_title(title, loc="left", fontsize=9, color=INK, parse_math=False)
         axis.set_xlabel(TITLES[cost])
         axis.set_ylabel(results.reward, parse_math=False)
