@@ -2,7 +2,8 @@
 
 A new reward is one new file, or a plain function named by its path; YAML names the class by import path. base: the
 contract; guard: `score`, through which every caller asks a reward (isolation: what it may change); mix, channels, with_timeout: rewards made of others
-(parts: what they share); function: a plain function; ocr/ and workers/: reading text, and helper processes; image/: pretrained networks.
+(parts: what they share); function: a plain function; ocr/ and workers/: reading text, and helper processes; image/: pretrained networks;
+judges/: vision-language models that are asked through a chat endpoint; qwen/: Qwen-VL with a regression head.
 """
 
 from rewards.base import (
@@ -22,6 +23,18 @@ from rewards.function import FunctionReward
 from rewards.guard import close, score, score_chunks
 from rewards.image import Aesthetic, CLIPScore, HPSv2, ImageReward, PickScore
 from rewards.jpeg import JPEGCompressibility, JPEGIncompressibility
+from rewards.judges import (
+    PARM,
+    WISE,
+    ChatEndpoint,
+    DeQA,
+    EditScore,
+    Questions,
+    QwenVL,
+    Sampling,
+    UnifiedReward,
+    UnifiedWinRate,
+)
 from rewards.mix import Mix
 from rewards.ocr import OCR, Line, RapidReader, Recognizer
 from rewards.with_timeout import WithTimeout
@@ -57,4 +70,14 @@ __all__ = [
     "Mix",
     "Channels",
     "FunctionReward",
+    "ChatEndpoint",
+    "Sampling",
+    "EditScore",
+    "UnifiedReward",
+    "UnifiedWinRate",
+    "QwenVL",
+    "DeQA",
+    "WISE",
+    "Questions",
+    "PARM",
 ]

@@ -1,6 +1,7 @@
-"""Writes the parameters of every part and section into docs/methods.md, from their signatures."""
+"""Writes into docs/methods.md the parameters of every part and section, and what the comparison measured of each method."""
 
 import inspect
+import json
 import re
 from importlib import import_module
 from pathlib import Path
@@ -17,6 +18,8 @@ from flowalign.trainers import AdamWConfig, Signal
 
 PAGE = Path(__file__).parents[1] / "docs" / "methods.md"
 HEADING = "## Parameters"
+COMPARISON = "glyphs_grpo"  # of docs/results
+MEASURED = re.compile(r"(<!-- measured: ([\w ]+) -->\n)(?:.+\n)*")  # the names of methods, and the lines after it
 SECTIONS = {
     "run": RunSettings, "policy": PolicySettings, "policy.lora": LoRA, "policy.roles.<name>": Role, "rollout": Rollout,
     "rollout.reward_guidance": RewardGuidance, "rollout.reward_guidance.spsa": Probing,
@@ -100,9 +103,30 @@ def first_sentence(cls: type) -> str:
     return re.split(r"(?<=[.]) (?=[A-Zθσ`(])", paragraph)[0].rstrip(":")
 
 
+def measured(names: list[str]) -> str:
+    """What these methods reached on Glyphs, a line each, then their curves."""
+    results = json.loads((PAGE.parent / "results" / f"{COMPARISON}.json").read_text(encoding="utf-8"))
+    found = {name: results["methods"][name] for name in names}
+    told = [_told(name, result, results["denominator_evaluations"]) for name, result in found.items()]
+    curves = [f"![{name}](results/{COMPARISON}/methods/{name}.svg)" for name in names if name != results["baseline"]]
+    return "\n".join([*told, " ".join(curves)]).rstrip() + "\n"
+
+
+def _told(name: str, result: dict[str, Any], denominator: float) -> str:
+    low, high = result["gain_ci95"]
+    seeds, evaluations, reached = result["seeds"], result["evaluations"], result["evaluations_to_target"]
+    text = (
+        f"Measured (`{name}`, {len(seeds)} seed{'s' * (len(seeds) > 1)}): {result['base']:.3f} → {result['tuned']:.3f}, "
+        f"{result['gain']:+.3f} [{low:+.3f}, {high:+.3f}] with {evaluations:,} evaluations ({evaluations / denominator:.2f}×), "
+        f"{result['decodes']:,} decodes"
+    )
+    return text + (f"; the target at {reached / denominator:.2f}×.  " if reached else ".  ")
+
+
 def with_reference(page: str) -> str:
-    """The page with the section as it is now, at its end."""
-    return page.partition(f"\n{HEADING}\n")[0].rstrip() + "\n\n" + reference()
+    """The page with what was measured as it is now, and with the parameters at its end."""
+    text = page.partition(f"\n{HEADING}\n")[0].rstrip() + "\n\n"
+    return MEASURED.sub(lambda found: found[1] + measured(found[2].split()), text) + reference()
 
 
 if __name__ == "__main__":

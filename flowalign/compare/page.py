@@ -92,15 +92,17 @@ def _levels(axis: Axes, results: Results) -> None:
 
 
 def write_page(results: Results, path: Path) -> Path:
-    """Writes the page, and beside it a folder of its plots as SVG."""
-    charts = plots(results)
+    """Writes the page, and beside it a folder of its plots as SVG, with one per method in methods/."""
+    charts, singles = plots(results), one_by_one(results)
     for cost, chart in zip(COSTS, charts, strict=True):
         write_atomic(path.with_suffix("") / f"{cost}.svg", chart.svg.encode())
+    for chart in singles:
+        write_atomic(path.with_suffix("") / "methods" / f"{chart.title}.svg", chart.svg.encode())
     tables = {"": lines(results, apart=False), "Listed apart": lines(results, apart=True)}
     page = template("flowalign.compare", "compare.html").render(
         name=results.comparison.name, command=results.comparison.command, notes=notes(results), head=HEAD, charts=charts,
         tables={title: table for title, table in tables.items() if table}, keys=keys(results),
-        best=best(results), singles=one_by_one(results), baseline=results.comparison.baseline,
+        best=best(results), singles=singles, baseline=results.comparison.baseline,
     )  # fmt: skip
     write_atomic(path, page.encode())
     return path

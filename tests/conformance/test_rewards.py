@@ -26,15 +26,22 @@ from rewards import (
     channels_of,
     score,
 )  # fmt: skip
+from tests.helpers.judge_server import bright_judge
 
 # class -> its arguments, for rewards that have no defaults or are slow with them
 ARGUMENTS: dict[str, Callable[[], dict[str, object]]] = {
+    **{
+        name: lambda: {"endpoint": bright_judge()}
+        for name in ("DeQA", "EditScore", "Questions", "QwenVL", "UnifiedReward", "UnifiedWinRate", "WISE")
+    },
     "Channels": lambda: {"rewards": [JPEGCompressibility(), ColorAccuracy()]},
     "FunctionReward": lambda: {"path": "flowalign.diagnostics.measure:brightness", "differentiable": True},
     "Mix": lambda: {"rewards": [JPEGCompressibility(), OCR(recognizer=RapidReader(workers=1))], "weights": [0.1, 1.0]},
     "OCR": lambda: {"recognizer": RapidReader(workers=1)},
+    "PARM": lambda: {"endpoint": bright_judge(), "sigma": 0.0},
     "WithTimeout": lambda: {"reward": JPEGCompressibility(), "timeout": 60.0, "batch_size": 2},
 }
+GROUPWISE = {"UnifiedWinRate"}  # a score is one among its group's, so it does depend on batch mates
 
 
 def reward_classes() -> list[type]:
@@ -62,14 +69,25 @@ def made(found: type) -> Reward:
 
 
 def batch() -> RewardBatch:
-    """Six Glyphs, two of them equal, of which the last does not show what its prompt asks for."""
+    """Six Glyphs, two of them equal, of which the last does not show what its prompt asks for. One group; each has a source
+    image, a question and an explanation, for the judges."""
     records = [*held_out_prompts()[:5], held_out_prompts()[0]]
     words, inks, papers = ([record[key] for record in records] for key in ("target", "ink", "paper"))
+    asked = {"vqa_list": [["Is it bright?", "Yes"]], "explanation": "none is needed"}
     return RewardBatch(
         prompts=[record["prompt"] for record in records],
         images=render([*words[:5], "ZZZZ"], inks, [*papers[:5], "cyan" if papers[0] != "cyan" else "white"]),
-        metadata=[{**record, "palette": {**INKS, **PAPERS}} for record in records],
+        metadata=[{**record, **asked, "palette": {**INKS, **PAPERS}} for record in records],
+        conditions=[[image] for image in render(words, inks, papers)],
+        group_ids=[0] * 6,
     )
+
+
+@pytest.fixture
+def pointwise(reward: Reward) -> Reward:
+    if type(reward).__name__ in GROUPWISE:
+        pytest.skip("compares the samples of a group")
+    return reward
 
 
 @pytest.fixture(params=reward_classes(), ids=lambda found: found.__name__, scope="module")
@@ -136,16 +154,21 @@ def test_a_gradient_is_given_or_refused_as_its_spec_says(reward: Reward) -> None
     assert bool(gradient.isfinite().all()) and float(gradient.abs().max()) > 0
 
 
-def test_a_score_depends_neither_on_batch_mates_nor_on_order(reward: Reward) -> None:
+def test_a_score_does_not_depend_on_the_order_of_the_batch(reward: Reward) -> None:
     together, order = score(reward, batch()), [4, 0, 5, 2, 1, 3]
     shuffled = score(reward, batch().select(order))
     equal(RewardOutput(together.scores[order], together.valid[order]), shuffled)
+
+
+def test_a_score_does_not_depend_on_batch_mates(pointwise: Reward) -> None:
+    together = score(pointwise, batch())
     for i in range(6):
-        equal(RewardOutput(together.scores[i : i + 1], together.valid[i : i + 1]), score(reward, batch().select([i])))
+        alone = score(pointwise, batch().select([i]))
+        equal(RewardOutput(together.scores[i : i + 1], together.valid[i : i + 1]), alone)
 
 
-def test_an_image_that_is_not_finite_is_masked_and_harms_no_other(reward: Reward) -> None:
-    together, broken = score(reward, batch()), batch()
+def test_an_image_that_is_not_finite_is_masked_and_harms_no_other(pointwise: Reward) -> None:
+    reward, together, broken = pointwise, score(pointwise, batch()), batch()
     assert broken.images is not None
     broken.images[2, 1, 3, 3] = torch.nan
     output, others = score(reward, broken), [0, 1, 3, 4, 5]
