@@ -37,6 +37,7 @@ from rewards.judges import (
 )
 from rewards.mix import Mix
 from rewards.ocr import OCR, Line, RapidReader, Recognizer
+from rewards.qwen import EditReward, HPSv3, VideoAlign
 from rewards.with_timeout import WithTimeout
 
 PART_OF = "flowalign"
@@ -67,6 +68,9 @@ __all__ = [
     "PickScore",
     "HPSv2",
     "ImageReward",
+    "HPSv3",
+    "VideoAlign",
+    "EditReward",
     "Mix",
     "Channels",
     "FunctionReward",
