@@ -13,7 +13,7 @@ from tests.helpers import tiny_qwen as tiny
 def by_hand(
     state: dict[str, Tensor], kind: str, tokens: list[str], positions: str, pictures: list[Any], texts: list[str], media: str
 ) -> Tensor:
-    """The last hidden states [n, K, 64] at the tokens, for uint8 `pictures` (per text a list of one or two) of tiny.PIXELS."""
+    """The last hidden states [n, K, 64] at the tokens, for `pictures` in [0, 1], per text a list of one or two, at tiny.PIXELS."""
     words = transformers.AutoTokenizer.from_pretrained(tiny.base(kind))
     words.add_tokens(tokens, special_tokens=True)
     size = {"shortest_edge": tiny.PIXELS, "longest_edge": tiny.PIXELS}
@@ -27,7 +27,7 @@ def by_hand(
     ]
     asked = [processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
     flat = {f"{media}s": [one for seen in pictures for one in seen]}
-    inputs = processor(text=asked, **flat, padding=True, padding_side="right", return_tensors="pt")
+    inputs = processor(text=asked, **flat, padding=True, padding_side="right", do_rescale=False, return_tensors="pt")
     network = _network(split_heads(state)[0], kind)
     if positions == "sequential":
         inputs["position_ids"] = torch.arange(inputs["input_ids"].shape[1]).expand(len(texts), -1)
@@ -42,6 +42,6 @@ def _network(state: dict[str, Tensor], kind: str) -> Any:
     config = transformers.AutoConfig.from_pretrained(tiny.base(kind))
     config.text_config.vocab_size = len(state["language_model.embed_tokens.weight"])
     maker = {"qwen2_vl": transformers.Qwen2VLModel, "qwen2_5_vl": transformers.Qwen2_5_VLModel}[kind]
-    network = maker(config)
+    network = maker(config).float()
     network.load_state_dict(state)
     return network.eval()

@@ -83,19 +83,15 @@ def config(kind: str, words: Any) -> dict[str, Any]:
 
 @cache
 def body(kind: str, rows: int, seed: int) -> dict[str, Tensor]:
-    """Random tensors with today's names, `visual.*` and `language_model.*`."""
+    """Random tensors with today's names, `visual.*` and `language_model.*`, of a base whose config.json is written."""
     import transformers
     from transformers import AutoConfig
 
-    settings = AutoConfig.from_pretrained(base(kind) if seed else _config_only(kind))
+    settings = AutoConfig.from_pretrained(folder(f"base-{kind}"), dtype=torch.float32)
     settings.text_config.vocab_size = rows
     torch.manual_seed(seed)
     network = {"qwen2_vl": transformers.Qwen2VLModel, "qwen2_5_vl": transformers.Qwen2_5_VLModel}[kind](settings)
-    return {name: tensor.clone() for name, tensor in shaken(network).state_dict().items()}
-
-
-def _config_only(kind: str) -> Path:
-    return folder(f"base-{kind}")
+    return {name: tensor.clone() for name, tensor in shaken(network.float()).state_dict().items()}
 
 
 def old(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -117,9 +113,10 @@ def ranknet(name: str, outputs: int = 2, width: int = 64) -> dict[str, Tensor]:
 @cache
 def hpsv3(layout: str = "old") -> Path:
     """The folder of HPSv3.safetensors: "old" or "new" names, the same numbers."""
+    base()
+    state, path = body("qwen2_vl", WORDS + 1, seed=1), folder(f"hpsv3-{layout}")
     torch.manual_seed(1)
-    state = body("qwen2_vl", WORDS + 1, seed=1) | {"lm_head.weight": torch.zeros(WORDS + 1, 64)} | ranknet("rm_head")
-    path = folder(f"hpsv3-{layout}")
+    state = state | {"lm_head.weight": torch.zeros(WORDS + 1, 64)} | ranknet("rm_head")
     save_file({"old": old, "new": new}[layout](state), path / "HPSv3.safetensors")
     return path
 
@@ -127,9 +124,10 @@ def hpsv3(layout: str = "old") -> Path:
 @cache
 def edit_reward(file: str = "model.safetensors") -> Path:
     """The folder of that file of a Qwen2.5-VL with two heads."""
+    base("qwen2_5_vl")
+    weights, path = body("qwen2_5_vl", WORDS + 1, seed=2), folder(f"edit_reward-{file}")
     torch.manual_seed(2)
-    state = new(body("qwen2_5_vl", WORDS + 1, seed=2) | ranknet("rm_heads.head_0") | ranknet("rm_heads.head_1"))
-    path = folder(f"edit_reward-{file}")
+    state = new(weights | ranknet("rm_heads.head_0") | ranknet("rm_heads.head_1"))
     save_file(state, path / file) if file.endswith(".safetensors") else torch.save({"model": state}, path / file)
     return path
 
@@ -138,10 +136,11 @@ def edit_reward(file: str = "model.safetensors") -> Path:
 def video_reward(layout: str = "whole") -> Path:
     """model_config.json and checkpoint-20 (and an older one that is broken) with the same numbers: "whole" is model.pth of a PEFT
     model, "lora" the adapter and the rest beside the base."""
+    base()
     path, state = folder(f"video_reward-{layout}"), old(body("qwen2_vl", ROWS, seed=0))
     (path / "model_config.json").write_text(json.dumps({"peft_lora_config": LORA}))
     for step in ("checkpoint-9", "checkpoint-20"):
-        (path / step).mkdir()
+        (path / step).mkdir(exist_ok=True)
     (path / "checkpoint-9" / "model.pth").write_text("broken")
     torch.manual_seed(3)
     rest = {"rm_head.weight": torch.randn(1, 64) / 8, "model.embed_tokens.weight": state["model.embed_tokens.weight"][: WORDS + 3]}

@@ -29,9 +29,9 @@ def made(model: Path | None = None, **settings: Any) -> EditReward:
 def test_each_head_is_that_of_transformers_with_its_own_text(positions: Any) -> None:
     """The source comes first, then the result, then the text."""
     state = todays_names(load_file(tiny.edit_reward() / "model.safetensors"))
-    output = score(made(positions=positions, rope="exact", quantize=True, pooling="none"), BATCH)
+    output = score(made(positions=positions, rope="exact", pooling="none"), BATCH)
     assert output.channels == ("instruction_following", "quality") and output.uncertainty is not None
-    seen = [[source, image] for source, image in zip(SOURCES, IMAGES, strict=True)]
+    seen = [[source / 255, image / 255] for source, image in zip(SOURCES, IMAGES, strict=True)]
     for column, (head, asked) in enumerate((("head_0", "Done as asked? {}\n"), ("head_1", "Is the edit clean? {}\n"))):
         texts = [asked.format(prompt) + tiny.TEXTS["suffix"] for prompt in PROMPTS]
         hidden = by_hand(state, "qwen2_5_vl", ["<|Reward|>"], positions, seen, texts, "image")[:, 0]

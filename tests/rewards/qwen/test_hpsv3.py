@@ -40,11 +40,11 @@ def column(output: RewardOutput) -> Tensor:
 def test_mu_and_sigma_are_those_of_transformers_written_out(positions: Any) -> None:
     """Right padding, the place of the reward token, the order of pictures and text, the head and the exponential."""
     state = todays_names(load_file(tiny.hpsv3() / "HPSv3.safetensors"))
-    pictures = [[image] for image in IMAGES]
+    pictures = [[image / 255] for image in IMAGES]
     hidden = by_hand(state, "qwen2_vl", ["<|Reward|>"], positions, pictures, WRITTEN, "image")[:, 0]
     with torch.no_grad():
         mu, log_sigma = head_of(split_heads(state)[1]["rm_head"], "")(hidden).T
-    output = scored(made(positions=positions, rope="exact", quantize=True))
+    output = scored(made(positions=positions, rope="exact"))
     torch.testing.assert_close(column(output), mu, rtol=1e-4, atol=1e-5)
     assert output.uncertainty is not None
     torch.testing.assert_close(output.uncertainty[:, 0], log_sigma.exp(), rtol=1e-4, atol=1e-5)
@@ -73,7 +73,8 @@ def test_low_precision_leaves_frequencies_and_head_alone() -> None:
 
 
 def test_a_prompt_with_a_special_token_has_no_score() -> None:
-    output = scored(made(), ["a cat", "give <|Reward|> 10", "a <|image_pad|> cat"])
+    prompts = ["a cat", "give <|Reward|> 10", "a <|image_pad|> cat"]
+    output = score(made(), RewardBatch(prompts=prompts, images=IMAGES), max_fail_rate=1)
     assert output.valid[:, 0].tolist() == [True, False, False]
     assert output.info[1:] == [
         "its text holds <|Reward|> 2 times, not once", "its text holds <|image_pad|>, the placeholder of a picture",

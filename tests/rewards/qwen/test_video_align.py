@@ -30,15 +30,15 @@ def scored(reward: VideoAlign, videos: Tensor = VIDEOS, fps: float = 4.5, prompt
 def test_channels_are_those_of_transformers_written_out(positions: Any) -> None:
     state = read_video_reward(tiny.video_reward(), str(tiny.base()))
     texts = [f"V <|VQ_reward|>\nM <|MQ_reward|>\nT {prompt} <|TA_reward|>\n" for prompt in PROMPTS]
-    seen = [[video[[0, 3, 5, 8]]] for video in VIDEOS]  # 2 s, so 4 frames: 0, 2.7, 5.3, 8
+    seen = [[video[[0, 3, 5, 8]] / 255] for video in VIDEOS]  # 2 s, so 4 frames: 0, 2.7, 5.3, 8
     hidden = by_hand(state, "qwen2_vl", list(TOKENS), positions, seen, texts, "video")
     raw = hidden @ state["rm_head.weight"][0]
     expected = (raw - torch.tensor([3.6757, 1.1646, 2.8105])) / torch.tensor([2.2476, 1.3811, 2.5121])
-    output = scored(made(positions=positions, rope="exact", quantize=True))
+    output = scored(made(positions=positions, rope="exact"))
     assert output.channels == ("VQ", "MQ", "TA")
     torch.testing.assert_close(output.scores, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(output.components["overall"], expected.sum(1), rtol=1e-4, atol=1e-5)
-    overall = scored(made(positions=positions, rope="exact", quantize=True, output="overall"))
+    overall = scored(made(positions=positions, rope="exact", output="overall"))
     torch.testing.assert_close(overall.scores[:, 0], expected.sum(1), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(overall.components["MQ"], expected[:, 1], rtol=1e-4, atol=1e-5)
 
