@@ -49,7 +49,9 @@ class Regressor:
         reasons = [ids if isinstance(ids, str) else "" for ids in encoded]
         layer = cast(Any, self.network["heads"])[head]
         device, dtype = next(layer.parameters()).device, next(layer.parameters()).dtype
-        values = torch.full((len(turns), len(self.tokens), layer[-1].out_features), torch.nan, dtype=dtype, device=device)
+        values = torch.full(
+            (len(turns), len(self.tokens), layer[-1].out_features), torch.nan, dtype=dtype, device=device
+        )
         if known:
             rows = torch.tensor([row for row, _ in known], device=device)
             pictures = [picture for row, _ in known for picture in cast(Turn, turns[row]).pictures]
@@ -73,7 +75,9 @@ class Regressor:
         ids: list[int] = self.tokenizer(text).input_ids
         for token in self.tokens:
             if ids.count(token) != 1:
-                return f"its text holds {self.tokenizer.convert_ids_to_tokens(token)} {ids.count(token)} times, not once"
+                return (
+                    f"its text holds {self.tokenizer.convert_ids_to_tokens(token)} {ids.count(token)} times, not once"
+                )
         return ids
 
     def _at_tokens(self, encoded: list[list[int]], pictures: list[Patches], device: torch.device) -> Tensor:

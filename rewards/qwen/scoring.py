@@ -50,7 +50,9 @@ def check_settings(reward: QwenReward) -> None:
     ):
         check_choice(name, value, choices)
     if reward.preprocess == "pil" and reward.quantize:
-        raise ValueError("got quantize=True with preprocess='pil'; expected quantize=False: Pillow's images have 8 bits")
+        raise ValueError(
+            "got quantize=True with preprocess='pil'; expected quantize=False: Pillow's images have 8 bits"
+        )
     if reward.batch_size < 1:
         raise ValueError(f"got batch_size={reward.batch_size}; expected at least 1")
 

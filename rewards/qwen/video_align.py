@@ -175,7 +175,9 @@ def read_video_reward(folder: Path, base: str) -> State:
     else:
         parts = [steps[-1] / name for name in ("non_lora_state_dict.pth", "adapter_model.safetensors")]
         if lacks := [path.name for path in parts if not path.is_file()]:
-            raise FileNotFoundError(f"got {steps[-1]} without model.pth and without {lacks}; expected one, or the other two")
+            raise FileNotFoundError(
+                f"got {steps[-1]} without model.pth and without {lacks}; expected one, or the other two"
+            )
         state = todays_names(read_shards(find_folder("base", base)))
         for path in parts:
             state |= todays_names(read_state(path))

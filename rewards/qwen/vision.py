@@ -47,7 +47,9 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
     The nearest multiples, if their area lies between the two; else the sides are scaled to that area, and rounded down if it
     is too large, up if too small. ValueError for an aspect beyond 200."""
     if max(height, width) > MAX_ASPECT * min(height, width):
-        raise ValueError(f"got an image of {height} x {width} pixels; expected an aspect of at most {MAX_ASPECT}: crop it")
+        raise ValueError(
+            f"got an image of {height} x {width} pixels; expected an aspect of at most {MAX_ASPECT}: crop it"
+        )
     nearest = [max(factor, round(side / factor) * factor) for side in (height, width)]
     area = nearest[0] * nearest[1]
     if area > max_pixels:

@@ -41,7 +41,9 @@ def merge_lora(state: Mapping[str, Tensor], alpha: float, rslora: bool = False) 
     for place in pairs:
         down, up, weight = f"{place}.lora_A.weight", f"{place}.lora_B.weight", f"{place}.weight"
         if lacks := [name for name, there in ((down, state), (up, state), (weight, merged)) if name not in there]:
-            raise ValueError(f"got a LoRA of {place!r} without {lacks}; expected both factors and the weight they change")
+            raise ValueError(
+                f"got a LoRA of {place!r} without {lacks}; expected both factors and the weight they change"
+            )
         rank = len(state[down])
         change = state[up].float() @ state[down].float()
         merged[weight] = merged[weight].float() + alpha / (rank**0.5 if rslora else rank) * change
@@ -81,7 +83,9 @@ def head_of(state: Mapping[str, Tensor], source: str) -> nn.Sequential:
     widths = [(layer.in_features, layer.out_features) for layer in layers if isinstance(layer, nn.Linear)]
     if not layers or any(one[1] != next_one[0] for one, next_one in zip(widths, widths[1:], strict=False)):
         shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        raise ValueError(f"got a head of {source} with the tensors {shapes}; expected weight, or 0.weight, 0.bias, 3.weight, …")
+        raise ValueError(
+            f"got a head of {source} with the tensors {shapes}; expected weight, or 0.weight, 0.bias, 3.weight, …"
+        )
     return nn.Sequential(*layers)
 
 
@@ -122,7 +126,9 @@ def read_shards(folder: Path) -> State:
     """The tensors of all model*.safetensors of a folder of transformers."""
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
-        raise FileNotFoundError(f"got {folder} without model*.safetensors; expected the weights of the base model there")
+        raise FileNotFoundError(
+            f"got {folder} without model*.safetensors; expected the weights of the base model there"
+        )
     return {name: tensor for file in files for name, tensor in read_state(file).items()}
 
 

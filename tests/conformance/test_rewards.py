@@ -26,6 +26,7 @@ from rewards import (
     channels_of,
     score,
 )  # fmt: skip
+from tests.helpers import tiny_qwen
 from tests.helpers.judge_server import bright_judge
 
 # class -> its arguments, for rewards that have no defaults or are slow with them
@@ -35,6 +36,7 @@ ARGUMENTS: dict[str, Callable[[], dict[str, object]]] = {
         for name in ("DeQA", "EditScore", "Questions", "QwenVL", "UnifiedReward", "UnifiedWinRate", "WISE")
     },
     "Channels": lambda: {"rewards": [JPEGCompressibility(), ColorAccuracy()]},
+    **tiny_qwen.ARGUMENTS,
     "FunctionReward": lambda: {"path": "flowalign.diagnostics.measure:brightness", "differentiable": True},
     "Mix": lambda: {"rewards": [JPEGCompressibility(), OCR(recognizer=RapidReader(workers=1))], "weights": [0.1, 1.0]},
     "OCR": lambda: {"recognizer": RapidReader(workers=1)},
@@ -69,14 +71,17 @@ def made(found: type) -> Reward:
 
 
 def batch() -> RewardBatch:
-    """Six Glyphs, two of them equal, of which the last does not show what its prompt asks for. One group; each has a source
+    """Six Glyphs, two of them equal, of which the last does not show what its prompt asks for. One group; each has a video, a source
     image, a question and an explanation, for the judges."""
     records = [*held_out_prompts()[:5], held_out_prompts()[0]]
     words, inks, papers = ([record[key] for record in records] for key in ("target", "ink", "paper"))
     asked = {"vqa_list": [["Is it bright?", "Yes"]], "explanation": "none is needed"}
+    images = render([*words[:5], "ZZZZ"], inks, [*papers[:5], "cyan" if papers[0] != "cyan" else "white"])
     return RewardBatch(
         prompts=[record["prompt"] for record in records],
-        images=render([*words[:5], "ZZZZ"], inks, [*papers[:5], "cyan" if papers[0] != "cyan" else "white"]),
+        images=images,
+        videos=torch.stack([images, images.flip(-1), images.flip(-2), images], 1),
+        fps=4.0,
         metadata=[{**record, **asked, "palette": {**INKS, **PAPERS}} for record in records],
         conditions=[[image] for image in render(words, inks, papers)],
         group_ids=[0] * 6,
@@ -137,20 +142,19 @@ def test_the_form_of_an_answer(reward: Reward) -> None:
 
 
 def test_a_batch_without_what_its_spec_reads_is_refused(reward: Reward) -> None:
-    assert reward.spec.inputs == ("images",)
-    with pytest.raises(RewardError, match="expected images, which it reads"):
+    (needs,) = reward.spec.inputs
+    with pytest.raises(RewardError, match=f"expected {needs}, which it reads"):
         score(reward, RewardBatch(prompts=["p"]))
 
 
 def test_a_gradient_is_given_or_refused_as_its_spec_says(reward: Reward) -> None:
     pixels = batch()
-    assert pixels.images is not None
-    pixels.images.requires_grad_()
+    leaf = pixels.tensors()[reward.spec.inputs[0]].requires_grad_()
     if not reward.spec.differentiable:
         with pytest.raises(RewardError, match="which this is not"):
             score(reward, pixels, grad=True)
         return
-    (gradient,) = torch.autograd.grad(score(reward, pixels, grad=True).scores.sum(), pixels.images)
+    (gradient,) = torch.autograd.grad(score(reward, pixels, grad=True).scores.sum(), leaf)
     assert bool(gradient.isfinite().all()) and float(gradient.abs().max()) > 0
 
 

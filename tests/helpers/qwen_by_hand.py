@@ -11,7 +11,13 @@ from tests.helpers import tiny_qwen as tiny
 
 
 def by_hand(
-    state: dict[str, Tensor], kind: str, tokens: list[str], positions: str, pictures: list[Any], texts: list[str], media: str
+    state: dict[str, Tensor],
+    kind: str,
+    tokens: list[str],
+    positions: str,
+    pictures: list[Any],
+    texts: list[str],
+    media: str,
 ) -> Tensor:
     """The last hidden states [n, K, 64] at the tokens, for `pictures` in [0, 1], per text a list of one or two, at tiny.PIXELS."""
     words = transformers.AutoTokenizer.from_pretrained(tiny.base(kind))

@@ -1,6 +1,7 @@
 """Very small checkpoints of rewards on Qwen2-VL and Qwen2.5-VL, with the names and layouts of the published ones."""
 
 import json
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,10 @@ def config(kind: str, words: Any) -> dict[str, Any]:
     else:
         vision |= {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64, "window_size": 112}
         vision |= {"fullatt_block_indexes": [1], "tokens_per_second": 2, "in_chans": 3}
-    ids = {name: words.convert_tokens_to_ids(f"<|{name}|>") for name in ("vision_start", "vision_end", "image_pad", "video_pad")}
+    ids = {
+        name: words.convert_tokens_to_ids(f"<|{name}|>")
+        for name in ("vision_start", "vision_end", "image_pad", "video_pad")
+    }
     return {
         "architectures": ["Qwen2VLForConditionalGeneration"], "model_type": kind, "vocab_size": ROWS, "hidden_size": 64,
         "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -143,7 +147,10 @@ def video_reward(layout: str = "whole") -> Path:
         (path / step).mkdir(exist_ok=True)
     (path / "checkpoint-9" / "model.pth").write_text("broken")
     torch.manual_seed(3)
-    rest = {"rm_head.weight": torch.randn(1, 64) / 8, "model.embed_tokens.weight": state["model.embed_tokens.weight"][: WORDS + 3]}
+    rest = {
+        "rm_head.weight": torch.randn(1, 64) / 8,
+        "model.embed_tokens.weight": state["model.embed_tokens.weight"][: WORDS + 3],
+    }
     adapter = {}
     for number in range(2):
         for block, names in zip(("self_attn", "mlp"), PLACES, strict=True):
@@ -164,6 +171,20 @@ def video_reward(layout: str = "whole") -> Path:
     whole |= {name.replace(".weight", ".default.weight"): tensor for name, tensor in adapter.items()}
     torch.save(peft(whole), path / "checkpoint-20" / "model.pth")
     return path
+
+
+ARGUMENTS: dict[str, Callable[[], dict[str, object]]] = {  # of each reward, by the name of its class
+    "HPSv3": lambda: {"model": str(hpsv3()), "base": str(base()), "pixels": PIXELS, **shared()},
+    "EditReward": lambda: {"model": str(edit_reward()), "base": str(base("qwen2_5_vl")), "pixels": PIXELS, **shared()},
+    "VideoAlign": lambda: {
+        "model": str(video_reward()), "base": str(base()), "min_pixels": PIXELS, "max_pixels": PIXELS,
+        **shared(), "templates": str(texts() / "template.txt"),
+    },
+}  # fmt: skip
+
+
+def shared() -> dict[str, object]:
+    return {"templates": str(texts()), "dtype": "fp32"}
 
 
 def peft(state: dict[str, Tensor]) -> dict[str, Tensor]:

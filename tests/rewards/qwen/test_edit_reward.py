@@ -1,6 +1,7 @@
 """EditReward on a tiny Qwen2.5-VL with two heads."""
 
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ SOURCES = [torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=GENERA
 BATCH = RewardBatch(prompts=PROMPTS, images=IMAGES, conditions=[[source] for source in SOURCES])
 
 
+@cache
 def made(model: Path | None = None, **settings: Any) -> EditReward:
-    defaults = {"base": str(tiny.base("qwen2_5_vl")), "templates": str(tiny.texts()), "pixels": tiny.PIXELS, "dtype": "fp32"}
-    return EditReward(str(model or tiny.edit_reward()), **{**defaults, **settings})
+    given = {**tiny.ARGUMENTS["EditReward"](), **({"model": str(model)} if model else {})}
+    return EditReward(**{**given, **settings})
 
 
 @pytest.mark.parametrize("positions", ["sequential", "mrope"])

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,10 @@ IMAGES = torch.randint(0, 256, (3, 3, 40, 75), dtype=torch.uint8, generator=torc
 WRITTEN = [f"Rate for {prompt}.\nRating: <|Reward|>\nEND\n" for prompt in PROMPTS]
 
 
+@cache
 def made(model: Path | None = None, **settings: Any) -> HPSv3:
-    defaults = {"base": str(tiny.base()), "templates": str(tiny.texts()), "pixels": tiny.PIXELS, "dtype": "fp32"}
-    return HPSv3(str(model or tiny.hpsv3()), **{**defaults, **settings})
+    given = {**tiny.ARGUMENTS["HPSv3"](), **({"model": str(model)} if model else {})}
+    return HPSv3(**{**given, **settings})
 
 
 def scored(reward: HPSv3, prompts: list[str] = PROMPTS) -> RewardOutput:
@@ -67,7 +69,10 @@ def test_low_precision_leaves_frequencies_and_head_alone() -> None:
     reward = made(dtype="bf16", rope="exact")
     reward.load()
     assert reward.regressor is not None
-    dtypes = {name: tensor.dtype for name, tensor in (*reward.regressor.network.named_parameters(), *reward.regressor.network.named_buffers())}
+    dtypes = {
+        name: tensor.dtype
+        for name, tensor in (*reward.regressor.network.named_parameters(), *reward.regressor.network.named_buffers())
+    }
     low = {name for name, dtype in dtypes.items() if dtype == torch.bfloat16}
     assert low == {name for name in dtypes if name.startswith("body.") and not name.endswith("inv_freq")}
 
@@ -86,41 +91,48 @@ def test_texts_that_are_not_canonical_are_flagged(tmp_path: Path, monkeypatch: p
     """One changed space is enough."""
     assert scored(made()).components["noncanonical_template"].tolist() == [1, 1, 1]
     canonical = {
-        name: replace(wording, fingerprints=(fingerprint(tiny.TEXTS[name]),)) for name, wording in hpsv3.WORDINGS.items()
+        name: replace(wording, fingerprints=(fingerprint(tiny.TEXTS[name]),))
+        for name, wording in hpsv3.WORDINGS.items()
     }
     monkeypatch.setattr(hpsv3, "WORDINGS", canonical)
-    assert scored(made()).components["noncanonical_template"].tolist() == [0, 0, 0]
+    assert scored(replace(made())).components["noncanonical_template"].tolist() == [0, 0, 0]
     for name in canonical:
         (tmp_path / f"{name}.txt").write_text(tiny.TEXTS[name].replace("\n", " \n"))
-    assert scored(made(templates=str(tmp_path))).components["noncanonical_template"].tolist() == [1, 1, 1]
+    assert scored(replace(made(), templates=str(tmp_path))).components["noncanonical_template"].tolist() == [1, 1, 1]
 
 
 def test_texts_are_not_shipped() -> None:
-    with pytest.raises(ValueError, match="got templates='hpsv3.dataset.data_collator_qwen', no file and no installed module"):
+    with pytest.raises(ValueError, match=r"got templates='hpsv3\.dataset\.data_collator_qwen', no file"):
         HPSv3()
 
 
 def test_texts_are_read_from_the_code_of_others(tmp_path: Path) -> None:
     source = tmp_path / "collator.py"
-    source.write_text(f"INSTRUCTION = {tiny.TEXTS['instruction']!r}\nprompt_with_special_token = {tiny.TEXTS['suffix']!r}\n")
+    source.write_text(
+        f"INSTRUCTION = {tiny.TEXTS['instruction']!r}\nprompt_with_special_token = {tiny.TEXTS['suffix']!r}\n"
+    )
     assert torch.equal(scored(made(templates=str(source))).scores, scored(made()).scores)
     source.write_text("INSTRUCTION = 'no place for a prompt'\nprompt_with_special_token = '<|Reward|>'\n")
-    with pytest.raises(ValueError, match="without"):
-        made(templates=str(source))
+    with pytest.raises(ValueError, match=r"without \['{text_prompt}'\]"):
+        replace(made(), templates=str(source))
 
 
-def refused(folder: Path, message: str, change: Any, **settings: Any) -> None:
+def refused(folder: Path, message: str, change: Any) -> None:
     state = load_file(tiny.hpsv3() / "HPSv3.safetensors")
     change(state)
     save_file(state, folder / "HPSv3.safetensors")
     with pytest.raises(ValueError, match=message):
-        made(folder, **settings).load()
+        replace(made(folder)).load()
 
 
 def test_every_tensor_has_a_place_and_every_place_a_tensor(tmp_path: Path) -> None:
     bias, weight = "visual.merger.mlp.0.bias", "model.layers.1.self_attn.q_proj.weight"
     refused(tmp_path, f"it lacks 1 tensors, the first {bias}", lambda state: state.pop(bias))
-    refused(tmp_path, "it has no place for 1 tensors, the first visual.more", lambda state: state.update({"visual.more": torch.ones(1)}))
+    refused(
+        tmp_path,
+        "it has no place for 1 tensors, the first visual.more",
+        lambda state: state.update({"visual.more": torch.ones(1)}),
+    )
     refused(tmp_path, "it has in another shape 1 tensors", lambda state: state.update({weight: torch.ones(3, 3)}))
     refused(tmp_path, r"with heads of \{\} numbers; expected \{'rm_head': 2\}",
             lambda state: [state.pop(name) for name in list(state) if name.startswith("rm_head")])  # fmt: skip

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -14,19 +15,19 @@ from tests.helpers import tiny_qwen as tiny
 PROMPTS = ["a red cat", 'the word "MOON" on a wall', "", "two dogs", "a cat"]
 
 
+@cache
 def hpsv3(**settings: Any) -> HPSv3:
-    return HPSv3(str(tiny.hpsv3()), str(tiny.base()), str(tiny.texts()), **{"pixels": tiny.PIXELS, "dtype": "fp32", **settings})
+    return HPSv3(**{**tiny.ARGUMENTS["HPSv3"](), **settings})
 
 
+@cache
 def video_align(**settings: Any) -> VideoAlign:
-    sizes = {"min_pixels": tiny.PIXELS, "max_pixels": tiny.PIXELS, "dtype": "fp32"}
-    text, model = str(tiny.texts() / "template.txt"), str(tiny.video_reward())
-    return VideoAlign(text, model, str(tiny.base()), **{**sizes, **settings})
+    return VideoAlign(**{**tiny.ARGUMENTS["VideoAlign"](), **settings})
 
 
+@cache
 def edit_reward(**settings: Any) -> EditReward:
-    places = str(tiny.edit_reward()), str(tiny.base("qwen2_5_vl")), str(tiny.texts())
-    return EditReward(*places, **{"pixels": tiny.PIXELS, "dtype": "fp32", **settings})
+    return EditReward(**{**tiny.ARGUMENTS["EditReward"](), **settings})
 
 
 every = pytest.mark.parametrize("made", [hpsv3, video_align, edit_reward], ids=lambda made: made.__name__)
@@ -93,7 +94,11 @@ def test_pixels_get_a_gradient_and_parameters_none(made: Callable[..., Any]) -> 
 @every
 @pytest.mark.parametrize("positions", ["sequential", "mrope"])
 def test_neither_chunks_nor_order_nor_batch_mates_matter(made: Callable[..., Any], positions: str) -> None:
-    whole, chunks, order = made(positions=positions, batch_size=5), made(positions=positions, batch_size=2), [3, 0, 4, 2, 1]
+    whole, chunks, order = (
+        made(positions=positions, batch_size=5),
+        made(positions=positions, batch_size=2),
+        [3, 0, 4, 2, 1],
+    )
     expected = score(whole, batch()).scores
     assert len(expected[:, 0].unique()) == 5
     near = {"rtol": 1e-4, "atol": 1e-5}
@@ -122,7 +127,7 @@ def test_low_precision_and_pillow_are_near(made: Callable[..., Any]) -> None:
 
 @every
 def test_close_frees_and_load_is_lazy(made: Callable[..., Any]) -> None:
-    reward = made()
+    reward = replace(made())
     settings = repr(reward)
     assert reward.regressor is None
     before = score(reward, batch(2)).scores

@@ -35,7 +35,10 @@ def test_sizes_are_those_of_transformers_from_one_token_up() -> None:
     for height in range(28, 1300, 97):
         for width in range(28, 1300, 89):
             for low, high in ((PIXELS, PIXELS), (PIXELS // 2, PIXELS), (3136, 12845056)):
-                assert smart_resize(height, width, 28, low, high) == theirs(height, width, 28, low, high), (height, width)
+                assert smart_resize(height, width, 28, low, high) == theirs(height, width, 28, low, high), (
+                    height,
+                    width,
+                )
 
 
 def test_an_image_that_is_too_long_is_refused() -> None:
@@ -82,7 +85,10 @@ def test_images_are_those_of_the_processor_of_transformers(height: int, width: i
     ours = Eye(low, high)(image / 255)
     assert ours.grid == tuple(expected["image_grid_thw"][0].tolist())
     torch.testing.assert_close(ours.rows, expected["pixel_values"], rtol=0, atol=1e-5)
-    of_bytes, pil = theirs(images=list(image), return_tensors="pt")["pixel_values"], Eye(low, high)(image / 255, mode="pil").rows
+    of_bytes, pil = (
+        theirs(images=list(image), return_tensors="pt")["pixel_values"],
+        Eye(low, high)(image / 255, mode="pil").rows,
+    )
     assert float((pil - of_bytes).abs().max()) < 2.01 / 255 / min(CLIP_STD)
 
 
