@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -81,7 +82,7 @@ def head_of(state: Mapping[str, Tensor], source: str) -> nn.Sequential:
             layer = _linear(state[f"{number}.weight"], state[f"{number}.bias"])
             layers += [nn.ReLU(), layer] if layers else [layer]
     widths = [(layer.in_features, layer.out_features) for layer in layers if isinstance(layer, nn.Linear)]
-    if not layers or any(one[1] != next_one[0] for one, next_one in zip(widths, widths[1:], strict=False)):
+    if not layers or any(one[1] != next_one[0] for one, next_one in itertools.pairwise(widths)):
         shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
         raise ValueError(
             f"got a head of {source} with the tensors {shapes}; expected weight, or 0.weight, 0.bias, 3.weight, …"

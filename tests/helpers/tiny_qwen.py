@@ -63,7 +63,13 @@ def base(kind: str = "qwen2_vl") -> Path:
 
 def config(kind: str, words: Any) -> dict[str, Any]:
     """config.json of Qwen/Qwen2-VL-2B-Instruct or of Qwen/Qwen2.5-VL-7B-Instruct, small."""
-    vision = {"depth": 2, "num_heads": 2, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2}
+    vision: dict[str, Any] = {
+        "depth": 2,
+        "num_heads": 2,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+    }
     if kind == "qwen2_vl":
         vision |= {"embed_dim": 32, "mlp_ratio": 4, "hidden_size": 64, "in_chans": 3, "spatial_patch_size": 14}
     else:

@@ -42,8 +42,8 @@ def batch(count: int = 5, dtype: torch.dtype = torch.float32) -> RewardBatch:
 
 
 def total(reward: Any, given: RewardBatch, pixels: Tensor) -> Tensor:
-    (name,) = reward.spec.inputs
-    return score(reward, replace(given, **{name: pixels}), grad=True).scores.sum()
+    seen = replace(given, videos=pixels) if reward.spec.inputs == ("videos",) else replace(given, images=pixels)
+    return score(reward, seen, grad=True).scores.sum()
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def test_neither_chunks_nor_order_nor_batch_mates_matter(made: Callable[..., Any
     )
     expected = score(whole, batch()).scores
     assert len(expected[:, 0].unique()) == 5
-    near = {"rtol": 1e-4, "atol": 1e-5}
+    near: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
     torch.testing.assert_close(score(chunks, batch()).scores, expected, **near)
     torch.testing.assert_close(score(whole, batch().select(order)).scores, expected[order], **near)
     for row in (1, 2):  # the longest and the shortest prompt
