@@ -42,16 +42,17 @@ Pooling = Literal["mean", "min", "none"]
 class EditReward:
     """How good is this edit of the source image, as the prompt asks for it? Of each head μ and log σ; here pooled (2509.26346).
 
-    Head 0 answers the template of instruction following, head 1 that of quality; both see the source image (the sample's first condition), the
-    result, then the text. pooling: "mean" (as published) is the mean of both μ, with uncertainty exp(mean of both log σ); "min" the smaller of
-    each; "none" two channels, instruction_following and quality. μ is typically in -3..2, without bounds. Code:
-    TIGER-AI-Lab/EditReward, where the second number is log σ, and no second quality.
+    Head 0 answers the template of instruction following, head 1 that of quality; both see the source image (the sample's first
+    condition), the result, then the text. pooling: "mean" (as published) is the mean of both μ, with uncertainty exp(mean of
+    both log σ); "min" the smaller of each; "none" two channels, instruction_following and quality. μ is typically in -3..2,
+    without bounds. Code: TIGER-AI-Lab/EditReward, where the second number is log σ, and no second quality.
 
     Components: instruction_following, quality, noncanonical_template. model: hub id, folder or file of model.safetensors or
-    model.pth. base: hub id or folder of the model it was trained from. templates: where its three texts are, which are not shipped: the
-    installed package "EditReward", or a folder with instruction_following.txt, quality.txt and suffix.txt. pixels: of each
-    image that it sees, about. positions to batch_size: see rewards.qwen.scoring.QwenReward. A sample without a source image, or whose
-    prompt holds a special token, has no score. FileNotFoundError and ValueError say what to get."""
+    model.pth. base: hub id or folder of the model it was trained from. templates: where its three texts are, which are not
+    shipped: the installed package "EditReward", or a folder with instruction_following.txt, quality.txt and suffix.txt.
+    pixels: of each image that it sees, about. positions to batch_size: see rewards.qwen.scoring.QwenReward. A sample without
+    a source image, or whose prompt holds a special token, has no score. FileNotFoundError and ValueError say what to get.
+    Not kept: heads on Qwen3-VL."""
 
     model: str = "TIGER-Lab/EditReward-Qwen2.5-VL-7B"
     base: str = "Qwen/Qwen2.5-VL-7B-Instruct"

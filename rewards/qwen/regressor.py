@@ -140,8 +140,8 @@ def load_regressor(
     positions: the public code calls the text model without positions, which are then 0, 1, 2, … for pictures too
     ("sequential"); "mrope" gives patches their time, row and column, and other scores. rope: the public code casts the model
     to bfloat16 with the frequencies of its rotary embeddings, which are then rounded whatever `dtype` is; "exact" keeps
-    them. Both were read in that code, not measured with the published weights. Attention is always torch's own (sdpa), so that an
-    installed flash-attn changes nothing.
+    them. Both were read in that code, not measured with the published weights. Attention is always torch's own (sdpa), so
+    that an installed flash-attn changes nothing.
 
     ValueError for other tensors, a vocabulary of another size and a base of another kind."""
     import transformers

@@ -22,8 +22,8 @@ Answers = tuple[Tensor, list[str]]  # [n, ...] and, per sample, why it has none
 class QwenReward(Protocol):
     """A reward of this folder: settings, and `build`, which loads.
 
-    positions, rope: see rewards.qwen.regressor.load_regressor. preprocess: "tensor", or "pil" for Pillow's 8-bit resampling, without
-    gradient. quantize: tensor mode rounds to 8 bits as the pictures of the training were, with a straight-through gradient.
+    positions, rope: see rewards.qwen.regressor.load_regressor. preprocess: "tensor", or "pil" for Pillow's 8-bit resampling,
+    without gradient, as in training. quantize: tensor mode rounds to 8 bits too, with a straight-through gradient.
     dtype: of the backbone, the head is fp32 at least. device: None is the batch's. batch_size: samples of one forward pass;
     it bounds memory without gradients only.
     """
