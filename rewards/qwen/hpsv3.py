@@ -38,8 +38,8 @@ class HPSv3:
     model: hub id, folder or file of HPSv3.safetensors. base: hub id or folder of the model it was trained from, for its
     configuration, tokenizer and chat template. templates: where its two texts are, which are not shipped: a module or .py
     file of that code, or a folder with instruction.txt and suffix.txt. Component: noncanonical_template, 1 if they are not
-    those it was trained with. pixels: of the image that it sees, about. A prompt that holds a special token of the judge has no score.
-    positions to batch_size: see rewards.qwen.scoring.QwenReward.
+    those it was trained with. pixels: of the image that it sees, about. A prompt that holds a special token of the judge has
+    no score. positions to batch_size: see rewards.qwen.scoring.QwenReward.
     Not kept: gradient checkpointing; a gradient through the 7B network wants tens of GB. FileNotFoundError and ValueError say
     what to get.
     """

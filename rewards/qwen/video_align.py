@@ -49,16 +49,17 @@ class VideoAlign:
     std are those of its validation set. Tokens stand in the order VQ, MQ, TA and attention is causal, so only TA reads the
     prompt. Code: KwaiVGI/VideoAlign.
 
-    output: "overall" is one channel, their sum. Components: overall (of overall: the three), noncanonical_template. sample_fps: frames that are seen per
-    second, evenly spread over the video, an even number, from 4 (fewer of a shorter video) to 768; so the video's own fps
-    matter, and RewardBatch asks for them. gray_motion: MQ is of a gray copy of the video, in a second pass
-    (ModelTC/GenRL), so that color cannot raise it.
+    output: "overall" is one channel, their sum. Components: overall (of output "overall": the three), noncanonical_template.
+    sample_fps: frames that are seen per second, evenly spread over the video, an even number, from 4 (fewer of a shorter
+    video) to 768; so the video's own fps matter, and RewardBatch asks for them. gray_motion: MQ is of a gray copy of the
+    video, in a second pass (ModelTC/GenRL), so that color cannot raise it. min_pixels, max_pixels: of a frame.
 
     templates: where its text is, which is not shipped: prompt_template.py of that code, or a .txt file. model: hub id or
     folder with model_config.json and checkpoint-<step>/, of which the last is taken: model.pth, or adapter_model.safetensors
-    and non_lora_state_dict.pth, which are merged with the weights of `base`. base: hub id or folder of the model it was trained from. max_pixels: of a frame.
-    positions to batch_size: see rewards.qwen.scoring.QwenReward. A prompt that holds a special token has no score.
-    FileNotFoundError and ValueError say what to get."""
+    and non_lora_state_dict.pth, which are merged with the weights of `base`. base: hub id or folder of the model it was
+    trained from. positions to batch_size: see rewards.qwen.scoring.QwenReward. A prompt that holds a special token has no
+    score. FileNotFoundError and ValueError say what to get.
+    Not kept: a fixed number of frames, and the settings in model_config.json other than those of LoRA."""
 
     templates: str
     model: str = "KwaiVGI/VideoReward"
