@@ -4,7 +4,8 @@ A new reward is one new file, or a plain function named by its path; YAML names 
 contract; guard: `score`, through which every caller asks a reward (isolation: what it may change); mix, channels, ensembles,
 shaping, augmented, frames, with_timeout: rewards made of others (parts: what they share); function: a plain function; monitors,
 motion, diversity: statistics without a model (features: how alike two pictures are); ctrl_u: losses weighted by certainty;
-image/: pretrained networks; judges/: vision-language models that are asked through a chat endpoint; ocr/, geneval/ and
+image/: pretrained networks; qwen/: Qwen-VL with a regression head; judges/: vision-language models that are asked through a
+chat endpoint; ocr/, geneval/ and
 workers/: reading text, checking objects, and helper processes.
 """
 
@@ -47,6 +48,7 @@ from rewards.mix import Mix
 from rewards.monitors import ImageStatistics
 from rewards.motion import MotionBand, VideoStatistics
 from rewards.ocr import OCR, Line, RapidReader, Recognizer
+from rewards.qwen import EditReward, HPSv3, VideoAlign
 from rewards.shaping import Capped, Gated, Standardized
 from rewards.with_timeout import WithTimeout
 
@@ -90,6 +92,9 @@ __all__ = [
     "GroupDiversity",
     "Features",
     "Thumbnail",
+    "HPSv3",
+    "VideoAlign",
+    "EditReward",
     "Mix",
     "Channels",
     "Ensemble",

@@ -83,7 +83,7 @@ def pretrained_network(kind: Any, what: str, place: str, dtype: torch.dtype) -> 
     """A network of transformers, from a folder or the hub; ValueError if the checkpoint lacks one of its tensors.
 
     Tensors that the network does not have (a text tower, say) are left out."""
-    with _told_where_to_get(what, place), _quiet():
+    with _told_where_to_get(what, place), quiet():
         network, found = kind.from_pretrained(os.path.expanduser(place), dtype=dtype, output_loading_info=True)
     if lacks := sorted(found["missing_keys"]):
         raise ValueError(
@@ -94,7 +94,7 @@ def pretrained_network(kind: Any, what: str, place: str, dtype: torch.dtype) -> 
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without transformers' table of the tensors that are left out, and its progress bar."""
     from transformers.utils import logging
 

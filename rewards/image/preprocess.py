@@ -47,14 +47,7 @@ class Preprocess:
 
         quantize: rounds to 8 bits before and after resizing, with a straight-through gradient. Mode "pil" has no gradient.
         """
-
-        def resample(images: Tensor, height: int, width: int) -> Tensor:
-            if mode == "pil":
-                return resize_with_pil(images, height, width, self.interpolation)
-            if not quantize:
-                return resize(images, height, width, self.interpolation)
-            return to_8_bits(resize(to_8_bits(images), height, width, self.interpolation))
-
+        resample = resampling(mode, quantize, self.interpolation)
         if self.fit == "crop":
             square = center_crop(resize_short(images, self.size, resample), self.size, self.crop_offset)
         elif self.fit == "pad":
@@ -63,6 +56,19 @@ class Preprocess:
             square = resample(images, self.size, self.size)
         mean, std = (square.new_tensor(numbers)[:, None, None] for numbers in (self.mean, self.std))
         return (square - mean) / std
+
+
+def resampling(mode: Mode, quantize: bool, interpolation: Interpolation = "bicubic") -> Resample:
+    """How `Preprocess` resizes: with torch ("tensor"), which may round to 8 bits before and after, or with Pillow ("pil")."""
+
+    def resample(images: Tensor, height: int, width: int) -> Tensor:
+        if mode == "pil":
+            return resize_with_pil(images, height, width, interpolation)
+        if not quantize:
+            return resize(images, height, width, interpolation)
+        return to_8_bits(resize(to_8_bits(images), height, width, interpolation))
+
+    return resample
 
 
 def resize(images: Tensor, height: int, width: int, interpolation: Interpolation = "bicubic") -> Tensor:

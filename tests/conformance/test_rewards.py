@@ -28,6 +28,7 @@ from rewards import (
     channels_of,
     score,
 )  # fmt: skip
+from tests.helpers import tiny_qwen
 from tests.helpers import tiny_rewards as tiny
 from tests.helpers.judge_server import bright_judge
 
@@ -64,6 +65,7 @@ ARGUMENTS: dict[str, Callable[[], dict[str, object]]] = {
         "rewards": [ImageStatistics(("contrast",), "a"), ImageStatistics(("edges",), "b")],
         "how": "softmin",
     },
+    **tiny_qwen.ARGUMENTS,
     "FunctionReward": lambda: {"path": "flowalign.diagnostics.measure:brightness", "differentiable": True},
     "Gated": lambda: {"reward": ImageStatistics(("contrast",)), "gate": JPEGCompressibility(), "threshold": -1.86},
     "GenEval": lambda: {"detector": Corners()},
@@ -185,7 +187,7 @@ def test_a_batch_without_what_its_spec_reads_is_refused(reward: Reward) -> None:
 
 def test_a_gradient_is_given_or_refused_as_its_spec_says(reward: Reward) -> None:
     pixels = batch()
-    read = pixels.tensors()[reward.spec.inputs[0]].requires_grad_()
+    leaf = pixels.tensors()[reward.spec.inputs[0]].requires_grad_()
     if not reward.spec.differentiable:
         with pytest.raises(RewardError, match="which this is not"):
             score(reward, pixels, grad=True)
