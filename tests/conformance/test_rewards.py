@@ -187,7 +187,7 @@ def test_a_batch_without_what_its_spec_reads_is_refused(reward: Reward) -> None:
 
 def test_a_gradient_is_given_or_refused_as_its_spec_says(reward: Reward) -> None:
     pixels = batch()
-    leaf = pixels.tensors()[reward.spec.inputs[0]].requires_grad_()
+    read = pixels.tensors()[reward.spec.inputs[0]].requires_grad_()
     if not reward.spec.differentiable:
         with pytest.raises(RewardError, match="which this is not"):
             score(reward, pixels, grad=True)
