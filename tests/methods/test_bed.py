@@ -29,6 +29,8 @@ CHANGES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(SMALLER, ("rollout.group_size=12",)),
     "densegrpo": ("rollout.group_size=12", "trainer.calibration.sweeps=2"),
     "flash_grpo": ("rollout.group_size=32",),
+    # its four steps lie above σ = 0.94 and reach .75 in five iterations; at the bed's rate the next ten lead far away
+    "mixgrpo_flash_star": ("trainer.optimizer.lr=5e-3",),
     "euphonium": ("process_rewards=[{class_path: tests.helpers.bed.Potential, init_args: {name: process}}]",),
 }
 BASE = 0.321  # reward without training; it is between 0 and 1
