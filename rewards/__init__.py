@@ -2,7 +2,8 @@
 
 A new reward is one new file, or a plain function named by its path; YAML names the class by import path. base: the
 contract; guard: `score`, through which every caller asks a reward (isolation: what it may change); mix, channels, with_timeout: rewards made of others
-(parts: what they share); function: a plain function; ocr/ and workers/: reading text, and helper processes.
+(parts: what they share); function: a plain function; ocr/ and workers/: reading text, and helper processes; remote/: rewards
+in another process, or behind HTTP.
 """
 
 from rewards.base import (
@@ -23,6 +24,7 @@ from rewards.guard import close, score, score_chunks
 from rewards.jpeg import JPEGCompressibility, JPEGIncompressibility
 from rewards.mix import Mix
 from rewards.ocr import OCR, Line, RapidReader, Recognizer
+from rewards.remote import Http, InWorker
 from rewards.with_timeout import WithTimeout
 
 PART_OF = "flowalign"
@@ -51,4 +53,6 @@ __all__ = [
     "Mix",
     "Channels",
     "FunctionReward",
+    "InWorker",
+    "Http",
 ]
