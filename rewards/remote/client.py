@@ -162,7 +162,8 @@ class Http:
         own = {"Content-Type": wire.MEDIA_TYPE, "Flowalign-Protocol": wire.PROTOCOL, "Flowalign-Seconds": f"{seconds:.3f}"}
         try:
             connection.request(method, place.path.rstrip("/") + path, body or None, own | headers | self._authorization())
-            return _whole(connection.getresponse(), end)
+            with connection.getresponse() as response:  # which may own the socket
+                return _whole(response, end)
         finally:
             connection.close()
 
