@@ -68,7 +68,9 @@ class Http:
     def __post_init__(self) -> None:
         self._place()
         if not 0 < self.timeout <= self.budget:
-            raise ValueError(f"got timeout={self.timeout}, budget={self.budget}; expected 0 < timeout <= budget, in seconds")
+            raise ValueError(
+                f"got timeout={self.timeout}, budget={self.budget}; expected 0 < timeout <= budget, in seconds"
+            )
         if self.batch_size is not None and self.batch_size < 1:
             raise ValueError(f"got batch_size={self.batch_size}; expected at least 1, or None")
         self.fingerprint = self.fingerprint or fingerprint(self.reward)
@@ -93,8 +95,9 @@ class Http:
 
     def __call__(self, batch: RewardBatch) -> RewardOutput:
         end = time.monotonic() + self.budget
-        most = self._load(end).samples
-        return cat([self._ask(part, end) for part in chunks(batch, min(self.batch_size or most, most))])
+        limits = self._load(end)
+        size = min(self.batch_size or limits.samples, limits.samples)
+        return cat([self._ask(part, limits, end) for part in chunks(batch, size)])
 
     def _load(self, end: float) -> wire.Limits:
         if self._limits is not None:
@@ -104,9 +107,13 @@ class Http:
             info = json.loads(reply.body)
             protocol, served, limits = info["protocol"], info["fingerprint"], wire.Limits(**info["limits"])
         except (ValueError, KeyError, TypeError) as error:
-            raise RewardError(f"got {reply.body[:80]!r} from {self.url}; expected a reward server of {wire.PROTOCOL}") from error
+            raise RewardError(
+                f"got {reply.body[:80]!r} from {self.url}; expected a reward server of {wire.PROTOCOL}"
+            ) from error
         if protocol != wire.PROTOCOL:
-            raise RewardError(f"got protocol {protocol} from {self.url}; expected {wire.PROTOCOL}: take one version on both sides")
+            raise RewardError(
+                f"got protocol {protocol} from {self.url}; expected {wire.PROTOCOL}: take one version on both sides"
+            )
         if served != self.fingerprint:
             raise RewardError(
                 f"got reward {info.get('reward')!r} with fingerprint {served} from {self.url}; expected {self.name!r} with "
@@ -115,13 +122,16 @@ class Http:
         self._limits = limits
         return limits
 
-    def _ask(self, batch: RewardBatch, end: float) -> RewardOutput:
+    def _ask(self, batch: RewardBatch, limits: wire.Limits, end: float) -> RewardOutput:
+        body = wire.encode_batch(batch)
+        if len(body) > limits.total_bytes and len(batch) > 1:
+            return self._halves(batch, limits, end)
         headers = {"Flowalign-Request": str(uuid.uuid4()), "Flowalign-Fingerprint": str(self.fingerprint)}
-        reply = self._request("POST", "/v1/score", wire.encode_batch(batch), headers, end)
+        reply = self._request("POST", "/v1/score", body, headers, end)
         if reply.status == 413:
             if len(batch) < 2:
                 raise RewardError(f"{self.url} takes not even one sample, {reply.problem()}")
-            return cat([self._ask(part, end) for part in chunks(batch, -(-len(batch) // 2))])
+            return self._halves(batch, limits, end)
         if any(reply.headers.get(name) != value for name, value in headers.items()):
             raise RewardError(f"got an answer to another request from {self.url}; expected {headers}: not used")
         try:
@@ -131,6 +141,9 @@ class Http:
         if output.channels != channels_of(self.reward):
             raise RewardError(f"got channels {output.channels} from {self.url}; expected {channels_of(self.reward)}")
         return output
+
+    def _halves(self, batch: RewardBatch, limits: wire.Limits, end: float) -> RewardOutput:
+        return cat([self._ask(part, limits, end) for part in chunks(batch, -(-len(batch) // 2))])
 
     def _request(self, method: str, path: str, body: bytes, headers: dict[str, str], end: float) -> _Reply:
         """The reply with status 200 or 413; others are repeated if that can help, until `end`."""
@@ -151,7 +164,9 @@ class Http:
             tries += 1
             logger.warning("%s: %s; asked again", self.url, problem)
             time.sleep(max(0.0, min(pause, end - time.monotonic())))
-        raise RewardError(f"{self.url} gave no answer within {self.budget:g} s, asked {tries} times; the last time {problem}")
+        raise RewardError(
+            f"{self.url} gave no answer within {self.budget:g} s, asked {tries} times; the last time {problem}"
+        )
 
     def _send(self, method: str, path: str, body: bytes, headers: dict[str, str], seconds: float) -> _Reply:
         """One request; OSError or HTTPException if it gets no whole reply in time."""
@@ -159,9 +174,15 @@ class Http:
         place = self._place()
         kind = HTTPSConnection if place.scheme == "https" else HTTPConnection
         connection = kind(str(place.hostname), place.port, timeout=seconds)
-        own = {"Content-Type": wire.MEDIA_TYPE, "Flowalign-Protocol": wire.PROTOCOL, "Flowalign-Seconds": f"{seconds:.3f}"}
+        own = {
+            "Content-Type": wire.MEDIA_TYPE,
+            "Flowalign-Protocol": wire.PROTOCOL,
+            "Flowalign-Seconds": f"{seconds:.3f}",
+        }
         try:
-            connection.request(method, place.path.rstrip("/") + path, body or None, own | headers | self._authorization())
+            connection.request(
+                method, place.path.rstrip("/") + path, body or None, own | headers | self._authorization()
+            )
             with connection.getresponse() as response:  # which may own the socket
                 return _whole(response, end)
         finally:
@@ -172,13 +193,23 @@ class Http:
             return {}
         token = os.environ.get(self.token_env, "")
         if not token:
-            raise RewardError(f"got no token: the environment variable {self.token_env} is not set; expected the server's")
+            raise RewardError(
+                f"got no token: the environment variable {self.token_env} is not set; expected the server's"
+            )
         return {"Authorization": f"Bearer {token}"}
 
     def _place(self) -> SplitResult:
         place = urlsplit(self.url)
-        if place.scheme not in ("http", "https") or not place.hostname or place.username or place.query or place.fragment:
-            raise ValueError(f"got url={self.url!r}; expected http://host:port or https://host:port (a token goes by token_env)")
+        if (
+            place.scheme not in ("http", "https")
+            or not place.hostname
+            or place.username
+            or place.query
+            or place.fragment
+        ):
+            raise ValueError(
+                f"got url={self.url!r}; expected http://host:port or https://host:port (a token goes by token_env)"
+            )
         return place
 
 

@@ -60,7 +60,9 @@ class InWorker:
         if self.max_memory is not None and not (self.max_memory > 0 and Path("/proc/self/statm").exists()):
             raise ValueError(f"got max_memory={self.max_memory}; expected GB > 0 on Linux, or None")
         if self.python is not None and shutil.which(self.python) is None:
-            raise ValueError(f"got python={self.python!r}, no program; expected an interpreter, such as other/.venv/bin/python")
+            raise ValueError(
+                f"got python={self.python!r}, no program; expected an interpreter, such as other/.venv/bin/python"
+            )
         options = {
             "package": str(Path(__file__).parents[1]),
             "path": list(sys.path) if self.python is None else [str(Path.cwd())],

@@ -15,6 +15,7 @@ import ipaddress
 import json
 import logging
 import math
+import re
 import signal
 import socketserver
 import threading
@@ -163,15 +164,13 @@ class _Handler(BaseHTTPRequestHandler):
     server_version, sys_version = "flowalign-reward", ""
 
     def do_GET(self) -> None:
-        self._reply({"/v1/info": self._info, "/v1/health": self._info}.get(self.path, _not_found))
+        info = json.dumps(self.server.service.info()).encode()
+        self._reply((lambda: info) if self.path in ("/v1/info", "/v1/health") else _not_found, "application/json")
 
     def do_POST(self) -> None:
-        self._reply({"/v1/score": self._scores}.get(self.path, _not_found))
+        self._reply(self._scores if self.path == "/v1/score" else _not_found, wire.MEDIA_TYPE)
 
-    def _info(self) -> tuple[str, bytes]:
-        return "application/json", json.dumps(self.server.service.info()).encode()
-
-    def _scores(self) -> tuple[str, bytes]:
+    def _scores(self) -> bytes:
         service, headers = self.server.service, self.headers
         if headers.get("Content-Type") != wire.MEDIA_TYPE:  # no form of a browser can send this
             raise Refused(415, f"got Content-Type {headers.get('Content-Type')}; expected {wire.MEDIA_TYPE}")
@@ -180,8 +179,10 @@ class _Handler(BaseHTTPRequestHandler):
         if headers.get("Flowalign-Fingerprint") != service.fingerprint:
             raise Refused(409, f"got fingerprint {headers.get('Flowalign-Fingerprint')}; this is {service.fingerprint}")
         request = headers.get("Flowalign-Request", "")
-        if not 0 < len(request) <= 100:
-            raise Refused(400, "got no Flowalign-Request; expected an id of at most 100 characters")
+        if not re.fullmatch(r"[\w-]{1,100}", request):
+            raise Refused(
+                400, f"got Flowalign-Request {request!r:.200}; expected an id of at most 100 letters and digits"
+            )
         length, seconds = self._length(), _number(headers.get("Flowalign-Seconds"))
         if length > service.limits.total_bytes:
             raise Refused(413, f"got {length} bytes; expected at most {service.limits.total_bytes}")
@@ -193,10 +194,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._left = 0
             if len(body) < length:
                 raise Refused(400, f"got {len(body)} of {length} bytes")
-            answer = service.answer(request, body, max(0.0, seconds - (time.monotonic() - began)))
+            return service.answer(request, body, max(0.0, seconds - (time.monotonic() - began)))
         finally:
             service.slots.release()
-        return wire.MEDIA_TYPE, answer
 
     def _length(self) -> int:
         text = self.headers.get("Content-Length", "")
@@ -213,28 +213,30 @@ class _Handler(BaseHTTPRequestHandler):
         if not hmac.compare_digest(given.encode(), f"Bearer {self.server.token}".encode()):
             raise Refused(403, "got a wrong token")
 
-    def _reply(self, make: Callable[[], tuple[str, bytes]]) -> None:
-        """What `make` gives, or why there is nothing."""
+    def _reply(self, make: Callable[[], bytes], kind: str) -> None:
+        """What `make` gives, which is of the media type `kind`, or why there is nothing."""
         text = self.headers.get("Content-Length", "")
         self._left = int(text) if text.isdecimal() and len(text) < 16 else 0  # bytes of the body that are not read
-        status, extra = 200, {name: self.headers.get(name, "") for name in ("Flowalign-Request", "Flowalign-Fingerprint")}
         try:
             self._authorize()
-            kind, body = make()
+            status, body = 200, make()
         except Refused as refused:
             status, kind, body = refused.status, "application/json", _error(str(refused))
-            extra = {"Retry-After": "1"} if status in (429, 503) else {}
         except (ConnectionError, TimeoutError):
             raise
         except Exception:
             number = uuid.uuid4().hex[:8]
             logger.exception("error %s", number)
             status, kind, body = 500, "application/json", _error(f"the server failed; its log has error {number}")
-            extra = {}
         self._drain()
         self.send_response(status)
-        for name, value in ({"Content-Type": kind, "Content-Length": str(len(body))} | extra).items():
-            self.send_header(name, value)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        if kind == wire.MEDIA_TYPE:
+            for name in ("Flowalign-Request", "Flowalign-Fingerprint"):  # checked by now
+                self.send_header(name, self.headers[name])
+        if status in (429, 503):
+            self.send_header("Retry-After", "1")
         self.end_headers()
         self.wfile.write(body)
 
@@ -248,7 +250,7 @@ class _Handler(BaseHTTPRequestHandler):
         logger.info("%s %s", self.address_string(), format % args)
 
 
-def _not_found() -> tuple[str, bytes]:
+def _not_found() -> bytes:
     raise Refused(404, "expected GET /v1/info, GET /v1/health or POST /v1/score")
 
 

@@ -88,7 +88,9 @@ def decode_batch(data: bytes, limits: Limits | None = None) -> RewardBatch:
     conditions = [[f"conditions.{i}.{j}" for j in range(min(n, len(entries)))] for i, n in enumerate(counts or [])]
     fields = [name for name in ("images", "videos", "latents", "sigma") if name in entries]
     if sorted(entries) != sorted([*fields, *(name for names in conditions for name in names)]):
-        raise WireError(f"got the tensors {sorted(entries)[:8]}; expected fields of a batch and the declared conditions")
+        raise WireError(
+            f"got the tensors {sorted(entries)[:8]}; expected fields of a batch and the declared conditions"
+        )
     if len(prompts) > limits.samples:
         raise TooLarge(f"got {len(prompts)} samples; expected at most {limits.samples}")
     for name, entry in entries.items():
@@ -118,7 +120,9 @@ def encode_output(output: RewardOutput) -> bytes:
     }
     tensors = {"scores": output.scores, "valid": output.valid}
     tensors |= {f"components.{i}": part for i, part in enumerate(output.components.values())}
-    return _encode("output", content, tensors | ({} if output.uncertainty is None else {"uncertainty": output.uncertainty}))
+    return _encode(
+        "output", content, tensors | ({} if output.uncertainty is None else {"uncertainty": output.uncertainty})
+    )
 
 
 def decode_output(data: bytes, count: int, limits: Limits | None = None) -> RewardOutput:
@@ -169,7 +173,9 @@ def _read(data: bytes, kind: str, limits: Limits) -> tuple[dict[str, Any], dict[
         raise TooLarge(f"got {len(data)} bytes; expected at most {limits.total_bytes}")
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 or length > len(data) - 8:
-        raise WireError(f"got {len(data)} bytes without the header that they announce; expected a message of {PROTOCOL}")
+        raise WireError(
+            f"got {len(data)} bytes without the header that they announce; expected a message of {PROTOCOL}"
+        )
     if length > limits.header_bytes:
         raise TooLarge(f"got a header of {length} bytes; expected at most {limits.header_bytes}")
     header = _json(data[8 : 8 + length], "header")
@@ -190,7 +196,9 @@ def _json(text: Any, what: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except (ValueError, TypeError, RecursionError) as error:
-        raise WireError(f"got a {what} that is no JSON ({type(error).__name__}); expected a message of {PROTOCOL}") from error
+        raise WireError(
+            f"got a {what} that is no JSON ({type(error).__name__}); expected a message of {PROTOCOL}"
+        ) from error
     if not isinstance(value, dict):
         raise WireError(f"got a {what} of type {type(value).__name__}; expected an object")
     return value
@@ -204,7 +212,9 @@ def _entry(name: str, form: Any, start: int, first: int) -> _Entry:
         raise WireError(f"got tensor {name!r} as {str(form)[:200]}; expected a shape and one of {', '.join(DTYPES)}")
     end = start + math.prod(shape) * dtype.itemsize
     if len(shape) > 8 or form.get("data_offsets") != [start - first, end - first]:
-        raise WireError(f"got tensor {name!r} as {str(form)[:200]}; expected the bytes {start - first} to {end - first}")
+        raise WireError(
+            f"got tensor {name!r} as {str(form)[:200]}; expected the bytes {start - first} to {end - first}"
+        )
     return _Entry(dtype, tuple(shape), start, end)
 
 

@@ -26,11 +26,14 @@ from rewards import (
     channels_of,
     score,
 )  # fmt: skip
+from tests.helpers.remote_rewards import jpeg_server
 
 # class -> its arguments, for rewards that have no defaults or are slow with them
 ARGUMENTS: dict[str, Callable[[], dict[str, object]]] = {
     "Channels": lambda: {"rewards": [JPEGCompressibility(), ColorAccuracy()]},
     "FunctionReward": lambda: {"path": "flowalign.diagnostics.measure:brightness", "differentiable": True},
+    "Http": lambda: {"reward": JPEGCompressibility(), "url": jpeg_server()},
+    "InWorker": lambda: {"reward": JPEGCompressibility()},
     "Mix": lambda: {"rewards": [JPEGCompressibility(), OCR(recognizer=RapidReader(workers=1))], "weights": [0.1, 1.0]},
     "OCR": lambda: {"recognizer": RapidReader(workers=1)},
     "WithTimeout": lambda: {"reward": JPEGCompressibility(), "timeout": 60.0, "batch_size": 2},
@@ -86,7 +89,17 @@ def equal(ours: RewardOutput, other: RewardOutput) -> None:
 
 def test_the_walk_finds_the_rewards() -> None:
     names = {found.__name__ for found in reward_classes()}
-    assert {"ColorAccuracy", "FunctionReward", "JPEGCompressibility", "Mix", "OCR", "WithTimeout", "Channels"} <= names
+    assert {
+        "ColorAccuracy",
+        "FunctionReward",
+        "JPEGCompressibility",
+        "Mix",
+        "OCR",
+        "WithTimeout",
+        "Channels",
+        "InWorker",
+        "Http",
+    } <= names
     assert not {"Engine", "RapidReader", "Recognizer", "Reward", "Workers"} & names
 
 

@@ -1,11 +1,14 @@
 """A reward for tests of rewards in other processes: it reads floats, and a prompt tells it what else to do."""
 
+import threading
 import time
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
-from rewards import RewardBatch, RewardOutput, RewardSpec
+from rewards import JPEGCompressibility, RewardBatch, RewardOutput, RewardSpec
+from rewards.remote.server import Listener, Service
 
 
 @dataclass
@@ -32,7 +35,9 @@ class Spread:
         scores[[i for i, prompt in enumerate(batch.prompts) if "nan" in prompt]] = torch.nan
         valid = torch.tensor(["skip" not in prompt for prompt in batch.prompts], dtype=torch.bool)
         parts = {"red": batch.images[:, 0].mean((1, 2)), "length": torch.tensor([float(len(p)) for p in batch.prompts])}
-        return RewardOutput(scores, valid, parts, [f"saw {prompt!r}" for prompt in batch.prompts], 0.0, scores.abs() / 7)
+        return RewardOutput(
+            scores, valid, parts, [f"saw {prompt!r}" for prompt in batch.prompts], 0.0, scores.abs() / 7
+        )
 
 
 def mixed_batch(count: int = 6, seed: int = 0) -> RewardBatch:
@@ -58,3 +63,11 @@ def same(ours: RewardOutput, other: RewardOutput) -> None:
         assert left is not None and right is not None and left.dtype == right.dtype and left.shape == right.shape
         assert torch.equal(left.contiguous().view(torch.uint8), right.contiguous().view(torch.uint8))
     assert (ours.info, ours.channels) == (other.info, other.channels)
+
+
+@cache
+def jpeg_server() -> str:
+    """The address of a server of JPEGCompressibility, which ends with the process."""
+    listener = Listener(Service(JPEGCompressibility()))
+    threading.Thread(target=listener.serve_forever, daemon=True).start()
+    return listener.url

@@ -5,7 +5,17 @@ from pathlib import Path
 
 import pytest
 
-from rewards import OCR, ColorAccuracy, FunctionReward, Http, InWorker, JPEGCompressibility, Mix, RapidReader, WithTimeout
+from rewards import (
+    OCR,
+    ColorAccuracy,
+    FunctionReward,
+    Http,
+    InWorker,
+    JPEGCompressibility,
+    Mix,
+    RapidReader,
+    WithTimeout,
+)
 from rewards.import_path import import_named
 from rewards.remote.description import build, describe, fingerprint
 from tests.helpers.plain_rewards import Plain, brightness
@@ -73,5 +83,5 @@ def test_a_class_inside_a_function_is_refused() -> None:
     class Hidden(Spread):
         pass
 
-    with pytest.raises(ValueError, match="Hidden, which no other process can import.*top of a module"):
+    with pytest.raises(ValueError, match=r"Hidden, which no other process can import.*top of a module"):
         InWorker(Hidden())

@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,9 @@ def test_what_the_reward_says_when_it_fails_arrives_and_is_not_asked_again(serve
     assert time.monotonic() - began < 20
 
 
-@pytest.mark.parametrize("url", ["127.0.0.1:80", "ftp://host", "http://", "http://me:secret@host", "http://host/?q=1", "file:///x"])
+@pytest.mark.parametrize(
+    "url", ["127.0.0.1:80", "ftp://host", "http://", "http://me:secret@host", "http://host/?q=1", "file:///x"]
+)
 def test_what_is_no_url_is_refused(url: str) -> None:
     with pytest.raises(ValueError, match="expected http://host:port"):
         Http(Spread(), url)
@@ -107,6 +109,7 @@ def test_what_is_no_url_is_refused(url: str) -> None:
     [
         (400, {"Flowalign__Protocol": "flowalign-reward/2"}),
         (400, {"Flowalign__Request": None}),
+        (400, {"Flowalign__Request": "1\r\n Set-Cookie: a=b"}),
         (400, {"Flowalign__Seconds": "soon"}),
         (409, {"Flowalign__Fingerprint": "0" * 16}),
         (409, {"Flowalign__Fingerprint": None}),
@@ -117,11 +120,13 @@ def test_what_is_no_url_is_refused(url: str) -> None:
         (415, {"Content__Type": "text/plain"}),
     ],
 )
-def test_headers_are_checked_before_the_body_is_read(server: Listener, status: int, headers: dict, monkeypatch: Any) -> None:
+def test_headers_are_checked_before_the_body_is_read(
+    server: Listener, status: int, headers: dict, monkeypatch: Any
+) -> None:
     monkeypatch.setattr("rewards.remote.server.DRAINED", 0)
     monkeypatch.setattr(wire, "decode_batch", lambda *arguments: pytest.fail("read"))
     got, body = post(server.url, b"", **headers)
-    assert got == status and "expected" in body.decode() or "this is" in body.decode()
+    assert got == status and ("expected" in body.decode() or "this is" in body.decode())
 
 
 class Harm:
@@ -219,17 +224,31 @@ def test_too_many_requests_at_once_come_again_later_and_none_is_lost() -> None:
     assert sorted(float(output.scores[0]) for output in outputs) == [1, 2] and asked == [6, 6]
 
 
-def test_a_batch_above_the_limits_is_split() -> None:
+send = HTTPConnection.request
+
+
+def checked_length(self: HTTPConnection, method: str, path: str, body: bytes | None, headers: dict[str, str]) -> None:
+    assert len(body or b"") <= 4000
+    send(self, method, path, body, headers)
+
+
+def test_a_batch_above_the_limits_is_split(monkeypatch: pytest.MonkeyPatch) -> None:
     service, asked = counted()
     service.limits = wire.Limits(samples=4)
     with served(service) as listener:
         reward = Http(Plain(len), listener.url, fingerprint=service.fingerprint)
         assert len(reward(mixed_batch(11)).scores) == 11 and asked == [4, 4, 3]
         asked.clear()
-        service.limits = wire.Limits(total_bytes=4000)  # of which a client only learns by 413
+        service.limits = wire.Limits(total_bytes=4000)  # of which this client only learns by 413
         assert len(reward(mixed_batch(8)).scores) == 8 and sum(asked) == 8 and max(asked) < 4
+        asked.clear()
+        reward.close()
+        monkeypatch.setattr("rewards.remote.client.HTTPConnection.request", checked_length)
+        assert len(reward(mixed_batch(8)).scores) == 8 and sum(asked) == 8 and max(asked) < 4
+        reward._limits = None
+        monkeypatch.undo()
         service.limits = wire.Limits(total_bytes=400)
-        with pytest.raises(RewardError, match="takes not even one sample, status 413: got .* bytes"):
+        with pytest.raises(RewardError, match=r"takes not even one sample, status 413: got .* bytes"):
             score(reward, mixed_batch())
 
 
@@ -312,7 +331,9 @@ def endless(connection: socket.socket, request: bytes) -> None:
 
 def with_scores(*scores: float) -> Callable[[bytes], bytes]:
     values = torch.tensor(scores, dtype=torch.float32)[:, None]
-    return lambda body: wire.encode_output(RewardOutput(values, torch.ones_like(values, dtype=torch.bool), channels=("spread",)))
+    return lambda body: wire.encode_output(
+        RewardOutput(values, torch.ones_like(values, dtype=torch.bool), channels=("spread",))
+    )
 
 
 def of_version_2(body: bytes) -> bytes:
@@ -335,11 +356,8 @@ def failing(*faults: Fault) -> Iterator[tuple[str, list[bytes]]]:
                 connection, _ = listening.accept()
             except OSError:
                 return
-            with connection:
-                try:
-                    answer(connection)
-                except OSError:
-                    pass  # the client has gone
+            with connection, suppress(OSError):  # the client has gone
+                answer(connection)
 
     def answer(connection: socket.socket) -> None:
         request = whole_request(connection)
@@ -417,7 +435,9 @@ FAILS: list[tuple[str, Fault, str, int]] = [
 
 
 @pytest.mark.parametrize(("fault", "said", "times"), [row[1:] for row in FAILS], ids=[row[0] for row in FAILS])
-def test_what_cannot_recover_is_an_error_and_never_a_number(fault: Fault, said: str, times: int, monkeypatch: Any) -> None:
+def test_what_cannot_recover_is_an_error_and_never_a_number(
+    fault: Fault, said: str, times: int, monkeypatch: Any
+) -> None:
     monkeypatch.setattr("rewards.remote.client.REPLY_BYTES", 2**16)
     with failing(fault) as (url, requests):
         reward = Http(Spread(3.0), url, timeout=20, budget=60)
@@ -439,10 +459,12 @@ def test_a_nan_among_numbers_is_an_invalid_sample() -> None:
 def test_after_the_budget_it_is_an_error_with_the_last_reason() -> None:
     with failing(plain(503, b'{"error": {"message": "loading"}}')) as (url, requests):
         began = time.monotonic()
-        with pytest.raises(RewardError, match=r"gave no answer within 0\.5 s, asked \d+ times; the last time status 503: loading"):
+        with pytest.raises(
+            RewardError, match=r"gave no answer within 0\.5 s, asked \d+ times; the last time status 503: loading"
+        ):
             score(Http(Spread(3.0), url, timeout=0.5, budget=0.5), mixed_batch())
         assert time.monotonic() - began < 10 and len(requests) >= 1
-    with pytest.raises(RewardError, match="gave no answer within 0.2 s.*Connection"):
+    with pytest.raises(RewardError, match=r"gave no answer within 0\.2 s.*Connection"):
         Http(Spread(3.0), url, timeout=0.2, budget=0.2).load()
 
 

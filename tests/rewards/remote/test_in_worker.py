@@ -191,9 +191,12 @@ def test_a_slow_start_has_its_own_limit(worker, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("script", "said"),
     [
-        ("exec {python} -S -E \"$@\"", r"died \(exit code 1\).*It needs Python 3.11, torch, numpy"),  # without site-packages
+        (
+            'exec {python} -S -E "$@"',
+            r"died \(exit code 1\).*It needs Python 3.11, torch, numpy",
+        ),  # without site-packages
         ("exit 7", r"died \(exit code 7\).*It needs Python 3.11"),
-        ("exec {python} \"$@\"", "no module of this name|No module named 'torch'"),
+        ('exec {python} "$@"', "no module of this name|No module named 'torch'"),
     ],
     ids=["no numpy", "no Python", "no torch"],
 )

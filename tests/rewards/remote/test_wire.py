@@ -44,7 +44,9 @@ def batches() -> dict[str, RewardBatch]:
         "not contiguous": RewardBatch(prompts=prompts, images=images.transpose(2, 3)),
         "bytes": RewardBatch(prompts=prompts, images=(images * 255).to(torch.uint8)),
         "videos": RewardBatch(prompts=prompts, videos=torch.rand(3, 2, 3, 4, 5, generator=numbers), fps=7.5),
-        "latents": RewardBatch(prompts=prompts, latents=torch.randn(3, 4, 2, generator=numbers).bfloat16(), sigma=sigma),
+        "latents": RewardBatch(
+            prompts=prompts, latents=torch.randn(3, 4, 2, generator=numbers).bfloat16(), sigma=sigma
+        ),
         "conditions": RewardBatch(prompts=prompts, conditions=[[images[0], images[1][:, :2]], [], [images[2]]]),
     }
 
