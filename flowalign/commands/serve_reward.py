@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from flowalign.config import load_reward
 from flowalign.errors import ConfigError
-from rewards import Http, Reward
+from rewards import Http, Reward, RewardError
 from rewards.remote.server import Listener, Service, serve
 
 
@@ -35,7 +35,10 @@ def serve_reward(arguments: Sequence[str]) -> None:
         listener = Listener(service, given.host, given.port, _token(given.token_env))
     except (ValueError, OSError, OverflowError) as error:
         raise ConfigError(f"flowalign serve-reward: {error}") from error
-    serve(listener, lambda sentence: print(sentence, flush=True))
+    try:
+        serve(listener, lambda sentence: print(sentence, flush=True))
+    except RewardError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _served(reward: Reward) -> Reward:

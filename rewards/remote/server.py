@@ -29,7 +29,7 @@ from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 from rewards.base import Reward, RewardError, spec_of
-from rewards.guard import close, score
+from rewards.guard import close, load, score
 from rewards.remote import wire
 from rewards.remote.description import fingerprint
 
@@ -138,24 +138,25 @@ class Listener(socketserver.ThreadingTCPServer):
 def serve(listener: Listener, ready: Callable[[str], object] = print) -> None:
     """Loads the reward and serves it until SIGTERM or Ctrl-C; requests that are being answered then are answered.
 
-    Runs in the main thread. ready: gets a sentence with the address once requests are answered."""
+    Runs in the main thread. ready: gets a sentence with the address once requests are answered. RewardError if the reward does
+    not load."""
+    reward = listener.service.reward
 
     def stop(number: int, frame: object) -> None:
         threading.Thread(target=listener.shutdown).start()  # it waits for serve_forever, which this thread is in
 
     former = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        listener.service.reward.load()
+        load(reward)
         for number in former:
             signal.signal(number, stop)
-        name, mark = listener.service.reward.name, listener.service.fingerprint
-        ready(f"reward {name!r} (fingerprint {mark}) at {listener.url}")
+        ready(f"reward {reward.name!r} (fingerprint {listener.service.fingerprint}) at {listener.url}")
         listener.serve_forever(poll_interval=0.1)
     finally:
         listener.server_close()
         for number, handler in former.items():
             signal.signal(number, handler)
-        close(listener.service.reward)
+        close(reward)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -179,7 +180,7 @@ class _Handler(BaseHTTPRequestHandler):
         if headers.get("Flowalign-Fingerprint") != service.fingerprint:
             raise Refused(409, f"got fingerprint {headers.get('Flowalign-Fingerprint')}; this is {service.fingerprint}")
         request = headers.get("Flowalign-Request", "")
-        if not re.fullmatch(r"[\w-]{1,100}", request):
+        if not re.fullmatch(r"[A-Za-z0-9_-]{1,100}", request):
             raise Refused(
                 400, f"got Flowalign-Request {request!r:.200}; expected an id of at most 100 letters and digits"
             )

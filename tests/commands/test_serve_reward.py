@@ -70,6 +70,10 @@ def test_the_files_of_the_page_serve_both_sides(listeners: list[Listener], tmp_p
         (["rewards.OCR", "--port", "x"], "invalid int value"),
         (["rewards.OCR", "--port", "99999"], "port must be"),
         (["rewards.OCR", "--host", "0.0.0.0"], "without a token"),
+        (
+            ["rewards.FunctionReward", "reward.path=tests.helpers.absent:it", "--port", "0"],
+            "failed to load: ValueError: got",
+        ),
         (["rewards.OCR", "--token-env", "NOT_SET_HERE"], "got a token of 0 characters"),
     ],
 )
