@@ -147,7 +147,7 @@ class Http:
 
     def _request(self, method: str, path: str, body: bytes, headers: dict[str, str], end: float) -> _Reply:
         """The reply with status 200 or 413; others are repeated if that can help, until `end`."""
-        problem, tries = "not asked", 0
+        problem, tries, defects = "not asked", 0, 0
         while (left := end - time.monotonic()) > 0:
             wait = 0.0
             try:
@@ -158,9 +158,10 @@ class Http:
                 if reply.status in (200, 413):
                     return reply
                 problem, wait = reply.problem(), _seconds(reply.headers.get("Retry-After"))
-                if reply.status not in LATER + MAYBE or (reply.status in MAYBE and tries >= 2):
+                defects += reply.status in MAYBE
+                if reply.status not in LATER + MAYBE or defects > 2:
                     raise RewardError(f"{self.url} refuses, {problem}")
-            pause = max(wait, min(8.0, 0.1 * 2**tries) * random.SystemRandom().uniform(0.5, 1.5))
+            pause = max(wait, 0.1 * 2 ** min(tries, 6) * random.SystemRandom().uniform(0.5, 1.5))
             tries += 1
             logger.warning("%s: %s; asked again", self.url, problem)
             time.sleep(max(0.0, min(pause, end - time.monotonic())))
@@ -200,13 +201,8 @@ class Http:
 
     def _place(self) -> SplitResult:
         place = urlsplit(self.url)
-        if (
-            place.scheme not in ("http", "https")
-            or not place.hostname
-            or place.username
-            or place.query
-            or place.fragment
-        ):
+        extra = [place.username, place.query, place.fragment]
+        if place.scheme not in ("http", "https") or not place.hostname or any(extra) or place.port == 0:
             raise ValueError(
                 f"got url={self.url!r}; expected http://host:port or https://host:port (a token goes by token_env)"
             )

@@ -99,6 +99,8 @@ def test_what_the_reward_says_when_it_fails_arrives_and_is_not_asked_again(serve
 def test_what_is_no_url_is_refused(url: str) -> None:
     with pytest.raises(ValueError, match="expected http://host:port"):
         Http(Spread(), url)
+    with pytest.raises(ValueError, match="Port out of range"):
+        Http(Spread(), "http://127.0.0.1:99999")
 
 
 # ------------------------------------------------------------------------------------------ what the server refuses
