@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import json
 import pkgutil
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ from rewards import (
     channels_of,
     score,
 )  # fmt: skip
+from rewards.remote.description import build, describe, fingerprint
 from tests.helpers.remote_rewards import jpeg_server
 
 # class -> its arguments, for rewards that have no defaults or are slow with them
@@ -118,6 +120,16 @@ def test_construction_is_cheap_and_close_may_be_called_again(found: type) -> Non
         reward.close()
         reward.close()
     assert min(seconds) < 0.05, f"{found.__name__} loads something at construction: move it into load"
+
+
+@pytest.mark.parametrize("found", reward_classes(), ids=lambda found: found.__name__)
+def test_another_process_can_build_it(found: type) -> None:
+    """So `InWorker` can take it, and a server can be asked for it."""
+    reward = made(found)
+    description = json.loads(json.dumps(describe(reward)))
+    other = build(description)
+    assert type(other) is found and (other.name, other.spec) == (reward.name, reward.spec)
+    assert describe(other) == description and fingerprint(other) == fingerprint(reward)
 
 
 def test_the_form_of_an_answer(reward: Reward) -> None:
