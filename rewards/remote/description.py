@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import json
-from dataclasses import fields, is_dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast
+
+import torch
 
 from rewards.base import Reward
 from rewards.import_path import import_named, path_of, split_path
@@ -16,9 +18,10 @@ AROUND = ("rewards.remote.in_worker:InWorker", "rewards.remote.client:Http", "re
 
 
 def describe(reward: Reward) -> dict[str, Any]:
-    """{"class_path", "init_args"} of a reward that is a dataclass, and so on for the parts in it; plain JSON.
+    """{"class_path", "init_args"} of a reward that keeps its arguments under their names (as dataclasses do), and so on for
+    the parts in it; plain JSON. Not kept: what else the object holds.
 
-    ValueError for what JSON cannot say: another class, a function given as an object."""
+    ValueError for what JSON cannot say: a function given as an object, a network."""
     return cast(dict[str, Any], _described(reward, type(reward).__name__))
 
 
@@ -45,15 +48,28 @@ def _described(value: Any, where: str) -> Any:
         return [_described(each, f"{where}[{i}]") for i, each in enumerate(value)]
     if isinstance(value, dict) and all(isinstance(key, str) for key in value):
         return {"dict": {key: _described(each, f"{where}[{key!r}]") for key, each in value.items()}}
-    if is_dataclass(value) and not isinstance(value, type):
-        own = {each.name: vars(value)[each.name] for each in fields(value) if each.init}
+    if (own := _arguments(value)) is not None:
         arguments = {name: _described(each, f"{where}.{name}") for name, each in own.items()}
         return {"class_path": path_of(type(value)), "init_args": arguments}
     raise ValueError(
-        f"got {where}={str(value)[:80]} ({type(value).__name__}); expected a dataclass of texts, numbers, bools, null, and "
-        "lists, mappings and dataclasses of them, which another process can build: a function goes as its path, "
-        "'./my_rewards.py:shininess'"
+        f"got {where}={str(value)[:80]} ({type(value).__name__}); expected what another process can build: texts, numbers, "
+        "bools, null, and lists, mappings and objects of them that keep their arguments under their names, as dataclasses do; "
+        "a function goes as its path, './my_rewards.py:shininess'"
     )
+
+
+def _arguments(value: Any) -> dict[str, Any] | None:
+    """Of an object that keeps them under the names of its constructor's parameters; else None. Networks do not: they hold
+    weights beside them."""
+    if isinstance(value, torch.nn.Module):
+        return None
+    try:
+        parameters, kept = inspect.signature(type(value)).parameters.values(), vars(value)
+    except (TypeError, ValueError):  # of C code
+        return None
+    if any(each.kind in (each.VAR_POSITIONAL, each.VAR_KEYWORD) or each.name not in kept for each in parameters):
+        return None
+    return {each.name: kept[each.name] for each in parameters}
 
 
 def _built(value: Any) -> Any:

@@ -24,9 +24,9 @@ ENGINE = Path(__file__).with_name("engine.py")
 class InWorker:
     """`reward` in another process: the same name, scores, components and messages, bit for bit; without gradients.
 
-    For a reward that needs other versions than the run, crashes, leaks, or has threads of its own. `reward` is a dataclass
-    (as a configuration makes it); the worker gets its class path and arguments as JSON and builds it anew. Here it is only
-    described: it imports what conflicts in `load`.
+    For a reward that needs other versions than the run, crashes, leaks, or has threads of its own. `reward` keeps its
+    arguments under their names, as a dataclass does; the worker gets its class path and arguments as JSON and builds it
+    anew. Here it is only described: it imports what conflicts in `load`.
 
     python: the interpreter of another environment; None is this one's. It needs Python 3.11, torch, numpy and what the
     reward imports; the package `rewards` is taken from here. timeout: seconds for an answer on `batch_size` samples (None:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from rewards import (
     OCR,
@@ -65,15 +66,30 @@ def test_a_fingerprint_is_of_the_reward_and_not_of_its_place() -> None:
 @pytest.mark.parametrize(
     ("reward", "said"),
     [
-        (Plain(brightness), "Plain.*expected a dataclass"),
+        (Plain(brightness), r"Plain\.answer=.*a function goes as its path"),
+        (Plain(torch.nn.Linear(1, 1)), r"Plain\.answer=Linear.*expected what another process can build"),
+        (Plain(torch.zeros(2)), r"Plain\.answer=tensor"),
+        (Plain(object), r"Plain\.answer=<class"),
         (FunctionReward(lambda images, prompts: [0.0]), r"FunctionReward\.path=.*a function goes as its path"),
-        (Mix([Spread(), Plain(brightness)], [1, 1]), r"Mix\.rewards\[1\].*expected a dataclass"),
+        (Mix([Spread(), Plain(brightness)], [1, 1]), r"Mix\.rewards\[1\]\.answer=.*expected what another"),
     ],
 )
 def test_what_no_other_process_can_build_is_refused_at_construction(reward, said: str) -> None:
     for place in (InWorker, Http):
         with pytest.raises(ValueError, match=said):
             place(reward)
+
+
+def test_a_plain_class_is_built_from_the_arguments_that_it_keeps() -> None:
+    reward = build(json.loads(json.dumps(describe(Kept(3)))))
+    assert isinstance(reward, Kept) and reward.scale == 3 and reward.network is None
+
+
+class Kept:
+    name, spec = "kept", Spread.spec
+
+    def __init__(self, scale, *, shift=0.0) -> None:
+        self.scale, self.shift, self.network = scale, shift, None
 
 
 def test_a_class_inside_a_function_is_refused() -> None:
