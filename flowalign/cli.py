@@ -1,4 +1,4 @@
-"""The command line: `flowalign train | compare | doctor | benchmark | report | export …`."""
+"""The command line: `flowalign train | compare | doctor | benchmark | report | export | serve-reward …`."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ USAGE = """usage: flowalign train CONFIG.yaml [CONFIG.yaml ...] [key=value ...]
                          [--baseline NAME] [--set key=value ...] [--workers N] [--only-report]
        flowalign report RUN
        flowalign export RUN [--step N] [--ema | --no-ema] [--output FOLDER]
+       flowalign serve-reward (CONFIG.yaml ... | CLASS) [reward.key=value ...] [--port N] [--host ADDRESS]
+                              [--token-env VARIABLE]
 
 Trains as the files say, later files over earlier ones (configs/methods/… configs/models/… configs/rewards/…); dotted keys
 override them, for example rollout.group_size=24 run.name=wide. The doctor measures in about a minute whether that can
@@ -26,7 +28,8 @@ work: one line per check, exit code 1 if one fails. The benchmark times an itera
 sharing. Compare runs configurations × seeds on equal budgets and writes a table, curves and a page (docs/compare.md); the
 same command goes on where it stopped. The report of a run folder is written anew from what is in it, also while the run
 goes on. Export writes what was trained, a LoRA or networks, at a checkpoint (the latest, averaged if the run keeps an
-average) for diffusers and PEFT.
+average) for diffusers and PEFT. Serve-reward answers rewards.Http with the files' reward until Ctrl-C or SIGTERM
+(docs/places.md).
 On several devices: accelerate launch scripts/train.py CONFIG.yaml [CONFIG.yaml ...] [key=value ...]"""
 
 
@@ -149,6 +152,18 @@ def _export(arguments: Sequence[str]) -> int:
     return 0
 
 
+def serve_reward(arguments: Sequence[str]) -> int:
+    """Serves a reward over HTTP until it is stopped. Exit code 0: stopped by SIGTERM or Ctrl-C."""
+    return _run(_serve_reward, arguments)
+
+
+def _serve_reward(arguments: Sequence[str]) -> int:
+    from flowalign.commands.serve_reward import serve_reward as run
+
+    run(arguments)
+    return 0
+
+
 COMMANDS = {
     "train": train,
     "compare": compare,
@@ -156,6 +171,7 @@ COMMANDS = {
     "benchmark": benchmark,
     "report": report,
     "export": export,
+    "serve-reward": serve_reward,
 }
 
 

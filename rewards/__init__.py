@@ -5,8 +5,8 @@ contract; guard: `score`, through which every caller asks a reward (isolation: w
 shaping, augmented, frames, with_timeout: rewards made of others (parts: what they share); function: a plain function; monitors,
 motion, diversity: statistics without a model (features: how alike two pictures are); ctrl_u: losses weighted by certainty;
 image/: pretrained networks; qwen/: Qwen-VL with a regression head; judges/: vision-language models that are asked through a
-chat endpoint; ocr/, geneval/ and
-workers/: reading text, checking objects, and helper processes.
+chat endpoint; ocr/, geneval/ and workers/: reading text, checking objects, and helper processes; remote/: rewards in another
+process, or behind HTTP.
 """
 
 from rewards.augmented import Augmented
@@ -49,6 +49,7 @@ from rewards.monitors import ImageStatistics
 from rewards.motion import MotionBand, VideoStatistics
 from rewards.ocr import OCR, Line, RapidReader, Recognizer
 from rewards.qwen import EditReward, HPSv3, VideoAlign
+from rewards.remote import Http, InWorker
 from rewards.shaping import Capped, Gated, Standardized
 from rewards.with_timeout import WithTimeout
 
@@ -114,4 +115,6 @@ __all__ = [
     "WISE",
     "Questions",
     "PARM",
+    "InWorker",
+    "Http",
 ]

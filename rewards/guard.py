@@ -64,6 +64,15 @@ def score(reward: Reward, batch: RewardBatch, *, grad: bool = False, max_fail_ra
     return replace(output, elapsed=time.perf_counter() - started)
 
 
+def load(reward: Reward) -> None:
+    """The reward's `load`, isolated as `score` is; RewardError if it fails."""
+    try:
+        with isolated(reward.name):
+            reward.load()
+    except (Exception, SystemExit, GeneratorExit) as error:
+        raise RewardError(f"reward {reward.name!r} failed to load: {_text(error)}") from error
+
+
 def close(reward: Reward) -> None:
     """The reward's `close`, isolated as `score` is; RewardError if it fails."""
     try:

@@ -49,6 +49,21 @@ def import_named(path: str) -> Any:
         raise ValueError(f"got {path!r}: {attribute!r} does not exist{has}") from error
 
 
+def path_of(kind: type) -> str:
+    """The path by which `import_named` finds the class again, in another process too. ValueError if there is none."""
+    module = sys.modules[kind.__module__]
+    file = vars(module).get("__file__")
+    place = kind.__module__
+    if file is not None and place == _module_name(Path(file)):
+        place = file
+    if place == "__main__" or "." in kind.__qualname__ or vars(module).get(kind.__qualname__) is not kind:
+        raise ValueError(
+            f"got {kind.__qualname__}, which no other process can import from {place}; expected a class at the top of a "
+            "module or file: move it there"
+        )
+    return f"{place}:{kind.__qualname__}"
+
+
 def near(name: str, known: Iterable[str]) -> str:
     """The known names with a guess, for messages: `a, b (did you mean 'a'?)`."""
     known = list(known)
@@ -69,13 +84,18 @@ def _import_file(place: str) -> ModuleType:
 @cache
 def _run_file(file: Path, changed: int, size: int) -> ModuleType:
     """One module per state of a file, so that a class is the same object wherever it is named."""
-    name = f"{file.stem}_{sha256(str(file).encode()).hexdigest()[:8]}"  # of equal names in two folders, one each
+    name = _module_name(file)
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None and spec.loader is not None  # it ends in .py
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look up their module
     spec.loader.exec_module(module)
     return module
+
+
+def _module_name(file: Path) -> str:
+    """Of equal file names in two folders, one each."""
+    return f"{file.stem}_{sha256(str(file).encode()).hexdigest()[:8]}"
 
 
 def _import_module(path: str, name: str) -> ModuleType:

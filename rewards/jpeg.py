@@ -12,7 +12,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from rewards.base import RewardBatch, RewardOutput, RewardSpec
@@ -68,6 +67,8 @@ class JPEGCompressibility:
 
 def kilobytes(batch: RewardBatch, quality: int) -> Tensor:
     """float32 [N]: JPEG size of each image in 1000 bytes."""
+    from PIL import Image
+
     sizes = []
     for picture in batch.pixels().permute(0, 2, 3, 1).numpy():
         file = io.BytesIO()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol, get_args
 
 import torch
@@ -102,3 +103,15 @@ def with_raw(output: RewardOutput) -> dict[str, Tensor]:
 def wants_gradient(spec: RewardSpec) -> bool:
     """Whether the caller of a composed reward asked for gradients (`score` switches them on for its call)."""
     return torch.is_grad_enabled() and spec.differentiable
+
+
+def without_gradient(reward: Reward) -> RewardSpec:
+    """The spec of a reward that lives in another process."""
+    return replace(spec_of(reward), differentiable=False)
+
+
+def chunks(batch: RewardBatch, size: int | None) -> list[RewardBatch]:
+    """Consecutive parts of at most `size` samples (None: all at once); at least one, which may be empty."""
+    if size is None or len(batch) <= size:
+        return [batch]
+    return [batch.select(range(first, min(first + size, len(batch)))) for first in range(0, len(batch), size)]

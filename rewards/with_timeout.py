@@ -11,7 +11,7 @@ import torch
 
 from rewards.base import Reward, RewardBatch, RewardError, RewardOutput, RewardSpec, channels_of
 from rewards.guard import cat, score
-from rewards.parts import wants_gradient
+from rewards.parts import chunks, wants_gradient
 
 logger = logging.getLogger(__name__)
 
@@ -62,9 +62,7 @@ class WithTimeout:
         self.reward.close()
 
     def __call__(self, batch: RewardBatch) -> RewardOutput:
-        size = self.batch_size or max(len(batch), 1)
-        parts = [range(first, min(first + size, len(batch))) for first in range(0, len(batch), size)]
-        return cat([self._ask(batch.select(part)) for part in parts or [range(0)]])
+        return cat([self._ask(part) for part in chunks(batch, self.batch_size)])
 
     def _ask(self, batch: RewardBatch) -> RewardOutput:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,14 @@ from flowalign.config.parser import explain, own_rules
 from flowalign.config.settings import TrainConfig
 from flowalign.config.types import Parameter
 from flowalign.errors import ConfigError
+from rewards import Reward
+from rewards.base import spec_of
 
 
-def parser() -> ArgumentParser:
+def parser(kind: type = TrainConfig) -> ArgumentParser:
     parser = ArgumentParser(exit_on_error=False, prog="flowalign train", allow_abbrev=False)
     parser.add_argument("--config", action="config")
-    parser.add_class_arguments(TrainConfig, as_group=False, fail_untyped=True)
+    parser.add_class_arguments(kind, as_group=False, fail_untyped=True)
     return parser
 
 
@@ -40,9 +43,49 @@ def load_config(paths: str | Sequence[str], overrides: Sequence[str] = ()) -> tu
         node = overridden(node, f"run.name={'-'.join(Path(path).stem for path in paths)}", whole)
     for override in overrides:
         node = overridden(node, override, whole)
+    values, plain = _made(node, TrainConfig)
+    config = TrainConfig(**values)
     try:
-        text = yaml.serialize(checked(node, whole))
-        reader = parser()
+        check_attributes(config)
+        check(config)
+    except (ValueError, OSError) as error:
+        raise ConfigError(located(str(error), node)) from error
+    return config, plain
+
+
+@dataclass(frozen=True)
+class RewardFile:
+    """What `load_reward` reads of a configuration."""
+
+    reward: Reward
+
+
+def load_reward(sources: Sequence[str]) -> Reward:
+    """The reward of YAML files (their key `reward`; no other is read) and overrides `reward.…=value`, or of a class or
+    function named by its import path. Raises ConfigError; no model is loaded."""
+    files = [source for source in sources if source.endswith((".yaml", ".yml"))]
+    named = [f"reward={source}" if "=" not in source else source for source in sources if source not in files]
+    mark = yaml.Mark("command line", 0, 0, 0, "", 0)
+    node: yaml.Node = _read(files) if files else yaml.MappingNode("tag:yaml.org,2002:map", [], mark, mark)
+    own = [entry for name, entry in entries_of(node).items() if name == "reward"]
+    node = yaml.MappingNode(node.tag, own, node.start_mark, node.end_mark)
+    for override in named:
+        node = overridden(node, override, Parameter(RewardFile))
+    values, _ = _made(node, RewardFile)
+    try:
+        check_attributes(RewardFile(**values))
+        spec_of(values["reward"])
+    except (ValueError, OSError) as error:
+        raise ConfigError(located(str(error), node)) from error
+    reward: Reward = values["reward"]
+    return reward
+
+
+def _made(node: yaml.Node, kind: type) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The arguments of `kind` as objects, and as plain data. ConfigError."""
+    try:
+        text = yaml.serialize(checked(node, Parameter(kind)))
+        reader = parser(kind)
         with own_rules():
             namespace = reader.parse_args(["--config", text])
             plain = yaml.safe_load(reader.dump(namespace, skip_unset=False))
@@ -54,13 +97,7 @@ def load_config(paths: str | Sequence[str], overrides: Sequence[str] = ()) -> tu
     plain.pop("config", None)
     values = objects.as_dict() if isinstance(objects, Namespace) else dict(objects)
     values.pop("config", None)
-    config = TrainConfig(**values)
-    try:
-        check_attributes(config)
-        check(config)
-    except (ValueError, OSError) as error:
-        raise ConfigError(located(str(error), node)) from error
-    return config, plain
+    return values, plain
 
 
 def as_written(paths: Sequence[str], overrides: Sequence[str] = ()) -> dict[str, Any]:

@@ -1,5 +1,5 @@
 """Helper processes for engines that must not run in the training process: the pool, and the script of each process."""
 
-from rewards.workers.pool import Message, WorkerError, Workers
+from rewards.workers.pool import Message, WorkerDied, WorkerError, Workers
 
-__all__ = ["Message", "WorkerError", "Workers"]
+__all__ = ["Message", "WorkerDied", "WorkerError", "Workers"]

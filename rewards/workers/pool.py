@@ -26,10 +26,15 @@ import numpy as np
 from rewards.workers import worker
 
 Message = tuple[dict[str, Any], np.ndarray]
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 class WorkerError(RuntimeError):
     """A worker died, or its engine raised; the message says which and carries the worker's traceback."""
+
+
+class WorkerDied(WorkerError):
+    """The process is gone; a new one may answer."""
 
 
 @dataclass(eq=False)
@@ -46,12 +51,16 @@ class Workers:
     changed between two `map`. After a timeout, a death or an error in an engine, all workers are killed, and the next `map`
     starts new ones. Workers end with `close`, with the last reference to the pool, at exit, and within a second of their
     parent's death (even SIGKILL); a forked copy of the parent leaves them alone. POSIX only.
+    python: the interpreter, of this environment or of another one with numpy (Python 3.11 or later). environment: variables
+    over those of this process; by default one thread each and no GPU.
     """
 
     engine_file: Path
     options: dict[str, Any]
     count: int
     timeout: float
+    python: str = sys.executable
+    environment: dict[str, str] = field(default_factory=lambda: dict(ONE_THREAD))
     _running: list[_Worker] = field(default_factory=list, init=False, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
 
@@ -88,7 +97,7 @@ class Workers:
         if self._running:
             return
         for _ in range(self.count):
-            self._running.append(_launch(self.engine_file, self.options))
+            self._running.append(_launch(self))
         for each in self._running:  # they start in parallel; each sends a message when its engine is ready
             if not each.connection.poll(self.timeout):
                 raise TimeoutError(f"a worker did not start in {self.timeout:g} s")
@@ -123,16 +132,15 @@ def _limit(connection: Connection, timeout: float) -> None:
             same.setsockopt(socket.SOL_SOCKET, option, limit)
 
 
-def _launch(engine_file: Path, options: dict[str, Any]) -> _Worker:
+def _launch(pool: Workers) -> _Worker:
     ours, theirs = socket.socketpair()
-    script = [sys.executable, "-P", worker.__file__]
-    arguments = [str(theirs.fileno()), str(os.getpid()), str(engine_file), json.dumps(options)]
-    one_thread = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    script = [pool.python, "-P", worker.__file__]
+    arguments = [str(theirs.fileno()), str(os.getpid()), str(pool.engine_file), json.dumps(pool.options)]
     process = subprocess.Popen(
         script + arguments,
         stdin=subprocess.DEVNULL,
         pass_fds=[theirs.fileno()],
-        env={**os.environ, **one_thread},
+        env={**os.environ, **pool.environment},
     )
     theirs.close()
     return _Worker(process, Connection(ours.detach()))
@@ -144,7 +152,7 @@ def _send(each: _Worker, job: Message) -> None:
     except BlockingIOError as error:
         raise TimeoutError(f"worker {each.process.pid} takes no job: it is stopped") from error
     except ConnectionError as error:
-        raise WorkerError(_death(each)) from error
+        raise WorkerDied(_death(each)) from error
 
 
 def _receive(each: _Worker) -> Message:
@@ -153,7 +161,7 @@ def _receive(each: _Worker) -> Message:
     except BlockingIOError as error:
         raise TimeoutError(f"worker {each.process.pid} stopped in the middle of an answer") from error
     except (EOFError, ConnectionError) as error:
-        raise WorkerError(_death(each)) from error
+        raise WorkerDied(_death(each)) from error
     if "error" in header:
         raise WorkerError(f"the engine of worker {each.process.pid} failed:\n{header['error']}")
     return header, array

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import json
 import pkgutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,9 +29,11 @@ from rewards import (
     channels_of,
     score,
 )  # fmt: skip
+from rewards.remote.description import build, describe, fingerprint
 from tests.helpers import tiny_qwen
 from tests.helpers import tiny_rewards as tiny
 from tests.helpers.judge_server import bright_judge
+from tests.helpers.remote_rewards import jpeg_server
 
 
 class Corners:
@@ -71,6 +74,8 @@ ARGUMENTS: dict[str, Callable[[], dict[str, object]]] = {
     "GenEval": lambda: {"detector": Corners()},
     "GroupDiversity": lambda: {"group_size": 2, "near": 0.35},
     "ImageStatistics": lambda: {"statistics": SEEN},
+    "Http": lambda: {"reward": JPEGCompressibility(), "url": jpeg_server()},
+    "InWorker": lambda: {"reward": JPEGCompressibility()},
     "Mix": lambda: {"rewards": [JPEGCompressibility(), OCR(recognizer=RapidReader(workers=1))], "weights": [0.1, 1.0]},
     "OCR": lambda: {"recognizer": RapidReader(workers=1)},
     "PARM": lambda: {"endpoint": bright_judge(), "sigma": 0.0},
@@ -147,7 +152,16 @@ def equal(ours: RewardOutput, other: RewardOutput) -> None:
 
 def test_the_walk_finds_the_rewards() -> None:
     names = {found.__name__ for found in reward_classes()}
-    assert {"ColorAccuracy", "FunctionReward", "JPEGCompressibility", "Mix", "OCR", "OnFrames", "WithTimeout"} <= names
+    assert {
+        "ColorAccuracy",
+        "FunctionReward",
+        "Http",
+        "InWorker",
+        "JPEGCompressibility",
+        "Mix",
+        "OCR",
+        "OnFrames",
+    } <= names
     assert not {"Engine", "RapidReader", "Recognizer", "Reward", "Workers", "Thumbnail", "Detector"} & names
 
 
@@ -166,6 +180,16 @@ def test_construction_is_cheap_and_close_may_be_called_again(found: type) -> Non
         reward.close()
         reward.close()
     assert min(seconds) < 0.05, f"{found.__name__} loads something at construction: move it into load"
+
+
+@pytest.mark.parametrize("found", reward_classes(), ids=lambda found: found.__name__)
+def test_another_process_can_build_it(found: type) -> None:
+    """So `InWorker` can take it, and a server can be asked for it."""
+    reward = made(found)
+    description = json.loads(json.dumps(describe(reward)))
+    other = build(description)
+    assert type(other) is found and (other.name, other.spec) == (reward.name, reward.spec)
+    assert describe(other) == description and fingerprint(other) == fingerprint(reward)
 
 
 def test_the_form_of_an_answer(reward: Reward) -> None:
