@@ -224,9 +224,10 @@ def test_every_command_loads(
 ) -> None:
     rewards = re.findall(r"```python\n# (my_\w+\.py)\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     (method,) = re.findall(r"```yaml\n# my_method\.yaml\n(.*?)```", (ROOT / "docs" / "methods.md").read_text(), re.S)
-    for name, block in [*rewards, ("my_method.yaml", method)]:
+    (server,) = re.findall(r"```yaml\n# server\.yaml\n(.*?)```", (ROOT / "docs" / "places.md").read_text(), re.S)
+    for name, block in [*rewards, ("my_method.yaml", method), ("server.yaml", server)]:
         (tmp_path / name).write_text(block)
-    for name in ("./my_rewards.py", "./my_scorer.py", "my_method.yaml"):
+    for name in ("./my_rewards.py", "./my_scorer.py", "my_method.yaml", "server.yaml"):
         arguments = [word.replace(name, str(tmp_path / Path(name).name)) for word in arguments]
     files, overrides = split_arguments(arguments)
     tiny = tiny_sd15_pipeline if "configs/models/sd15.yaml" in files else tiny_pipeline

@@ -5,13 +5,16 @@ import torch
 
 import flowalign.selectors
 from flowalign.advantage import Advantages, Normalized, SignalContext
-from flowalign.selectors import All, AllEdges, NonZeroAdvantage, Selector
+from flowalign.selectors import All, AllEdges, DepthWindow, NonZeroAdvantage, Selector
 from flowalign.trainers import Signal
 from samplers import Forest, Tree, chain
 from tests.helpers.parts import check_all_found, check_final, classes_with, example
 from tests.helpers.trees import everywhere, grown, split_tree
 
-EXAMPLES = {"All": All([AllEdges(), NonZeroAdvantage()])}
+EXAMPLES = {
+    "All": All([AllEdges(), NonZeroAdvantage()]),
+    "DepthWindow": DepthWindow(size=2, start=4, stop=1, every=1),  # inside the six steps here
+}
 FOUND = classes_with(flowalign.selectors, "choose")
 every_selector = pytest.mark.parametrize("cls", FOUND, ids=lambda cls: cls.__name__)
 of_each_shape = pytest.mark.parametrize(
