@@ -68,7 +68,7 @@ class Reply:
 class JudgeServer:
     """`with JudgeServer(answer) as judge`: every request is given to `answer(asked)`, whose Reply (or text) is sent.
 
-    asked: the requests so far. at_once: the most that were under way at one time."""
+    asked: the requests so far. at_once: the most that were being answered at one time."""
 
     def __init__(self, answer: Callable[[Asked], Reply | str]) -> None:
         self.answer, self.asked = answer, list[Asked]()
@@ -101,13 +101,14 @@ def _handler(judge: JudgeServer) -> type[BaseHTTPRequestHandler]:
                 judge.under_way += 1
                 judge.at_once = max(judge.at_once, judge.under_way)
             try:
-                said = judge.answer(asked)
+                try:
+                    said = judge.answer(asked)
+                finally:
+                    with judge.lock:
+                        judge.under_way -= 1  # before the reply, which lets the client ask again
                 self.send(said if isinstance(said, Reply) else Reply(said))
             except OSError:
                 pass  # the client has gone
-            finally:
-                with judge.lock:
-                    judge.under_way -= 1
 
         def send(self, reply: Reply) -> None:
             time.sleep(reply.wait)
