@@ -37,7 +37,7 @@ class Aesthetic:
     the file show which it is (rewards.image.heads). Scores of different heads do not compare.
 
     head: the file, which is not on the hub: download it from the repository's page. clip: folder or hub id; v1's 512-wide
-    heads need "openai/clip-vit-base-patch32" or "-patch16". preprocess to batch_size: see rewards.image.scorer.ImageScorer.
+    heads need "openai/clip-vit-base-patch32" or "-patch16". preprocess to batch_size: see rewards.image.scorer.Settings.
     FileNotFoundError and ValueError, when it is loaded, name what is missing and where to get it.
 
     Not kept: the linear heads are one affine map, so every image is pushed along the same direction of the embedding, which

@@ -40,7 +40,7 @@ class CLIPScore:
     model: a hub id or folder of transformers, or, for open_clip, "hf-hub:owner/name" (hf-hub:apple/DFN5B-CLIP-ViT-H-14-384
     in MixGRPO) or a folder with open_clip_config.json, weights and a tokenizer (and no config.json, else "local-dir:folder");
     activation, image size and normalization come with it. tokenizer: if it lies elsewhere. Prompts are cut to the model's context (77). preprocess to batch_size: see
-    rewards.image.scorer.ImageScorer. FileNotFoundError and ValueError, when it is loaded, say what to get.
+    rewards.image.scorer.Settings. FileNotFoundError and ValueError, when it is loaded, say what to get.
     """
 
     model: str = OPENAI

@@ -35,7 +35,7 @@ class HPSv2:
 
     The whole image is seen: the long side becomes 224, the rest is black. Others crop (ExplainableML/ReNO) and get other
     numbers. version: of the file. model: hub id, folder, or file {"state_dict": …}. architecture: a name of open_clip's, or
-    a .json file with embed_dim, vision_cfg and text_cfg. preprocess to batch_size: see rewards.image.scorer.ImageScorer.
+    a .json file with embed_dim, vision_cfg and text_cfg. preprocess to batch_size: see rewards.image.scorer.Settings.
     FileNotFoundError and ValueError, when it is loaded, say what to get.
     """
 

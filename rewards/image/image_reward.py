@@ -36,7 +36,7 @@ class ImageReward:
     vectors. Prompts are cut to 35 tokens. Code: THUDM/ImageReward; here on transformers' BLIP, with the published file.
 
     model: hub id or folder with ImageReward.pt and med_config.json. tokenizer: hub id or folder of bert-base-uncased (its
-    vocab.txt), which the checkpoint does not bring. preprocess to batch_size: see rewards.image.scorer.ImageScorer.
+    vocab.txt), which the checkpoint does not bring. preprocess to batch_size: see rewards.image.scorer.Settings.
     FileNotFoundError and ValueError, when it is loaded, say what to get.
     """
 

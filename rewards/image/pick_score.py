@@ -32,7 +32,7 @@ class PickScore:
     Typically 17 to 24. scale: "logit" is s, the paper's; "logit_over_26" is s / 26 (yifan123/flow_grpo); "cosine" is without
     the logit scale (XueZeyue/DanceGRPO). model: hub id or folder of a CLIPModel of transformers (ViT-H/14). tokenizer: if it
     lies elsewhere, as laion/CLIP-ViT-H-14-laion2B-s32B-b79K, which is the same. Prompts are cut to 77 tokens. preprocess to
-    batch_size: see rewards.image.scorer.ImageScorer. FileNotFoundError and ValueError, when it is loaded, say what to get.
+    batch_size: see rewards.image.scorer.Settings. FileNotFoundError and ValueError, when it is loaded, say what to get.
     """
 
     model: str = "yuvalkirstain/PickScore_v1"

@@ -26,8 +26,8 @@ class Scorer:
     score: Callable[[Tensor, list[str]], Tensor]
 
 
-class ImageScorer(Protocol):
-    """A reward of this folder: settings, and `build`, which loads.
+class Settings(Protocol):
+    """What every reward of a loaded network can be told.
 
     preprocess: "tensor", or "pil" for Pillow's 8-bit resampling, without gradient, to compare with. quantize: tensor mode
     rounds to 8 bits as Pillow's images are, with a straight-through gradient. dtype: of the backbone; norms and head are fp32
@@ -40,12 +40,17 @@ class ImageScorer(Protocol):
     dtype: Dtype
     device: str | None
     batch_size: int
+
+
+class ImageScorer(Settings, Protocol):
+    """A reward of this folder: settings, and `build`, which loads."""
+
     scorer: Scorer | None  # once it is loaded
 
     def build(self) -> Scorer: ...
 
 
-def check_settings(reward: ImageScorer) -> None:
+def check_settings(reward: Settings) -> None:
     """ValueError for a setting that cannot be."""
     check_choice("preprocess", reward.preprocess, Mode)
     check_choice("dtype", reward.dtype, Dtype)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from rewards.base import RewardBatch, RewardOutput
-from rewards.image.preprocess import Mode
-from rewards.image.scorer import Dtype, check_choice
+from rewards.image.scorer import Settings, check_choice
+from rewards.image.scorer import check_settings as check_shared
 from rewards.judges.template import Templates
 from rewards.qwen.regressor import Positions, Regressor, Rope
 
@@ -19,22 +19,14 @@ FRAME_PIXELS = 200_704  # 256 tokens of 28 x 28 pixels: of an image or a frame i
 Answers = tuple[Tensor, list[str]]  # [n, ...] and, per sample, why it has none
 
 
-class QwenReward(Protocol):
-    """A reward of this folder: settings, and `build`, which loads.
+class QwenReward(Settings, Protocol):
+    """A reward of this folder: settings (rewards.image.scorer.Settings), and `build`, which loads.
 
-    positions, rope: see rewards.qwen.regressor.load_regressor. preprocess: "tensor", or "pil" for Pillow's 8-bit resampling,
-    without gradient, as in training. quantize: tensor mode rounds to 8 bits too, with a straight-through gradient.
-    dtype: of the backbone, the head is fp32 at least. device: None is the batch's. batch_size: samples of one forward pass;
-    it bounds memory without gradients only.
+    positions, rope: see rewards.qwen.regressor.load_regressor. The networks were trained on pictures as "pil" resizes them.
     """
 
     positions: Positions
     rope: Rope
-    preprocess: Mode
-    quantize: bool
-    dtype: Dtype
-    device: str | None
-    batch_size: int
     regressor: Regressor | None  # once it is loaded
 
     def build(self) -> Regressor: ...
@@ -42,19 +34,9 @@ class QwenReward(Protocol):
 
 def check_settings(reward: QwenReward) -> None:
     """ValueError for a setting that cannot be."""
-    for name, value, choices in (
-        ("positions", reward.positions, Positions),
-        ("rope", reward.rope, Rope),
-        ("preprocess", reward.preprocess, Mode),
-        ("dtype", reward.dtype, Dtype),
-    ):
-        check_choice(name, value, choices)
-    if reward.preprocess == "pil" and reward.quantize:
-        raise ValueError(
-            "got quantize=True with preprocess='pil'; expected quantize=False: Pillow's images have 8 bits"
-        )
-    if reward.batch_size < 1:
-        raise ValueError(f"got batch_size={reward.batch_size}; expected at least 1")
+    check_shared(reward)
+    check_choice("positions", reward.positions, Positions)
+    check_choice("rope", reward.rope, Rope)
 
 
 def load_regressor_of(reward: QwenReward) -> None:
