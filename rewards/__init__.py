@@ -23,13 +23,14 @@ from rewards.base import (
 )
 from rewards.channels import Channels
 from rewards.color import ColorAccuracy
+from rewards.completion import OnCompletion
 from rewards.diversity import GroupDiversity
 from rewards.ensembles import Ensemble
 from rewards.features import Features, Thumbnail
 from rewards.frames import OnFrames
 from rewards.function import FunctionReward
 from rewards.geneval import CLIPColors, ColorClassifier, Detections, Detector, GenEval, Mask2Former
-from rewards.guard import close, score, score_chunks
+from rewards.guard import close, score
 from rewards.image import Aesthetic, CLIPScore, HPSv2, ImageReward, PickScore
 from rewards.jpeg import JPEGCompressibility, JPEGIncompressibility
 from rewards.judges import (
@@ -50,6 +51,7 @@ from rewards.motion import MotionBand, VideoStatistics
 from rewards.ocr import OCR, Line, RapidReader, Recognizer
 from rewards.qwen import EditReward, HPSv3, VideoAlign
 from rewards.remote import Http, InWorker
+from rewards.scoring import Scoring, score_chunks
 from rewards.shaping import Capped, Gated, Standardized
 from rewards.with_timeout import WithTimeout
 
@@ -68,6 +70,7 @@ __all__ = [
     "WithTimeout",
     "score",
     "score_chunks",
+    "Scoring",
     "close",
     "OCR",
     "Recognizer",
@@ -104,6 +107,7 @@ __all__ = [
     "Gated",
     "Augmented",
     "OnFrames",
+    "OnCompletion",
     "FunctionReward",
     "ChatEndpoint",
     "Sampling",

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 Input = Literal["images", "videos", "latents"]
-Scope = Literal["terminal", "latent"]
+Scope = Literal["terminal", "completion", "latent"]
 Memory = Literal["cpu", "S", "M", "L", "XL"]
 
 
@@ -28,14 +28,19 @@ class RewardSpec:
     """What a reward reads and what it gives.
 
     inputs: what a batch must have for it; () reads prompts and metadata only. scope: what it scores. "terminal": finished
-    samples (their latents, if it reads them, have sigma 0). "latent": noisy states x_sigma of a rollout (a process reward).
+    samples (their latents, if it reads them, have sigma 0). The others are process rewards, of the states x_sigma of a rollout:
+    "completion": what `completion_steps` deterministic steps make of a state (1: its x0-prediction; None: all steps that are
+    left), of states up to the noise level `max_sigma`; "latent": the noisy state itself.
+    groupwise: a score compares a sample with the others of its group (equal group_ids), so the reward gets whole groups.
     channels: names of the columns of its scores; () is one column, named like the reward. differentiable: whether gradients
     reach its inputs (`score(..., grad=True)`). range: smallest and largest score of every channel; a score outside is a
     RewardError. licence: of code and weights, for humans. checkpoint: the weights it loads, hub id or path. memory: what its
-    weights take on a GPU: "cpu" nothing, "S" less than 2 GB, "M" 2 to 8, "L" 8 to 20, "XL" more, or a server. scores_black: False if an image without content has no score, since
-    a face, say, must be found first: the trial before a run then does not ask for one.
-    ValueError for an unknown input, scope or memory, for channels of one name, for a range that is none, and for a latent reward
-    that does not read latents alone."""
+    weights take on a GPU: "cpu" nothing, "S" less than 2 GB, "M" 2 to 8, "L" 8 to 20, "XL" more, or a server. elsewhere: another
+    process computes it, and a call changes nothing in this one: a rollout goes on meanwhile, with the call in a thread.
+    scores_black: False if an image without content has no score, since a face, say, must be found first: the trial before a run
+    then does not ask for one.
+    ValueError for an unknown input, scope or memory, for channels of one name, for a range that is none, for a latent reward
+    that does not read latents alone, a groupwise one of states, and settings of completions where there are none."""
 
     inputs: tuple[Input, ...] = ("images",)
     scope: Scope = "terminal"
@@ -46,6 +51,10 @@ class RewardSpec:
     scores_black: bool = True
     checkpoint: str = ""
     memory: Memory = "cpu"
+    groupwise: bool = False
+    elsewhere: bool = False
+    completion_steps: int | None = 1
+    max_sigma: float = 1.0
 
     def __post_init__(self) -> None:
         if len(set(self.inputs)) < len(self.inputs) or not set(self.inputs) <= set(get_args(Input)):
@@ -57,6 +66,15 @@ class RewardSpec:
         if self.scope == "latent" and self.inputs != ("latents",):
             raise ValueError(
                 f"got scope 'latent' with inputs {self.inputs}; expected ('latents',): states are not decoded"
+            )
+        if self.groupwise and self.scope != "terminal":
+            raise ValueError(f"got groupwise with scope {self.scope!r}; expected 'terminal': states are scored alone")
+        if self.scope != "completion" and (self.completion_steps, self.max_sigma) != (1, 1.0):
+            raise ValueError(f"got completion_steps or max_sigma with scope {self.scope!r}; expected 'completion'")
+        if not 0 < self.max_sigma <= 1 or (self.completion_steps is not None and self.completion_steps < 1):
+            raise ValueError(
+                f"got completion_steps={self.completion_steps}, max_sigma={self.max_sigma}; expected at least 1 (or None), and a "
+                "noise level in (0, 1]"
             )
         if len(set(self.channels)) < len(self.channels) or not all(self.channels):
             raise ValueError(f"got channels {self.channels}; expected different names, none of them empty")

@@ -20,27 +20,21 @@ class GroupDiversity:
 
     The mean of `repeated` over a group is the share of pairs that are near-duplicates: near 1 the policy has collapsed. features: None
     is Thumbnail(), pixels averaged to 16 × 16; any `Features` measures what it sees. near: 0.02, for Thumbnail about five of 255 levels.
-    group_size: images of a group that are needed. A score depends on its group, alone among rewards: an image whose group is not
-    whole in the batch has none, so `rollout.micro_batch` has to be a multiple of group_size (or the batch hold everything), and an
-    image that is not finite takes its group with it. Not differentiable. Not kept: in `flowalign evaluate` samples of one prompt
-    are as many images apart as there are prompts: give it one batch, or call `group_distances` on the pictures of its result."""
+    Groupwise: an image that is alone in its group has no score. Not differentiable."""
 
-    group_size: int
     near: float = 0.02
     features: Features | None = None
     name: str = "group"
     _features: Features = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.group_size < 2 or not self.near > 0:
-            raise ValueError(
-                f"got group_size={self.group_size}, near={self.near}; expected at least 2 images and a distance above 0"
-            )
+        if not self.near > 0:
+            raise ValueError(f"got near={self.near}; expected a distance above 0")
         self._features = Thumbnail() if self.features is None else self.features
 
     @property
     def spec(self) -> RewardSpec:
-        return RewardSpec(channels=("distance", "repeated"), scores_black=False)
+        return RewardSpec(channels=("distance", "repeated"), groupwise=True)
 
     def load(self) -> None:
         self._features.load()
@@ -50,16 +44,12 @@ class GroupDiversity:
 
     def __call__(self, batch: RewardBatch) -> RewardOutput:
         assert batch.images is not None
-        sizes = [batch.group_ids.count(group) for group in batch.group_ids]
         distances = group_distances(self._features.embed(batch.images), batch.group_ids)
         repeated = torch.where(distances.isnan(), torch.nan, (distances < self.near).to(distances.dtype))
-        scores = torch.stack([distances.nanmean(1), repeated.nanmean(1)], 1).float()
-        whole = torch.tensor([size == self.group_size for size in sizes], dtype=torch.bool, device=scores.device)
-        info = [
-            "" if size == self.group_size else f"{size} of its group are in the batch; expected {self.group_size}: give whole groups"
-            for size in sizes
-        ]  # fmt: skip
-        return RewardOutput(scores, whole[:, None].expand_as(scores), info=info)
+        scores = torch.stack([distances.nanmean(1), repeated.nanmean(1)], 1).float()  # of nothing: NaN
+        valid = torch.isfinite(scores)
+        info = ["" if ok else "it is alone in its group" for ok in valid.all(1).tolist()]
+        return RewardOutput(scores, valid, info=info)
 
 
 def group_distances(features: Tensor, groups: list[int]) -> Tensor:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rewards.answers import at_rows, no_answer
 from rewards.base import Reward, RewardBatch, RewardError, RewardOutput, channels_of, spec_of
+from rewards.duplicates import first_of_equals
 from rewards.isolation import isolated
 
 
@@ -20,11 +22,12 @@ def score(reward: Reward, batch: RewardBatch, *, grad: bool = False, max_fail_ra
 
     * A batch that lacks an input of the reward's spec is a RewardError.
     * A sample whose image, video, latents or condition is not finite is invalid; the reward does not get it.
+    * Samples that are equal in all that a reward may read are scored once (unless grad, or the reward is groupwise).
     * A non-finite score, or one the reward marks invalid, is NaN with valid False, channel by channel. Components are NaN
       where no channel is valid.
     * An exception (sys.exit too), a write into the batch's tensors, an answer of the wrong form (shape, dtype, channels) or a score outside spec.range is a RewardError.
     * More than `max_fail_rate` of the batch invalid in one channel is a RewardError.
-    * What the reward changes in the process is put back, see rewards.isolation.
+    * What the reward changes in the process is put back, see rewards.isolation (not where it is computed elsewhere).
 
     grad False: no graph, everything on the CPU. grad True: the graph from scores to the inputs is kept, on the reward's device;
     a RewardError if spec.differentiable is False or the reward lost the graph. Sum with
@@ -34,8 +37,11 @@ def score(reward: Reward, batch: RewardBatch, *, grad: bool = False, max_fail_ra
     """
     started = time.perf_counter()
     _check_inputs(reward, batch, grad=grad)
-    channels, finite = channels_of(reward), _finite_rows(batch)
-    asked = batch if bool(finite.all()) else batch.select(finite)
+    channels, spec, finite = channels_of(reward), reward.spec, _finite_rows(batch)
+    once = torch.arange(len(batch))  # which sample is asked in the place of each
+    once = (once if grad or spec.groupwise else first_of_equals(batch)).masked_fill(~finite, -1)
+    kept = once[finite].unique()
+    asked = batch if len(kept) == len(batch) else batch.select(kept)
     asked = replace(
         asked, prompts=list(asked.prompts), metadata=[{**row} for row in asked.metadata]
     )  # for it to change
@@ -44,8 +50,8 @@ def score(reward: Reward, batch: RewardBatch, *, grad: bool = False, max_fail_ra
         asked = replace(asked, **_inputs_with_safe_gradients(asked, unscored))
     count, written = len(asked), _versions(asked)
     try:
-        with isolated(reward.name), torch.set_grad_enabled(grad):
-            answer = reward(asked) if count else _nothing(0, len(channels))
+        with nullcontext() if spec.elsewhere else isolated(reward.name), torch.set_grad_enabled(grad):
+            answer = reward(asked) if count else no_answer(0, len(channels))
     except (Exception, SystemExit, GeneratorExit) as error:
         raise RewardError(f"reward {reward.name!r} failed on {count} samples: {_text(error)}") from error
     if changed := [name for name, version in _versions(asked).items() if version != written[name]]:
@@ -59,7 +65,11 @@ def score(reward: Reward, batch: RewardBatch, *, grad: bool = False, max_fail_ra
     if grad:
         _check_graph(reward.name, asked, masked)
     _check_range(reward, masked)
-    output = replace(_to_all_rows(masked, finite), channels=channels)
+    output = replace(masked, channels=channels)
+    if len(kept) < len(batch):
+        output = at_rows(output, torch.searchsorted(kept, once).masked_fill(~finite, -1))
+        said = zip(output.info, finite.tolist(), strict=True)
+        output = replace(output, info=[text if ok else "its input is not finite" for text, ok in said])
     check_rate(reward.name, output, batch.prompts, batch.sample_ids, max_fail_rate)
     return replace(output, elapsed=time.perf_counter() - started)
 
@@ -80,52 +90,6 @@ def close(reward: Reward) -> None:
             reward.close()
     except (Exception, SystemExit, GeneratorExit) as error:
         raise RewardError(f"reward {reward.name!r} failed to close: {_text(error)}") from error
-
-
-def score_chunks(reward: Reward, chunks: Iterable[RewardBatch], *, max_fail_rate: float = 0.5) -> RewardOutput:
-    """The answers on consecutive parts of a batch as one, without gradients; each part is freed before the next is made.
-
-    How many may fail is judged over all parts. elapsed: seconds of scoring, without those in which `chunks` made its parts.
-    """
-    outputs: list[RewardOutput] = []
-    prompts: list[str] = []
-    samples: list[int] = []
-    for chunk in chunks:
-        outputs.append(score(reward, chunk, max_fail_rate=1.0))
-        prompts += chunk.prompts
-        samples += chunk.sample_ids
-        del chunk  # else it would live until the next one is made
-    output = cat(outputs or [replace(_nothing(0, len(channels_of(reward))), channels=channels_of(reward))])
-    check_rate(reward.name, output, prompts, samples, max_fail_rate)
-    return output
-
-
-def cat(outputs: list[RewardOutput]) -> RewardOutput:
-    """The checked answers of one reward on consecutive parts of a batch (at least one) as its answer on all of it.
-
-    A component, or the uncertainty, that some parts lack is NaN there."""
-    names = sorted({name for output in outputs for name in output.components})
-
-    def joined(parts: list[Tensor | None], like: list[Tensor]) -> Tensor:
-        filled = [
-            torch.full_like(own, torch.nan) if part is None else part for part, own in zip(parts, like, strict=True)
-        ]
-        return torch.cat(filled)
-
-    scores, one = (
-        [output.scores for output in outputs],
-        [output.scores.new_empty(len(output.scores)) for output in outputs],
-    )
-    uncertain = [output.uncertainty for output in outputs]
-    return RewardOutput(
-        torch.cat(scores),
-        torch.cat([output.valid for output in outputs]),
-        {name: joined([output.components.get(name) for output in outputs], one) for name in names},
-        [text for output in outputs for text in output.info],
-        sum(output.elapsed for output in outputs),
-        None if all(part is None for part in uncertain) else joined(uncertain, scores),
-        outputs[0].channels,
-    )
 
 
 def check_rate(
@@ -290,30 +254,3 @@ def _check_range(reward: Reward, answer: RewardOutput) -> None:
             f"reward {reward.name!r}: got scores from {least:g} to {most:g}; expected {low:g} to {high:g}, the range of its "
             "spec: mend the reward, or its spec"
         )
-
-
-def _to_all_rows(output: RewardOutput, finite: Tensor) -> RewardOutput:
-    """The answer on the `finite` [N] samples as one on all N; the others are invalid."""
-    if bool(finite.all()):
-        return output
-    rows, scores = finite.nonzero().flatten(), output.scores
-
-    def on_all(part: Tensor) -> Tensor:
-        empty = part.new_zeros if part.dtype == torch.bool else lambda shape: part.new_full(shape, torch.nan)
-        return empty((len(finite), *part.shape[1:])).index_copy(0, rows.to(part.device), part)
-
-    what = "its input is not finite"
-    info = [what] * len(finite)
-    for row, text in zip(rows.tolist(), output.info, strict=True):
-        info[row] = text
-    return RewardOutput(
-        on_all(scores),
-        on_all(output.valid),
-        {name: on_all(part) for name, part in output.components.items()},
-        info,
-        uncertainty=None if output.uncertainty is None else on_all(output.uncertainty),
-    )
-
-
-def _nothing(count: int, channels: int) -> RewardOutput:
-    return RewardOutput(torch.full((count, channels), torch.nan), torch.zeros(count, channels, dtype=torch.bool))

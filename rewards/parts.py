@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol, get_args
 
 import torch
 from torch import Tensor
 
+from rewards.answers import at_rows, cat
 from rewards.base import Input, Memory, Reward, RewardBatch, RewardOutput, RewardSpec, channels_of, spec_of
 from rewards.guard import score
 
@@ -33,16 +34,24 @@ def check_one_channel(what: str, parts: Sequence[Reward]) -> None:
 
 
 def joint_spec(what: str, parts: Sequence[Reward], channels: tuple[str, ...] = ()) -> RewardSpec:
-    """The spec of all parts together: all their inputs; differentiable if all are; the memory of the largest.
+    """The spec of all parts together: all their inputs; differentiable, and elsewhere, if all are; groupwise if one is; the
+    memory of the largest.
 
-    ValueError for parts of two scopes."""
+    ValueError for parts of two scopes, or of completions that differ."""
     specs = [spec_of(part) for part in parts]
-    scopes = {part.name: spec.scope for part, spec in zip(parts, specs, strict=True)}
+    scopes = {part.name: (s.scope, s.completion_steps, s.max_sigma) for part, s in zip(parts, specs, strict=True)}
     if len(set(scopes.values())) > 1:
-        raise ValueError(f"got {what} with the scopes {scopes}; expected one: put latent rewards under process_rewards")
+        raise ValueError(
+            f"got {what} with the scopes {scopes} (scope, completion_steps, max_sigma); expected one: put rewards of states "
+            "under process_rewards"
+        )
     return RewardSpec(
         inputs=tuple(name for name in get_args(Input) if any(name in spec.inputs for spec in specs)),
         scope=specs[0].scope,
+        completion_steps=specs[0].completion_steps,
+        max_sigma=specs[0].max_sigma,
+        groupwise=any(spec.groupwise for spec in specs),
+        elsewhere=all(spec.elsewhere for spec in specs),
         channels=channels,
         differentiable=all(spec.differentiable for spec in specs),
         scores_black=all(spec.scores_black for spec in specs),
@@ -105,13 +114,32 @@ def wants_gradient(spec: RewardSpec) -> bool:
     return torch.is_grad_enabled() and spec.differentiable
 
 
-def without_gradient(reward: Reward) -> RewardSpec:
+def elsewhere(reward: Reward) -> RewardSpec:
     """The spec of a reward that lives in another process."""
-    return replace(spec_of(reward), differentiable=False)
+    return replace(spec_of(reward), differentiable=False, elsewhere=True)
 
 
-def chunks(batch: RewardBatch, size: int | None) -> list[RewardBatch]:
-    """Consecutive parts of at most `size` samples (None: all at once); at least one, which may be empty."""
-    if size is None or len(batch) <= size:
-        return [batch]
-    return [batch.select(range(first, min(first + size, len(batch)))) for first in range(0, len(batch), size)]
+def in_chunks(
+    ask: Callable[[RewardBatch], RewardOutput], batch: RewardBatch, size: int | None, *, groupwise: bool
+) -> RewardOutput:
+    """`ask` of parts of at most `size` samples, see `rows_of_chunks`, as one answer in the order of the batch."""
+    parts = rows_of_chunks(batch.group_ids, size, groupwise=groupwise)
+    if len(parts) == 1:
+        return ask(batch)
+    output = cat([ask(batch.select(rows)) for rows in parts])
+    return at_rows(output, torch.tensor([row for rows in parts for row in rows]).argsort())
+
+
+def rows_of_chunks(group_ids: Sequence[int], size: int | None, *, groupwise: bool) -> list[list[int]]:
+    """The samples 0..N-1 in parts of at most `size` (None: all at once); at least one part, which may be empty.
+
+    groupwise: whole groups, in the order in which they begin, as many as fit into a part, and at least one."""
+    members: dict[int, list[int]] = {}
+    for row, group in enumerate(group_ids):
+        members.setdefault(group if groupwise else row, []).append(row)
+    parts: list[list[int]] = [[]]
+    for rows in members.values():
+        if size is not None and parts[-1] and len(parts[-1]) + len(rows) > size:
+            parts.append([])
+        parts[-1] += rows
+    return parts

@@ -10,8 +10,8 @@ from typing import Literal
 import torch
 
 from rewards.base import Reward, RewardBatch, RewardError, RewardOutput, RewardSpec, channels_of
-from rewards.guard import cat, score
-from rewards.parts import chunks, wants_gradient
+from rewards.guard import score
+from rewards.parts import in_chunks, wants_gradient
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class WithTimeout:
         self.reward.close()
 
     def __call__(self, batch: RewardBatch) -> RewardOutput:
-        return cat([self._ask(part) for part in chunks(batch, self.batch_size)])
+        return in_chunks(self._ask, batch, self.batch_size, groupwise=self.spec.groupwise)
 
     def _ask(self, batch: RewardBatch) -> RewardOutput:
         try:

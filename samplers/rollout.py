@@ -45,7 +45,8 @@ def rollout(
     steps of the kernel. The descendants of dropped states are not computed, and the forest's tree holds what is left
     (Tree.keep); its `evaluations` count all rows, those of previews too. The noise of the others is unchanged, and
     the velocity from which a preview sets out is not evaluated again.
-    keep_velocities: the forest holds, as the role "old", the velocities at the states that stochastic steps leave.
+    keep_velocities: the forest holds, as the role "old", the velocities at both ends of stochastic steps, where the network
+    was evaluated.
     keep: which states the forest stores. "edges": those that an update, a decoder or a score reads later (roots, both
     ends of stochastic steps, nodes without children). "all": every state, so that Forest.at works at deterministic ones
     too; a group of G chains over T steps then takes G·(T+1) latents: 24 samples of SD3.5 at 1024 pixels (16·128·128,
@@ -56,6 +57,7 @@ def rollout(
         check_frontiers(tree, select)
     among, tail = candidates(tree), ~trained_part(tree)
     needed, compute = _needed(tree, keep), compute_dtype(store_dtype)
+    ends = torch.cat([tree.edges, tree.parents_of_edges])
     continued = torch.zeros(len(tree), dtype=torch.bool)
     log_prob = torch.full((len(tree),), torch.nan, dtype=compute, device=x_start.device)
     x, nodes, carry, evaluations, previews = x_start.to(store_dtype), tree.generations[0], None, 0, 0
@@ -72,9 +74,9 @@ def rollout(
         x_parents, v_parents = frontier.x[rows.to(x.device)], frontier.velocities(rows)
         evaluations, previews = evaluations + frontier.evaluations, previews + frontier.looked_at
         if keep_velocities:
-            trained = torch.isin(parents, tree.parents_of_edges)
-            old_nodes[parents[trained]] = True
-            old_velocities.append(v_parents[trained.to(v_parents.device)])
+            at_end = torch.isin(parents, ends)
+            old_nodes[parents[at_end]] = True
+            old_velocities.append(v_parents[at_end.to(v_parents.device)])
         if not len(children):
             break
         row_of_child = position.to(x.device)

@@ -20,10 +20,10 @@ from flowalign.models.load import (
     path_of,
 )
 from flowalign.models.roles import check_roles
-from flowalign.rollouts.collect import grow
+from flowalign.rollouts.rolling import grow
 from flowalign.rollouts.sources import check_sources
 from flowalign.trainers import Setup
-from rewards import channels_of, spec_of
+from rewards import Reward, channels_of, spec_of
 from samplers import check_schedule, unscored
 
 
@@ -115,16 +115,20 @@ def _check_held_out(config: TrainConfig, prompts: Sequence[PromptRecord], held_o
 
 def _check_rewards(config: TrainConfig) -> tuple[str, ...]:
     """Each reward is where its scope belongs. Returns the channels of the process rewards."""
-    for key, reward, expected in (
-        ("reward", config.reward, "terminal"),
-        *(("evaluation.rewards", reward, "terminal") for reward in config.evaluation.rewards),
-        *(("process_rewards", reward, "latent") for reward in config.process_rewards),
+    selecting = {key: reward for key, reward in config.guiding_rewards.items() if key == "rollout.preview_reward"}
+    finished = {"reward": config.reward, **selecting}
+    for key, reward, terminal in (
+        *((key, reward, True) for key, reward in finished.items()),
+        *(("evaluation.rewards", reward, True) for reward in config.evaluation.rewards),
+        *(("process_rewards", reward, False) for reward in config.process_rewards),
     ):
-        if spec_of(reward).scope != expected:
-            place = "process_rewards" if expected == "terminal" else "reward, or evaluation.rewards"
+        if (spec_of(reward).scope == "terminal") != terminal:
             raise ConfigError(
-                f"got {key} with {reward.name!r}, whose scope is {spec_of(reward).scope!r}; expected {expected!r}: name it under {place}"
-            )
+                f"got {key} with {reward.name!r}, whose scope is {spec_of(reward).scope!r}; "
+                + ("expected 'terminal': name it under process_rewards" if terminal else
+                   "expected a reward of states: name it under reward, or wrap it in rewards.OnCompletion")
+            )  # fmt: skip
+    _check_groupwise(config)
     if config.policy.fps is not None and not 0 < config.policy.fps < math.inf:
         raise ConfigError(f"policy.fps={config.policy.fps}: expected a number above 0, or null")
     if config.policy.frames > 1 and config.policy.fps is None:
@@ -135,10 +139,37 @@ def _check_rewards(config: TrainConfig) -> tuple[str, ...]:
             f"got process_rewards with the channels {list(states)} beside reward with {list(channels_of(config.reward))}; "
             "expected different names: set `name`"
         )
-    several = len(channels_of(config.reward)) > 1
-    if several and config.rollout.plan.select(unscored) is not None:
-        raise ConfigError(
-            f"got a rollout.plan that selects by the reward, which has the channels {list(channels_of(config.reward))}; expected "
-            "one score to rank states by: take a plan without samplers.Selected, or rewards.Mix"
-        )
+    _check_selecting(config, selecting.get("rollout.preview_reward"))
     return states
+
+
+def _check_selecting(config: TrainConfig, preview_reward: Reward | None) -> None:
+    """ConfigError for a selection by several scores, and for what only does something with, or without, one."""
+    rollout, ranked_by = config.rollout, preview_reward or config.reward
+    selects = rollout.plan.select(unscored) is not None
+    if selects and len(channels_of(ranked_by)) > 1:
+        raise ConfigError(
+            f"got a rollout.plan that selects by {ranked_by.name!r}, which has the channels {list(channels_of(ranked_by))}; expected "
+            "one score to rank states by: set rollout.preview_reward, or take rewards.Mix"
+        )
+    if preview_reward is not None and not selects:
+        raise ConfigError(
+            f"got rollout.preview_reward {preview_reward.name!r} with a rollout.plan that selects nothing, which would not ask it: "
+            "take a plan with samplers.Selected, or leave it out"
+        )
+    if rollout.refill < 0 or (rollout.refill and rollout.asks_on_its_way):
+        raise ConfigError(
+            f"got rollout.refill={rollout.refill}; expected at least 0, and 0 with a plan that selects or with reward_guidance: "
+            "their groups are rolled out once"
+        )
+
+
+def _check_groupwise(config: TrainConfig) -> None:
+    """ConfigError for a groupwise reward among groups of one."""
+    evaluated = [*config.evaluation.rewards, *([config.reward] if config.evaluation.training_reward else [])]
+    for reward in evaluated:
+        if spec_of(reward).groupwise and config.evaluation.samples_per_prompt < 2:
+            raise ConfigError(
+                f"got evaluation.samples_per_prompt={config.evaluation.samples_per_prompt} with {reward.name!r}, which compares the "
+                "samples of one prompt; expected at least 2: raise it, or set evaluation.training_reward=false if that is it"
+            )

@@ -144,15 +144,19 @@ class TrainConfig:
         return {**wanted, **self.policy.roles}
 
     @property
-    def guiding_rewards(self) -> list[Reward]:
-        """The reward that guides the rollout, if it is none of the others."""
+    def guiding_rewards(self) -> dict[str, Reward]:
+        """The rewards that guide the rollout, or select in it, if they are none of the others, by key."""
         guidance = self.rollout.reward_guidance
-        return [] if guidance is None or guidance.reward is None else [guidance.reward]
+        found = {
+            "rollout.reward_guidance.reward": None if guidance is None else guidance.reward,
+            "rollout.preview_reward": self.rollout.preview_reward,
+        }
+        return {key: reward for key, reward in found.items() if reward is not None}
 
     @property
     def rollout_rewards(self) -> list[Reward]:
-        """All that a rollout asks: about samples, about states, and to guide."""
-        return [self.reward, *self.process_rewards, *self.guiding_rewards]
+        """All that a rollout asks: about samples, about states, and on its way."""
+        return [self.reward, *self.process_rewards, *self.guiding_rewards.values()]
 
 
 def evaluation_schedule(config: TrainConfig) -> Schedule | None:

@@ -87,7 +87,7 @@ def evaluate(
     prompts: texts or records. rewards: also functions of (images, prompts), or their paths, see `rewards.FunctionReward`.
     num_inference_steps, guidance_scale, size, schedule, fps: None is as `policy.sampling` says. Uses the weights as they are:
     wrap the call in `policy.role("reference")` for the base, in `ema.applied()` for the average. Scores do not depend on
-    `batch_size` beyond rounding. `progress(n)` is called after each batch of n. Of videos the result keeps the first frames. A
+    `batch_size` beyond rounding; a groupwise reward gets all samples of a prompt at once, however small that is. `progress(n)` is called after each batch of n. Of videos the result keeps the first frames. A
     reward of several channels is reported as several, `reward/channel`. A reward that fails, or gives no score for more than
     half of the images, is a RewardError; one sample without a score is nan. `processes` share the images, and each returns the
     whole result."""
@@ -103,13 +103,19 @@ def evaluate(
     )
     everyone = processes or Processes()
     began, rows_before = time.monotonic(), policy.evaluations
-    jobs = [(record, number) for number in range(samples_per_prompt) for record in records]
-    if len(jobs) < everyone.count:
+    # jobs that stay together: all samples of a prompt if a reward compares them
+    unit = samples_per_prompt if any(reward.spec.groupwise for reward in judges) else 1
+    numbers = torch.arange(samples_per_prompt * len(records)).reshape(samples_per_prompt, len(records))
+    order = (numbers.T if unit > 1 else numbers).flatten()  # of the result's images, as they are made
+    jobs = [(records[number % len(records)], number // len(records)) for number in order.tolist()]
+    if len(jobs) // unit < everyone.count:
         raise ValueError(
-            f"got {len(jobs)} images for {everyone.count} processes; expected at least one for each: add prompts or samples"
+            f"got {len(jobs) // unit} images (or groups of them) for {everyone.count} processes; expected at least one for each: "
+            "add prompts or samples"
         )
-    share = everyone.share(len(jobs))
-    first, own = share.start, jobs[share.start : share.stop]
+    share = everyone.share(len(jobs) // unit)
+    first, own = share.start * unit, jobs[share.start * unit : share.stop * unit]
+    batch_size = max(unit, batch_size // unit * unit)
     kept: list[Tensor] = []
     scores: dict[str, list[Tensor]] = {label: [] for reward in judges for label in labels_of(reward)}
     for batch, latents, images in in_batches(policy, own, settings, seed, batch_size):
@@ -119,13 +125,14 @@ def evaluate(
         first += len(batch)
         if progress is not None:
             progress(len(batch))
-    complete = {name: everyone.gather(torch.cat(parts)) for name, parts in scores.items()}
+    back = order.argsort()
+    complete = {name: everyone.gather(torch.cat(parts))[back] for name, parts in scores.items()}
     _check_valid(complete)
     return EvaluationResult(
-        uids=[record.uid for record, _ in jobs],
-        prompts=[record.prompt for record, _ in jobs],
+        uids=[record.uid for record in records] * samples_per_prompt,
+        prompts=[record.prompt for record in records] * samples_per_prompt,
         scores=complete,
-        pixels=everyone.gather(torch.cat(kept)),
+        pixels=everyone.gather(torch.cat(kept))[back],
         seed=seed,
         num_inference_steps=settings.num_inference_steps,
         guidance_scale=settings.guidance_scale,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
 import torch
 from torch import Tensor
 
@@ -21,26 +24,92 @@ def gather_tree(processes: Processes, tree: Tree, mine: Tree) -> Tree:
 
 def gather_forest(processes: Processes, tree: Tree, forest: Forest) -> Forest:
     """The forest of `tree`, of which each process rolled out the groups of its share, in the same order of nodes."""
-    nodes = _by_process(processes, tree)
-    kept = torch.zeros(len(tree), dtype=torch.bool)
-    kept[nodes] = processes.gather(forest.row >= 0)
-    row = torch.where(kept, kept.cumsum(0) - 1, -1)
-    log_prob = forest.log_prob.new_empty(len(tree))
-    log_prob[nodes] = processes.gather(forest.log_prob)
-    states = forest.states.new_empty((int(kept.sum()), *forest.states.shape[1:]))
-    states[row[nodes[kept[nodes]]]] = processes.gather(forest.states)
+    columns = _columns(forest, torch.arange(len(forest.tree)))
     evaluations, previews = (round(processes.total(count)) for count in (forest.evaluations, forest.previews))
-    gathered = Forest(tree, forest.sigmas, forest.kernel, states, row, log_prob, evaluations, previews)
-    for role, velocities in sorted(forest.velocities.items()):
-        evaluated = torch.zeros(len(tree), dtype=torch.bool)
-        evaluated[nodes] = processes.gather(velocities.row >= 0)
-        values = processes.gather(velocities.values)
-        order = nodes[evaluated[nodes]].argsort()
-        gathered = gathered.with_velocities(role, evaluated.nonzero().flatten(), values[order.to(values.device)])
-    for name, scores in sorted(forest.scores.items()):
-        by_process = processes.gather(scores)
-        gathered = gathered.with_scores(name, torch.empty_like(by_process).index_copy(0, nodes, by_process))
-    return gathered
+    gathered = {name: processes.gather(values) for name, values in sorted(columns.items())}
+    like = replace(forest, evaluations=evaluations, previews=previews)
+    return _built(tree, _by_process(processes, tree), gathered, like)
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Some groups of an iteration, rolled out together. numbers [G]: which prompt each group of `forest` has, ascending.
+    stays [G]: which of them count, the others are replaced by another part; None: all."""
+
+    numbers: Tensor
+    forest: Forest
+    stays: Tensor | None = None
+
+    @property
+    def nodes(self) -> Tensor:
+        """The nodes of `forest` that count."""
+        group = self.forest.tree.group
+        return torch.arange(len(group)) if self.stays is None else self.stays[group].nonzero().flatten()
+
+    @property
+    def owner(self) -> Tensor:
+        """The prompts of its leaves that count."""
+        tree = self.forest.tree
+        return self.numbers[tree.group[self.nodes[tree.index[self.nodes] == tree.num_steps]]]
+
+    def without(self, numbers: Sequence[int]) -> Part:
+        """This part, of which the groups `numbers` no longer count."""
+        stays = ~torch.isin(self.numbers, torch.tensor(list(numbers)))
+        return replace(self, stays=stays if self.stays is None else stays & self.stays)
+
+
+def joined(tree: Tree, first: int, parts: Sequence[Part]) -> tuple[Forest, Tensor]:
+    """The forest of `tree`, whose groups are the prompts first, first + 1, …, from parts that hold each of them once; and the
+    order [L] in which the leaves of the parts, one after the other, are those of `tree`."""
+    counted = []
+    for part in parts:
+        group = part.numbers[part.forest.tree.group[part.nodes]]
+        counted.append((torch.isin(tree.group + first, group)).nonzero().flatten())
+    nodes = torch.cat(counted)
+    all_columns = [_columns(part.forest, part.nodes) for part in parts]
+    columns = {name: torch.cat([each[name] for each in all_columns]) for name in all_columns[0]}
+    forests = [part.forest for part in parts]
+    like = replace(
+        forests[0],
+        evaluations=sum(each.evaluations for each in forests),
+        previews=sum(each.previews for each in forests),
+    )
+    leaves = nodes[tree.index[nodes] == tree.num_steps]
+    return _built(tree, nodes, columns, like), leaves.argsort()
+
+
+def _columns(forest: Forest, nodes: Tensor) -> dict[str, Tensor]:
+    """What the forest holds of `nodes`, by name; see `_built`."""
+    kept = forest.row[nodes] >= 0
+    states = forest.states[forest.row[nodes[kept]].to(forest.states.device)]
+    columns = {"kept": kept, "log_prob": forest.log_prob[nodes.to(forest.log_prob.device)], "states": states}
+    for role, velocities in forest.velocities.items():
+        known = velocities.row[nodes] >= 0
+        columns |= {f"known {role}": known, f"velocity {role}": velocities.at(nodes[known])}
+    return columns | {f"score {name}": scores[nodes] for name, scores in forest.scores.items()}
+
+
+def _built(tree: Tree, nodes: Tensor, columns: Mapping[str, Tensor], like: Forest) -> Forest:
+    """The forest of `tree` from the columns of all its nodes, in the order `nodes`."""
+    kept = _placed(nodes, columns["kept"])
+    row = torch.where(kept, kept.cumsum(0) - 1, -1)
+    order = nodes[columns["kept"]].argsort().to(like.states.device)
+    log_prob = _placed(nodes, columns["log_prob"])
+    forest = replace(
+        like, tree=tree, states=columns["states"][order], row=row, log_prob=log_prob, velocities={}, scores={}
+    )
+    for role in like.velocities:
+        known = nodes[columns[f"known {role}"]]
+        values = columns[f"velocity {role}"]
+        forest = forest.with_velocities(role, known.sort().values, values[known.argsort().to(values.device)])
+    for name in like.scores:
+        forest = forest.with_scores(name, _placed(nodes, columns[f"score {name}"]))
+    return forest
+
+
+def _placed(nodes: Tensor, values: Tensor) -> Tensor:
+    """[N] `values` [N] of `nodes` [N], in the order of the nodes."""
+    return torch.empty_like(values).index_copy(0, nodes.to(values.device), values)
 
 
 def gather_output(processes: Processes, tree: Tree, output: RewardOutput) -> RewardOutput:

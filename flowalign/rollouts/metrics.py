@@ -44,12 +44,10 @@ def cost_metrics(forest: Forest, output: RewardOutput, rows: float, decodes: flo
     return {**found, "cost/decodes_per_image": decodes / images, "cost/reward_calls_per_image": calls / images}
 
 
-def process_metrics(rewards: Sequence[Reward], forest: Forest, seconds: float) -> dict[str, float]:
-    """Of the states that process rewards scored, in `seconds`."""
-    if not rewards:
-        return {}
+def process_metrics(rewards: Sequence[Reward], forest: Forest) -> dict[str, float]:
+    """Of the states that process rewards scored."""
     channels = [channel for reward in rewards for channel in channels_of(reward)]
-    return {f"process/{name}_mean": _mean(forest.scores[name]) for name in channels} | {"time/process": seconds}
+    return {f"process/{name}_mean": _mean(forest.scores[name]) for name in channels}
 
 
 def _mean(values: Tensor) -> float:

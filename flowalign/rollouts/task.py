@@ -11,7 +11,7 @@ from flowalign.distributed.processes import Processes
 from flowalign.models.base import Policy, Size
 from flowalign.rollouts.guidance import RewardGuidance
 from rewards import Reward
-from samplers import Kernel, Plan, Schedule
+from samplers import Kernel, Plan, Schedule, unscored
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,10 @@ class Rollout:
     sources, hint_key: for a plan with samples that are not the policy's own (samplers.Sourced). sources: "teacher" (or
     "hinted") -> the role that rolls these samples out; hinted ones are the policy's without it. hint_key: key of the
     prompts' metadata under which the hinted samples' prompt stands; the reward and the update see the prompt itself.
-    reward_guidance: steps are drawn from a mean that a reward's gradient moves (Euphonium); None: from the kernel's own."""
+    reward_guidance: steps are drawn from a mean that a reward's gradient moves (Euphonium); None: from the kernel's own.
+    preview_reward: by which a plan that selects (samplers.Selected) ranks its previews, PARM's potential, say; None: the
+    run's reward. refill: how often a group that lacks the score of a sample is rolled out again in an iteration, with other
+    noise; a sample that lacks it then, or with 0, leaves its group's statistics and the update."""
 
     plan: Plan
     kernel: Kernel
@@ -45,14 +48,23 @@ class Rollout:
     sources: dict[str, str] = field(default_factory=dict)
     hint_key: str | None = None
     reward_guidance: RewardGuidance | None = None
+    preview_reward: Reward | None = None
+    refill: int = 0
+
+    @property
+    def asks_on_its_way(self) -> bool:
+        """Whether it needs scores before its samples are finished."""
+        return self.reward_guidance is not None or self.plan.select(unscored) is not None
 
 
 @dataclass
 class Counts:
-    """What was decoded and scored so far by this process: decodes, images or videos; reward_calls, rows given to a reward."""
+    """What was decoded and scored so far by this process: decodes, images or videos, in decode_seconds; reward_calls, rows
+    given to a reward."""
 
     decodes: int = 0
     reward_calls: int = 0
+    decode_seconds: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,8 @@ from flowalign.errors import ConfigError
 from flowalign.evaluation.evaluate import EvaluationResult
 from flowalign.evaluation.result_file import load_result
 from flowalign.models.load import path_of, rows_per_state
-from flowalign.rollouts.collect import grow, leaves_per_group
+from flowalign.rollouts.completions import cost_of_completions
+from flowalign.rollouts.rolling import grow, leaves_per_group
 from flowalign.run.held_out_rewards import held_out_rewards
 from flowalign.storage import checkpoint
 from flowalign.storage.checkpoint import Tensors
@@ -27,11 +28,17 @@ def forecast(config: TrainConfig) -> str:
     guided = rows_per_state(config.policy.path, rollout.guidance_scale, config.policy.family)
     samples, probes = leaves_per_group(rollout)
     images = rollout.groups * samples
+    tree, specs = grow(rollout, 0, 0, [0]), [reward.spec for reward in config.process_rewards]
+    completions = [cost_of_completions(tree, spec.completion_steps) for spec in specs if spec.scope == "completion"]
+    rolled = rollout.groups * (cost.rollout + sum(rows for _, rows in completions))
     update = config.trainer.forecast(rollout)
-    sample, train, frozen, before = (
-        guided * rows for rows in (rollout.groups * cost.rollout, update.trained, update.frozen, update.before)
-    )
+    sample, train, frozen, before = (guided * rows for rows in (rolled, update.trained, update.frozen, update.before))
     notes = _notes(config, cost, samples, probes)
+    if completions:
+        states = sum(count for count, _ in completions)
+        notes.append(
+            f"completions: at most {states / samples:.2f} per image, decoded and scored, of states of the rollout"
+        )
     if before:
         notes.insert(
             0, f"before the first iteration: at most {before:,} forwards, {update.before_scored:,} images scored"

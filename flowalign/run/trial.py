@@ -36,7 +36,7 @@ def try_rewards(
     trials = [
         ("reward", config.reward, prompts.train),
         *(("process_rewards", reward, prompts.train) for reward in config.process_rewards),
-        *(("rollout.reward_guidance.reward", reward, prompts.train) for reward in config.guiding_rewards),
+        *((key, reward, prompts.train) for key, reward in config.guiding_rewards.items()),
         *(("evaluation.rewards", reward, prompts.held_out) for reward in judges[:named]),
         *(("evaluation.training_reward (false leaves it out)", reward, prompts.held_out) for reward in judges[named:]),
     ]

@@ -13,7 +13,8 @@ from tqdm import tqdm
 from flowalign.credit import Gain
 from flowalign.data import prompts_of_iteration
 from flowalign.models.grid import grid
-from flowalign.rollouts.collect import collect, grow
+from flowalign.rollouts.collect import collect
+from flowalign.rollouts.rolling import grow
 from flowalign.rollouts.task import Rollout, Task
 from flowalign.trainers.base import Setup
 from samplers import Chain, Leveled, Plan, Probed

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flowalign.advantage import SignalContext
-from flowalign.rollouts.collect import grow
+from flowalign.rollouts.rolling import grow
 from flowalign.rollouts.sources import roles_of
 from flowalign.rollouts.task import Rollout
 from flowalign.trainers.base import Setup

@@ -14,7 +14,8 @@ from flowalign.advantage import SignalContext
 from flowalign.data import PromptRecord
 from flowalign.models.roles import Role
 from flowalign.objectives import DynamicClip, Objective, Regularizer, StepWeight, Supervision, Uniform
-from flowalign.rollouts.collect import ScoredRollout, collect, grow, leaves_per_group
+from flowalign.rollouts.collect import ScoredRollout, collect
+from flowalign.rollouts.rolling import grow, leaves_per_group
 from flowalign.rollouts.task import Rollout, Task
 from flowalign.trainers.base import AdamWConfig, Setup, Trainer, Update, UpdateForecast
 from flowalign.trainers.calibration import Calibration, leveled

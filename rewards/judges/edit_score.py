@@ -86,7 +86,9 @@ class EditScore:
 
     @property
     def spec(self) -> RewardSpec:
-        return RewardSpec(channels=PARTS if self.output == "parts" else (), range=(0, 1), licence="code Apache-2.0")
+        return RewardSpec(
+            elsewhere=True, channels=PARTS if self.output == "parts" else (), range=(0, 1), licence="code Apache-2.0"
+        )
 
     def load(self) -> None:
         self.endpoint.load()

@@ -71,7 +71,7 @@ class PARM:
 
     @property
     def spec(self) -> RewardSpec:
-        return RewardSpec(range=(0, 1), licence="weights as served")
+        return RewardSpec(elsewhere=True, range=(0, 1), licence="weights as served")
 
     def load(self) -> None:
         self.endpoint.load()

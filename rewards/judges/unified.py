@@ -76,7 +76,9 @@ class UnifiedReward:
 
     @property
     def spec(self) -> RewardSpec:
-        return RewardSpec(range=(0.2, 1) if self.version == 1 else (0, 1), licence="code MIT, weights as their base")
+        return RewardSpec(
+            elsewhere=True, range=(0.2, 1) if self.version == 1 else (0, 1), licence="code MIT, weights as their base"
+        )
 
     def load(self) -> None:
         self.endpoint.load()
@@ -115,17 +117,14 @@ class UnifiedWinRate:
     Components: comparisons (pairs that were read), same_in_both_orders (the share of them in which the order of the images
     did not matter), noncanonical_template.
 
-    It sees groups (equal group_ids) as far as they are in one batch: keep rollout.micro_batch at a multiple of a group's
-    samples, and leave it out of an evaluation with one sample per prompt. group_size: a group of two or more samples that
-    has another number of them is a ValueError; None takes what there is. w is a rate already: take
+    Groupwise. w is a rate already: take
     flowalign.advantage.Normalized; WinRate would rank it once more, and is for rewards that score one image.
-    Not kept: a score does depend on the batch mates of its group; the size of a win."""
+    Not kept: the size of a win."""
 
     endpoint: ChatEndpoint
     version: Literal[1, 2] = 2
     opponents: int | None = None
     both_orders: bool = True
-    group_size: int | None = None
     seed: int = 0
     sampling: Sampling = field(default_factory=partial(Sampling, max_tokens=4096))
     templates: str | None = None
@@ -140,8 +139,7 @@ class UnifiedWinRate:
 
     @property
     def spec(self) -> RewardSpec:
-        """scores_black: False, since the trial has no two samples of one group."""
-        return RewardSpec(range=(0, 1), scores_black=False, licence="code MIT, weights as their base")
+        return RewardSpec(elsewhere=True, range=(0, 1), groupwise=True, licence="code MIT, weights as their base")
 
     def load(self) -> None:
         self.endpoint.load()
@@ -168,12 +166,6 @@ class UnifiedWinRate:
         groups: dict[int, list[int]] = {}
         for row, group in enumerate(batch.group_ids):
             groups.setdefault(group, []).append(row)
-        for group, rows in groups.items():
-            if self.group_size is not None and 1 < len(rows) != self.group_size:
-                raise ValueError(
-                    f"got {len(rows)} samples of group {group} in one batch; expected all {self.group_size}: set "
-                    "rollout.micro_batch to a multiple of a group's samples"
-                )
         keys = [hashlib.sha256(f"{self.seed} {url}".encode()).hexdigest() for url in urls]
         rings = [sorted(rows, key=lambda row: (keys[row], batch.sample_ids[row])) for rows in groups.values()]
         return [pair for ring in rings for pair in pairs_in_ring(ring, self.opponents)]
@@ -198,7 +190,7 @@ class UnifiedWinRate:
         met = total(torch.ones(len(both), dtype=torch.float64))
         rates = total(torch.cat([wins[read], 1 - wins[read]])) / met  # 0 / 0 is NaN: no pair, no score
         agreed = total(torch.cat([same[read]] * 2)) / met
-        info = [text or "no other sample of its group is in the batch" for text in info]
+        info = [text or "it is alone in its group" for text in info]
         return judged(rates, {"comparisons": met, "same_in_both_orders": agreed}, info, self._templates)
 
 

@@ -15,8 +15,7 @@ from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 from rewards.base import Reward, RewardBatch, RewardError, RewardOutput, RewardSpec, channels_of
-from rewards.guard import cat
-from rewards.parts import chunks, without_gradient
+from rewards.parts import elsewhere, in_chunks
 from rewards.remote import wire
 from rewards.remote.description import fingerprint
 
@@ -83,7 +82,7 @@ class Http:
     @property
     def spec(self) -> RewardSpec:
         """The reward's, not differentiable."""
-        return without_gradient(self.reward)
+        return elsewhere(self.reward)
 
     def load(self) -> None:
         """Waits for the server, at most `budget` seconds, and checks what it serves. RewardError if that is another reward."""
@@ -97,7 +96,7 @@ class Http:
         end = time.monotonic() + self.budget
         limits = self._load(end)
         size = min(self.batch_size or limits.samples, limits.samples)
-        return cat([self._ask(part, limits, end) for part in chunks(batch, size)])
+        return self._in_chunks(batch, size, limits, end)
 
     def _load(self, end: float) -> wire.Limits:
         if self._limits is not None:
@@ -143,7 +142,14 @@ class Http:
         return output
 
     def _halves(self, batch: RewardBatch, limits: wire.Limits, end: float) -> RewardOutput:
-        return cat([self._ask(part, limits, end) for part in chunks(batch, -(-len(batch) // 2))])
+        if self.spec.groupwise and len(set(batch.group_ids)) < 2:
+            raise RewardError(
+                f"{self.url} takes not even one group, of {len(batch)} samples, at once: raise its limits"
+            )
+        return self._in_chunks(batch, -(-len(batch) // 2), limits, end)
+
+    def _in_chunks(self, batch: RewardBatch, size: int, limits: wire.Limits, end: float) -> RewardOutput:
+        return in_chunks(lambda part: self._ask(part, limits, end), batch, size, groupwise=self.spec.groupwise)
 
     def _request(self, method: str, path: str, body: bytes, headers: dict[str, str], end: float) -> _Reply:
         """The reply with status 200 or 413; others are repeated if that can help, until `end`."""

@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from rewards.base import Reward, RewardBatch, RewardError, RewardOutput, RewardSpec, channels_of
-from rewards.guard import cat
-from rewards.parts import chunks, without_gradient
+from rewards.parts import elsewhere, in_chunks
 from rewards.remote import wire
 from rewards.remote.description import describe
 from rewards.workers import Message, WorkerDied, WorkerError, Workers
@@ -78,7 +77,7 @@ class InWorker:
     @property
     def spec(self) -> RewardSpec:
         """The reward's, not differentiable."""
-        return without_gradient(self.reward)
+        return elsewhere(self.reward)
 
     def load(self) -> None:
         """Starts the worker, which loads the reward. RewardError if it does not start."""
@@ -101,7 +100,7 @@ class InWorker:
         return self._pool.pids()
 
     def __call__(self, batch: RewardBatch) -> RewardOutput:
-        return cat([self._ask(part) for part in chunks(batch, self.batch_size)])
+        return in_chunks(self._ask, batch, self.batch_size, groupwise=self.spec.groupwise)
 
     def _ask(self, batch: RewardBatch) -> RewardOutput:
         if self._memory() > (self.max_memory or np.inf):

@@ -13,7 +13,7 @@ import torch
 from flowalign.advantage import SignalContext
 from flowalign.config import TrainConfig, load_config
 from flowalign.glyphs.process_reward import GlyphsProcessReward
-from flowalign.rollouts.collect import grow
+from flowalign.rollouts.rolling import grow
 from flowalign.rollouts.task import Rollout
 from flowalign.run.preflight import forecast
 from flowalign.trainers.policy_gradient import PolicyGradient, as_policy_gradient

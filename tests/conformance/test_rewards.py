@@ -72,7 +72,7 @@ ARGUMENTS: dict[str, Callable[[], dict[str, object]]] = {
     "FunctionReward": lambda: {"path": "flowalign.diagnostics.measure:brightness", "differentiable": True},
     "Gated": lambda: {"reward": ImageStatistics(("contrast",)), "gate": JPEGCompressibility(), "threshold": -1.86},
     "GenEval": lambda: {"detector": Corners()},
-    "GroupDiversity": lambda: {"group_size": 2, "near": 0.35},
+    "GroupDiversity": lambda: {"near": 0.35},
     "ImageStatistics": lambda: {"statistics": SEEN},
     "Http": lambda: {"reward": JPEGCompressibility(), "url": jpeg_server()},
     "InWorker": lambda: {"reward": JPEGCompressibility()},
@@ -84,8 +84,6 @@ ARGUMENTS: dict[str, Callable[[], dict[str, object]]] = {
     "Standardized": lambda: {"reward": ImageStatistics(("contrast", "edges")), "loc": 0.2, "scale": 0.1},
     "WithTimeout": lambda: {"reward": JPEGCompressibility(), "timeout": 60.0, "batch_size": 2},
 }
-
-GROUPWISE = {"GroupDiversity", "UnifiedWinRate"}  # a score depends on the whole group, and on nothing else of the batch
 
 
 def reward_classes() -> list[type]:
@@ -135,7 +133,7 @@ def batch() -> RewardBatch:
 
 def units(reward: Reward) -> list[list[int]]:
     """Which samples may be scored apart from the others."""
-    return [[0, 1], [2, 3], [4, 5]] if type(reward).__name__ in GROUPWISE else [[i] for i in range(6)]
+    return [[0, 1], [2, 3], [4, 5]] if reward.spec.groupwise else [[i] for i in range(6)]
 
 
 @pytest.fixture(params=reward_classes(), ids=lambda found: found.__name__, scope="module")

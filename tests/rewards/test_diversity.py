@@ -1,4 +1,4 @@
-"""Diversity within a group: distances by hand, repeats, and groups that are not whole."""
+"""Diversity within a group: distances by hand, repeats, and images that are alone."""
 
 import math
 
@@ -15,39 +15,38 @@ def batch(levels, groups):
 
 
 def test_distances_to_the_others_of_the_group():
-    output = score(GroupDiversity(3), batch([0.1, 0.5, 0.2, 0.6, 0.4, 0.6], [7, 3, 7, 3, 7, 3]))
+    output = score(GroupDiversity(), batch([0.1, 0.5, 0.2, 0.6, 0.4, 0.6], [7, 3, 7, 3, 7, 3]))
     distance, repeated = output.scores.T.tolist()
     assert distance == pytest.approx([0.2, 0.1, 0.15, 0.05, 0.25, 0.05])
     assert repeated == [0, 0, 0, 0.5, 0, 0.5] and bool(output.valid.all())
 
 
 def test_a_collapsed_group_and_the_limit_of_a_repeat():
-    same = score(GroupDiversity(4), batch([0.3] * 4, [0] * 4)).scores
+    same = score(GroupDiversity(), batch([0.3] * 4, [0] * 4)).scores
     assert same[:, 0].abs().max() < 1e-6 and same[:, 1].tolist() == [1, 1, 1, 1]
     pair = batch([0.3, 0.31], [0, 0])
-    assert score(GroupDiversity(2, near=0.011), pair).scores[:, 1].tolist() == [1, 1]
-    assert score(GroupDiversity(2, near=0.009), pair).scores[:, 1].tolist() == [0, 0]
+    assert score(GroupDiversity(near=0.011), pair).scores[:, 1].tolist() == [1, 1]
+    assert score(GroupDiversity(near=0.009), pair).scores[:, 1].tolist() == [0, 0]
 
 
 def test_order_and_other_groups_do_not_matter():
     levels, groups = [0.1, 0.5, 0.2, 0.6, 0.4, 0.9], [0, 1, 0, 1, 0, 1]
-    whole, order = score(GroupDiversity(3), batch(levels, groups)).scores, [4, 1, 5, 0, 2, 3]
-    torch.testing.assert_close(score(GroupDiversity(3), batch(levels, groups).select(order)).scores, whole[order])
+    whole, order = score(GroupDiversity(), batch(levels, groups)).scores, [4, 1, 5, 0, 2, 3]
+    torch.testing.assert_close(score(GroupDiversity(), batch(levels, groups).select(order)).scores, whole[order])
     torch.testing.assert_close(
-        score(GroupDiversity(3), batch(levels, groups).select([0, 2, 4])).scores, whole[[0, 2, 4]]
+        score(GroupDiversity(), batch(levels, groups).select([0, 2, 4])).scores, whole[[0, 2, 4]]
     )
 
 
-def test_a_group_that_is_not_whole_has_no_score():
+def test_an_image_alone_in_its_group_has_no_score():
     given = batch([0.1, 0.5, 0.2, 0.6, 0.9], [0, 1, 0, 1, 2])
-    output = score(GroupDiversity(2), given)
+    output = score(GroupDiversity(), given)
     assert output.valid.all(1).tolist() == [True, True, True, True, False]
-    assert output.info[4] == "1 of its group are in the batch; expected 2: give whole groups"
+    assert output.info[4] == "it is alone in its group"
     images = given.images.clone()
-    images[1] = torch.nan  # takes its group with it
+    images[1] = torch.nan  # leaves the other one alone
     broken = RewardBatch(prompts=given.prompts, images=images, group_ids=given.group_ids)
-    assert score(GroupDiversity(2), broken, max_fail_rate=1).valid.all(1).tolist() == [True, False, True, False, False]
-    assert not bool(score(GroupDiversity(2), batch([0.1, 0.2, 0.3], [0, 0, 0]), max_fail_rate=1).valid.any())
+    assert score(GroupDiversity(), broken, max_fail_rate=1).valid.all(1).tolist() == [True, False, True, False, False]
 
 
 def test_features_of_ones_own():
@@ -62,7 +61,7 @@ def test_features_of_ones_own():
 
         def close(self): ...
 
-    output = score(GroupDiversity(2, features=Angle()), batch([0.0, 0.5], [0, 0]))
+    output = score(GroupDiversity(features=Angle()), batch([0.0, 0.5], [0, 0]))
     assert output.scores[:, 0].tolist() == pytest.approx([math.sqrt(2)] * 2)
 
 
@@ -74,6 +73,5 @@ def test_group_distances_pass_gradients_and_take_nothing():
 
 
 def test_wrong_options():
-    for options in ({"group_size": 1}, {"group_size": 2, "near": 0.0}):
-        with pytest.raises(ValueError, match="expected at least 2 images and a distance above 0"):
-            GroupDiversity(**options)
+    with pytest.raises(ValueError, match=r"got near=0\.0; expected a distance above 0"):
+        GroupDiversity(near=0.0)

@@ -72,7 +72,7 @@ init_args:
           - {class_path: rewards.Capped, init_args: {high: 0.9, reward: {class_path: rewards.OCR, init_args: {metric: f1}}}}
     - class_path: rewards.Augmented
       init_args: {views: 3, reward: {class_path: rewards.ImageStatistics, init_args: {statistics: [edges]}}}
-    - {class_path: rewards.GroupDiversity, init_args: {group_size: 4, features: {class_path: rewards.Thumbnail, init_args: {size: 8}}}}
+    - {class_path: rewards.GroupDiversity, init_args: {features: {class_path: rewards.Thumbnail, init_args: {size: 8}}}}
     - {class_path: rewards.GenEval, init_args: {detector: rewards.Mask2Former, colors: rewards.CLIPColors, metric: strict}}
 """)
     ensemble, augmented, diversity, geneval = channels.rewards

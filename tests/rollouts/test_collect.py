@@ -8,7 +8,7 @@ import torch
 from flowalign.advantage import Normalized
 from flowalign.credit import Gain
 from flowalign.objectives import KLPenalty
-from flowalign.rollouts.collect import leaves_per_group
+from flowalign.rollouts.rolling import leaves_per_group
 from flowalign.rollouts.task import Rollout
 from samplers import Branch, Chain, Deterministic, FlowSDE, Probed, Selected, SplitTree, Window
 from tests.helpers.policy_gradient import PROMPTS, gradients, make, run_updates

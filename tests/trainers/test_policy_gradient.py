@@ -12,7 +12,7 @@ from flowalign.advantage import Normalized, SignalContext, set_keys
 from flowalign.credit import Broadcast, EdgeValues
 from flowalign.models import Size
 from flowalign.objectives import ClippedRatio, FlatGradient, KLPenalty, RoleSteps, StdOverMean
-from flowalign.rollouts.collect import grow
+from flowalign.rollouts.rolling import grow
 from flowalign.rollouts.task import Rollout
 from flowalign.selectors import AllEdges, NonZeroAdvantage
 from flowalign.trainers import Setup

@@ -39,7 +39,8 @@ from flowalign.diagnostics.doctor.update import (
 )
 from flowalign.diagnostics.measure import StandIn, count_calls, gradients, now
 from flowalign.models import Policy
-from flowalign.rollouts.collect import ScoredRollout, collect, leaves_per_group
+from flowalign.rollouts.collect import ScoredRollout, collect
+from flowalign.rollouts.rolling import leaves_per_group
 from flowalign.rollouts.task import Task
 from flowalign.trainers import as_policy_gradient, uncalibrated
 from rewards import channels_of, close, score

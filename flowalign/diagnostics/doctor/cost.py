@@ -13,7 +13,8 @@ import torch
 from flowalign.config import TrainConfig
 from flowalign.data import PromptRecord
 from flowalign.diagnostics.doctor.base import Finding
-from flowalign.rollouts.collect import ScoredRollout, decoded
+from flowalign.rollouts.collect import ScoredRollout
+from flowalign.rollouts.judging import decoded
 from flowalign.rollouts.task import Task
 from flowalign.trainers import Trainer
 from rewards import Reward, RewardBatch, score

@@ -121,19 +121,12 @@ def test_a_pair_that_cannot_be_read_is_left_out_for_both():
 def test_a_sample_without_any_pair_is_invalid():
     output, _ = rates(brighter, shades(1, 2, 3, groups=[0, 0, 1]))
     assert output.valid[:, 0].tolist() == [True, True, False]
-    assert output.info[2] == "no other sample of its group is in the batch"
+    assert output.info[2] == "it is alone in its group"
     output, _ = rates(
         lambda asked: Reply(status=400) if 3 in [i[0, 0, 0] for i in asked.images] else brighter(asked),
         shades(1, 2, 3, groups=[0] * 3),
     )
     assert output.scores[:2, 0].tolist() == [0, 1] and not output.valid[2] and "HTTP 400" in output.info[2]
-
-
-def test_a_group_in_parts_is_an_error_if_its_size_is_known():
-    with pytest.raises(RewardError, match="got 2 samples of group 5 in one batch; expected all 3"):
-        rates(brighter, shades(1, 2, groups=[5, 5]), group_size=3)
-    assert bool(rates(brighter, shades(1, 2, 3, groups=[5] * 3), group_size=3)[0].valid.all())
-    assert not bool(rates(brighter, shades(1, 2, groups=[5, 6]), group_size=3)[0].valid.any())  # as in a trial
 
 
 def test_the_order_of_the_batch_does_not_matter():
