@@ -49,6 +49,7 @@ from rewards.mix import Mix
 from rewards.monitors import ImageStatistics
 from rewards.motion import MotionBand, VideoStatistics
 from rewards.ocr import OCR, Line, RapidReader, Recognizer
+from rewards.offloaded import Offloaded
 from rewards.qwen import EditReward, HPSv3, VideoAlign
 from rewards.remote import Http, InWorker
 from rewards.scoring import Scoring, score_chunks
@@ -119,6 +120,7 @@ __all__ = [
     "WISE",
     "Questions",
     "PARM",
+    "Offloaded",
     "InWorker",
     "Http",
 ]

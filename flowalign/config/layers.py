@@ -84,7 +84,7 @@ def is_null(node: yaml.Node) -> bool:
 
 
 def is_part(node: yaml.Node) -> bool:
-    return isinstance(node, yaml.MappingNode) and not {"class_path", "init_args"}.isdisjoint(entries_of(node))
+    return isinstance(node, yaml.MappingNode) and not {"class_path", "init_args", "place"}.isdisjoint(entries_of(node))
 
 
 def is_text(node: yaml.Node) -> bool:

@@ -13,6 +13,7 @@ import yaml
 from flowalign.config.contracts import HOMES, differences
 from flowalign.config.layers import as_part, class_path_of, entries_of, is_null, is_text
 from flowalign.config.parser import import_part
+from flowalign.config.placement import placed
 from flowalign.config.types import ANYTHING, NO_DEFAULT, Parameter, guess, parameters
 from flowalign.errors import ConfigError
 from rewards import Reward
@@ -65,14 +66,17 @@ def _named(node: yaml.MappingNode, names: dict[str, Parameter], key: str, of: st
     return yaml.MappingNode(node.tag, pairs, node.start_mark, node.end_mark)
 
 
-def _part(node: yaml.Node, kind: Parameter, contract: type, key: str) -> yaml.Node:
+def _part(node: yaml.Node, kind: Parameter, contract: type, key: str) -> yaml.MappingNode:
     """A part: its class is there and satisfies the contract, its arguments are checked."""
     part = as_part(node) if is_text(node) else _mapping(node, kind, key)
+    if contract is Reward:
+        part = placed(part, key, lambda bare: _part(bare, kind, contract, key))
     entries = entries_of(part)
     for name in entries:
         if name not in ("class_path", "init_args"):
             raise ConfigError(
-                f"unknown key {f'{key}.{name}'!r}: a part has class_path and init_args; write its arguments under init_args"
+                f"unknown key {f'{key}.{name}'!r}: a part has class_path and init_args (a reward also "
+                "place); write its arguments under init_args"
             )
     if "class_path" in entries and not isinstance(entries["class_path"][1], yaml.ScalarNode):
         raise ConfigError(f"got {key} with a class_path of several values; expected the name of one class")

@@ -12,6 +12,7 @@ from flowalign.config.parser import import_part
 from flowalign.config.types import ANYTHING, NO_DEFAULT, Parameter, parameters
 from flowalign.config.yaml_text import compose
 from flowalign.errors import ConfigError
+from rewards import Reward
 
 
 def overridden(node: yaml.Node, override: str, kind: Parameter) -> yaml.Node:
@@ -46,6 +47,8 @@ def _put(node: yaml.Node | None, kind: Parameter, keys: list[str], text: str, ov
     if keys == ["class_path"]:
         return _put(node, kind, [], text, override)
     part = as_part(node) if node is not None and is_text(node) else node
+    if keys[0] == "place" and kind.contract is Reward:
+        return _with(part, "place", ANYTHING, keys[1:], text, override)
     if keys[0] in ("class_path", "init_args"):
         inner = Parameter(dict[str, Any])
         return _with(part, keys[0], inner, keys[1:], text, override) if len(keys) == 1 else _put(

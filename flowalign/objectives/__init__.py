@@ -1,7 +1,7 @@
 """Objectives: pure functions of tensors. Losses of transitions and of states, step weights, KL penalties."""
 
 from flowalign.objectives.adjoint import scalar_adjoint
-from flowalign.objectives.certainty import Certainty
+from flowalign.objectives.certainty import Agreement, Certainty
 from flowalign.objectives.dynamic_clip import DynamicClip
 from flowalign.objectives.guidance_distillation import GuidanceDistillation
 from flowalign.objectives.kl import KLPenalty, Regularizer, RoleSteps
@@ -15,12 +15,13 @@ from flowalign.objectives.step_weights import (
     StdOverMean,
     StepWeight,
     Uniform,
+    without_states,
 )
 from flowalign.objectives.transitions import ClippedRatio, Guard, KLMask, Objective, Transitions
 
 __all__ = [
     "ClippedRatio", "DynamicClip", "Guard", "KLMask", "Objective", "Transitions", "KLPenalty", "NormGuard", "Regularizer", "RoleSteps",
     "GuidanceDistillation", "LayerTuning", "Supervision", "Targets",
-    "Certainty", "FlatGradient", "InverseLength", "LongCat", "MeanOne", "StdOverMean", "StepWeight", "Uniform",
+    "Agreement", "Certainty", "FlatGradient", "InverseLength", "LongCat", "MeanOne", "StdOverMean", "StepWeight", "Uniform", "without_states",
     "scalar_adjoint",
 ]  # fmt: skip

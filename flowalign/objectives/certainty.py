@@ -1,4 +1,4 @@
-"""A step weight from how sure the reward is of the leaves below a step."""
+"""Step weights from how sure a reward is: of the leaves below a step, or of its own states."""
 
 from __future__ import annotations
 
@@ -55,3 +55,40 @@ class Certainty:
                 "its channels: set `channel`, take a reward with an uncertainty, or another step_weight"
             )
         return asked[0]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """weight · exp(−u/scale), u = |s(state after) − s(state before)|: how far a reward of completions (rewards.OnCompletion under
+    process_rewards) changes its mind in one step about what the sample will be.
+
+    Ctrl-U (2410.11236) scores the x0-predictions of one image at two adjacent noise levels and weighs its loss so; ours takes
+    the two states of the step, which differ in the step's noise too. Its + u, which keeps a loss from raising its own u, has
+    no place here: the weight is a constant of the update. For losses through a differentiable reward see rewards.ctrl_u.
+
+    score: the channel, x0_clip_score, say. scale: in its units; at u = scale a step counts 1/e. weight: what is multiplied;
+    None is Uniform. A step gets 0 where one of its states has no score (max_sigma). ValueError for a channel that no
+    process reward has."""
+
+    score: str
+    scale: float = 1.0
+    weight: StepWeight | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scale < math.inf:
+            raise ValueError(f"got Agreement.scale={self.scale}; expected a number above 0, in the units of the score")
+
+    def check(self, path: Path) -> None:
+        if self.weight is not None:
+            self.weight.check(path)
+
+    def weigh(self, step: Step, forest: Forest, edges: Tensor) -> Tensor:
+        if self.score not in forest.scores:
+            raise ValueError(
+                f"got Agreement.score={self.score!r} and process_rewards with the channels {sorted(forest.scores)}; expected one of "
+                "them: put rewards.OnCompletion under process_rewards"
+            )
+        known = forest.scores[self.score].double()
+        sure = (-(known[edges] - known[forest.tree.parent[edges]]).abs() / self.scale).exp()
+        own = (self.weight or Uniform()).weigh(step, forest, edges)
+        return own * sure.nan_to_num(nan=0.0).to(own)

@@ -69,11 +69,11 @@ class MeanOne:
         self.weight.check(path)
 
     def weigh(self, step: Step, forest: Forest, edges: Tensor) -> Tensor:
-        everywhere = self.weight.weigh(_without_states(forest), forest, forest.tree.edges)
+        everywhere = self.weight.weigh(without_states(forest), forest, forest.tree.edges)
         return self.weight.weigh(step, forest, edges) / everywhere.mean()
 
 
-def _without_states(forest: Forest) -> Step:
+def without_states(forest: Forest) -> Step:
     """All stochastic steps of a forest with their coefficients, and one 0 in place of each mean."""
     tree, (sigma, sigma_next) = forest.tree, forest.step_sigmas(forest.tree.edges)
     affine = forest.kernel.coefficients(sigma, sigma_next, tree.level[tree.edges], tree.index[tree.parent[tree.edges]])

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from flowalign.advantage import SignalContext
+from flowalign.credit.base import uncertainty_of
+from flowalign.objectives import StepWeight, without_states
 from flowalign.rollouts.rolling import grow
 from flowalign.rollouts.sources import roles_of
 from flowalign.rollouts.task import Rollout
@@ -18,7 +20,7 @@ from samplers import Forest, generator, sampled
 ITERATIONS = 8  # where windows and selections move, one iteration may have nothing to train
 
 
-def dry_run(signal: Signal, setup: Setup) -> None:
+def dry_run(signal: Signal, step_weight: StepWeight, setup: Setup) -> None:
     """ValueError if credit, advantage or selection does not fit the plan, or if they would never train a step of it.
 
     At most two groups, no network. Where a plan selects, the dry run takes all its states."""
@@ -32,7 +34,7 @@ def dry_run(signal: Signal, setup: Setup) -> None:
         reason = _untrained(signal, forest, iteration, setup.channels)
         if not reason:
             _check_probes(signal, forest, setup.channels)
-            _check_state_channels(signal, forest, setup)
+            _check_state_channels(signal, step_weight, forest, setup)
             return
     raise ValueError(f"nothing would be trained: {reason}")
 
@@ -88,17 +90,27 @@ def _check_probes(signal: Signal, forest: Forest, channels: tuple[str, ...]) -> 
         )
 
 
-def _check_state_channels(signal: Signal, forest: Forest, setup: Setup) -> None:
-    """ValueError for a process reward that the credit does not read."""
+def _check_state_channels(signal: Signal, step_weight: StepWeight, forest: Forest, setup: Setup) -> None:
+    """ValueError for a process reward that neither the credit nor the step weight reads."""
     scores = _random_scores(forest, len(setup.channels), "states")
-    valid = torch.ones_like(scores, dtype=torch.bool)
-    plain = signal.credit.assign(forest, scores, valid, setup.channels).values
+    valid, step = torch.ones_like(scores, dtype=torch.bool), without_states(forest)
+
+    def read(forest: Forest) -> Tensor:
+        """[E, *] what the update takes from the scores of states."""
+        for channel in setup.channels:  # which a reward may state
+            forest = forest.with_scores(uncertainty_of(channel), _random_state_scores(forest, "uncertainty", channel))
+        credit = signal.credit.assign(forest, scores, valid, setup.channels)
+        weight = step_weight.weigh(step, forest, forest.tree.edges)
+        return torch.cat([credit.values, weight[:, None].to(credit.values)], 1)
+
+    plain = read(forest)
     for name in setup.state_channels:
         changed = replace(forest, scores={**forest.scores, name: _random_state_scores(forest, name, "again")})
-        if torch.equal(plain, signal.credit.assign(changed, scores, valid, setup.channels).values):
+        if torch.equal(plain, read(changed)):
             raise ValueError(
-                f"got process_rewards with the channel {name!r}, which trainer.signal.credit={signal.credit} does not read: add "
-                f"flowalign.credit.Process(score={name!r}), beside others in Joined, or leave the reward out"
+                f"got process_rewards with the channel {name!r}, which neither trainer.signal.credit={signal.credit} nor the step "
+                f"weight reads: add flowalign.credit.Process(score={name!r}), beside others in Joined, or "
+                f"flowalign.objectives.Agreement(score={name!r}), or leave the reward out"
             )
 
 

@@ -117,7 +117,7 @@ class PolicyGradient:
         if self.calibration is not None:
             self.calibration.check(setup)
         self.step_weight.check(setup.path)
-        dry_run(self.signal, setup)
+        dry_run(self.signal, self.step_weight, setup)
 
     def _check_terms(self, setup: Setup) -> None:
         for name, term in self.regularizers.items():

@@ -22,6 +22,7 @@ from rewards.image.scorer import (
     close_scorer,
     frozen,
     load_scorer,
+    offload_scorer,
     unit,
 )
 
@@ -54,7 +55,7 @@ class Aesthetic:
     name: str = "aesthetic"
     scorer: Scorer | None = field(default=None, init=False, repr=False, compare=False)
 
-    __call__, load, close = call_scorer, load_scorer, close_scorer
+    __call__, load, close, offload = call_scorer, load_scorer, close_scorer, offload_scorer
 
     def __post_init__(self) -> None:
         check_settings(self)

@@ -20,6 +20,7 @@ from rewards.image.scorer import (
     check_settings,
     close_scorer,
     load_scorer,
+    offload_scorer,
 )
 
 Scale = Literal["cosine", "cosine_100", "logit_over_30", "clipscore"]
@@ -54,7 +55,7 @@ class CLIPScore:
     name: str = "clip_score"
     scorer: Scorer | None = field(default=None, init=False, repr=False, compare=False)
 
-    __call__, load, close = call_scorer, load_scorer, close_scorer
+    __call__, load, close, offload = call_scorer, load_scorer, close_scorer, offload_scorer
 
     def __post_init__(self) -> None:
         check_settings(self)

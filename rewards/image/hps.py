@@ -20,6 +20,7 @@ from rewards.image.scorer import (
     check_settings,
     close_scorer,
     load_scorer,
+    offload_scorer,
 )
 
 Version = Literal["v2.0", "v2.1"]
@@ -50,7 +51,7 @@ class HPSv2:
     name: str = "hps"
     scorer: Scorer | None = field(default=None, init=False, repr=False, compare=False)
 
-    __call__, load, close = call_scorer, load_scorer, close_scorer
+    __call__, load, close, offload = call_scorer, load_scorer, close_scorer, offload_scorer
 
     def __post_init__(self) -> None:
         check_settings(self)

@@ -21,6 +21,7 @@ from rewards.image.scorer import (
     close_scorer,
     frozen,
     load_scorer,
+    offload_scorer,
     wide,
 )
 
@@ -50,7 +51,7 @@ class ImageReward:
     name: str = "image_reward"
     scorer: Scorer | None = field(default=None, init=False, repr=False, compare=False)
 
-    __call__, load, close = call_scorer, load_scorer, close_scorer
+    __call__, load, close, offload = call_scorer, load_scorer, close_scorer, offload_scorer
 
     def __post_init__(self) -> None:
         check_settings(self)

@@ -20,6 +20,7 @@ from rewards.image.scorer import (
     check_settings,
     close_scorer,
     load_scorer,
+    offload_scorer,
 )
 
 Scale = Literal["logit", "logit_over_26", "cosine"]
@@ -46,7 +47,7 @@ class PickScore:
     name: str = "pick_score"
     scorer: Scorer | None = field(default=None, init=False, repr=False, compare=False)
 
-    __call__, load, close = call_scorer, load_scorer, close_scorer
+    __call__, load, close, offload = call_scorer, load_scorer, close_scorer, offload_scorer
 
     def __post_init__(self) -> None:
         check_settings(self)

@@ -79,6 +79,12 @@ def close_scorer(reward: ImageScorer) -> None:
     reward.scorer = None
 
 
+def offload_scorer(reward: ImageScorer) -> None:
+    """The `offload` of a reward of this folder."""
+    if reward.scorer is not None:
+        reward.scorer.network.to("cpu")
+
+
 def call_scorer(reward: ImageScorer, batch: RewardBatch) -> RewardOutput:
     """The `__call__` of a reward of this folder."""
     load_scorer(reward)

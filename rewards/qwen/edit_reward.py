@@ -24,6 +24,7 @@ from rewards.qwen.scoring import (
     close_regressor,
     in_chunks,
     load_regressor_of,
+    offload_regressor,
     regressed,
 )
 from rewards.qwen.vision import Eye, Patches
@@ -70,7 +71,7 @@ class EditReward:
     regressor: Regressor | None = field(default=None, init=False, repr=False, compare=False)
     _templates: Templates = field(init=False, repr=False, compare=False)
 
-    load, close = load_regressor_of, close_regressor
+    load, close, offload = load_regressor_of, close_regressor, offload_regressor
 
     def __post_init__(self) -> None:
         check_settings(self)

@@ -17,6 +17,7 @@ from rewards.qwen.scoring import (
     close_regressor,
     in_chunks,
     load_regressor_of,
+    offload_regressor,
     regressed,
 )
 from rewards.qwen.weights import todays_names, unwrapped
@@ -59,7 +60,7 @@ class HPSv3:
     regressor: Regressor | None = field(default=None, init=False, repr=False, compare=False)
     _templates: Templates = field(init=False, repr=False, compare=False)
 
-    load, close = load_regressor_of, close_regressor
+    load, close, offload = load_regressor_of, close_regressor, offload_regressor
 
     def __post_init__(self) -> None:
         check_settings(self)

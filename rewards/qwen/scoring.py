@@ -50,6 +50,12 @@ def close_regressor(reward: QwenReward) -> None:
     reward.regressor = None
 
 
+def offload_regressor(reward: QwenReward) -> None:
+    """The `offload` of a reward of this folder."""
+    if reward.regressor is not None:
+        reward.regressor.network.to("cpu")
+
+
 def in_chunks(reward: QwenReward, batch: RewardBatch, ask: Callable[[Regressor, RewardBatch], Answers]) -> Answers:
     """What `ask` says of the batch, `batch_size` samples at a time, on the reward's device."""
     load_regressor_of(reward)

@@ -14,7 +14,12 @@ from rewards.base import Reward
 from rewards.import_path import import_named, path_of, split_path
 
 # where or how a reward is asked does not change its scores
-AROUND = ("rewards.remote.in_worker:InWorker", "rewards.remote.client:Http", "rewards.with_timeout:WithTimeout")
+AROUND = (
+    "rewards.remote.in_worker:InWorker",
+    "rewards.remote.client:Http",
+    "rewards.with_timeout:WithTimeout",
+    "rewards.offloaded:Offloaded",
+)
 
 
 def describe(reward: Reward) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from flowalign.glyphs.prompts import INKS, PAPERS
 from flowalign.glyphs.renderer import render
 from rewards import (
     OCR,
+    CLIPScore,
     ColorAccuracy,
     Detections,
     ImageStatistics,
@@ -80,6 +81,8 @@ ARGUMENTS: dict[str, Callable[[], dict[str, object]]] = {
     "OCR": lambda: {"recognizer": RapidReader(workers=1)},
     "PARM": lambda: {"endpoint": bright_judge(), "sigma": 0.0},
     "MotionBand": lambda: {"low": 0.1, "high": 0.5},
+    "Offloaded": lambda: {"reward": CLIPScore(str(tiny.open_clip_folder()))},
+    "OnCompletion": lambda: {"reward": ImageStatistics(("contrast",))},
     "OnFrames": lambda: {"reward": ImageStatistics(SEEN), "frames": "first_last"},
     "Standardized": lambda: {"reward": ImageStatistics(("contrast", "edges")), "loc": 0.2, "scale": 0.1},
     "WithTimeout": lambda: {"reward": JPEGCompressibility(), "timeout": 60.0, "batch_size": 2},

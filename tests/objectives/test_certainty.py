@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flowalign.objectives import Certainty, FlatGradient, Uniform
+from flowalign.objectives import Agreement, Certainty, FlatGradient, Uniform
 from samplers import Forest, SplitTree, generator
 from tests.helpers.trees import grown
 
@@ -54,3 +54,22 @@ def test_of_several_channels_one_is_named() -> None:
         weights(Certainty(), split(), split().tree.edges)
     with pytest.raises(ValueError, match=r"Certainty\.scale=0"):
         Certainty(scale=0)
+
+
+def test_agreement_is_how_little_a_prediction_changes_in_the_step() -> None:
+    """s = 0 at the start; 2 and -1 after the first step; below the first child 2, 5, below the other one nothing."""
+    forest = split()
+    tree = forest.tree
+    known = torch.full((len(tree),), NAN)
+    known[0], known[tree.edges] = 0.0, torch.tensor([2.0, -1.0, 2.0, 5.0, NAN, NAN])
+    forest = forest.with_scores("x0_r", known)
+    expected = torch.exp(-torch.tensor([2.0, 1.0, 0.0, 3.0, torch.inf, torch.inf]) / 2)
+    torch.testing.assert_close(weights(Agreement("x0_r", 2.0), forest, tree.edges), expected)
+    times = weights(FlatGradient(), forest, tree.edges)
+    torch.testing.assert_close(weights(Agreement("x0_r", 2.0, FlatGradient()), forest, tree.edges), times * expected)
+    with pytest.raises(
+        ValueError, match=r"got Agreement\.score='x0_q' and process_rewards with the channels \['x0_r'\]"
+    ):
+        weights(Agreement("x0_q"), forest, tree.edges)
+    with pytest.raises(ValueError, match=r"Agreement\.scale=0"):
+        Agreement("x0_r", scale=0)

@@ -138,7 +138,7 @@ def test_a_run_with_channels_a_process_reward_and_an_evaluation_of_two(load, use
         (lambda user: {"process_rewards": [user("levels", inputs=["latents"])]},
          "got process_rewards with 'levels', whose scope is 'terminal'"),
         (lambda user: {"process_rewards": [user("levels", inputs=["latents"], scope="latent")]},
-         "does not read: add flowalign.credit.Process"),
+         "reads: add flowalign.credit.Process"),
         (lambda user: {"process_rewards": [user("levels", inputs=["latents"], scope="latent", name="jpeg_compressibility")]},
          "expected different names"),
         (lambda user: {"reward": user("light_and_red", channels=["a", "b"]),

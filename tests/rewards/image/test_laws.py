@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rewards import Aesthetic, CLIPScore, HPSv2, ImageReward, Mix, PickScore, RewardBatch, RewardError, score
+from rewards import Aesthetic, CLIPScore, HPSv2, ImageReward, Mix, Offloaded, PickScore, RewardBatch, RewardError, score
 from tests.helpers import tiny_rewards as tiny
 
 PROMPTS = ["a red cat", 'the word "MOON"', "", "two dogs", "a cat"]
@@ -135,6 +135,21 @@ def test_close_frees_and_load_is_lazy(name: str) -> None:
     assert reward.scorer is not None and repr(reward) == settings and reward == MAKERS[name]()
     reward.close()
     assert reward.scorer is None and torch.equal(score(reward, batch()).scores, before)
+
+
+@every
+def test_an_offloaded_network_leaves_after_each_call_but_not_before_a_backward(name: str, monkeypatch) -> None:
+    reward, moves = with_settings(loaded(name)), []
+    network = reward.scorer.network
+    monkeypatch.setattr(network, "to", lambda device: moves.append(device))
+    around = Offloaded(reward)
+    assert torch.equal(score(around, batch()).scores, score(reward, batch()).scores)
+    assert moves == [torch.device("cpu"), "cpu", torch.device("cpu")]  # to the images, away; to the images
+    images = batch().images.requires_grad_()
+    total(around, images).backward()
+    assert moves[3:] == [torch.device("cpu")] and images.grad.abs().sum() > 0
+    with pytest.raises(ValueError, match="with a method `offload`"):
+        Offloaded(Mix([reward], [1.0]))
 
 
 @every
