@@ -16,10 +16,10 @@ from flowalign.models.base import Conditions, Sampling, Size
 from flowalign.report.grids import captions
 from flowalign.report.summary import gains_table
 from flowalign.storage.metrics_log import MetricsLog, read_rows
-from rewards import RewardBatch, RewardError, RewardOutput, RewardSpec
+from rewards import GroupDiversity, RewardBatch, RewardError, RewardOutput, RewardSpec
 from samplers import ODE, RectifiedFlow
 from samplers.noise import normal
-from tests.helpers.plain_rewards import Plain
+from tests.helpers.plain_rewards import Plain, brightness
 
 SHAPE = (3, 2, 4)
 PROMPTS = [PromptRecord(uid, f"prompt {uid}", {"target": uid / 10}) for uid in (5, 1, 8)]
@@ -343,3 +343,25 @@ def test_results_are_appended_with_every_score(tmp_path):
     assert rows[0]["scores"]["bright"][:2] == result.scores["bright"][:2].tolist()
     MetricsLog(path).cut_back(3)
     assert [row["label"] for row in read_rows(path)] == ["base"]
+
+
+def test_a_groupwise_reward_gets_all_samples_of_a_prompt_and_the_order_stays():
+    """In batches of whole prompts, though five images would fit; images and other scores are those of any evaluation."""
+    seen: list[list[int]] = []
+
+    def watched(batch):
+        seen.append(batch.group_ids)
+        return GroupDiversity()(batch)
+
+    settings = {"num_inference_steps": 2, "guidance_scale": 1.0, "size": Size(16, 32), "samples_per_prompt": 2}
+    light, group = Plain(brightness), Plain(watched, GroupDiversity().spec)
+    group.name = "group"
+    alone = evaluate(StraightPolicy(), PROMPTS, [light], batch_size=5, **settings)
+    both = evaluate(StraightPolicy(), PROMPTS, [light, group], batch_size=5, **settings)
+    assert seen == [[5, 5, 1, 1], [8, 8]] and alone.uids == both.uids == [5, 1, 8, 5, 1, 8]
+    torch.testing.assert_close(both.scores["plain"], alone.scores["plain"])
+    assert torch.equal(both.pixels, alone.pixels)
+    distance = both.scores["group/distance"]
+    assert torch.equal(distance[:3], distance[3:]) and bool((distance > 0).all())
+    with pytest.raises(RewardError, match="group/distance' could not score 3 of 3"):
+        evaluate(StraightPolicy(), PROMPTS, [group], batch_size=5, **{**settings, "samples_per_prompt": 1})
