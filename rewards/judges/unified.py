@@ -18,6 +18,7 @@ from rewards.judges.client import Answer, ChatEndpoint, Question, Sampling
 from rewards.judges.parse import labelled, share_of_first, verdict
 from rewards.judges.template import Templates, Wording, load_templates
 
+LICENCE = "code MIT; weights as served (UnifiedReward's as their base)"
 AXES = {1: ("Final Score",), 2: ("Alignment Score", "Coherence Score", "Style Score")}
 PROMPT = ("{prompt}",)
 POINT = {
@@ -76,7 +77,7 @@ class UnifiedReward:
 
     @property
     def spec(self) -> RewardSpec:
-        return RewardSpec(range=(0.2, 1) if self.version == 1 else (0, 1), licence="code MIT, weights as their base")
+        return RewardSpec(range=(0.2, 1) if self.version == 1 else (0, 1), memory="XL", licence=LICENCE)
 
     def load(self) -> None:
         self.endpoint.load()
@@ -141,7 +142,7 @@ class UnifiedWinRate:
     @property
     def spec(self) -> RewardSpec:
         """scores_black: False, since the trial has no two samples of one group."""
-        return RewardSpec(range=(0, 1), scores_black=False, licence="code MIT, weights as their base")
+        return RewardSpec(range=(0, 1), scores_black=False, memory="XL", licence=LICENCE)
 
     def load(self) -> None:
         self.endpoint.load()
