@@ -77,9 +77,14 @@ def _line(row: dict[str, str], widths: dict[str, int]) -> str:
     return "  ".join(f"{row[key]:{width}}" for key, width in widths.items()).rstrip()
 
 
-if __name__ == "__main__":
+def main(arguments: Sequence[str]) -> int:
+    """The exit code of `python -m rewards`: 2 for a name or an option that is none."""
     try:
-        sys.exit(command(sys.argv[1:]))
+        return command(arguments)
     except (ValueError, argparse.ArgumentError) as error:
         print(f"python -m rewards: {error}", file=sys.stderr)
-        sys.exit(2)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

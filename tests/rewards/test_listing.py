@@ -11,7 +11,7 @@ import pytest
 
 import rewards
 from flowalign import cli
-from rewards.__main__ import WIDTH, command
+from rewards.__main__ import WIDTH, command, main
 from rewards.listing import AS_SET, EXAMPLES, KINDS, OF_PARTS, OWN, entries, example, named, reward_classes
 
 ROOT = Path(__file__).parents[2]
@@ -107,5 +107,4 @@ def test_both_commands_are_one(capsys: pytest.CaptureFixture[str]) -> None:
     ours = capsys.readouterr().out
     run = subprocess.run([sys.executable, "-m", "rewards"], capture_output=True, text=True, cwd=ROOT, check=False)
     assert (run.returncode, run.stdout) == (0, ours)
-    bad = subprocess.run([sys.executable, "-m", "rewards", "Mx"], capture_output=True, text=True, cwd=ROOT, check=False)
-    assert bad.returncode == 2 and bad.stderr.startswith("python -m rewards: got the reward 'Mx'")
+    assert main(["Mx"]) == 2 and capsys.readouterr().err.startswith("python -m rewards: got the reward 'Mx'")

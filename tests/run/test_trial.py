@@ -4,6 +4,7 @@ import copy
 import json
 import time
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 import yaml
 
 from flowalign import cli
-from flowalign.config import load_config
+from flowalign.config import TrainConfig, load_config
 from flowalign.errors import ConfigError
 from flowalign.models import Size
 from flowalign.rollouts.guidance import Probing, RewardGuidance
@@ -39,9 +40,14 @@ from tests.helpers.tiny_run import run_it
 TINY = str(Path(__file__).parents[1] / "data" / "tiny.yaml")
 
 
+@cache
+def tiny() -> TrainConfig:
+    return load_config(TINY)[0]
+
+
 def tried(tmp_path: Path, policy=None, **settings):
     """Tries the configuration's rewards with others in their places."""
-    config = replace(load_config(TINY, [f"run.output={tmp_path}"])[0], **settings)
+    config = replace(tiny(), run=replace(tiny().run, output=str(tmp_path)), **settings)
     return try_rewards(config, Prompts.of(config), "cpu", policy)
 
 
@@ -241,7 +247,7 @@ def test_the_first_call_of_a_slow_reward_is_timed(tmp_path: Path, monkeypatch: p
 
 def guided(tmp_path: Path, function, **guidance):
     reward = FunctionReward(function, "guide", differentiable=True)
-    rollout = load_config(TINY, [f"run.output={tmp_path}"])[0].rollout
+    rollout = tiny().rollout
     return tried(tmp_path, rollout=replace(rollout, reward_guidance=RewardGuidance(reward=reward, **guidance)))
 
 
@@ -275,7 +281,7 @@ def test_a_gradient_on_the_black_image_alone_is_none(tmp_path: Path) -> None:
 
 def test_a_process_reward_that_guides_is_tried_at_latents(tmp_path: Path, tiny_pipeline: Path) -> None:
     policy, _ = make(tiny_pipeline, Chain())
-    rollout = replace(load_config(TINY, [f"run.output={tmp_path}"])[0].rollout, reward_guidance=RewardGuidance())
+    rollout = replace(tiny().rollout, reward_guidance=RewardGuidance())
 
     def state(scale):
         return FunctionReward(
