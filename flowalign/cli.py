@@ -1,4 +1,4 @@
-"""The command line: `flowalign train | compare | doctor | benchmark | report | export | serve-reward …`."""
+"""The command line: `flowalign train | compare | doctor | benchmark | report | export | serve-reward | rewards …`."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ USAGE = """usage: flowalign train CONFIG.yaml [CONFIG.yaml ...] [key=value ...]
        flowalign export RUN [--step N] [--ema | --no-ema] [--output FOLDER]
        flowalign serve-reward (CONFIG.yaml ... | CLASS) [reward.key=value ...] [--port N] [--host ADDRESS]
                               [--token-env VARIABLE]
+       flowalign rewards [NAME ...] [--wide] [--json]
 
 Trains as the files say, later files over earlier ones (configs/methods/… configs/models/… configs/rewards/…); dotted keys
 override them, for example rollout.group_size=24 run.name=wide. The doctor measures in about a minute whether that can
@@ -29,7 +30,7 @@ sharing. Compare runs configurations × seeds on equal budgets and writes a tabl
 same command goes on where it stopped. The report of a run folder is written anew from what is in it, also while the run
 goes on. Export writes what was trained, a LoRA or networks, at a checkpoint (the latest, averaged if the run keeps an
 average) for diffusers and PEFT. Serve-reward answers rewards.Http with the files' reward until Ctrl-C or SIGTERM
-(docs/places.md).
+(docs/places.md). Rewards lists those of the package, or shows all that is known of some (docs/rewards.md).
 On several devices: accelerate launch scripts/train.py CONFIG.yaml [CONFIG.yaml ...] [key=value ...]"""
 
 
@@ -43,10 +44,10 @@ def usage(arguments: Sequence[str]) -> int:
     return 0 if asked else 2
 
 
-def _run(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
+def _run(command: Callable[[Sequence[str]], int], arguments: Sequence[str], *, needs_arguments: bool = True) -> int:
     """The exit code of a command; see `ending` for those of errors. Modules in the working directory can be imported, as with
     `python -m`, but never in place of an installed one."""
-    if not arguments or arguments[0] in HELP:
+    if (needs_arguments and not arguments) or (arguments and arguments[0] in HELP):
         return usage(arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if os.getcwd() not in sys.path:
@@ -164,6 +165,23 @@ def _serve_reward(arguments: Sequence[str]) -> int:
     return 0
 
 
+def rewards(arguments: Sequence[str]) -> int:
+    """Lists the rewards. Exit code 0: done."""
+    return _run(_rewards, arguments, needs_arguments=False)
+
+
+def _rewards(arguments: Sequence[str]) -> int:
+    from argparse import ArgumentError
+
+    from flowalign.errors import ConfigError
+    from rewards.__main__ import command
+
+    try:
+        return command(arguments)
+    except (ValueError, ArgumentError) as error:
+        raise ConfigError(f"flowalign rewards: {error}") from error
+
+
 COMMANDS = {
     "train": train,
     "compare": compare,
@@ -172,6 +190,7 @@ COMMANDS = {
     "report": report,
     "export": export,
     "serve-reward": serve_reward,
+    "rewards": rewards,
 }
 
 

@@ -1,4 +1,5 @@
-"""Writes into docs/methods.md the parameters of every part and section, and what the comparison measured of each method."""
+"""Writes into docs/methods.md the parameters of every part and section, and what the comparison measured of each method; into
+docs/rewards.md what is known of every reward."""
 
 import inspect
 import json
@@ -15,8 +16,10 @@ from flowalign.objectives import DynamicClip
 from flowalign.rollouts.guidance import Probing, RewardGuidance
 from flowalign.rollouts.task import Rollout
 from flowalign.trainers import AdamWConfig, Signal
+from rewards.listing import cells, entries, first_sentence
 
 PAGE = Path(__file__).parents[1] / "docs" / "methods.md"
+REWARDS, LIST = PAGE.with_name("rewards.md"), "## The list"
 HEADING = "## Parameters"
 COMPARISON = "glyphs_grpo"  # of docs/results
 MEASURED = re.compile(r"(<!-- measured: ([\w ]+) -->\n)(?:.+\n)*")  # the names of methods, and the lines after it
@@ -67,7 +70,7 @@ def reference() -> str:
     for place, package, contract in KINDS:
         lines += ["", f"### {place}", "", f"| `{package}.…` | parameters | |", "|---|---|---|"]
         lines += [
-            f"| `{name}` | {parameters(cls)} | {first_sentence(cls)} |"
+            f"| `{name}` | {parameters(cls)} | {escaped(first_sentence(cls))} |"
             for name, cls in choices(import_module(package), contract)
         ]
     return "\n".join(lines) + "\n"
@@ -97,10 +100,22 @@ def text(value: Any) -> str:
     return (str(value) if value != "" else '""') if plain else type(value).__name__
 
 
-def first_sentence(cls: type) -> str:
-    """Of its docstring."""
-    paragraph = " ".join((cls.__doc__ or "").split("\n\n")[0].split()).replace("|", "\\|")
-    return re.split(r"(?<=[.]) (?=[A-Zθσ`(])", paragraph)[0].rstrip(":")
+def escaped(text: str) -> str:
+    """As a cell of a table."""
+    return text.replace("|", "\\|")
+
+
+def with_rewards(page: str) -> str:
+    """The page of the rewards with the list at its end, a table per kind."""
+    lines, kind = [LIST, "", "Written by `scripts/write_reference.py` from `rewards/listing.py`."], ""
+    for entry in entries():
+        columns = {**cells(entry), "": entry.about}
+        if entry.kind != kind:
+            kind = entry.kind
+            lines += ["", f"### {kind}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+        columns["reward"] = f"`{entry.name}`"
+        lines.append(f"| {' | '.join(map(escaped, columns.values()))} |")
+    return page.partition(f"\n{LIST}\n")[0].rstrip() + "\n\n" + "\n".join(lines) + "\n"
 
 
 def measured(names: list[str]) -> str:
@@ -131,3 +146,4 @@ def with_reference(page: str) -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(with_reference(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    REWARDS.write_text(with_rewards(REWARDS.read_text(encoding="utf-8")), encoding="utf-8")

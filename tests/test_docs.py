@@ -117,6 +117,13 @@ def test_the_parameters_of_the_parts_are_those_of_the_code() -> None:
     assert "`RapidReader` |" not in page  # a part of a reward, none itself
 
 
+def test_the_list_of_rewards_is_that_of_the_code() -> None:
+    written = runpy.run_path(str(ROOT / "scripts" / "write_reference.py"))
+    page = (ROOT / "docs" / "rewards.md").read_text(encoding="utf-8")
+    assert page == written["with_rewards"](page), "run scripts/write_reference.py"
+    assert "| `CLIPScore` | images | terminal | [-1, 1] |" in page
+
+
 def test_the_guarded_reward_of_the_page_is_a_layer(tiny_pipeline: Path, tmp_path: Path) -> None:
     (block,) = re.findall(r"```yaml\n# guarded\.yaml.*?\n(.*?)```", (ROOT / "docs" / "methods.md").read_text(), re.S)
     (tmp_path / "guarded.yaml").write_text(block)

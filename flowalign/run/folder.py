@@ -15,6 +15,7 @@ import torch
 import yaml
 
 from flowalign.errors import ConfigError
+from flowalign.run.trial_result import TIMES
 from flowalign.storage import checkpoint
 from flowalign.storage.files import read_json, write_atomic
 from flowalign.storage.metrics_log import MetricsLog
@@ -71,14 +72,16 @@ def open_folder(folder: Path, plain: dict[str, Any]) -> IO[str]:
     return lock
 
 
-def describe(folder: Path, plain: dict[str, Any], contents: Changes | None = None) -> None:
+def describe(
+    folder: Path, plain: dict[str, Any], contents: Changes | None = None, rewards: dict[str, Any] | None = None
+) -> None:
     """Writes config.yaml and provenance.json. Called after all checks and the model load: a start that fails before this
-    leaves run.name unused.
+    leaves run.name unused. rewards: what their trials found, see trial_result.records; None leaves that out.
     Settings that changed are noted in provenance.json and printed, and so are `contents`, what changed behind them."""
     config, provenance = folder / "config.yaml", folder / "provenance.json"
     changes = _changes(yaml.safe_load(config.read_text(encoding="utf-8")), plain) if config.exists() else {}
     changes |= contents or {}
-    text = json.dumps(_provenance(folder, changes), indent=1).encode()
+    text = json.dumps(_provenance(folder, changes, rewards), indent=1).encode()
     if changes:  # before the configuration that no longer shows them, in case of a kill between the two
         write_atomic(provenance, text)
     write_atomic(config, yaml.safe_dump(plain, sort_keys=False).encode())
@@ -181,23 +184,23 @@ def differences(old: Any, new: Any, prefix: str = "") -> Changes:
     return changes
 
 
-def _provenance(folder: Path, changes: Changes) -> dict[str, Any]:
-    """What the run was begun with; "later" starts on other software or threads, and "changes" of settings. Both are
-    printed, too."""
+def _provenance(folder: Path, changes: Changes, rewards: dict[str, Any] | None) -> dict[str, Any]:
+    """What the run was begun with; "later" starts on other software or threads, or with rewards that score otherwise, and
+    "changes" of settings. Both are printed, too."""
     packages = ("flowalign-diffusion", "torch", "diffusers", "transformers", "accelerate", "peft", "rapidocr")
     now: dict[str, Any] = {
         "git": _commit(),
         "python": platform.python_version(),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "versions": {name: _version(name) for name in packages},
+        **({} if rewards is None else {"rewards": rewards}),
     }
     file = folder / "provenance.json"
     first = read_json(file) or dict(now)
     later, changed = first.pop("later", []), first.pop("changes", [])
-    others = differences(first, now)
-    if others:
+    if others := _others(first, now):
         print(f"note: {folder} was begun with other {', '.join(others)}: it may not go on bit for bit", flush=True)
-        later = [*later, now] if now not in later else later
+        later = [*later, now] if all(_others(each, now) for each in later) else later
     if changes:
         path = checkpoint.latest(folder)
         iteration = 0 if path is None else checkpoint.step_of(path)
@@ -207,6 +210,13 @@ def _provenance(folder: Path, changes: Changes) -> dict[str, Any]:
         entry = {"after_iteration": iteration, "settings": settings}
         changed = [*changed, entry] if entry not in changed[-1:] else changed
     return first | ({"later": later} if later else {}) | ({"changes": changed} if changed else {})
+
+
+def _others(first: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The keys of what differs between two starts, of what both say; how long the trial of a reward took does not count."""
+    both = first.keys() & now.keys()
+    found = differences({key: first[key] for key in both}, {key: now[key] for key in both})
+    return [key for key in found if not key.endswith(TIMES)]
 
 
 def _commit() -> str | None:

@@ -34,6 +34,7 @@ from flowalign.run.preflight import Prompts, forecast, read_saved
 from flowalign.run.results import Results
 from flowalign.run.trackers import Trackers
 from flowalign.run.trial import try_rewards
+from flowalign.run.trial_result import records, table
 from flowalign.storage import checkpoint
 from flowalign.storage.checkpoint import CheckpointError
 from flowalign.storage.files import DamagedFile, write_atomic
@@ -215,18 +216,21 @@ def _enter(config: TrainConfig, plain: dict[str, Any], folder: Path, launch: Lau
         print(forecast(config), flush=True)
     for reward in (*config.rollout_rewards, *config.evaluation.rewards):
         leaving.callback(close, reward)
-    try_rewards(config, prompts, launch.accelerator.device, announce=processes.is_main)
+    trials = try_rewards(config, prompts, launch.accelerator.device, announce=processes.is_main)
     policy = policy_of(config, launch.accelerator.device, launch.network_device)
-    try_rewards(config, prompts, launch.accelerator.device, policy, announce=processes.is_main)
+    trials += try_rewards(config, prompts, launch.accelerator.device, policy, announce=processes.is_main)
     processes = launch.shard(policy, processes)
     ema = None if config.run.ema_decay is None else EMA(policy.trainable_parameters(), decay=config.run.ema_decay)
     task = task_of(config, policy, processes=processes)
     metrics, stop = MetricsLog(folder / "metrics.jsonl"), StopRequest(announce=processes.is_main)
-    if processes.is_main:  # in this order: config.yaml says how many rows may lack a checkpoint
+    if processes.is_main:
+        print(table(trials), flush=True)
+        # in this order: config.yaml says how many rows may lack a checkpoint
         metrics.cut_back(saved.iteration)
         MetricsLog(folder / "evaluations.jsonl").cut_back(saved.iteration)
         checkpoint.tidy(folder, config.run.keep_checkpoints)
-        describe(folder, plain, {f"prompts.{k}": pair for k, pair in saved.changed_prompts(digests).items()})
+        changed = {f"prompts.{k}": pair for k, pair in saved.changed_prompts(digests).items()}
+        describe(folder, plain, changed, records(trials))
     trackers = Trackers.of(launch.accelerator, config.run, folder)
     leaving.callback(launch.accelerator.end_training)
     leaving.enter_context(stop.listening())

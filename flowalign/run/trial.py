@@ -1,10 +1,12 @@
-"""The trial of each reward before a run: that it scores what the run will give it."""
+"""The trial of each reward before a run: that it scores what the run will give it, and what it then says."""
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,75 +17,155 @@ from flowalign.errors import ConfigError
 from flowalign.models import Policy
 from flowalign.run.held_out_rewards import held_out_rewards
 from flowalign.run.preflight import Prompts
-from rewards import Reward, RewardBatch, RewardError, channels_of, pictures, score
+from flowalign.run.trial_result import Trial
+from flowalign.run.trial_samples import COUNT, sample_latents, sample_pictures
+from rewards import Reward, RewardBatch, RewardError, RewardOutput, channels_of, score
+from rewards.guard import load
+from rewards.remote.description import fingerprint
 
 PATIENCE = 2.0  # seconds of a trial before it is said what is waited for
-PAIRS = 8  # so many times two prompts are tried before a reward is said to score nothing
+PROMPTS = 16  # so many are tried before a reward is said to score nothing
+QUICK = 1.0  # seconds of a first call up to which a second one is timed
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A reward to be tried. place: where it stands in the configuration. way_out: beside its place in messages. guides: whether
+    the run takes its gradient."""
+
+    place: str
+    reward: Reward
+    records: Sequence[PromptRecord]
+    way_out: str = ""
+    guides: bool = False
+
+    @property
+    def said(self) -> str:
+        return f"{self.place}{self.way_out} {self.reward.name!r}"
 
 
 def try_rewards(
     config: TrainConfig, prompts: Prompts, device: torch.device | str, policy: Policy | None = None, *,
     announce: bool = False,
-) -> None:  # fmt: skip
-    """Each reward scores two samples of the form and on the device that it gets in the run: before the model is loaded
-    (policy None) those that read images or videos only, two black ones; after it those that read latents too, two all-zero
-    latents and what the policy decodes from them. announce: prints the name of a reward that takes longer than PATIENCE.
+) -> list[Trial]:  # fmt: skip
+    """Each reward is loaded and scores three samples of one prompt, of the form and on the device that it gets in the run: two
+    of noise and an empty one (see trial_samples). Before the model is loaded (policy None) those that read images or videos
+    only, after it those that read latents too. announce: prints the name of a reward that takes longer than PATIENCE.
 
-    ConfigError for one that cannot: a name is misspelt, a shape is wrong, it answers in other channels than its spec says, or
-    in a channel it has no score for any of 2 · PAIRS prompts spread over the set (unless its spec says that black images have
-    none)."""
-    judges, named = held_out_rewards(config), len(config.evaluation.rewards)
-    trials = [
-        ("reward", config.reward, prompts.train),
-        *(("process_rewards", reward, prompts.train) for reward in config.process_rewards),
-        *((key, reward, prompts.train) for key, reward in config.guiding_rewards.items()),
-        *(("evaluation.rewards", reward, prompts.held_out) for reward in judges[:named]),
-        *(("evaluation.training_reward (false leaves it out)", reward, prompts.held_out) for reward in judges[named:]),
-    ]
-    for place, reward, records in trials:
-        if ("latents" in reward.spec.inputs) == (policy is None):
+    ConfigError for one that cannot: a name is misspelt, a shape is wrong, a score is out of its range, it answers in other
+    channels than its spec says, or in a channel it has no score for any of PROMPTS prompts spread over the set (unless its spec
+    says that images without content have none); and for one whose gradient guides the run and is not finite, or 0 on all noise."""
+    trials = []
+    for candidate in _candidates(config, prompts):
+        spec = candidate.reward.spec
+        if ("latents" in spec.inputs) == (policy is None):
             continue
-        with _patience(f"trying {place} {reward.name!r} …", announce):
-            _try(config, place, reward, records, device, policy)
+        with _patience(f"trying {candidate.said} …", announce):
+            samples = (
+                sample_pictures(config, device) if policy is None else sample_latents(config, spec, device, policy)
+            )
+            trials.append(_try(candidate, samples, device))
+    return trials
 
 
-def _try(
-    config: TrainConfig, place: str, reward: Reward, records: Sequence[PromptRecord], device: torch.device | str,
-    policy: Policy | None,
-) -> None:  # fmt: skip
-    what = "black images" if policy is None else "all-zero latents"
-    fields = _black(config, device) if policy is None else _zero_latents(config, reward, device, policy)
-    channels, reason = channels_of(reward), ""
-    scored, pairs = torch.zeros(len(channels), dtype=torch.bool), _pairs(records)
-    for two in pairs:
-        batch = RewardBatch(
-            prompts=[record.prompt for record in two],
-            metadata=[record.metadata for record in two],
-            conditions=source_images(two, device),
-            **fields,
-        )
-        try:
+def _candidates(config: TrainConfig, prompts: Prompts) -> list[_Candidate]:
+    judges, named, guidance = held_out_rewards(config), len(config.evaluation.rewards), config.rollout.reward_guidance
+    guide = None if guidance is None or guidance.spsa is not None else guidance.judge(config.process_rewards)
+    of_rollout = [
+        ("reward", config.reward),
+        *(("process_rewards", reward) for reward in config.process_rewards),
+        *config.guiding_rewards.items(),
+    ]
+    return [
+        *(_Candidate(place, reward, prompts.train, guides=reward is guide) for place, reward in of_rollout),
+        *(_Candidate("evaluation.rewards", reward, prompts.held_out) for reward in judges[:named]),
+        *(
+            _Candidate("evaluation.training_reward", reward, prompts.held_out, " (false leaves it out)")
+            for reward in judges[named:]
+        ),
+    ]
+
+
+def _try(candidate: _Candidate, samples: dict[str, Any], device: torch.device | str) -> Trial:
+    reward, began = candidate.reward, time.perf_counter()
+    try:
+        load(reward)
+        seconds = time.perf_counter() - began
+        batch, output = _first_scored(candidate, samples, device)
+        if output.elapsed < QUICK:
             output = score(reward, batch, max_fail_rate=1.0)
-        except RewardError as error:
-            raise ConfigError(f"{place}: tried on two {what}, {error}") from error
+        if candidate.guides:
+            _check_gradient(candidate, batch)
+    except RewardError as error:
+        raise ConfigError(
+            f"{candidate.place}{candidate.way_out}: tried on noise and on an empty sample, {error}"
+        ) from error
+    return Trial(
+        candidate.place, reward.name, channels_of(reward), output.scores.tolist(), seconds,
+        1000 * output.elapsed / COUNT, reward.spec.memory, _fingerprint(reward),
+    )  # fmt: skip
+
+
+def _first_scored(
+    candidate: _Candidate, samples: dict[str, Any], device: torch.device | str
+) -> tuple[RewardBatch, RewardOutput]:
+    """The samples with the first prompt by which every channel has scored one, and their scores."""
+    reward, records = candidate.reward, _spread(candidate.records)
+    channels, reason = channels_of(reward), ""
+    scored = torch.zeros(len(channels), dtype=torch.bool)
+    for record in records:
+        # one prompt for all three: where their scores differ, the reward has looked at the samples
+        batch = RewardBatch(
+            prompts=[record.prompt] * COUNT,
+            metadata=[record.metadata] * COUNT,
+            conditions=source_images([record] * COUNT, device),
+            group_ids=[0] * COUNT,
+            **samples,
+        )
+        output = score(reward, batch, max_fail_rate=1.0)
         scored |= output.valid.any(0)
         reason = reason or next((text for text in output.info if text), "")
         if bool(scored.all()) or not reward.spec.scores_black:
-            return
+            return batch, output
     without = [channel for channel, any_score in zip(channels, scored.tolist(), strict=True) if not any_score]
     where = f" in {', '.join(without)}" if len(channels) > 1 else ""
     raise ConfigError(
-        f"got {place} {reward.name!r}, which scores none of {2 * len(pairs)} {what}{where}, of prompts such as "
-        f"{records[0].prompt!r}: {reason or 'it gives no reason'}; expected at least one score: take a reward that fits the "
+        f"got {candidate.said}, which scores neither noise nor an empty sample{where}, with none of {len(records)} prompts such "
+        f"as {records[0].prompt!r}: {reason or 'it gives no reason'}; expected at least one score: take a reward that fits the "
         "prompts, or set `scores_black=False` in its spec if only finished pictures can have a score"
     )
 
 
-def _pairs(records: Sequence[PromptRecord]) -> list[list[PromptRecord]]:
-    """The first two prompts, then further pairs at equal distances; PAIRS at most. A single prompt is its own pair."""
-    starts = [len(records) * number // PAIRS for number in range(PAIRS)]
-    first = dict.fromkeys(min(start, max(len(records) - 2, 0)) for start in starts)
-    return [(list(records[start : start + 2]) * 2)[:2] for start in first]
+def _spread(records: Sequence[PromptRecord]) -> list[PromptRecord]:
+    """The first prompt, then others at equal distances; PROMPTS at most."""
+    return [records[start] for start in dict.fromkeys(len(records) * number // PROMPTS for number in range(PROMPTS))]
+
+
+def _check_gradient(candidate: _Candidate, batch: RewardBatch) -> None:
+    """ConfigError if the gradient to what the reward reads is not finite, or 0 on all the noise that has a score."""
+    read = candidate.reward.spec.inputs
+    leaves = {name: batch.tensors()[name].detach().clone().requires_grad_() for name in read}
+    output = score(candidate.reward, replace(batch, **leaves), grad=True, max_fail_rate=1.0)
+    if not bool(output.valid[: COUNT - 1].any()):
+        return
+    total = torch.where(output.valid, output.scores, 0).sum()
+    found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+    gradients = [gradient for gradient in found if gradient is not None]
+    finite = all(bool(gradient.isfinite().all()) for gradient in gradients)
+    if finite and any(bool((gradient[: COUNT - 1] != 0).any()) for gradient in gradients):
+        return
+    raise ConfigError(
+        f"got {candidate.said}, by whose gradient the run is guided, with a gradient that is "
+        f"{'0 on noise' if finite else 'not finite'}; expected finite numbers other than 0: mend the reward (rounding, clamping "
+        "and thresholds have none), take another, or set rollout.reward_guidance.spsa={} (an estimate from its scores)"
+    )
+
+
+def _fingerprint(reward: Reward) -> str:
+    try:
+        return fingerprint(reward)
+    except ValueError:  # it holds what JSON cannot say: a function, a network
+        return "-"
 
 
 @contextmanager
@@ -97,19 +179,3 @@ def _patience(text: str, announce: bool) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
-
-
-def _black(config: TrainConfig, device: torch.device | str) -> dict[str, Any]:
-    """Two black images, or videos of a policy that makes more than one frame."""
-    size = config.policy.size
-    frames = (size.frames,) if size.frames > 1 else ()
-    return pictures(torch.zeros(2, *frames, 3, size.height, size.width, device=device), config.policy.fps)
-
-
-def _zero_latents(config: TrainConfig, reward: Reward, device: torch.device | str, policy: Policy) -> dict[str, Any]:
-    """Two all-zero latents, pure noise for a process reward, else data, decoded if the reward reads that too."""
-    latents = torch.zeros(2, *policy.latent_shape(config.policy.size), device=device)
-    sigma = torch.full((2,), float(reward.spec.scope == "latent"), device=device)
-    decoded = set(reward.spec.inputs) != {"latents"}
-    made = pictures(policy.decode(latents), config.policy.fps) if decoded else {}
-    return {"latents": latents, "sigma": sigma, **made}

@@ -28,6 +28,11 @@ class CLIPColors:
     _loaded: Any = field(default=None, init=False, repr=False)
     _texts: dict[tuple[str, tuple[str, ...]], Tensor] = field(default_factory=dict, init=False, repr=False)
 
+    @property
+    def checkpoint(self) -> str:
+        """Of open_clip."""
+        return f"{self.model} {self.pretrained}"
+
     def load(self) -> None:
         if self._loaded is not None:
             return

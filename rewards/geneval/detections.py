@@ -30,6 +30,11 @@ class Detections:
 
 
 class Detector(Protocol):
+    @property
+    def checkpoint(self) -> str:
+        """The weights it loads, hub id or path; "" for none."""
+        ...
+
     def detect(self, images: Tensor, classes: Sequence[str]) -> list[Detections]:
         """What it finds in uint8 RGB images [N, 3, H, W], one Detections per image, unfiltered: thresholds are GenEval's. Labels
         count in `classes`."""
@@ -41,6 +46,11 @@ class Detector(Protocol):
 
 
 class ColorClassifier(Protocol):
+    @property
+    def checkpoint(self) -> str:
+        """The weights it loads, hub id or path; "" for none."""
+        ...
+
     def classify(
         self, image: Tensor, boxes: Tensor, masks: Tensor | None, name: str, colors: Sequence[str]
     ) -> list[str]:

@@ -43,7 +43,14 @@ class GenEval:
 
     @property
     def spec(self) -> RewardSpec:
-        return RewardSpec(range=(-float("inf"), 1.0) if self.metric == "flow_grpo" else (0.0, 1.0))
+        used = (self.detector.checkpoint, "" if self.colors is None else self.colors.checkpoint)
+        checkpoint = "; ".join(filter(None, used))
+        return RewardSpec(
+            range=(-float("inf"), 1.0) if self.metric == "flow_grpo" else (0.0, 1.0),
+            licence="code MIT; weights: see the cards of the checkpoints" if checkpoint else "code MIT; no weights",
+            checkpoint=checkpoint,
+            memory=("S" if self.colors is None else "M") if checkpoint else "cpu",
+        )
 
     def load(self) -> None:
         self.detector.load()

@@ -66,7 +66,7 @@ class Aesthetic:
     def spec(self) -> RewardSpec:
         return RewardSpec(
             differentiable=self.preprocess == "tensor",
-            licence="heads and their code Apache-2.0 (v2) or MIT (v1), CLIP MIT",
+            licence="code Apache-2.0 (v2) or MIT (v1); weights of the head likewise, of CLIP MIT",
             checkpoint=f"{self.clip}, {self.head}",
             memory="S",
         )

@@ -69,7 +69,7 @@ class CLIPScore:
         return RewardSpec(
             differentiable=self.preprocess == "tensor",
             range=ranges[self.scale],
-            licence="weights of OpenAI and laion MIT; others: see their card (Apple's DFN has a licence of its own)",
+            licence="code MIT; weights of OpenAI and laion MIT, others: see their card (Apple's DFN has a licence of its own)",
             checkpoint=self.model,
             memory="S" if self.model == OPENAI else "M",
         )

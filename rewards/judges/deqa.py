@@ -45,7 +45,12 @@ class DeQA:
 
     @property
     def spec(self) -> RewardSpec:
-        return RewardSpec(elsewhere=True, range=(0.2, 1), licence="weights as served")
+        return RewardSpec(
+            elsewhere=True,
+            range=(0.2, 1),
+            memory="XL",
+            licence="code flowalign's own (the licence of DeQA-Score was not checked); weights as served",
+        )
 
     def load(self) -> None:
         self.endpoint.load()

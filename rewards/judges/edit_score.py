@@ -87,7 +87,11 @@ class EditScore:
     @property
     def spec(self) -> RewardSpec:
         return RewardSpec(
-            elsewhere=True, channels=PARTS if self.output == "parts" else (), range=(0, 1), licence="code Apache-2.0"
+            elsewhere=True,
+            channels=PARTS if self.output == "parts" else (),
+            range=(0, 1),
+            memory="XL",
+            licence="code Apache-2.0; weights as served (EditScore's Apache-2.0, and the licence of their base)",
         )
 
     def load(self) -> None:

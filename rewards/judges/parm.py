@@ -71,7 +71,12 @@ class PARM:
 
     @property
     def spec(self) -> RewardSpec:
-        return RewardSpec(elsewhere=True, range=(0, 1), licence="weights as served")
+        return RewardSpec(
+            elsewhere=True,
+            range=(0, 1),
+            memory="XL",
+            licence="code flowalign's own (Image-Generation-CoT's has no licence); weights as served",
+        )
 
     def load(self) -> None:
         self.endpoint.load()

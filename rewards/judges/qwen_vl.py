@@ -38,7 +38,7 @@ class QwenVL:
 
     @property
     def spec(self) -> RewardSpec:
-        return RewardSpec(elsewhere=True, range=(0.2, 1), licence="code MIT, weights as served")
+        return RewardSpec(elsewhere=True, range=(0.2, 1), memory="XL", licence="code MIT; weights as served")
 
     def load(self) -> None:
         self.endpoint.load()

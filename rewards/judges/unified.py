@@ -18,6 +18,7 @@ from rewards.judges.client import Answer, ChatEndpoint, Question, Sampling
 from rewards.judges.parse import labelled, share_of_first, verdict
 from rewards.judges.template import Templates, Wording, load_templates
 
+LICENCE = "code MIT; weights as served (UnifiedReward's as their base)"
 AXES = {1: ("Final Score",), 2: ("Alignment Score", "Coherence Score", "Style Score")}
 PROMPT = ("{prompt}",)
 POINT = {
@@ -76,9 +77,7 @@ class UnifiedReward:
 
     @property
     def spec(self) -> RewardSpec:
-        return RewardSpec(
-            elsewhere=True, range=(0.2, 1) if self.version == 1 else (0, 1), licence="code MIT, weights as their base"
-        )
+        return RewardSpec(elsewhere=True, range=(0.2, 1) if self.version == 1 else (0, 1), memory="XL", licence=LICENCE)
 
     def load(self) -> None:
         self.endpoint.load()
@@ -139,7 +138,7 @@ class UnifiedWinRate:
 
     @property
     def spec(self) -> RewardSpec:
-        return RewardSpec(elsewhere=True, range=(0, 1), groupwise=True, licence="code MIT, weights as their base")
+        return RewardSpec(elsewhere=True, range=(0, 1), groupwise=True, memory="XL", licence=LICENCE)
 
     def load(self) -> None:
         self.endpoint.load()

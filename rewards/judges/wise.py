@@ -45,7 +45,7 @@ class WISE:
 
     @property
     def spec(self) -> RewardSpec:
-        return RewardSpec(elsewhere=True, range=(0, 1), licence="weights as served")
+        return RewardSpec(elsewhere=True, range=(0, 1), memory="XL", licence="code flowalign's own; weights as served")
 
     def load(self) -> None:
         self.endpoint.load()

@@ -17,9 +17,7 @@ from flowalign.glyphs.renderer import render
 from rewards import (
     OCR,
     CLIPScore,
-    ColorAccuracy,
     Detections,
-    ImageStatistics,
     JPEGCompressibility,
     RapidReader,
     Reward,
@@ -30,6 +28,7 @@ from rewards import (
     channels_of,
     score,
 )  # fmt: skip
+from rewards.listing import EXAMPLES
 from rewards.remote.description import build, describe, fingerprint
 from tests.helpers import tiny_qwen
 from tests.helpers import tiny_rewards as tiny
@@ -39,6 +38,8 @@ from tests.helpers.remote_rewards import jpeg_server
 
 class Corners:
     """A detector for GenEval: a person wherever the left half of the picture is darker than its right half."""
+
+    checkpoint = ""
 
     def detect(self, images: torch.Tensor, classes: Sequence[str]) -> list[Detections]:
         left, right = (half.float().mean((1, 2, 3)) for half in images.chunk(2, dim=3))
@@ -51,8 +52,9 @@ class Corners:
 
 
 SEEN = ("brightness", "contrast", "saturation", "edges", "high_frequency", "flat")  # no Glyph has a black pixel
-# class -> its arguments, for rewards that have no defaults or are slow with them
+# class -> its arguments, where those of rewards.listing load a network, ask a server or are slow
 ARGUMENTS: dict[str, Callable[[], dict[str, object]]] = {
+    **EXAMPLES,
     "Aesthetic": lambda: {"head": str(tiny.aesthetic_head("relu")), "clip": str(tiny.clip(768))},
     "CLIPScore": lambda: {"model": str(tiny.open_clip_folder())},
     "HPSv2": lambda: {"model": str(tiny.hps()), "architecture": str(tiny.hps() / "architecture.json")},
@@ -62,29 +64,15 @@ ARGUMENTS: dict[str, Callable[[], dict[str, object]]] = {
         name: lambda: {"endpoint": bright_judge()}
         for name in ("DeQA", "EditScore", "Questions", "QwenVL", "UnifiedReward", "UnifiedWinRate", "WISE")
     },
-    "Augmented": lambda: {"reward": ImageStatistics(("contrast",))},
-    "Capped": lambda: {"reward": ImageStatistics(("contrast", "edges")), "high": 0.3, "low": 0.0, "soft": True},
-    "Channels": lambda: {"rewards": [JPEGCompressibility(), ColorAccuracy()]},
-    "Ensemble": lambda: {
-        "rewards": [ImageStatistics(("contrast",), "a"), ImageStatistics(("edges",), "b")],
-        "how": "softmin",
-    },
     **tiny_qwen.ARGUMENTS,
     "FunctionReward": lambda: {"path": "flowalign.diagnostics.measure:brightness", "differentiable": True},
-    "Gated": lambda: {"reward": ImageStatistics(("contrast",)), "gate": JPEGCompressibility(), "threshold": -1.86},
     "GenEval": lambda: {"detector": Corners()},
-    "GroupDiversity": lambda: {"near": 0.35},
-    "ImageStatistics": lambda: {"statistics": SEEN},
     "Http": lambda: {"reward": JPEGCompressibility(), "url": jpeg_server()},
-    "InWorker": lambda: {"reward": JPEGCompressibility()},
+    "ImageStatistics": lambda: {"statistics": SEEN},
     "Mix": lambda: {"rewards": [JPEGCompressibility(), OCR(recognizer=RapidReader(workers=1))], "weights": [0.1, 1.0]},
     "OCR": lambda: {"recognizer": RapidReader(workers=1)},
     "PARM": lambda: {"endpoint": bright_judge(), "sigma": 0.0},
-    "MotionBand": lambda: {"low": 0.1, "high": 0.5},
     "Offloaded": lambda: {"reward": CLIPScore(str(tiny.open_clip_folder()))},
-    "OnCompletion": lambda: {"reward": ImageStatistics(("contrast",))},
-    "OnFrames": lambda: {"reward": ImageStatistics(SEEN), "frames": "first_last"},
-    "Standardized": lambda: {"reward": ImageStatistics(("contrast", "edges")), "loc": 0.2, "scale": 0.1},
     "WithTimeout": lambda: {"reward": JPEGCompressibility(), "timeout": 60.0, "batch_size": 2},
 }
 

@@ -258,7 +258,7 @@ def test_a_start_with_other_threads_is_printed_and_noted(copy: Path, capsys: pyt
     file = copy / "tiny" / "provenance.json"
     first = json.loads(file.read_text())
     file.write_text(json.dumps({**first, "machine": "abacus, 1 threads"}))
-    describe(copy / "tiny", as_saved(copy))
+    describe(copy / "tiny", as_saved(copy), rewards=first["rewards"])
     assert "begun with other machine" in capsys.readouterr().out
     now = json.loads(file.read_text())
     assert now["machine"] == "abacus, 1 threads" and now["later"] == [first]

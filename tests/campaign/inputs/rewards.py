@@ -32,8 +32,8 @@ def returns(expression: str, says: str = "score", *, fine: bool = False) -> Case
 
 
 def later(name: str, lines: str, says: str = "score") -> Case:
-    """Good on black images, as in the trial, and bad on real ones."""
-    return body(f"later: {name}", f"if not images.any():\n    return [0.0] * len(prompts)\n{lines}", says)
+    """Good in the trial, whose last image is black, and bad on real ones."""
+    return body(f"later: {name}", f"if not images[-1].any():\n    return [0.0] * len(prompts)\n{lines}", says)
 
 
 def module(name: str, text: str, override: str, says: str, *, fine: bool = False) -> Case:
