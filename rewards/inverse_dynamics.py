@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -16,9 +15,9 @@ from rewards.base import RewardBatch, RewardOutput, RewardSpec
 class InverseDynamicsModel(Protocol):
     """A frozen network that tells from frames which action led from each to the next."""
 
-    def logits(self, videos: Tensor) -> Tensor | Sequence[Tensor]:
-        """[n, F - 1, K] of RGB videos [n, F, 3, H, W] in [0, 1]; of actions with several axes one such tensor per axis, each
-        with its own K. A row depends on its own video only."""
+    def logits(self, videos: Tensor) -> list[Tensor]:
+        """Of RGB videos [n, F, 3, H, W] in [0, 1] one tensor [n, F - 1, K] per axis of the actions, mostly one, each with its own
+        K. A row depends on its own video only."""
         ...
 
     def load(self) -> None: ...
@@ -136,8 +135,7 @@ class InverseDynamics:
 
     def _logits(self, videos: Tensor) -> list[Tensor]:
         """The model's answer, one tensor [n, F - 1, K] per axis; ValueError for another form."""
-        answer = self.model.logits(videos)
-        logits = [answer] if isinstance(answer, Tensor) else list(answer)
+        logits = self.model.logits(videos)
         shapes = [tuple(axis.shape) for axis in logits]
         wanted = (len(videos), videos.shape[1] - 1)
         fits = len(shapes) == len(self.axes) and all(len(shape) == 3 and shape[:2] == wanted for shape in shapes)

@@ -1,5 +1,7 @@
 """A world in which the actions can be read exactly: a dot on a line, moved by each action; and the model that reads them."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 import torch
@@ -18,12 +20,12 @@ class CentroidShift:
 
     def close(self) -> None: ...
 
-    def logits(self, videos: Tensor) -> Tensor:
+    def logits(self, videos: Tensor) -> list[Tensor]:
         columns = videos.mean((2, 3))  # [n, F, W]
         place = torch.arange(columns.shape[2], dtype=columns.dtype, device=columns.device)
         centre = (columns * place).sum(2) / columns.sum(2).clamp(min=1e-6)
         classes = torch.arange(-self.reach, self.reach + 1, dtype=columns.dtype, device=columns.device)
-        return -self.sharpness * (centre.diff(dim=1)[..., None] - classes).square()
+        return [-self.sharpness * (centre.diff(dim=1)[..., None] - classes).square()]
 
 
 def dots(places: Tensor, width: int = 128) -> Tensor:

@@ -152,7 +152,7 @@ class Two:
     def close(self) -> None: ...
 
     def logits(self, videos: Tensor) -> list[Tensor]:
-        shift = MODEL.logits(videos)
+        (shift,) = MODEL.logits(videos)
         return [shift, torch.tensor([0.0, -1.0]).expand(*shift.shape[:2], 2) / float(self.finite)]
 
 
