@@ -16,8 +16,8 @@ class InverseDynamicsModel(Protocol):
     """A frozen network that tells from frames which action led from each to the next."""
 
     def logits(self, videos: Tensor) -> list[Tensor]:
-        """Of RGB videos [n, F, 3, H, W] in [0, 1] one tensor [n, F - 1, K] per axis of the actions, mostly one, each with its own
-        K. A row depends on its own video only."""
+        """Of RGB videos [n, F, 3, H, W] in [0, 1] one tensor [n, F - 1, K] per axis of the actions (mostly one), each with
+        its own K. A row depends on its own video only."""
         ...
 
     def load(self) -> None: ...

@@ -1,4 +1,4 @@
-"""The files of a small EditReward of Glyphs: a Qwen2.5-VL of 64 channels with two heads, laid out as the published checkpoint."""
+"""The files of a small EditReward of Glyphs: a Qwen2.5-VL of 64 channels with two heads, laid out as published."""
 
 from __future__ import annotations
 

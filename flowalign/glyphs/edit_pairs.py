@@ -69,8 +69,8 @@ class Edit:
 class EditPairs:
     """N pairs. sources, first, second [N, 3, 24, 48] in [0, 1]; kinds: keys of KINDS.
 
-    order [N, 2]: of instruction following and of quality, 1 where the first is better, 0 where the second is, 1/2 where both are
-    equal."""
+    order [N, 2]: of instruction following and of quality, 1 where the first is better, 0 where the second is, 1/2 where
+    both are equal."""
 
     edits: list[Edit]
     kinds: list[str]

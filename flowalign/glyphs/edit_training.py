@@ -23,11 +23,10 @@ CLEAN = ("noisy", "blurred")  # kinds of two results of which one is as asked, a
 
 
 def ranking_loss(mean: Tensor, sigma: Tensor, order: Tensor) -> Tensor:
-    """E over z ~ N(mean, sigma²) of -order · log sigmoid(z) - (1 - order) · log sigmoid(-z): EditReward's (2509.26346), [...].
+    """EditReward's (2509.26346), [...]: E over z ~ N(mean, sigma²) of -order · log sigmoid(z) - (1 - order) · log sigmoid(-z).
 
-    mean: μ_A - μ_B; sigma: √(σ_A² + σ_B²); order: 1 where A is better, 0 where B is, 1/2 for a tie, which counts as both. By
-    quadrature; the public code (TIGER-AI-Lab/EditReward) draws z 1,000 times. The second term is log sigmoid(-z) =
-    log sigmoid(z) - z."""
+    mean: μ_A - μ_B; sigma: √(σ_A² + σ_B²); order: 1 where A is better, 0 where B is, 1/2 for a tie, which counts as both.
+    By quadrature; the public code (TIGER-AI-Lab/EditReward) draws z 1,000 times. log sigmoid(-z) = log sigmoid(z) - z."""
     return _expected(lambda z: -logsigmoid(z), mean, sigma) + (1 - order) * mean
 
 
@@ -69,21 +68,16 @@ def values_of(regressor: Regressor, pairs: EditPairs) -> Tensor:
 
 
 def description_loss(regressor: Regressor, pairs: EditPairs) -> Tensor:
-    """Cross entropy of the tokens of "write it in blue, noisy", given the source and the result of which it is true: with it the base
-    learns to tell what was done and how, before it is asked how good that is. pairs: of kinds of CLEAN, whose results both
-    follow the instruction."""
+    """Cross entropy of the tokens of "write it in blue, noisy", given the source and the result of which it is true.
+
+    With it the base learns to tell what was done and how, before it is asked how good that is. pairs: of the kinds CLEAN,
+    whose results both follow the instruction."""
     body, words = cast(Any, regressor.network["body"]), regressor.tokenizer
     seen = [*_seen(regressor, pairs.sources, pairs.first), *_seen(regressor, pairs.sources, pairs.second)]
     pictures = [picture for pair in seen for picture in pair]
-    first = (pairs.order[:, 1] == 1).tolist()
-    said = [
-        f"{prompt}, {'clean' if clean else kind}"
-        for prompt, kind, clean in zip(pairs.prompts, pairs.kinds, first, strict=True)
-    ]
-    said += [
-        f"{prompt}, {kind if clean else 'clean'}"
-        for prompt, kind, clean in zip(pairs.prompts, pairs.kinds, first, strict=True)
-    ]
+    cleaner = zip(pairs.prompts, pairs.kinds, (pairs.order[:, 1] == 1).tolist(), strict=True)
+    names = [(prompt, ("clean", kind) if first else (kind, "clean")) for prompt, kind, first in cleaner]
+    said = [f"{prompt}, {both[place]}" for place in (0, 1) for prompt, both in names]
     pad = words.convert_ids_to_tokens(body.config.image_token_id)
     tokens = len(pictures[0].rows) // body.config.vision_config.spatial_merge_size**2
     encoded = []
@@ -139,8 +133,9 @@ def train(
 
 @dataclass(frozen=True, eq=False)
 class Judged:
-    """What a reward says of N pairs. preferred [N, 3]: μ of the first minus μ of the second, of overall, instruction following and
-    quality. asked [N, 3]: which is better, as EditPairs.order. probability [N]: that the first is, by the reward's own σ."""
+    """What a reward says of N pairs. preferred [N, 3]: μ of the first minus μ of the second, of overall, instruction
+    following and quality. asked [N, 3]: which is better, as EditPairs.order. probability [N]: that the first is, by the
+    reward's own σ."""
 
     preferred: Tensor
     asked: Tensor
