@@ -4,7 +4,7 @@
 
 Makes a Qwen2.5-VL of 64 channels with its tokenizer and templates, lets it learn to describe edits, then to rank pairs of them by
 EditReward's loss. The written folder is loaded by rewards.EditReward and scores pairs of words that were not trained on,
-in combinations of colors that were trained on, and in others. About ten minutes of one core.
+in combinations of colors that were trained on, and in others. Six minutes of one core.
 """
 
 import argparse
