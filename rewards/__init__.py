@@ -3,7 +3,8 @@
 A new reward is one new file, or a plain function named by its path; YAML names the class by import path. base: the
 contract; guard: `score`, through which every caller asks a reward (isolation: what it may change); mix, channels, ensembles,
 shaping, augmented, frames, with_timeout: rewards made of others (parts: what they share); function: a plain function; monitors,
-motion, diversity: statistics without a model (features: how alike two pictures are); ctrl_u: losses weighted by certainty;
+motion, diversity: statistics without a model (features: how alike two pictures are); inverse_dynamics: whether a video shows its
+actions; ctrl_u: losses weighted by certainty;
 image/: pretrained networks; qwen/: Qwen-VL with a regression head; judges/: vision-language models that are asked through a
 chat endpoint; ocr/, geneval/ and workers/: reading text, checking objects, and helper processes; remote/: rewards in another
 process, or behind HTTP.
@@ -32,6 +33,7 @@ from rewards.function import FunctionReward
 from rewards.geneval import CLIPColors, ColorClassifier, Detections, Detector, GenEval, Mask2Former
 from rewards.guard import close, score
 from rewards.image import Aesthetic, CLIPScore, HPSv2, ImageReward, PickScore
+from rewards.inverse_dynamics import InverseDynamics, InverseDynamicsModel
 from rewards.jpeg import JPEGCompressibility, JPEGIncompressibility
 from rewards.judges import (
     PARM,
@@ -94,6 +96,8 @@ __all__ = [
     "ImageStatistics",
     "VideoStatistics",
     "MotionBand",
+    "InverseDynamics",
+    "InverseDynamicsModel",
     "GroupDiversity",
     "Features",
     "Thumbnail",

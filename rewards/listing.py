@@ -35,6 +35,7 @@ EXAMPLES: dict[str, Callable[[], dict[str, Any]]] = {
     },
     "GenEval": lambda: {"detector": rewards.Mask2Former(), "colors": rewards.CLIPColors()},
     "GroupDiversity": lambda: {"near": 0.35},
+    "InverseDynamics": lambda: {"model": object()},  # a user's own
     "MotionBand": lambda: {"low": 0.1, "high": 0.5},
     "Offloaded": lambda: {"reward": rewards.CLIPScore()},
     "OnCompletion": lambda: {"reward": _statistics()},

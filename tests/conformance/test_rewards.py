@@ -32,6 +32,7 @@ from rewards.listing import EXAMPLES
 from rewards.remote.description import build, describe, fingerprint
 from tests.helpers import tiny_qwen
 from tests.helpers import tiny_rewards as tiny
+from tests.helpers.inverse_dynamics import CentroidShift
 from tests.helpers.judge_server import bright_judge
 from tests.helpers.remote_rewards import jpeg_server
 
@@ -69,6 +70,7 @@ ARGUMENTS: dict[str, Callable[[], dict[str, object]]] = {
     "GenEval": lambda: {"detector": Corners()},
     "Http": lambda: {"reward": JPEGCompressibility(), "url": jpeg_server()},
     "ImageStatistics": lambda: {"statistics": SEEN},
+    "InverseDynamics": lambda: {"model": CentroidShift(reach=6, sharpness=0.1), "soft": True},
     "Mix": lambda: {"rewards": [JPEGCompressibility(), OCR(recognizer=RapidReader(workers=1))], "weights": [0.1, 1.0]},
     "OCR": lambda: {"recognizer": RapidReader(workers=1)},
     "PARM": lambda: {"endpoint": bright_judge(), "sigma": 0.0},
@@ -104,7 +106,7 @@ def made(found: type) -> Reward:
 def batch() -> RewardBatch:
     """Six Glyphs in three groups, two of them equal, of which the last does not show what its prompt asks for; as videos they run
     sideways, each at its own speed. GenEval's clauses ask for a person; for the judges each has a source image, a question and
-    an explanation."""
+    an explanation, and for InverseDynamics its actions."""
     records = [*held_out_prompts()[:5], held_out_prompts()[0]]
     words, inks, papers = ([record[key] for record in records] for key in ("target", "ink", "paper"))
     images = render([*words[:5], "ZZZZ"], inks, [*papers[:5], "cyan" if papers[0] != "cyan" else "white"])
@@ -116,7 +118,10 @@ def batch() -> RewardBatch:
         images=images,
         videos=torch.stack([torch.stack(each) for each in frames]),
         fps=8.0,
-        metadata=[{**record, **asked, **clauses, "palette": {**INKS, **PAPERS}} for record in records],
+        metadata=[
+            {**record, **asked, **clauses, "palette": {**INKS, **PAPERS}, "actions": [number] * 3}
+            for number, record in enumerate(records)
+        ],
         conditions=[[image] for image in render(words, inks, papers)],
         group_ids=[0, 0, 1, 1, 2, 2],
     )
