@@ -1,9 +1,9 @@
-"""Training of the Glyphs CLIP: the renderer's pictures and their captions, with neighbours and damaged pictures as negatives.
+"""Training of the Glyphs CLIP: the renderer's pictures and their captions, with near misses and damaged pictures as negatives.
 
-Contrastive as CLIP is (Radford et al. 2021, arXiv:2103.00020, figure 3), with two changes that make its cosine useful as
-a reward. A batch holds families, scenes that differ in one letter or one color: each caption has near misses among the
-others. And each caption must prefer its picture to a damaged copy of it, which no caption describes. A part of the pictures
-are a policy's samples, captioned by what OCR reads in them: else their half-drawn letters would be unknown.
+Contrastive as CLIP is (Radford et al. 2021, arXiv:2103.00020, figure 3), with three changes that make its cosine useful as
+a reward. A batch holds scenes that differ in one letter or one color, since random captions are soon told apart. Each caption
+must prefer its picture to a damaged copy of it, which no caption describes. And a part of the pictures are a policy's
+samples, captioned by what OCR reads in them: else their half-drawn letters would be unknown.
 """
 
 from __future__ import annotations
@@ -30,13 +30,26 @@ Progress = Callable[[int, float, float], None]  # steps done, loss, share of cap
 
 
 @dataclass(frozen=True)
+class Stage:
+    """What a batch holds up to step `until`: families, each of a scene and neighbours that differ from it in one column; lines,
+    each of all scenes that differ in the same column (26 letters of one place, or 4 colors); samples of the policy, each with
+    `wrong` captions that differ from its own in one column."""
+
+    families: int
+    neighbours: int
+    lines: int
+    samples: int
+    wrong: int
+    until: int
+
+
+@dataclass(frozen=True)
 class ClipRecipe:
-    """The defaults made the shipped network."""
+    """The defaults made the shipped network. Stages: at first a batch is mostly captions that are easy to tell apart; once
+    they are, only near misses still teach."""
 
     seed: int = 0
-    families: int = 14
-    neighbours: int = 4  # scenes of a family beside the first
-    samples: int = 26  # pictures of the policy in a batch
+    stages: tuple[Stage, ...] = (Stage(14, 4, 0, 26, 0, until=1400), Stage(2, 4, 4, 20, 6, until=3000))
     steps: int = 3000  # where training stops
     schedule_steps: int = 3000  # where the cosine ends
     learning_rate: float = 2e-3
@@ -59,11 +72,13 @@ class Samples:
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """N scenes [N, 6], a picture [N, 3, 24, 48] of each, and one that shows it worse."""
+    """N scenes [N, 6], a picture [N, 3, 24, 48] of each and one that shows it worse, and, of the last M, K scenes [M, K, 6]
+    that the picture does not show."""
 
     scenes: Tensor
     intact: Tensor
     damaged: Tensor
+    wrong: Tensor
 
 
 def train_clip(
@@ -82,9 +97,11 @@ def train_clip(
     for step in range(first, recipe.steps):
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate * _rate(step, recipe)
-        examples = draw_examples(recipe, samples, torch.Generator().manual_seed((recipe.seed << 32) + step))
+        stage = next(stage for stage in recipe.stages if step < stage.until)
+        examples = draw_examples(stage, samples, torch.Generator().manual_seed((recipe.seed << 32) + step))
         pictures = torch.cat([examples.intact, examples.damaged])
-        loss, found = contrast(network, pixels(pictures), tokens(captions(examples.scenes)))
+        scenes = torch.cat([examples.scenes, examples.wrong.flatten(0, 1)])
+        loss, found = contrast(network, pixels(pictures), tokens(captions(scenes)), len(examples.wrong))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), recipe.clip)
@@ -97,33 +114,40 @@ def train_clip(
             os.replace(file.with_suffix(".tmp"), file)
 
 
-def contrast(network: Any, pixels: Tensor, tokens: Tensor) -> tuple[Tensor, float]:
-    """Symmetric InfoNCE of n captions and their pictures, pixels[:n]; pixels[n:] are the damaged copies, each one more
-    candidate for its own caption. Also the share of captions that prefer their picture to all others."""
-    count = len(tokens)
+def contrast(network: Any, pixels: Tensor, tokens: Tensor, samples: int = 0) -> tuple[Tensor, float]:
+    """Symmetric InfoNCE of n pictures and captions. pixels [2n, *]: n pictures and their damaged copies, each one more
+    candidate for its own caption; tokens [n + samples · K, L]: n captions, and K wrong ones of each of the last `samples`, more
+    candidates for its picture. Also the share of pictures that prefer their caption to all others."""
+    count = len(pixels) // 2
     images, texts = network.encode_image(pixels, normalize=True), network.encode_text(tokens, normalize=True)
     scale, targets = network.logit_scale.exp(), torch.arange(count)
-    logits = scale * texts @ images[:count].T
-    own = scale * (texts * images[count:]).sum(1, keepdim=True)
-    by_text = torch.cat([logits, own], 1)
-    loss = (F.cross_entropy(by_text, targets) + F.cross_entropy(logits.T, targets)) / 2
-    return loss, float((by_text.argmax(1) == targets).float().mean())
+    logits = scale * images[:count] @ texts[:count].T
+    wrong = logits.new_full((count, (len(texts) - count) // max(samples, 1)), -math.inf)
+    shown = images[count - samples : count, None]
+    wrong[count - samples :] = scale * (shown * texts[count:].view(samples, wrong.shape[1], texts.shape[1])).sum(2)
+    damaged = scale * (images[count:] * texts[:count]).sum(1, keepdim=True)
+    by_image, by_text = torch.cat([logits, wrong], 1), torch.cat([logits.T, damaged], 1)
+    loss = (F.cross_entropy(by_image, targets) + F.cross_entropy(by_text, targets)) / 2
+    return loss, float((by_image.argmax(1) == targets).float().mean())
 
 
-def draw_examples(recipe: ClipRecipe, samples: Samples, generator: torch.Generator) -> Examples:
+def draw_examples(stage: Stage, samples: Samples, generator: torch.Generator) -> Examples:
     """Families of drawn scenes, and scenes of the policy's samples. A sample whose reading is trusted is a picture of what is
     read; one that is not shows what was asked for worse than the renderer does."""
-    rows = torch.randint(len(samples.asked), (recipe.samples,), generator=generator)
+    rows = torch.randint(len(samples.asked), (stage.samples,), generator=generator)
     shown, trusted = samples.pictures[rows], samples.trusted[rows]
     of_samples = torch.where(trusted[:, None], samples.read[rows], samples.asked[rows])
-    scenes = torch.cat([draw_families(recipe.families, recipe.neighbours, generator), of_samples])
+    families = draw_families(stage.families, stage.neighbours, generator)
+    scenes = torch.cat([families, draw_lines(stage.lines, generator), of_samples])
     offsets = torch.randint(-JITTER, JITTER + 1, (len(scenes), 2), generator=generator)
     intact, other = _draw(scenes, offsets), _draw(change_one(scenes, generator), offsets)
     first = len(scenes) - len(rows)
     intact[first:][trusted] = shown[trusted]
     damaged = damage(intact, other, generator)
     damaged[first:][~trusted] = shown[~trusted]
-    return Examples(scenes, roughen(intact, generator), roughen(damaged, generator))
+    intact, damaged = roughen(intact, generator), roughen(damaged, generator)
+    wrong = change_one(of_samples.repeat_interleave(stage.wrong, 0), generator)
+    return Examples(scenes, intact, damaged, wrong.view(len(rows), stage.wrong, 6))
 
 
 def draw_families(families: int, neighbours: int, generator: torch.Generator) -> Tensor:
@@ -134,15 +158,29 @@ def draw_families(families: int, neighbours: int, generator: torch.Generator) ->
     return scenes[~is_held_out(scenes)]
 
 
+def draw_lines(lines: int, generator: torch.Generator) -> Tensor:
+    """Scenes [N, 6] of `lines` random lines: all that differ from a random one in a random column, without held-out words."""
+    drawn = []
+    for column in torch.randint(len(SIZES), (lines,), generator=generator).tolist():
+        scene = torch.stack([torch.randint(size, (1,), generator=generator) for size in SIZES.tolist()], 1)
+        line = scene.repeat(int(SIZES[column]), 1)
+        line[:, column] = torch.arange(len(line))
+        drawn.append(line)
+    scenes = torch.cat([*drawn, torch.empty(0, len(SIZES), dtype=torch.long)])
+    return scenes[~is_held_out(scenes)]
+
+
 def change_one(scenes: Tensor, generator: torch.Generator) -> Tensor:
-    """The scenes [N, 6], each with another letter in one place, or another ink or paper (one in six each)."""
+    """The scenes [N, 6], each with another letter in one place, or another ink or paper (one in six each); with another
+    paper where the word would be a held-out one."""
     rows = torch.arange(len(scenes))
     column = torch.randint(len(SIZES), (len(scenes),), generator=generator)
     sizes = SIZES[column]
     by = 1 + (torch.rand(len(scenes), generator=generator) * (sizes - 1)).long()
-    changed = scenes.clone()
+    changed, paper = scenes.clone(), scenes.clone()
     changed[rows, column] = (scenes[rows, column] + by) % sizes
-    return changed
+    paper[:, -1] = (scenes[:, -1] + 1) % SIZES[-1]
+    return torch.where(is_held_out(changed)[:, None], paper, changed)
 
 
 def captions(scenes: Tensor) -> list[str]:

@@ -1,6 +1,7 @@
 """Training of the Glyphs CLIP: what a batch holds, the loss in closed form, and a resumed run."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ from flowalign.glyphs.clip_training import (
     SIZES,
     ClipRecipe,
     Samples,
+    Stage,
     captions,
     change_one,
     contrast,
     damage,
     draw_examples,
     draw_families,
+    draw_lines,
     is_held_out,
     scenes_of,
     train_clip,
@@ -28,7 +31,10 @@ from flowalign.glyphs.clip_training import (
 from flowalign.glyphs.prompts import held_out_prompts, make_prompt, train_prompts
 from flowalign.glyphs.renderer import render
 
-TINY = ClipRecipe(families=2, neighbours=1, samples=2, steps=2, schedule_steps=2, warmup=1, checkpoint_every=1)
+BATCH = Stage(families=2, neighbours=1, lines=1, samples=2, wrong=3, until=2)
+TINY = ClipRecipe(
+    stages=(replace(BATCH, lines=0, wrong=0, until=1), BATCH), steps=2, schedule_steps=2, warmup=1, checkpoint_every=1
+)
 
 
 @pytest.fixture
@@ -66,12 +72,31 @@ def test_a_batch_holds_families_of_distinct_scenes_and_no_held_out_word(generato
     assert bool(near.any(1).all())
 
 
+def test_a_line_holds_all_scenes_that_differ_in_one_column(generator: torch.Generator) -> None:
+    for _ in range(8):
+        line = draw_lines(1, generator)
+        varies = [column for column in range(6) if len(line[:, column].unique()) > 1]
+        assert len(varies) == 1 and line[:, varies[0]].tolist() == list(range(SIZES[varies[0]]))
+    assert draw_lines(0, generator).shape == (0, 6)
+    assert not bool(is_held_out(draw_lines(300, generator)).any())
+
+
+def test_no_near_miss_of_a_scene_is_a_held_out_word(generator: torch.Generator) -> None:
+    scene = scenes_of([held_out_prompts()[0]["prompt"]]).repeat(2000, 1)
+    scene[:, 0] = (scene[:, 0] + 1) % 26  # one letter from a held-out word
+    near = change_one(scene, generator)
+    assert not bool(is_held_out(near).any()) and (near != scene).sum(1).tolist() == [1] * 2000
+
+
 def test_a_trusted_sample_shows_what_is_read_and_another_is_a_damaged_picture_of_what_was_asked_for(
     generator: torch.Generator,
 ) -> None:
-    trusted, other = (draw_examples(TINY, samples(kind), generator) for kind in (True, False))
+    trusted, other = (draw_examples(BATCH, samples(kind), generator) for kind in (True, False))
     assert captions(trusted.scenes[-2:]) == [make_prompt("MOON", "red", "white")] * 2
     assert captions(other.scenes[-2:]) == [make_prompt("KITE", "red", "white")] * 2
+    for examples, asked in ((trusted, "MOON"), (other, "KITE")):
+        wrong = examples.wrong != scenes_of([make_prompt(asked, "red", "white")])
+        assert wrong.shape == (2, 3, 6) and wrong.sum(2).tolist() == [[1] * 3] * 2
     middle = slice(8, 16)  # rows and columns within the letters
     for grey, drawn in ((trusted.intact, other.intact), (other.damaged, other.intact)):
         assert float(grey[-2:, 1, middle, middle].std()) < 0.1 < float(drawn[-2:, 1, middle, middle].std())
@@ -102,7 +127,20 @@ def test_the_loss_has_a_damaged_copy_for_captions_only() -> None:
     by_text = -math.log(math.e**2 / (math.e**2 + 2 + math.e))
     by_image = -math.log(math.e**2 / (math.e**2 + 2))
     assert loss.item() == pytest.approx((by_text + by_image) / 2, rel=1e-6) and found == 1.0
-    assert contrast(Given(), torch.cat([features, 2 * features]), features)[1] == 0.0
+
+
+def test_the_loss_has_wrong_captions_for_the_last_pictures_only() -> None:
+    """As above with cosine 0 for the damaged, and 3/4 and 1 1/4 for two wrong captions of the last picture."""
+    features = one_hot(torch.arange(3), 4).float()
+    texts = torch.cat([features, 0.75 * features[2:], 1.25 * features[2:]])
+    loss, found = contrast(Given(), torch.cat([features, 0 * features]), texts, samples=1)
+    pair = -math.log(math.e**2 / (math.e**2 + 2))
+    by_text, last = (
+        -math.log(math.e**2 / (math.e**2 + 3)),
+        -math.log(math.e**2 / (math.e**2 + 2 + math.e**1.5 + math.e**2.5)),
+    )
+    assert loss.item() == pytest.approx((by_text + (2 * pair + last) / 3) / 2, rel=1e-6)
+    assert found == pytest.approx(2 / 3)
 
 
 def network() -> Any:
