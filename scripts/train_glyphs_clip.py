@@ -2,9 +2,9 @@
 
 `python scripts/train_glyphs_clip.py --output rewards/image/glyphs_clip`
 
-Lets the base model draw, and OCR read, 2048 pictures of training prompts; trains on them and on drawn ones; exports an
-open_clip folder in fp16; measures it on held-out words and writes its README.md. About 20 minutes of one idle core. Stop it
-at any time; the same command goes on from the last checkpoint.
+Lets the base model draw, and OCR read, 2048 pictures of training prompts; trains on them and on drawn ones; exports
+an open_clip folder in fp16; measures it on held-out words and writes its README.md. About 20 minutes of one idle
+core. Stop it at any time; the same command goes on from the last checkpoint.
 """
 
 import argparse
@@ -88,7 +88,8 @@ def configuration(vocabulary: int, eos: int) -> dict[str, Any]:
 
 
 def build(model: dict[str, Any], seed: int) -> Any:
-    """The untrained network. Embeddings of deviation 0.02, as open_clip has them, would take long to tell letters apart."""
+    """The untrained network. Embeddings of deviation 0.02, as open_clip has them, would take long to tell letters
+    apart."""
     import open_clip
 
     torch.manual_seed(seed)

@@ -1,4 +1,5 @@
-"""Figures of a CLIP on held-out Glyphs: does it find the caption of a picture, and does it agree with OCR on a policy's samples?"""
+"""Figures of a CLIP on held-out Glyphs: does it find the caption of a picture, and does it agree with OCR on a
+policy's samples?"""
 
 from __future__ import annotations
 
@@ -19,9 +20,9 @@ CAPTIONS = 32  # that a picture chooses among
 
 @dataclass(frozen=True)
 class ClipFigures:
-    """top1: share of held-out pictures whose own caption has the highest cosine among 32 held-out captions; among 32 that
-    differ in one letter; among itself and the six of other colors. ocr_pearson, ocr_spearman: correlation of the cosine with
-    rewards.OCR (soft) over a policy's samples, one per prompt."""
+    """top1: share of held-out pictures whose own caption has the highest cosine among 32 held-out captions; among 32
+    that differ in one letter; among itself and the six of other colors. ocr_pearson, ocr_spearman: correlation of the
+    cosine with rewards.OCR (soft) over a policy's samples, one per prompt."""
 
     top1: float
     top1_letter: float

@@ -1,9 +1,10 @@
-"""Training of the Glyphs CLIP: the renderer's pictures and their captions, with near misses and damaged pictures as negatives.
+"""Training of the Glyphs CLIP: the renderer's pictures and their captions, with near misses and damaged pictures as
+negatives.
 
-Contrastive as CLIP is (Radford et al. 2021, arXiv:2103.00020, figure 3), with three changes that make its cosine useful as
-a reward. A batch holds scenes that differ in one letter or one color, since random captions are soon told apart. Each caption
-must prefer its picture to a damaged copy of it, which no caption describes. And a part of the pictures are a policy's
-samples, captioned by what OCR reads in them: else their half-drawn letters would be unknown.
+Contrastive as CLIP is (Radford et al. 2021, arXiv:2103.00020, figure 3), with three changes that make its cosine
+useful as a reward. A batch holds scenes that differ in one letter or one color, since random captions are soon told
+apart. Each caption must prefer its picture to a damaged copy of it, which no caption describes. And a part of the
+pictures are a policy's samples, captioned by what OCR reads in them: else their half-drawn letters would be unknown.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ Progress = Callable[[int, float, float], None]  # steps done, loss, share of cap
 
 @dataclass(frozen=True)
 class Stage:
-    """What a batch holds up to step `until`: families, each of a scene and neighbours that differ from it in one column; lines,
-    each of all scenes that differ in the same column (26 letters of one place, or 4 colors); samples of the policy, each with
-    `wrong` captions that differ from its own in one column."""
+    """What a batch holds up to step `until`: families, each of a scene and neighbours that differ from it in one
+    column; lines, each of all scenes that differ in the same column (26 letters of one place, or 4 colors); samples
+    of the policy, each with `wrong` captions that differ from its own in one column."""
 
     families: int
     neighbours: int
@@ -45,11 +46,15 @@ class Stage:
 
 @dataclass(frozen=True)
 class ClipRecipe:
-    """The defaults made the shipped network. Stages: at first a batch is mostly captions that are easy to tell apart; once
-    they are, only near misses still teach."""
+    """The defaults made the shipped network. Stages: at first a batch is mostly captions that are easy to tell apart;
+    once they are, only near misses still teach."""
 
     seed: int = 0
-    stages: tuple[Stage, ...] = (Stage(14, 4, 0, 26, 0, until=1400), Stage(2, 4, 4, 20, 6, until=3000))
+    stages: tuple[Stage, ...] = (
+        Stage(14, 4, 0, 26, 0, until=1400),
+        Stage(2, 4, 4, 20, 6, until=1800),
+        Stage(2, 4, 2, 48, 5, until=3000),
+    )
     steps: int = 3000  # where training stops
     schedule_steps: int = 3000  # where the cosine ends
     learning_rate: float = 2e-3
@@ -61,8 +66,9 @@ class ClipRecipe:
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """Pictures [M, 3, 24, 48] in [0, 1] that a policy drew, the scenes [M, 6] that it was asked for and those that OCR reads
-    in them, and whether [M] the reading may be trusted: four letters, read with confidence, and not a held-out word."""
+    """Pictures [M, 3, 24, 48] in [0, 1] that a policy drew, the scenes [M, 6] that it was asked for and those that
+    OCR reads in them, and whether [M] the reading may be trusted: four letters, read with confidence, and not a
+    held-out word."""
 
     pictures: Tensor
     asked: Tensor
@@ -72,8 +78,8 @@ class Samples:
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """N scenes [N, 6], a picture [N, 3, 24, 48] of each and one that shows it worse, and, of the last M, K scenes [M, K, 6]
-    that the picture does not show."""
+    """N scenes [N, 6], a picture [N, 3, 24, 48] of each and one that shows it worse, and, of the last M, K scenes [M,
+    K, 6] that the picture does not show."""
 
     scenes: Tensor
     intact: Tensor
@@ -85,8 +91,8 @@ def train_clip(
     network: Any, tokens: Callable[[list[str]], Tensor], pixels: Callable[[Tensor], Tensor], samples: Samples,
     recipe: ClipRecipe, file: Path, progress: Progress,
 ) -> None:  # fmt: skip
-    """Trains an open_clip.CLIP in place, or resumes from the checkpoint `file`. tokens: captions -> [N, L]; pixels: pictures
-    in [0, 1] -> [N, 3, S, S]. All randomness of a step is keyed by (seed, step)."""
+    """Trains an open_clip.CLIP in place, or resumes from the checkpoint `file`. tokens: captions -> [N, L]; pixels:
+    pictures in [0, 1] -> [N, 3, S, S]. All randomness of a step is keyed by (seed, step)."""
     optimizer = torch.optim.AdamW(_groups(network, recipe.weight_decay), lr=recipe.learning_rate, betas=(0.9, 0.98))
     first = 0
     if file.exists():
@@ -115,9 +121,9 @@ def train_clip(
 
 
 def contrast(network: Any, pixels: Tensor, tokens: Tensor, samples: int = 0) -> tuple[Tensor, float]:
-    """Symmetric InfoNCE of n pictures and captions. pixels [2n, *]: n pictures and their damaged copies, each one more
-    candidate for its own caption; tokens [n + samples · K, L]: n captions, and K wrong ones of each of the last `samples`, more
-    candidates for its picture. Also the share of pictures that prefer their caption to all others."""
+    """Symmetric InfoNCE of n pictures and captions. pixels [2n, *]: n pictures and their damaged copies, each one
+    more candidate for its own caption; tokens [n + samples · K, L]: n captions, and K wrong ones of each of the last
+    `samples`, more candidates for its picture. Also the share of pictures that prefer their caption to all others."""
     count = len(pixels) // 2
     images, texts = network.encode_image(pixels, normalize=True), network.encode_text(tokens, normalize=True)
     scale, targets = network.logit_scale.exp(), torch.arange(count)
@@ -132,8 +138,8 @@ def contrast(network: Any, pixels: Tensor, tokens: Tensor, samples: int = 0) -> 
 
 
 def draw_examples(stage: Stage, samples: Samples, generator: torch.Generator) -> Examples:
-    """Families of drawn scenes, and scenes of the policy's samples. A sample whose reading is trusted is a picture of what is
-    read; one that is not shows what was asked for worse than the renderer does."""
+    """Families of drawn scenes, and scenes of the policy's samples. A sample whose reading is trusted is a picture of
+    what is read; one that is not shows what was asked for worse than the renderer does."""
     rows = torch.randint(len(samples.asked), (stage.samples,), generator=generator)
     shown, trusted = samples.pictures[rows], samples.trusted[rows]
     of_samples = torch.where(trusted[:, None], samples.read[rows], samples.asked[rows])
@@ -151,15 +157,17 @@ def draw_examples(stage: Stage, samples: Samples, generator: torch.Generator) ->
 
 
 def draw_families(families: int, neighbours: int, generator: torch.Generator) -> Tensor:
-    """Distinct scenes [N, 6] (four letters, ink, paper) without held-out words: random ones, each with `neighbours` scenes
-    that differ from it in one column. N is a little below families · (1 + neighbours) where a draw had to be dropped."""
+    """Distinct scenes [N, 6] (four letters, ink, paper) without held-out words: random ones, each with `neighbours`
+    scenes that differ from it in one column. N is a little below families · (1 + neighbours) where a draw had to be
+    dropped."""
     first = torch.stack([torch.randint(size, (families,), generator=generator) for size in SIZES.tolist()], 1)
     scenes = torch.cat([first, change_one(first.repeat(neighbours, 1), generator)]).unique(dim=0)
     return scenes[~is_held_out(scenes)]
 
 
 def draw_lines(lines: int, generator: torch.Generator) -> Tensor:
-    """Scenes [N, 6] of `lines` random lines: all that differ from a random one in a random column, without held-out words."""
+    """Scenes [N, 6] of `lines` random lines: all that differ from a random one in a random column, without held-out
+    words."""
     drawn = []
     for column in torch.randint(len(SIZES), (lines,), generator=generator).tolist():
         scene = torch.stack([torch.randint(size, (1,), generator=generator) for size in SIZES.tolist()], 1)
@@ -171,8 +179,8 @@ def draw_lines(lines: int, generator: torch.Generator) -> Tensor:
 
 
 def change_one(scenes: Tensor, generator: torch.Generator) -> Tensor:
-    """The scenes [N, 6], each with another letter in one place, or another ink or paper (one in six each); with another
-    paper where the word would be a held-out one."""
+    """The scenes [N, 6], each with another letter in one place, or another ink or paper (one in six each); with
+    another paper where the word would be a held-out one."""
     rows = torch.arange(len(scenes))
     column = torch.randint(len(SIZES), (len(scenes),), generator=generator)
     sizes = SIZES[column]
@@ -193,8 +201,9 @@ def captions(scenes: Tensor) -> list[str]:
 
 
 def damage(pictures: Tensor, other: Tensor, generator: torch.Generator) -> Tensor:
-    """The pictures [N, 3, 24, 48], each in one of four ways no longer what its caption says: mixed with `other`, the picture
-    of a scene that differs in one column; cut along a row, with `other` below; blurred; or a box of it blank paper."""
+    """The pictures [N, 3, 24, 48], each in one of four ways no longer what its caption says: mixed with `other`, the
+    picture of a scene that differs in one column; cut along a row, with `other` below; blurred; or a box of it blank
+    paper."""
     count = len(pictures)
 
     def uniform(low: float, high: float) -> Tensor:

@@ -73,7 +73,7 @@ def test_a_wrong_letter_a_wrong_ink_and_a_wrong_paper_lower_the_score() -> None:
     for what, pictures in wrong.items():
         lower = scores(pictures, prompts)
         assert float((lower < own).float().mean()) > 0.95, what
-        assert float(own.mean() - lower.mean()) > 0.1, what
+        assert float(own.mean() - lower.mean()) > 0.05, what
 
 
 def test_the_more_letters_are_wrong_and_the_more_is_blurred_the_lower_the_score() -> None:
