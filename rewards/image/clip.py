@@ -17,6 +17,7 @@ from rewards.image.scorer import at_least_fp32, frozen, unit
 
 FITS = {"shortest": "crop", "longest": "pad", "squash": "squash"}  # open_clip's resize_mode -> ours
 CONFIG = "open_clip_config.json"
+GLYPHS = Path(__file__).parent / "glyphs_clip"  # made by scripts/train_glyphs_clip.py
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,8 +37,9 @@ class Clip:
 
 def load_clip(model: str, tokenizer: str | None, dtype: torch.dtype) -> Clip:
     """`hf-hub:owner/name` and `local-dir:folder` are open_clip's, as is a folder that holds its configuration and not one
-    of transformers; any other hub id or folder is read by transformers. tokenizer: from another place than the model."""
-    folder = Path(model).expanduser()
+    of transformers; any other hub id or folder is read by transformers. "glyphs" is the folder that comes with this package.
+    tokenizer: from another place than the model."""
+    folder = GLYPHS if model == "glyphs" else Path(model).expanduser()
     if folder.is_dir() and (folder / CONFIG).is_file() and not (folder / "config.json").is_file():
         return load_open_clip(f"local-dir:{folder}", tokenizer, dtype)
     if model.startswith(("hf-hub:", "local-dir:")):

@@ -25,6 +25,7 @@ from rewards.image.scorer import (
 
 Scale = Literal["cosine", "cosine_100", "logit_over_30", "clipscore"]
 OPENAI = "openai/clip-vit-large-patch14"
+OTHERS = "code MIT; weights of OpenAI and laion MIT; others: see their card (Apple's DFN has a licence of its own)"
 
 
 @dataclass
@@ -40,8 +41,10 @@ class CLIPScore:
 
     model: a hub id or folder of transformers, or, for open_clip, "hf-hub:owner/name" (hf-hub:apple/DFN5B-CLIP-ViT-H-14-384
     in MixGRPO) or a folder with open_clip_config.json, weights and a tokenizer (and no config.json, else "local-dir:folder");
-    activation, image size and normalization come with it. tokenizer: if it lies elsewhere. Prompts are cut to the model's context (77). preprocess to batch_size: see
-    rewards.image.scorer.Settings. FileNotFoundError and ValueError, when it is loaded, say what to get.
+    activation, image size and normalization come with it. "glyphs": a small one that comes with this package and knows the
+    prompts of Glyphs only (figures and limits in its README.md). tokenizer: if it lies elsewhere. Prompts are cut to the
+    model's context (77). preprocess to batch_size: see rewards.image.scorer.Settings. FileNotFoundError and ValueError, when
+    it is loaded, say what to get.
     """
 
     model: str = OPENAI
@@ -69,9 +72,9 @@ class CLIPScore:
         return RewardSpec(
             differentiable=self.preprocess == "tensor",
             range=ranges[self.scale],
-            licence="code MIT; weights of OpenAI and laion MIT, others: see their card (Apple's DFN has a licence of its own)",
+            licence="code and weights Apache-2.0" if self.model == "glyphs" else OTHERS,
             checkpoint=self.model,
-            memory="S" if self.model == OPENAI else "M",
+            memory="cpu" if self.model == "glyphs" else "S" if self.model == OPENAI else "M",
         )
 
     def build(self) -> Scorer:

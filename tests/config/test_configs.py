@@ -215,7 +215,7 @@ def test_the_clip_range_of_flow_grpo_is_scaled_by_the_size_of_the_latents(
     assert float(limit) == pytest.approx(clip_range, rel=0.02)
 
 
-@pytest.mark.parametrize("reward", ["color_glyphs", "jpeg"])
+@pytest.mark.parametrize("reward", ["clip_glyphs", "color_glyphs", "jpeg"])
 def test_a_reward_can_score_its_own_prompts(reward: str, tiny: dict[str, str]) -> None:
     config, _ = load("glyphs", files("flow_grpo", "glyphs", reward), tiny)
     for judge, source in ((config.reward, config.prompts), (config.evaluation.rewards[0], config.evaluation.prompts)):

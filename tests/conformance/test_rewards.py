@@ -57,7 +57,7 @@ SEEN = ("brightness", "contrast", "saturation", "edges", "high_frequency", "flat
 ARGUMENTS: dict[str, Callable[[], dict[str, object]]] = {
     **EXAMPLES,
     "Aesthetic": lambda: {"head": str(tiny.aesthetic_head("relu")), "clip": str(tiny.clip(768))},
-    "CLIPScore": lambda: {"model": str(tiny.open_clip_folder())},
+    "CLIPScore": lambda: {"model": "glyphs"},
     "HPSv2": lambda: {"model": str(tiny.hps()), "architecture": str(tiny.hps() / "architecture.json")},
     "ImageReward": lambda: {"model": str(tiny.image_reward()), "tokenizer": str(tiny.image_reward())},
     "PickScore": lambda: {"model": str(tiny.clip())},
