@@ -127,7 +127,7 @@ def test_the_folder_is_small_and_reads_as_the_pipeline_does() -> None:
 def test_its_spec_is_that_of_the_shipped_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Also where a folder of this name lies in the working directory."""
     spec = CLIPScore("glyphs").spec
-    assert (spec.checkpoint, spec.licence, spec.memory) == ("glyphs", "Apache-2.0", "cpu")
+    assert (spec.checkpoint, spec.licence, spec.memory) == ("glyphs", "code and weights Apache-2.0", "cpu")
     assert spec.differentiable and CLIPScore().spec.memory == "S" and "MIT" in CLIPScore().spec.licence
     monkeypatch.chdir(tmp_path)
     Path("glyphs").mkdir()
