@@ -90,7 +90,7 @@ def collect(
         **cost_metrics(forest, output, rows, decodes, calls),
         **({"cost/refilled_groups": processes.total(refilled)} if task.rollout.refill else {}),
         **{f"time/{name}": seconds for name, seconds in rolling.seconds.items()},
-        "time/reward": output.elapsed,
+        "time/reward": output.elapsed - rolling.seconds.get("reward_hidden", 0.0),
         "time/reward_ms_per_image": 1000 * output.elapsed / len(output.scores),
         **process_metrics(task.process_rewards, forest),
         **({} if guidance is None else measured(forest)),
@@ -145,7 +145,7 @@ def _attempt(
         rolling.seconds["decode"] += task.counts.decode_seconds - decoding
     output = judging.result()
     if task.reward.spec.elsewhere:
-        rolling.seconds["reward_wait"] += judging.waited
+        rolling.seconds["reward_hidden"] += output.elapsed - judging.waited
     return parts, output
 
 

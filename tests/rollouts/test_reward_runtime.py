@@ -1,6 +1,7 @@
 """Rewards at work in a rollout: whole groups, scoring beside the rollout, groups rolled out again, states completed."""
 
 import threading
+import time
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -9,8 +10,12 @@ import pytest
 import torch
 
 from flowalign.credit import Process
+from flowalign.data import PromptRecord
+from flowalign.glyphs import train_prompts
+from flowalign.models import Size, load_policy
 from flowalign.rollouts.collect import collect
 from flowalign.rollouts.completions import completed, cost_of_completions
+from flowalign.rollouts.task import Rollout, Task
 from rewards import GroupDiversity, OnCompletion, RewardBatch, RewardError, RewardOutput, RewardSpec
 from samplers import ODE, Branch, Chain, Deterministic, FlowSDE, Selected, rollout
 from tests.helpers.gaussian import gaussian_velocity
@@ -74,7 +79,40 @@ def test_scoring_elsewhere_runs_beside_the_rollout_and_changes_no_score(tiny_pip
     torch.testing.assert_close(beside.forest.at(nodes), serial.forest.at(nodes), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(beside.forest.log_prob, serial.forest.log_prob, rtol=1e-3, atol=1e-3, equal_nan=True)
     assert beside.forest.evaluations == serial.forest.evaluations
-    assert "time/reward_wait" in beside.metrics and "time/reward_wait" not in serial.metrics
+    assert beside.metrics["time/reward_hidden"] > 0 and "time/reward_hidden" not in serial.metrics
+
+
+@pytest.mark.slow
+def test_a_reward_as_slow_as_the_rollout_is_hidden_behind_it(capsys: pytest.CaptureFixture[str]) -> None:
+    """Glyphs, 16 groups of 8 in sets of 2, a reward that sleeps for as long per image as the rollout takes: overlapped, an
+    iteration takes 1 + 1/8 of the rollout, serially 2. The ratio is printed."""
+    policy = load_policy("glyphs")
+    prompts = [PromptRecord(i, record["prompt"]) for i, record in enumerate(train_prompts()[:16])]
+    settings = Rollout(Chain(), FlowSDE(), groups=16, group_size=8, num_inference_steps=6, micro_batch=16)
+    per_image = 0.0
+
+    def sleeping(batch: RewardBatch) -> RewardOutput:
+        time.sleep(per_image * len(batch))
+        return brightness(batch)
+
+    def seconds(spec: RewardSpec) -> float:
+        task = Task(policy, Plain(sleeping, spec), settings, 0, Size(24, 48))
+        began = time.perf_counter()
+        collect(task, prompts, 0)
+        return time.perf_counter() - began
+
+    seconds(RewardSpec())
+    ratios = []
+    for _ in range(5):
+        per_image = 0.0
+        rolled = seconds(ELSEWHERE)
+        per_image = rolled / 128
+        ratios.append(seconds(ELSEWHERE) / seconds(RewardSpec()))
+    with capsys.disabled():
+        print(
+            f"\noverlapped / serial: {sorted(ratios)[2]:.2f} (of {', '.join(f'{ratio:.2f}' for ratio in ratios)}); ideal 0.56"
+        )
+    assert sorted(ratios)[2] < 0.9
 
 
 def test_what_a_reward_elsewhere_raises_ends_the_rollout(tiny_pipeline: Path) -> None:
