@@ -16,9 +16,10 @@ from flowalign.models import Size, load_policy
 from flowalign.rollouts.collect import collect
 from flowalign.rollouts.completions import completed, cost_of_completions
 from flowalign.rollouts.task import Rollout, Task
-from rewards import GroupDiversity, OnCompletion, RewardBatch, RewardError, RewardOutput, RewardSpec
+from rewards import PARM, GroupDiversity, OnCompletion, RewardBatch, RewardError, RewardOutput, RewardSpec
 from samplers import ODE, Branch, Chain, Deterministic, FlowSDE, Selected, rollout
 from tests.helpers.gaussian import gaussian_velocity
+from tests.helpers.judge_server import bright_judge
 from tests.helpers.plain_rewards import Plain, brightness
 from tests.helpers.policy_gradient import PROMPTS, make
 
@@ -263,3 +264,15 @@ def test_a_selection_ranks_by_its_own_reward(tiny_pipeline: Path) -> None:
             candidates = previews[(tree.group == tree.group[leaf]) & (tree.parent < 0)]
             assert len(candidates) == 3 and candidates.max() == previews[tree.root[leaf]]
     assert bool((darkest.forest.scores["preview"][:6] == -brightest.forest.scores["preview"][:6]).all())
+
+
+def test_parm_selects_by_the_potential_that_a_judge_sees(tiny_pipeline: Path) -> None:
+    """The judge says yes the more, the brighter a picture is; the run's reward is asked about what is left only."""
+    plan, trained = Selected(Chain(), {0: 1}, preview_steps=1), Plain(brightness)
+    parm = PARM(bright_judge(), sigma=0.5, require_clear=False)
+    batch = collect(task_of(tiny_pipeline, plan, trained, preview_reward=parm), PROMPTS, 0)
+    previews, tree = batch.forest.scores["preview"], batch.forest.tree
+    assert [len(asked) for asked in trained.seen] == [2] and bool(((previews[:6] > 0) & (previews[:6] < 1)).all())
+    for leaf in tree.leaves:
+        candidates = previews[(tree.group == tree.group[leaf]) & (tree.parent < 0)]
+        assert candidates.max() == previews[tree.root[leaf]]
