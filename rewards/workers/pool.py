@@ -63,6 +63,7 @@ class Workers:
     environment: dict[str, str] = field(default_factory=lambda: dict(ONE_THREAD))
     _running: list[_Worker] = field(default_factory=list, init=False, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
+    _closing: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.count < 1 or self.timeout <= 0:
@@ -80,14 +81,25 @@ class Workers:
                 for each in self._running:
                     _limit(each.connection, self.timeout)
                 return self._run(jobs)
-            except BaseException:  # Ctrl-C too: no worker may stay with a job whose answer nobody awaits
+            except BaseException as error:  # Ctrl-C too: no worker may stay with a job whose answer nobody awaits
                 _kill(self._running, os.getpid())
+                if self._closing and isinstance(error, WorkerDied):  # no new one may be started for this job
+                    raise WorkerError("the pool was closed before an answer") from error
                 raise
 
     def close(self) -> None:
-        """Ends all workers and waits for them. The pool can be used again."""
-        with self._lock:
-            _kill(self._running, os.getpid())
+        """Ends all workers and waits for them; a `map` in another thread ends with a WorkerError. The pool can be used again."""
+        self._closing = True
+        try:
+            while not self._lock.acquire(timeout=0.1):  # another thread waits for their answers
+                for each in list(self._running):
+                    each.process.kill()
+            try:
+                _kill(self._running, os.getpid())
+            finally:
+                self._lock.release()
+        finally:
+            self._closing = False
 
     def pids(self) -> list[int]:
         """Process ids of the running workers."""

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from rewards.workers.pool import WorkerError, Workers
+from rewards.workers.pool import WorkerDied, WorkerError, Workers
 
 ENGINE = """
 import os, signal, sys, time
@@ -25,6 +26,8 @@ class Engine:
         self.plus = plus
 
     def __call__(self, header, array):
+        if "touch" in header:
+            open(header["touch"], "w").close()
         time.sleep(header.get("sleep", 0))
         if header.get("die"):
             os.kill(os.getpid(), signal.SIGKILL)
@@ -90,6 +93,32 @@ def test_nothing_starts_before_the_first_map_and_close_ends_all(pool):
     workers.close()
     assert workers.pids() == [] and not alive(pids[0])
     assert workers.map([job(3)])[0][1][0, 0] == 3  # and it can begin again
+
+
+def test_close_does_not_wait_for_an_answer_that_another_thread_awaits(pool, tmp_path):
+    """A run that is interrupted closes its rewards while the thread that scores is still asking."""
+    workers, started = pool(1), tmp_path / "started"
+    workers.map([])
+    pids, errors = workers.pids(), []
+
+    def ask():
+        try:
+            workers.map([job(touch=str(started), sleep=600)])
+        except WorkerError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    while not started.exists():
+        thread.join(0.02)
+    closing = threading.Thread(target=workers.close, daemon=True)
+    closing.start()
+    closing.join(20)
+    thread.join(20)
+    assert not closing.is_alive() and not thread.is_alive() and not any(alive(pid) for pid in pids)
+    assert [str(error) for error in errors] == ["the pool was closed before an answer"]
+    assert not isinstance(errors[0], WorkerDied)  # for which a new worker would be started
+    assert workers.map([job(3)])[0][1][0, 0] == 3
 
 
 def test_hanging_worker_is_a_timeout_and_the_pool_recovers(pool):
