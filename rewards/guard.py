@@ -16,6 +16,8 @@ from rewards.base import Reward, RewardBatch, RewardError, RewardOutput, channel
 from rewards.duplicates import first_of_equals
 from rewards.isolation import isolated
 
+MAX_FAIL_RATE = 0.5  # of the samples of a batch, or of all parts of one, that may have no score
+
 
 def score(reward: Reward, batch: RewardBatch, *, grad: bool = False, max_fail_rate: float = 0.5) -> RewardOutput:
     """The reward's answer, checked: scores and valid [N, C], a column per name in `channels`.
@@ -42,9 +44,10 @@ def score(reward: Reward, batch: RewardBatch, *, grad: bool = False, max_fail_ra
     once = (once if grad or spec.groupwise else first_of_equals(batch)).masked_fill(~finite, -1)
     kept = once[finite].unique()
     asked = batch if len(kept) == len(batch) else batch.select(kept)
-    asked = replace(
-        asked, prompts=list(asked.prompts), metadata=[{**row} for row in asked.metadata]
-    )  # for it to change
+    asked = replace(  # for it to change
+        asked, prompts=list(asked.prompts), metadata=[_copied(row) for row in asked.metadata],
+        sample_ids=list(asked.sample_ids), group_ids=list(asked.group_ids),
+    )  # fmt: skip
     unscored: list[Tensor] = []  # filled with the rows whose gradient is 0, before any backward
     if grad:
         asked = replace(asked, **_inputs_with_safe_gradients(asked, unscored))
@@ -112,12 +115,20 @@ def _text(error: BaseException) -> str:
 
 
 def _versions(batch: RewardBatch) -> dict[str, int]:
-    """How often each tensor of the batch has been written to; inference tensors do not count that."""
+    """How often the tensors of each field of the batch have been written to; inference tensors do not count that."""
+    fields = {name: [] if tensor is None else [tensor] for name, tensor in batch.tensors().items()}
+    fields["conditions"] = [image for images in batch.conditions or [] for image in images]
     return {
-        name: tensor._version
-        for name, tensor in batch.tensors().items()
-        if tensor is not None and not tensor.is_inference()
+        name: sum(tensor._version for tensor in tensors if not tensor.is_inference())
+        for name, tensors in fields.items()
     }
+
+
+def _copied(value: Any) -> Any:
+    """Metadata with its own lists and mappings, to any depth; what else they hold is shared."""
+    if isinstance(value, dict):
+        return {key: _copied(each) for key, each in value.items()}
+    return [_copied(each) for each in value] if isinstance(value, list) else value
 
 
 def _check_inputs(reward: Reward, batch: RewardBatch, *, grad: bool) -> None:

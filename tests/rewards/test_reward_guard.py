@@ -68,6 +68,31 @@ def test_exception_names_the_reward():
     assert isinstance(caught.value.__cause__, KeyError)
 
 
+def test_what_a_reward_changes_in_its_batch_stays_there():
+    metadata, image = {"words": ["a"], "box": {"x": 1}}, torch.zeros(3, 4, 4)
+    batch = RewardBatch(
+        prompts=["p"], images=torch.rand(1, 3, 4, 4), metadata=[metadata], sample_ids=[7], group_ids=[5]
+    )
+
+    def change(own):
+        own.prompts[0] = "q"
+        own.metadata[0]["words"].append("b")
+        own.metadata[0]["box"]["x"] = 2
+        own.sample_ids[0] = own.group_ids[0] = 0
+        return fixed([1.0]).answer(own)
+
+    score(Plain(change), batch)
+    assert metadata == {"words": ["a"], "box": {"x": 1}}
+    assert (batch.prompts, batch.sample_ids, batch.group_ids) == (["p"], [7], [5])
+
+    def paint(own):
+        own.conditions[0][0].add_(1)
+        return fixed([1.0]).answer(own)
+
+    with pytest.raises(RewardError, match="wrote into the conditions of its batch"):
+        score(Plain(paint), RewardBatch(prompts=["p"], images=torch.rand(1, 3, 4, 4), conditions=[[image]]))
+
+
 def test_no_gradients():
     batch = RewardBatch(prompts=["a"], images=torch.rand(1, 3, 4, 4, requires_grad=True))
     output = score(Plain(brightness), batch)
