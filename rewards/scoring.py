@@ -6,7 +6,9 @@ import queue
 import threading
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
+from typing import Self
 
 from rewards.answers import cat, no_answer
 from rewards.base import Reward, RewardBatch, RewardOutput, channels_of
@@ -20,7 +22,8 @@ class Scoring:
 
     A reward that is elsewhere (its spec) is asked in a thread, in this order, so that the caller makes the next part
     meanwhile, at most AHEAD parts ahead; its parts go to the CPU. Any other is asked at once, and the part is then free.
-    What the reward raises, the next `add` or `result` raises."""
+    What the reward raises, the next `add` or `result` raises. As a context: an exception in it ends the thread after the part
+    that it asks about."""
 
     def __init__(self, reward: Reward) -> None:
         self._reward = reward
@@ -30,7 +33,20 @@ class Scoring:
         self._queue: queue.Queue[RewardBatch | None] = queue.Queue(AHEAD)
         self._error: BaseException | None = None
         self._thread: threading.Thread | None = None
+        self._stopped = False
         self.waited = 0.0  # seconds in which the caller waited for scores
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if error is None or self._thread is None:
+            return
+        self._stopped = True
+        with suppress(queue.Empty):  # so that there is room for the end; nobody else puts
+            while True:
+                self._queue.get_nowait()
+        self._queue.put(None)
 
     def add(self, part: RewardBatch) -> None:
         self._prompts += part.prompts
@@ -61,7 +77,9 @@ class Scoring:
 
     def _work(self) -> None:
         while (part := self._queue.get()) is not None:
-            if self._error is None:  # after an error the rest is only taken, so that nobody waits to put it
+            if (
+                self._error is None and not self._stopped
+            ):  # after an error the rest is only taken, so that nobody waits to put it
                 try:
                     self._outputs.append(score(self._reward, part, max_fail_rate=1.0))
                 except BaseException as error:
@@ -74,8 +92,8 @@ class Scoring:
 
 def score_chunks(reward: Reward, chunks: Iterable[RewardBatch], *, max_fail_rate: float = 0.5) -> RewardOutput:
     """The answers on consecutive parts of a batch as one, see `Scoring`; how many may fail is judged over all parts."""
-    scoring = Scoring(reward)
-    for chunk in chunks:
-        scoring.add(chunk)
-        del chunk  # else it would live until the next one is made
-    return scoring.result(max_fail_rate)
+    with Scoring(reward) as scoring:
+        for chunk in chunks:
+            scoring.add(chunk)
+            del chunk  # else it would live until the next one is made
+        return scoring.result(max_fail_rate)

@@ -21,6 +21,7 @@ from flowalign.rollouts.task import Rollout, Task
 from flowalign.rollouts.tree_plot import plot_tree
 from rewards import Reward, RewardOutput
 from rewards.answers import at_rows, cat
+from rewards.guard import MAX_FAIL_RATE, check_rate
 from samplers import Forest, rollout, sampled
 
 
@@ -117,10 +118,14 @@ def _scored(
         parts = [part.without(failed) for part in parts] + again
         output = cat([at_rows(output, kept.nonzero().flatten()), more])
         refilled += len(failed)
-    if len(parts) == 1:
-        return parts[0].forest, output, refilled
-    forest, order = joined(grow(task.rollout, task.seed, iteration, share), share.start, parts)
-    return forest, at_rows(output, order), refilled
+    rolling.check_states()
+    forest = parts[0].forest
+    if len(parts) > 1:
+        forest, order = joined(grow(task.rollout, task.seed, iteration, share), share.start, parts)
+        output = at_rows(output, order)
+    texts = [prompts[share.start + group].prompt for group in forest.tree.group[forest.tree.leaves].tolist()]
+    check_rate(task.reward.name, output, texts, list(range(len(texts))), MAX_FAIL_RATE)  # of what no refill could mend
+    return forest, output, refilled
 
 
 def _together(settings: Rollout, reward: Reward, groups: Sequence[int]) -> list[Sequence[int]]:
@@ -135,17 +140,18 @@ def _together(settings: Rollout, reward: Reward, groups: Sequence[int]) -> list[
 def _attempt(
     rolling: Rolling, task: Task, prompts: Sequence[PromptRecord], together: Sequence[Sequence[int]], attempt: int = 0
 ) -> tuple[list[Part], RewardOutput]:
-    """Sets of groups, rolled out one after the other, and the answer on all their leaves in this order."""
-    judging, parts = Judging(task, prompts, task.reward), []
-    for groups in together:
-        part = rolling.part(groups, attempt)
-        decoding = task.counts.decode_seconds
-        judging.add(part.owner, part.forest.at(part.forest.tree.leaves))
-        parts.append(part)
-        rolling.seconds["decode"] += task.counts.decode_seconds - decoding
-    output = judging.result()
+    """Sets of groups, rolled out one after the other, and the answer on all their leaves in this order, however many failed."""
+    parts = []
+    with Judging(task, prompts, task.reward) as judging:
+        for groups in together:
+            part = rolling.part(groups, attempt)
+            decoding = task.counts.decode_seconds
+            judging.add(part.owner, part.forest.at(part.forest.tree.leaves))
+            parts.append(part)
+            rolling.seconds["decode"] += task.counts.decode_seconds - decoding
+        output = judging.result(max_fail_rate=1.0)
     if task.reward.spec.elsewhere:
-        rolling.seconds["reward_hidden"] += output.elapsed - judging.waited
+        rolling.seconds["reward_hidden"] += max(0.0, output.elapsed - judging.waited)
     return parts, output
 
 

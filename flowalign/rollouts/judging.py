@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -45,11 +46,17 @@ def decoded(
 
 class Judging:
     """Latents scored by one reward, in parts of rollout.micro_batch (of a groupwise one: whole groups): a part is decoded,
-    scored and freed before the next, or scored elsewhere while the next is made."""
+    scored and freed before the next, or scored elsewhere while the next is made. A context, as `rewards.Scoring` is."""
 
     def __init__(self, task: Task, prompts: Sequence[PromptRecord], reward: Reward) -> None:
         self._task, self._prompts, self._reward = task, prompts, reward
         self._scoring, self._order = Scoring(reward), list[int]()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        self._scoring.__exit__(kind, error, traceback)
 
     def add(self, owner: Tensor, latents: Tensor, sigma: Tensor | None = None) -> None:
         """Latents [n, *] of the groups `owner` [n], at the noise levels sigma [n] (None: 0). Groups come whole."""
@@ -63,9 +70,9 @@ class Judging:
                 decoded(task, self._prompts, owner[rows], latents[on_device], spec.inputs, levels, numbers)
             )
 
-    def result(self) -> RewardOutput:
+    def result(self, max_fail_rate: float = 0.5) -> RewardOutput:
         """The answer on all that was added, in its order; see `rewards.Scoring.result`."""
-        output, order = self._scoring.result(), torch.tensor(self._order, dtype=torch.long)
+        output, order = self._scoring.result(max_fail_rate), torch.tensor(self._order, dtype=torch.long)
         return output if bool((order.diff() == 1).all()) else at_rows(output, order.argsort())
 
     @property
@@ -76,9 +83,9 @@ class Judging:
 
 def judge(
     task: Task, prompts: Sequence[PromptRecord], owner: Tensor, latents: Tensor, reward: Reward,
-    sigma: Tensor | None = None,
+    sigma: Tensor | None = None, max_fail_rate: float = 0.5,
 ) -> RewardOutput:  # fmt: skip
     """The scores of latents [n, *] of the groups `owner` [n], see `Judging`."""
-    judging = Judging(task, prompts, reward)
-    judging.add(owner, latents, sigma)
-    return judging.result()
+    with Judging(task, prompts, reward) as judging:
+        judging.add(owner, latents, sigma)
+        return judging.result(max_fail_rate)

@@ -21,7 +21,9 @@ from flowalign.rollouts.judging import decoded, judge
 from flowalign.rollouts.previews import Previews
 from flowalign.rollouts.sources import by_source, hinted, roles_of
 from flowalign.rollouts.task import Rollout, Task
-from rewards import RewardBatch
+from rewards import RewardBatch, RewardOutput
+from rewards.answers import cat
+from rewards.guard import MAX_FAIL_RATE, check_rate
 from samplers import SOURCES, FlowSDE, Forest, KeyedNoise, Tree, Velocity, rollout, sampled, unscored
 from samplers.noise import generator, visits
 
@@ -56,6 +58,7 @@ class Rolling:
     ) -> None:  # fmt: skip
         self._task, self._prompts, self._iteration, self._roll = task, prompts, iteration, roll
         self._keep_velocities, self.seconds = keep_velocities, defaultdict[str, float](float)
+        self._state_answers = defaultdict[str, list[tuple[RewardOutput, list[str]]]](list)  # by process reward
         policy, settings = task.policy, task.rollout
         negative = settings.guidance_scale != 1
         self.conditions = self._hinted = policy.encode(prompts, negative=negative)
@@ -80,6 +83,12 @@ class Rolling:
         if task.process_rewards:
             self.seconds["process"] += time.perf_counter() - rolled
         return Part(numbers, forest)
+
+    def check_states(self) -> None:
+        """RewardError if a process reward has no score for more than half of the states of all parts together."""
+        for name, answers in self._state_answers.items():
+            output, prompts = cat([each for each, _ in answers]), [text for _, texts in answers for text in texts]
+            check_rate(name, output, prompts, list(range(len(prompts))), MAX_FAIL_RATE)
 
     def _velocity(self, tree: Tree, numbers: Tensor) -> Velocity:
         """The velocities of the states of `tree`, whose groups are `numbers` [G] of the prompts."""
@@ -151,7 +160,10 @@ class Rolling:
             if reward.spec.scope == "completion":
                 states = completed(forest, nodes, reward.spec.completion_steps, velocity, task.rollout.micro_batch)
                 sigma = torch.zeros_like(sigma)
-            output = judge(task, self._prompts, numbers[forest.tree.group[nodes]], states, reward, sigma)
+            owner = numbers[forest.tree.group[nodes]]
+            output = judge(task, self._prompts, owner, states, reward, sigma, max_fail_rate=1.0)
+            texts = [self._prompts[number].prompt for number in owner.tolist()]
+            self._state_answers[reward.name].append((output, texts))
             for channel, column in zip(output.channels, output.scores.T, strict=True):
                 forest = forest.with_scores(channel, at_nodes(forest, nodes, column))
         return forest

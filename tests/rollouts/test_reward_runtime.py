@@ -53,7 +53,7 @@ def test_a_groupwise_reward_gets_whole_groups_whatever_the_micro_batch(tiny_pipe
 
 @pytest.mark.parametrize("plan", [Chain(), Branch(3)], ids=["chain", "tree"])
 def test_scoring_elsewhere_runs_beside_the_rollout_and_changes_no_score(tiny_pipeline: Path, plan) -> None:
-    """The reward holds its first batch back until the second set of groups is being rolled out."""
+    """The reward holds its first batch back until the last set of groups is being rolled out."""
     further, threads = threading.Event(), set()
 
     def held_back(batch: RewardBatch) -> RewardOutput:
@@ -67,7 +67,7 @@ def test_scoring_elsewhere_runs_beside_the_rollout_and_changes_no_score(tiny_pip
 
     def roll(*arguments, **options):
         rolled.append(len(arguments[1]))
-        if len(rolled) == 2:  # a serial run would wait for the reward before, for ever
+        if len(rolled) == 4:  # a serial run would wait for the reward before, for ever
             further.set()
         return rollout(*arguments, **options)
 
@@ -159,6 +159,68 @@ def test_a_group_without_a_score_is_rolled_out_again_with_other_noise(tiny_pipel
     assert again.metrics["cost/rollout_per_image"] == pytest.approx(plain.metrics["cost/rollout_per_image"] * 6 / 4)
     given_up = collect(task_of(tiny_pipeline, Chain(), Plain(Flaky(9), spec), refill=1), FOUR, 0)
     assert int((~given_up.valid).sum()) == 1
+
+
+def dull(groups: set[int], times: int, **spec) -> Plain:
+    """Brightness, without a score for the groups in its first `times` batches that hold one of them."""
+    asked = []
+
+    def answer(batch: RewardBatch) -> RewardOutput:
+        output, rows = brightness(batch), [row for row, group in enumerate(batch.group_ids) if group in groups]
+        asked.extend([1] if rows else [])
+        output.valid[rows if len(asked) <= times else []] = False
+        return output
+
+    return Plain(answer, RewardSpec(**spec))
+
+
+def test_how_many_may_fail_is_judged_after_the_refills(tiny_pipeline: Path) -> None:
+    """A refill asks again about the worst groups alone, most of which may fail again: no more than before."""
+    once = collect(task_of(tiny_pipeline, Chain(), dull({1}, 9), refill=0), FOUR, 0)
+    again = collect(task_of(tiny_pipeline, Chain(), dull({1}, 9), refill=2), FOUR, 0)
+    assert torch.equal(again.valid, once.valid) and int((~again.valid).sum()) == 3
+    assert again.metrics["cost/refilled_groups"] == 2
+    mended = collect(task_of(tiny_pipeline, Chain(), dull({0, 1, 2, 3}, 1), refill=1), FOUR, 0)
+    assert bool(mended.valid.all())
+    with pytest.raises(RewardError, match=r"9 of 12 samples have no score.*The first, sample 0 .*KITE"):
+        collect(task_of(tiny_pipeline, Chain(), dull({0, 1, 2}, 9), refill=1), FOUR, 0)
+
+
+def test_how_many_states_may_fail_is_judged_over_all_sets_of_groups(tiny_pipeline: Path) -> None:
+    """Where the run's reward lives decides how many groups are rolled out at once, not whether a process reward fails."""
+    for spec in (RewardSpec(), ELSEWHERE):
+        reward, process = Plain(brightness, spec), dull({1}, 9, scope="completion")
+        batch = collect(task_of(tiny_pipeline, Chain(), reward, micro_batch=4, process_rewards=[process]), FOUR, 0)
+        groups = batch.forest.tree.group[batch.forest.scores["plain"].isfinite()]
+        assert sorted(groups.unique().tolist()) == [0, 2, 3]
+    process = dull({0, 1, 2}, 99, scope="completion")
+    with pytest.raises(RewardError, match="36 of 48 samples have no score"):
+        collect(task_of(tiny_pipeline, Chain(), reward, micro_batch=4, process_rewards=[process]), FOUR, 0)
+
+
+def test_a_rollout_that_ends_early_asks_for_nothing_more(tiny_pipeline: Path) -> None:
+    """Ctrl-C while the first set is being scored and the second waits: the rewards are closed next."""
+    going, asked, threads = threading.Event(), [], []
+
+    def held_back(batch: RewardBatch) -> RewardOutput:
+        threads.append(threading.current_thread())
+        asked.append(set(batch.group_ids))
+        assert going.wait(60)
+        return brightness(batch)
+
+    def roll(*arguments, **options):
+        rolled.append(1)
+        if len(rolled) == 4:
+            raise KeyboardInterrupt
+        return rollout(*arguments, **options)
+
+    rolled: list[int] = []
+    with pytest.raises(KeyboardInterrupt):
+        collect(task_of(tiny_pipeline, Chain(), Plain(held_back, ELSEWHERE), micro_batch=4), FOUR, 0, roll=roll)
+    going.set()
+    for thread in threads:
+        thread.join(60)
+    assert asked in ([], [{0}]) and not any(thread.is_alive() for thread in threads)
 
 
 @dataclass(frozen=True)
