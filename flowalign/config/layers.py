@@ -58,8 +58,17 @@ def merge(former: yaml.Node, later: yaml.Node) -> yaml.Node:
     if len(set(named)) > 1:
         return later
     for name, (key, value) in new.items():
-        old[name] = (key, merge(old[name][1], value) if name in old else value)
+        old[name] = (
+            key,
+            merge(old[name][1], value) if name in old and not _other_place(name, old[name][1], value) else value,
+        )
     return yaml.MappingNode(later.tag, list(old.values()), later.start_mark, later.end_mark)
+
+
+def _other_place(name: str, former: yaml.Node, later: yaml.Node) -> bool:
+    """Whether a reward goes to another place, to which the arguments of its former one do not go along."""
+    both = isinstance(former, yaml.MappingNode) and isinstance(later, yaml.MappingNode)
+    return name == "place" and both and entries_of(former).keys() != entries_of(later).keys()
 
 
 def entries_of(node: yaml.Node) -> dict[str, tuple[yaml.Node, yaml.Node]]:

@@ -48,7 +48,7 @@ def _put(node: yaml.Node | None, kind: Parameter, keys: list[str], text: str, ov
         return _put(node, kind, [], text, override)
     part = as_part(node) if node is not None and is_text(node) else node
     if keys[0] == "place" and kind.contract is Reward:
-        return _with(part, "place", ANYTHING, keys[1:], text, override)
+        return _with(_at_place(part, keys[1:2]), "place", ANYTHING, keys[1:], text, override)
     if keys[0] in ("class_path", "init_args"):
         inner = Parameter(dict[str, Any])
         return _with(part, keys[0], inner, keys[1:], text, override) if len(keys) == 1 else _put(
@@ -61,6 +61,17 @@ def _put(node: yaml.Node | None, kind: Parameter, keys: list[str], text: str, ov
         else None
     )
     return _set(part, "init_args", _with(former, keys[0], names.get(keys[0], ANYTHING), keys[1:], text, override))
+
+
+def _at_place(part: yaml.Node | None, word: list[str]) -> yaml.Node | None:
+    """The part, without its place if that is another than the one whose arguments are set, or is a word without arguments."""
+    if not word or not isinstance(part, yaml.MappingNode) or "place" not in entries_of(part):
+        return part
+    place = entries_of(part)["place"][1]
+    if isinstance(place, yaml.MappingNode) and list(entries_of(place)) == word:
+        return part
+    pairs = [pair for name, pair in entries_of(part).items() if name != "place"]
+    return yaml.MappingNode(part.tag, pairs, part.start_mark, part.end_mark)
 
 
 def _with(

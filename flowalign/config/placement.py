@@ -37,6 +37,10 @@ def placed(node: yaml.MappingNode, key: str, check: Callable[[yaml.Node], yaml.M
     given = [] if options is None or is_null(options) else options.value
     if not isinstance(given, list) or (options is not None and isinstance(options, yaml.SequenceNode)):
         raise ConfigError(f"got {key}.place.{word.value}={given!r}; expected a mapping of arguments")
+    if any(given_name.value == "reward" for given_name, _ in given):
+        raise ConfigError(
+            f"got {key}.place.{word.value}.reward; expected the reward under {key}.class_path, and here arguments of its place"
+        )
     inner = check(inner)
     if around is None:
         if given:

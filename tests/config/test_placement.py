@@ -37,8 +37,17 @@ def test_a_word_with_arguments_and_over_another_file(tmp_path: Path) -> None:
     assert read(tmp_path, text, "reward.place.worker.timeout=9").timeout == 9
     assert read(tmp_path, text, "reward.place=process") == JPEGCompressibility()
     (tmp_path / "own.yaml").write_text(f"reward: {JPEG}")
+    assert read(tmp_path, text, "reward.place.http.budget=200").budget == 200  # nothing of the worker's goes along
+    assert load_reward([JPEG, "reward.place=worker", "reward.place.worker.timeout=9"]).timeout == 9
+    assert load_reward([JPEG, "reward.place=http", "reward.place.worker.timeout=9"]).timeout == 9
     (tmp_path / "place.yaml").write_text("reward: {place: {http: {url: 'http://10.0.0.1:80'}}}")
     assert load_reward([str(tmp_path / "own.yaml"), str(tmp_path / "place.yaml")]).url == "http://10.0.0.1:80"
+    (tmp_path / "worker.yaml").write_text("reward: {place: {worker: {timeout: 5}}}")
+    layers = [str(tmp_path / f"{name}.yaml") for name in ("own", "worker", "place")]
+    assert load_reward(layers).url == "http://10.0.0.1:80"
+    (tmp_path / "place.yaml").write_text("reward: {place: {worker: {batch_size: 2}}}")
+    merged = load_reward(layers)
+    assert (merged.timeout, merged.batch_size) == (5, 2)
 
 
 def test_a_part_of_a_mix_lives_elsewhere_by_itself(tmp_path: Path) -> None:
@@ -69,6 +78,10 @@ def test_what_is_saved_gives_the_same_reward(tmp_path: Path) -> None:
         ("{worker: {}, http: {}}", "got reward.place='several words'"),
         ("{worker: 3}", "got reward.place.worker='3'; expected a mapping of arguments"),
         ("{worker: [3]}", "expected a mapping of arguments"),
+        (
+            "{worker: {reward: rewards.OCR}}",
+            "got reward.place.worker.reward; expected the reward under reward.class_path",
+        ),
         ("{process: {timeout: 3}}", "got reward.place.process with arguments; expected none"),
         ("{worker: {timeuot: 3}}", "timeuot"),
         ("offload", "it has no method `offload(self) -> None`"),
