@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -121,13 +122,22 @@ def gather_output(processes: Processes, tree: Tree, output: RewardOutput) -> Rew
         by_process = processes.gather(values)
         return by_process.new_empty(by_process.shape).index_copy(0, order.to(by_process.device), by_process)
 
-    components = {name: gathered(values) for name, values in sorted(output.components.items())}
+    lacking = output.scores.new_full((len(output.scores),), torch.nan)  # a component that only other shares have
+    names = _all_names(processes, output.components)
+    components = {name: gathered(output.components.get(name, lacking)) for name in names}
     uncertain = processes.total(output.uncertainty is not None) > 0  # a share may hold no sample whose part states one
     uncertainty = torch.full_like(output.scores, torch.nan) if output.uncertainty is None else output.uncertainty
     return RewardOutput(
         gathered(output.scores), gathered(output.valid), components, elapsed=output.elapsed,
         uncertainty=gathered(uncertainty) if uncertain else None, channels=output.channels,
     )  # fmt: skip
+
+
+def _all_names(processes: Processes, own: Iterable[str]) -> list[str]:
+    """The names that some process has, in one order for all."""
+    text = json.dumps(sorted(own)) + "\n"
+    told = bytes(processes.gather(torch.tensor(list(text.encode()), dtype=torch.uint8)).tolist()).decode()
+    return sorted({name for line in told.splitlines() for name in json.loads(line)})
 
 
 def _by_process(processes: Processes, tree: Tree) -> Tensor:

@@ -36,7 +36,7 @@ DARK = {"window": 0.535, "selected": 0.5418}
 class Moody:
     """Brightness for the first words; the same for every image of LAMP and ROSE; no answer for the dark images of MOON.
 
-    Uncertain by half of its score."""
+    Uncertain by half of its score. Its component is there for some words only, so that one process has none."""
 
     dark: float
     name: str = "moody"
@@ -52,7 +52,8 @@ class Moody:
         valid = torch.ones(len(scores), dtype=torch.bool)
         moons = torch.tensor(["MOON" in prompt for prompt in batch.prompts])
         valid[moons & (scores < self.dark)] = False
-        return RewardOutput(torch.where(dull, 0.5, scores), valid, uncertainty=scores / 2)
+        parts = {"moon": torch.where(moons, scores, torch.nan)} if bool(moons.any()) else {}
+        return RewardOutput(torch.where(dull, 0.5, scores), valid, parts, uncertainty=scores / 2)
 
 
 @dataclass(frozen=True)
