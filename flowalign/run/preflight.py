@@ -50,7 +50,7 @@ def forecast(config: TrainConfig) -> str:
             f"per iteration: {images} images, at most {update.trained} trained states, {update.updates} update(s)",
             f"network evaluations per image: rollout {sample / images:.2f}, update at most {train / images:.2f} "
             "forward and backward" + (f", without gradient at most {frozen / images:.2f}" if frozen else ""),
-            f"whole run: at most {before + run.iterations * (sample + frozen):,} forwards, {run.iterations * train:,} with "
+            f"whole run: at most {before + run.iterations * (sample * (1 + rollout.refill) + frozen):,} forwards, {run.iterations * train:,} with "
             "backward",
             *notes,
         ]
@@ -67,6 +67,10 @@ def _notes(config: TrainConfig, cost: Cost, samples: int, probes: int) -> list[s
         notes.append(f"probes: {probes / samples:.2f} per image, decoded and scored but not counted as images")
     if cost.previews:
         notes.append(f"previews: {cost.previews / samples:.2f} per image, decoded and scored to select, then discarded")
+    if rollout.refill:
+        notes.append(
+            f"refill: the whole run counts {rollout.refill} further rollouts of each group, for a score that it lacks"
+        )
     if rollout.reward_guidance is not None:
         path = path_of(config.policy.path, config.policy.family)
         tree = grow(rollout, 0, 0, [0])

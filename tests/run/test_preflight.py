@@ -1,5 +1,6 @@
 """What is said before a run: the forecast."""
 
+import re
 from pathlib import Path
 
 from flowalign.config import load_config
@@ -36,6 +37,14 @@ def test_previews_are_stated(tmp_path: Path) -> None:
     assert "3 iterations × 2 prompts × 4 images = 24 images" in printed and "rollout 7.00" in printed
     assert "previews: 2.00 per image, decoded and scored to select, then discarded" in printed
     assert "previews" not in text(tmp_path)
+
+
+def test_refills_are_in_the_most_expensive_case(tmp_path: Path) -> None:
+    """3 iterations × 2 prompts × 7 velocities, once more for each refill; nothing else becomes more."""
+    plain, refilled = text(tmp_path), text(tmp_path, "rollout.refill=2")
+    (least,), (most,) = (re.findall(r"whole run: at most ([\d,]+) forwards", each) for each in (plain, refilled))
+    assert int(most) - int(least) == 2 * (3 * 2 * 7)
+    assert "refill: the whole run counts 2 further rollouts of each group" in refilled and "refill" not in plain
 
 
 def test_guidance_that_differs_is_said(tmp_path: Path) -> None:
