@@ -32,6 +32,7 @@ MAY_CHANGE_NOTED = re.compile(
 )
 # What it may never change beside those: the saved weights, optimizer state and base evaluation belong to it.
 MAY_NOT_CHANGE = re.compile(r"(policy|evaluation|reward)(\..*)?|trainer\.class_path")
+PLACED = ("InWorker", "Http", "Offloaded")  # what `place` puts around a reward
 
 
 Changes = dict[str, tuple[Any, Any]]  # dotted key -> former and new value
@@ -111,7 +112,7 @@ def _check_saved(folder: Path, plain: dict[str, Any]) -> None:
     try:
         saved = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
         every = saved["run"]["checkpoint_every"]
-        changes = _changes(saved, plain)
+        changes = _changes(_bare(saved), _bare(plain))
     except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
         why = " ".join(f"{type(error).__name__}: {error}".split())
         raise ConfigError(f"{folder / 'config.yaml'} is damaged ({why}): restore it, or remove {folder}") from error
@@ -121,6 +122,20 @@ def _check_saved(folder: Path, plain: dict[str, Any]) -> None:
 
 def _changes(saved: dict[str, Any], plain: dict[str, Any]) -> Changes:
     return {key: values for key, values in differences(saved, plain).items() if not MAY_CHANGE.fullmatch(key)}
+
+
+def _bare(value: Any) -> Any:
+    """A configuration in which every reward is in the run's process: where it lives does not change its scores, so a resumed run
+    may change that; `describe` notes it. A fingerprint that was written down stays, it accepts a reward that differs."""
+    if isinstance(value, list):
+        return [_bare(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    package, _, name = str(value.get("class_path")).rpartition(".")
+    if package.partition(".")[0] != "rewards" or name not in PLACED:
+        return {key: _bare(each) for key, each in value.items()}
+    accepted = value["init_args"].get("fingerprint")
+    return _bare(value["init_args"]["reward"]) | ({} if accepted is None else {"fingerprint": accepted})
 
 
 def _check_changes(folder: Path, changes: Changes, resume: str) -> None:

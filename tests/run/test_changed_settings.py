@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from flowalign import build
+from flowalign.config import load_config
 from flowalign.data import PromptRecord
 from flowalign.errors import ConfigError
 from flowalign.models import Policy
@@ -20,7 +21,7 @@ from flowalign.run.run import Run
 from flowalign.storage import checkpoint
 from flowalign.storage.files import write_atomic
 from flowalign.storage.metrics_log import read_rows
-from tests.helpers.tiny_run import run_it
+from tests.helpers.tiny_run import CONFIG, run_it
 
 MAX_DRIFT = "trainer.init_args.max_drift"
 
@@ -121,6 +122,38 @@ def test_any_trainers_micro_batch_and_a_rewards_workers_are_speed(run: Path) -> 
     for key, other in (("trainer__init_args__loss__micro_batch", 1), (f"reward__{recognizer}__detect", False)):
         with pytest.raises(ConfigError, match=key.replace("__", r"\.")):
             open_folder(run, changed(run, **{key: other}))
+
+
+def test_where_a_reward_lives_changes_freely_and_is_noted(run: Path) -> None:
+    """Its scores are the same there, and a server may have moved. Another reward at that place is another reward."""
+    jpeg = changed(run)["reward"]
+    for place in (
+        "{worker: {timeout: 5}}",
+        "{http: {url: 'http://127.0.0.1:9'}}",
+        "{http: {url: 'http://127.0.0.1:8'}}",
+        "null",
+    ):
+        overrides = [
+            f"policy.path={changed(run)['policy']['path']}",
+            f"run.output={run.parent}",
+            f"reward.place={place}",
+        ]
+        _, plain = load_config(CONFIG, [*overrides, "run.iterations=1"])
+        open_folder(run, plain).close()
+        describe(run, plain)
+    first = changes(run)[0]["settings"]
+    assert first["reward.class_path"] == {"from": "rewards.JPEGCompressibility", "to": "rewards.InWorker"}
+    assert changes(run)[2]["settings"] == {
+        "reward.init_args.url": {"from": "http://127.0.0.1:9", "to": "http://127.0.0.1:8"}
+    }
+    assert changed(run)["reward"] == jpeg
+    for other in ({"class_path": "rewards.OCR"}, {**jpeg, "init_args": {"quality": 3}}):
+        placed = {"class_path": "rewards.InWorker", "init_args": {"reward": other}}
+        with pytest.raises(ConfigError, match=r"got another reward\."):
+            open_folder(run, changed(run, reward=placed))
+    accepted = {"class_path": "rewards.Http", "init_args": {"reward": jpeg, "fingerprint": "0" * 16}}
+    with pytest.raises(ConfigError, match=r"got another reward\.fingerprint"):
+        open_folder(run, changed(run, reward=accepted))
 
 
 def test_what_is_only_shown_or_kept_changes_without_a_word(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,6 +24,7 @@ def test_the_training_reward_is_among_them_once_and_under_a_name_of_its_own() ->
     assert names(EDIT) == ["jpeg_compressibility", "ocr"]
     assert names(EDIT, EXACT) == ["ocr", "ocr_training"]
     assert names(EDIT, EXACT.replace("exact", "edit")) == ["ocr"]
+    assert names("reward.place=worker") == ["jpeg_compressibility"]  # wherever it lives
     assert names(EDIT, EXACT, "evaluation.training_reward=false") == ["ocr"]
 
 
