@@ -53,7 +53,7 @@ def test_a_groupwise_reward_gets_whole_groups_whatever_the_micro_batch(tiny_pipe
 
 @pytest.mark.parametrize("plan", [Chain(), Branch(3)], ids=["chain", "tree"])
 def test_scoring_elsewhere_runs_beside_the_rollout_and_changes_no_score(tiny_pipeline: Path, plan) -> None:
-    """The reward holds its first batch back until the last set of groups is being rolled out."""
+    """The reward holds its first batch back until the second set of groups has been rolled out."""
     further, threads = threading.Event(), set()
 
     def held_back(batch: RewardBatch) -> RewardOutput:
@@ -67,9 +67,10 @@ def test_scoring_elsewhere_runs_beside_the_rollout_and_changes_no_score(tiny_pip
 
     def roll(*arguments, **options):
         rolled.append(len(arguments[1]))
-        if len(rolled) == 4:  # a serial run would wait for the reward before, for ever
+        forest = rollout(*arguments, **options)
+        if len(rolled) == 2:  # a serial run would wait for the reward before, for ever
             further.set()
-        return rollout(*arguments, **options)
+        return forest
 
     beside = collect(task, FOUR, 0, roll=roll)
     assert len(rolled) == 4 and len(threads) == 1 and threading.main_thread() not in threads
