@@ -1,13 +1,15 @@
 """Rewards: images, videos or latents with text in, scores out. Imports neither samplers nor trainers.
 
-A new reward is one new file, or a plain function named by its path; YAML names the class by import path. base: the
-contract; guard: `score`, through which every caller asks a reward (isolation: what it may change); mix, channels, ensembles,
-shaping, augmented, frames, with_timeout: rewards made of others (parts: what they share); function: a plain function; monitors,
-motion, diversity: statistics without a model (features: how alike two pictures are); inverse_dynamics: whether a video shows its
-actions; ctrl_u: losses weighted by certainty;
-image/: pretrained networks; qwen/: Qwen-VL with a regression head; judges/: vision-language models that are asked through a
-chat endpoint; ocr/, geneval/ and workers/: reading text, checking objects, and helper processes; remote/: rewards in another
-process, or behind HTTP.
+A new reward is one new file, or a plain function named by its path; YAML names the class by import path.
+
+base: the contract. guard: `score`, through which every caller asks a reward (isolation: what it may change; duplicates: equal
+samples are asked once; answers: parts of an answer). scoring: many batches, in a thread if the reward is elsewhere. listing: what
+rewards there are.
+mix, channels, ensembles, shaping, augmented, frames, completion, with_timeout, offloaded: rewards made of others (parts: what
+they share). function: a plain function. color, jpeg, monitors, motion, diversity: without a model (features: how alike two
+pictures are). inverse_dynamics: whether a video shows its actions. ctrl_u: losses weighted by certainty.
+image/: pretrained networks. qwen/: Qwen-VL with a regression head. judges/: vision-language models that are asked through a chat
+endpoint. ocr/, geneval/: reading text, checking objects. remote/: rewards in another process (workers/), or behind HTTP.
 """
 
 from rewards.augmented import Augmented

@@ -1,4 +1,4 @@
-"""`python -m rewards [NAME ...] [--wide] [--json]`: the rewards there are, and what is known of each without a model."""
+"""`python -m rewards [NAME ...] [--wide] [--json]`: prints the list of rewards (rewards.listing)."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ NARROW = ("reward", "reads", "scope", "range", "channels", "gradient", "memory")
 NOTES = """\
 "of parts": as the rewards that it is made of; "as set": by its arguments. Other values are those of the default arguments.
 reads: beside prompts and metadata. gradient: to what it reads. memory: of its weights on a GPU: cpu none, S less than 2 GB, M 2
-to 8, L 8 to 20, XL more, or a server's. With a NAME all of one is shown, licence and checkpoint among it."""
+to 8, L 8 to 20, XL more, or a server's. With a NAME: all columns of one reward, licence and checkpoint among them."""
 
 
 def command(arguments: Sequence[str]) -> int:
-    """Prints the rewards. Exit code 0. ValueError for a name that is none and for an unknown option."""
+    """Prints the rewards. Exit code 0. ValueError for an unknown name or option."""
     parser = argparse.ArgumentParser(
         prog="rewards", description=__doc__, exit_on_error=False, allow_abbrev=False, add_help=False
     )
@@ -41,7 +41,7 @@ def command(arguments: Sequence[str]) -> int:
 
 
 def record(entry: Entry) -> str:
-    """All that is known of one reward, a line each."""
+    """All columns of one reward, a line each."""
     lines = {"": f"rewards.{entry.name}: {entry.about}", "kind": entry.kind, **cells(entry)}
     del lines["reward"]
     return "\n".join(
@@ -55,7 +55,7 @@ def table(found: Sequence[Entry], *, wide: bool) -> Iterator[str]:
     rows = [cells(entry) for entry in found]
     if not wide:
         rows = [
-            {**{key: row[key] for key in NARROW}, "channels": _short(entry)}
+            {**{key: row[key] for key in NARROW}, "channels": _count(entry.channels)}
             for entry, row in zip(found, rows, strict=True)
         ]
     widths = {key: max(len(key), *(len(row[key]) for row in rows)) for key in rows[0]}
@@ -69,8 +69,8 @@ def table(found: Sequence[Entry], *, wide: bool) -> Iterator[str]:
     yield f"\n{textwrap.fill(NOTES, WIDTH)}"
 
 
-def _short(entry: Entry) -> str:
-    return entry.channels if isinstance(entry.channels, str) else str(max(1, len(entry.channels)))
+def _count(channels: tuple[str, ...] | str) -> str:
+    return channels if isinstance(channels, str) else str(max(1, len(channels)))
 
 
 def _line(row: dict[str, str], widths: dict[str, int]) -> str:
@@ -78,7 +78,7 @@ def _line(row: dict[str, str], widths: dict[str, int]) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The exit code of `python -m rewards`: 2 for a name or an option that is none."""
+    """The exit code of `python -m rewards`: 2 for an unknown name or option."""
     try:
         return command(arguments)
     except (ValueError, argparse.ArgumentError) as error:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -15,22 +13,19 @@ def cat(outputs: list[RewardOutput]) -> RewardOutput:
 
     A component, or the uncertainty, that some parts lack is NaN there."""
     names = sorted({name for output in outputs for name in output.components})
+    scores, uncertain = [output.scores for output in outputs], [output.uncertainty for output in outputs]
 
     def joined(parts: list[Tensor | None], like: list[Tensor]) -> Tensor:
-        filled = [
-            torch.full_like(own, torch.nan) if part is None else part for part, own in zip(parts, like, strict=True)
-        ]
-        return torch.cat(filled)
+        known = zip(parts, like, strict=True)
+        return torch.cat([torch.full_like(other, torch.nan) if part is None else part for part, other in known])
 
-    scores, one = (
-        [output.scores for output in outputs],
-        [output.scores.new_empty(len(output.scores)) for output in outputs],
-    )
-    uncertain = [output.uncertainty for output in outputs]
     return RewardOutput(
         torch.cat(scores),
         torch.cat([output.valid for output in outputs]),
-        {name: joined([output.components.get(name) for output in outputs], one) for name in names},
+        {
+            name: joined([output.components.get(name) for output in outputs], [each[:, 0] for each in scores])
+            for name in names
+        },
         [text for output in outputs for text in output.info],
         sum(output.elapsed for output in outputs),
         None if all(part is None for part in uncertain) else joined(uncertain, scores),
@@ -39,13 +34,14 @@ def cat(outputs: list[RewardOutput]) -> RewardOutput:
 
 
 def at_rows(output: RewardOutput, rows: Tensor) -> RewardOutput:
-    """The answer on the samples `rows` [n] of those that were asked; -1: on none, so NaN and invalid. Keeps the graph."""
+    """The answer at the rows [n] of `output`; a row -1 is NaN and invalid. Keeps the graph."""
 
     def taken(part: Tensor) -> Tensor:
+        empty = False if part.dtype == torch.bool else torch.nan
         if not len(part):
-            return nothing(len(rows), part.shape[1:], part)
+            return part.new_full((len(rows), *part.shape[1:]), empty)
         index, missing = rows.clamp(min=0).to(part.device), (rows < 0).to(part.device)
-        return torch.where(missing.reshape(-1, *[1] * (part.ndim - 1)), nothing(1, (), part), part[index])
+        return torch.where(missing.reshape(-1, *[1] * (part.ndim - 1)), part.new_tensor(empty), part[index])
 
     return RewardOutput(
         taken(output.scores),
@@ -58,11 +54,7 @@ def at_rows(output: RewardOutput, rows: Tensor) -> RewardOutput:
     )
 
 
-def nothing(count: int, shape: Sequence[int], like: Tensor) -> Tensor:
-    """[count, *shape] NaN, or False for bools."""
-    return like.new_full((count, *shape), False if like.dtype == torch.bool else torch.nan)
-
-
-def no_answer(count: int, channels: int) -> RewardOutput:
-    """The answer on samples that a reward did not get."""
-    return RewardOutput(torch.full((count, channels), torch.nan), torch.zeros(count, channels, dtype=torch.bool))
+def no_answer(count: int, channels: int, info: str = "") -> RewardOutput:
+    """The answer on samples that have no score; info: why."""
+    valid = torch.zeros(count, channels, dtype=torch.bool)
+    return RewardOutput(torch.full((count, channels), torch.nan), valid, info=[info] * count)

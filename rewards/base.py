@@ -25,22 +25,23 @@ class RewardError(RuntimeError):
 
 @dataclass(frozen=True)
 class RewardSpec:
-    """What a reward reads and what it gives.
+    """What a reward reads and what it gives. ValueError for fields that contradict each other.
 
-    inputs: what a batch must have for it; () reads prompts and metadata only. scope: what it scores. "terminal": finished
-    samples (their latents, if it reads them, have sigma 0). The others are process rewards, of the states x_sigma of a rollout:
-    "completion": what `completion_steps` deterministic steps make of a state (1: its x0-prediction; None: all steps that are
-    left), of states up to the noise level `max_sigma`; "latent": the noisy state itself.
+    inputs: what a batch must have for it; () reads prompts and metadata only.
+    scope: what it scores. "terminal": finished samples (their latents, if it reads them, have sigma 0). The other two are
+      process rewards, of the states x_sigma of a rollout. "latent": the noisy state itself; "completion": what deterministic
+      steps make of it.
+    channels: names of the columns of its scores; () is one column, named like the reward.
+    differentiable: whether gradients reach its inputs (`score(..., grad=True)`).
+    range: smallest and largest score of every channel; a score outside is a RewardError. None: not known.
+    licence: of code and weights, for humans. checkpoint: the weights it loads, hub id or path.
+    memory: what its weights take on a GPU: "cpu" nothing, "S" less than 2 GB, "M" 2 to 8, "L" 8 to 20, "XL" more, or a server.
+    scores_black: False if an image without content has no score, since a face, say, must be found first; the trial before a
+      run then accepts that.
     groupwise: a score compares a sample with the others of its group (equal group_ids), so the reward gets whole groups.
-    channels: names of the columns of its scores; () is one column, named like the reward. differentiable: whether gradients
-    reach its inputs (`score(..., grad=True)`). range: smallest and largest score of every channel; a score outside is a
-    RewardError. licence: of code and weights, for humans. checkpoint: the weights it loads, hub id or path. memory: what its
-    weights take on a GPU: "cpu" nothing, "S" less than 2 GB, "M" 2 to 8, "L" 8 to 20, "XL" more, or a server. elsewhere: another
-    process computes it, and a call changes nothing in this one: a rollout goes on meanwhile, with the call in a thread.
-    scores_black: False if an image without content has no score, since a face, say, must be found first: the trial before a run
-    then does not ask for one.
-    ValueError for an unknown input, scope or memory, for channels of one name, for a range that is none, for a latent reward
-    that does not read latents alone, a groupwise one of states, and settings of completions where there are none."""
+    elsewhere: another process computes it, and a call changes nothing in this one: it may run in a thread beside the rollout.
+    completion_steps, max_sigma: of scope "completion" only. How many steps: 1 is the x0-prediction, None all that are left.
+      States noisier than max_sigma are not scored."""
 
     inputs: tuple[Input, ...] = ("images",)
     scope: Scope = "terminal"
@@ -200,7 +201,8 @@ class RewardOutput:
 
 
 class Reward(Protocol):
-    """A reward. Construction is cheap and a sample's score does not depend on its batch mates. Callers ask through `score`."""
+    """A reward. Construction is cheap; a sample's score does not depend on its batch mates (if groupwise: on those of other
+    groups). Callers ask through `score`."""
 
     @property
     def name(self) -> str:

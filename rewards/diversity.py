@@ -54,11 +54,9 @@ class GroupDiversity:
 
 def group_distances(features: Tensor, groups: list[int]) -> Tensor:
     """[N, N]: Euclidean distances between the rows of features [N, D] of one group; NaN between groups, and of a row to itself."""
+    if not groups:
+        return features.new_zeros(0, 0)
     group = torch.tensor(groups, device=features.device)
-    apart = group[:, None] != group[None, :]
+    apart = group[:, None] != group
     apart |= torch.eye(len(groups), dtype=torch.bool, device=features.device)
-    return (
-        torch.stack([(features - row).norm(dim=1) for row in features]).masked_fill(apart, torch.nan)
-        if groups
-        else apart.float()
-    )
+    return torch.stack([(features - row).norm(dim=1) for row in features]).masked_fill(apart, torch.nan)

@@ -30,11 +30,11 @@ def first_of_equals(batch: RewardBatch) -> Tensor:
 def _equal(batch: RewardBatch, tensors: list[Tensor], one: int, other: int) -> bool:
     sources = batch.conditions or [[]] * len(batch)
     try:
-        told = bool(batch.metadata[one] == batch.metadata[other])
+        same = bool(batch.metadata[one] == batch.metadata[other])
     except (ValueError, RuntimeError):  # arrays have no single truth
         return False
     return (
-        told
+        same
         and all(torch.equal(tensor[one], tensor[other]) for tensor in tensors)
         and len(sources[one]) == len(sources[other])
         and all(torch.equal(a, b) for a, b in zip(sources[one], sources[other], strict=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -27,7 +28,8 @@ def score(reward: Reward, batch: RewardBatch, *, grad: bool = False, max_fail_ra
     * Samples that are equal in all that a reward may read are scored once (unless grad, or the reward is groupwise).
     * A non-finite score, or one the reward marks invalid, is NaN with valid False, channel by channel. Components are NaN
       where no channel is valid.
-    * An exception (sys.exit too), a write into the batch's tensors, an answer of the wrong form (shape, dtype, channels) or a score outside spec.range is a RewardError.
+    * An exception (sys.exit too), a write into the batch's tensors, an answer of the wrong form (shape, dtype, channels) or a
+      score outside spec.range is a RewardError.
     * More than `max_fail_rate` of the batch invalid in one channel is a RewardError.
     * What the reward changes in the process is put back, see rewards.isolation (not where it is computed elsewhere).
 
@@ -40,11 +42,11 @@ def score(reward: Reward, batch: RewardBatch, *, grad: bool = False, max_fail_ra
     started = time.perf_counter()
     _check_inputs(reward, batch, grad=grad)
     channels, spec, finite = channels_of(reward), reward.spec, _finite_rows(batch)
-    once = torch.arange(len(batch))  # which sample is asked in the place of each
-    once = (once if grad or spec.groupwise else first_of_equals(batch)).masked_fill(~finite, -1)
-    kept = once[finite].unique()
+    # the number of the sample whose score each one gets
+    first = torch.arange(len(batch)) if grad or spec.groupwise else first_of_equals(batch)
+    kept = first[finite].unique()
     asked = batch if len(kept) == len(batch) else batch.select(kept)
-    asked = replace(  # for it to change
+    asked = replace(  # lists that the reward may change
         asked, prompts=list(asked.prompts), metadata=[_copied(row) for row in asked.metadata],
         sample_ids=list(asked.sample_ids), group_ids=list(asked.group_ids),
     )  # fmt: skip
@@ -70,29 +72,29 @@ def score(reward: Reward, batch: RewardBatch, *, grad: bool = False, max_fail_ra
     _check_range(reward, masked)
     output = replace(masked, channels=channels)
     if len(kept) < len(batch):
-        output = at_rows(output, torch.searchsorted(kept, once).masked_fill(~finite, -1))
-        said = zip(output.info, finite.tolist(), strict=True)
-        output = replace(output, info=[text if ok else "its input is not finite" for text, ok in said])
+        output = at_rows(output, torch.searchsorted(kept, first).masked_fill(~finite, -1))
+        reasons = zip(output.info, finite.tolist(), strict=True)
+        output = replace(output, info=[text if ok else "its input is not finite" for text, ok in reasons])
     check_rate(reward.name, output, batch.prompts, batch.sample_ids, max_fail_rate)
     return replace(output, elapsed=time.perf_counter() - started)
 
 
 def load(reward: Reward) -> None:
     """The reward's `load`, isolated as `score` is; RewardError if it fails."""
-    try:
-        with isolated(reward.name):
-            reward.load()
-    except (Exception, SystemExit, GeneratorExit) as error:
-        raise RewardError(f"reward {reward.name!r} failed to load: {_text(error)}") from error
+    _run_isolated(reward.name, "load", lambda: reward.load())
 
 
 def close(reward: Reward) -> None:
     """The reward's `close`, isolated as `score` is; RewardError if it fails."""
+    _run_isolated(reward.name, "close", lambda: reward.close())
+
+
+def _run_isolated(name: str, verb: str, method: Callable[[], None]) -> None:
     try:
-        with isolated(reward.name):
-            reward.close()
+        with isolated(name):
+            method()
     except (Exception, SystemExit, GeneratorExit) as error:
-        raise RewardError(f"reward {reward.name!r} failed to close: {_text(error)}") from error
+        raise RewardError(f"reward {name!r} failed to {verb}: {_text(error)}") from error
 
 
 def check_rate(

@@ -153,12 +153,12 @@ class InverseDynamics:
     def _compare(self, logits: list[Tensor], actions: list[list[int]]) -> tuple[Tensor, Tensor] | str:
         """Of one sample, of logits [F - 1, K] per axis: its score, and the accuracy [A]. A text: why there are none."""
         shares, accuracy = [], []
-        for axis, own, said in zip(self.axes, logits, zip(*actions, strict=True), strict=True):
-            if max(said) >= own.shape[1]:
-                return f"got the class {max(said)} of {axis!r}; expected less than {own.shape[1]}, the classes of the model"
+        for axis, own, classes in zip(self.axes, logits, zip(*actions, strict=True), strict=True):
+            if max(classes) >= own.shape[1]:
+                return f"got the class {max(classes)} of {axis!r}; expected less than {own.shape[1]}, the classes of the model"
             if not bool(own.isfinite().all()):
                 return f"the model's logits of {axis!r} are not finite"
-            asked = torch.tensor(said, device=own.device)
+            asked = torch.tensor(classes, device=own.device)
             found = (own.argmax(1) == asked).to(own.dtype)
             value = own.softmax(1).gather(1, asked[:, None])[:, 0] if self.soft else found
             weight = 1 / asked.bincount()[asked].to(own.dtype) if self.balanced else torch.ones_like(found)

@@ -1,6 +1,6 @@
 """What rewards there are: `python -m rewards`, `flowalign rewards` and docs/rewards.md. Loads no model.
 
-The rewards are those of `rewards.__all__`; what is said of each is its spec, with its default arguments or those of EXAMPLES.
+The rewards are those of `rewards.__all__`; of each the list tells its spec, with its default arguments or those of EXAMPLES.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import rewards
 from rewards.base import Reward, RewardSpec, channels_of, spec_of
 
-OF_PARTS, AS_SET = "of parts", "as set"  # what is known once there are arguments
+OF_PARTS, AS_SET = "of parts", "as set"  # in place of what the arguments decide
 OWN = "flowalign's own; no weights"
 
 # class -> arguments that construct it without loading anything, for rewards that have no defaults
@@ -66,12 +66,11 @@ Rule = Callable[[type, RewardSpec, bool], bool]
 
 @dataclass(frozen=True)
 class Entry:
-    """A reward class, and what its spec says without a model.
+    """A reward class, and its spec as far as it is known without arguments and without a model.
 
-    name: of the class in `rewards`. kind: the heading it stands under. about: the first sentence of its docstring. reads: its
-    inputs. range: smallest and largest score, None in place of an infinite bound, None for one that is not known. channels: () is
-    one, named like the reward. The others are as in RewardSpec. OF_PARTS or AS_SET stands for what the arguments
-    decide. A scope of "…, groups": it compares the samples of a prompt."""
+    name: of the class in `rewards`. kind: its heading. about: the first sentence of its docstring. reads: its inputs. scope:
+    with ", groups" if the reward is groupwise. range: None if it is not known; None as a bound is infinite. The others are as
+    in RewardSpec. OF_PARTS or AS_SET in place of what the arguments decide."""
 
     name: str
     kind: str
@@ -87,7 +86,7 @@ class Entry:
 
 
 def _settings(cls: type) -> set[str]:
-    """The names of its arguments."""
+    """The names of its parameters."""
     return set(inspect.signature(cls).parameters)
 
 
@@ -138,31 +137,35 @@ def example(name: str) -> Reward:
 
 
 def _entry(name: str, cls: type) -> Entry:
-    reward = example(name)
-    spec, parts, settings = spec_of(reward), _parts(reward), _settings(cls)
-    specs = [spec_of(part) for part in parts]
-    names = {channel for part in parts for channel in channels_of(part)}
-    shared = {
-        "inputs": specs and all(each.inputs == spec.inputs for each in specs),
-        "scope": specs and all(each.scope == spec.scope for each in specs),
-        "range": specs and spec.range is not None,
-        "channels": specs and set(channels_of(reward)) <= names,
-        "differentiable": specs and spec.differentiable in (specs[0].differentiable, all(each.differentiable for each in specs)),
-        "memory": specs, "checkpoint": specs, "licence": specs,
-    }  # fmt: skip
-
-    def told(field: str, value: Any) -> Any:
-        return OF_PARTS if shared[field] else AS_SET if field in settings else value
-
+    reward, settings = example(name), _settings(cls)
+    spec, parts = spec_of(reward), _parts(reward)
     bounds = None if spec.range is None else tuple(bound if math.isfinite(bound) else None for bound in spec.range)
+    licence = spec.licence or (AS_SET if "scope" in settings else OWN)
+    known: dict[str, Any] = {**vars(spec), "range": bounds, "licence": licence}
+    known |= dict.fromkeys(settings & known.keys(), AS_SET)
+    known |= dict.fromkeys(_of_parts(reward, parts), OF_PARTS)
     return Entry(
         name, [kind for kind, rule in KINDS.items() if rule(cls, spec, bool(parts))][-1], first_sentence(cls),
-        reads=told("inputs", spec.inputs),
-        scope=told("scope", spec.scope) + ", groups" * spec.groupwise, range=told("range", bounds),
-        channels=told("channels", spec.channels), differentiable=told("differentiable", spec.differentiable),
-        memory=told("memory", spec.memory), checkpoint=told("checkpoint", spec.checkpoint),
-        licence=told("licence", spec.licence or (AS_SET if "scope" in settings else OWN)),
+        reads=known["inputs"], scope=known["scope"] + ", groups" * spec.groupwise, range=known["range"],
+        channels=known["channels"], differentiable=known["differentiable"], memory=known["memory"],
+        checkpoint=known["checkpoint"], licence=known["licence"],
     )  # fmt: skip
+
+
+def _of_parts(reward: Reward, parts: Sequence[Reward]) -> list[str]:
+    """The fields of its spec that are those of its parts; none without parts."""
+    if not parts:
+        return []
+    spec, specs = spec_of(reward), [spec_of(part) for part in parts]
+    same = {
+        "inputs": all(each.inputs == spec.inputs for each in specs),
+        "scope": all(each.scope == spec.scope for each in specs),
+        "range": spec.range is not None,
+        "channels": set(channels_of(reward)) <= {channel for part in parts for channel in channels_of(part)},
+        "differentiable": spec.differentiable in (specs[0].differentiable, all(each.differentiable for each in specs)),
+        "memory": True, "checkpoint": True, "licence": True,
+    }  # fmt: skip
+    return [field for field, is_same in same.items() if is_same]
 
 
 def _parts(reward: Reward) -> list[Reward]:
@@ -172,13 +175,13 @@ def _parts(reward: Reward) -> list[Reward]:
 
 
 def first_sentence(cls: type) -> str:
-    """Of its docstring."""
+    """The first sentence of its docstring."""
     paragraph = " ".join((cls.__doc__ or "").split("\n\n")[0].split())
     return re.split(r"(?<=[.]) (?=[A-Zθσ`(])", paragraph)[0].rstrip(":")
 
 
 def cells(entry: Entry) -> dict[str, str]:
-    """What is said of a reward, as texts by column."""
+    """An entry as texts, by column of a table."""
     gradient = entry.differentiable
     return {
         "reward": entry.name,
@@ -205,8 +208,8 @@ def _interval(bounds: tuple[float | None, float | None] | str | None) -> str:
 
 
 def named(names: Sequence[str]) -> list[Entry]:
-    """The entries of these rewards, in whatever case and with or without `rewards.`; all without names. ValueError with near
-    matches for another name."""
+    """The entries of the rewards `names`, in any case, with or without `rewards.`; of no names: all. ValueError with near matches
+    for a name that is not there."""
     known = {entry.name.lower(): entry for entry in entries()}
     asked = [name.lower().removeprefix("rewards.") for name in names]
     for name, key in zip(names, asked, strict=True):

@@ -34,8 +34,8 @@ def check_one_channel(what: str, parts: Sequence[Reward]) -> None:
 
 
 def joint_spec(what: str, parts: Sequence[Reward], channels: tuple[str, ...] = ()) -> RewardSpec:
-    """The spec of all parts together: all their inputs; differentiable, and elsewhere, if all are; groupwise if one is; the
-    memory of the largest.
+    """The spec of all parts together: all their inputs; differentiable, elsewhere and scores_black if all are; groupwise if
+    one is; the memory of the largest.
 
     ValueError for parts of two scopes, or of completions that differ."""
     specs = [spec_of(part) for part in parts]
@@ -114,32 +114,32 @@ def wants_gradient(spec: RewardSpec) -> bool:
     return torch.is_grad_enabled() and spec.differentiable
 
 
-def elsewhere(reward: Reward) -> RewardSpec:
+def spec_elsewhere(reward: Reward) -> RewardSpec:
     """The spec of a reward that lives in another process."""
     return replace(spec_of(reward), differentiable=False, elsewhere=True)
 
 
 def in_chunks(
-    ask: Callable[[RewardBatch], RewardOutput], batch: RewardBatch, size: int | None, *, groupwise: bool
+    call: Callable[[RewardBatch], RewardOutput], batch: RewardBatch, size: int | None, *, groupwise: bool
 ) -> RewardOutput:
-    """`ask` of parts of at most `size` samples, see `rows_of_chunks`, as one answer in the order of the batch."""
-    parts = rows_of_chunks(batch.group_ids, size, groupwise=groupwise)
-    if len(parts) == 1:
-        return ask(batch)
-    output = cat([ask(batch.select(rows)) for rows in parts])
-    return at_rows(output, torch.tensor([row for rows in parts for row in rows]).argsort())
+    """`call` on chunks of at most `size` samples (see `rows_of_chunks`), as one answer in the order of the batch."""
+    chunks = rows_of_chunks(batch.group_ids, size, groupwise=groupwise)
+    if len(chunks) == 1:
+        return call(batch)
+    output = cat([call(batch.select(rows)) for rows in chunks])
+    return at_rows(output, torch.tensor([row for rows in chunks for row in rows]).argsort())
 
 
 def rows_of_chunks(group_ids: Sequence[int], size: int | None, *, groupwise: bool) -> list[list[int]]:
-    """The samples 0..N-1 in parts of at most `size` (None: all at once); at least one part, which may be empty.
+    """The samples 0..N-1 in chunks of at most `size` (None: all at once); at least one chunk, which may be empty.
 
-    groupwise: whole groups, in the order in which they begin, as many as fit into a part, and at least one."""
+    groupwise: whole groups, in the order in which they begin, as many as fit into a chunk, and at least one."""
     members: dict[int, list[int]] = {}
     for row, group in enumerate(group_ids):
         members.setdefault(group if groupwise else row, []).append(row)
-    parts: list[list[int]] = [[]]
+    chunks: list[list[int]] = [[]]
     for rows in members.values():
-        if size is not None and parts[-1] and len(parts[-1]) + len(rows) > size:
-            parts.append([])
-        parts[-1] += rows
-    return parts
+        if size is not None and chunks[-1] and len(chunks[-1]) + len(rows) > size:
+            chunks.append([])
+        chunks[-1] += rows
+    return chunks

@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 
+from rewards.answers import no_answer
 from rewards.base import Reward, RewardBatch, RewardError, RewardOutput, RewardSpec, channels_of
 from rewards.guard import score
 from rewards.parts import in_chunks, wants_gradient
@@ -71,8 +72,7 @@ class WithTimeout:
             if self.on_error == "raise":
                 raise
             logger.warning("%s; its samples are masked", error)
-            nothing = torch.full((len(batch), len(channels_of(self.reward))), torch.nan)
-            return RewardOutput(nothing, torch.zeros_like(nothing, dtype=torch.bool), {}, [str(error)] * len(batch))
+            return no_answer(len(batch), len(channels_of(self.reward)), str(error))
 
 
 def _within(timeout: float | None, reward: Reward, batch: RewardBatch, *, grad: bool) -> RewardOutput:

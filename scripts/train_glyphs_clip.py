@@ -8,31 +8,26 @@ core. Stop it at any time; the same command goes on from the last checkpoint.
 """
 
 import argparse
-import json
 import os
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import StableDiffusion3Pipeline
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from flowalign.glyphs import GUIDANCE_SCALE, LOAD_ARGS, PIPELINE, STEPS, held_out_prompts, train_prompts
-from flowalign.glyphs.clip_card import clip_card
+from flowalign.glyphs.clip_checkpoint import PIXELS, clip_card, configuration, export, untrained
 from flowalign.glyphs.clip_figures import clip_figures
 from flowalign.glyphs.clip_training import ClipRecipe, Samples, is_held_out, scenes_of, train_clip
 from flowalign.glyphs.judge import read_words, sample_pictures
-from flowalign.glyphs.parts import EMBEDDING_STD, TOKENS, build_tokenizer
-from flowalign.glyphs.prompts import LETTERS, WORD_LENGTH, make_prompt
+from flowalign.glyphs.parts import TOKENS, build_tokenizer
+from flowalign.glyphs.prompts import LETTERS, WORD_LENGTH
 from rewards import OCR, RewardBatch, close, score
 from rewards.image.clip import load_clip
-from rewards.image.preprocess import Preprocess
 
-SIDE, MEAN, STD, WIDTH = 48, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 128
 SAMPLED = ((1, 1.0), (2, 2.0))  # seed and guidance scale: each draws every training prompt once
 TRUSTED = 0.9  # geometric mean probability of a letter
 MEASURED, MEASURED_SEED = 128, 0  # the base model's samples of held-out prompts
@@ -52,51 +47,25 @@ def main() -> None:
     arguments.checkpoints.mkdir(parents=True, exist_ok=True)
     samples = collect(arguments.checkpoints / "samples.pt")
     tokenizer = build_tokenizer()
-    config = configuration(len(tokenizer), tokenizer.eos_token_id)
-    network = build(config["model_cfg"], recipe.seed)
+    config = configuration(tokenizer)
+    network = untrained(config, recipe.seed)
 
     def tokens(prompts: list[str]) -> Tensor:
         return tokenizer(prompts, padding="max_length", max_length=TOKENS, return_tensors="pt").input_ids
 
-    pixels = Preprocess(SIDE, "squash", mean=MEAN, std=STD)
     with tqdm(total=recipe.steps) as bar:
 
         def progress(step: int, loss: float, found: float) -> None:
             bar.update(step - bar.n)
             bar.set_postfix(loss=f"{loss:.3f}", found=f"{found:.2f}")
 
-        train_clip(network, tokens, pixels, samples, recipe, arguments.checkpoints / "clip.pt", progress)
-    tokenizer.backend_tokenizer.no_padding()  # training left its own padding in what would be saved
+        train_clip(network, tokens, PIXELS, samples, recipe, arguments.checkpoints / "clip.pt", progress)
     export(network, config, tokenizer, arguments.output)
     found = clip_figures(load_clip(str(arguments.output), None, torch.float32), base_samples())
     print(found)
     parameters = sum(value.numel() for value in network.parameters())
     card = clip_card(found, asdict(recipe), parameters, float(samples.trusted.float().mean()), MEASURED)
     (arguments.output / "README.md").write_text(card, encoding="utf-8")
-
-
-def configuration(vocabulary: int, eos: int) -> dict[str, Any]:
-    """open_clip_config.json. Patches are columns as high as the picture: a letter is three or four of them."""
-    tower = {"width": WIDTH, "mlp_ratio": 2.0}
-    vision = {**tower, "image_size": SIDE, "patch_size": [SIDE, 4], "layers": 3, "head_width": 32, "pool_type": "avg"}
-    text = {
-        **tower, "layers": 2, "heads": 8, "context_length": TOKENS, "vocab_size": vocabulary, "pool_type": "eos",
-        "eos_id": eos, "hf_tokenizer_name": "glyphs",
-    }  # fmt: skip
-    seen = {"mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "squash"}
-    return {"model_cfg": {"embed_dim": WIDTH, "vision_cfg": vision, "text_cfg": text}, "preprocess_cfg": seen}
-
-
-def build(model: dict[str, Any], seed: int) -> Any:
-    """The untrained network. Embeddings of deviation 0.02, as open_clip has them, would take long to tell letters
-    apart."""
-    import open_clip
-
-    torch.manual_seed(seed)
-    network = open_clip.CLIP(**model)
-    torch.nn.init.normal_(network.token_embedding.weight, std=EMBEDDING_STD)
-    torch.nn.init.normal_(network.positional_embedding, std=EMBEDDING_STD)
-    return network
 
 
 def collect(file: Path) -> Samples:
@@ -106,15 +75,15 @@ def collect(file: Path) -> Samples:
         pictures = torch.cat([sample_pictures(base(), prompts, STEPS, scale, seed=seed) for seed, scale in SAMPLED])
         asked = scenes_of(prompts * len(SAMPLED))
         words = read_words(pictures)
-        whole = torch.tensor([len(word) == WORD_LENGTH and {*word} <= {*LETTERS} for word in words])
-        targets = [word if fine else "AAAA" for word, fine in zip(words, whole.tolist(), strict=True)]
+        four = torch.tensor([len(word) == WORD_LENGTH and {*word} <= {*LETTERS} for word in words])
+        targets = [word if is_four else "AAAA" for word, is_four in zip(words, four.tolist(), strict=True)]
         read = asked.clone()
-        read[:, :WORD_LENGTH] = scenes_of([make_prompt(word, "red", "white") for word in targets])[:, :WORD_LENGTH]
+        read[:, :WORD_LENGTH] = torch.tensor([[LETTERS.index(letter) for letter in word] for word in targets])
         judge = OCR(metric="soft", fold={"0": "O"})
         batch = RewardBatch(prompts=targets, images=pictures, metadata=[{"target": word} for word in targets])
         confident = score(judge, batch).scores[:, 0] > TRUSTED
         close(judge)
-        trusted = whole & confident & ~is_held_out(read)
+        trusted = four & confident & ~is_held_out(read)
         torch.save({"pictures": pictures, "asked": asked, "read": read, "trusted": trusted}, file.with_suffix(".tmp"))
         os.replace(file.with_suffix(".tmp"), file)
     return Samples(**torch.load(file, weights_only=True))
@@ -131,15 +100,6 @@ def base() -> StableDiffusion3Pipeline:
     pipeline = StableDiffusion3Pipeline.from_pretrained(PIPELINE, **LOAD_ARGS)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-def export(network: Any, config: dict[str, Any], tokenizer: Any, folder: Path) -> None:
-    """A folder that open_clip loads: configuration, weights in fp16, tokenizer."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    weights = {name: value.half() for name, value in network.state_dict().items()}
-    save_file(weights, folder / "open_clip_model.safetensors", {"format": "pt"})
-    tokenizer.save_pretrained(folder)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from flowalign.models.roles import check_roles
 from flowalign.rollouts.rolling import grow
 from flowalign.rollouts.sources import check_sources
 from flowalign.trainers import Setup
-from rewards import Reward, channels_of, spec_of
+from rewards import channels_of, spec_of
 from samplers import check_schedule, unscored
 
 
@@ -115,10 +115,10 @@ def _check_held_out(config: TrainConfig, prompts: Sequence[PromptRecord], held_o
 
 def _check_rewards(config: TrainConfig) -> tuple[str, ...]:
     """Each reward is where its scope belongs. Returns the channels of the process rewards."""
-    selecting = {key: reward for key, reward in config.guiding_rewards.items() if key == "rollout.preview_reward"}
-    finished = {"reward": config.reward, **selecting}
+    preview = config.rollout.preview_reward
     for key, reward, terminal in (
-        *((key, reward, True) for key, reward in finished.items()),
+        ("reward", config.reward, True),
+        *([] if preview is None else [("rollout.preview_reward", preview, True)]),
         *(("evaluation.rewards", reward, True) for reward in config.evaluation.rewards),
         *(("process_rewards", reward, False) for reward in config.process_rewards),
     ):
@@ -139,22 +139,22 @@ def _check_rewards(config: TrainConfig) -> tuple[str, ...]:
             f"got process_rewards with the channels {list(states)} beside reward with {list(channels_of(config.reward))}; "
             "expected different names: set `name`"
         )
-    _check_selecting(config, selecting.get("rollout.preview_reward"))
+    _check_selecting(config)
     return states
 
 
-def _check_selecting(config: TrainConfig, preview_reward: Reward | None) -> None:
-    """ConfigError for a selection by several scores, and for what only does something with, or without, one."""
-    rollout, ranked_by = config.rollout, preview_reward or config.reward
+def _check_selecting(config: TrainConfig) -> None:
+    """ConfigError for a plan that selects by several scores, a preview_reward without such a plan, a refill with one."""
+    rollout, ranked_by = config.rollout, config.rollout.preview_reward or config.reward
     selects = rollout.plan.select(unscored) is not None
     if selects and len(channels_of(ranked_by)) > 1:
         raise ConfigError(
             f"got a rollout.plan that selects by {ranked_by.name!r}, which has the channels {list(channels_of(ranked_by))}; expected "
             "one score to rank states by: set rollout.preview_reward, or take rewards.Mix"
         )
-    if preview_reward is not None and not selects:
+    if rollout.preview_reward is not None and not selects:
         raise ConfigError(
-            f"got rollout.preview_reward {preview_reward.name!r} with a rollout.plan that selects nothing, which would not ask it: "
+            f"got rollout.preview_reward {ranked_by.name!r} with a rollout.plan that selects nothing, which would not ask it: "
             "take a plan with samplers.Selected, or leave it out"
         )
     if rollout.refill < 0 or (rollout.refill and rollout.asks_on_its_way):

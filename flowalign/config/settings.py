@@ -125,7 +125,7 @@ def _check_seed(key: str, seed: int) -> None:
 class TrainConfig:
     """A whole training configuration.
 
-    process_rewards: score noisy states of the rollout, by the names of their channels (see flowalign.credit.Process)."""
+    process_rewards: score states of the rollout, by the names of their channels (see flowalign.credit.Process)."""
 
     run: RunSettings
     prompts: str
@@ -145,7 +145,7 @@ class TrainConfig:
 
     @property
     def guiding_rewards(self) -> dict[str, Reward]:
-        """The rewards that guide the rollout, or select in it, if they are none of the others, by key."""
+        """The rewards that a rollout has of its own, to guide it or to select in it, by key."""
         guidance = self.rollout.reward_guidance
         found = {
             "rollout.reward_guidance.reward": None if guidance is None else guidance.reward,

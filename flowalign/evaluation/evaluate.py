@@ -87,26 +87,23 @@ def evaluate(
     prompts: texts or records. rewards: also functions of (images, prompts), or their paths, see `rewards.FunctionReward`.
     num_inference_steps, guidance_scale, size, schedule, fps: None is as `policy.sampling` says. Uses the weights as they are:
     wrap the call in `policy.role("reference")` for the base, in `ema.applied()` for the average. Scores do not depend on
-    `batch_size` beyond rounding; a groupwise reward gets all samples of a prompt at once, however small that is. `progress(n)` is called after each batch of n. Of videos the result keeps the first frames. A
-    reward of several channels is reported as several, `reward/channel`. A reward that fails, or gives no score for more than
-    half of the images, is a RewardError; one sample without a score is nan. `processes` share the images, and each returns the
-    whole result."""
+    `batch_size` beyond rounding; a groupwise reward gets all samples of a prompt at once, however small that is.
+    `progress(n)` is called after each batch of n. Of videos the result keeps the first frames. A reward of several channels is
+    reported as several, `reward/channel`. A reward that fails, or gives no score for more than half of the images, is a
+    RewardError; one sample without a score is nan. `processes` share the images, and each returns the whole result."""
     records, judges = as_records(prompts), as_rewards(rewards)
     _check(records, judges, batch_size, samples_per_prompt)
     settings = settle(
-        policy,
-        num_inference_steps=num_inference_steps,
-        guidance_scale=guidance_scale,
-        size=size,
-        schedule=schedule,
+        policy, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, size=size, schedule=schedule,
         fps=fps,
-    )
+    )  # fmt: skip
     everyone = processes or Processes()
     began, rows_before = time.monotonic(), policy.evaluations
-    # jobs that stay together: all samples of a prompt if a reward compares them
+    # how many images are made together: all samples of a prompt if a reward compares them
     unit = samples_per_prompt if any(reward.spec.groupwise for reward in judges) else 1
+    # the numbers of the result's images (all prompts, then all prompts again, …) in the order in which they are made
     numbers = torch.arange(samples_per_prompt * len(records)).reshape(samples_per_prompt, len(records))
-    order = (numbers.T if unit > 1 else numbers).flatten()  # of the result's images, as they are made
+    order = (numbers.T if unit > 1 else numbers).flatten()
     jobs = [(records[number % len(records)], number // len(records)) for number in order.tolist()]
     if len(jobs) // unit < everyone.count:
         raise ValueError(

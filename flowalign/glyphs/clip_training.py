@@ -24,6 +24,7 @@ from torchvision.transforms.functional import gaussian_blur
 
 from flowalign.glyphs.prompts import INKS, LETTERS, PAPERS, WORD_LENGTH, held_out_prompts, make_prompt, parse_prompt
 from flowalign.glyphs.renderer import HEIGHT, JITTER, WIDTH, draw
+from flowalign.glyphs.schedule import set_rate
 
 SIZES = torch.tensor([len(LETTERS)] * WORD_LENGTH + [len(INKS), len(PAPERS)])  # of the columns of scenes [N, 6]
 MAX_SCALE = 30.0  # of the logits: a sharper softmax would be content with neighbours whose cosines nearly tie
@@ -66,8 +67,8 @@ class ClipRecipe:
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """Pictures [M, 3, 24, 48] in [0, 1] that a policy drew, the scenes [M, 6] that it was asked for and those that
-    OCR reads in them, and whether [M] the reading may be trusted: four letters, read with confidence, and not a
+    """M samples of a policy. pictures [M, 3, 24, 48] in [0, 1]; asked [M, 6]: the scenes of their prompts; read [M, 6]:
+    the scenes with the letters that OCR reads; trusted [M]: whether it read four letters, with confidence, and not a
     held-out word."""
 
     pictures: Tensor
@@ -78,8 +79,8 @@ class Samples:
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """N scenes [N, 6], a picture [N, 3, 24, 48] of each and one that shows it worse, and, of the last M, K scenes [M,
-    K, 6] that the picture does not show."""
+    """scenes [N, 6]; intact, damaged [N, 3, 24, 48]: a picture of each scene, and one that shows it worse; wrong
+    [M, K, 6]: of each of the last M scenes, K that its picture does not show."""
 
     scenes: Tensor
     intact: Tensor
@@ -93,7 +94,9 @@ def train_clip(
 ) -> None:  # fmt: skip
     """Trains an open_clip.CLIP in place, or resumes from the checkpoint `file`. tokens: captions -> [N, L]; pixels:
     pictures in [0, 1] -> [N, 3, S, S]. All randomness of a step is keyed by (seed, step)."""
-    optimizer = torch.optim.AdamW(_groups(network, recipe.weight_decay), lr=recipe.learning_rate, betas=(0.9, 0.98))
+    matrices, others = ([each for each in network.parameters() if (each.ndim > 1) == kind] for kind in (True, False))
+    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.98))
     first = 0
     if file.exists():
         saved = torch.load(file, weights_only=True)
@@ -101,8 +104,7 @@ def train_clip(
         network.load_state_dict(saved["network"])
         optimizer.load_state_dict(saved["optimizer"])
     for step in range(first, recipe.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.learning_rate * _rate(step, recipe)
+        set_rate(optimizer, recipe.learning_rate, step, recipe.schedule_steps, recipe.warmup)
         stage = next(stage for stage in recipe.stages if step < stage.until)
         examples = draw_examples(stage, samples, torch.Generator().manual_seed((recipe.seed << 32) + step))
         pictures = torch.cat([examples.intact, examples.damaged])
@@ -254,17 +256,3 @@ def _codes(scenes: Tensor) -> Tensor:
 @cache
 def _held_out() -> Tensor:
     return _codes(scenes_of([record["prompt"] for record in held_out_prompts()]))
-
-
-def _groups(network: Any, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameters of matrices with decay, the others without, as open_clip's trainer has it."""
-    matrices = [value for value in network.parameters() if value.ndim > 1]
-    return [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": [value for value in network.parameters() if value.ndim < 2], "weight_decay": 0.0},
-    ]
-
-
-def _rate(step: int, recipe: ClipRecipe) -> float:
-    """Linear warm-up, then a cosine to 0 at step `schedule_steps`."""
-    return min(1.0, (step + 1) / recipe.warmup) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / recipe.schedule_steps)))

@@ -13,9 +13,9 @@ from torch import nn
 from flowalign.glyphs.edit_pairs import all_edits
 from flowalign.glyphs.renderer import HEIGHT, WIDTH
 from rewards import EditReward
+from rewards.qwen.edit_reward import HEADS
 from rewards.qwen.regressor import Regressor
 
-HEADS = {"head_0": "instruction_following", "head_1": "quality"}  # and the template that each answers
 TEMPLATES = {  # our own; short, since every token is computed for each picture
     "instruction_following": "{text_prompt} done?",
     "quality": "{text_prompt} clean?",
@@ -29,9 +29,8 @@ CHAT = (
     "{% if part.type == 'text' %}{{ part.text }}{% else %}<|vision_start|><|{{ part.type }}_pad|><|vision_end|>{% endif %}"
     "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-WORDS = (
-    320  # of the tokenizer before the special tokens: 256 bytes, and merges, so that a word of a prompt is one token
-)
+# tokens before the special ones: 256 bytes, and merges, so that a word of a prompt is one token
+VOCABULARY = 320
 HIDDEN, PATCH = 64, 6  # a token is 12 x 12 pixels: 8 of a picture, which is not resized
 SPREAD = 0.1  # of the first weights: 0.02, the published one, is made for wider networks
 
@@ -50,17 +49,17 @@ def write_base(folder: Path) -> None:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     learner.train_from_iterator(
         ["user\nassistant\n, noisy, blurred, clean", *TEMPLATES.values(), *(edit.instruction for edit in all_edits())],
-        trainers.BpeTrainer(vocab_size=WORDS, initial_alphabet=alphabet, show_progress=False),
+        trainers.BpeTrainer(vocab_size=VOCABULARY, initial_alphabet=alphabet, show_progress=False),
     )
     model = json.loads(learner.to_str())["model"]
-    words = Qwen2Tokenizer(vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]])
-    words.add_tokens(list(SPECIAL), special_tokens=True)
-    words.chat_template = CHAT
-    words.save_pretrained(folder)
-    (folder / "config.json").write_text(json.dumps(_config(words), indent=1))
+    tokenizer = Qwen2Tokenizer(vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]])
+    tokenizer.add_tokens(list(SPECIAL), special_tokens=True)
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(_config(tokenizer), indent=1))
 
 
-def _config(words: Any) -> dict[str, Any]:
+def _config(tokenizer: Any) -> dict[str, Any]:
     """config.json of Qwen/Qwen2.5-VL-7B-Instruct, small."""
     vision = {
         "depth": 1, "hidden_size": HIDDEN, "intermediate_size": 2 * HIDDEN, "num_heads": 4, "out_hidden_size": HIDDEN,
@@ -72,12 +71,12 @@ def _config(words: Any) -> dict[str, Any]:
         "vision_end_token": "<|vision_end|>", "image_token": "<|image_pad|>", "video_token": "<|video_pad|>",
     }  # fmt: skip
     return {
-        "architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl", "vocab_size": len(words) + 1,
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl", "vocab_size": len(tokenizer) + 1,
         "hidden_size": HIDDEN, "intermediate_size": 2 * HIDDEN, "num_hidden_layers": 3, "num_attention_heads": 4,
         "num_key_value_heads": 2, "max_position_embeddings": 512, "rms_norm_eps": 1e-6, "rope_theta": 1e4,
         "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}, "hidden_act": "silu", "use_sliding_window": False,
         "max_window_layers": 3, "tie_word_embeddings": True, "dtype": "float32", "initializer_range": SPREAD,
-        "vision_config": vision, **{f"{name}_id": words.convert_tokens_to_ids(token) for name, token in names.items()},
+        "vision_config": vision, **{f"{name}_id": tokenizer.convert_tokens_to_ids(token) for name, token in names.items()},
     }  # fmt: skip
 
 
@@ -113,9 +112,8 @@ def _write(body: nn.Module, heads: nn.Module, folder: Path) -> None:
 
 def load_folder(folder: Path) -> EditReward:
     """The reward of a folder that was written here; it is loaded with its first use."""
-    place = str(folder)
     return EditReward(
-        model=place, base=place, templates=str(folder / "templates"), pixels=HEIGHT * WIDTH, dtype="fp32", batch_size=32
+        str(folder), str(folder), str(folder / "templates"), pixels=HEIGHT * WIDTH, dtype="fp32", batch_size=32
     )
 
 

@@ -7,19 +7,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, logsigmoid
 
-from flowalign.glyphs.edit_checkpoint import HEADS, TEMPLATES
+from flowalign.glyphs.edit_checkpoint import TEMPLATES
 from flowalign.glyphs.edit_pairs import EditPairs, draw_pairs
 from flowalign.glyphs.renderer import HEIGHT, WIDTH
+from flowalign.glyphs.schedule import set_rate
 from rewards import EditReward, RewardBatch, score
+from rewards.qwen.edit_reward import HEADS
 from rewards.qwen.regressor import Regressor, Turn
 from rewards.qwen.vision import Patches
 
 POINTS = 32  # of the quadrature
-CLEAN = ("noisy", "blurred")  # kinds of two results of which one is as asked, and the other is named by the kind
+SPOILT = ("noisy", "blurred")  # kinds of pairs of which both results are as asked, and one is spoilt as the kind says
 
 
 def ranking_loss(mean: Tensor, sigma: Tensor, order: Tensor) -> Tensor:
@@ -36,8 +39,6 @@ def win_probability(mean: Tensor, sigma: Tensor) -> Tensor:
 
 
 def _expected(function: Callable[[Tensor], Tensor], mean: Tensor, sigma: Tensor) -> Tensor:
-    import numpy as np
-
     points, weights = (mean.new_tensor(part) for part in np.polynomial.hermite_e.hermegauss(POINTS))
     return (function(mean[..., None] + sigma[..., None] * points) * weights).sum(-1) / math.sqrt(2 * math.pi)
 
@@ -70,21 +71,24 @@ def values_of(regressor: Regressor, pairs: EditPairs) -> Tensor:
 def description_loss(regressor: Regressor, pairs: EditPairs) -> Tensor:
     """Cross entropy of the tokens of "write it in blue, noisy", given the source and the result of which it is true.
 
-    With it the base learns to tell what was done and how, before it is asked how good that is. pairs: of the kinds CLEAN,
-    whose results both follow the instruction."""
-    body, words = cast(Any, regressor.network["body"]), regressor.tokenizer
+    With it the base learns to tell what was done and how, before it is asked how good that is. pairs: of the kinds
+    SPOILT."""
+    body, tokenizer = cast(Any, regressor.network["body"]), regressor.tokenizer
     seen = [*_seen(regressor, pairs.sources, pairs.first), *_seen(regressor, pairs.sources, pairs.second)]
     pictures = [picture for pair in seen for picture in pair]
-    cleaner = zip(pairs.prompts, pairs.kinds, (pairs.order[:, 1] == 1).tolist(), strict=True)
-    names = [(prompt, ("clean", kind) if first else (kind, "clean")) for prompt, kind, first in cleaner]
-    said = [f"{prompt}, {both[place]}" for place in (0, 1) for prompt, both in names]
-    pad = words.convert_ids_to_tokens(body.config.image_token_id)
-    tokens = len(pictures[0].rows) // body.config.vision_config.spatial_merge_size**2
+    first_is_clean = pairs.order[:, 1] == 1
+    texts = [
+        f"{prompt}, {'clean' if is_clean else kind}"
+        for clean in (first_is_clean, ~first_is_clean)
+        for prompt, kind, is_clean in zip(pairs.prompts, pairs.kinds, clean.tolist(), strict=True)
+    ]
+    pad = tokenizer.convert_ids_to_tokens(body.config.image_token_id)
+    tokens = len(pictures[0].rows) // body.config.vision_config.spatial_merge_size**2  # of one picture
     encoded = []
-    for text in said:
+    for text in texts:
         content = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": text}]
-        chat = words.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
-        encoded.append(torch.tensor(words(chat.replace(pad, pad * tokens)).input_ids))
+        chat = tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+        encoded.append(torch.tensor(tokenizer(chat.replace(pad, pad * tokens)).input_ids))
     ids = nn.utils.rnn.pad_sequence(encoded, batch_first=True)
     mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in encoded], batch_first=True)
     hidden = body(
@@ -92,9 +96,9 @@ def description_loss(regressor: Regressor, pairs: EditPairs) -> Tensor:
         pixel_values=torch.cat([picture.rows for picture in pictures]),
         image_grid_thw=torch.tensor([picture.grid for picture in pictures]),
     ).last_hidden_state  # fmt: skip
-    behind = (ids == body.config.vision_end_token_id).cumsum(1) == 2
-    told = behind[:, :-1] & (mask[:, 1:] == 1)
-    return cross_entropy(hidden[:, :-1][told] @ body.get_input_embeddings().weight.T, ids[:, 1:][told])
+    after_pictures = (ids == body.config.vision_end_token_id).cumsum(1) == 2
+    predicted = after_pictures[:, :-1] & (mask[:, 1:] == 1)
+    return cross_entropy(hidden[:, :-1][predicted] @ body.get_input_embeddings().weight.T, ids[:, 1:][predicted])
 
 
 def _seen(regressor: Regressor, sources: Tensor, results: Tensor) -> list[list[Patches]]:
@@ -111,7 +115,7 @@ def train(
     generator = torch.Generator().manual_seed(seed)
 
     def description() -> Tensor:
-        return description_loss(regressor, draw_pairs(batch, words, generator, unseen=False, kinds=CLEAN))
+        return description_loss(regressor, draw_pairs(batch, words, generator, unseen=False, kinds=SPOILT))
 
     def ranking() -> Tensor:
         pairs = draw_pairs(batch, words, generator, unseen=False)
@@ -120,8 +124,7 @@ def train(
     for stage, loss_of, count, highest in (("base", description, base_steps, 2e-3), ("pairs", ranking, steps, rate)):
         optimizer = torch.optim.AdamW(regressor.network.parameters(), weight_decay=0.01)
         for step in range(count):
-            for group in optimizer.param_groups:
-                group["lr"] = highest * min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / count))
+            set_rate(optimizer, highest, step, count, warmup=50)
             optimizer.zero_grad()
             loss = loss_of()
             loss.backward()  # type: ignore[no-untyped-call]
@@ -133,7 +136,7 @@ def train(
 
 @dataclass(frozen=True, eq=False)
 class Judged:
-    """What a reward says of N pairs. preferred [N, 3]: μ of the first minus μ of the second, of overall, instruction
+    """The scores of a reward on N pairs. preferred [N, 3]: μ of the first minus μ of the second, of overall, instruction
     following and quality. asked [N, 3]: which is better, as EditPairs.order. probability [N]: that the first is, by the
     reward's own σ."""
 

@@ -5,7 +5,6 @@ x_s = (1-s) x0 + s e, target e - x0, s logit-normal. All randomness of a step is
 resumed run gives the same weights as an uninterrupted one on one machine with one number of threads.
 """
 
-import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from flowalign.glyphs.parts import TOKENS, build_pipeline
 from flowalign.glyphs.prompts import INKS, LETTERS, PAPERS, WORD_LENGTH, held_out_prompts, make_prompt
 from flowalign.glyphs.renderer import JITTER, draw
+from flowalign.glyphs.schedule import set_rate
 
 TRAINED = ("transformer", "text_encoder", "text_encoder_2")
 Progress = Callable[[str, int, float], None]  # stage, steps done, loss
@@ -90,7 +90,7 @@ def train_vae(vae: AutoencoderKL, recipe: Pretraining, folder: Path, progress: P
     optimizer = torch.optim.AdamW(vae.parameters(), lr=recipe.vae_learning_rate, weight_decay=0.0, fused=True)
     first = _load(saved, vae, None, optimizer, recipe.vae_steps)
     for step in range(first, recipe.vae_steps):
-        _set_rate(optimizer, recipe.vae_learning_rate, step, recipe.vae_steps, recipe.warmup)
+        set_rate(optimizer, recipe.vae_learning_rate, step, recipe.vae_steps, recipe.warmup)
         generator = _generator(recipe.seed, 0, step)
         pictures = sample_batch(recipe.vae_batch_size, generator).pictures
         posterior = vae.encode(pictures).latent_dist
@@ -119,7 +119,7 @@ def train_flow(pipeline: StableDiffusion3Pipeline, recipe: Pretraining, folder: 
     )
     first = _load(saved, model, average, optimizer, recipe.steps)
     for step in range(first, recipe.steps):
-        _set_rate(optimizer, recipe.learning_rate, step, recipe.schedule_steps, recipe.warmup)
+        set_rate(optimizer, recipe.learning_rate, step, recipe.schedule_steps, recipe.warmup)
         loss = flow_loss(pipeline, recipe, _generator(recipe.seed, 1, step))
         _update(loss, optimizer, recipe.clip)
         decay = min(recipe.ema, (1 + step) / (10 + step))
@@ -194,13 +194,6 @@ def _palette(colors: dict[str, tuple[int, int, int]]) -> Tensor:
 def _generator(seed: int, stage: int, step: int) -> torch.Generator:
     """One generator per step, so that only the step number must be saved."""
     return torch.Generator().manual_seed((seed << 40) + (stage << 32) + step)
-
-
-def _set_rate(optimizer: torch.optim.Optimizer, peak: float, step: int, end: int, warmup: int) -> None:
-    """Linear warm-up, then a cosine to 0 at step `end`."""
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, step / end)))
-    for group in optimizer.param_groups:
-        group["lr"] = peak * min(1.0, (step + 1) / warmup) * cosine
 
 
 def _update(loss: Tensor, optimizer: torch.optim.Optimizer, clip: float) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from ast import literal_eval
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from flowalign.glyphs.process_reward import LetterReader, Scenes
 from flowalign.glyphs.prompts import LETTERS, WORD_LENGTH, GlyphsPrompt
+from flowalign.glyphs.schedule import set_rate
 from rewards import OCR, RewardBatch, score
 from samplers import ODE, DanceSDE, FlowSDE, Forest, Kernel, KeyedNoise, chain, plain_sigmas, rollout
 
@@ -138,8 +138,7 @@ def train(
     optimizer = torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=0.05)
     finished, steps = (states.sigma == 0).nonzero().flatten(), epochs * (len(states) // batch)
     for step, rows in enumerate(_batches(len(states), batch, epochs, generator)):
-        for group in optimizer.param_groups:
-            group["lr"] = rate * min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        set_rate(optimizer, rate, step, steps, warmup=50)
         again = finished[torch.randint(len(finished), (int(renoised * batch),), generator=generator)]
         rows = torch.cat([again, rows[len(again) :]])
         sigma = torch.zeros(batch)

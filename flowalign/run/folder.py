@@ -228,7 +228,7 @@ def _provenance(folder: Path, changes: Changes, rewards: dict[str, Any] | None) 
 
 
 def _others(first: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """The keys of what differs between two starts, of what both say; how long the trial of a reward took does not count."""
+    """The keys by which two starts differ, among those that both have; how long the trial of a reward took does not count."""
     both = first.keys() & now.keys()
     found = differences({key: first[key] for key in both}, {key: now[key] for key in both})
     return [key for key in found if not key.endswith(TIMES)]

@@ -18,7 +18,7 @@ from flowalign.models import Policy
 from flowalign.run.held_out_rewards import held_out_rewards
 from flowalign.run.preflight import Prompts
 from flowalign.run.trial_result import Trial
-from flowalign.run.trial_samples import COUNT, sample_latents, sample_pictures
+from flowalign.run.trial_samples import COUNT, NOISE, sample_latents, sample_pictures
 from rewards import Reward, RewardBatch, RewardError, RewardOutput, channels_of, score
 from rewards.guard import load
 from rewards.remote.description import fingerprint
@@ -30,18 +30,18 @@ QUICK = 1.0  # seconds of a first call up to which a second one is timed
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A reward to be tried. place: where it stands in the configuration. way_out: beside its place in messages. guides: whether
-    the run takes its gradient."""
+    """A reward to be tried. place: where it stands in the configuration. hint: how to leave it out, for messages. guides:
+    whether the run takes its gradient."""
 
     place: str
     reward: Reward
     records: Sequence[PromptRecord]
-    way_out: str = ""
+    hint: str = ""
     guides: bool = False
 
     @property
-    def said(self) -> str:
-        return f"{self.place}{self.way_out} {self.reward.name!r}"
+    def label(self) -> str:
+        return f"{self.place}{self.hint} {self.reward.name!r}"
 
 
 def try_rewards(
@@ -49,18 +49,19 @@ def try_rewards(
     announce: bool = False,
 ) -> list[Trial]:  # fmt: skip
     """Each reward is loaded and scores three samples of one prompt, of the form and on the device that it gets in the run: two
-    of noise and an empty one (see trial_samples). Before the model is loaded (policy None) those that read images or videos
-    only, after it those that read latents too. announce: prints the name of a reward that takes longer than PATIENCE.
+    of noise and an empty one (see trial_samples). Before the model is loaded (policy None): rewards that do not read latents;
+    after it: the others. announce: prints the name of a reward that takes longer than PATIENCE.
 
-    ConfigError for one that cannot: a name is misspelt, a shape is wrong, a score is out of its range, it answers in other
-    channels than its spec says, or in a channel it has no score for any of PROMPTS prompts spread over the set (unless its spec
-    says that images without content have none); and for one whose gradient guides the run and is not finite, or 0 on all noise."""
+    ConfigError for a reward that
+    * raises, answers in another form or in other channels than its spec says, or scores outside its range;
+    * has a channel without a score for any of PROMPTS prompts spread over the set (unless spec.scores_black is False);
+    * guides the run by a gradient that is not finite, or 0 on all noise."""
     trials = []
     for candidate in _candidates(config, prompts):
         spec = candidate.reward.spec
         if ("latents" in spec.inputs) == (policy is None):
             continue
-        with _patience(f"trying {candidate.said} …", announce):
+        with _patience(f"trying {candidate.label} …", announce):
             samples = (
                 sample_pictures(config, device) if policy is None else sample_latents(config, spec, device, policy)
             )
@@ -69,7 +70,7 @@ def try_rewards(
 
 
 def _candidates(config: TrainConfig, prompts: Prompts) -> list[_Candidate]:
-    judges, named, guidance = held_out_rewards(config), len(config.evaluation.rewards), config.rollout.reward_guidance
+    named, guidance = config.evaluation.rewards, config.rollout.reward_guidance
     guide = None if guidance is None or guidance.spsa is not None else guidance.judge(config.process_rewards)
     of_rollout = [
         ("reward", config.reward),
@@ -78,10 +79,10 @@ def _candidates(config: TrainConfig, prompts: Prompts) -> list[_Candidate]:
     ]
     return [
         *(_Candidate(place, reward, prompts.train, guides=reward is guide) for place, reward in of_rollout),
-        *(_Candidate("evaluation.rewards", reward, prompts.held_out) for reward in judges[:named]),
+        *(_Candidate("evaluation.rewards", reward, prompts.held_out) for reward in named),
         *(
             _Candidate("evaluation.training_reward", reward, prompts.held_out, " (false leaves it out)")
-            for reward in judges[named:]
+            for reward in held_out_rewards(config)[len(named) :]
         ),
     ]
 
@@ -98,7 +99,7 @@ def _try(candidate: _Candidate, samples: dict[str, Any], device: torch.device | 
             _check_gradient(candidate, batch)
     except RewardError as error:
         raise ConfigError(
-            f"{candidate.place}{candidate.way_out}: tried on noise and on an empty sample, {error}"
+            f"{candidate.place}{candidate.hint}: tried on noise and on an empty sample, {error}"
         ) from error
     return Trial(
         candidate.place, reward.name, channels_of(reward), output.scores.tolist(), seconds,
@@ -109,7 +110,7 @@ def _try(candidate: _Candidate, samples: dict[str, Any], device: torch.device | 
 def _first_scored(
     candidate: _Candidate, samples: dict[str, Any], device: torch.device | str
 ) -> tuple[RewardBatch, RewardOutput]:
-    """The samples with the first prompt by which every channel has scored one, and their scores."""
+    """The samples with the first prompt after which every channel has given a score, and their scores."""
     reward, records = candidate.reward, _spread(candidate.records)
     channels, reason = channels_of(reward), ""
     scored = torch.zeros(len(channels), dtype=torch.bool)
@@ -130,7 +131,7 @@ def _first_scored(
     without = [channel for channel, any_score in zip(channels, scored.tolist(), strict=True) if not any_score]
     where = f" in {', '.join(without)}" if len(channels) > 1 else ""
     raise ConfigError(
-        f"got {candidate.said}, which scores neither noise nor an empty sample{where}, with none of {len(records)} prompts such "
+        f"got {candidate.label}, which scores neither noise nor an empty sample{where}, with none of {len(records)} prompts such "
         f"as {records[0].prompt!r}: {reason or 'it gives no reason'}; expected at least one score: take a reward that fits the "
         "prompts, or set `scores_black=False` in its spec if only finished pictures can have a score"
     )
@@ -146,16 +147,16 @@ def _check_gradient(candidate: _Candidate, batch: RewardBatch) -> None:
     read = candidate.reward.spec.inputs
     leaves = {name: batch.tensors()[name].detach().clone().requires_grad_() for name in read}
     output = score(candidate.reward, replace(batch, **leaves), grad=True, max_fail_rate=1.0)
-    if not bool(output.valid[: COUNT - 1].any()):
+    if not bool(output.valid[:NOISE].any()):
         return
     total = torch.where(output.valid, output.scores, 0).sum()
     found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
     gradients = [gradient for gradient in found if gradient is not None]
     finite = all(bool(gradient.isfinite().all()) for gradient in gradients)
-    if finite and any(bool((gradient[: COUNT - 1] != 0).any()) for gradient in gradients):
+    if finite and any(bool((gradient[:NOISE] != 0).any()) for gradient in gradients):
         return
     raise ConfigError(
-        f"got {candidate.said}, by whose gradient the run is guided, with a gradient that is "
+        f"got {candidate.label}, by whose gradient the run is guided, with a gradient that is "
         f"{'0 on noise' if finite else 'not finite'}; expected finite numbers other than 0: mend the reward (rounding, clamping "
         "and thresholds have none), take another, or set rollout.reward_guidance.spsa={} (an estimate from its scores)"
     )

@@ -1,4 +1,4 @@
-"""The samples that a reward is tried on: two of noise that differ, and an empty one (see trial_result.SAMPLES)."""
+"""The samples that a reward is tried on (trial_result.SAMPLES): two of noise that differ, and an empty one."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from torch.nn.functional import interpolate
 
 from flowalign.config import TrainConfig
 from flowalign.models import Policy
+from flowalign.run.trial_result import SAMPLES
 from rewards import RewardSpec, pictures
 
-COUNT = 3
+COUNT, NOISE = len(SAMPLES), SAMPLES.count("noise")  # the first NOISE of COUNT samples are noise
 CELLS = 8  # of the noise along a side, and at most 4 in time: between them it is smooth
 
 
 def sample_pictures(config: TrainConfig, device: torch.device | str) -> dict[str, Any]:
     """Images, or videos of a policy that makes more than one frame, as fields of a RewardBatch: the same in every run."""
     size = config.policy.size
-    cells = torch.rand(COUNT - 1, 3, min(4, size.frames), CELLS, CELLS, generator=_generator())
+    cells = torch.rand(NOISE, 3, min(4, size.frames), CELLS, CELLS, generator=_generator())
     shape = (size.frames, size.height, size.width)
     noise = interpolate(cells, shape, mode="trilinear", align_corners=True).clamp(0, 1).transpose(1, 2)
     pixels = _with_empty(noise if size.frames > 1 else noise[:, 0]).to(device)
@@ -28,7 +29,7 @@ def sample_pictures(config: TrainConfig, device: torch.device | str) -> dict[str
 
 def sample_latents(config: TrainConfig, spec: RewardSpec, device: torch.device | str, policy: Policy) -> dict[str, Any]:
     """Latents of N(0, 1) and of zeros: pure noise for a reward of noisy states, else data, decoded if it reads that too."""
-    noise = torch.randn(COUNT - 1, *policy.latent_shape(config.policy.size), generator=_generator())
+    noise = torch.randn(NOISE, *policy.latent_shape(config.policy.size), generator=_generator())
     latents = _with_empty(noise).to(device)
     sigma = torch.full((COUNT,), float(spec.scope == "latent"), device=device)
     decoded = set(spec.inputs) != {"latents"}

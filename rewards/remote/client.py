@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 from rewards.base import Reward, RewardBatch, RewardError, RewardOutput, RewardSpec, channels_of
-from rewards.parts import elsewhere, in_chunks
+from rewards.parts import in_chunks, spec_elsewhere
 from rewards.remote import wire
 from rewards.remote.description import fingerprint
 
@@ -82,7 +82,7 @@ class Http:
     @property
     def spec(self) -> RewardSpec:
         """The reward's, not differentiable."""
-        return elsewhere(self.reward)
+        return spec_elsewhere(self.reward)
 
     def load(self) -> None:
         """Waits for the server, at most `budget` seconds, and checks what it serves. RewardError if that is another reward."""

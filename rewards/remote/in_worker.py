@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from rewards.base import Reward, RewardBatch, RewardError, RewardOutput, RewardSpec, channels_of
-from rewards.parts import elsewhere, in_chunks
+from rewards.parts import in_chunks, spec_elsewhere
 from rewards.remote import wire
 from rewards.remote.description import describe
 from rewards.workers import Message, WorkerDied, WorkerError, Workers
@@ -77,7 +77,7 @@ class InWorker:
     @property
     def spec(self) -> RewardSpec:
         """The reward's, not differentiable."""
-        return elsewhere(self.reward)
+        return spec_elsewhere(self.reward)
 
     def load(self) -> None:
         """Starts the worker, which loads the reward. RewardError if it does not start."""

@@ -1,5 +1,6 @@
 """Training of the Glyphs CLIP: what a batch holds, the loss in closed form, and a resumed run."""
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from flowalign.glyphs.clip_checkpoint import configuration
 from flowalign.glyphs.clip_figures import other_colors, other_letters
 from flowalign.glyphs.clip_training import (
     SIZES,
@@ -28,8 +30,10 @@ from flowalign.glyphs.clip_training import (
     scenes_of,
     train_clip,
 )
+from flowalign.glyphs.parts import build_tokenizer
 from flowalign.glyphs.prompts import held_out_prompts, make_prompt, train_prompts
 from flowalign.glyphs.renderer import render
+from rewards.image.clip import GLYPHS
 
 BATCH = Stage(families=2, neighbours=1, lines=1, samples=2, wrong=3, until=2)
 TINY = ClipRecipe(
@@ -175,6 +179,11 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped_and_every_part_moves(tmp_
     resumed = trained(TINY, tmp_path / "stopped.pt")
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
     assert [name for name in start if torch.equal(start[name], straight[name])] == []
+
+
+def test_the_shipped_configuration_is_what_the_script_writes() -> None:
+    shipped = json.loads((GLYPHS / "open_clip_config.json").read_text())
+    assert json.loads(json.dumps(configuration(build_tokenizer()))) == shipped
 
 
 def test_the_others_of_the_figures_are_distinct_and_near(generator: torch.Generator) -> None:

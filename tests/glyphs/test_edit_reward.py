@@ -14,7 +14,7 @@ from flowalign.glyphs import held_out_prompts
 from flowalign.glyphs.edit_checkpoint import load_folder, network_of, write_base, write_trained, write_untrained
 from flowalign.glyphs.edit_pairs import EditPairs, draw_pairs
 from flowalign.glyphs.edit_training import (
-    CLEAN,
+    SPOILT,
     Judged,
     description_loss,
     difference,
@@ -207,7 +207,7 @@ def test_the_script_writes_a_reward_that_tells_clean_edits_of_unseen_words_and_c
     said = subprocess.run([*script, *given], capture_output=True, text=True, check=True, cwd=ROOT).stdout
     assert "held-out words, unseen combinations" in said and "| blurred |" in said
     words = [record["target"] for record in held_out_prompts()]
-    pairs = draw_pairs(256, words, torch.Generator().manual_seed(6), unseen=True, kinds=CLEAN)
+    pairs = draw_pairs(256, words, torch.Generator().manual_seed(6), unseen=True, kinds=SPOILT)
     for column in (0, 2):  # overall, quality
         right, count = judged(load_folder(tmp_path), pairs).accuracy(column)
         assert count == 256 and right / count > 0.5 + 4 * math.sqrt(0.25 / count)

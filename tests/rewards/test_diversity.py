@@ -29,24 +29,10 @@ def test_a_collapsed_group_and_the_limit_of_a_repeat():
     assert score(GroupDiversity(near=0.009), pair).scores[:, 1].tolist() == [0, 0]
 
 
-def test_order_and_other_groups_do_not_matter():
-    levels, groups = [0.1, 0.5, 0.2, 0.6, 0.4, 0.9], [0, 1, 0, 1, 0, 1]
-    whole, order = score(GroupDiversity(), batch(levels, groups)).scores, [4, 1, 5, 0, 2, 3]
-    torch.testing.assert_close(score(GroupDiversity(), batch(levels, groups).select(order)).scores, whole[order])
-    torch.testing.assert_close(
-        score(GroupDiversity(), batch(levels, groups).select([0, 2, 4])).scores, whole[[0, 2, 4]]
-    )
-
-
 def test_an_image_alone_in_its_group_has_no_score():
-    given = batch([0.1, 0.5, 0.2, 0.6, 0.9], [0, 1, 0, 1, 2])
-    output = score(GroupDiversity(), given)
+    output = score(GroupDiversity(), batch([0.1, 0.5, 0.2, 0.6, 0.9], [0, 1, 0, 1, 2]))
     assert output.valid.all(1).tolist() == [True, True, True, True, False]
     assert output.info[4] == "it is alone in its group"
-    images = given.images.clone()
-    images[1] = torch.nan  # leaves the other one alone
-    broken = RewardBatch(prompts=given.prompts, images=images, group_ids=given.group_ids)
-    assert score(GroupDiversity(), broken, max_fail_rate=1).valid.all(1).tolist() == [True, False, True, False, False]
 
 
 def test_features_of_ones_own():

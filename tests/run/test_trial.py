@@ -45,10 +45,10 @@ def tiny() -> TrainConfig:
     return load_config(TINY)[0]
 
 
-def tried(tmp_path: Path, policy=None, **settings):
-    """Tries the configuration's rewards with others in their places."""
+def tried(tmp_path: Path, loaded=None, announce=False, **settings):
+    """Tries the configuration's rewards with others in their places; loaded: the policy."""
     config = replace(tiny(), run=replace(tiny().run, output=str(tmp_path)), **settings)
-    return try_rewards(config, Prompts.of(config), "cpu", policy)
+    return try_rewards(config, Prompts.of(config), "cpu", loaded, announce=announce)
 
 
 def ok(batch) -> RewardOutput:
@@ -66,8 +66,7 @@ def test_a_trial_has_the_form_that_the_run_gives(tmp_path: Path, tiny_pipeline: 
         "reward", "evaluation.rewards", "evaluation.training_reward",
     ]  # fmt: skip
     assert [batch.images.shape for batch in image.seen] == [(3, 3, 24, 48)] * 4 and not state.seen  # evaluated, too
-    config = load_config(TINY, [f"run.output={tmp_path}"])[0]
-    assert image.seen[0].prompts == [Prompts.of(config).train[0].prompt] * 3
+    assert image.seen[0].prompts == [Prompts.of(tiny()).train[0].prompt] * 3
     policy, _ = make(tiny_pipeline, Chain())
     [trial] = tried(tmp_path, policy, reward=image, **settings)
     assert len(image.seen) == 4 and state.seen[0].latents.shape == (3, *policy.latent_shape(Size(24, 48)))
@@ -97,16 +96,14 @@ def test_the_samples_are_two_of_noise_and_an_empty_one_and_draw_from_no_global_s
 
 def test_a_policy_of_videos_is_tried_with_videos(tmp_path: Path) -> None:
     seen = Plain(ok, RewardSpec(("videos",)))
-    config = replace(load_config(TINY, [f"run.output={tmp_path}"])[0], reward=seen)
-    video = replace(
-        config, policy=replace(config.policy, frames=5, fps=8.0), evaluation=replace(config.evaluation, rewards=[seen])
-    )
-    try_rewards(video, Prompts.of(video), "cpu")
+    evaluation = replace(tiny().evaluation, rewards=[seen])
+    policy = replace(tiny().policy, frames=5, fps=8.0)
+    tried(tmp_path, reward=seen, evaluation=evaluation, policy=policy)
     assert seen.seen[0].videos.shape == (3, 5, 3, 24, 48) and seen.seen[0].fps == 8
     noise = seen.seen[0].videos[0]
     assert float((noise[1:] - noise[:-1]).abs().mean()) > 0.01  # it moves
     with pytest.raises(ConfigError, match="got a batch with images; expected videos"):
-        try_rewards(config, Prompts.of(config), "cpu")
+        tried(tmp_path, reward=seen)
 
 
 def test_a_trial_finds_channels_that_the_spec_does_not_name(tmp_path: Path) -> None:
@@ -154,14 +151,13 @@ def nan_where(bad) -> Plain:
 def test_prompts_without_a_score_at_the_head_of_the_set_do_not_refuse_it(tmp_path: Path) -> None:
     """The first prompts have none; one further on does."""
     prompts = mine(tmp_path, *[f"plain {n}" for n in range(99)], "the word")
-    config = replace(load_config(TINY, [f"run.output={tmp_path}"])[0], prompts=prompts)
     some, none = nan_where(lambda prompt: prompt.startswith("plain") and int(prompt[6:]) < 60), nan_where(bool)
-    try_rewards(replace(config, reward=some), Prompts.of(config), "cpu")
+    tried(tmp_path, prompts=prompts, reward=some)
     assert 1 < len(some.seen) < PROMPTS
     with pytest.raises(
         ConfigError, match=r"'plain', which scores neither .* with none of 16 prompts such as 'plain 0': no word"
     ):
-        try_rewards(replace(config, reward=none), Prompts.of(config), "cpu")
+        tried(tmp_path, prompts=prompts, reward=none)
     assert len({prompt for batch in none.seen for prompt in batch.prompts}) == PROMPTS
 
 
@@ -219,9 +215,8 @@ def test_the_table_has_a_line_per_reward(tmp_path: Path) -> None:
         ImageStatistics(("brightness", "contrast")),
         FunctionReward(lambda images, prompts: [1.0, 2.0, 3.0], "one"),
     ]
-    config = load_config(TINY, [f"run.output={tmp_path}"])[0]
-    config = replace(config, reward=JPEGCompressibility(), evaluation=replace(config.evaluation, rewards=rewards))
-    trials = try_rewards(config, Prompts.of(config), "cpu")
+    evaluation = replace(tiny().evaluation, rewards=rewards)
+    trials = tried(tmp_path, reward=JPEGCompressibility(), evaluation=evaluation)
     head, *lines = table(trials).splitlines()
     assert " ".join(head.split()) == "rewards tried noise noise zero ms/sample load s memory fingerprint"
     assert [line.split()[0] for line in lines] == [
@@ -355,9 +350,8 @@ PLACES = ("reward", "evaluation.training_reward (false leaves it out)")
 def test_one_sees_what_is_waited_for(tmp_path: Path, capsys, monkeypatch, announce: bool, lines: list[str]) -> None:
     def slow(batch) -> RewardOutput:
         time.sleep(0.2)
-        return RewardOutput(torch.ones(len(batch)), torch.ones(len(batch)).bool())
+        return ok(batch)
 
     monkeypatch.setattr(trial_module, "PATIENCE", 0.05)
-    config = replace(load_config(TINY, [f"run.output={tmp_path}"])[0], reward=Plain(slow))
-    try_rewards(config, Prompts.of(config), "cpu", announce=announce)
+    tried(tmp_path, announce=announce, reward=Plain(slow))
     assert capsys.readouterr().out.splitlines() == lines

@@ -139,7 +139,3 @@ def test_a_configuration_names_it() -> None:
         ["configs/methods/flow_grpo.yaml", "configs/models/glyphs.yaml", "configs/rewards/clip_glyphs.yaml"], []
     )
     assert config.reward == CLIPScore("glyphs")
-    words, inks, papers = scenes(2)
-    own, other = prompts_of(words, inks, papers), prompts_of(words[::-1], inks, papers)
-    pictures = render(words, inks, papers)
-    assert bool((scores(pictures, own, made=config.reward) > scores(pictures, other, made=config.reward) + 0.2).all())
