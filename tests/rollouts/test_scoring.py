@@ -8,10 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from flowalign.advantage import Normalized, SignalContext
-from flowalign.credit import Broadcast, Process
+from flowalign.credit import Process
 from flowalign.rollouts.collect import collect
-from rewards import RewardBatch, RewardError, RewardOutput, RewardSpec, WithTimeout
+from rewards import RewardBatch, RewardError, RewardOutput, RewardSpec
 from samplers import Chain, Probed, Selected, Window
 from tests.helpers.plain_rewards import Plain, brightness
 from tests.helpers.policy_gradient import PROMPTS, make
@@ -73,28 +72,6 @@ def test_how_many_may_fail_is_judged_over_all_parts(tiny_pipeline: Path, failing
             collect(task, PROMPTS, 0)
         return
     assert collect(task, PROMPTS, 0).valid[:, 0].tolist() == [False] * 3 + [True] * 3
-
-
-def test_a_sample_that_explodes_costs_that_sample_only(tiny_pipeline: Path) -> None:
-    """The advantages of its group are those of the group without it, those of other groups are as they were."""
-
-    def explosive(batch: RewardBatch) -> RewardOutput:
-        if 4 in batch.sample_ids:
-            raise ZeroDivisionError("boom")
-        return brightness(batch)
-
-    def advantages(reward, broken: int | None = None) -> torch.Tensor:
-        batch = collect(scored(tiny_pipeline, Chain(), reward)[1], PROMPTS, 0)
-        assert batch.valid[:, 0].tolist() == [row != broken for row in range(6)]
-        valid = batch.valid.clone()
-        valid[4] = False
-        credit = Broadcast().assign(batch.forest, batch.scores, valid, batch.channels)
-        return Normalized().compare(batch.forest, credit, SignalContext()).values
-
-    masked = WithTimeout(Plain(explosive), on_error="mask", batch_size=1)
-    assert torch.equal(advantages(masked, broken=4), advantages(Plain(brightness)))
-    with pytest.raises(RewardError, match=r"'plain' failed.*boom"):
-        advantages(Plain(explosive))
 
 
 def test_channels_reach_the_batch_and_its_metrics(tiny_pipeline: Path) -> None:
