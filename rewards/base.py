@@ -94,8 +94,8 @@ class RewardBatch:
     In a run and in its trial all of them lie on the policy's device: move them (`to`) to the reward's own.
     metadata: what the prompt set holds about each prompt (targets, colors, ...). sample_ids: names of the samples in
     messages. group_ids: equal for samples of the same prompt. Both default to 0..N-1, so each sample is its own group.
-    ValueError or TypeError for fields of unequal length, for tensors of another shape or dtype, for videos without fps and
-    latents without sigma.
+    ValueError or TypeError for fields of unequal length, for prompts that are no list of texts, for tensors of another shape or
+    dtype, for videos without fps and latents without sigma. Images of several sizes make several batches.
     """
 
     prompts: list[str]
@@ -110,6 +110,10 @@ class RewardBatch:
     group_ids: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.prompts, list) or not all(isinstance(prompt, str) for prompt in self.prompts):
+            raise TypeError(
+                f"got prompts of type {type(self.prompts).__name__}; expected a list of texts, one per sample"
+            )
         count = len(self.prompts)
         fill = {
             "metadata": self.metadata or [{} for _ in range(count)],
@@ -266,6 +270,8 @@ def pictures(pixels: Tensor, fps: float | None) -> dict[str, Any]:
 def _unit_float(pixels: Tensor, expected: str) -> Tensor:
     """`pixels` as floats; expected: their name and shape, "images [N, 3, H, W]"."""
     name, _, shape = expected.partition(" ")
+    if not isinstance(pixels, Tensor):
+        raise TypeError(f"got {name} of type {type(pixels).__name__}; expected a tensor {shape}: one batch per size")
     if pixels.ndim != shape.count(",") + 1 or pixels.shape[-3] != 3:
         raise ValueError(f"got {name} {list(pixels.shape)}; expected {shape}")
     if pixels.dtype == torch.uint8:

@@ -12,10 +12,12 @@ class OnCompletion:
     """`reward` of what deterministic steps make of a state x_σ of the rollout: a process reward (TP-GRPO, 2602.06422, takes all
     steps that are left; Euphonium, 2602.04928, and ReFL, 2304.05977, one).
 
-    steps: 1 is the x0-prediction x − σ·v, which costs no network evaluation beyond the rollout's own; S cost S − 1 more of
-    each state; None takes all that are left. max_sigma: states noisier than this are not scored: their predictions are blurred,
-    and foreign to most rewards (0.6 is a common limit). prefix: before the names of the channels, so that they differ from those
-    of the same reward of finished samples. Compare scores of one grid step only.
+    steps: 1 is the x0-prediction (x − σ·v of a rectified flow), which costs no network evaluation beyond the rollout's own; S cost
+    S − 1 more of each state; None takes all that are left. All go to where the grid ends: of a Stable Diffusion whose last level is
+    timestep 0, one step leaves √(1−ᾱ₀) = 0.03 of the predicted noise in, as it is in the finished samples. max_sigma: states
+    noisier than this are not scored: their predictions are blurred, and foreign to most rewards (0.6 is a common limit of
+    rectified flows; of Stable Diffusion σ counts timesteps, and 0.6 is nine tenths noise). prefix: before the names of the
+    channels, so that they differ from those of the same reward of finished samples. Compare scores of one grid step only.
     ValueError for a reward of states, or one that compares groups."""
 
     reward: Reward

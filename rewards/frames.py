@@ -29,7 +29,8 @@ class OnFrames:
     Name, channels and range are the reward's. A video is valid if every frame seen is. Components: the mean over the frames.
     Uncertainty: for "mean" the mean of the frames', else the largest of the frames seen, which bounds it. info: that of the first
     frame that says something. The reward gets all frames of the batch at once: WithTimeout(reward, batch_size=…) splits
-    them. Not kept: motion. Mean scores of frames are highest for a still: pair them with `MotionBand`."""
+    them. A groupwise one compares frames of one time. Not kept: motion. Mean scores of frames are highest for a still: pair them
+    with `MotionBand`."""
 
     reward: Reward
     frames: Literal["all", "first", "last", "first_last"] | int = "all"
@@ -82,6 +83,9 @@ class OnFrames:
         assert batch.videos is not None and batch.fps is not None
         index = self.seen(batch.videos.shape[1], batch.fps)
         stills = frames_as_images(batch, index)
+        if self.spec.groupwise:  # the frames of one time make a group, not all frames of the videos of one prompt
+            places = [group * len(index) + time for group in batch.group_ids for time in range(len(index))]
+            stills = replace(stills, group_ids=places)
         output = score(self.reward, stills, grad=wants_gradient(self.spec), max_fail_rate=1.0)
         rows, count, channels = len(batch), len(index), len(channels_of(self.reward))
         scores = output.scores.reshape(rows, count, channels)

@@ -89,7 +89,11 @@ class Capped:
 
     @property
     def spec(self) -> RewardSpec:
-        return replace(spec_of(self.reward), range=self._bounds())
+        spec = spec_of(self.reward)
+        low, high = (
+            self._cap(torch.tensor(bound, dtype=torch.float64)).item() for bound in spec.range or (-math.inf, math.inf)
+        )
+        return replace(spec, range=(low, high) if low < high else self._bounds())
 
     def load(self) -> None:
         self.reward.load()

@@ -22,11 +22,11 @@ def cost_of_completions(tree: Tree, steps: int | None) -> tuple[int, int]:
 
 @torch.no_grad()
 def completed(forest: Forest, nodes: Tensor, steps: int | None, velocity: Velocity, micro_batch: int) -> Tensor:
-    """[n, *] the states `nodes` [n] after `steps` deterministic steps of the forest's kernel to σ = 0, on the sub-grid of a probe;
-    None: all steps that are left. One step is the x0-prediction x − σ·v.
+    """[n, *] the states `nodes` [n] after `steps` deterministic steps of the forest's kernel to the end of the grid, on the sub-grid
+    of a probe; None: all steps that are left. One step to σ = 0 is the x0-prediction of the path, x − σ·v of a flow.
 
     The first step takes the velocity that the rollout found there, so S steps cost S − 1 evaluations of each state. A
-    state at σ = 0 is its own. velocity: of the forest's roots, `micro_batch` rows at a time."""
+    state at the end is its own. velocity: of the forest's roots, `micro_batch` rows at a time."""
     tree, states = forest.tree, forest.at(nodes)
     for index in tree.index[nodes].unique().tolist():
         if index == tree.num_steps:

@@ -19,10 +19,12 @@ class CLIPColors:
     """The color whose texts lie nearest: three templates with the color and the class, their unit embeddings averaged per color.
 
     The object is cut out by its box, with gray (#999) outside its mask, then resized as CLIP does. model, pretrained: of
-    open_clip; the defaults are GenEval's; pretrained may be a file. device: None is a GPU if there is one. About 0.43 B
-    parameters. Texts are embedded once per class until `close`."""
+    open_clip; pretrained may be a file. The defaults are GenEval's ViT-L-14 of OpenAI, trained with QuickGELU: that is
+    "ViT-L-14-quickgelu" since open_clip 3, whose "ViT-L-14" has GELU. device: None is a GPU if there is one. About 0.43 B
+    parameters. Texts are embedded once per class until `close`. ValueError, by `load`, for a model with another activation
+    than its weights were trained with."""
 
-    model: str = "ViT-L-14"
+    model: str = "ViT-L-14-quickgelu"
     pretrained: str = "openai"
     device: str | None = None
     _loaded: Any = field(default=None, init=False, repr=False)
@@ -38,6 +40,15 @@ class CLIPColors:
             return
         import open_clip
 
+        weights, config = (
+            open_clip.get_pretrained_cfg(self.model, self.pretrained),
+            open_clip.get_model_config(self.model),
+        )
+        if weights and config and weights.get("quick_gelu", False) != config.get("quick_gelu", False):
+            raise ValueError(
+                f"got model={self.model!r} with pretrained={self.pretrained!r}, trained with another activation; expected that "
+                "of the weights: add '-quickgelu' to the model, or take it off"
+            )
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         clip, _, transform = open_clip.create_model_and_transforms(
             self.model, pretrained=self.pretrained, device=device

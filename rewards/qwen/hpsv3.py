@@ -33,8 +33,8 @@ WORDINGS = {
 class HPSv3:
     """How much would people prefer this image for this prompt? μ, with uncertainty σ = exp(log σ): the head's two numbers.
 
-    P(A better than B) = E over d ~ N(μ_A - μ_B, σ_A² + σ_B²) of sigmoid(d) is what it was trained with, so μ has no bounds: its
-    authors report means of -0.24 (SD 2) to 10.5 (Kolors). Code: MizzenAI/HPSv3; there sigma is given before the exp.
+    It was trained to lower E over d ~ N(μ_A - μ_B, σ_A² + σ_B²) of -log sigmoid(d) for A better than B, so μ has no bounds: its
+    authors report means of -0.24 (SD 2) to 10.55 (Kolors). Code: MizzenAI/HPSv3; there sigma is given before the exp.
 
     model: hub id, folder or file of HPSv3.safetensors. base: hub id or folder of the model it was trained from, for its
     configuration, tokenizer and chat template. templates: where its two texts are, which are not shipped: a module or .py

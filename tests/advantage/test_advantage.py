@@ -6,7 +6,9 @@ import torch
 
 from flowalign.advantage import Asymmetric, Mixed, Normalized, PerChannel, SignalContext, VarianceGated
 from flowalign.credit import BranchLocal, Broadcast, EdgeValues, Gain, ReturnToGo, SubtreeFusion, TurningPoint
+from rewards import RewardBatch, RewardOutput, WithTimeout, score
 from samplers import Forest, Tree, chain, window
+from tests.helpers.plain_rewards import Plain, batch_of, brightness
 from tests.helpers.trees import everywhere, grown, probed, split_tree, trunk
 
 
@@ -157,6 +159,24 @@ def test_a_masked_sample_is_a_sample_left_out(rule) -> None:
     assert masked.valid[:, 0].tolist() == mask
     torch.testing.assert_close(masked.values[torch.tensor(mask)], left_out.values)
     assert float(masked.values[2]) == 0 and masked.zero_std_ratio == left_out.zero_std_ratio
+
+
+def test_a_sample_whose_reward_explodes_costs_that_sample_only() -> None:
+    """From the exception to the advantages: its group has those of a group without it."""
+
+    def explosive(batch: RewardBatch) -> RewardOutput:
+        if 4 in batch.sample_ids:
+            raise ZeroDivisionError("boom")
+        return brightness(batch)
+
+    output = score(WithTimeout(Plain(explosive), on_error="mask", batch_size=1), batch_of(7))
+    assert output.valid[:, 0].tolist() == [row != 4 for row in range(7)] and "boom" in output.info[4]
+    whole = given(output.scores[:, 0].numpy(), valid=[output.valid[:, 0].tolist()])
+    rest = given(score(Plain(brightness), batch_of(7)).scores[output.valid[:, 0], 0].numpy())
+    with_it = Normalized().compare(side_by_side(4, 3), whole, SignalContext()).values
+    without = Normalized().compare(side_by_side(4, 2), rest, SignalContext()).values
+    torch.testing.assert_close(with_it[output.valid[:, 0]], without)
+    assert float(with_it[4]) == 0
 
 
 @pytest.mark.parametrize("how", ["reward_sum", "advantage_sum", "gdpo", "keep"])

@@ -6,6 +6,7 @@ import json
 import pkgutil
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -212,6 +213,36 @@ def test_a_gradient_is_given_or_refused_as_its_spec_says(reward: Reward) -> None
         return
     (gradient,) = torch.autograd.grad(score(reward, pixels, grad=True).scores.sum(), read)
     assert bool(gradient.isfinite().all()) and float(gradient.abs().max()) > 0
+
+
+def test_the_networks_with_a_gradient_are_those_that_have_a_test_of_it() -> None:
+    """In fp64, each against finite differences: tests/rewards/image/test_laws.py and tests/rewards/qwen/test_laws.py."""
+    made_so = {found.__name__: made(found) for found in reward_classes()}
+    assert {name for name, reward in made_so.items() if reward.spec.differentiable and "dtype" in vars(reward)} == {
+        "Aesthetic", "CLIPScore", "EditReward", "HPSv2", "HPSv3", "ImageReward", "PickScore", "VideoAlign",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("found", reward_classes(), ids=lambda found: found.__name__)
+def test_a_gradient_is_that_of_finite_differences(found: type) -> None:
+    """Of noisy pictures, since flat ones lie on kinks; networks elsewhere."""
+    reward = found(CLIPScore(str(tiny.clip()), dtype="fp64")) if found is rewards.Offloaded else made(found)
+    if not reward.spec.differentiable or "dtype" in vars(reward):
+        return
+    (name,), draws, given = reward.spec.inputs, torch.Generator().manual_seed(0), batch().select([0, 2, 5])
+    pixels = 0.1 + 0.7 * given.tensors()[name].double()
+    pixels += 0.1 * torch.rand(pixels.shape, generator=draws, dtype=torch.float64)
+
+    def total(read: torch.Tensor) -> torch.Tensor:
+        return score(reward, replace(given, **{name: read}), grad=True).scores.sum()
+
+    (gradient,) = torch.autograd.grad(total(leaf := pixels.clone().requires_grad_()), leaf)
+    along = 1e-7 * torch.randn(pixels.shape, generator=draws, dtype=torch.float64)
+    with torch.no_grad():
+        change = (total(pixels + along) - total(pixels - along)) / 2
+    torch.testing.assert_close((gradient * along).sum() / 1e-7, change.detach() / 1e-7, rtol=1e-3, atol=1e-6)
+    assert float(gradient.abs().max()) > 0
+    reward.close()
 
 
 def test_a_score_depends_neither_on_batch_mates_nor_on_order(reward: Reward) -> None:

@@ -54,6 +54,22 @@ def test_a_field_that_does_not_fit_is_named(fields, error, named) -> None:
         RewardBatch(prompts=["a", "b"], **fields)
 
 
+def test_arguments_cannot_be_swapped() -> None:
+    """By keyword only, and each of its own type: a text is not a list of texts, an image no batch of them."""
+    images, prompts = torch.rand(2, 3, 4, 4), ["a", "b"]
+    for positional in ((prompts, images), (images, prompts), (prompts,)):
+        with pytest.raises(TypeError, match="positional"):
+            RewardBatch(*positional)  # type: ignore[misc]
+    for named in (images, "ab", ("a", "b"), ["a", None]):
+        with pytest.raises(TypeError, match="expected a list of texts, one per sample"):
+            RewardBatch(prompts=named, images=images)  # type: ignore[arg-type]
+    for wrong in (prompts, list(images), [images[0], images[1, :, :2]]):  # of one size or of several
+        with pytest.raises(TypeError, match=r"got images of type list; expected a tensor \[N, 3, H, W\]"):
+            RewardBatch(prompts=prompts, images=wrong)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="positional"):
+        score(Plain(brightness), RewardBatch(prompts=prompts, images=images), True)  # type: ignore[misc]
+
+
 def full() -> RewardBatch:
     return RewardBatch(
         prompts=["a", "b"], videos=(VIDEOS * 255).to(torch.uint8), fps=8.0, latents=LATENTS.clone(), sigma=torch.tensor([0.2, 0.7]),

@@ -1,9 +1,11 @@
 """Image rewards on videos: which frames are seen, how their scores become one, and what follows the video to its frames."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from rewards import OCR, Line, OnFrames, RewardBatch, RewardError, RewardOutput, RewardSpec, score
+from rewards import OCR, GroupDiversity, Line, OnFrames, RewardBatch, RewardError, RewardOutput, RewardSpec, score
 from tests.helpers.plain_rewards import Plain
 from tests.helpers.reward_parts import in_parts
 
@@ -114,6 +116,17 @@ def test_frames_know_what_their_video_knows():
     assert stills.sample_ids == [7, 7, 9, 9] and stills.group_ids == [5] * 4 and stills.videos is None
     assert [len(images) for images in stills.conditions] == [1, 1, 0, 0]
     assert torch.equal(stills.images, given.videos[:, [0, 2]].flatten(0, 1))
+
+
+def test_a_groupwise_reward_compares_frames_of_one_time():
+    """Not a frame with the others of its own video."""
+    levels = torch.tensor([[0.1, 0.9], [0.3, 0.5], [0.4, 0.4], [0.8, 0.4]])
+    films = replace(batch(levels), group_ids=[7, 7, 8, 8])
+    output = score(OnFrames(GroupDiversity()), films)
+    torch.testing.assert_close(
+        output.scores[:, 0], torch.tensor([0.3, 0.3, 0.2, 0.2])
+    )  # mean of |0.1 − 0.3|, |0.9 − 0.5|
+    assert OnFrames(GroupDiversity()).spec.groupwise
 
 
 def test_several_channels_and_the_spec():

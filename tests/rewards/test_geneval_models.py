@@ -187,6 +187,19 @@ def test_a_tiny_classifier_answers_as_clip_by_hand(clip):
     colors.close()
 
 
+def test_the_classifier_of_the_benchmark_has_quick_gelu():
+    """OpenAI's weights were trained with it; open_clip 3 builds "ViT-L-14" with GELU and only warns."""
+    import open_clip
+
+    default = CLIPColors()
+    assert open_clip.get_model_config(default.model)["quick_gelu"]
+    assert open_clip.get_pretrained_cfg(default.model, default.pretrained)["quick_gelu"]
+    with pytest.raises(
+        ValueError, match="trained with another activation; expected that of the weights: add '-quickgelu'"
+    ):
+        CLIPColors("ViT-L-14").load()
+
+
 def test_wrong_options():
     with pytest.raises(ValueError, match="expected 0 < short_side <= long_side"):
         Mask2Former(short_side=900, long_side=800)

@@ -78,7 +78,7 @@ init_args:
     ensemble, augmented, diversity, geneval = channels.rewards
     assert ensemble.coef == 0.2 and [part.name for part in ensemble.rewards] == ["jpeg_compressibility", "ocr"]
     assert augmented.reward.statistics == ("edges",) and diversity.features.size == 8
-    assert geneval.detector.short_side == 800 and geneval.colors.model == "ViT-L-14"
+    assert geneval.detector.short_side == 800 and geneval.colors.model == "ViT-L-14-quickgelu"
     gated = built("""
 class_path: rewards.Gated
 init_args:

@@ -71,6 +71,12 @@ def test_capped():
     shifted = score(Capped(reward([2.0]), low=0, high=2, soft=True), batch(1)).scores.item()
     assert shifted == pytest.approx(1 + math.tanh(1))
     assert Capped(reward(values), low=0).spec.range == (0, math.inf)
+    known = reward([0.3], range=(0, 1))
+    assert Capped(known, high=0.8).spec.range == (0, 0.8)  # and not from -inf, which no gate could fall back to
+    shut = Gated(Capped(known, high=0.8), reward([0.0], name="gate"), 0.5)
+    assert score(shut, batch(1)).scores.item() == 0
+    assert Capped(known, -1, 1, soft=True).spec.range == pytest.approx((0, math.tanh(1)))
+    assert Capped(known, low=2).spec.range == (2, math.inf)  # all scores are 2
 
 
 def test_gated():

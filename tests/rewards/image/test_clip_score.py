@@ -61,6 +61,17 @@ def test_the_features_are_those_of_transformers_whatever_it_returns() -> None:
     torch.testing.assert_close(clip.images(pixels), theirs if isinstance(theirs, Tensor) else theirs.pooler_output)
 
 
+def test_no_score_goes_through_the_call_that_changed_between_versions(monkeypatch) -> None:
+    """get_image_features and get_text_features: a tensor in transformers 4, an object in 5, whose [0] is something else."""
+    from transformers import CLIPModel
+
+    expected = [scores(made(str(tiny.clip()))) for made in (CLIPScore, PickScore)]
+    for name in ("get_image_features", "get_text_features", "forward"):
+        monkeypatch.setattr(CLIPModel, name, lambda *_, **__: pytest.fail("asked"))
+    for before, made in zip(expected, (CLIPScore, PickScore), strict=True):
+        assert torch.equal(scores(made(str(tiny.clip()))), before)
+
+
 def test_what_is_longer_than_the_context_is_cut_and_keeps_its_end() -> None:
     clip = load_clip(str(tiny.clip()), None, torch.float32)
     long = "a " * 75  # with start and end, 77 tokens

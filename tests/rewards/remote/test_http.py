@@ -131,6 +131,21 @@ def test_headers_are_checked_before_the_body_is_read(
     assert got == status and ("expected" in body.decode() or "this is" in body.decode())
 
 
+@pytest.mark.parametrize("cut", [0, 10], ids=["nothing", "a part"])
+def test_a_body_that_is_cut_is_refused_and_the_next_one_answered(server: Listener, cut: int) -> None:
+    body = wire.encode_batch(mixed_batch())
+    with socket.create_connection(server.server_address[:2], timeout=20) as client:
+        lines = [
+            "POST /v1/score HTTP/1.0", f"Content-Type: {wire.MEDIA_TYPE}", f"Flowalign-Protocol: {wire.PROTOCOL}",
+            "Flowalign-Request: cut", f"Flowalign-Fingerprint: {server.service.fingerprint}", f"Content-Length: {len(body)}",
+        ]  # fmt: skip
+        client.sendall("\r\n".join([*lines, "", ""]).encode() + body[:cut])
+        client.shutdown(socket.SHUT_WR)
+        reply = b"".join(iter(lambda: client.recv(2**16), b""))
+    assert b" 400 " in reply.splitlines()[0] and f"got {cut} of {len(body)} bytes".encode() in reply
+    same(score(Http(Spread(3.0), server.url), mixed_batch()), score(Spread(3.0), mixed_batch()))
+
+
 class Harm:
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -468,6 +483,14 @@ def test_after_the_budget_it_is_an_error_with_the_last_reason() -> None:
         assert time.monotonic() - began < 10 and len(requests) >= 1
     with pytest.raises(RewardError, match=r"gave no answer within 0\.2 s.*Connection"):
         Http(Spread(3.0), url, timeout=0.2, budget=0.2).load()
+
+
+def test_a_wait_that_a_server_asks_for_is_kept(monkeypatch: Any) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr("rewards.remote.client.time.sleep", waits.append)
+    with failing(plain(429, Retry__After="7"), plain(503), right) as (url, requests):
+        same(score(Http(Spread(3.0), url, budget=60, timeout=20), mixed_batch()), score(Spread(3.0), mixed_batch()))
+    assert len(requests) == 3 and waits[0] == 7 and 0 < waits[1] < 1
 
 
 def test_a_long_wait_that_a_server_asks_for_ends_with_the_budget() -> None:
