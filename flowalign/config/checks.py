@@ -20,7 +20,7 @@ from flowalign.models.load import (
     path_of,
 )
 from flowalign.models.roles import check_roles
-from flowalign.rollouts.rolling import grow
+from flowalign.rollouts.rolling import grow, leaves_per_group
 from flowalign.rollouts.sources import check_sources
 from flowalign.trainers import Setup
 from rewards import channels_of, spec_of
@@ -165,7 +165,12 @@ def _check_selecting(config: TrainConfig) -> None:
 
 
 def _check_groupwise(config: TrainConfig) -> None:
-    """ConfigError for a groupwise reward among groups of one."""
+    """ConfigError for a groupwise reward among groups of one, or of samples and probes."""
+    if spec_of(config.reward).groupwise and leaves_per_group(config.rollout)[1]:
+        raise ConfigError(
+            f"got a rollout.plan with probes and reward {config.reward.name!r}, which would compare samples with probes of their "
+            "prompt; expected a reward of each sample by itself, or a plan without samplers.Probed"
+        )
     evaluated = [*config.evaluation.rewards, *([config.reward] if config.evaluation.training_reward else [])]
     for reward in evaluated:
         if spec_of(reward).groupwise and config.evaluation.samples_per_prompt < 2:

@@ -149,9 +149,22 @@ def test_a_run_with_channels_a_process_reward_and_an_evaluation_of_two(load, use
                                      user("light_and_red", channels=["b", "a"], name="x")]},
          "each with its own `name`"),
         (lambda user: {"reward": user("light_and_red", inputs=["pixels"])}, "pixels"),
+        (lambda user: {"evaluated": [part("rewards.GroupDiversity")]},
+         r"got evaluation\.samples_per_prompt=1 with 'group', which compares the samples of one prompt"),
+        (lambda user: {"reward": part("rewards.GroupDiversity"),
+                       "rollout": {"plan": part("samplers.Probed", plan=part("samplers.Chain"))}},
+         "got a rollout.plan with probes and reward 'group'"),
+        (lambda user: {"rollout": {"preview_reward": JPEG}}, "with a rollout.plan that selects nothing"),
+        (lambda user: {"rollout": {"preview_reward": user("levels", inputs=["latents"], scope="latent")}},
+         r"got rollout\.preview_reward with 'levels'"),
+        (lambda user: {"rollout": {"refill": -1}}, r"got rollout\.refill=-1"),
+        (lambda user: {"rollout": {"plan": part("samplers.Selected", plan=part("samplers.Chain"), counts={"1": 2}),
+                                   "refill": 1}},
+         r"got rollout\.refill=1; expected at least 0, and 0 with a plan that selects"),
     ],
     ids=["mix and gdpo", "mix of channels", "latent reward", "latent evaluation", "terminal process", "unread process",
-         "one name", "selection", "evaluation names", "unknown input"],
+         "one name", "selection", "evaluation names", "unknown input", "group of one", "group with probes",
+         "preview reward without previews", "latent preview reward", "refill below 0", "refill of a selection"],
 )  # fmt: skip
 def test_what_cannot_work_is_refused_before_loading(load, user, changes, named: str) -> None:
     with pytest.raises(ConfigError, match=named):
