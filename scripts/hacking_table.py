@@ -28,6 +28,7 @@ from flowalign.storage.metrics_log import read_rows
 
 PROXY = {"clip_score": 1.0, "jpeg_compressibility": 3.0}  # weights of configs/rewards/hackable_glyphs.yaml
 HELD_OUT = ("ocr_soft", "ocr_exact", "color")
+LEVELS = (0.25, 0.5)  # rises of the proxy
 NO_SPREAD = 0.1  # counts as the deviation of a monitor that is the same for all images of the base
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}  # Student's, two-sided, by degrees of freedom
 Runs = dict[str, np.ndarray]  # {score: [seeds, evaluations]} of an arm, means over its images
@@ -98,38 +99,40 @@ def change(runs: Runs, score: str) -> np.ndarray:
 
 
 def held_out_table(steps: list[int], arms: Mapping[str, Runs]) -> str:
-    """Changes of the proxy and of what is not trained on, a row per arm."""
+    """Changes of the proxy and of what is not trained on, a row per arm: at the end, then of ocr_soft alone on the way."""
+    levels = [f"`ocr_soft` where the proxy is at {signed(level, 2)}" for level in LEVELS]
     head = [
         "arm",
         "seeds",
         "proxy",
         *(f"`{name}`" for name in HELD_OUT),
-        "`ocr_soft` − `sum`'s",
+        "`ocr_soft` − that of `sum`",
         "best `ocr_soft`",
-        "`sum` at this proxy",
+        *levels,
     ]
     rows = [f"| {' | '.join(head)} |", f"|---|{'---:|' * (len(head) - 1)}"]
     for name, runs in arms.items():
-        curve = change(runs, "ocr_soft").mean(0)
-        shared = min(len(runs["proxy"]), len(arms["sum"]["proxy"]))
-        apart = runs["ocr_soft"][:shared, -1] - arms["sum"]["ocr_soft"][:shared, -1]
+        curve, last = change(runs, "ocr_soft").mean(0), runs["ocr_soft"][:, -1]
+        shared = min(len(last), len(arms["sum"]["ocr_soft"]))
         cells = [
-            name, str(len(runs["proxy"])), interval(change(runs, "proxy")[:, -1]),
-            *(interval(change(runs, score)[:, -1]) for score in HELD_OUT), "–" if name == "sum" else interval(apart),
-            f"{signed(curve.max(), 3)} at {steps[int(curve.argmax())]}",
-            "–" if name == "sum" else at_proxy(arms["sum"], change(runs, "proxy")[:, -1].mean()),
+            name, str(len(last)), *(interval(change(runs, score)[:, -1]) for score in ("proxy", *HELD_OUT)),
+            "–" if name == "sum" else interval(last[:shared] - arms["sum"]["ocr_soft"][:shared, -1]),
+            f"{signed(curve.max(), 3)} at {steps[int(curve.argmax())]}", *(at_proxy(runs, level) for level in LEVELS),
         ]  # fmt: skip
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
-def at_proxy(runs: Runs, gain: float) -> str:
-    """The change of ocr_soft where the mean curve of an arm first reaches a gain of the proxy, joined by lines."""
-    x, y = change(runs, "proxy").mean(0), change(runs, "ocr_soft").mean(0)
-    for place in range(1, len(x)):
-        if x[place - 1] <= gain <= x[place]:
-            return signed(float(np.interp(gain, x[place - 1 : place + 1], y[place - 1 : place + 1])), 3)
-    return "–"
+def at_proxy(runs: Runs, level: float) -> str:
+    """The change of ocr_soft where each seed's proxy has first risen by `level`, between its evaluations."""
+    found = []
+    for x, y in zip(change(runs, "proxy"), change(runs, "ocr_soft"), strict=True):
+        if x.max() >= level:
+            place = int((x >= level).argmax())
+            found.append(y[place - 1] + (level - x[place - 1]) / (x[place] - x[place - 1]) * (y[place] - y[place - 1]))
+    if len(found) < len(runs["proxy"]):
+        return f"reached by {len(found)} of {len(runs['proxy'])}"
+    return interval(np.array(found))
 
 
 def monitor_table(steps: list[int], arms: Mapping[str, Runs], spread: Mapping[str, float], monitors: list[str]) -> str:
@@ -164,7 +167,7 @@ def curves(steps: list[int], arms: Mapping[str, Runs]) -> str:
                 axis.plot(steps, values.mean(0), color=color, linewidth=1.4, label=name)
             x, y = runs["proxy"].mean(0), runs["ocr_soft"].mean(0)
             panels[2].plot(x, y, color=color, linewidth=1.4, marker="o", markersize=2.5)
-        titles = ("proxy, which `sum` trains on", "held-out ocr_soft", "held-out ocr_soft against the proxy")
+        titles = ("proxy: what sum trains on", "held-out ocr_soft", "held-out ocr_soft against the proxy")
         for axis, title, label in zip(panels, titles, ("iteration", "iteration", "proxy"), strict=True):
             _dress(axis, title, label)
         panels[0].legend(frameon=False, fontsize=7.5)
