@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from flowalign.compare.page import COLORS
 from flowalign.compare.plan import Plan, budget_of
 from flowalign.compare.spec import read_spec
-from flowalign.picture_style import INK, RULE, STYLE
+from flowalign.picture_style import INK, RULE, SOFT, STYLE
 from flowalign.report.charts import svg
 from flowalign.storage.files import write_atomic
 from flowalign.storage.metrics_log import read_rows
@@ -160,7 +160,7 @@ def curves(steps: list[int], arms: Mapping[str, Runs]) -> str:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9.6, 3.0), layout="constrained")
         panels = figure.subplots(1, 3)
-        for (name, runs), color in zip(arms.items(), COLORS, strict=False):
+        for (name, runs), color in zip(arms.items(), (*COLORS, SOFT), strict=False):
             for axis, score in zip(panels, ("proxy", "ocr_soft"), strict=False):
                 values = runs[score]
                 axis.fill_between(steps, values.min(0), values.max(0), color=color, alpha=0.12, linewidth=0)
