@@ -156,7 +156,9 @@ class Run:
         """Metrics of what the trainer's `prepare` cost since the model was loaded, backward passes not counted; none if it did
         not use the network."""
         counts = self.task.counts
-        spent = {"evaluations": self.task.policy.evaluations, **vars(counts)}
+        spent = {
+            "evaluations": self.task.policy.evaluations, "decodes": counts.decodes, "reward_calls": counts.reward_calls,
+        }  # fmt: skip
         total = {f"cost/prepare_{name}": self.processes.total(value) for name, value in spent.items()}
         return total | {"time/prepare": time.monotonic() - self.opened} if any(total.values()) else {}
 

@@ -45,10 +45,12 @@ def test_a_class_a_function_and_a_token(listeners: list[Listener], monkeypatch: 
 
 def test_the_files_of_the_page_serve_both_sides(listeners: list[Listener], tmp_path: Path) -> None:
     page = (Path(__file__).parents[2] / "docs" / "places.md").read_text()
-    worker, server = re.findall(r"```yaml\n(.*?)```", page, re.S)
+    one_word, worker, server = re.findall(r"```yaml\n(.*?)```", page, re.S)
     (tmp_path / "worker.yaml").write_text(re.sub(r"\n +python: .*", "", worker))
     (tmp_path / "server.yaml").write_text(server)
+    (tmp_path / "one_word.yaml").write_text(one_word.split(" #")[0])
     ours = load_reward([str(tmp_path / "server.yaml")])
+    assert isinstance(load_reward([str(tmp_path / "one_word.yaml")]), InWorker)
     assert isinstance(load_reward([str(tmp_path / "worker.yaml")]), InWorker) and isinstance(ours, Http)
     assert cli.serve_reward([str(tmp_path / "server.yaml"), "--port", "0"]) == 0
     assert isinstance(listeners[0].service.reward, OCR) and listeners[0].service.fingerprint == ours.fingerprint

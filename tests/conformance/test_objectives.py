@@ -6,13 +6,14 @@ import pytest
 import torch
 
 import flowalign.objectives
-from flowalign.objectives import Guard, Objective, StepWeight, Transitions
+from flowalign.objectives import Agreement, Guard, Objective, StepWeight, Transitions
 from samplers import CPS, DDIM, DanceSDE, FlowSDE, RectifiedFlow, Tree, window
 from tests.helpers.kernels import VP
 from tests.helpers.parts import check_final, classes_with, example
 from tests.helpers.trees import grown
 
-EXAMPLES = {"Guard": Guard(weight="none")}  # its other weights multiply the loss, see tests/objectives
+# other weights of Guard multiply the loss, see tests/objectives
+EXAMPLES = {"Guard": Guard(weight="none"), "Agreement": Agreement("x0_r")}
 OBJECTIVES = classes_with(flowalign.objectives, "log_ratio")
 WEIGHTS = classes_with(flowalign.objectives, "weigh")
 every_objective = pytest.mark.parametrize("cls", OBJECTIVES, ids=lambda cls: cls.__name__)
@@ -148,7 +149,8 @@ def test_a_weight_of_flows_refuses_other_paths_and_the_others_are_right_there(cl
 
 def _positive(weight: StepWeight, forest) -> None:
     """One weight per edge, above 0 and finite, the same whatever order the edges are asked in."""
-    forest, edges = forest.with_scores("uncertainty/r", torch.linspace(0, 1, len(forest.tree))), forest.tree.edges
+    known, edges = torch.linspace(0, 1, len(forest.tree)), forest.tree.edges
+    forest = forest.with_scores("uncertainty/r", known).with_scores("x0_r", known)
 
     def weights(asked: torch.Tensor) -> torch.Tensor:
         parents, position = forest.tree.distinct_parents(asked)

@@ -53,7 +53,7 @@ def test_every_adapter_parameter_moves(uninterrupted: Path, tiny_pipeline: Path)
 
 POINTS = {  # where the run is killed: at which call of what; a checkpoint has three sections
     "rollout": ("flowalign.rollouts.collect.rollout", 2),
-    "reward": ("flowalign.rollouts.collect.score_chunks", 2),
+    "reward": ("rewards.scoring.score", 2),
     "backward": ("flowalign.run.run.Run.backward", 2),
     "optimizer": ("flowalign.run.run.Run.step", 2),
     "ema": ("flowalign.models.ema.EMA.update", 2),
