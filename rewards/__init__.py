@@ -56,7 +56,7 @@ from rewards.ocr import OCR, Line, RapidReader, Recognizer
 from rewards.offloaded import Offloaded
 from rewards.qwen import EditReward, HPSv3, VideoAlign
 from rewards.remote import Http, InWorker
-from rewards.scoring import Scoring, score_chunks
+from rewards.scoring import Scoring
 from rewards.shaping import Capped, Gated, Standardized
 from rewards.with_timeout import WithTimeout
 
@@ -74,7 +74,6 @@ __all__ = [
     "spec_of",
     "WithTimeout",
     "score",
-    "score_chunks",
     "Scoring",
     "close",
     "OCR",

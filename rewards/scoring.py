@@ -5,7 +5,6 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
 from typing import Self
@@ -77,9 +76,8 @@ class Scoring:
 
     def _work(self) -> None:
         while (part := self._queue.get()) is not None:
-            if (
-                self._error is None and not self._stopped
-            ):  # after an error the rest is only taken, so that nobody waits to put it
+            # after an error the rest is only taken, so that nobody waits to put it
+            if self._error is None and not self._stopped:
                 try:
                     self._outputs.append(score(self._reward, part, max_fail_rate=1.0))
                 except BaseException as error:
@@ -88,12 +86,3 @@ class Scoring:
     def _raise(self) -> None:
         if self._error is not None:
             raise self._error
-
-
-def score_chunks(reward: Reward, chunks: Iterable[RewardBatch], *, max_fail_rate: float = 0.5) -> RewardOutput:
-    """The answers on consecutive parts of a batch as one, see `Scoring`; how many may fail is judged over all parts."""
-    with Scoring(reward) as scoring:
-        for chunk in chunks:
-            scoring.add(chunk)
-            del chunk  # else it would live until the next one is made
-        return scoring.result(max_fail_rate)

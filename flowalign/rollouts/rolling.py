@@ -154,12 +154,22 @@ class Rolling:
     def _with_state_scores(self, forest: Forest, numbers: Tensor, velocity: Velocity) -> Forest:
         """The forest with the scores of the task's process rewards at both ends of every stochastic step, by channel name."""
         task, ends = self._task, torch.cat([forest.tree.edges, forest.tree.parents_of_edges]).unique()
+        specs = [reward.spec for reward in task.process_rewards if reward.spec.scope == "completion"]
+        widest = {spec.completion_steps: 0.0 for spec in specs}  # rewards of as many steps share their completions
+        for spec in specs:
+            widest[spec.completion_steps] = max(widest[spec.completion_steps], spec.max_sigma)
+        below = {steps: ends[forest.sigma(ends).cpu() <= sigma] for steps, sigma in widest.items()}
+        made = {
+            steps: completed(forest, nodes, steps, velocity, task.rollout.micro_batch) for steps, nodes in below.items()
+        }
         for reward in task.process_rewards:
             nodes = ends[forest.sigma(ends).cpu() <= reward.spec.max_sigma]
-            states, sigma = forest.at(nodes), forest.sigma(nodes)
             if reward.spec.scope == "completion":
-                states = completed(forest, nodes, reward.spec.completion_steps, velocity, task.rollout.micro_batch)
-                sigma = torch.zeros_like(sigma)
+                steps = reward.spec.completion_steps
+                states = made[steps][torch.searchsorted(below[steps], nodes).to(made[steps].device)]
+                sigma = torch.zeros(len(nodes))
+            else:
+                states, sigma = forest.at(nodes), forest.sigma(nodes)
             owner = numbers[forest.tree.group[nodes]]
             output = judge(task, self._prompts, owner, states, reward, sigma, max_fail_rate=1.0)
             texts = [self._prompts[number].prompt for number in owner.tolist()]

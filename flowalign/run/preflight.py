@@ -29,13 +29,13 @@ def forecast(config: TrainConfig) -> str:
     samples, probes = leaves_per_group(rollout)
     images = rollout.groups * samples
     tree, specs = grow(rollout, 0, 0, [0]), [reward.spec for reward in config.process_rewards]
-    completions = [cost_of_completions(tree, spec.completion_steps) for spec in specs if spec.scope == "completion"]
-    rolled = rollout.groups * (cost.rollout + sum(rows for _, rows in completions))
+    steps = [spec.completion_steps for spec in specs if spec.scope == "completion"]
+    rolled = rollout.groups * (cost.rollout + sum(cost_of_completions(tree, each)[1] for each in set(steps)))
     update = config.trainer.forecast(rollout)
     sample, train, frozen, before = (guided * rows for rows in (rolled, update.trained, update.frozen, update.before))
     notes = _notes(config, cost, samples, probes)
-    if completions:
-        states = sum(count for count, _ in completions)
+    if steps:
+        states = sum(cost_of_completions(tree, each)[0] for each in steps)
         notes.append(
             f"completions: at most {states / samples:.2f} per image, decoded and scored, of states of the rollout"
         )

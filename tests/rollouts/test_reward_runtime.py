@@ -299,6 +299,23 @@ def test_increments_of_a_completion_reward_telescope(tiny_pipeline: Path) -> Non
     assert batch.metrics["cost/reward_calls_per_image"] == states / 6 + 1
 
 
+def test_rewards_of_as_many_steps_share_their_completions(tiny_pipeline: Path) -> None:
+    """Each state is completed once, up to the larger max_sigma; each reward scores what it would alone."""
+    wide, narrow = (OnCompletion(Mean(), 2, sigma, prefix) for sigma, prefix in ((1.0, "wide_"), (0.7, "narrow_")))
+
+    def of(*rewards: OnCompletion):
+        return collect(task_of(tiny_pipeline, Chain(), Mean(), process_rewards=rewards), PROMPTS, 0)
+
+    both, tree = of(narrow, wide), of(wide).forest.tree
+    for reward in (wide, narrow):
+        assert torch.equal(
+            both.forest.scores[reward.name].nan_to_num(9.0), of(reward).forest.scores[reward.name].nan_to_num(9.0)
+        )
+    assert both.forest.scores["narrow_mean"].isfinite().sum() < both.forest.scores["wide_mean"].isfinite().sum()
+    rows = cost_of_completions(tree, 2)[1]
+    assert rows > 0 and both.metrics["cost/rollout_per_image"] == (both.forest.evaluations + rows) / 6
+
+
 def test_noisier_states_than_the_reward_takes_are_not_decoded(tiny_pipeline: Path) -> None:
     process = OnCompletion(Plain(brightness), max_sigma=0.6)
     batch = collect(task_of(tiny_pipeline, Chain(), Plain(brightness), process_rewards=[process]), PROMPTS, 0)

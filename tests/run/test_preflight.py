@@ -3,7 +3,10 @@
 import re
 from pathlib import Path
 
+import torch
+
 from flowalign.config import load_config
+from flowalign.rollouts.rolling import grow, leaves_per_group
 from flowalign.run.preflight import forecast
 
 TINY = str(Path(__file__).parents[1] / "data" / "tiny.yaml")
@@ -45,6 +48,26 @@ def test_refills_are_in_the_most_expensive_case(tmp_path: Path) -> None:
     (least,), (most,) = (re.findall(r"whole run: at most ([\d,]+) forwards", each) for each in (plain, refilled))
     assert int(most) - int(least) == 2 * (3 * 2 * 7)
     assert "refill: the whole run counts 2 further rollouts of each group" in refilled and "refill" not in plain
+
+
+def test_completions_are_counted_once_for_rewards_of_as_many_steps(tmp_path: Path) -> None:
+    """Two rewards of two steps: one more forward for each state with at least two steps left, and both score every state."""
+    wrapped = (
+        "{class_path: rewards.OnCompletion, init_args: {reward: rewards.JPEGCompressibility, steps: 2, prefix: %s}}"
+    )
+    read = [
+        "trainer.signal.credit={class_path: flowalign.credit.Process, init_args: {score: a_jpeg_compressibility}}",
+        "trainer.step_weight={class_path: flowalign.objectives.Agreement, init_args: {score: b_jpeg_compressibility}}",
+    ]
+    plain = text(tmp_path)
+    completed = text(tmp_path, f"process_rewards=[{wrapped % 'a_'}, {wrapped % 'b_'}]", *read)
+    (least,), (most,) = (re.findall(r"whole run: at most ([\d,]+) forwards", each) for each in (plain, completed))
+    settings = load_config(TINY, [])[0].rollout
+    tree = grow(settings, 0, 0, [0])
+    ends = torch.cat([tree.edges, tree.parents_of_edges]).unique()
+    assert int(most) - int(least) == 3 * 2 * int((tree.index[ends] <= tree.num_steps - 2).sum()) > 0
+    samples, _ = leaves_per_group(settings)
+    assert f"completions: at most {2 * len(ends) / samples:.2f} per image" in completed and "completions" not in plain
 
 
 def test_guidance_that_differs_is_said(tmp_path: Path) -> None:
