@@ -12,6 +12,10 @@ for _name in ("samplers", "rewards"):
 
 _PUBLIC = {
     "load_policy": "flowalign.models",
+    **dict.fromkeys(
+        ("optimize_noise", "Gradient", "Ascent", "SPSA", "BestOfN", "ZeroOrder", "PreviewSelect", "PathSearch"),
+        "flowalign.noise_optimization",
+    ),
     **dict.fromkeys(("LoRA", "Role", "Sampling", "Size"), "flowalign.models"),
     "as_records": "flowalign.data",
     "evaluate": "flowalign.evaluation.evaluate",

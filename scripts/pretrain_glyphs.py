@@ -14,12 +14,12 @@ from pathlib import Path
 
 import torch
 from diffusers import StableDiffusion3Pipeline
-from tqdm import tqdm
 
 from flowalign.glyphs import LOAD_ARGS, held_out_prompts
 from flowalign.glyphs.card import model_card
 from flowalign.glyphs.judge import Figures, judge, sample_pictures
-from flowalign.glyphs.pretrain import TRAINED, Pretraining, Progress, pretrain, vae_error
+from flowalign.glyphs.pretrain import TRAINED, Pretraining, pretrain, vae_error
+from flowalign.glyphs.progress import progress_bars
 
 GRID = [(6, 1.0), (6, 1.5), (6, 2.0), (6, 3.0), (6, 4.0), (8, 1.0), (8, 2.0), (8, 3.0), (40, 1.0), (40, 3.0)]
 MEASURED = 256  # held-out prompts
@@ -60,19 +60,6 @@ def export(pipeline: StableDiffusion3Pipeline, folder: Path) -> None:
         config = json.loads(path.read_text(encoding="utf-8"))
         config["dtype"] = "float32"  # transformers would load in the dtype written here, diffusers always in fp32
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def progress_bars(totals: dict[str, int]) -> Progress:
-    """A callback that shows one bar per stage."""
-    bars: dict[str, tqdm] = {}
-
-    def show(stage: str, step: int, loss: float) -> None:
-        if stage not in bars:
-            bars[stage] = tqdm(desc=stage, total=totals[stage], initial=step - 1)
-        bars[stage].update(1)
-        bars[stage].set_postfix(loss=f"{loss:.4f}")
-
-    return show
 
 
 def measure(pipeline: StableDiffusion3Pipeline) -> dict[tuple[int, float], Figures]:

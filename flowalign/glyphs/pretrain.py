@@ -6,7 +6,7 @@ resumed run gives the same weights as an uninterrupted one on one machine with o
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from flowalign.glyphs.parts import TOKENS, build_pipeline
 from flowalign.glyphs.prompts import INKS, LETTERS, PAPERS, WORD_LENGTH, held_out_prompts, make_prompt
 from flowalign.glyphs.renderer import JITTER, draw
+from flowalign.glyphs.progress import Progress
 from flowalign.glyphs.schedule import set_rate
 
 TRAINED = ("transformer", "text_encoder", "text_encoder_2")
-Progress = Callable[[str, int, float], None]  # stage, steps done, loss
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def train_vae(vae: AutoencoderKL, recipe: Pretraining, folder: Path, progress: P
     """Trains the VAE in place, then sets scaling and shift so that its latents have mean 0 and variance 1."""
     saved = folder / "vae.safetensors"
     optimizer = torch.optim.AdamW(vae.parameters(), lr=recipe.vae_learning_rate, weight_decay=0.0, fused=True)
-    first = _load(saved, vae, None, optimizer, recipe.vae_steps)
+    first = load_training(saved, vae, None, optimizer, recipe.vae_steps)
     for step in range(first, recipe.vae_steps):
         set_rate(optimizer, recipe.vae_learning_rate, step, recipe.vae_steps, recipe.warmup)
         generator = _generator(recipe.seed, 0, step)
@@ -98,9 +98,9 @@ def train_vae(vae: AutoencoderKL, recipe: Pretraining, folder: Path, progress: P
         reconstruction = (decoded - pictures).abs().mean()
         anchor = (posterior.mean - pictures).square().mean()
         loss = reconstruction + recipe.anchor * anchor + recipe.kl * posterior.kl().mean()
-        _update(loss, optimizer, recipe.clip)
+        train_step(loss, optimizer, recipe.clip)
         if (step + 1) % recipe.checkpoint_every == 0 or step + 1 == recipe.vae_steps:
-            _save(saved, step + 1, vae, None, optimizer)
+            save_training(saved, step + 1, vae, None, optimizer)
         progress("vae", step + 1, reconstruction.item())
     vae.requires_grad_(False)
     latents = _encode_pictures(
@@ -117,16 +117,16 @@ def train_flow(pipeline: StableDiffusion3Pipeline, recipe: Pretraining, folder: 
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
     )
-    first = _load(saved, model, average, optimizer, recipe.steps)
+    first = load_training(saved, model, average, optimizer, recipe.steps)
     for step in range(first, recipe.steps):
         set_rate(optimizer, recipe.learning_rate, step, recipe.schedule_steps, recipe.warmup)
         loss = flow_loss(pipeline, recipe, _generator(recipe.seed, 1, step))
-        _update(loss, optimizer, recipe.clip)
+        train_step(loss, optimizer, recipe.clip)
         decay = min(recipe.ema, (1 + step) / (10 + step))
         for name, value in model.named_parameters():
             average[name].lerp_(value.detach(), 1 - decay)
         if (step + 1) % recipe.checkpoint_every == 0 or step + 1 == recipe.steps:
-            _save(saved, step + 1, model, average, optimizer)
+            save_training(saved, step + 1, model, average, optimizer)
         progress("flow", step + 1, loss.item())
     model.load_state_dict(average, strict=False)  # buffers are constants
 
@@ -196,7 +196,7 @@ def _generator(seed: int, stage: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed((seed << 40) + (stage << 32) + step)
 
 
-def _update(loss: Tensor, optimizer: torch.optim.Optimizer, clip: float) -> None:
+def train_step(loss: Tensor, optimizer: torch.optim.Optimizer, clip: float) -> None:
     optimizer.zero_grad()
     loss.backward()
     nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], clip)
@@ -209,7 +209,7 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, 
             yield f"optimizer/{index}/{name}", value
 
 
-def _save(
+def save_training(
     path: Path, step: int, model: nn.Module, average: dict[str, Tensor] | None, optimizer: torch.optim.Optimizer
 ) -> None:
     """Writes a checkpoint atomically."""
@@ -222,7 +222,7 @@ def _save(
     os.replace(unfinished, path)
 
 
-def _load(
+def load_training(
     path: Path, model: nn.Module, average: dict[str, Tensor] | None, optimizer: torch.optim.Optimizer, steps: int
 ) -> int:
     """Restores a checkpoint of at most `steps` steps in place; returns the number of its steps, 0 without one."""

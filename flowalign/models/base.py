@@ -160,6 +160,10 @@ class Policy(Protocol):
         of texts), and the same as that of `flowalign.evaluation.evaluate`."""
         ...
 
+    def checkpointed(self) -> AbstractContextManager[None]:
+        """A context in which the blocks of networks and decoder store no activations: their backward computes them again."""
+        ...
+
     def modules(self) -> dict[str, nn.Module]:
         """The trained networks by their names in the pipeline; one, or several such as the two of Wan 2.2."""
         ...

@@ -45,12 +45,12 @@ FAMILIES = {
 
 
 def resolve(path: str) -> str:
-    """ "glyphs" is the pipeline that comes with flowalign; anything else is a folder (~ is the home) or a hub id."""
-    if path != "glyphs":
-        return os.path.expanduser(path)
-    from flowalign.glyphs import PIPELINE
+    """ "glyphs" is the pipeline that comes with flowalign, "glyphs-4step" and "glyphs-1step" are its generators of few steps;
+    anything else is a folder (~ is the home) or a hub id."""
+    from flowalign.glyphs import FEW_STEP, PIPELINE
 
-    return str(PIPELINE)
+    shipped = {"glyphs": PIPELINE, **{f"glyphs-{steps}step": folder for steps, folder in FEW_STEP.items()}}
+    return str(shipped[path]) if path in shipped else os.path.expanduser(path)
 
 
 def inspect_checkpoint(path: str, family: str | None = None) -> tuple[dict[str, Any], Family]:

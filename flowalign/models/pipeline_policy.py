@@ -136,6 +136,17 @@ class PipelinePolicy:
         parts = latents.split(self._decode_batch or max(1, len(latents)))
         return torch.cat([self.model.decode(part).float() * 0.5 + 0.5 for part in parts])
 
+    @contextmanager
+    def checkpointed(self) -> Iterator[None]:
+        parts = [part for part in (*self.networks(), self.model.vae) if not part.is_gradient_checkpointing]
+        for part in parts:
+            part.enable_gradient_checkpointing()
+        try:
+            yield
+        finally:
+            for part in parts:
+                part.disable_gradient_checkpointing()
+
     @property
     def _network_device(self) -> torch.device:
         return next(iter(self.model.networks.values())).device

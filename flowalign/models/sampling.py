@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from flowalign.data import PromptRecord
-from flowalign.glyphs import CALL_ARGS, GUIDANCE_SCALE, PIPELINE, STEPS
+from flowalign.glyphs import CALL_ARGS, FEW_STEP, FEW_STEP_SCHEDULE, GUIDANCE_SCALE, PIPELINE, STEPS
 from flowalign.models.base import Conditions, Configs, Policy, Sampling, Size
 from flowalign.models.grid import grid
 from samplers import Schedule, Tree, normal, rollout, scattered
@@ -44,8 +44,12 @@ def settle(
 def defaults_of(pipeline: DiffusionPipeline, networks: Configs) -> Sampling | None:
     """What the pipeline's own call does unless told otherwise, by its signature and its configurations; None if it has no such
     defaults. networks: configurations of the trained ones, by name."""
-    if str(pipeline.name_or_path) == str(PIPELINE):  # its sample_size is the larger of two sides
-        return Sampling(STEPS, GUIDANCE_SCALE, Size(CALL_ARGS["height"], CALL_ARGS["width"]))
+    glyphs = Size(CALL_ARGS["height"], CALL_ARGS["width"])  # its sample_size is the larger of two sides
+    if str(pipeline.name_or_path) == str(PIPELINE):
+        return Sampling(STEPS, GUIDANCE_SCALE, glyphs)
+    for few_steps, folder in FEW_STEP.items():
+        if str(pipeline.name_or_path) == str(folder):
+            return Sampling(few_steps, GUIDANCE_SCALE, glyphs, FEW_STEP_SCHEDULE)
     parameters = inspect.signature(type(pipeline).__call__).parameters
     call: dict[str, Any] = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
     steps, guidance = call.get("num_inference_steps"), call.get("guidance_scale")

@@ -1,0 +1,208 @@
+"""What noise optimization found: the best noise and image of each prompt, how it went, and files and pictures of it."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import matplotlib
+import torch
+from matplotlib.figure import Figure
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from flowalign.data import PromptRecord
+from flowalign.models.base import Sampling
+from flowalign.models.images import Images
+from flowalign.noise_optimization.objective import Trial
+from flowalign.picture_style import INK, LINE, RULE, SOFT, STYLE
+from flowalign.storage.files import reading, write_atomic
+
+
+@dataclass(frozen=True, eq=False)
+class NoiseResult:
+    """Of P prompts.
+
+    images, first_images: of the best noise, and of the start. noise, start [P, *]: the start noise that they are made from;
+    latents [P, *]: the clean latents of `images`. total, first_total [P]: the weighted sum of the rewards. best_step [P]: the
+    iteration that found the best one, 0 being the start.
+    history: {name: [steps, P]}, of each iteration's best candidate "total", the scores by reward, and the "norm" of its noise;
+    nan where a prompt had stopped or nothing was valid. held_out: {reward: (first [P], best [P])}.
+    strip: {iteration: uint8 [P, 3, h, w]}, the best images after it (of videos their first frames).
+    evaluations: network rows, forwards alone; decoded: images made and scored."""
+
+    images: Images
+    first_images: Images
+    noise: Tensor
+    start: Tensor
+    latents: Tensor
+    total: Tensor
+    first_total: Tensor
+    best_step: Tensor
+    history: dict[str, Tensor]
+    held_out: dict[str, tuple[Tensor, Tensor]]
+    strip: dict[int, Tensor]
+    prompts: list[str]
+    seed: int
+    sampling: Sampling
+    evaluations: int
+    decoded: int
+    seconds: float
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes image.png (each prompt's own if there are several: image-0.png, …), first.png likewise, noise.safetensors (`read_noise` reads
+        it), result.json (prompts, totals, history, settings) and progress.png (`plot`) into `folder`, and returns it."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        suffix = "png" if self.images.pixels.ndim == 4 else "webp"
+        for number in range(len(self.prompts)):
+            mark = f"-{number}" if len(self.prompts) > 1 else ""
+            self.images[number].save(folder / f"image{mark}.{suffix}")
+            self.first_images[number].save(folder / f"first{mark}.{suffix}")
+        tensors = {"noise": self.noise, "start": self.start, "latents": self.latents}
+        write_atomic(folder / "noise.safetensors", save({name: each.contiguous() for name, each in tensors.items()}))
+        write_atomic(folder / "result.json", json.dumps(self._plain(), indent=1, allow_nan=False).encode())
+        write_atomic(folder / "progress.png", _png(self.plot()))
+        return folder
+
+    def plot(self, prompt: int = 0) -> Figure:
+        """The rewards of one prompt over the iterations, above a strip of its best images on the way; matplotlib's figure."""
+        names = [name for name in self.history if name != "norm"]
+        names = names if len(names) > 2 else names[:1]  # of one reward the total is its multiple
+        with matplotlib.rc_context(STYLE):
+            figure = Figure(figsize=(max(6.5, 1.1 * len(self.strip)), 1.5 * len(names) + 1.8), layout="constrained")
+            rows = figure.subfigures(2, 1, height_ratios=[1.5 * len(names), 1.6])
+            for axis, name in zip(
+                rows[0].subplots(len(names), 1, sharex=True, squeeze=False)[:, 0], names, strict=True
+            ):
+                values = self.history[name][:, prompt]
+                axis.plot(values.tolist(), color=LINE, linewidth=1, alpha=0.35)
+                if name == "total":
+                    axis.plot(values.nan_to_num(-torch.inf).cummax(0).values.tolist(), color=LINE, linewidth=1.6)
+                    axis.axhline(float(self.first_total[prompt]), color=SOFT, linewidth=0.8, linestyle=":")
+                axis.set_ylabel(name, color=INK)
+                axis.grid(axis="y", color=RULE, linewidth=0.6)
+            axis.set_xlabel("iteration (bold: the best so far; dotted: the start)")
+            rows[0].suptitle(self.prompts[prompt], fontsize=9, color=INK, wrap=True, parse_math=False)
+            for axis, (step, images) in zip(
+                rows[1].subplots(1, len(self.strip), squeeze=False)[0], self.strip.items(), strict=True
+            ):
+                axis.imshow(
+                    images[prompt].permute(1, 2, 0).numpy(), interpolation="nearest" if images.shape[-1] < 128 else None
+                )
+                axis.set_title("start" if step == 0 else f"{step}", fontsize=8)
+                axis.set_axis_off()
+        return figure
+
+    def _plain(self) -> dict[str, object]:
+        """As JSON; null is a score that is not valid."""
+        return {
+            "prompts": self.prompts, "seed": self.seed, "first_total": _plain(self.first_total), "total": _plain(self.total),
+            "best_step": self.best_step.tolist(),
+            "held_out": {name: {"first": _plain(a), "best": _plain(b)} for name, (a, b) in self.held_out.items()},
+            "evaluations": self.evaluations, "decoded": self.decoded, "seconds": self.seconds,
+            "num_inference_steps": self.sampling.num_inference_steps, "guidance_scale": self.sampling.guidance_scale,
+            "size": asdict(self.sampling.size), "schedule": None if self.sampling.schedule is None else str(self.sampling.schedule),
+            "history": {name: [_plain(row) for row in values] for name, values in self.history.items()},
+        }  # fmt: skip
+
+    def _repr_png_(self) -> bytes:
+        """What a notebook shows."""
+        return _png(self.plot())
+
+
+def read_noise(folder: str | Path) -> Tensor:
+    """The best noise [P, *] that `NoiseResult.save` wrote: the `start` of another call, or the `noise` of `policy.generate`.
+    FileNotFoundError without one, DamagedFile for one that cannot be read."""
+    path = Path(folder) / "noise.safetensors"
+    if not path.exists():
+        raise FileNotFoundError(f"there is no {path}; expected the folder of a saved result of optimize_noise")
+    with reading(path):
+        return load_file(path)["noise"]
+
+
+class Best:
+    """What the loop remembers of the n prompts of a batch."""
+
+    def __init__(self, steps: int, shown: int = 8) -> None:
+        self.steps = steps
+        self.tried = 0  # iterations, summed over prompts
+        self.shown = {round(number * (steps - 1) / max(1, shown - 1)) for number in range(shown)}
+        self.strip: dict[int, Tensor] = {}
+        self.history: dict[str, Tensor] = {}
+
+    def begin(self, first: Trial) -> None:
+        count = len(first.total)
+        self.first, self.noise, self.latents, self.images = (
+            first,
+            first.noise.clone(),
+            first.latents.clone(),
+            first.images.clone(),
+        )
+        self.total = torch.full((count,), torch.nan)
+        self.raised = torch.zeros(count, dtype=torch.long)  # the last iteration with a gain that patience counts
+        self.step = torch.zeros(count, dtype=torch.long)
+        self.reference = torch.full((count,), -torch.inf)  # from which that gain is counted
+        self.history = {name: torch.full((self.steps, count), torch.nan) for name in ("total", *first.scores, "norm")}
+
+    def update(self, iteration: int, rows: Tensor, trial: Trial, min_gain: float) -> None:
+        """trial: the best candidate of each of the prompts `rows`."""
+        values = {"total": trial.total, **trial.scores, "norm": trial.noise.flatten(1).norm(dim=1)}
+        for name, each in values.items():
+            self.history[name][iteration, rows] = each.float()
+        better = trial.total > self.total[rows].nan_to_num(-torch.inf)
+        won, source = rows[better], trial.at(better.nonzero().flatten())
+        self.noise[won], self.latents[won], self.images[won] = source.noise, source.latents, source.images
+        self.total[won], self.step[won] = source.total.to(self.total), iteration
+        gained = won[self.total[won] > self.reference[won] + min_gain]
+        self.reference[gained], self.raised[gained] = self.total[gained], iteration
+        self.tried += len(rows)
+        if iteration in self.shown:
+            self.strip[iteration] = self._frames()
+
+    def finish(self) -> None:
+        """The strip of a batch that stopped early goes on with what it found."""
+        for iteration in self.shown - set(self.strip):
+            self.strip[iteration] = self._frames()
+
+    def _frames(self) -> Tensor:
+        frames = self.images if self.images.ndim == 4 else self.images[:, 0]
+        return (frames.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def joined(
+    parts: Sequence[Best], held_out: Sequence[dict[str, tuple[Tensor, Tensor]]], records: Sequence[PromptRecord], seed: int,
+    sampling: Sampling, evaluations: int, decoded: int, seconds: float,
+) -> NoiseResult:  # fmt: skip
+    """The batches of a call, one after the other."""
+    prompts = [record.prompt for record in records]
+    return NoiseResult(
+        images=Images(torch.cat([part.images for part in parts]), prompts, sampling.fps),
+        first_images=Images(torch.cat([part.first.images for part in parts]), prompts, sampling.fps),
+        noise=torch.cat([part.noise for part in parts]),
+        start=torch.cat([part.first.noise for part in parts]),
+        latents=torch.cat([part.latents for part in parts]),
+        total=torch.cat([part.total for part in parts]),
+        first_total=torch.cat([part.first.total for part in parts]).float(),
+        best_step=torch.cat([part.step for part in parts]),
+        history={name: torch.cat([part.history[name] for part in parts], 1) for name in parts[0].history},
+        held_out={
+            name: (torch.cat([each[name][0] for each in held_out]), torch.cat([each[name][1] for each in held_out]))
+            for name in held_out[0]
+        },
+        strip={step: torch.cat([part.strip[step] for part in parts]) for step in sorted(parts[0].strip)},
+        prompts=prompts, seed=seed, sampling=sampling, evaluations=evaluations, decoded=decoded, seconds=seconds,
+    )  # fmt: skip
+
+
+def _plain(values: Tensor) -> list[float | None]:
+    return [None if value != value else value for value in values.tolist()]
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=140, metadata={"Software": None})
+    return buffer.getvalue()
