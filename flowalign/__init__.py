@@ -12,7 +12,7 @@ for _name in ("samplers", "rewards"):
 
 _PUBLIC = {
     "load_policy": "flowalign.models",
-    **dict.fromkeys(("LoRA", "Role", "Sampling", "Size"), "flowalign.models"),
+    **dict.fromkeys(("Images", "LoRA", "Role", "Sampling", "Size"), "flowalign.models"),
     "as_records": "flowalign.data",
     "evaluate": "flowalign.evaluation.evaluate",
     "load_config": "flowalign.config",
