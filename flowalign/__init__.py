@@ -16,7 +16,7 @@ _PUBLIC = {
         ("optimize_noise", "Gradient", "Ascent", "SPSA", "BestOfN", "ZeroOrder", "PreviewSelect", "PathSearch"),
         "flowalign.noise_optimization",
     ),
-    **dict.fromkeys(("LoRA", "Role", "Sampling", "Size"), "flowalign.models"),
+    **dict.fromkeys(("Images", "LoRA", "Role", "Sampling", "Size"), "flowalign.models"),
     "as_records": "flowalign.data",
     "evaluate": "flowalign.evaluation.evaluate",
     "load_config": "flowalign.config",

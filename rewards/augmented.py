@@ -25,7 +25,7 @@ class View(NamedTuple):
     flip: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Augmented:
     """`reward` of the picture and of views − 1 changed copies of it, combined as an `Ensemble` combines members (how, coef), with
     their spread as the uncertainty. A score that rests on a texture of single pixels falls in the changed copies.

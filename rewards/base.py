@@ -206,7 +206,7 @@ class RewardOutput:
 
 class Reward(Protocol):
     """A reward. Construction is cheap; a sample's score does not depend on its batch mates (if groupwise: on those of other
-    groups). Callers ask through `score`."""
+    groups). Callers ask through `score`. It is a key of a dict and equals only itself: a dataclass says `eq=False`."""
 
     @property
     def name(self) -> str:

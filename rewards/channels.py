@@ -10,7 +10,7 @@ from rewards.base import Reward, RewardBatch, RewardOutput, RewardSpec, labels_o
 from rewards.parts import ask, check_names, close_parts, joint_spec, load_parts, wants_gradient
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Channels:
     """The channels of all `rewards`, one after the other: a reward of one channel gives the channel `name`, one of several
     `name/channel`. An advantage combines them (flowalign.advantage.Mixed, PerChannel).

@@ -17,7 +17,7 @@ NO_INK = 0.1  # nearer than this to the paper (RGB in [0, 1], Euclidean), a colo
 Palette = Mapping[str, tuple[int, int, int]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ColorAccuracy:
     """Share of the two colors, ink and paper, whose nearest palette color has the name in the metadata: 0, 0.5 or 1.
 

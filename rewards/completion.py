@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from rewards.base import Reward, RewardBatch, RewardOutput, RewardSpec, spec_of
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class OnCompletion:
     """`reward` of what deterministic steps make of a state x_σ of the rollout: a process reward (TP-GRPO, 2602.06422, takes all
     steps that are left; Euphonium, 2602.04928, and ReFL, 2304.05977, one).

@@ -11,7 +11,7 @@ from rewards.base import RewardBatch, RewardOutput, RewardSpec
 from rewards.features import Features, Thumbnail
 
 
-@dataclass
+@dataclass(eq=False)
 class GroupDiversity:
     """Of each image, beside the others of its group (equal group_ids), two channels:
 

@@ -25,7 +25,7 @@ How = Literal["mean", "wco", "uwo", "lcb", "softmin"]
 COEF: dict[str, float | None] = {"mean": None, "wco": None, "uwo": 0.1, "lcb": 1.0, "softmin": 1.0}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Ensemble:
     """One score of K members r_1 … r_K, and their spread as its uncertainty. Bring the members to one scale first
     (`Standardized`), or the least of them is always the one with the smallest scale.

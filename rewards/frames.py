@@ -15,7 +15,7 @@ from rewards.parts import wants_gradient
 Reduce = Literal["mean", "min", "max", "top", "mean_positive"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class OnFrames:
     """`reward` on frames of each video, then one score per video and channel.
 

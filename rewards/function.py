@@ -16,7 +16,7 @@ from rewards.import_path import check_file, import_named, near, split_path
 BATCH_FIELDS = ("latents", "sigma", "videos", "fps", "conditions")  # what a function may name beside metadata columns
 
 
-@dataclass
+@dataclass(eq=False)
 class FunctionReward:
     """A reward from a function, or from the path of one: `./my_rewards.py:shininess`, `package.module:shininess` or
     `package.module.shininess`.

@@ -25,7 +25,7 @@ class InverseDynamicsModel(Protocol):
     def close(self) -> None: ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class InverseDynamics:
     """Share of the actions a_1 … a_n that an inverse dynamics model recovers: R = (1/n) Σ 1[â_i = a_i], in [0, 1] (2509.23958).
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from rewards.base import RewardBatch, RewardOutput, RewardSpec
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class JPEGIncompressibility:
     """Size of the JPEG in kB (1000 bytes), above 0; larger is better. Component: kilobytes."""
 
@@ -37,7 +37,7 @@ class JPEGIncompressibility:
         return RewardOutput(size, torch.ones(len(size), dtype=torch.bool), {"kilobytes": size})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class JPEGCompressibility:
     """-kB / divide_by, below 0, smaller files are better. divide_by: 1 is DDPO's, 500 flow_grpo's. Component:
     kilobytes."""

@@ -10,7 +10,7 @@ from rewards.base import Reward, RewardBatch, RewardOutput, RewardSpec
 from rewards.parts import ask, check_names, check_one_channel, close_parts, joint_spec, load_parts, wants_gradient
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Mix:
     """sum_k weights[k] * score_k of raw scores: no standardization, so mind the scales (OCR 0..1, JPEG tens of kB).
 

@@ -22,7 +22,7 @@ BLACK = 0.1  # a pixel of which no channel is above this is black
 LUMA = (0.2126, 0.7152, 0.0722)  # Rec. 709, here of gamma-encoded values
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ImageStatistics:
     """Statistics of each image as channels, of RGB in [0, 1] as it is (gamma-encoded), with luma Y = .2126 R + .7152 G + .0722 B.
 

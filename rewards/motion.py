@@ -21,7 +21,7 @@ LOWPASS = 16  # frames are averaged to so many pixels a side before flicker is m
 STILL = 1 / 255  # frames that differ by less, in the mean over pixels, count as the same
 
 
-@dataclass
+@dataclass(eq=False)
 class VideoStatistics:
     """Statistics of each video of F frames x_0 … x_{F−1}, in [0, 1], as channels.
 
@@ -80,7 +80,7 @@ class VideoStatistics:
         return (1 - (vectors[:, 1:] - earlier).square().sum(2) / 2).mean(1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MotionBand:
     """1 where motion m (see VideoStatistics: change per second) lies in [low, high], m/low below and high/m above: neither a still,
     which scores 0, nor a flickering video wins. In [0, 1].

@@ -18,7 +18,7 @@ class HasNetwork(Reward, Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Offloaded:
     """`reward`, whose network is on the CPU while it is not asked; name, scores, gradients and messages are its own.
 

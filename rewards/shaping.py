@@ -13,7 +13,7 @@ from rewards.guard import score
 from rewards.parts import ask, check_names, check_one_channel, joint_spec, wants_gradient, with_raw
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Standardized:
     """(score − loc) / scale, every channel alike: constants, such as mean and deviation on samples of the base model, so
     that rewards can be summed or compared. A negative scale turns a reward around (less is better).
@@ -58,7 +58,7 @@ class Standardized:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Capped:
     """The score within [low, high], every channel alike: what a policy gains beyond `high` (the level of good human work, say)
     earns nothing, which takes the incentive from over-optimization.
@@ -113,7 +113,7 @@ class Capped:
         return middle + half * torch.tanh((scores - middle) / half)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Gated:
     """The score of `reward` where `gate` scores at least `threshold`, else `otherwise`: text counts only in a picture of
     some quality, consistency only in a video that moves.

@@ -17,7 +17,7 @@ from rewards.parts import in_chunks, wants_gradient
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class WithTimeout:
     """`reward`, called with at most `batch_size` samples at a time (None: all), each call within `timeout` seconds (None: no
     limit).

@@ -28,6 +28,7 @@ from flowalign.models import Policy
 from flowalign.models.sampling import sample
 from flowalign.storage.files import write_atomic
 from rewards import OCR, CLIPScore, ColorAccuracy
+from samplers import Schedule
 
 TEACHER_STEPS, TEACHER_GUIDANCE = 6, 3.0  # where the base writes best
 
@@ -71,7 +72,7 @@ def main() -> None:
 
 
 def measure(
-    policy: Policy, steps: int, guidance_scale: float = 1.0, schedule: fa.PlainShift | None = None
+    policy: Policy, steps: int, guidance_scale: float = 1.0, schedule: Schedule | None = None
 ) -> dict[str, float]:
     """Means over all held-out prompts, by reward."""
     rewards = [OCR(metric="exact", fold={"0": "O"}, name="ocr_exact"), ColorAccuracy(), CLIPScore("glyphs")]

@@ -18,10 +18,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from flowalign.glyphs import FEW_STEP_SCHEDULE
 from flowalign.glyphs.pretrain import load_training, sample_batch, save_training, train_step
 from flowalign.glyphs.progress import Progress
 from flowalign.glyphs.schedule import set_rate
-from samplers import PlainShift, generator, normal
+from samplers import generator, normal
 
 Teacher = Callable[[Tensor, Sequence[str]], Tensor]  # start noise [n, *], prompts -> clean latents [n, *]
 Student = Callable[[Tensor, Tensor, Sequence[str]], Tensor]  # x [n, *], sigma [n], prompts -> velocity [n, *]
@@ -29,12 +30,11 @@ Student = Callable[[Tensor, Tensor, Sequence[str]], Tensor]  # x [n, *], sigma [
 
 @dataclass(frozen=True)
 class FewStepRecipe:
-    """The defaults made the shipped generators. schedule: the student's grid; no other level is trained."""
+    """The defaults made the shipped generators."""
 
     seed: int = 0
     pairs: int = 12_288
     shard: int = 64  # pairs made together, a file each
-    schedule: PlainShift = PlainShift()
     batch_size: int = 32
     steps: int = 3000
     learning_rate: float = 5e-4
@@ -102,7 +102,7 @@ def reflow_loss(velocity: Student, pairs: Pairs, num_inference_steps: int, recip
     """Mean of |v(x_s, s) - (z - x0)|^2 over a random batch of pairs, each at a random level of the student's grid."""
     draws = _generator(recipe.seed, f"{num_inference_steps} steps", step)
     rows = torch.randint(len(pairs.prompts), (recipe.batch_size,), generator=draws)
-    levels = recipe.schedule.sigmas(num_inference_steps, torch.tensor)[:-1]
+    levels = FEW_STEP_SCHEDULE.sigmas(num_inference_steps, torch.tensor)[:-1]
     sigma = levels[torch.randint(len(levels), (recipe.batch_size,), generator=draws)]
     x0, noise = pairs.x0[rows], pairs.noise[rows]
     x = torch.lerp(x0, noise, sigma.view(-1, *[1] * (x0.ndim - 1)))

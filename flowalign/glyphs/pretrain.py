@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from flowalign.glyphs.parts import TOKENS, build_pipeline
+from flowalign.glyphs.progress import Progress
 from flowalign.glyphs.prompts import INKS, LETTERS, PAPERS, WORD_LENGTH, held_out_prompts, make_prompt
 from flowalign.glyphs.renderer import JITTER, draw
-from flowalign.glyphs.progress import Progress
 from flowalign.glyphs.schedule import set_rate
 
 TRAINED = ("transformer", "text_encoder", "text_encoder_2")

@@ -1,11 +1,12 @@
 """Models: a diffusers pipeline seen as parts. One file per family."""
 
 from flowalign.models.base import Conditions, Family, Model, Policy, Sampling, Size
+from flowalign.models.images import Images
 from flowalign.models.load import check_lora_targets, inspect_checkpoint, load_policy, path_of
 from flowalign.models.lora import LoRA
 from flowalign.models.roles import Role
 
 __all__ = [
-    "Conditions", "Family", "LoRA", "Model", "Policy", "Role", "Sampling", "Size", "check_lora_targets", "inspect_checkpoint", "load_policy",
+    "Conditions", "Family", "Images", "LoRA", "Model", "Policy", "Role", "Sampling", "Size", "check_lora_targets", "inspect_checkpoint", "load_policy",
     "path_of",
 ]  # fmt: skip

@@ -16,6 +16,7 @@ from torch.nn import Parameter
 
 import samplers
 from flowalign.data import PromptRecord
+from flowalign.models.images import Images
 from flowalign.models.roles import Role
 from samplers import Schedule
 
@@ -152,12 +153,13 @@ class Policy(Protocol):
     def generate(
         self, prompts: str | Sequence[str | PromptRecord], *, seed: int = 0, num_inference_steps: int | None = None,
         guidance_scale: float | None = None, size: Size | None = None, schedule: Schedule | None = None,
-        batch_size: int = 8,
-    ) -> Tensor:  # fmt: skip
-        """Images fp32 [N, 3, H, W] in [0, 1] on the CPU, one per prompt, by the solver; videos [N, F, 3, H, W].
+        batch_size: int = 8, noise: Tensor | None = None,
+    ) -> Images:  # fmt: skip
+        """One image, or video, per prompt, by the solver.
 
         What is None is as `sampling` says. The start noise is a function of the seed and the prompt's uid (its place in a list
-        of texts), and the same as that of `flowalign.evaluation.evaluate`."""
+        of texts), and the same as that of `flowalign.evaluation.evaluate`. noise: [N, *latent_shape] in its place, normal with
+        unit variance, such as an optimized one; the seed is then unused."""
         ...
 
     def checkpointed(self) -> AbstractContextManager[None]:

@@ -15,6 +15,7 @@ from torch.nn import Parameter
 import samplers
 from flowalign.data import PromptRecord, as_records
 from flowalign.models.base import Conditions, Family, Model, Network, Sampling, Size
+from flowalign.models.images import Images
 from flowalign.models.lora import ADAPTER, adapter_state, save_peft
 from flowalign.models.lora_bytes import order_header, ordered
 from flowalign.models.prompt_store import PromptStore
@@ -114,13 +115,17 @@ class PipelinePolicy:
     def generate(
         self, prompts: str | Sequence[str | PromptRecord], *, seed: int = 0, num_inference_steps: int | None = None,
         guidance_scale: float | None = None, size: Size | None = None, schedule: Schedule | None = None,
-        batch_size: int = 8,
-    ) -> Tensor:  # fmt: skip
+        batch_size: int = 8, noise: Tensor | None = None,
+    ) -> Images:  # fmt: skip
         settings = settle(
             self, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, size=size, schedule=schedule
         )
-        jobs = [(record, 0) for record in as_records(prompts)]
-        return torch.cat([images.cpu() for _, _, images in in_batches(self, jobs, settings, seed, batch_size)])
+        records = as_records(prompts)
+        if not records:
+            raise ValueError("got no prompts; expected at least one")
+        parts = in_batches(self, [(record, 0) for record in records], settings, seed, batch_size, noise)
+        pixels = torch.cat([images.cpu() for _, _, images in parts])
+        return Images(pixels, [record.prompt for record in records], settings.fps if pixels.ndim == 5 else None)
 
     def decode(self, latents: Tensor, grad: bool = False) -> Tensor:
         if grad:

@@ -86,18 +86,34 @@ def sample(
 
 @torch.no_grad()
 def in_batches(
-    policy: Policy, jobs: Sequence[Job], settings: Sampling, seed: int, batch_size: int
+    policy: Policy,
+    jobs: Sequence[Job],
+    settings: Sampling,
+    seed: int,
+    batch_size: int,
+    noise: Tensor | None = None,
 ) -> Iterator[tuple[Sequence[Job], Tensor, Tensor]]:
     """Batch by batch the jobs, their latents [n, *] and what the policy decodes from them, [n, 3, H, W] or [n, F, 3, H, W].
 
-    The start noise of a job is a function of the seed, its prompt's uid and its number alone."""
+    The start noise of a job is a function of the seed, its prompt's uid and its number alone, or its row of `noise`
+    [len(jobs), *]; ValueError for one of another shape."""
     shape = policy.latent_shape(settings.size)
+    if noise is not None and noise.shape != (len(jobs), *shape):
+        raise ValueError(
+            f"got noise of shape {tuple(noise.shape)}; expected {(len(jobs), *shape)}: a start for each of the {len(jobs)} images "
+            f"of {settings.size}"
+        )
     for first in range(0, len(jobs), batch_size):
         batch = jobs[first : first + batch_size]
-        noise = torch.stack([normal(shape, seed, "start", "evaluate", record.uid, number) for record, number in batch])
+        if noise is None:
+            start = torch.stack(
+                [normal(shape, seed, "start", "evaluate", record.uid, number) for record, number in batch]
+            )
+        else:
+            start = noise[first : first + batch_size]
         conditions = policy.encode([record for record, _ in batch], negative=settings.guidance_scale != 1)
         latents = sample(
-            policy, conditions, noise, settings.num_inference_steps, settings.guidance_scale, settings.schedule
+            policy, conditions, start, settings.num_inference_steps, settings.guidance_scale, settings.schedule
         )
         yield batch, latents, policy.decode(latents)
 

@@ -36,7 +36,7 @@ class Ascent:
     norm_weight: float = 0.01
 
     def __post_init__(self) -> None:
-        ok = 0 < self.learning_rate < math.inf and 0 <= self.momentum < 1 and 0 < self.clip and self.norm_weight >= 0
+        ok = 0 < self.learning_rate < math.inf and 0 <= self.momentum < 1 and self.clip > 0 and self.norm_weight >= 0
         if not ok:
             raise ValueError(
                 f"got {self}; expected a learning rate and a clip above 0, a momentum in [0, 1) and a norm weight of at least 0"

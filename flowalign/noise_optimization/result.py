@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import matplotlib
 import torch
 from matplotlib.figure import Figure
 from safetensors.torch import load_file, save
@@ -18,7 +16,7 @@ from flowalign.data import PromptRecord
 from flowalign.models.base import Sampling
 from flowalign.models.images import Images
 from flowalign.noise_optimization.objective import Trial
-from flowalign.picture_style import INK, LINE, RULE, SOFT, STYLE
+from flowalign.noise_optimization.picture import png, progress_figure
 from flowalign.storage.files import reading, write_atomic
 
 
@@ -65,37 +63,16 @@ class NoiseResult:
         tensors = {"noise": self.noise, "start": self.start, "latents": self.latents}
         write_atomic(folder / "noise.safetensors", save({name: each.contiguous() for name, each in tensors.items()}))
         write_atomic(folder / "result.json", json.dumps(self._plain(), indent=1, allow_nan=False).encode())
-        write_atomic(folder / "progress.png", _png(self.plot()))
+        write_atomic(folder / "progress.png", png(self.plot()))
         return folder
 
     def plot(self, prompt: int = 0) -> Figure:
         """The rewards of one prompt over the iterations, above a strip of its best images on the way; matplotlib's figure."""
         names = [name for name in self.history if name != "norm"]
-        names = names if len(names) > 2 else names[:1]  # of one reward the total is its multiple
-        with matplotlib.rc_context(STYLE):
-            figure = Figure(figsize=(max(6.5, 1.1 * len(self.strip)), 1.5 * len(names) + 1.8), layout="constrained")
-            rows = figure.subfigures(2, 1, height_ratios=[1.5 * len(names), 1.6])
-            for axis, name in zip(
-                rows[0].subplots(len(names), 1, sharex=True, squeeze=False)[:, 0], names, strict=True
-            ):
-                values = self.history[name][:, prompt]
-                axis.plot(values.tolist(), color=LINE, linewidth=1, alpha=0.35)
-                if name == "total":
-                    axis.plot(values.nan_to_num(-torch.inf).cummax(0).values.tolist(), color=LINE, linewidth=1.6)
-                    axis.axhline(float(self.first_total[prompt]), color=SOFT, linewidth=0.8, linestyle=":")
-                axis.set_ylabel(name, color=INK)
-                axis.grid(axis="y", color=RULE, linewidth=0.6)
-            axis.set_xlabel("iteration (bold: the best so far; dotted: the start)")
-            rows[0].suptitle(self.prompts[prompt], fontsize=9, color=INK, wrap=True, parse_math=False)
-            for axis, (step, images) in zip(
-                rows[1].subplots(1, len(self.strip), squeeze=False)[0], self.strip.items(), strict=True
-            ):
-                axis.imshow(
-                    images[prompt].permute(1, 2, 0).numpy(), interpolation="nearest" if images.shape[-1] < 128 else None
-                )
-                axis.set_title("start" if step == 0 else f"{step}", fontsize=8)
-                axis.set_axis_off()
-        return figure
+        shown = names if len(names) > 2 else names[:1]  # of one reward the total is its multiple
+        strip = {"start": _frames(self.first_images.pixels)[prompt]}
+        strip |= {f"{step + 1}": images[prompt] for step, images in self.strip.items()}
+        return progress_figure(self.prompts[prompt], {name: self.history[name][:, prompt] for name in shown}, strip)
 
     def _plain(self) -> dict[str, object]:
         """As JSON; null is a score that is not valid."""
@@ -111,7 +88,7 @@ class NoiseResult:
 
     def _repr_png_(self) -> bytes:
         """What a notebook shows."""
-        return _png(self.plot())
+        return png(self.plot())
 
 
 def read_noise(folder: str | Path) -> Tensor:
@@ -127,10 +104,10 @@ def read_noise(folder: str | Path) -> Tensor:
 class Best:
     """What the loop remembers of the n prompts of a batch."""
 
-    def __init__(self, steps: int, shown: int = 8) -> None:
+    def __init__(self, steps: int, shown: int = 7) -> None:
         self.steps = steps
         self.tried = 0  # iterations, summed over prompts
-        self.shown = {round(number * (steps - 1) / max(1, shown - 1)) for number in range(shown)}
+        self.shown = {round((number + 1) * steps / shown) - 1 for number in range(shown)} - {-1}
         self.strip: dict[int, Tensor] = {}
         self.history: dict[str, Tensor] = {}
 
@@ -161,16 +138,12 @@ class Best:
         self.reference[gained], self.raised[gained] = self.total[gained], iteration
         self.tried += len(rows)
         if iteration in self.shown:
-            self.strip[iteration] = self._frames()
+            self.strip[iteration] = _frames(self.images)
 
     def finish(self) -> None:
         """The strip of a batch that stopped early goes on with what it found."""
         for iteration in self.shown - set(self.strip):
-            self.strip[iteration] = self._frames()
-
-    def _frames(self) -> Tensor:
-        frames = self.images if self.images.ndim == 4 else self.images[:, 0]
-        return (frames.clamp(0, 1) * 255).round().to(torch.uint8)
+            self.strip[iteration] = _frames(self.images)
 
 
 def joined(
@@ -179,9 +152,10 @@ def joined(
 ) -> NoiseResult:  # fmt: skip
     """The batches of a call, one after the other."""
     prompts = [record.prompt for record in records]
+    fps = sampling.fps if parts[0].images.ndim == 5 else None
     return NoiseResult(
-        images=Images(torch.cat([part.images for part in parts]), prompts, sampling.fps),
-        first_images=Images(torch.cat([part.first.images for part in parts]), prompts, sampling.fps),
+        images=Images(torch.cat([part.images for part in parts]), prompts, fps),
+        first_images=Images(torch.cat([part.first.images for part in parts]), prompts, fps),
         noise=torch.cat([part.noise for part in parts]),
         start=torch.cat([part.first.noise for part in parts]),
         latents=torch.cat([part.latents for part in parts]),
@@ -202,7 +176,7 @@ def _plain(values: Tensor) -> list[float | None]:
     return [None if value != value else value for value in values.tolist()]
 
 
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=140, metadata={"Software": None})
-    return buffer.getvalue()
+def _frames(images: Tensor) -> Tensor:
+    """uint8; of videos their first frames."""
+    frames = images if images.ndim == 4 else images[:, 0]
+    return (frames.clamp(0, 1) * 255).round().to(torch.uint8)

@@ -67,7 +67,7 @@ class ZeroOrder:
         return False
 
     def begin(self, objective: Objective, start: Tensor) -> _ZeroOrderWalk:
-        return _ZeroOrderWalk(self, objective, start.clone())
+        return _ZeroOrderWalk(self, objective, start.clone(), torch.full((len(start),), -torch.inf))
 
 
 @dataclass(eq=False)
@@ -75,17 +75,16 @@ class _ZeroOrderWalk:
     method: ZeroOrder
     objective: Objective
     pivots: Tensor
-    best: Tensor | None = None  # [n]: the totals of the pivots
+    best: Tensor  # [n]: the totals of the pivots
     iteration: int = 0
 
     def step(self, rows: Tensor) -> Trial:
-        first, count, s = self.best is None, self.method.neighbors, self.method.distance
+        count, s = self.method.neighbors, self.method.distance
         fresh = torch.stack([self._fresh(row, k) for row in rows.tolist() for k in range(count)]).to(self.pivots)
         around = self.pivots[rows].repeat_interleave(count, 0)
         noise = (1 - s * s) ** 0.5 * around + s * fresh
-        if first:  # in the place of the first neighbor
+        if self.iteration == 0:  # in the place of the first neighbor
             noise[::count] = self.pivots[rows]
-            self.best = torch.full((len(self.pivots),), -torch.inf)
         trial = self.objective(noise, rows.repeat_interleave(count)).trial(noise)
         best = trial.best_of_each(len(rows))
         better = best.total > self.best[rows]

@@ -17,7 +17,7 @@ from rewards.geneval.logic import Found, excluded, flow_grpo_score, judge, kept,
 METRICS = ("official", "strict", "soft", "flow_grpo")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class GenEval:
     """GenEval (2310.11513): does the picture show what the clauses of the prompt's metadata (`clauses.parse`) ask for?
 

@@ -29,7 +29,7 @@ from rewards.image.scorer import (
 SOURCE = "https://github.com/christophschuhmann/improved-aesthetic-predictor"
 
 
-@dataclass
+@dataclass(eq=False)
 class Aesthetic:
     """A head on the unit embedding of OpenAI's CLIP, trained towards ratings from 1 to 10; the prompt is ignored.
 
@@ -53,7 +53,7 @@ class Aesthetic:
     device: str | None = None
     batch_size: int = 64
     name: str = "aesthetic"
-    scorer: Scorer | None = field(default=None, init=False, repr=False, compare=False)
+    scorer: Scorer | None = field(default=None, init=False, repr=False)
 
     __call__, load, close, offload = call_scorer, load_scorer, close_scorer, offload_scorer
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,21 +18,40 @@ from rewards.image.scorer import at_least_fp32, frozen, unit
 FITS = {"shortest": "crop", "longest": "pad", "squash": "squash"}  # open_clip's resize_mode -> ours
 CONFIG = "open_clip_config.json"
 GLYPHS = Path(__file__).parent / "glyphs_clip"  # made by scripts/train_glyphs_clip.py
+KEPT = 64  # batches whose text vectors are kept: with 32 prompts of 1,024 numbers each, 8 MiB
 
 
 @dataclass(frozen=True, eq=False)
 class Clip:
-    """Two towers into one space. images: pixels [n, 3, S, S] -> [n, D]; texts: n prompts -> [n, D]; scale: exp(logit_scale)."""
+    """Two towers into one space. images: pixels [n, 3, S, S] -> [n, D]; texts: n prompts -> [n, D]; scale: exp(logit_scale).
+
+    `cosine` keeps the vectors of the last texts, without gradient: noise optimization asks for the same prompt at every step."""
 
     network: nn.Module
     preprocess: Preprocess
     images: Callable[[Tensor], Tensor]
     texts: Callable[[list[str]], Tensor]
     scale: float
+    _kept: dict[tuple[Any, ...], Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def cosine(self, pixels: Tensor, prompts: list[str]) -> Tensor:
         """[n] in [-1, 1]: row by row, so no sample sees another's prompt; fp32 at least."""
-        return (unit(self.images(pixels)) * unit(self.texts(prompts))).sum(1)
+        rows = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
+        texts = self._unit_texts(list(rows), pixels.device)
+        return (unit(self.images(pixels)) * texts[[rows[prompt] for prompt in prompts]]).sum(1)
+
+    def _unit_texts(self, prompts: list[str], device: torch.device) -> Tensor:
+        """[n, D] of n different prompts. Kept by the list, not by the prompt: a vector rounds by the batch in which it is made,
+        so a score would depend on earlier calls, and a resumed run would differ."""
+        key = (*prompts, device)
+        if (found := self._kept.get(key)) is not None:
+            return found
+        with torch.inference_mode(False), torch.no_grad():  # also to be used where gradients are on
+            made = unit(self.texts(prompts))
+        while len(self._kept) >= KEPT:
+            del self._kept[next(iter(self._kept))]
+        self._kept[key] = made
+        return made
 
 
 def load_clip(model: str, tokenizer: str | None, dtype: torch.dtype) -> Clip:

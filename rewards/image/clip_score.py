@@ -28,7 +28,7 @@ OPENAI = "openai/clip-vit-large-patch14"
 OTHERS = "code MIT; weights of OpenAI and laion MIT; others: see their card (Apple's DFN has a licence of its own)"
 
 
-@dataclass
+@dataclass(eq=False)
 class CLIPScore:
     """Does the image show what the prompt says? Cosine of CLIP's unit vectors, in a scale that is named.
 
@@ -56,7 +56,7 @@ class CLIPScore:
     device: str | None = None
     batch_size: int = 32
     name: str = "clip_score"
-    scorer: Scorer | None = field(default=None, init=False, repr=False, compare=False)
+    scorer: Scorer | None = field(default=None, init=False, repr=False)
 
     __call__, load, close, offload = call_scorer, load_scorer, close_scorer, offload_scorer
 

@@ -27,7 +27,7 @@ Version = Literal["v2.0", "v2.1"]
 FILES = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
 
 
-@dataclass
+@dataclass(eq=False)
 class HPSv2:
     """Which image would people prefer for this prompt? The cosine of image and prompt, without CLIP's logit scale.
 
@@ -49,7 +49,7 @@ class HPSv2:
     device: str | None = None
     batch_size: int = 32
     name: str = "hps"
-    scorer: Scorer | None = field(default=None, init=False, repr=False, compare=False)
+    scorer: Scorer | None = field(default=None, init=False, repr=False)
 
     __call__, load, close, offload = call_scorer, load_scorer, close_scorer, offload_scorer
 

@@ -29,7 +29,7 @@ MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the head's output over
 TOKENS = 35  # of a prompt, with start and end: what is longer was cut in training
 
 
-@dataclass
+@dataclass(eq=False)
 class ImageReward:
     """How good is this image for this prompt? r = (head(h) - 0.167) / 1.033, h: the first token of BLIP's text encoder.
 
@@ -49,7 +49,7 @@ class ImageReward:
     device: str | None = None
     batch_size: int = 32
     name: str = "image_reward"
-    scorer: Scorer | None = field(default=None, init=False, repr=False, compare=False)
+    scorer: Scorer | None = field(default=None, init=False, repr=False)
 
     __call__, load, close, offload = call_scorer, load_scorer, close_scorer, offload_scorer
 

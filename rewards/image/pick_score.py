@@ -26,7 +26,7 @@ from rewards.image.scorer import (
 Scale = Literal["logit", "logit_over_26", "cosine"]
 
 
-@dataclass
+@dataclass(eq=False)
 class PickScore:
     """Which image would a user pick for this prompt? s = exp(logit_scale) · cos(image, prompt), about 100 cos.
 
@@ -45,7 +45,7 @@ class PickScore:
     device: str | None = None
     batch_size: int = 32
     name: str = "pick_score"
-    scorer: Scorer | None = field(default=None, init=False, repr=False, compare=False)
+    scorer: Scorer | None = field(default=None, init=False, repr=False)
 
     __call__, load, close, offload = call_scorer, load_scorer, close_scorer, offload_scorer
 

@@ -18,7 +18,7 @@ WORDINGS = {
 }
 
 
-@dataclass
+@dataclass(eq=False)
 class DeQA:
     """E / 5 in [0.2, 1], E = Σ_k k · p_k / Σ_k p_k over excellent (5), good, fair, poor, bad (1), p_k being the probability
     that the answer goes on with that word (DeQA-Score, 2501.11561; over 5 as in yifan123/flow_grpo's use).

@@ -41,7 +41,7 @@ WORDINGS = {  # "10" stands for the largest number, which is put in its place
 }  # fmt: skip
 
 
-@dataclass
+@dataclass(eq=False)
 class EditScore:
     """EditScore's overall score over 10, in [0, 1] (2509.23909; VectorSpaceLab/EditScore).
 

@@ -35,7 +35,7 @@ WORDINGS = {
 }
 
 
-@dataclass
+@dataclass(eq=False)
 class PARM:
     """P(yes) in [0, 1] of an image that is finished (σ = 0): does it match the prompt; and of a predicted x̂0 (σ > 0): can it
     become one that does (2501.13926; ZiyuGuo99/Image-Generation-CoT).

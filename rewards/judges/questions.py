@@ -28,7 +28,7 @@ ALONE = {
 }
 
 
-@dataclass
+@dataclass(eq=False)
 class Questions:
     """How probable the expected answers to questions about the image are, in [0, 1].
 

@@ -19,7 +19,7 @@ RUBRIC = Wording(
 )  # fmt: skip
 
 
-@dataclass
+@dataclass(eq=False)
 class QwenVL:
     """The level 1..5 that the judge gives an image, over 5: in [0.2, 1] (yifan123/flow_grpo, flow_grpo/qwenvl.py, with
     Qwen2.5-VL-7B-Instruct).

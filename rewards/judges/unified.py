@@ -54,7 +54,7 @@ PAIR = {
 }  # fmt: skip
 
 
-@dataclass
+@dataclass(eq=False)
 class UnifiedReward:
     """The score that UnifiedReward gives an image (2503.05236; CodeGoat24/UnifiedReward).
 
@@ -100,7 +100,7 @@ class UnifiedReward:
         return [labelled(answer.text, axis, 1, 5) for axis in AXES[self.version]]
 
 
-@dataclass
+@dataclass(eq=False)
 class UnifiedWinRate:
     """The share of comparisons with others of its group that a sample wins, in [0, 1], a judge seeing both images at once
     (Pref-GRPO, 2508.20751).

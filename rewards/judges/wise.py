@@ -23,7 +23,7 @@ RUBRIC = Wording(
 )
 
 
-@dataclass
+@dataclass(eq=False)
 class WISE:
     """WiScore (0.7·C + 0.2·R + 0.1·A) / 2 in [0, 1], of consistency, realism and aesthetic quality in 0..2 (2503.07265;
     PKU-YuanGroup/WISE, Tencent-Hunyuan/UniRL).

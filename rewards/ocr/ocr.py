@@ -17,7 +17,7 @@ METRICS = ("edit", "exact", "soft", "anywhere", "words", "f1")
 PARTS = (*METRICS, "edit_exempt")
 
 
-@dataclass
+@dataclass(eq=False)
 class OCR:
     """OCR accuracy in [0, 1] of the text read in the picture (lines joined without separator, in reading order).
 

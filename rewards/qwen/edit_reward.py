@@ -39,7 +39,7 @@ SUFFIX = {"suffix": Wording("", ("2471faca094ae5bd",), "prompt_with_special_toke
 Pooling = Literal["mean", "min", "none"]
 
 
-@dataclass
+@dataclass(eq=False)
 class EditReward:
     """How good is this edit of the source image, as the prompt asks for it? Of each head μ and log σ; here pooled (2509.26346).
 
@@ -68,8 +68,8 @@ class EditReward:
     device: str | None = None
     batch_size: int = 4
     name: str = "edit_reward"
-    regressor: Regressor | None = field(default=None, init=False, repr=False, compare=False)
-    _templates: Templates = field(init=False, repr=False, compare=False)
+    regressor: Regressor | None = field(default=None, init=False, repr=False)
+    _templates: Templates = field(init=False, repr=False)
 
     load, close, offload = load_regressor_of, close_regressor, offload_regressor
 

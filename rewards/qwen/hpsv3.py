@@ -29,7 +29,7 @@ WORDINGS = {
 }
 
 
-@dataclass
+@dataclass(eq=False)
 class HPSv3:
     """How much would people prefer this image for this prompt? μ, with uncertainty σ = exp(log σ): the head's two numbers.
 
@@ -57,8 +57,8 @@ class HPSv3:
     device: str | None = None
     batch_size: int = 4
     name: str = "hpsv3"
-    regressor: Regressor | None = field(default=None, init=False, repr=False, compare=False)
-    _templates: Templates = field(init=False, repr=False, compare=False)
+    regressor: Regressor | None = field(default=None, init=False, repr=False)
+    _templates: Templates = field(init=False, repr=False)
 
     load, close, offload = load_regressor_of, close_regressor, offload_regressor
 

@@ -42,7 +42,7 @@ LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 Output = Literal["dimensions", "overall"]
 
 
-@dataclass
+@dataclass(eq=False)
 class VideoAlign:
     """Three channels: visual quality VQ, motion quality MQ, text alignment TA, each (r - mean) / std (2501.13918).
 
@@ -80,8 +80,8 @@ class VideoAlign:
     device: str | None = None
     batch_size: int = 2
     name: str = "video_align"
-    regressor: Regressor | None = field(default=None, init=False, repr=False, compare=False)
-    _templates: Templates = field(init=False, repr=False, compare=False)
+    regressor: Regressor | None = field(default=None, init=False, repr=False)
+    _templates: Templates = field(init=False, repr=False)
 
     load, close, offload = load_regressor_of, close_regressor, offload_regressor
 

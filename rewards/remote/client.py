@@ -40,7 +40,7 @@ class _Reply:
         return f"status {self.status}: {str(said)[:500]}"
 
 
-@dataclass
+@dataclass(eq=False)
 class Http:
     """`reward`, asked at the server `url`: the same name, scores, components and messages, bit for bit; without gradients.
 

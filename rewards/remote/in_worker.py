@@ -19,7 +19,7 @@ from rewards.workers import Message, WorkerDied, WorkerError, Workers
 ENGINE = Path(__file__).with_name("engine.py")
 
 
-@dataclass
+@dataclass(eq=False)
 class InWorker:
     """`reward` in another process: the same name, scores, components and messages, bit for bit; without gradients.
 

@@ -178,6 +178,13 @@ def test_construction_is_cheap_and_close_may_be_called_again(found: type) -> Non
 
 
 @pytest.mark.parametrize("found", reward_classes(), ids=lambda found: found.__name__)
+def test_it_is_a_key_that_equals_only_itself(found: type) -> None:
+    """As in `rewards={CLIPScore("glyphs"): 1.0, OCR(): 0.5}`; two that are built alike keep a weight each."""
+    one, two = found(**(arguments := ARGUMENTS.get(found.__name__, dict)())), found(**arguments)
+    assert {one: 1.0, two: 0.5}[one] == 1.0 and one != two
+
+
+@pytest.mark.parametrize("found", reward_classes(), ids=lambda found: found.__name__)
 def test_another_process_can_build_it(found: type) -> None:
     """So `InWorker` can take it, and a server can be asked for it."""
     reward = made(found)

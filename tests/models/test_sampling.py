@@ -1,5 +1,6 @@
 """What a policy takes where a call does not say, and the images that it makes."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import flowalign as fa
 from flowalign.data import PromptRecord
 from flowalign.models.base import Sampling, Size
 from flowalign.models.sampling import defaults_of
+from samplers import normal
 
 PROMPT = 'the word "KITE" in red on a yellow background'
 
@@ -39,15 +41,38 @@ def test_a_pipeline_without_defaults_has_none(tiny_sd15_pipeline: Path) -> None:
 def test_generate_makes_the_images_that_an_evaluation_scores(tiny_pipeline: Path) -> None:
     policy = fa.load_policy(str(tiny_pipeline), trainable="none", sampling=Sampling(2, 1.0, Size(24, 48)))
     images = policy.generate([PROMPT, "a word", PROMPT], seed=3)
-    assert images.shape == (3, 3, 24, 48) and images.dtype == torch.float32 and not images.requires_grad
-    assert float(images.min()) >= 0 and float(images.max()) <= 1
-    assert not torch.equal(images[0], images[2])  # another place, another noise
+    pixels = images.pixels
+    assert pixels.shape == (3, 3, 24, 48) and pixels.dtype == torch.float32 and not pixels.requires_grad
+    assert images.prompts == [PROMPT, "a word", PROMPT] and images.fps is None
+    assert float(pixels.min()) >= 0 and float(pixels.max()) <= 1
+    assert not torch.equal(pixels[0], pixels[2])  # another place, another noise
     result = fa.evaluate(policy, [PROMPT, "a word", PROMPT], [lambda images, prompts: images.mean((1, 2, 3))], seed=3)
-    torch.testing.assert_close(result.scores["lambda"], images.double().mean((1, 2, 3)), rtol=0, atol=1e-6)
-    assert torch.equal(result.pixels, (images * 255).round().byte())
-    assert torch.equal(policy.generate(PROMPT, seed=3), policy.generate([PromptRecord(0, PROMPT)], seed=3))
-    torch.testing.assert_close(policy.generate([PROMPT, "a word"], seed=3, batch_size=1), images[:2], rtol=0, atol=1e-5)
-    assert policy.generate(PROMPT, size=Size(24, 24), num_inference_steps=1, guidance_scale=2.0).shape == (1, 3, 24, 24)
+    torch.testing.assert_close(result.scores["lambda"], pixels.double().mean((1, 2, 3)), rtol=0, atol=1e-6)
+    assert torch.equal(result.pixels, (pixels * 255).round().byte())
+    alone, record = policy.generate(PROMPT, seed=3), policy.generate([PromptRecord(0, PROMPT)], seed=3)
+    assert torch.equal(alone.pixels, record.pixels)
+    one_by_one = policy.generate([PROMPT, "a word"], seed=3, batch_size=1)
+    torch.testing.assert_close(one_by_one.pixels, pixels[:2], rtol=0, atol=1e-5)
+    small = policy.generate(PROMPT, size=Size(24, 24), num_inference_steps=1, guidance_scale=2.0)
+    assert small.pixels.shape == (1, 3, 24, 24)
+
+
+def test_noise_takes_the_place_of_the_keyed_one(tiny_pipeline: Path) -> None:
+    """So an optimized noise can be run with any number of steps; batches see their own rows."""
+    policy = fa.load_policy(str(tiny_pipeline), trainable="none", sampling=Sampling(2, 1.0, Size(24, 48)))
+    shape, prompts = policy.latent_shape(Size(24, 48)), [PROMPT, "a word", "a fox"]
+    noise = torch.stack([normal(shape, 3, "start", "evaluate", place, 0) for place in range(3)])
+    for steps in (2, 3):
+        keyed = policy.generate(prompts, seed=3, batch_size=2, num_inference_steps=steps).pixels
+        given = policy.generate(prompts, seed=4, batch_size=2, num_inference_steps=steps, noise=noise).pixels
+        assert torch.equal(given, keyed)
+    assert not torch.equal(policy.generate(prompts, batch_size=2, noise=-noise).pixels, given)
+    with pytest.raises(
+        ValueError, match=re.escape(f"got noise of shape {tuple(shape)}; expected {(3, *shape)}: a start")
+    ):
+        policy.generate(prompts, noise=noise[0])
+    with pytest.raises(ValueError, match=r"got no prompts; expected at least one"):
+        policy.generate([])
 
 
 def test_a_size_that_the_model_cannot_make_is_refused(tiny_pipeline: Path) -> None:

@@ -157,7 +157,7 @@ def test_patience_stops_a_prompt_by_itself():
     tried = found.history["total"].isfinite().sum(0)
     assert tried.tolist() == [5, 30] and policy.evaluations == 35
     assert found.best_step.tolist() == [0, 29]
-    assert set(found.strip) == {0, 4, 8, 12, 17, 21, 25, 29}
+    assert list(found.strip) == [3, 8, 12, 16, 20, 25, 29]
 
 
 def test_min_gain_counts_gains_from_the_last_that_counted():

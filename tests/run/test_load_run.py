@@ -52,7 +52,7 @@ def test_a_loaded_run_needs_neither_its_reward_nor_its_prompts(copy: Path) -> No
     plain = yaml.safe_load((copy / "config.yaml").read_text())
     plain["reward"], plain["prompts"] = "gone.Reward", "gone.txt"
     (copy / "config.yaml").write_text(yaml.safe_dump(plain))
-    assert fa.load_run(copy).generate(["a fox"], seed=1).shape == (1, 3, 24, 48)
+    assert fa.load_run(copy).generate(["a fox"], seed=1).pixels.shape == (1, 3, 24, 48)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,38 @@ def test_no_score_goes_through_the_call_that_changed_between_versions(monkeypatc
         monkeypatch.setattr(CLIPModel, name, lambda *_, **__: pytest.fail("asked"))
     for before, made in zip(expected, (CLIPScore, PickScore), strict=True):
         assert torch.equal(scores(made(str(tiny.clip()))), before)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_texts_are_encoded_once_for_calls_with_the_same_prompts(grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PickScore and HPSv2 score by the same cosine; the second scores are bit for bit those without what was kept."""
+    clip = load_clip(str(tiny.clip()), None, torch.float32)
+    encoded: list[list[str]] = []
+    counted = replace(clip, texts=lambda prompts: (encoded.append(prompts), clip.texts(prompts))[1])
+    pixels = torch.randn(4, 3, 32, 32).requires_grad_(grad)
+    with torch.inference_mode():
+        counted.cosine(pixels, PROMPTS)  # must not leave what autograd refuses
+    kept = counted.cosine(pixels, PROMPTS)
+    assert encoded == [PROMPTS] and torch.equal(kept, clip.cosine(pixels, PROMPTS)) and kept.requires_grad == grad
+    several = ["a", "b", "a", "a"]
+    expected = torch.cat([clip.cosine(pixels[row : row + 1], [prompt]) for row, prompt in enumerate(several)])
+    torch.testing.assert_close(counted.cosine(pixels, several), expected)
+    counted.cosine(pixels[:2], ["a", "b"])  # how often each prompt comes does not matter
+    assert encoded == [PROMPTS, ["a", "b"]]
+    monkeypatch.setattr("rewards.image.clip.KEPT", 2)
+    counted.cosine(pixels[:1], ["c"])
+    counted.cosine(pixels[:2], ["a", "b"])
+    counted.cosine(pixels, PROMPTS)  # the oldest has gone
+    assert encoded == [PROMPTS, ["a", "b"], ["c"], PROMPTS]
+
+
+def test_what_is_kept_goes_with_the_model() -> None:
+    reward = CLIPScore(str(tiny.clip()))
+    before = scores(reward)
+    reward.close()
+    reward.model = str(tiny.clip(24))
+    other = scores(reward)
+    assert not torch.equal(before, other) and torch.equal(other, scores(CLIPScore(str(tiny.clip(24)))))
 
 
 def test_what_is_longer_than_the_context_is_cut_and_keeps_its_end() -> None:

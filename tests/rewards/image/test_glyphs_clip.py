@@ -138,4 +138,4 @@ def test_a_configuration_names_it() -> None:
     config, _ = load_config(
         ["configs/methods/flow_grpo.yaml", "configs/models/glyphs.yaml", "configs/rewards/clip_glyphs.yaml"], []
     )
-    assert config.reward == CLIPScore("glyphs")
+    assert repr(config.reward) == repr(CLIPScore("glyphs"))

@@ -131,7 +131,7 @@ def test_close_frees_and_load_is_lazy(made: Callable[..., Any]) -> None:
     settings = repr(reward)
     assert reward.regressor is None
     before = score(reward, batch(2)).scores
-    assert reward.regressor is not None and repr(reward) == settings and reward == made()
+    assert reward.regressor is not None and repr(reward) == settings
     reward.close()
     assert reward.regressor is None and torch.equal(score(reward, batch(2)).scores, before)
 
