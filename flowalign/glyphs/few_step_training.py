@@ -36,7 +36,8 @@ class FewStepRecipe:
     pairs: int = 12_288
     shard: int = 64  # pairs made together, a file each
     batch_size: int = 32
-    steps: int = 3000
+    steps: int = 1500  # where training stops
+    schedule_steps: int = 3000  # where the cosine ends
     learning_rate: float = 5e-4
     warmup: int = 50
     clip: float = 1.0  # gradient norm
@@ -86,7 +87,7 @@ def train_few_step(
     average = {name: value.detach().clone() for name, value in network.named_parameters()}
     optimizer = torch.optim.AdamW(network.parameters(), lr=recipe.learning_rate, weight_decay=0.0, fused=True)
     for step in range(load_training(saved, network, average, optimizer, recipe.steps), recipe.steps):
-        set_rate(optimizer, recipe.learning_rate, step, recipe.steps, recipe.warmup)
+        set_rate(optimizer, recipe.learning_rate, step, recipe.schedule_steps, recipe.warmup)
         loss = reflow_loss(velocity, pairs, num_inference_steps, recipe, step)
         train_step(loss, optimizer, recipe.clip)
         decay = min(recipe.ema, (1 + step) / (10 + step))
