@@ -275,8 +275,9 @@ def load_policy(
             )
     for part in (model.vae, *model.encoders):
         part.requires_grad_(False)
-    base = {name: base_adapters(network) for name, network in model.networks.items()}
+    base: dict[str, tuple[str, ...]] = {}  # where nothing is added, all adapters stay as they are, fused ones too
     if trainable == "lora":
+        base = {name: base_adapters(network) for name, network in model.networks.items()}
         for name, network in model.networks.items():
             _add_lora(network, name, lora or LoRA(), known, seed)
             activate(lora_layers(network), [*base[name], ADAPTER])
