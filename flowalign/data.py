@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import json
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from flowalign.prompt_files import SUFFIXES, Row, read_rows, short
+from flowalign.prompt_sets import PLAIN, PROMPT_SETS, PromptSet, our_rows
 from samplers.noise import generator
 
 
@@ -45,25 +46,50 @@ def as_records(prompts: str | PromptRecord | Sequence[str | PromptRecord]) -> li
 
 
 def load_prompts(source: str) -> list[PromptRecord]:
-    """Reads a prompt set from `file.txt` (a prompt a line), `file.jsonl` (objects with "prompt", and if wanted "image" or
-    "images", paths from the file's folder, and "negative_prompt"; the other keys become metadata) or an import path
-    `package.module:function` of a callable that returns texts or such objects, its image paths from the working directory.
+    """Reads a prompt set from a file, a public set by name with its file, or a function.
 
-    Raises ValueError or FileNotFoundError that names the source and the line."""
-    if source.endswith((".txt", ".jsonl")):
-        path = Path(source).expanduser()
-        rows, folder = _read_rows(path), path.parent
+    `FILE`: a .txt, .jsonl, .json, .csv or .tsv (`flowalign.prompt_files.read_rows`). A row has "prompt", and if wanted "image" or
+    "images", paths from the file's folder, and "negative_prompt"; all else is metadata. `NAME:FILE`, such as
+    `drawbench:prompts/test.txt`: a set of `flowalign.prompt_sets.PROMPT_SETS`. `package.module:function`: of a callable that
+    returns texts or such rows, its image paths from the working directory. Raises ValueError or FileNotFoundError that names
+    the source and the line."""
+    name, _, file = source.partition(":")
+    if name in PROMPT_SETS or source.endswith(SUFFIXES):
+        chosen, path = _file(source, name, file)
+        rows, folder = our_rows(chosen, source, read_rows(path)), path.parent / chosen.folder
     elif ":" in source:
         rows, folder = _call(source), Path()
     else:
         raise ValueError(
-            f"got prompt source {source!r}; expected a .txt file, a .jsonl file, or an import path such as "
-            "'flowalign.glyphs:train_prompts'"
+            f"got prompt source {source!r}; expected a file ({', '.join(SUFFIXES)}), a set with its file such as "
+            "'drawbench:prompts/test.txt', or an import path such as 'flowalign.glyphs:train_prompts'"
         )
-    records = [_record(f"{source}, prompt {number + 1}", number, row, folder) for number, row in enumerate(rows)]
+    records = [_record(place, number, row, folder) for number, (place, row) in enumerate(rows)]
     if not records:
         raise ValueError(f"{source} holds no prompts; expected at least one")
     return records
+
+
+def _file(source: str, name: str, file: str) -> tuple[PromptSet, Path]:
+    """The set that a source names, and its file."""
+    if name in PROMPT_SETS:
+        if not file:
+            raise ValueError(
+                f"got the prompt set {source!r} without a file; expected '{name}:FILE': get {PROMPT_SETS[name].origin}"
+            )
+        path = Path(file).expanduser()
+        if not path.exists():
+            raise FileNotFoundError(
+                f"prompt file {path} does not exist (working directory: {Path.cwd()}): get {PROMPT_SETS[name].origin}"
+            )
+        return PROMPT_SETS[name], path
+    path = Path(source).expanduser()
+    if file and not path.exists():
+        raise ValueError(
+            f"got prompt source {source!r}, which is neither a file nor begins with the name of a prompt set; expected one of "
+            f"{', '.join(PROMPT_SETS)}"
+        )
+    return PLAIN, path
 
 
 OWN_KEYS = ("prompt", "image", "images", "negative_prompt")
@@ -74,11 +100,11 @@ LONGEST = 10_000  # characters of a prompt; encoders read a few hundred words
 
 def _record(place: str, uid: int, row: dict[str, Any], folder: Path) -> PromptRecord:
     if not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
-        raise ValueError(f"{place}: got {_short(row)}; expected a non-empty text under 'prompt'")
+        raise ValueError(f"{place}: got {short(row)}; expected a non-empty text under 'prompt'")
     negative = row.get("negative_prompt")
     if negative is not None and not isinstance(negative, str):
         raise ValueError(
-            f"{place}: got negative_prompt={_short(negative)}; expected a text, or none for the policy's own"
+            f"{place}: got negative_prompt={short(negative)}; expected a text, or none for the policy's own"
         )
     for text in (row["prompt"], negative or ""):
         _check_text(place, text)
@@ -87,7 +113,7 @@ def _record(place: str, uid: int, row: dict[str, Any], folder: Path) -> PromptRe
     names = [row["image"]] if "image" in row else row.get("images", [])
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(
-            f"{place}: got images {_short(names)}; expected a path under 'image', or a list of paths under 'images'"
+            f"{place}: got images {short(names)}; expected a path under 'image', or a list of paths under 'images'"
         )
     images = tuple(folder / name for name in names)
     for image in images:
@@ -104,64 +130,17 @@ def _check_text(place: str, text: str) -> None:
     """ValueError for what no encoder can read as a text."""
     if len(text) > LONGEST:
         raise ValueError(
-            f"{place}: got a text of {len(text):,} characters, which begins {_short(text)}; expected at most {LONGEST:,}: write "
+            f"{place}: got a text of {len(text):,} characters, which begins {short(text)}; expected at most {LONGEST:,}: write "
             "one prompt a line"
         )
     strange = [char for char in text if unicodedata.category(char) in ("Cc", "Cs") and not char.isspace()]
     if strange:
         raise ValueError(
-            f"{place}: got the control character U+{ord(strange[0]):04X} in {_short(text)}; expected text: is this a text file?"
+            f"{place}: got the control character U+{ord(strange[0]):04X} in {short(text)}; expected text: is this a text file?"
         )
 
 
-def _short(value: object) -> str:
-    """Its repr, cut to about one line."""
-    text = repr(value)
-    return text if len(text) <= 120 else f"{text[:120]}…"
-
-
-def _read_rows(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        lacks = "is a folder" if path.is_dir() else "does not exist"
-        raise FileNotFoundError(
-            f"prompt file {path} {lacks} (working directory: {Path.cwd()}); expected a file with a prompt a line"
-        )
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # with or without a byte order mark
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 ({error}): save it as UTF-8") from error
-    except OSError as error:
-        raise ValueError(f"prompt file {path} cannot be read ({error.strerror}); expected a readable file") from error
-    # not splitlines: JSON texts may hold U+2028 and its like
-    lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
-    if path.suffix == ".txt":
-        return [{"prompt": line} for _, line in lines]
-    return [_parse(f"{path}, line {number}", line) for number, line in lines]
-
-
-def _parse(place: str, line: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line, object_pairs_hook=_once, parse_constant=_no_number)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{place}: not JSON ({error})") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"{place}: got {type(row).__name__}; expected a JSON object")
-    return row
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands there twice")
-    return row
-
-
-def _no_number(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON number")
-
-
-def _call(source: str) -> list[dict[str, Any]]:
+def _call(source: str) -> list[Row]:
     module_name, _, name = source.partition(":")
     try:
         module = importlib.import_module(module_name)
@@ -175,7 +154,10 @@ def _call(source: str) -> list[dict[str, Any]]:
         rows = vars(module)[name]()
         if isinstance(rows, str):
             raise TypeError("got one text")
-        return [{"prompt": row} if isinstance(row, str) else {**row} for row in rows]
+        return [
+            (f"{source}, prompt {number}", {"prompt": row} if isinstance(row, str) else {**row})
+            for number, row in enumerate(rows, start=1)
+        ]
     except (Exception, SystemExit) as error:  # whatever the function does
         raise ValueError(
             f"prompt source {source!r}: {type(error).__name__}: {error}; expected a function without arguments that returns texts, "
