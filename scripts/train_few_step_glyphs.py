@@ -23,8 +23,8 @@ from flowalign.data import PromptRecord, load_prompts
 from flowalign.glyphs import FEW_STEP, FEW_STEP_SCHEDULE, PIPELINE
 from flowalign.glyphs.few_step_card import few_step_card
 from flowalign.glyphs.few_step_training import FewStepRecipe, Student, make_pairs, train_few_step
-from flowalign.glyphs.prompts import INKS, PAPERS
 from flowalign.glyphs.progress import progress_bars
+from flowalign.glyphs.prompts import INKS, PAPERS
 from flowalign.models import Policy
 from flowalign.models.sampling import sample
 from flowalign.storage.files import write_atomic
@@ -76,7 +76,11 @@ def measure(
     policy: Policy, steps: int, guidance_scale: float = 1.0, schedule: Schedule | None = None
 ) -> dict[str, float]:
     """Means over all held-out prompts, by reward."""
-    rewards = [OCR(metric="exact", fold={"0": "O"}, name="ocr_exact"), ColorAccuracy({**INKS, **PAPERS}, metric="both"), CLIPScore("glyphs")]
+    rewards = [
+        OCR(metric="exact", fold={"0": "O"}, name="ocr_exact"),
+        ColorAccuracy({**INKS, **PAPERS}, metric="both"),
+        CLIPScore("glyphs"),
+    ]
     prompts = load_prompts("flowalign.glyphs:held_out_prompts")
     result = fa.evaluate(
         policy, prompts, rewards, num_inference_steps=steps, guidance_scale=guidance_scale, size=fa.Size(24, 48),

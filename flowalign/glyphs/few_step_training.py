@@ -36,7 +36,7 @@ class FewStepRecipe:
     pairs: int = 12_288
     shard: int = 64  # pairs made together, a file each
     batch_size: int = 32
-    steps: int = 1500  # where training stops
+    steps: int = 2000  # where training stops
     schedule_steps: int = 3000  # where the cosine ends
     learning_rate: float = 5e-4
     warmup: int = 50
