@@ -16,6 +16,7 @@ from accelerate import init_empty_weights
 from diffusers import DDIMScheduler, DiffusionPipeline
 from torch import nn
 
+from flowalign.glyphs import FEW_STEP, PIPELINE
 from flowalign.models.base import Family, Policy, Sampling, Size
 from flowalign.models.checkpoint_files import check_files, check_finite, read_index
 from flowalign.models.lora import (
@@ -44,13 +45,13 @@ FAMILIES = {
 }
 
 
-def resolve(path: str) -> str:
-    """ "glyphs" is the pipeline that comes with flowalign, "glyphs-4step" and "glyphs-1step" are its generators of few steps;
-    anything else is a folder (~ is the home) or a hub id."""
-    from flowalign.glyphs import FEW_STEP, PIPELINE
+# the pipelines that come with flowalign
+SHIPPED = {"glyphs": PIPELINE, **{f"glyphs-{steps}step": folder for steps, folder in FEW_STEP.items()}}
 
-    shipped = {"glyphs": PIPELINE, **{f"glyphs-{steps}step": folder for steps, folder in FEW_STEP.items()}}
-    return str(shipped[path]) if path in shipped else os.path.expanduser(path)
+
+def resolve(path: str) -> str:
+    """A name of SHIPPED as its folder; anything else is a folder (~ is the home) or a hub id."""
+    return str(SHIPPED[path]) if path in SHIPPED else os.path.expanduser(path)
 
 
 def inspect_checkpoint(path: str, family: str | None = None) -> tuple[dict[str, Any], Family]:
@@ -60,7 +61,7 @@ def inspect_checkpoint(path: str, family: str | None = None) -> tuple[dict[str, 
     local = Path(name)
     if not local.exists() and (name.startswith((".", "/", "~")) or name.count("/") != 1):
         raise FileNotFoundError(
-            f"got policy.path={path!r}, which does not exist (working directory: {Path.cwd()}); expected 'glyphs', a "
+            f"got policy.path={path!r}, which does not exist (working directory: {Path.cwd()}); expected one of {', '.join(SHIPPED)}, a "
             "diffusers pipeline folder, or a hub id such as 'stabilityai/stable-diffusion-3.5-medium'"
         )
     index = read_index(local) if local.exists() else _hub_index(name)

@@ -44,12 +44,8 @@ def settle(
 def defaults_of(pipeline: DiffusionPipeline, networks: Configs) -> Sampling | None:
     """What the pipeline's own call does unless told otherwise, by its signature and its configurations; None if it has no such
     defaults. networks: configurations of the trained ones, by name."""
-    glyphs = Size(CALL_ARGS["height"], CALL_ARGS["width"])  # its sample_size is the larger of two sides
-    if str(pipeline.name_or_path) == str(PIPELINE):
-        return Sampling(STEPS, GUIDANCE_SCALE, glyphs)
-    for few_steps, folder in FEW_STEP.items():
-        if str(pipeline.name_or_path) == str(folder):
-            return Sampling(few_steps, GUIDANCE_SCALE, glyphs, FEW_STEP_SCHEDULE)
+    if (own := shipped_sampling(str(pipeline.name_or_path))) is not None:
+        return own
     parameters = inspect.signature(type(pipeline).__call__).parameters
     call: dict[str, Any] = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
     steps, guidance = call.get("num_inference_steps"), call.get("guidance_scale")
@@ -62,6 +58,15 @@ def defaults_of(pipeline: DiffusionPipeline, networks: Configs) -> Sampling | No
     if steps is None or guidance is None or height is None or width is None:
         return None
     return Sampling(steps, float(guidance), Size(height, width, call.get("num_frames") or 1))
+
+
+def shipped_sampling(folder: str) -> Sampling | None:
+    """How a pipeline that comes with flowalign samples; None for another folder. Its `sample_size` is the larger of two sides."""
+    size = Size(CALL_ARGS["height"], CALL_ARGS["width"])
+    if folder == str(PIPELINE):
+        return Sampling(STEPS, GUIDANCE_SCALE, size)
+    steps = next((steps for steps, own in FEW_STEP.items() if folder == str(own)), None)
+    return None if steps is None else Sampling(steps, GUIDANCE_SCALE, size, FEW_STEP_SCHEDULE)
 
 
 @torch.no_grad()

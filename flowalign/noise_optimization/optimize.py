@@ -59,7 +59,7 @@ def optimize_noise(
     ValueError or TypeError for what cannot work, before anything is made; RewardError if a prompt never had a valid score."""
     records, weighted = as_records(prompts), _weighted(rewards)
     others, method = [(reward, 0.0) for reward in as_rewards(list(held_out))], method or Gradient()
-    _check(records, weighted, others, method)
+    check(records, weighted, others, method)
     if steps < 1 or batch_size < 1 or (patience is not None and patience < 1):
         raise ValueError(
             f"got steps={steps}, batch_size={batch_size}, patience={patience}; expected at least 1 of each"
@@ -149,11 +149,11 @@ def _weighted(rewards: Weighted) -> list[tuple[Reward, float]]:
     return list(zip(listed, weights, strict=True))
 
 
-def _check(
+def check(
     records: Sequence[PromptRecord], rewards: Sequence[tuple[Reward, float]], held_out: Sequence[tuple[Reward, float]],
     method: Method,
 ) -> None:  # fmt: skip
-    """What is refused before a model is loaded."""
+    """ValueError for what cannot work, before a model is loaded."""
     if not records or len({record.uid for record in records}) < len(records):
         raise ValueError(f"got {len(records)} prompts; expected at least one, and none with the uid of another")
     everything = [reward for reward, _ in (*rewards, *held_out)]

@@ -1,0 +1,103 @@
+"""`flowalign optimize-noise`: from its arguments to the folder with the images that were found."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+
+from flowalign.config import load_reward
+from flowalign.data import PromptRecord, as_records, load_prompts
+from flowalign.errors import ConfigError
+from flowalign.noise_optimization import Ascent, Gradient, optimize_noise, read_noise
+from flowalign.noise_optimization.optimize import METHODS, check
+from flowalign.run.places import Place
+from rewards import close
+
+OPTIONS = {
+    "--prompts": str, "--count": int, "--method": str, "--steps": int, "--learning-rate": float, "--seed": int,
+    "--start": Path, "--sampling-steps": int, "--guidance": float, "--patience": int, "--batch-size": int,
+    "--device": str, "--output": Path,
+}  # fmt: skip
+DEFAULTS = {"method": "gradient", "steps": 50, "seed": 0, "batch_size": 4, "output": Path("runs", "noise")}
+
+
+def optimize(arguments: Sequence[str]) -> None:
+    """Optimizes, prints a line per prompt and the folder. ConfigError before a model is loaded for what cannot be."""
+    given = _parsed(arguments)
+    place, records = Place.of(given.model), _records(given)
+    rewards = {load_reward([source]): weight for source, weight in _weighted(given)}
+    held_out = [load_reward([source]) for source in given.held_out]
+    try:
+        start = None if given.start is None else read_noise(given.start)
+        ascent = Ascent() if given.learning_rate is None else Ascent(learning_rate=given.learning_rate)
+        method = Gradient(ascent) if given.method == "gradient" else METHODS[given.method]()
+        check(records, list(rewards.items()), [(reward, 0.0) for reward in held_out], method)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"flowalign optimize-noise: {error}") from error
+    device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with ExitStack() as leaving:
+        for reward in (*rewards, *held_out):
+            leaving.callback(close, reward)
+        found = optimize_noise(
+            place.load(place.sampling, device), records, rewards, steps=given.steps, method=method, held_out=held_out,
+            seed=given.seed, start=start, num_inference_steps=given.sampling_steps, guidance_scale=given.guidance,
+            patience=given.patience, batch_size=given.batch_size, checkpoint=given.checkpoint,
+        )  # fmt: skip
+    for row, prompt in enumerate(found.prompts):
+        others = [f"{name} {float(a[row]):.4g} → {float(b[row]):.4g}" for name, (a, b) in found.held_out.items()]
+        print(f"{prompt}: {', '.join([f'{float(found.first_total[row]):.4g} → {float(found.total[row]):.4g}', *others])}")
+    print(found.save(given.output))
+
+
+def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="flowalign optimize-noise", exit_on_error=False, allow_abbrev=False, add_help=False
+    )
+    parser.add_argument("model")
+    parser.add_argument("prompt", nargs="*")
+    parser.add_argument("--rewards", nargs="+", default=[])
+    parser.add_argument("--weights", nargs="+", type=float)
+    parser.add_argument("--held-out", nargs="+", default=[])
+    parser.add_argument("--checkpoint", action="store_true")
+    for option, kind in OPTIONS.items():
+        name = option.removeprefix("--").replace("-", "_")
+        parser.add_argument(option, type=kind, default=DEFAULTS.get(name))
+    try:
+        given, unknown = parser.parse_known_intermixed_args(arguments)
+    except argparse.ArgumentError as error:
+        raise ConfigError(f"flowalign optimize-noise: {error}") from error
+    if unknown:
+        raise ConfigError(
+            f"flowalign optimize-noise: got {' '.join(unknown)}; see flowalign optimize-noise --help for its options"
+        )
+    if not given.rewards or bool(given.prompt) == bool(given.prompts):
+        raise ConfigError(
+            f"flowalign optimize-noise: got {len(given.prompt)} prompts, --prompts {given.prompts} and {len(given.rewards)} rewards; "
+            "expected texts or --prompts SOURCE, and --rewards REWARD ..."
+        )
+    if given.method not in METHODS:
+        raise ConfigError(f"got --method {given.method}; expected one of {', '.join(METHODS)}")
+    if given.learning_rate is not None and given.method != "gradient":
+        raise ConfigError(f"got --learning-rate with --method {given.method}; expected it with gradient alone")
+    return given
+
+
+def _records(given: argparse.Namespace) -> list[PromptRecord]:
+    """The texts, or the first --count prompts of the set."""
+    if given.prompt:
+        return as_records(given.prompt)
+    try:
+        return load_prompts(given.prompts)[: given.count]
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"--prompts: {error}") from error
+
+
+def _weighted(given: argparse.Namespace) -> list[tuple[str, float]]:
+    weights = given.weights or [1.0] * len(given.rewards)
+    if len(weights) != len(given.rewards):
+        raise ConfigError(f"got {len(weights)} --weights for {len(given.rewards)} --rewards; expected one for each")
+    return list(zip(given.rewards, weights, strict=True))
