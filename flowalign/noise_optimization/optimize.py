@@ -75,7 +75,7 @@ def optimize_noise(
             chosen = records[first : first + batch_size]
             conditions = live.encode(chosen, negative=settings.guidance_scale != 1)
             objective = Objective(live, chosen, conditions, settings, weighted, seed, batch_size, checkpoint)
-            parts.append(_climb(objective, method, noise[first : first + batch_size], steps, patience, min_gain, bar))
+            parts.append(_search(objective, method, noise[first : first + batch_size], steps, patience, min_gain, bar))
             scores.append(_held_out(replace(objective, rewards=others), parts[-1]))
             objectives.append(objective)
     return joined(
@@ -93,24 +93,25 @@ def _held_out(objective: Objective, best: Best) -> dict[str, tuple[Tensor, Tenso
     return {name: (before.scores[name].cpu(), after.scores[name].cpu()) for name in before.scores}
 
 
-def _climb(
+def _search(
     objective: Objective, method: Method, start: Tensor, steps: int, patience: int | None, min_gain: float, bar: tqdm
 ) -> Best:
     """The loop, for the prompts of one batch."""
-    device = objective.policy.start(start[:1]).device
-    walk, best, rows = method.begin(objective, start.to(device)), Best(steps), torch.arange(len(start))
+    walk, rows = method.begin(objective, start.to(objective.policy.start(start[:1]).device)), torch.arange(len(start))
+    best: Best | None = None
     for iteration in range(steps):
         trial = walk.step(rows)
-        if iteration == 0:
-            best.begin(trial.first_of_each(len(rows)))
+        best = best or Best.of(trial.first_of_each(len(rows)), steps)
         best.update(iteration, rows, trial.best_of_each(len(rows)), min_gain)
-        bar.update(len(rows))
-        bar.set_postfix(best=f"{best.total.nanmean():.4g}", first=f"{best.first.total.nanmean():.4g}")
-        if patience is not None:
-            rows = rows[iteration - best.raised[rows] < patience]
-            if not len(rows):
-                break
-    bar.update(len(start) * steps - best.tried)  # what early stopping saved
+        going = (
+            torch.ones(len(rows), dtype=torch.bool) if patience is None else iteration - best.raised[rows] < patience
+        )
+        bar.update(len(rows) + int((~going).sum()) * (steps - 1 - iteration))  # a prompt that stops is done
+        bar.set_postfix(first=f"{best.first.total.nanmean():.4g}", best=f"{best.total.nanmean():.4g}")
+        rows = rows[going]
+        if not len(rows):
+            break
+    assert best is not None
     best.finish()
     if bool(best.total.isnan().any()):
         prompt = objective.records[int(best.total.isnan().nonzero()[0])].prompt
