@@ -31,11 +31,12 @@ IMAGE_BYTES = 64 * 2**20  # of the pictures that a result keeps
 
 @dataclass(frozen=True, eq=False)
 class EvaluationResult:
-    """Scores and pictures of one evaluation. N images, sample-major: every prompt's first sample, then every second one, …
+    """Scores and pictures of one evaluation. N images or videos, sample-major: every prompt's first sample, then every second
+    one, …
 
-    scores {reward: float64 [N]}, nan where the reward was not valid; pixels uint8 [N, 3, h, w]: the images, reduced by a whole
-    factor if all of them would be more than IMAGE_BYTES; digest: of the prompts with their metadata
-    (`flowalign.data.digest`)."""
+    scores {reward: float64 [N]}, nan where the reward was not valid; pixels uint8 [N, 3, h, w], of videos [N, F, 3, h, w]:
+    height and width are reduced by a whole factor if all of them would be more than IMAGE_BYTES; fps: frames per second of
+    videos; digest: of the prompts with their metadata (`flowalign.data.digest`)."""
 
     uids: list[int]
     prompts: list[str]
@@ -47,11 +48,22 @@ class EvaluationResult:
     evaluations_per_image: float
     seconds: float
     digest: str = ""
+    fps: float | None = None
 
     @property
     def images(self) -> Tensor:
         """`pixels` as fp32 in [0, 1]."""
         return self.pixels.float() / 255
+
+    @property
+    def first_frames(self) -> Tensor:
+        """uint8 [N, 3, h, w]: the images, or the first frame of each video."""
+        return self.pixels if self.pixels.ndim == 4 else self.pixels[:, 0]
+
+    @property
+    def samples(self) -> list[int]:
+        """Which of its prompt's samples each image is; 0 is the first."""
+        return [number // len(set(self.uids)) for number in range(len(self.uids))]
 
     def to_pandas(self) -> pandas.DataFrame:
         """A row per image: uid, prompt, sample (0 is a prompt's first) and a column per reward, nan = not valid. ImportError
@@ -60,9 +72,8 @@ class EvaluationResult:
             import pandas
         except ImportError as error:
             raise ImportError("to_pandas needs pandas, which is not installed: pip install pandas") from error
-        samples = [number // len(set(self.uids)) for number in range(len(self.uids))]
         scores = {name: values.numpy() for name, values in self.scores.items()}
-        return pandas.DataFrame({"uid": self.uids, "prompt": self.prompts, "sample": samples, **scores})
+        return pandas.DataFrame({"uid": self.uids, "prompt": self.prompts, "sample": self.samples, **scores})
 
 
 @torch.no_grad()
@@ -88,7 +99,7 @@ def evaluate(
     num_inference_steps, guidance_scale, size, schedule, fps: None is as `policy.sampling` says. Uses the weights as they are:
     wrap the call in `policy.role("reference")` for the base, in `ema.applied()` for the average. Scores do not depend on
     `batch_size` beyond rounding; a groupwise reward gets all samples of a prompt at once, however small that is.
-    `progress(n)` is called after each batch of n. Of videos the result keeps the first frames. A reward of several channels is
+    `progress(n)` is called after each batch of n. A reward of several channels is
     reported as several, `reward/channel`. A reward that fails, or gives no score for more than half of the images, is a
     RewardError; one sample without a score is nan. `processes` share the images, and each returns the whole result."""
     records, judges = as_records(prompts), as_rewards(rewards)
@@ -118,7 +129,7 @@ def evaluate(
     for batch, latents, images in in_batches(policy, own, settings, seed, batch_size):
         for name, part in _score(judges, [record for record, _ in batch], images, latents, settings.fps, first).items():
             scores[name].append(part)
-        kept.append(_pixels(images if images.ndim == 4 else images[:, 0], len(jobs)))
+        kept.append(_pixels(images, len(jobs)))
         first += len(batch)
         if progress is not None:
             progress(len(batch))
@@ -136,6 +147,7 @@ def evaluate(
         evaluations_per_image=everyone.total(policy.evaluations - rows_before) / len(jobs),
         seconds=time.monotonic() - began,
         digest=digest(records),
+        fps=settings.fps,
     )
 
 
@@ -150,10 +162,11 @@ def as_rewards(rewards: Sequence[Reward | Callable[..., Any] | str]) -> list[Rew
 
 
 def _pixels(images: Tensor, count: int) -> Tensor:
-    """uint8 on the CPU, reduced so far that `count` of them fit into IMAGE_BYTES."""
+    """uint8 on the CPU, of height and width reduced so far that `count` of them fit into IMAGE_BYTES."""
     factor = max(1, math.ceil(math.sqrt(count * images[0].numel() / IMAGE_BYTES)))
     factor = min(factor, *images.shape[-2:])
-    return (avg_pool2d(images.float(), factor).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+    small = avg_pool2d(images.float().flatten(0, -4), factor)
+    return (small.clamp(0, 1) * 255).round().to(torch.uint8).cpu().reshape(*images.shape[:-2], *small.shape[-2:])
 
 
 def _check(prompts: Sequence[PromptRecord], rewards: Sequence[Reward], batch_size: int, samples: int) -> None:

@@ -36,7 +36,7 @@ def pairs_grid(base: EvaluationResult, tuned: EvaluationResult, reward: str, pat
     chosen = chosen_pairs(base.scores[reward], tuned.scores[reward])
     rows = [row for group in chosen.values() for row in group]
     groups = [name for name, group in chosen.items() for _ in group]
-    before, after = (result.pixels[rows].float() / 255 for result in (base, tuned))
+    before, after = (result.first_frames[rows].float() / 255 for result in (base, tuned))
     return grid(before, after, captions(base, tuned, rows), path, groups)
 
 
