@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,8 +18,8 @@ from torch.nn.functional import avg_pool2d
 
 from flowalign.data import PromptRecord, as_records, digest, source_images
 from flowalign.distributed.processes import Processes
-from flowalign.models.base import Policy, Size
-from flowalign.models.sampling import in_batches, settle
+from flowalign.models.base import Policy, Sampling, Size
+from flowalign.models.sampling import Job, in_batches, settle
 from rewards import FunctionReward, Reward, RewardBatch, RewardError, labels_of, pictures, score
 from samplers import Schedule
 
@@ -103,15 +103,14 @@ def evaluate(
     reported as several, `reward/channel`. A reward that fails, or gives no score for more than half of the images, is a
     RewardError; one sample without a score is nan. `processes` share the images, and each returns the whole result."""
     records, judges = as_records(prompts), as_rewards(rewards)
-    _check(records, judges, batch_size, samples_per_prompt)
+    check_request(records, judges, batch_size, samples_per_prompt)
     settings = settle(
         policy, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, size=size, schedule=schedule,
         fps=fps,
     )  # fmt: skip
     everyone = processes or Processes()
     began, rows_before = time.monotonic(), policy.evaluations
-    # how many images are made together: all samples of a prompt if a reward compares them
-    unit = samples_per_prompt if any(reward.spec.groupwise for reward in judges) else 1
+    unit = made_together(judges, samples_per_prompt)
     # the numbers of the result's images (all prompts, then all prompts again, …) in the order in which they are made
     numbers = torch.arange(samples_per_prompt * len(records)).reshape(samples_per_prompt, len(records))
     order = (numbers.T if unit > 1 else numbers).flatten()
@@ -126,13 +125,12 @@ def evaluate(
     batch_size = max(unit, batch_size // unit * unit)
     kept: list[Tensor] = []
     scores: dict[str, list[Tensor]] = {label: [] for reward in judges for label in labels_of(reward)}
-    for batch, latents, images in in_batches(policy, own, settings, seed, batch_size):
-        for name, part in _score(judges, [record for record, _ in batch], images, latents, settings.fps, first).items():
+    for images, scored in generate_and_score(policy, own, judges, settings, seed, batch_size, first):
+        for name, part in scored.items():
             scores[name].append(part)
-        kept.append(_pixels(images, len(jobs)))
-        first += len(batch)
+        kept.append(kept_pixels(images, len(jobs)))
         if progress is not None:
-            progress(len(batch))
+            progress(len(images))
     back = order.argsort()
     complete = {name: everyone.gather(torch.cat(parts))[back] for name, parts in scores.items()}
     _check_valid(complete)
@@ -151,6 +149,21 @@ def evaluate(
     )
 
 
+def made_together(judges: Sequence[Reward], samples_per_prompt: int) -> int:
+    """How many images are made together: all samples of a prompt if a reward compares them."""
+    return samples_per_prompt if any(reward.spec.groupwise for reward in judges) else 1
+
+
+def generate_and_score(
+    policy: Policy, jobs: Sequence[Job], judges: Sequence[Reward], settings: Sampling, seed: int, batch_size: int, first: int
+) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:  # fmt: skip
+    """Batch by batch the images [n, 3, H, W] of the jobs (videos [n, F, 3, H, W]), fp32 in [0, 1], and their scores {label:
+    float64 [n]}, nan = not valid. first: the number of the first job among those of all processes."""
+    for batch, latents, images in in_batches(policy, jobs, settings, seed, batch_size):
+        yield images, _score(judges, [record for record, _ in batch], images, latents, settings.fps, first)
+        first += len(batch)
+
+
 def as_rewards(rewards: Sequence[Reward | Callable[..., Any] | str]) -> list[Reward]:
     """Rewards as they are; functions, and paths of functions, as rewards."""
     if callable(rewards) or isinstance(rewards, str):
@@ -161,7 +174,7 @@ def as_rewards(rewards: Sequence[Reward | Callable[..., Any] | str]) -> list[Rew
     ]
 
 
-def _pixels(images: Tensor, count: int) -> Tensor:
+def kept_pixels(images: Tensor, count: int) -> Tensor:
     """uint8 on the CPU, of height and width reduced so far that `count` of them fit into IMAGE_BYTES."""
     factor = max(1, math.ceil(math.sqrt(count * images[0].numel() / IMAGE_BYTES)))
     factor = min(factor, *images.shape[-2:])
@@ -169,7 +182,8 @@ def _pixels(images: Tensor, count: int) -> Tensor:
     return (small.clamp(0, 1) * 255).round().to(torch.uint8).cpu().reshape(*images.shape[:-2], *small.shape[-2:])
 
 
-def _check(prompts: Sequence[PromptRecord], rewards: Sequence[Reward], batch_size: int, samples: int) -> None:
+def check_request(prompts: Sequence[PromptRecord], rewards: Sequence[Reward], batch_size: int, samples: int) -> None:
+    """ValueError for what cannot be evaluated."""
     names, uids = [label for reward in rewards for label in labels_of(reward)], [record.uid for record in prompts]
     if not prompts or not rewards or batch_size < 1 or samples < 1:
         raise ValueError(
