@@ -12,8 +12,8 @@ from flowalign.commands.output import IgnoresBrokenPipe
 
 USAGE = """usage: flowalign train CONFIG.yaml [CONFIG.yaml ...] [key=value ...]
        flowalign evaluate [NAME=]MODEL ... [--no-base] [--prompts SOURCE] [--count N] [--samples N] [--seed N]
-                          [--rewards REWARD ...] [--steps N] [--guidance X] [--size HEIGHTxWIDTH] [--batch-size N]
-                          [--output FOLDER]
+                          [--rewards REWARD ...] [--steps N] [--guidance X] [--size HEIGHTxWIDTH] [--fps X]
+                          [--batch-size N] [--output FOLDER]
        flowalign doctor CONFIG.yaml [CONFIG.yaml ...] [key=value ...]
        flowalign benchmark CONFIG.yaml [CONFIG.yaml ...] [--iterations N] [--variants NAME,NAME] [--output FOLDER]
                            [key=value ...]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
 from flowalign.config import load_judges, load_reward
 from flowalign.data import PromptRecord, load_prompts
@@ -23,13 +23,13 @@ from flowalign.models import Size
 from flowalign.models.load import resolve
 from flowalign.run.evaluate_columns import evaluate_columns
 from flowalign.run.held_out_rewards import with_trained
-from flowalign.run.launch import check_devices
+from flowalign.run.launch import check_devices, check_environment
 from flowalign.run.load import Judged, read_judged
 from flowalign.run.places import BASE, Place, column_name, find_places
 from rewards import OCR, CLIPScore, Reward, close
 
 OPTIONS = {"--prompts": str, "--count": int, "--samples": int, "--seed": int, "--steps": int, "--guidance": float,
-           "--size": str, "--batch-size": int, "--output": str}  # fmt: skip
+           "--size": str, "--fps": float, "--batch-size": int, "--output": str}  # fmt: skip
 COUNT, BATCH_SIZE, SEED = 256, 64, 1234  # without a run; those of evaluation.* by default
 WAIT = timedelta(hours=12)  # for the process whose last part takes longest
 
@@ -39,8 +39,7 @@ def evaluate(arguments: Sequence[str]) -> None:
     given = _parsed(arguments)
     texts = _columns(given.models, base=given.base)
     request = _request(given, find_places(texts))
-    check_devices()
-    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT)])
+    accelerator = _accelerator()
     processes = Processes.of(accelerator)
     with ExitStack() as leaving:
         for judge in request.judges:
@@ -49,7 +48,7 @@ def evaluate(arguments: Sequence[str]) -> None:
         try:
             evaluation = evaluate_columns(
                 texts, request.records, request.judges, output=request.output, num_inference_steps=given.steps,
-                guidance_scale=given.guidance, size=request.size, seed=request.seed, samples_per_prompt=request.samples,
+                guidance_scale=given.guidance, size=request.size, fps=given.fps, seed=request.seed, samples_per_prompt=request.samples,
                 batch_size=request.batch_size, device=accelerator.device, processes=processes,
             )  # fmt: skip
         except KeyboardInterrupt as error:
@@ -59,6 +58,20 @@ def evaluate(arguments: Sequence[str]) -> None:
     if processes.is_main:
         print(table(metrics(evaluation)))
         print(*(request.output / name for name in ("metrics.json", "scores.csv", "grid.png", "images")), sep="\n")
+
+
+def _accelerator() -> Accelerator:
+    """ConfigError for settings of accelerate that an evaluation would ignore."""
+    check_environment()
+    check_devices()
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT)])
+    kind = accelerator.distributed_type
+    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED) or accelerator.mixed_precision != "no":
+        raise ConfigError(
+            f"got accelerate's distributed_type={kind.value} and mixed_precision={accelerator.mixed_precision}; expected plain "
+            "processes, each with a whole model, such as configs/accelerate/multi_gpu.yaml"
+        )
+    return accelerator
 
 
 def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
@@ -148,14 +161,14 @@ def _first(*values: int | None) -> int:
 
 
 def _records(source: str, given: argparse.Namespace, settings: dict[str, Any]) -> list[PromptRecord]:
-    """The first prompts of the set: --count of them, else as many as the run evaluates, of another set COUNT at most."""
+    """The first prompts of the set: --count of them; else all of one that was named, or as many as the run evaluates."""
     try:
         records = load_prompts(source)
     except (ValueError, OSError) as error:
         raise ConfigError(f"--prompts: {error}") from error
     if given.count is not None and given.count > len(records):
         raise ConfigError(f"got --count {given.count}; expected at most the {len(records)} prompts of {source}")
-    return records[: given.count or (COUNT if given.prompts else settings.get("count", COUNT))]
+    return records[: given.count or (len(records) if given.prompts else settings.get("count", COUNT))]
 
 
 def _judges(named: Sequence[str] | None, judged: Judged | None) -> list[Reward]:

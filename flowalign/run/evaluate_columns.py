@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -63,10 +64,8 @@ def evaluate_columns(
     everyone = processes or Processes()
     if output is None and everyone.count > 1:
         raise ConfigError(f"got {everyone.count} processes without an output folder; expected one for their parts")
-    _check_names(columns)
-    places = find_places({name: str(place) for name, place in columns.items() if isinstance(place, str | Path)})
-    policies = {name: place for name, place in columns.items() if not isinstance(place, str | Path)}
-    default = _default(columns, places, policies, size)
+    models = _Models.of(columns)
+    default = models.sampling if size is not None else models.sampling_of_one_size()
     try:
         records, judges = as_records(prompts), as_rewards(rewards)
         check_request(records, judges, batch_size, samples_per_prompt)
@@ -77,41 +76,105 @@ def evaluate_columns(
         )  # fmt: skip
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    for place in places.values():
+    for place in models.places.values():
         place.check(settings)
     _check_rewards(judges, samples_per_prompt)
-    known = _trained(judges, places) if trained is None else frozenset(trained)
+    known = models.trained(judges) if trained is None else frozenset(trained)
     measurement = Measurement(records, judges, settings, seed, samples_per_prompt, batch_size)
-    models = [
-        _column(name, places[name], settings, device)
-        if name in places
-        else _live(name, policies[name], settings, output)
-        for name in columns
-    ]
     with ExitStack() as leaving:
         folder = Path(leaving.enter_context(TemporaryDirectory()) if output is None else output).expanduser()
-        store = Store(folder, keep_images=output is not None)
         if output is not None and everyone.is_main:
-            folder.mkdir(parents=True, exist_ok=True)
-            taken = (
-                f"another evaluation is under way in {folder}: wait for it, stop it, or choose another output folder"
-            )
-            leaving.enter_context(lock_folder(folder, taken))
-        missing = missing_parts(store, measurement, models)
-        everyone.wait()  # a process that has begun would change what another finds
-        if progress and everyone.is_main:
-            print(_forecast(measurement, models, missing), flush=True)
-        if missing:
-            try_judges(judges, records, settings.size, settings.fps, device, announce=progress and everyone.is_main)
-        make_parts(store, measurement, missing, everyone, progress=progress)
-        read = {model.name: read_column(store, measurement, model.name) for model in models}
-    evaluation = Evaluation(
-        {name: result for name, (result, _) in read.items()}, known, {model.name: model.source for model in models},
+            leaving.enter_context(_lock(folder))
+        store = Store(folder, keep_images=output is not None)
+        listed = models.listed(settings, device, hashed=output is not None)
+        _measure(store, measurement, listed, everyone, device, progress)
+        evaluation = _read(store, measurement, listed, known)
+        if output is not None and everyone.is_main:
+            write_evaluation(evaluation, folder)
+    return evaluation
+
+
+@dataclass(frozen=True, eq=False)
+class _Models:
+    """The columns' names in their order; where they are, or what they are."""
+
+    names: list[str]
+    places: dict[str, Place]
+    policies: dict[str, Policy]
+
+    @staticmethod
+    def of(columns: Mapping[str, Policy | str | Path]) -> _Models:
+        """ConfigError for names that cannot be, and for places that hold no model."""
+        _check_names(columns)
+        places = {name: str(place) for name, place in columns.items() if isinstance(place, str | Path)}
+        policies = {name: place for name, place in columns.items() if not isinstance(place, str | Path)}
+        return _Models(list(columns), find_places(places), policies)
+
+    @property
+    def runs(self) -> list[Place]:
+        """Those places that are runs."""
+        return [place for place in self.places.values() if place.saved is not None]
+
+    @property
+    def sampling(self) -> Sampling | None:
+        """As the first run evaluates, else as the first column samples."""
+        if self.runs:
+            return self.runs[0].sampling
+        first = self.names[0]
+        return self.places[first].sampling if first in self.places else self.policies[first].sampling
+
+    def sampling_of_one_size(self) -> Sampling | None:
+        """The same; ConfigError for runs of different sizes."""
+        sizes = {place.text: place.policy.size for place in self.runs}
+        if len(set(sizes.values())) > 1:
+            said = ", ".join(f"{size.height}×{size.width}×{size.frames} of {text}" for text, size in sizes.items())
+            raise ConfigError(f"got runs of different sizes: {said}; expected one: say the size that all are made in")
+        return self.sampling
+
+    def trained(self, judges: Sequence[Reward]) -> frozenset[str]:
+        """The labels of the judges that one of the runs was trained on."""
+        folders = {place.saved.folder for place in self.runs if place.saved is not None}
+        return trained_labels(judges, [read_judged(folder).reward for folder in sorted(folders)])
+
+    def listed(self, settings: Sampling, device: str | torch.device, *, hashed: bool) -> list[Column]:
+        """Not yet loaded. hashed: whether the weights of policies in memory are hashed, for parts that may be found again."""
+        return [
+            _column(name, self.places[name], settings, device)
+            if name in self.places
+            else _live(name, self.policies[name], settings, hashed)
+            for name in self.names
+        ]
+
+
+def _measure(
+    store: Store, measurement: Measurement, columns: Sequence[Column], processes: Processes, device: str | torch.device,
+    progress: bool,
+) -> None:  # fmt: skip
+    """Makes what is missing."""
+    missing = missing_parts(store, measurement, columns)
+    processes.wait()  # a process that has begun would change what another finds
+    announce, settings = progress and processes.is_main, measurement.settings
+    if announce:
+        print(_forecast(measurement, columns, missing), flush=True)
+    if missing:
+        try_judges(measurement.judges, measurement.records, settings.size, settings.fps, device, announce=announce)
+    make_parts(store, measurement, missing, processes, progress=progress)
+
+
+def _read(
+    store: Store, measurement: Measurement, columns: Sequence[Column], trained: frozenset[str]
+) -> Evaluation:  # fmt: skip
+    read = {column.name: read_column(store, measurement, column.name) for column in columns}
+    return Evaluation(
+        {name: result for name, (result, _) in read.items()}, trained, {column.name: column.source for column in columns},
         {name: appearance for name, (_, appearance) in read.items()},
     )  # fmt: skip
-    if output is not None and everyone.is_main:
-        write_evaluation(evaluation, folder)
-    return evaluation
+
+
+def _lock(folder: Path) -> IO[str]:
+    folder.mkdir(parents=True, exist_ok=True)
+    taken = f"another evaluation is under way in {folder}: wait for it, stop it, or choose another output folder"
+    return lock_folder(folder, taken)
 
 
 def _check_names(columns: Mapping[str, Any]) -> None:
@@ -137,34 +200,13 @@ def _check_rewards(judges: Sequence[Reward], samples_per_prompt: int) -> None:
             )
 
 
-def _default(
-    columns: Mapping[str, Any], places: Mapping[str, Place], policies: Mapping[str, Policy], size: Size | None
-) -> Sampling | None:
-    """Of the first run, else of the first column. ConfigError for runs of other sizes, unless `size` is said."""
-    runs = [place for place in places.values() if place.saved is not None]
-    sizes = {place.text: place.policy.size for place in runs}
-    if size is None and len(set(sizes.values())) > 1:
-        said = ", ".join(f"{each.height}×{each.width}×{each.frames} of {text}" for text, each in sizes.items())
-        raise ConfigError(f"got runs of different sizes: {said}; expected one: say the size that all are made in")
-    if runs:
-        return runs[0].sampling
-    first = next(iter(columns))
-    return places[first].sampling if first in places else policies[first].sampling
-
-
-def _trained(judges: Sequence[Reward], places: Mapping[str, Place]) -> frozenset[str]:
-    runs = {place.saved.folder for place in places.values() if place.saved is not None}
-    return trained_labels(judges, [read_judged(folder).reward for folder in sorted(runs)])
-
-
 def _column(name: str, place: Place, settings: Sampling, device: str | torch.device) -> Column:
     rows = rows_per_state(place.policy.path, settings.guidance_scale, place.policy.family)
     return Column(name, place.source, place.weights, rows, lambda: place.load(settings, device))
 
 
-def _live(name: str, policy: Policy, settings: Sampling, output: str | Path | None) -> Column:
-    """A policy that is loaded; its weights are hashed where parts may be found again."""
-    weights = {} if output is None else {"networks": _hash(policy)}
+def _live(name: str, policy: Policy, settings: Sampling, hashed: bool) -> Column:
+    weights = {"networks": _hash(policy)} if hashed else {}
     return Column(name, "a policy in memory", weights, policy.rows_per_state(settings.guidance_scale), lambda: policy)
 
 

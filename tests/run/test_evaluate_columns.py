@@ -1,5 +1,6 @@
 """Several models in one call: the same as one by one, in parts that are made once, whatever stops it or however many make them."""
 
+import contextlib
 import csv
 import json
 import os
@@ -19,6 +20,7 @@ from torch import Tensor
 
 import flowalign as fa
 from flowalign.data import load_prompts
+from flowalign.distributed.processes import Processes
 from flowalign.errors import ConfigError
 from flowalign.evaluation import parts
 from flowalign.evaluation.image_files import write_image
@@ -150,6 +152,29 @@ def test_an_interrupted_evaluation_goes_on_without_making_a_part_again(
     assert sum(made) == 12
 
 
+def test_two_processes_make_every_part_once(
+    finished_run: Path, tmp_path: Path, made: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One after the other, the second first; together they leave what one process does."""
+    monkeypatch.setattr(Processes, "wait", lambda self: None)
+    columns = {"base": "base", "a": str(finished_run)}
+    fa.evaluate_columns(columns, PROMPTS, [darkness], output=tmp_path / "one", **QUIET)
+    made.clear()
+    original = module.missing_parts
+    found: list[Any] = []
+
+    def at_the_start(*arguments: Any) -> Any:
+        found.append(original(*arguments))
+        return found[0]
+
+    monkeypatch.setattr(module, "missing_parts", at_the_start)
+    for rank in (1, 0):
+        everyone = Processes(rank, 2)
+        with contextlib.suppress(DamagedFile):  # the parts of the other are not there yet
+            fa.evaluate_columns(columns, PROMPTS, [darkness], output=tmp_path / "two", processes=everyone, **QUIET)
+    assert sum(made) == 10 and contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
 def test_a_lost_image_is_made_again_and_a_damaged_part_is_named(
     finished_run: Path, tmp_path: Path, made: list[int]
 ) -> None:
@@ -166,6 +191,7 @@ def test_a_lost_image_is_made_again_and_a_damaged_part_is_named(
         fa.evaluate_columns({"a": finished_run}, PROMPTS, [darkness], **call)
 
 
+@pytest.mark.slow
 def test_a_kill_leaves_whole_parts_only(finished_run: Path, tmp_path: Path, made: list[int]) -> None:
     code = (
         "import sys, os, signal; import flowalign as fa; from flowalign.evaluation import parts; parts.CHUNK = 2\n"
