@@ -29,7 +29,7 @@ from flowalign.models import Policy
 from flowalign.run import evaluate_columns as module
 from flowalign.run.places import Place, column_name
 from flowalign.storage.files import DamagedFile
-from rewards import GroupDiversity, ImageStatistics, JPEGCompressibility, Mix, RewardError
+from rewards import GroupDiversity, ImageStatistics, JPEGCompressibility, JPEGIncompressibility, Mix, RewardError
 from tests.helpers.files import contents
 
 PROMPTS = load_prompts("flowalign.glyphs:held_out_prompts")[:5]
@@ -273,7 +273,7 @@ def test_what_cannot_be_is_said_before_a_model_is_loaded(finished_run: Path, mon
         ({"a": run}, [GroupDiversity()], {}, "expected at least 2"),
         ({"a": run}, jpeg, {"size": fa.Size(25, 48)}, "got image size 25×48"),
         ({"a": run}, jpeg, {"num_inference_steps": 0}, "num_inference_steps=0"),
-        ({"a": run}, [broken], {}, "rewards 'broken'"),
+        ({"a": run}, [broken], {}, "reward 'broken' failed on 3 samples"),
     ):
         with pytest.raises(ConfigError, match=message):
             fa.evaluate_columns(columns, PROMPTS, rewards, **QUIET, **changes)  # type: ignore[arg-type]
@@ -295,7 +295,9 @@ def test_runs_of_two_sizes_need_one(finished_run: Path, tmp_path: Path) -> None:
 
 def test_a_part_of_what_is_trained_on_is_not_held_out() -> None:
     jpeg, statistics = JPEGCompressibility(name="guard"), ImageStatistics(("contrast", "edges"))
-    trained = module.trained_labels([jpeg, statistics], [Mix([JPEGCompressibility(), GroupDiversity()], [1.0, 1.0])])
+    trained = module.trained_labels(
+        [jpeg, statistics], [Mix([JPEGCompressibility(), JPEGIncompressibility()], [1.0, 1.0])]
+    )
     assert trained == {"guard"}
     assert module.trained_labels([jpeg, statistics], [statistics]) == {"image/contrast", "image/edges"}
     assert not module.trained_labels([jpeg], [JPEGCompressibility(90)])
