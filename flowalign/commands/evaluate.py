@@ -20,7 +20,7 @@ from flowalign.distributed.processes import Processes
 from flowalign.errors import ConfigError
 from flowalign.evaluation.columns import metrics
 from flowalign.models import Size
-from flowalign.models.load import resolve
+from flowalign.models.load import SHIPPED, resolve
 from flowalign.run.evaluate_columns import evaluate_columns
 from flowalign.run.held_out_rewards import with_trained
 from flowalign.run.launch import check_devices, check_environment
@@ -140,7 +140,7 @@ def _request(given: argparse.Namespace, places: dict[str, Place]) -> _Request:
     run = next((place for place in places.values() if place.saved is not None), None)
     judged = None if run is None or run.saved is None else read_judged(run.saved.folder)
     settings: dict[str, Any] = {} if judged is None else vars(judged.evaluation)
-    glyphs = judged is None and all(place.policy.path == "glyphs" for place in places.values())
+    glyphs = judged is None and all(place.policy.path in SHIPPED for place in places.values())
     source = given.prompts or settings.get("prompts") or ("flowalign.glyphs:held_out_prompts" if glyphs else None)
     if source is None or (judged is None and not glyphs and given.rewards is None):
         raise ConfigError(

@@ -45,7 +45,7 @@ def optimize_noise(
 
     policy: a policy, a live diffusers pipeline (used as it is, with the LoRA that it has, and left as it was), or a name or
     path for `load_policy`. rewards: {reward: weight}, or one or several of weight 1; functions of (images, prompts) too. What is
-    maximized is Σ weight·score, a reward's channels added up. steps: iterations. method: `Gradient()` (ReNO, 2406.04312) by
+    maximized is Σ weight·score, a reward's channels added up; one of weight 0 is only watched, in every iteration. steps: iterations. method: `Gradient()` (ReNO, 2406.04312) by
     default, which needs differentiable rewards; `SPSA`, `ZeroOrder`, `BestOfN`, `PreviewSelect`, `PathSearch` take any.
     held_out: further rewards, which score the first and the best image and decide nothing.
 
@@ -145,8 +145,10 @@ def _weighted(rewards: Weighted) -> list[tuple[Reward, float]]:
             list(rewards) if isinstance(rewards, Sequence) and not isinstance(rewards, str) else [rewards]
         )
         weights = [1.0] * len(listed)
-    if not listed or not all(abs(weight) < float("inf") for weight in weights):
-        raise ValueError(f"got rewards with the weights {weights}; expected at least one reward, and finite weights")
+    if not any(weights) or not all(abs(weight) < float("inf") for weight in weights):
+        raise ValueError(
+            f"got rewards with the weights {weights}; expected finite ones, of which one at least is not 0"
+        )
     return list(zip(listed, weights, strict=True))
 
 

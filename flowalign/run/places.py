@@ -1,6 +1,6 @@
 """Where a model is: a pipeline, or a run at one of its checkpoints, written in one word.
 
-glyphs, a diffusers folder, a hub id   a pipeline as it is
+glyphs, glyphs-4step, glyphs-1step, a diffusers folder, a hub id   a pipeline as it is
 runs/a                                 what the run exports: its latest checkpoint, averaged if the run keeps an average
 runs/a@40                              after iteration 40; the run keeps its last run.keep_checkpoints
 runs/a@40:raw, runs/a:raw              without the average; :ema with it
@@ -21,9 +21,16 @@ import torch
 
 from flowalign.config import PolicySettings
 from flowalign.errors import ConfigError
-from flowalign.glyphs import CALL_ARGS, GUIDANCE_SCALE, STEPS
-from flowalign.models import Policy, Sampling, Size, load_policy
-from flowalign.models.load import check_checkpoint, check_image_size, inspect_checkpoint, path_of, resolve
+from flowalign.models import Policy, Sampling, load_policy
+from flowalign.models.load import (
+    SHIPPED,
+    check_checkpoint,
+    check_image_size,
+    inspect_checkpoint,
+    path_of,
+    resolve,
+)
+from flowalign.models.sampling import shipped_sampling
 from flowalign.run.load import SavedRun
 from flowalign.storage import checkpoint
 from samplers import check_schedule
@@ -52,8 +59,7 @@ class Place:
         if (path / "model_index.json").is_file() or not _is_meant_as_run(folder):
             if step is not None or weights is not None:
                 raise ConfigError(f"got {text}, a checkpoint of a pipeline; expected a run folder before the sign")
-            own = Sampling(STEPS, GUIDANCE_SCALE, Size(CALL_ARGS["height"], CALL_ARGS["width"]))
-            return Place(text, PolicySettings(folder), own if folder == "glyphs" else None, None)
+            return Place(text, PolicySettings(folder), shipped_sampling(resolve(folder)), None)
         saved = SavedRun.of(
             folder, None if step is None else int(step), {"raw": False, "ema": True, None: None}[weights]
         )
@@ -94,7 +100,7 @@ class Place:
         except (ValueError, OSError) as error:
             raise ConfigError(f"{self.text}: {error}") from error
 
-    def load(self, settings: Sampling, device: str | torch.device) -> Policy:
+    def load(self, settings: Sampling | None, device: str | torch.device) -> Policy:
         """The policy with its weights. CheckpointError for a damaged checkpoint, ConfigError for a pipeline that cannot be
         loaded."""
         if self.saved is not None:
@@ -141,7 +147,7 @@ def column_name(text: str) -> str:
 def _is_meant_as_run(folder: str) -> bool:
     """An existing folder, or the path of one; a hub id is two words that are no folder."""
     path = Path(folder).expanduser()
-    if folder == "glyphs":
+    if folder in SHIPPED:
         return False
     return path.exists() or folder.count("/") != 1 or folder.startswith((".", "/", "~", "runs/"))
 
