@@ -158,7 +158,9 @@ def test_the_cut_is_dragged(driver: Any, pages: dict[str, Path]) -> None:
 def test_a_link_leads_to_a_prompt(driver: Any, pages: dict[str, Path]) -> None:
     driver.get("about:blank")
     driver.get(pages["three"].as_uri() + "#prompt-142")
-    assert run(driver, "document.querySelector('#detail').open") and texts(driver, "#detail-prompt") == ["the word 42 in red"]
+    assert run(driver, "document.querySelector('#detail').open") and texts(driver, "#detail-prompt") == [
+        "the word 42 in red"
+    ]
     click(driver, "#detail-close")
     until(driver, "document.activeElement.closest('.card')?.dataset.name", "142")  # its page was turned to
 
@@ -174,7 +176,9 @@ def test_curves_tell_their_values(driver: Any, pages: dict[str, Path]) -> None:
         assert texts(driver, ".chart output")[0].startswith("iteration 1")
         run(driver, "document.querySelector('.chart input').focus()")
         press(driver, END, LEFT)
-        assert texts(driver, ".chart output")[0].startswith(f"iteration 29: {'a ' if name == 'pair' else ''}0.967 (smoothed 0.")
+        assert texts(driver, ".chart output")[0].startswith(
+            f"iteration 29: {'a ' if name == 'pair' else ''}0.967 (smoothed 0."
+        )
 
 
 def test_pairs_of_a_report_are_laid_over_each_other(driver: Any, pages: dict[str, Path]) -> None:
@@ -208,7 +212,10 @@ def test_a_blind_vote_by_keys_and_mouse(driver: Any, pages: dict[str, Path]) -> 
     show(driver, pages["pair"])
     click(driver, "#vote-start")
     assert not any(name in text for text in texts(driver, "#vote") for name in PAIR)  # blind
-    assert run(driver, "[...document.querySelectorAll('#vote img')].map((each) => each.alt)") == ["the left image", "the right image"]
+    assert run(driver, "[...document.querySelectorAll('#vote img')].map((each) => each.alt)") == [
+        "the left image",
+        "the right image",
+    ]
     left, right = (run(driver, f"document.querySelector('#vote-{side} img').src") for side in ("left", "right"))
     prompt = texts(driver, "#vote-prompt")[0]
     press(driver, LEFT)
@@ -224,7 +231,9 @@ def test_a_blind_vote_by_keys_and_mouse(driver: Any, pages: dict[str, Path]) -> 
     press(driver, SPACE)
     assert run(driver, "document.querySelector('#vote').open") is False  # all are voted on
     sentence = texts(driver, "#vote-sentence")[0]
-    assert sentence.startswith("tuned against base: ") and "2 ties in 5 votes" in sentence and "95 % interval" in sentence
+    assert (
+        sentence.startswith("tuned against base: ") and "2 ties in 5 votes" in sentence and "95 % interval" in sentence
+    )
 
     lines = [json.loads(line) for line in run(driver, SAVED).splitlines()]
     assert len(lines) == 3 and all(line["chosen_column"] != line["rejected_column"] for line in lines)
