@@ -59,20 +59,27 @@ def arms() -> list[Arm]:
     by_clip = (clip, lambda: [soft(), *others()])
     by_ocr = (soft, lambda: [clip(), *others()])
     one, four = "glyphs-1step", "glyphs-4step"
+    searches = [
+        ("zero-order, 50 samples", fa.ZeroOrder(neighbors=5), 10),
+        ("SPSA, 153 samples", fa.SPSA(directions=4), 17),
+    ]
     return [
+        Arm("ReNO, 20 iterations", one, fa.Gradient(), 20, *by_clip),
+        Arm("best of 20 (equal forwards)", one, fa.BestOfN(), 20, *by_clip),
+        Arm("best of 60 (a backward counted as two)", one, fa.BestOfN(), 60, *by_clip),
         Arm("ReNO, 50 iterations", one, fa.Gradient(), 50, *by_clip),
         Arm("best of 50 (equal forwards)", one, fa.BestOfN(), 50, *by_clip),
-        Arm("best of 150 (equal forwards and backwards)", one, fa.BestOfN(), 150, *by_clip),
-        Arm("zero-order, 50 samples", one, fa.ZeroOrder(neighbors=5), 10, *by_clip),
-        Arm("SPSA, 153 samples", one, fa.SPSA(directions=4), 17, *by_clip),
+        Arm("best of 150 (a backward counted as two)", one, fa.BestOfN(), 150, *by_clip),
+        *(Arm(label, one, method, steps, *by_clip) for label, method, steps in searches),
+        Arm("ReNO, 20 iterations", four, fa.Gradient(), 20, *by_clip),
+        Arm("best of 20 (equal forwards)", four, fa.BestOfN(), 20, *by_clip),
         Arm("ReNO, 50 iterations", four, fa.Gradient(), 50, *by_clip),
         Arm("best of 50 (equal forwards)", four, fa.BestOfN(), 50, *by_clip),
-        Arm("preview-select, 200 forwards", four, fa.PreviewSelect(candidates=12, keep=2), 10, *by_clip),
-        Arm("path search, 200 forwards", four, fa.PathSearch(), 4, *by_clip),
+        Arm("preview-select, 204 forwards", four, fa.PreviewSelect(candidates=12, keep=2), 10, *by_clip),
+        Arm("path search", four, fa.PathSearch(), 4, *by_clip),
         Arm("best of 50", one, fa.BestOfN(), 50, *by_ocr),
-        Arm("zero-order, 50 samples", one, fa.ZeroOrder(neighbors=5), 10, *by_ocr),
-        Arm("SPSA, 153 samples", one, fa.SPSA(directions=4), 17, *by_ocr),
-    ]  # fmt: skip
+        *(Arm(label, one, method, steps, *by_ocr) for label, method, steps in searches),
+    ]
 
 
 def main() -> None:

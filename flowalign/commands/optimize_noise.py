@@ -42,11 +42,15 @@ def optimize(arguments: Sequence[str]) -> None:
     with ExitStack() as leaving:
         for reward in (*rewards, *held_out):
             leaving.callback(close, reward)
-        found = optimize_noise(
-            place.load(place.sampling, device), records, rewards, steps=given.steps, method=method, held_out=held_out,
-            seed=given.seed, start=start, num_inference_steps=given.sampling_steps, guidance_scale=given.guidance,
-            patience=given.patience, batch_size=given.batch_size, checkpoint=given.checkpoint,
-        )  # fmt: skip
+        policy = place.load(place.sampling, device)
+        try:
+            found = optimize_noise(
+                policy, records, rewards, steps=given.steps, method=method, held_out=held_out, seed=given.seed,
+                start=start, num_inference_steps=given.sampling_steps, guidance_scale=given.guidance,
+                patience=given.patience, batch_size=given.batch_size, checkpoint=given.checkpoint,
+            )  # fmt: skip
+        except ValueError as error:
+            raise ConfigError(f"flowalign optimize-noise: {error}") from error
     for row, prompt in enumerate(found.prompts):
         others = [f"{name} {float(a[row]):.4g} → {float(b[row]):.4g}" for name, (a, b) in found.held_out.items()]
         print(
