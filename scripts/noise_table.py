@@ -25,7 +25,7 @@ from flowalign.evaluation.paired_gain import paired_gain
 from flowalign.glyphs.prompts import INKS, PAPERS
 from flowalign.noise_optimization.objective import Method
 from flowalign.storage.files import write_atomic
-from rewards import OCR, CLIPScore, ColorAccuracy, Reward
+from rewards import OCR, Augmented, CLIPScore, ColorAccuracy, Reward
 
 PROMPTS = 32
 FOLD = {"0": "O"}
@@ -33,6 +33,11 @@ FOLD = {"0": "O"}
 
 def clip() -> Reward:
     return CLIPScore("glyphs")
+
+
+def augmented() -> Reward:
+    """In three views: what only the pixels of one of them explain counts less."""
+    return Augmented(clip(), views=3)
 
 
 def soft() -> Reward:
@@ -68,6 +73,7 @@ def arms() -> list[Arm]:
         Arm("best of 20 (equal forwards)", one, fa.BestOfN(), 20, *by_clip),
         Arm("best of 60 (a backward counted as two)", one, fa.BestOfN(), 60, *by_clip),
         Arm("ReNO, 50 iterations", one, fa.Gradient(), 50, *by_clip),
+        Arm("ReNO, 50 iterations, three views of each image", one, fa.Gradient(), 50, augmented, by_clip[1]),
         Arm("best of 50 (equal forwards)", one, fa.BestOfN(), 50, *by_clip),
         Arm("best of 150 (a backward counted as two)", one, fa.BestOfN(), 150, *by_clip),
         *(Arm(label, one, method, steps, *by_clip) for label, method, steps in searches),
