@@ -19,6 +19,7 @@ _PUBLIC = {
     **dict.fromkeys(("Images", "LoRA", "Role", "Sampling", "Size"), "flowalign.models"),
     "as_records": "flowalign.data",
     "evaluate": "flowalign.evaluation.evaluate",
+    "evaluate_columns": "flowalign.run.evaluate_columns",
     "load_config": "flowalign.config",
     "load_run": "flowalign.run.load",
     "train": "flowalign.loop",

@@ -1,4 +1,4 @@
-"""The command line: `flowalign train | compare | doctor | benchmark | report | export | serve-reward | rewards …`."""
+"""The command line: `flowalign train | evaluate | optimize-noise | compare | doctor | benchmark | report | export | …`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,13 @@ from contextlib import redirect_stderr, redirect_stdout
 from flowalign.commands.output import IgnoresBrokenPipe
 
 USAGE = """usage: flowalign train CONFIG.yaml [CONFIG.yaml ...] [key=value ...]
+       flowalign evaluate [NAME=]MODEL ... [--no-base] [--prompts SOURCE] [--count N] [--samples N] [--seed N]
+                          [--rewards REWARD ...] [--steps N] [--guidance X] [--size HEIGHTxWIDTH] [--fps X]
+                          [--batch-size N] [--output FOLDER]
+       flowalign optimize-noise MODEL (PROMPT ... | --prompts SOURCE [--count N]) --rewards REWARD ... [--weights X ...]
+                          [--held-out REWARD ...] [--method NAME] [--steps N] [--learning-rate X] [--seed N]
+                          [--start FOLDER] [--sampling-steps N] [--guidance X] [--patience N] [--batch-size N]
+                          [--checkpoint] [--device NAME] [--output FOLDER]
        flowalign doctor CONFIG.yaml [CONFIG.yaml ...] [key=value ...]
        flowalign benchmark CONFIG.yaml [CONFIG.yaml ...] [--iterations N] [--variants NAME,NAME] [--output FOLDER]
                            [key=value ...]
@@ -24,14 +31,17 @@ USAGE = """usage: flowalign train CONFIG.yaml [CONFIG.yaml ...] [key=value ...]
        flowalign rewards [NAME ...] [--wide] [--json]
 
 Trains as the files say, later files over earlier ones (configs/methods/… configs/models/… configs/rewards/…); dotted keys
-override them, for example rollout.group_size=24 run.name=wide. The doctor measures in about a minute whether that can
-work: one line per check, exit code 1 if one fails. The benchmark times an iteration beside the same iteration with less
+override them, for example rollout.group_size=24 run.name=wide. Evaluate measures models on the same prompts and seeds, a
+run folder, runs/a@40 for a checkpoint, a pipeline, and writes scores, images and a page (docs/evaluate.md). Optimize-noise
+keeps a model as it is and finds start noise whose image the rewards like better (docs/noise.md). The doctor measures in about
+a minute whether a configuration can train: one line per check, exit code 1 if one fails. The benchmark times an iteration beside the same iteration with less
 sharing. Compare runs configurations × seeds on equal budgets and writes a table, curves and a page (docs/compare.md); the
 same command goes on where it stopped. The report of a run folder is written anew from what is in it, also while the run
 goes on. Export writes what was trained, a LoRA or networks, at a checkpoint (the latest, averaged if the run keeps an
 average) for diffusers and PEFT. Serve-reward answers rewards.Http with the files' reward until Ctrl-C or SIGTERM
 (docs/places.md). Rewards lists those of the package, or shows all that is known of some (docs/rewards.md).
-On several devices: accelerate launch scripts/train.py CONFIG.yaml [CONFIG.yaml ...] [key=value ...]"""
+On several devices: accelerate launch scripts/train.py CONFIG.yaml [CONFIG.yaml ...] [key=value ...], and
+scripts/evaluate.py in the place of flowalign evaluate."""
 
 
 HELP = ("-h", "--help")
@@ -77,6 +87,40 @@ def _train(arguments: Sequence[str]) -> int:
     from flowalign.loop import train as run
 
     run(*load_config(*split_arguments(arguments)))
+    return 0
+
+
+def evaluate(arguments: Sequence[str]) -> int:
+    """Measures models. Exit code 0: done."""
+    return _run(_evaluate, arguments)
+
+
+def _evaluate(arguments: Sequence[str]) -> int:
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    from flowalign.commands.evaluate import evaluate as run
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    run(arguments)
+    return 0
+
+
+def optimize_noise(arguments: Sequence[str]) -> int:
+    """Optimizes start noise. Exit code 0: done."""
+    return _run(_optimize_noise, arguments)
+
+
+def _optimize_noise(arguments: Sequence[str]) -> int:
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    from flowalign.commands.optimize_noise import optimize as run
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    run(arguments)
     return 0
 
 
@@ -184,6 +228,8 @@ def _rewards(arguments: Sequence[str]) -> int:
 
 COMMANDS = {
     "train": train,
+    "evaluate": evaluate,
+    "optimize-noise": optimize_noise,
     "compare": compare,
     "doctor": doctor,
     "benchmark": benchmark,

@@ -1,6 +1,10 @@
 """The look that all charts and pictures share."""
 
-from typing import Any
+import io
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 INK, SOFT, RULE, LINE = "#1f2933", "#52606d", "#d9dee4", "#0072b2"  # the blue of Okabe and Ito
 STYLE: dict[Any, Any] = {
@@ -15,3 +19,10 @@ STYLE: dict[Any, Any] = {
     "axes.spines.right": False,
     "svg.hashsalt": "flowalign",  # ids, and so the file, depend on the content alone
 }
+
+
+def svg(figure: "Figure") -> str:
+    """The picture, the same bytes for the same content."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return buffer.getvalue()

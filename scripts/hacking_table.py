@@ -21,8 +21,7 @@ from matplotlib.figure import Figure
 from flowalign.compare.page import COLORS
 from flowalign.compare.plan import Plan, budget_of
 from flowalign.compare.spec import read_spec
-from flowalign.picture_style import INK, RULE, SOFT, STYLE
-from flowalign.report.charts import svg
+from flowalign.picture_style import INK, RULE, SOFT, STYLE, svg
 from flowalign.storage.files import write_atomic
 from flowalign.storage.metrics_log import read_rows
 

@@ -95,6 +95,9 @@ def export(network: SD3Transformer2DModel, folder: Path) -> None:
     """The base's folder with another transformer, in fp16, and a scheduler that takes `sigmas` as they are."""
     shutil.copytree(PIPELINE, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("transformer", "README.md"))
     network.to(dtype=torch.float16).save_pretrained(folder / "transformer")
+    shutil.copy(
+        PIPELINE / "transformer" / "config.json", folder / "transformer"
+    )  # the one written names this machine's folder
     path = folder / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "shift": 1.0}, indent=2, sort_keys=True) + "\n")
 

@@ -201,7 +201,7 @@ def commands() -> list[tuple[str, list[str]]]:
     found = []
     for path in (*PAGES, ROOT / "Makefile"):
         text = path.read_text(encoding="utf-8").replace("\\\n", " ")
-        lines = re.findall(r"^(?: {4}|\t)(.*(?:scripts/train\.py|flowalign (?!compare)\w+) .*)$", text, re.M)
+        lines = re.findall(r"^(?: {4}|\t)(.*(?:scripts/train\.py|flowalign (?!compare|evaluate)\w+) .*)$", text, re.M)
         plans = re.findall(r"^ {4}(rollout\.group_size=.*)$", text, re.M)  # what docs/benchmark.md puts for PLAN
         for line in lines:
             arguments = shlex.split(line.partition(" #")[0])

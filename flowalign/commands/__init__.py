@@ -1,1 +1,1 @@
-"""What the commands do beyond one call: how they end, where their output goes, the export of a run, the server of a reward."""
+"""What the commands do beyond one call: how they end, where their output goes, the evaluation of models, the export of a run, the server of a reward."""

@@ -49,7 +49,9 @@ def optimize(arguments: Sequence[str]) -> None:
         )  # fmt: skip
     for row, prompt in enumerate(found.prompts):
         others = [f"{name} {float(a[row]):.4g} → {float(b[row]):.4g}" for name, (a, b) in found.held_out.items()]
-        print(f"{prompt}: {', '.join([f'{float(found.first_total[row]):.4g} → {float(found.total[row]):.4g}', *others])}")
+        print(
+            f"{prompt}: {', '.join([f'{float(found.first_total[row]):.4g} → {float(found.total[row]):.4g}', *others])}"
+        )
     print(found.save(given.output))
 
 

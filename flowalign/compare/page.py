@@ -13,9 +13,8 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from flowalign.compare.record import COSTS
 from flowalign.compare.results import HEAD, MethodResult, Results, lines, notes
-from flowalign.picture_style import INK, RULE, SOFT, STYLE
-from flowalign.report.charts import Chart, svg
-from flowalign.report.html import template
+from flowalign.picture_style import INK, RULE, SOFT, STYLE, svg
+from flowalign.report.page import template
 from flowalign.storage.files import write_atomic
 
 # Okabe and Ito, less yellow; then again with dashes
@@ -38,12 +37,20 @@ class Key:
     dash: str
 
 
-def plots(results: Results) -> list[Chart]:
+@dataclass(frozen=True)
+class Plot:
+    """A picture of its own, so that a page can lay plots out by its width."""
+
+    title: str
+    svg: str
+
+
+def plots(results: Results) -> list[Plot]:
     """The mean reward of all methods against each of COSTS, with the 95 % interval of the gain as a band."""
     return [_chart(results, results.methods, cost, f"against {TITLES[cost]}") for cost in COSTS]
 
 
-def one_by_one(results: Results) -> list[Chart]:
+def one_by_one(results: Results) -> list[Plot]:
     """Each method against the network evaluations, beside the baseline."""
     baseline = [method for method in results.methods if method.name == results.comparison.baseline]
     others = [method for method in results.methods if method not in baseline]
@@ -59,7 +66,7 @@ def keys(results: Results) -> list[Key]:
 
 def _chart(
     results: Results, methods: Sequence[MethodResult], cost: str, title: str, size: tuple[float, float] = (4.4, 2.9)
-) -> Chart:
+) -> Plot:
     drawn = {key.name: key for key in keys(results)}
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")
@@ -83,7 +90,7 @@ def _chart(
         axis.margins(x=0.02)
         axis.grid(axis="y", color=RULE, linewidth=0.6)
         axis.tick_params(which="both", length=0)
-        return Chart(title, svg(figure))
+        return Plot(title, svg(figure))
 
 
 def _levels(axis: Axes, results: Results) -> None:

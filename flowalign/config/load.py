@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,46 @@ def load_reward(sources: Sequence[str]) -> Reward:
         raise ConfigError(located(str(error), node)) from error
     reward: Reward = values["reward"]
     return reward
+
+
+@dataclass(frozen=True)
+class JudgesSection:
+    """What `load_judges` reads of the section `evaluation`."""
+
+    rewards: list[Reward] = field(default_factory=list)
+    training_reward: bool = True
+
+
+@dataclass(frozen=True)
+class JudgesFile:
+    """What `load_judges` reads of a configuration."""
+
+    reward: Reward | None = None
+    evaluation: JudgesSection = field(default_factory=JudgesSection)
+
+
+def load_judges(path: str) -> tuple[list[Reward], Reward | None]:
+    """evaluation.rewards of a YAML file, and its `reward` unless it says evaluation.training_reward=false; no other key is read.
+    Raises ConfigError; no model is loaded."""
+    node = _only(read_layer(path), {"reward": None, "evaluation": {"rewards": None, "training_reward": None}})
+    values, _ = _made(node, JudgesFile)
+    file = JudgesFile(**values)
+    try:
+        check_attributes(file)
+        for judge in (*file.evaluation.rewards, *([] if file.reward is None else [file.reward])):
+            spec_of(judge)
+    except (ValueError, OSError) as error:
+        raise ConfigError(located(str(error), node)) from error
+    return list(file.evaluation.rewards), file.reward if file.evaluation.training_reward else None
+
+
+def _only(node: yaml.Node, keys: dict[str, Any]) -> yaml.Node:
+    """The node with these keys alone; of a section, those that stand under its key."""
+    if not isinstance(node, yaml.MappingNode):
+        return node
+    pairs = [(key, value if keys[name] is None else _only(value, keys[name]))
+             for name, (key, value) in entries_of(node).items() if name in keys]  # fmt: skip
+    return yaml.MappingNode(node.tag, pairs, node.start_mark, node.end_mark)
 
 
 def _made(node: yaml.Node, kind: type) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,8 +18,8 @@ from torch.nn.functional import avg_pool2d
 
 from flowalign.data import PromptRecord, as_records, digest, source_images
 from flowalign.distributed.processes import Processes
-from flowalign.models.base import Policy, Size
-from flowalign.models.sampling import in_batches, settle
+from flowalign.models.base import Policy, Sampling, Size
+from flowalign.models.sampling import Job, in_batches, settle
 from rewards import FunctionReward, Reward, RewardBatch, RewardError, labels_of, pictures, score
 from samplers import Schedule
 
@@ -31,11 +31,12 @@ IMAGE_BYTES = 64 * 2**20  # of the pictures that a result keeps
 
 @dataclass(frozen=True, eq=False)
 class EvaluationResult:
-    """Scores and pictures of one evaluation. N images, sample-major: every prompt's first sample, then every second one, …
+    """Scores and pictures of one evaluation. N images or videos, sample-major: every prompt's first sample, then every second
+    one, …
 
-    scores {reward: float64 [N]}, nan where the reward was not valid; pixels uint8 [N, 3, h, w]: the images, reduced by a whole
-    factor if all of them would be more than IMAGE_BYTES; digest: of the prompts with their metadata
-    (`flowalign.data.digest`)."""
+    scores {reward: float64 [N]}, nan where the reward was not valid; pixels uint8 [N, 3, h, w], of videos [N, F, 3, h, w]:
+    height and width are reduced by a whole factor if all of them would be more than IMAGE_BYTES; fps: frames per second of
+    videos; digest: of the prompts with their metadata (`flowalign.data.digest`)."""
 
     uids: list[int]
     prompts: list[str]
@@ -47,11 +48,22 @@ class EvaluationResult:
     evaluations_per_image: float
     seconds: float
     digest: str = ""
+    fps: float | None = None
 
     @property
     def images(self) -> Tensor:
         """`pixels` as fp32 in [0, 1]."""
         return self.pixels.float() / 255
+
+    @property
+    def first_frames(self) -> Tensor:
+        """uint8 [N, 3, h, w]: the images, or the first frame of each video."""
+        return self.pixels if self.pixels.ndim == 4 else self.pixels[:, 0]
+
+    @property
+    def samples(self) -> list[int]:
+        """Which of its prompt's samples each image is; 0 is the first."""
+        return [number // len(set(self.uids)) for number in range(len(self.uids))]
 
     def to_pandas(self) -> pandas.DataFrame:
         """A row per image: uid, prompt, sample (0 is a prompt's first) and a column per reward, nan = not valid. ImportError
@@ -60,9 +72,8 @@ class EvaluationResult:
             import pandas
         except ImportError as error:
             raise ImportError("to_pandas needs pandas, which is not installed: pip install pandas") from error
-        samples = [number // len(set(self.uids)) for number in range(len(self.uids))]
         scores = {name: values.numpy() for name, values in self.scores.items()}
-        return pandas.DataFrame({"uid": self.uids, "prompt": self.prompts, "sample": samples, **scores})
+        return pandas.DataFrame({"uid": self.uids, "prompt": self.prompts, "sample": self.samples, **scores})
 
 
 @torch.no_grad()
@@ -88,19 +99,18 @@ def evaluate(
     num_inference_steps, guidance_scale, size, schedule, fps: None is as `policy.sampling` says. Uses the weights as they are:
     wrap the call in `policy.role("reference")` for the base, in `ema.applied()` for the average. Scores do not depend on
     `batch_size` beyond rounding; a groupwise reward gets all samples of a prompt at once, however small that is.
-    `progress(n)` is called after each batch of n. Of videos the result keeps the first frames. A reward of several channels is
+    `progress(n)` is called after each batch of n. A reward of several channels is
     reported as several, `reward/channel`. A reward that fails, or gives no score for more than half of the images, is a
     RewardError; one sample without a score is nan. `processes` share the images, and each returns the whole result."""
     records, judges = as_records(prompts), as_rewards(rewards)
-    _check(records, judges, batch_size, samples_per_prompt)
+    check_request(records, judges, batch_size, samples_per_prompt)
     settings = settle(
         policy, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, size=size, schedule=schedule,
         fps=fps,
     )  # fmt: skip
     everyone = processes or Processes()
     began, rows_before = time.monotonic(), policy.evaluations
-    # how many images are made together: all samples of a prompt if a reward compares them
-    unit = samples_per_prompt if any(reward.spec.groupwise for reward in judges) else 1
+    unit = made_together(judges, samples_per_prompt)
     # the numbers of the result's images (all prompts, then all prompts again, …) in the order in which they are made
     numbers = torch.arange(samples_per_prompt * len(records)).reshape(samples_per_prompt, len(records))
     order = (numbers.T if unit > 1 else numbers).flatten()
@@ -115,13 +125,12 @@ def evaluate(
     batch_size = max(unit, batch_size // unit * unit)
     kept: list[Tensor] = []
     scores: dict[str, list[Tensor]] = {label: [] for reward in judges for label in labels_of(reward)}
-    for batch, latents, images in in_batches(policy, own, settings, seed, batch_size):
-        for name, part in _score(judges, [record for record, _ in batch], images, latents, settings.fps, first).items():
+    for images, scored in generate_and_score(policy, own, judges, settings, seed, batch_size, first):
+        for name, part in scored.items():
             scores[name].append(part)
-        kept.append(_pixels(images if images.ndim == 4 else images[:, 0], len(jobs)))
-        first += len(batch)
+        kept.append(kept_pixels(images, len(jobs)))
         if progress is not None:
-            progress(len(batch))
+            progress(len(images))
     back = order.argsort()
     complete = {name: everyone.gather(torch.cat(parts))[back] for name, parts in scores.items()}
     _check_valid(complete)
@@ -136,7 +145,23 @@ def evaluate(
         evaluations_per_image=everyone.total(policy.evaluations - rows_before) / len(jobs),
         seconds=time.monotonic() - began,
         digest=digest(records),
+        fps=settings.fps,
     )
+
+
+def made_together(judges: Sequence[Reward], samples_per_prompt: int) -> int:
+    """How many images are made together: all samples of a prompt if a reward compares them."""
+    return samples_per_prompt if any(reward.spec.groupwise for reward in judges) else 1
+
+
+def generate_and_score(
+    policy: Policy, jobs: Sequence[Job], judges: Sequence[Reward], settings: Sampling, seed: int, batch_size: int, first: int
+) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:  # fmt: skip
+    """Batch by batch the images [n, 3, H, W] of the jobs (videos [n, F, 3, H, W]), fp32 in [0, 1], and their scores {label:
+    float64 [n]}, nan = not valid. first: the number of the first job among those of all processes."""
+    for batch, latents, images in in_batches(policy, jobs, settings, seed, batch_size):
+        yield images, _score(judges, [record for record, _ in batch], images, latents, settings.fps, first)
+        first += len(batch)
 
 
 def as_rewards(rewards: Sequence[Reward | Callable[..., Any] | str]) -> list[Reward]:
@@ -149,14 +174,16 @@ def as_rewards(rewards: Sequence[Reward | Callable[..., Any] | str]) -> list[Rew
     ]
 
 
-def _pixels(images: Tensor, count: int) -> Tensor:
-    """uint8 on the CPU, reduced so far that `count` of them fit into IMAGE_BYTES."""
+def kept_pixels(images: Tensor, count: int) -> Tensor:
+    """uint8 on the CPU, of height and width reduced so far that `count` of them fit into IMAGE_BYTES."""
     factor = max(1, math.ceil(math.sqrt(count * images[0].numel() / IMAGE_BYTES)))
     factor = min(factor, *images.shape[-2:])
-    return (avg_pool2d(images.float(), factor).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+    small = avg_pool2d(images.float().flatten(0, -4), factor)
+    return (small.clamp(0, 1) * 255).round().to(torch.uint8).cpu().reshape(*images.shape[:-2], *small.shape[-2:])
 
 
-def _check(prompts: Sequence[PromptRecord], rewards: Sequence[Reward], batch_size: int, samples: int) -> None:
+def check_request(prompts: Sequence[PromptRecord], rewards: Sequence[Reward], batch_size: int, samples: int) -> None:
+    """ValueError for what cannot be evaluated."""
     names, uids = [label for reward in rewards for label in labels_of(reward)], [record.uid for record in prompts]
     if not prompts or not rewards or batch_size < 1 or samples < 1:
         raise ValueError(

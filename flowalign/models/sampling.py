@@ -25,12 +25,23 @@ def settle(
     size: Size | None = None, schedule: Schedule | None = None, fps: float | None = None,
 ) -> Sampling:  # fmt: skip
     """What a call says, and `policy.sampling` where it says None. ValueError for what neither says, or for what cannot be."""
+    return settled(
+        policy.sampling, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, size=size,
+        schedule=schedule, fps=fps,
+    )  # fmt: skip
+
+
+def settled(
+    default: Sampling | None, *, num_inference_steps: int | None, guidance_scale: float | None, size: Size | None,
+    schedule: Schedule | None, fps: float | None,
+) -> Sampling:  # fmt: skip
+    """See `settle`; before a policy is loaded."""
     said: dict[str, Any] = {
         "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "size": size, "schedule": schedule,
         "fps": fps,
     }  # fmt: skip
     given = {name: value for name, value in said.items() if value is not None}
-    if policy.sampling is None:
+    if default is None:
         needed = [name for name in ("num_inference_steps", "guidance_scale", "size") if name not in given]
         if needed:
             raise ValueError(
@@ -38,7 +49,7 @@ def settle(
                 "in the call, or set policy.sampling"
             )
         return Sampling(**given)
-    return replace(policy.sampling, **given)
+    return replace(default, **given)
 
 
 def defaults_of(pipeline: DiffusionPipeline, networks: Configs) -> Sampling | None:

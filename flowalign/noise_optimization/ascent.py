@@ -49,7 +49,8 @@ class Gradient:
 
     last_steps: only the last so many steps of the sampler carry gradient through the network (None: all), the others pass it
     on by the kernel's arithmetic. detach_uncond: no gradient through the unconditional half of a guided velocity. One
-    iteration costs a forward and a backward of each step; the last iteration does not step, so 50 are 49 updates."""
+    iteration costs a forward and a backward of each step; the last one only looks, so 50 are 49 updates. Not kept: scaling
+    against the underflow of fp16."""
 
     ascent: Ascent = Ascent()
     last_steps: int | None = None
@@ -123,13 +124,13 @@ class _GradientWalk:
     method: Gradient
     objective: Objective
     climb: _Climb
-    pending: tuple[Tensor, Tensor] | None = (
-        None  # rows and gradient of the last trial: the last iteration does not step
-    )
+    pending: tuple[Tensor, Tensor, Tensor] | None = None  # rows, noise and total of the last trial, with its graph
 
     def step(self, rows: Tensor) -> Trial:
-        if self.pending is not None:
-            self.climb.move(*self.pending)
+        if self.pending is not None:  # only now: the last iteration needs no backward
+            former, noise, total = self.pending
+            self.pending = None
+            self.climb.move(former, torch.autograd.grad(total, noise)[0])
         noise = self.climb.at(rows).detach().requires_grad_()
         steps, last = self.objective.settings.num_inference_steps, self.method.last_steps
         with torch.enable_grad():
@@ -137,9 +138,7 @@ class _GradientWalk:
                 noise, rows, active=None if last is None else range(steps - last, steps),
                 detach_uncond=self.method.detach_uncond,
             )  # fmt: skip
-            total = torch.where(scored.total.isnan(), 0.0, scored.total).sum()
-        (gradient,) = torch.autograd.grad(total, noise)
-        self.pending = rows, gradient
+            self.pending = rows, noise, torch.where(scored.total.isnan(), 0.0, scored.total).sum()
         return scored.trial(noise)
 
 

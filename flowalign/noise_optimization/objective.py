@@ -154,10 +154,11 @@ class Objective:
         )
         total, scores = latents.new_zeros(len(latents)), dict[str, Tensor]()
         for reward, weight in self.rewards:
-            output = score(reward, batch, grad=grad, max_fail_rate=1.0)
+            output = score(reward, batch, grad=grad and weight != 0, max_fail_rate=1.0)
             values = output.scores.to(total.device)
             scores.update(zip(labels_of(reward), values.T, strict=True))
-            total = total + weight * values.sum(1)
+            if weight:  # one of weight 0 is watched only: where it has no score, the others still count
+                total = total + weight * values.sum(1)
         return Scored(latents, images, total, scores)
 
 

@@ -45,7 +45,7 @@ def optimize_noise(
 
     policy: a policy, a live diffusers pipeline (used as it is, with the LoRA that it has, and left as it was), or a name or
     path for `load_policy`. rewards: {reward: weight}, or one or several of weight 1; functions of (images, prompts) too. What is
-    maximized is Σ weight·score, a reward's channels added up. steps: iterations. method: `Gradient()` (ReNO, 2406.04312) by
+    maximized is Σ weight·score, a reward's channels added up; one of weight 0 is only watched, in every iteration. steps: iterations. method: `Gradient()` (ReNO, 2406.04312) by
     default, which needs differentiable rewards; `SPSA`, `ZeroOrder`, `BestOfN`, `PreviewSelect`, `PathSearch` take any.
     held_out: further rewards, which score the first and the best image and decide nothing.
 
@@ -75,7 +75,7 @@ def optimize_noise(
             chosen = records[first : first + batch_size]
             conditions = live.encode(chosen, negative=settings.guidance_scale != 1)
             objective = Objective(live, chosen, conditions, settings, weighted, seed, batch_size, checkpoint)
-            parts.append(_climb(objective, method, noise[first : first + batch_size], steps, patience, min_gain, bar))
+            parts.append(_search(objective, method, noise[first : first + batch_size], steps, patience, min_gain, bar))
             scores.append(_held_out(replace(objective, rewards=others), parts[-1]))
             objectives.append(objective)
     return joined(
@@ -93,24 +93,25 @@ def _held_out(objective: Objective, best: Best) -> dict[str, tuple[Tensor, Tenso
     return {name: (before.scores[name].cpu(), after.scores[name].cpu()) for name in before.scores}
 
 
-def _climb(
+def _search(
     objective: Objective, method: Method, start: Tensor, steps: int, patience: int | None, min_gain: float, bar: tqdm
 ) -> Best:
     """The loop, for the prompts of one batch."""
-    device = objective.policy.start(start[:1]).device
-    walk, best, rows = method.begin(objective, start.to(device)), Best(steps), torch.arange(len(start))
+    walk, rows = method.begin(objective, start.to(objective.policy.start(start[:1]).device)), torch.arange(len(start))
+    best: Best | None = None
     for iteration in range(steps):
         trial = walk.step(rows)
-        if iteration == 0:
-            best.begin(trial.first_of_each(len(rows)))
+        best = best or Best.of(trial.first_of_each(len(rows)), steps)
         best.update(iteration, rows, trial.best_of_each(len(rows)), min_gain)
-        bar.update(len(rows))
-        bar.set_postfix(best=f"{best.total.nanmean():.4g}", first=f"{best.first.total.nanmean():.4g}")
-        if patience is not None:
-            rows = rows[iteration - best.raised[rows] < patience]
-            if not len(rows):
-                break
-    bar.update(len(start) * steps - best.tried)  # what early stopping saved
+        going = (
+            torch.ones(len(rows), dtype=torch.bool) if patience is None else iteration - best.raised[rows] < patience
+        )
+        bar.update(len(rows) + int((~going).sum()) * (steps - 1 - iteration))  # a prompt that stops is done
+        bar.set_postfix(first=f"{best.first.total.nanmean():.4g}", best=f"{best.total.nanmean():.4g}")
+        rows = rows[going]
+        if not len(rows):
+            break
+    assert best is not None
     best.finish()
     if bool(best.total.isnan().any()):
         prompt = objective.records[int(best.total.isnan().nonzero()[0])].prompt
@@ -144,8 +145,10 @@ def _weighted(rewards: Weighted) -> list[tuple[Reward, float]]:
             list(rewards) if isinstance(rewards, Sequence) and not isinstance(rewards, str) else [rewards]
         )
         weights = [1.0] * len(listed)
-    if not listed or not all(abs(weight) < float("inf") for weight in weights):
-        raise ValueError(f"got rewards with the weights {weights}; expected at least one reward, and finite weights")
+    if not any(weights) or not all(abs(weight) < float("inf") for weight in weights):
+        raise ValueError(
+            f"got rewards with the weights {weights}; expected finite ones, of which one at least is not 0"
+        )
     return list(zip(listed, weights, strict=True))
 
 

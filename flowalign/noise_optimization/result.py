@@ -19,6 +19,8 @@ from flowalign.noise_optimization.objective import Trial
 from flowalign.noise_optimization.picture import png, progress_figure
 from flowalign.storage.files import reading, write_atomic
 
+SHOWN = 7  # iterations of which a result keeps images
+
 
 @dataclass(frozen=True, eq=False)
 class NoiseResult:
@@ -101,29 +103,33 @@ def read_noise(folder: str | Path) -> Tensor:
         return load_file(path)["noise"]
 
 
+@dataclass(eq=False)
 class Best:
-    """What the loop remembers of the n prompts of a batch."""
+    """What the loop remembers of the n prompts of a batch, in `steps` iterations. The fields are those of NoiseResult; raised:
+    the last iteration with a gain that patience counts, reference: the total from which the next one is counted."""
 
-    def __init__(self, steps: int, shown: int = 7) -> None:
-        self.steps = steps
-        self.tried = 0  # iterations, summed over prompts
-        self.shown = {round((number + 1) * steps / shown) - 1 for number in range(shown)} - {-1}
-        self.strip: dict[int, Tensor] = {}
-        self.history: dict[str, Tensor] = {}
+    first: Trial
+    steps: int
+    images: Tensor
+    noise: Tensor
+    latents: Tensor
+    total: Tensor
+    step: Tensor
+    raised: Tensor
+    reference: Tensor
+    history: dict[str, Tensor]
+    strip: dict[int, Tensor]
 
-    def begin(self, first: Trial) -> None:
+    @staticmethod
+    def of(first: Trial, steps: int) -> Best:
+        """Before the first iteration; first: the plain samples, whose scores it has still to see."""
         count = len(first.total)
-        self.first, self.noise, self.latents, self.images = (
-            first,
-            first.noise.clone(),
-            first.latents.clone(),
-            first.images.clone(),
-        )
-        self.total = torch.full((count,), torch.nan)
-        self.raised = torch.zeros(count, dtype=torch.long)  # the last iteration with a gain that patience counts
-        self.step = torch.zeros(count, dtype=torch.long)
-        self.reference = torch.full((count,), -torch.inf)  # from which that gain is counted
-        self.history = {name: torch.full((self.steps, count), torch.nan) for name in ("total", *first.scores, "norm")}
+        return Best(
+            first, steps, first.images.clone(), first.noise.clone(), first.latents.clone(),
+            total=torch.full((count,), torch.nan), step=torch.zeros(count, dtype=torch.long),
+            raised=torch.zeros(count, dtype=torch.long), reference=torch.full((count,), -torch.inf),
+            history={name: torch.full((steps, count), torch.nan) for name in ("total", *first.scores, "norm")}, strip={},
+        )  # fmt: skip
 
     def update(self, iteration: int, rows: Tensor, trial: Trial, min_gain: float) -> None:
         """trial: the best candidate of each of the prompts `rows`."""
@@ -136,14 +142,17 @@ class Best:
         self.total[won], self.step[won] = source.total.to(self.total), iteration
         gained = won[self.total[won] > self.reference[won] + min_gain]
         self.reference[gained], self.raised[gained] = self.total[gained], iteration
-        self.tried += len(rows)
-        if iteration in self.shown:
+        if iteration in self._shown():
             self.strip[iteration] = _frames(self.images)
 
     def finish(self) -> None:
-        """The strip of a batch that stopped early goes on with what it found."""
-        for iteration in self.shown - set(self.strip):
+        """The strip of prompts that stopped early goes on with what they found."""
+        for iteration in self._shown() - set(self.strip):
             self.strip[iteration] = _frames(self.images)
+
+    def _shown(self) -> set[int]:
+        """Evenly spread iterations, the last among them."""
+        return {round((number + 1) * self.steps / SHOWN) - 1 for number in range(SHOWN)} - {-1}
 
 
 def joined(

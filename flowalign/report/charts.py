@@ -1,19 +1,23 @@
-"""How charts are drawn: metrics of a run as SVG, text as outlines. Which charts a report has is said in html.py."""
+"""Metrics of runs as charts for a page: which values are drawn, how they are smoothed, what is said in words instead. How a
+chart is drawn is in line_chart.py."""
 
 from __future__ import annotations
 
-import io
+import json
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import matplotlib
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from markupsafe import Markup
 
-from flowalign.picture_style import INK, LINE, RULE, STYLE
+from flowalign.report.line_chart import RANGE, Line, line_chart
 from flowalign.storage.metrics_log import Row
+
+DECAY = 0.9  # of the moving average
+SMOOTHED_FROM = 20  # values; fewer are shown as they are
+POINTS = 600  # of a line; longer ones are thinned
+LINES = 20  # of the table of values
 
 
 @dataclass(frozen=True)
@@ -29,75 +33,141 @@ class Panel:
 
 @dataclass(frozen=True)
 class Chart:
-    """A picture of its own, so that a page can lay charts out by its width."""
+    """points: JSON of the lines and of the plot's sides, read by the page's script. head, table: the values as texts, at most
+    LINES of them, evenly spaced."""
 
     title: str
-    svg: str
+    svg: Markup
+    points: str
+    head: list[str]
+    table: list[list[str]]
+    log: bool
 
 
-def curves(rows: Sequence[Row], panels: Sequence[Panel]) -> list[Chart]:
-    """A chart for each panel that has a value in `rows`."""
-    return [_chart(rows, panel) for panel in panels if any(_is_number(row.get(panel.key)) for row in rows)]
+@dataclass(frozen=True)
+class Charts:
+    """drawn: the metrics that move. constant: a sentence for each that does not."""
+
+    drawn: list[Chart]
+    constant: list[str]
+
+    def __bool__(self) -> bool:
+        return bool(self.drawn or self.constant)
 
 
-def _chart(rows: Sequence[Row], panel: Panel) -> Chart:
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(3.3, 2.15), layout="constrained")
-        _curve(figure.subplots(), rows, panel)
-        return Chart(panel.title, svg(figure))
+def curves(runs: Mapping[str, Sequence[Row]], panels: Sequence[Panel]) -> Charts:
+    """runs {name: rows of its metrics.jsonl}, one line each in every chart. A panel without any value is left out.
+
+    The thick line is an exponential moving average, m_t = DECAY m_{t−1} + (1 − DECAY) x_t, over 1 − DECAY^t (as in Adam,
+    1412.6980), of the finite values; the thin line behind is x_t. Fewer than SMOOTHED_FROM values are not smoothed. Of more
+    than POINTS values the smallest and largest of each stretch are drawn."""
+    found = Charts([], [])
+    for panel in panels:
+        lines = [line for name, rows in runs.items() if (line := _line(name, rows, panel)) is not None]
+        if not lines:
+            continue
+        sentences = [_constant(line) for line in lines]
+        if all(sentences):
+            prefix = (lambda line: f" in {line.name},") if len(lines) > 1 else (lambda line: "")
+            said = "; ".join(f"{prefix(line)} {text}".strip() for line, text in zip(lines, sentences, strict=True))
+            found.constant.append(f"{panel.title}: {said}")
+        else:
+            found.drawn.append(_chart(panel, lines))
+    return found
 
 
-def bars(labels: Sequence[str], values: Sequence[float], unit: str) -> str:
-    """An SVG of horizontal bars, first on top, each with its value and its share of the sum."""
-    total = sum(values) or 1.0
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(5, 0.5 + 0.3 * len(labels)), layout="constrained")
-        axis = figure.subplots()
-        drawn = axis.barh(range(len(labels)), values, color=LINE, height=0.62)
-        texts = [f" {value:.3g} {unit}  ({100 * value / total:.0f} %)" for value in values]
-        axis.bar_label(drawn, labels=texts, padding=2)
-        axis.set_yticks(range(len(labels)), labels)
-        axis.invert_yaxis()
-        axis.set_xlim(0, 1.4 * max([*values, 1e-9]))
-        axis.tick_params(length=0)
-        axis.set_xticks([])
-        axis.spines[["bottom", "left"]].set_visible(False)
-        return svg(figure)
-
-
-def _curve(axis: Axes, rows: Sequence[Row], panel: Panel) -> None:
+def _line(name: str, rows: Sequence[Row], panel: Panel) -> Line | None:
     known = [row for row in rows if panel.key in row]  # few rows hold held-out values: a line joins them
-    steps = [row["step"] for row in known]
-    values = [_or_nan(row[panel.key]) for row in known]  # a null is a gap in the line
-    axis.plot(steps, values, color=LINE, linewidth=1.4, marker="o" if len(steps) <= 25 else None, markersize=2.5)
-    if panel.spread is not None:
-        spread = [_or_nan(row.get(panel.spread)) for row in known]
-        low, high = ([v + sign * s for v, s in zip(values, spread, strict=True)] for sign in (-1, 1))
-        axis.fill_between(steps, low, high, color=LINE, alpha=0.15, linewidth=0)
-    positive = [value for value in values if value > 0]
-    if panel.log and len(positive) == len(values) and max(positive) > 30 * min(positive):
-        axis.set_yscale("log")
-    else:
-        axis.ticklabel_format(axis="y", scilimits=(-3, 4), useOffset=False)
-        axis.yaxis.set_major_locator(MaxNLocator(5))
-    axis.set_title(panel.title, loc="left", fontsize=9, color=INK, parse_math=False)  # names of rewards
-    axis.set_xlabel("iteration")
-    axis.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
-    axis.margins(x=0.02)
-    axis.grid(axis="y", color=RULE, linewidth=0.6)
-    axis.tick_params(which="both", length=0)
+    values = [_or_none(row[panel.key]) for row in known]  # a null is a gap in the line
+    if all(value is None for value in values):
+        return None
+    spread = [None if panel.spread is None else _or_none(row.get(panel.spread)) for row in known]
+    smooth = moving_average(values) if len(values) >= SMOOTHED_FROM else None
+    kept = _thinned(values)
+    return Line(
+        name, [known[i]["step"] for i in kept], [values[i] for i in kept],
+        None if smooth is None else [smooth[i] for i in kept], [spread[i] for i in kept],
+        missing=values.count(None), count=len(values),
+    )  # fmt: skip
 
 
-def svg(figure: Figure) -> str:
-    """The picture, the same bytes for the same content."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return buffer.getvalue()
+def moving_average(values: Sequence[float | None]) -> list[float | None]:
+    """Bias-corrected, with DECAY; None where the value is None, which moves nothing."""
+    mean, weight, averages = 0.0, 0.0, list[float | None]()
+    for value in values:
+        if value is None:
+            averages.append(None)
+            continue
+        mean, weight = DECAY * mean + (1 - DECAY) * value, DECAY * weight + (1 - DECAY)
+        averages.append(mean / weight)
+    return averages
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float)
+def _constant(line: Line) -> str:
+    """ "0.3 in all 50 iterations" if the finite values are one; else ""."""
+    finite = [value for value in line.values if value is not None]
+    if max(finite) - min(finite) > 1e-9 * max(map(abs, finite)):
+        return ""
+    if line.missing:
+        return (
+            f"{number(finite[0])} in {line.count - line.missing} of {line.count} iterations, not a number in the others"
+        )
+    return f"{number(finite[0])} in {f'all {line.count} iterations' if line.count > 1 else 'the only iteration'}"
 
 
-def _or_nan(value: float | None) -> float:
-    return math.nan if value is None else float(value)
+def _thinned(values: Sequence[float | None]) -> list[int]:
+    """The places of at most POINTS values: all, or the smallest and largest of each stretch."""
+    if len(values) <= POINTS:
+        return list(range(len(values)))
+    length = math.ceil(2 * len(values) / POINTS)
+    kept = set[int]()
+    for first in range(0, len(values), length):
+        stretch = range(first, min(first + length, len(values)))
+        finite = [place for place in stretch if values[place] is not None]
+        kept |= {min(finite, key=values.__getitem__), max(finite, key=values.__getitem__)} if finite else {first}  # type: ignore[arg-type]
+    return sorted(kept)
+
+
+def _chart(panel: Panel, lines: Sequence[Line]) -> Chart:
+    finite = [value for line in lines for value in line.values if value is not None]
+    log = panel.log and min(finite) > 0 and max(finite) > 30 * min(finite)
+    svg, left, right = line_chart(lines, log=log, label=f"{panel.title}: {_ends(lines)}", x_label="iteration")
+    points = {
+        "from": left, "to": right, "left": RANGE[0], "right": RANGE[1],
+        "lines": [
+            {"name": line.name if len(lines) > 1 else "", "x": line.steps, "y": list(map(_short, line.values)),
+             "smooth": line.smooth and list(map(_short, line.smooth))}
+            for line in lines
+        ],
+    }  # fmt: skip
+    steps = sorted({step for line in lines for step in line.steps})
+    spaced = sorted({steps[round(place * (len(steps) - 1) / (LINES - 1))] for place in range(LINES)})
+    maps = [dict(zip(line.steps, line.values, strict=True)) for line in lines]
+    table = [[str(step), *(number(values.get(step)) for values in maps)] for step in spaced]
+    names = [line.name for line in lines] if len(lines) > 1 else [panel.title]
+    return Chart(panel.title, svg, json.dumps(points, allow_nan=False), ["iteration", *names], table, log)
+
+
+def _ends(lines: Sequence[Line]) -> str:
+    """What a chart shows, for those who do not see it."""
+    texts = []
+    for line in lines:
+        finite = [value for value in line.values if value is not None]
+        prefix = f"{line.name} " if len(lines) > 1 else ""
+        texts.append(
+            f"{prefix}from {number(finite[0])} to {number(finite[-1])}, between {number(min(finite))} and {number(max(finite))}"
+        )
+    return "; ".join(texts)
+
+
+def number(value: float | None, sign: str = "") -> str:
+    """Four digits; sign "+" also shows that of positive ones."""
+    return "–" if value is None or not math.isfinite(value) else re.sub("^-", "−", f"{value:{sign}.4g}")
+
+
+def _short(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.5g}")
+
+
+def _or_none(value: float | None) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None

@@ -1,4 +1,6 @@
-"""Grids of image pairs, base beside tuned, with captions: drawn into one PNG, and read back pair by pair for the report."""
+"""Grids of images with captions, drawn into one PNG: pairs, base beside tuned, which are read back pair by pair for the report;
+and prompts × models.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,13 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from flowalign.evaluation.chosen_pairs import chosen_pairs
+from flowalign.evaluation.columns import Evaluation
 from flowalign.evaluation.evaluate import EvaluationResult
 from flowalign.storage.files import read_json, reading, write_atomic
+
+GAP, LINE = 12, 17  # pixels between cells, and of a line of text
+TEXT, FAINT, FRAME = "#1f2933", "#52606d", "#d9dee4"
+UP, DOWN = "#0b7a3b", "#b42318"  # a score above that of the first column, and below it
 
 
 @dataclass(frozen=True)
@@ -36,7 +43,7 @@ def pairs_grid(base: EvaluationResult, tuned: EvaluationResult, reward: str, pat
     chosen = chosen_pairs(base.scores[reward], tuned.scores[reward])
     rows = [row for group in chosen.values() for row in group]
     groups = [name for name, group in chosen.items() for _ in group]
-    before, after = (result.pixels[rows].float() / 255 for result in (base, tuned))
+    before, after = (result.first_frames[rows].float() / 255 for result in (base, tuned))
     return grid(before, after, captions(base, tuned, rows), path, groups)
 
 
@@ -72,7 +79,7 @@ def grid(
         )
     lefts, rights = ([_tile(image) for image in images] for images in (images_base, images_tuned))
     width, height = lefts[0].size
-    gap, line, font = 12, 17, ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")), 13)
+    gap, line, font = GAP, LINE, _font()
     wrapped = [_wrap(text, font, 2 * width + 4) for text in texts]
     columns = max(1, min(len(texts), 1240 // (2 * width + 4 + 2 * gap)))
     cell = (2 * width + 4 + 2 * gap, height + gap + line * (1 + max(len(lines) for lines in wrapped)) + gap)
@@ -84,16 +91,81 @@ def grid(
         boxes = {"base": (x, y + line, width, height), "tuned": (x + width + 4, y + line, width, height)}
         for (name, box), tile in zip(boxes.items(), (left, right), strict=True):
             label = ", ".join(filter(None, (name, groups[number] if groups and name == "base" else "")))
-            draw.text((box[0], y - 1), label, fill="#52606d", font=font)
+            draw.text((box[0], y - 1), label, fill=FAINT, font=font)
             canvas.paste(tile, box[:2])
-            draw.rectangle((box[0] - 1, box[1] - 1, box[0] + width, box[1] + height), outline="#d9dee4")
-        draw.multiline_text((x, y + line + height + 3), "\n".join(lines), fill="#1f2933", font=font, spacing=3)
+            draw.rectangle((box[0] - 1, box[1] - 1, box[0] + width, box[1] + height), outline=FRAME)
+        draw.multiline_text((x, y + line + height + 3), "\n".join(lines), fill=TEXT, font=font, spacing=3)
         group = groups[number] if groups else ""
         entries.append({"caption": texts[number], "group": group, **{name: list(box) for name, box in boxes.items()}})
     write_atomic(path, _png(canvas))
     index = path.parent / "grids.json"
     write_atomic(index, json.dumps({**read_json(index), path.name: entries}, indent=1).encode())
     return path
+
+
+def columns_grid(evaluation: Evaluation, path: Path, *, each: int = 2) -> Path:
+    """Draws prompts × models into one PNG: the prompts that gained and lost most by the first reward, `each` of both, and some by
+    chance. The gain is the mean of the other columns' scores less the first column's. Below an image its scores, and by how much
+    they are above (green) or below (red) those of the first column."""
+    rows, columns = _grid_rows(evaluation, each), list(evaluation.columns.values())
+    first, font = columns[0], _font()
+    tiles = [[_tile(result.first_frames[row].float() / 255) for result in columns] for _, row in rows]
+    longest = max(font.getlength(f"{reward} −0.0001 −0.0001") for reward in evaluation.rewards)
+    width, height = max(tiles[0][0].width, math.ceil(longest)), tiles[0][0].height
+    wrapped = [_wrap(_row_title(first, group, row), font, len(columns) * (width + GAP)) for group, row in rows]
+    below = height + LINE * (1 + len(evaluation.rewards)) + 2 * GAP
+    size = (GAP + len(columns) * (width + GAP), GAP + LINE + sum(below + LINE * len(lines) for lines in wrapped))
+    canvas = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(canvas)
+    for number, name in enumerate(evaluation.columns):
+        draw.text((GAP + number * (width + GAP), GAP // 2), name, fill=TEXT, font=font)
+    y = GAP + LINE
+    for (_, row), lines, pictures in zip(rows, wrapped, tiles, strict=True):
+        draw.multiline_text((GAP, y), "\n".join(lines), fill=FAINT, font=font, spacing=3)
+        y += LINE * len(lines) + GAP // 2
+        for number, (picture, result) in enumerate(zip(pictures, columns, strict=True)):
+            x = GAP + number * (width + GAP)
+            canvas.paste(picture, (x, y))
+            draw.rectangle((x - 1, y - 1, x + picture.width, y + height), outline=FRAME)
+            _draw_scores(draw, (x, y + height + 3), font, result, first, row)
+        y += below
+    write_atomic(path, _png(canvas))
+    return path
+
+
+def _grid_rows(evaluation: Evaluation, each: int) -> list[tuple[str, int]]:
+    """(why it is shown, number of the image), each image once."""
+    base, *others = (result.scores[evaluation.rewards[0]] for result in evaluation.columns.values())
+    tuned = torch.stack(others).nanmean(0) if others else base
+    groups: dict[int, str] = {}
+    for name, rows in chosen_pairs(base, tuned, each=each).items():
+        for row in rows:
+            groups.setdefault(row, name)
+    return [(name, row) for row, name in groups.items()]
+
+
+def _row_title(first: EvaluationResult, group: str, row: int) -> str:
+    return f"{first.prompts[row]}\n{group}; seed {first.seed}, prompt {first.uids[row]}, sample {first.samples[row]}"
+
+
+def _draw_scores(
+    draw: ImageDraw.ImageDraw, corner: tuple[int, int], font: ImageFont.FreeTypeFont, result: EvaluationResult,
+    first: EvaluationResult, row: int,
+) -> None:  # fmt: skip
+    """A line per reward: its score, and the signed difference to the first column's."""
+    x, y = corner
+    for reward, scores in result.scores.items():
+        text, difference = f"{reward} {_score(scores[row])} ", float(scores[row] - first.scores[reward][row])
+        draw.text((x, y), text, fill=TEXT, font=font)
+        if result is not first and math.isfinite(difference):
+            color = FAINT if difference == 0 else UP if difference > 0 else DOWN
+            sign = "=" if difference == 0 else f"{difference:+.2g}".replace("-", "−")
+            draw.text((x + font.getlength(text), y), sign, fill=color, font=font)
+        y += LINE
+
+
+def _font() -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")), 13)
 
 
 def _tile(image: Tensor) -> Image.Image:

@@ -1,38 +1,24 @@
 """The report of a run: one HTML file with everything inside, made from what the run folder holds and nothing else.
 
 Reads config.yaml, provenance.json, metrics.jsonl, summary.json, grids/*.png with grids/grids.json, trees/*.png, and
-whether there is a lora/ or networks/; each may be missing. No script, nothing loaded from elsewhere.
+whether there is a lora/ or networks/; each may be missing. Nothing is loaded from elsewhere;
+without script it shows the same, less the values under the pointer.
 """
 
 from __future__ import annotations
 
-import base64
-import math
-import re
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
-from flowalign.report.charts import Panel, bars, curves
+from flowalign.report.charts import curves, number
 from flowalign.report.doubts import doubts
 from flowalign.report.grids import Pair, by_number, newest_pairs
+from flowalign.report.page import template
+from flowalign.report.panels import health_panels, reward_panels
 from flowalign.storage.files import DamagedFile, read_json, reading, write_atomic
 from flowalign.storage.metrics_log import MetricsLog, Row
 
-HEALTH = (
-    Panel("Ratio drift on replay (largest)", "ratio/drift_max", log=True),
-    Panel("Clipped edges (fraction)", "ratio/clip_fraction"),
-    Panel("Approximate KL to the rollout policy", "ratio/approx_kl", log=True),
-    Panel("KL loss to the reference", "loss/kl", log=True),
-    Panel("Velocity norm over the reference's (1: not inflated)", "norm/reference"),
-    Panel("Gradient norm", "optim/grad_norm", log=True),
-    Panel("Groups with equal rewards (fraction)", "group/zero_std_ratio"),
-    Panel("Policy loss", "loss/policy"),
-    Panel("Learning rate", "optim/lr"),
-)
 PHASES = ("rollout", "decode", "reward", "update")
 
 
@@ -71,9 +57,9 @@ def _page(folder: Path, summary: dict[str, Any], rows: Sequence[Row]) -> str:
         first=summary.get("reward"),
         groups=_groups(newest_pairs(folder / "grids")),
         tree=trees[-1].read_bytes() if (trees := by_number(folder / "trees")) else b"",
-        rewards=curves(rows, reward_panels(rows)),
-        health=curves(rows, health_panels(rows)),
-        phases=_phase_bars(rows),
+        rewards=curves({"": rows}, reward_panels(rows)),
+        health=curves({"": rows}, health_panels(rows)),
+        phases=_phases(rows),
         snippet=load_snippet(folder, summary["pipeline"]) if summary and _weights(folder) else None,
         provenance=_flatten(read_json(folder / "provenance.json")),
         config=settings,
@@ -113,17 +99,6 @@ def _weights(run_folder: Path) -> list[str]:
     ]
 
 
-def template(package: str, name: str) -> jinja2.Template:
-    """A page of the package, whose pictures are written into it: `{{ … | svg_url }}`, `{{ … | png_url }}`."""
-    source = (files(package) / name).read_text(encoding="utf-8")
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["png_url"] = lambda data: _data_url("png", data)
-    environment.filters["svg_url"] = lambda svg: _data_url("svg+xml", svg.encode())
-    return environment.from_string(source)
-
-
 # ----------------------------------------------------------------------------------- numbers and charts
 
 
@@ -132,10 +107,10 @@ def _results(rewards: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
     return [
         {
             "name": name,
-            "base": _number(rewards["base"][name]),
-            "tuned": _number(rewards["tuned"][name]),
-            "gain": _number(rewards["gain"][name], "+"),
-            "interval": f"{_number(interval[0], '+')} to {_number(interval[1], '+')}" if interval else "–",
+            "base": number(rewards["base"][name]),
+            "tuned": number(rewards["tuned"][name]),
+            "gain": number(rewards["gain"][name], "+"),
+            "interval": f"{number(interval[0], '+')} to {number(interval[1], '+')}" if interval else "–",
             "verdict": _verdict(interval) if interval else "",
             "pairs": " / ".join(str(rewards[count][name]) for count in ("wins", "losses", "ties")),
         }
@@ -160,45 +135,23 @@ def _facts(summary: dict[str, Any], rows: Sequence[Row]) -> list[tuple[str, str]
     if summary:
         facts.append(("Wall time", _duration(summary["seconds"])))
         for phase, value in summary["evaluations_per_image"].items():
-            facts.append((f"Network evaluations per image, {phase}", _number(value)))
-        facts.append(("Largest ratio drift", _number(summary["ratio_drift_max"])))
+            facts.append((f"Network evaluations per image, {phase}", number(value)))
+        facts.append(("Largest ratio drift", number(summary["ratio_drift_max"])))
     iteration = [row["time/iteration"] for row in rows if row.get("time/iteration") is not None]
     if iteration:
-        facts.append(("Seconds per iteration, mean", _number(sum(iteration) / len(iteration))))
+        facts.append(("Seconds per iteration, mean", number(sum(iteration) / len(iteration))))
     return facts
 
 
-def reward_panels(rows: Sequence[Row]) -> list[Panel]:
-    """One panel per training reward, before them all rewards together unless there is only one, then the held-out ones."""
-    keys = dict.fromkeys(key for row in rows for key in row)  # in the order of their first appearance
-    names = [key[len("reward/") : -len("_mean")] for key in keys if re.fullmatch(r"reward/.+_mean", key)]
-    panels = [Panel(name, f"reward/{name}_mean", f"reward/{name}_std") for name in names]
-    together = [] if len(panels) == 1 else [Panel("All rewards together", "reward/mean")]
-    held_out = [Panel(f"Held-out {key[len('eval/') :]}", key) for key in keys if key.startswith("eval/")]
-    return [*together, *panels, *held_out]
-
-
-def health_panels(rows: Sequence[Row]) -> list[Panel]:
-    """HEALTH, then a panel for every other metric that a trainer or a process reward measured."""
-    known = {panel.key for panel in HEALTH}
-    keys = dict.fromkeys(key for row in rows for key in row if key not in known)
-    elsewhere = ("time/", "cost/", "reward/", "eval/", "ratio/drift_step_", "norm_step/")
-    return [*HEALTH, *(Panel(key, key) for key in keys if "/" in key and not key.startswith(elsewhere))]
-
-
-def _phase_bars(rows: Sequence[Row]) -> str:
-    """Mean seconds per phase of an iteration; what the phases leave of the iteration is "other"."""
+def _phases(rows: Sequence[Row]) -> list[tuple[str, str, float]]:
+    """Mean seconds per phase of an iteration, as text and in percent; what the phases leave of the iteration is "other"."""
     timed = [row for row in rows if row.get("time/iteration") is not None]
     if not timed:
-        return ""
+        return []
     means = {phase: sum(row.get(f"time/{phase}") or 0.0 for row in timed) / len(timed) for phase in PHASES}
-    other = sum(row["time/iteration"] for row in timed) / len(timed) - sum(means.values())
-    means["other"] = max(0.0, other)
-    return bars(list(means), list(means.values()), "s")
-
-
-def _number(value: float | None, sign: str = "") -> str:
-    return "–" if value is None or not math.isfinite(value) else re.sub("^-", "−", f"{value:{sign}.4g}")
+    means["other"] = max(0.0, sum(row["time/iteration"] for row in timed) / len(timed) - sum(means.values()))
+    total = sum(means.values()) or 1.0
+    return [(phase, f"{seconds:.3g} s", 100 * seconds / total) for phase, seconds in means.items()]
 
 
 def _duration(seconds: float) -> str:
@@ -212,7 +165,3 @@ def _flatten(content: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]
     for key, value in content.items():
         lines += _flatten(value, f"{prefix}{key} ") if isinstance(value, dict) else [(f"{prefix}{key}", str(value))]
     return lines
-
-
-def _data_url(kind: str, data: bytes) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

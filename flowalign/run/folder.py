@@ -61,7 +61,10 @@ def open_folder(folder: Path, plain: dict[str, Any]) -> IO[str]:
         if folder.is_dir() and not (folder / "config.yaml").exists() and any(_visible(folder)):
             raise ConfigError(f"{folder} exists, but is not a run (no config.yaml): choose another run.name")
         folder.mkdir(parents=True, exist_ok=True)
-        lock = _lock(folder)
+        lock = lock_folder(
+            folder,
+            f"another process is training in {folder}: wait for it, stop it, or choose another run.name",
+        )
         try:
             if (folder / "config.yaml").exists():
                 _check_saved(folder, plain)
@@ -93,16 +96,15 @@ def _visible(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if not path.name.startswith(".")]
 
 
-def _lock(folder: Path) -> IO[str]:
-    """The system drops the lock when the process ends, however that happens."""
+def lock_folder(folder: Path, taken: str) -> IO[str]:
+    """The open lock file of a folder; the system drops the lock when the process ends, however that happens. ConfigError that
+    says `taken` if another process holds it."""
     lock = (folder / ".lock").open("w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         lock.close()
-        raise ConfigError(
-            f"another process is training in {folder}: wait for it, stop it, or choose another run.name"
-        ) from error
+        raise ConfigError(taken) from error
     return lock
 
 

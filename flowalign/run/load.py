@@ -5,14 +5,14 @@ from __future__ import annotations
 from argparse import ArgumentError
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
 from jsonargparse import ArgumentParser
 
 from flowalign.build import from_settings
-from flowalign.config import PolicySettings
+from flowalign.config import EvaluationSettings, PolicySettings
 from flowalign.config.parser import own_rules
 from flowalign.errors import ConfigError
 from flowalign.models import Policy
@@ -21,7 +21,10 @@ from flowalign.run.folder import run_folder
 from flowalign.storage import checkpoint
 from flowalign.storage.files import reading
 from flowalign.storage.named_tensors import restore_parameters
+from rewards import Reward
 from samplers import Schedule
+
+Kind = TypeVar("Kind")
 
 WEIGHTS = {"lora": "lora", "full": "networks"}  # policy.trainable -> the folder, inside a run's, of what is trained
 
@@ -106,6 +109,26 @@ def load_run(
     return SavedRun.of(folder, step, ema).load(device)
 
 
+@dataclass(frozen=True)
+class Judged:
+    """What of a run's configuration decides how it is scored: what it trains on, and how it is evaluated."""
+
+    reward: Reward
+    evaluation: EvaluationSettings
+
+
+def read_judged(run: Path) -> Judged:
+    """Of a run folder. ConfigError for rewards that cannot be imported, DamagedFile for a config.yaml that cannot be read."""
+    path = run / "config.yaml"
+    with reading(path):
+        plain = _read_yaml(path)
+        content = {key: plain[key] for key in ("reward", "evaluation")}
+        try:
+            return _made(Judged, content)
+        except ValueError as error:
+            raise ConfigError(f"{path}: the rewards of the run cannot be made ({error})") from error
+
+
 def _read_config(path: Path) -> tuple[Generation, bool]:
     """And whether the run keeps an average."""
     with reading(path):
@@ -116,15 +139,18 @@ def _read_config(path: Path) -> tuple[Generation, bool]:
             "schedule": schedule,
             **{key: plain["evaluation"][key] for key in ("num_inference_steps", "guidance_scale")},
         }
-        averaged = plain["run"]["ema_decay"] is not None
-        parser = ArgumentParser(exit_on_error=False)
-        parser.add_class_arguments(Generation, as_group=False, fail_untyped=True)
-        try:
-            with own_rules():
-                found = parser.instantiate(parser.parse_object(content))
-        except ArgumentError as error:
-            raise ValueError(str(error)) from error
-        return Generation(**found.as_dict()), averaged
+        return _made(Generation, content), plain["run"]["ema_decay"] is not None
+
+
+def _made(kind: type[Kind], content: dict[str, Any]) -> Kind:
+    """ValueError for content that does not make one."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(kind, as_group=False, fail_untyped=True)
+    try:
+        with own_rules():
+            return kind(**parser.instantiate(parser.parse_object(content)).as_dict())
+    except ArgumentError as error:
+        raise ValueError(str(error)) from error
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -45,7 +45,7 @@ class Trackers:
 
     def images(self, step: int, base: EvaluationResult, tuned: EvaluationResult) -> None:
         """The first images of an evaluation, base left and tuned right, in the order of the prompts."""
-        pairs = torch.cat([base.pixels[:IMAGES], tuned.pixels[:IMAGES]], dim=-1)
+        pairs = torch.cat([base.first_frames[:IMAGES], tuned.first_frames[:IMAGES]], dim=-1)
         pixels = pairs.permute(0, 2, 3, 1).numpy()
         for tracker in self.accelerator.trackers:
             tracker.log_images({"eval/base_tuned": pixels}, step=step, **IMAGE_ARGUMENTS.get(tracker.name, {}))

@@ -14,7 +14,7 @@ import torch
 from flowalign.config import TrainConfig
 from flowalign.data import PromptRecord, source_images
 from flowalign.errors import ConfigError
-from flowalign.models import Policy
+from flowalign.models import Policy, Size
 from flowalign.run.held_out_rewards import held_out_rewards
 from flowalign.run.preflight import Prompts
 from flowalign.run.trial_result import Trial
@@ -63,10 +63,24 @@ def try_rewards(
             continue
         with _patience(f"trying {candidate.label} …", announce):
             samples = (
-                sample_pictures(config, device) if policy is None else sample_latents(config, spec, device, policy)
+                sample_pictures(config.policy.size, config.policy.fps, device)
+                if policy is None
+                else sample_latents(config, spec, device, policy)
             )
             trials.append(_try(candidate, samples, device))
     return trials
+
+
+def try_judges(
+    judges: Sequence[Reward], records: Sequence[PromptRecord], size: Size, fps: float | None,
+    device: torch.device | str, *, announce: bool = False,
+) -> None:  # fmt: skip
+    """The same for the rewards of an evaluation without a run, other than those that read latents."""
+    for reward in judges:
+        if "latents" not in reward.spec.inputs:
+            candidate = _Candidate("rewards", reward, records)
+            with _patience(f"trying {candidate.label} …", announce):
+                _try(candidate, sample_pictures(size, fps, device), device)
 
 
 def _candidates(config: TrainConfig, prompts: Prompts) -> list[_Candidate]:

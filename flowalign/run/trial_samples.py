@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from flowalign.config import TrainConfig
-from flowalign.models import Policy
+from flowalign.models import Policy, Size
 from flowalign.run.trial_result import SAMPLES
 from rewards import RewardSpec, pictures
 
@@ -17,14 +17,13 @@ COUNT, NOISE = len(SAMPLES), SAMPLES.count("noise")  # the first NOISE of COUNT 
 CELLS = 8  # of the noise along a side, and at most 4 in time: between them it is smooth
 
 
-def sample_pictures(config: TrainConfig, device: torch.device | str) -> dict[str, Any]:
-    """Images, or videos of a policy that makes more than one frame, as fields of a RewardBatch: the same in every run."""
-    size = config.policy.size
+def sample_pictures(size: Size, fps: float | None, device: torch.device | str) -> dict[str, Any]:
+    """Images, or videos of more than one frame, as fields of a RewardBatch: the same in every run."""
     cells = torch.rand(NOISE, 3, min(4, size.frames), CELLS, CELLS, generator=_generator())
     shape = (size.frames, size.height, size.width)
     noise = interpolate(cells, shape, mode="trilinear", align_corners=True).clamp(0, 1).transpose(1, 2)
     pixels = _with_empty(noise if size.frames > 1 else noise[:, 0]).to(device)
-    return pictures(pixels, config.policy.fps)
+    return pictures(pixels, fps)
 
 
 def sample_latents(config: TrainConfig, spec: RewardSpec, device: torch.device | str, policy: Policy) -> dict[str, Any]:

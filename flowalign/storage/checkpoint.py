@@ -111,6 +111,14 @@ def load(path: Path, sections: Collection[str] | None = None) -> tuple[dict[str,
     return {file.stem: load_file(file) for file in files}, json.loads((path / "state.json").read_text())
 
 
+def sha256_of(path: Path, section: str) -> str:
+    """Of a section of a step-N folder, as its manifest says. CheckpointError without one."""
+    parts = _read_manifest(path)
+    if f"{section}.safetensors" not in parts:
+        raise CheckpointError(f"{path} holds no {section}: it is of a run that keeps none")
+    return str(parts[f"{section}.safetensors"]["sha256"])
+
+
 def steps(run_folder: Path) -> list[int]:
     """The complete steps of a run, by rising number."""
     return [step_of(path) for path in _folders(Path(run_folder) / "checkpoints")]

@@ -122,7 +122,9 @@ def test_a_reward_of_latents_and_of_videos_is_evaluated():
     policy.decode = lambda latents: torch.stack([still(latents), still(latents) + 0.5], 1)
     result = run(policy, [motion], fps=4.0)
     torch.testing.assert_close(result.scores["plain"], torch.full((3,), 2.0).double(), rtol=0, atol=1e-5)
-    assert result.images.shape == (3, *SHAPE)  # the first frames
+    assert result.images.shape == (3, 2, *SHAPE) and result.fps == 4.0
+    still_images = run(StraightPolicy()).pixels
+    assert torch.equal(result.first_frames, still_images) and not torch.equal(result.pixels[:, 1], still_images)
     with pytest.raises(ValueError, match="without frames per second"):
         run(policy, [motion])
 

@@ -164,9 +164,10 @@ def test_weights_add_up_and_zero_ones_decide_nothing():
     """Σ wᵢrᵢ; a reward of weight 0 is measured, and may lack a gradient."""
     y = torch.ones(4)
     one, two = Nearness(y, name="one"), Nearness(-y, name="two")
-    watched = Nearness(3 * y, differentiable=True, name="watched")
+    watched = Nearness(3 * y, differentiable=False, unscorable="a", name="watched")
     policy = LinearPolicy(torch.eye(4))
     found = optimize_noise(policy, "a", {one: 2.0, two: 0.5, watched: 0.0}, steps=3, progress=False)
+    assert bool(found.history["watched"].isnan().all()) and len(watched.asked) == 3
     expected = 2 * found.history["one"] + 0.5 * found.history["two"]
     torch.testing.assert_close(found.history["total"], expected)
 
@@ -175,8 +176,8 @@ def test_weights_add_up_and_zero_ones_decide_nothing():
     ("settings", "match"),
     [
         ({"rewards": {JPEGCompressibility(): 1.0}}, "jpeg_compressibility, which has no gradient, with Gradient"),
-        ({"rewards": []}, "expected at least one reward"),
-        ({"rewards": {contrast(): float("nan")}}, "expected at least one reward, and finite weights"),
+        ({"rewards": []}, "of which one at least is not 0"),
+        ({"rewards": {contrast(): float("nan")}}, "expected finite ones"),
         ({"rewards": [contrast(), contrast()]}, "expected different names"),
         ({"rewards": [contrast()], "held_out": [contrast()]}, "expected different names"),
         ({"rewards": [GroupDiversity(near=0.3)]}, "which scores groups"),

@@ -7,7 +7,7 @@ import torch
 
 from flowalign.objectives import KLPenalty, NormGuard, RoleSteps
 from flowalign.objectives.norm_guard import norm_ratio
-from flowalign.report.html import health_panels
+from flowalign.report.panels import health_panels
 from samplers import Chain, FlowSDE
 from tests.helpers.policy_gradient import PROMPTS, make
 

@@ -1,0 +1,364 @@
+"use strict";
+// What flowalign's pages do: sort tables, show the values of a curve, lay two images over each other; and of an evaluation, its
+// images, one prompt at a time, and the blind vote. Texts enter the page as text, never as markup.
+const $ = (selector, root = document) => root.querySelector(selector);
+const every = (selector, root = document) => [...root.querySelectorAll(selector)];
+document.documentElement.classList.add("js");
+
+function make(tag, attributes, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes || {})) element.setAttribute(name, value);
+  element.append(...children);
+  return element;
+}
+
+const minus = (text) => text.replace(/^-/, "−");
+const show = (value) => (value === null ? "not valid" : minus(Number(value.toPrecision(3)).toString()));
+const signed = (value) => (value > 0 ? "+" : "") + minus(Number(value.toPrecision(3)).toString());
+
+function mixed(text) { // FNV-1a with a last mix: a number below 2^32 that depends on the text alone
+  let hash = 0x811c9dc5;
+  for (const letter of text) hash = Math.imul(hash ^ letter.codePointAt(0), 0x01000193);
+  hash = Math.imul(hash ^ (hash >>> 15), 0x85ebca6b);
+  return (hash ^ (hash >>> 13)) >>> 0;
+}
+
+// ---------------------------------------------------------------------------------------------- sortable tables
+
+function sortTable(table, column) { // what is no number stands last in a column of numbers
+  const head = table.tHead.rows[0].cells, body = table.tBodies[0], numbers = head[column].classList.contains("number");
+  const text = (row) => row.cells[column].dataset.sort ?? row.cells[column].textContent;
+  const value = (row) => Number.parseFloat(text(row).replace("−", "-").replaceAll(",", ""));
+  const before = head[column].getAttribute("aria-sort");
+  const down = before ? before === "ascending" : numbers; // numbers: the largest first
+  const compare = (a, b) => (numbers ? value(a) - value(b) : text(a).localeCompare(text(b))) * (down ? -1 : 1);
+  const rows = [...body.rows].sort((a, b) => (numbers && Number.isNaN(value(a)) - Number.isNaN(value(b))) || compare(a, b) || 0);
+  for (const cell of head) cell.removeAttribute("aria-sort");
+  head[column].setAttribute("aria-sort", down ? "descending" : "ascending");
+  body.append(...rows);
+}
+
+for (const table of every("table.sortable")) {
+  [...table.tHead.rows[0].cells].forEach((cell, column) => {
+    const button = make("button", { type: "button" }, ...cell.childNodes);
+    button.addEventListener("click", () => sortTable(table, column));
+    cell.append(button);
+  });
+}
+
+// ------------------------------------------------------------------------------------------- the values of a curve
+
+function nearest(steps, step) {
+  return steps.reduce((best, each, place) => (Math.abs(each - step) < Math.abs(steps[best] - step) ? place : best), 0);
+}
+
+for (const chart of every("figure.chart")) {
+  const points = JSON.parse(chart.dataset.points), svg = $("svg", chart), width = svg.viewBox.baseVal.width;
+  const steps = [...new Set(points.lines.flatMap((line) => line.x))].sort((a, b) => a - b);
+  const cursor = document.createElementNS(svg.namespaceURI, "line");
+  cursor.setAttribute("class", "cursor");
+  const title = $("figcaption", chart).textContent.trim();
+  const slider = make("input", { type: "range", min: 0, max: steps.length - 1, value: steps.length - 1, "aria-label": `Iteration of ${title}` });
+  const output = make("output", { "aria-live": "polite" });
+  svg.after(slider, output);
+  const point = (place) => {
+    const step = steps[place], x = points.left + ((step - points.from) / (points.to - points.from)) * (points.right - points.left);
+    for (const [name, value] of Object.entries({ x1: x, x2: x, y1: 8, y2: 158 })) cursor.setAttribute(name, value);
+    svg.append(cursor);
+    slider.value = place;
+    const values = points.lines.map((line) => {
+      const at = nearest(line.x, step), smooth = line.smooth && line.smooth[at] !== null ? ` (smoothed ${show(line.smooth[at])})` : "";
+      return `${line.name ? line.name + " " : ""}${show(line.y[at])}${smooth}`;
+    });
+    output.textContent = `iteration ${step}: ${values.join("; ")}`;
+    slider.setAttribute("aria-valuetext", output.textContent);
+  };
+  svg.addEventListener("pointermove", (event) => {
+    const box = svg.getBoundingClientRect(), x = ((event.clientX - box.left) / box.width) * width;
+    point(nearest(steps, points.from + ((x - points.left) / (points.right - points.left)) * (points.to - points.from)));
+  });
+  svg.addEventListener("pointerleave", () => { cursor.remove(); output.textContent = ""; });
+  slider.addEventListener("input", () => point(Number(slider.value)));
+  slider.addEventListener("blur", () => { cursor.remove(); output.textContent = ""; });
+}
+
+// ------------------------------------------------------------------------- two images over each other, and what cuts them
+
+function overlay(left, right, names) {
+  const frame = make("div", { class: "frame" }, left, right);
+  const slider = make("input", { type: "range", min: 0, max: 100, value: 50, "aria-label": `${names[0]} left of the cut, ${names[1]} right of it` });
+  const cut = (value) => { slider.value = value; frame.style.setProperty("--cut", `${slider.value}%`); };
+  slider.addEventListener("input", () => cut(slider.value));
+  const drag = (event) => {
+    const box = frame.getBoundingClientRect();
+    if (event.buttons) cut((100 * (event.clientX - box.left)) / box.width);
+  };
+  frame.addEventListener("pointerdown", (event) => { frame.setPointerCapture(event.pointerId); drag(event); });
+  frame.addEventListener("pointermove", drag);
+  const labels = make("div", { class: "names" }, make("span", {}, `◂ ${names[0]}`), make("span", {}, `${names[1]} ▸`));
+  return make("div", { class: "overlay" }, frame, slider, labels);
+}
+
+for (const pair of every(".pairs .pair")) { // of a training report
+  const button = make("button", { type: "button", "aria-pressed": "false" }, "Lay over each other");
+  let over = null;
+  button.addEventListener("click", () => {
+    const images = every("img", pair).map((image) => image.cloneNode());
+    if (over) over.remove();
+    over = over ? null : overlay(images[0], images[1], every("span", pair).map((name) => name.textContent));
+    pair.hidden = Boolean(over);
+    if (over) pair.after(over);
+    button.setAttribute("aria-pressed", String(Boolean(over)));
+  });
+  pair.parentElement.append(button);
+}
+
+// ------------------------------------------------------------------------------------------- images of an evaluation
+
+const data = $("#data") && JSON.parse($("#data").textContent);
+if (data) evaluation(data);
+
+function evaluation({ columns, rewards, rows, seed, samples, digest, clips }) {
+  const name = (row) => (samples > 1 ? `${row.uid}-${row.sample}` : `${row.uid}`);
+  const difference = (row, column, reward) => {
+    const [base, value] = [row.scores[0][reward], row.scores[column][reward]];
+    return column === 0 || base === null || value === null ? null : value - base;
+  };
+  const meta = (row) => `uid ${row.uid}, ${samples > 1 ? `sample ${row.sample}, ` : ""}seed ${seed}`;
+  let playing = clips && !matchMedia("(prefers-reduced-motion: reduce)").matches;
+
+  function image(row, column, alt) {
+    const element = make("img", { alt, src: playing ? row.clips[column] : row.images[column] });
+    if (clips) Object.assign(element.dataset, { still: row.images[column], clip: row.clips[column] });
+    return element;
+  }
+
+  function change(value) { // in color, with a sign and an arrow
+    const kind = value > 0 ? "better" : value < 0 ? "worse" : "soft";
+    return make("b", { class: kind }, value > 0 ? `▲ ${signed(value)}` : value < 0 ? `▼ ${signed(value)}` : "=");
+  }
+
+  function values(row, column) {
+    const lines = rewards.map((reward, place) => {
+      const gain = difference(row, column, place), value = make("dd", {}, show(row.scores[column][place]));
+      if (gain !== null) value.append(" ", change(gain));
+      return make("div", {}, make("dt", {}, reward), value);
+    });
+    return make("dl", { class: "values" }, ...lines);
+  }
+
+  function figures(row, wrap) {
+    const found = columns.map((column, place) => make("div", { class: "column" },
+      make("div", { class: "label" }, column), wrap(image(row, place, `${column}: ${row.prompt}`), column), values(row, place)));
+    return make("div", { class: "columns" }, ...found);
+  }
+
+  // ---- the cards: in an order, filtered, page by page
+  const size = 24, cards = $("#cards");
+  let chosen = rows, first = 0;
+
+  function ordered() {
+    const order = $("#order").value, reward = Number($("#by").value), column = Number($("#against").value);
+    const words = $("#filter").value.toLowerCase();
+    const found = rows.filter((row) => row.prompt.toLowerCase().includes(words) || name(row) === words);
+    const value = (row) => (columns.length > 1 ? difference(row, column, reward) : row.scores[0][reward]);
+    const sign = order === "gains" ? -1 : 1;
+    if (order === "chance") return found.sort((a, b) => mixed(`chance ${name(a)}`) - mixed(`chance ${name(b)}`));
+    if (order === "file") return found;
+    return found.sort((a, b) => (value(a) === null) - (value(b) === null) || sign * (value(a) - value(b)));
+  }
+
+  function card(row) {
+    const wrap = (picture, column) => {
+      const button = make("button", { type: "button", class: "open", "aria-label": `${column}: ${row.prompt}: look closer` }, picture);
+      button.addEventListener("click", () => open(row));
+      return button;
+    };
+    const heading = make("h3", {}, row.prompt);
+    return make("article", { class: "card", "data-name": name(row) }, heading, make("p", { class: "meta" }, meta(row)), figures(row, wrap));
+  }
+
+  function render() {
+    const shown = chosen.slice(first, first + size);
+    cards.replaceChildren(...shown.map(card));
+    $("#place").textContent = chosen.length ? `${first + 1}–${first + shown.length} of ${chosen.length}` : "no prompt has this text";
+    $("#back").disabled = first === 0;
+    $("#on").disabled = first + size >= chosen.length;
+  }
+
+  function reorder() { chosen = ordered(); first = 0; render(); }
+  for (const id of ["order", "by", "against"]) $(`#${id}`).addEventListener("change", reorder);
+  $("#filter").addEventListener("input", reorder);
+  for (const [id, way] of [["back", -1], ["on", 1]]) {
+    $(`#${id}`).addEventListener("click", () => { first += way * size; render(); $("#images").scrollIntoView(); });
+  }
+  cards.addEventListener("keydown", (event) => {
+    const way = { ArrowLeft: -1, ArrowRight: 1 }[event.key], buttons = every(".open", cards);
+    const next = buttons[buttons.indexOf(document.activeElement) + way];
+    if (next) { next.focus(); event.preventDefault(); }
+  });
+
+  const plays = every(".play");
+  function play(on) {
+    playing = on;
+    for (const picture of every("img[data-clip]")) picture.src = on ? picture.dataset.clip : picture.dataset.still;
+    for (const button of plays) button.textContent = on ? "❚❚ Stop the clips" : "▶ Play the clips";
+  }
+  for (const button of plays) {
+    button.hidden = !clips;
+    button.addEventListener("click", () => play(!playing));
+  }
+  play(playing);
+
+  // ---- one prompt, large
+  const detail = $("#detail");
+  let current = null;
+
+  function open(row) {
+    current = row;
+    const place = chosen.indexOf(row);
+    $("#detail-prompt").textContent = row.prompt;
+    $("#detail-meta").textContent = meta(row);
+    $("#detail-place").textContent = place < 0 ? "" : `${place + 1} of ${chosen.length}`;
+    $("#detail-figures").replaceChildren(figures(row, (picture) => picture));
+    $("#detail-before").disabled = place <= 0;
+    $("#detail-after").disabled = place === chosen.length - 1;
+    lay();
+    if (!detail.open) detail.showModal();
+    remember(`#prompt-${name(row)}`);
+  }
+
+  function lay() {
+    if (columns.length < 2) return;
+    const [left, right] = ["#left", "#right"].map((id) => Number($(id).value));
+    const pictures = [left, right].map((place) => image(current, place, `${columns[place]}: ${current.prompt}`));
+    $("#overlay").replaceChildren(overlay(...pictures, [columns[left], columns[right]]));
+  }
+
+  function remember(hash) { // of a file some browsers do not allow it
+    try { history.replaceState(null, "", hash || location.pathname + location.search); } catch { /* the link stays as it was */ }
+  }
+
+  const move = (way) => { const next = chosen[chosen.indexOf(current) + way]; if (next) open(next); };
+  for (const id of ["#left", "#right"]) $(id)?.addEventListener("change", lay);
+  $("#detail-before").addEventListener("click", () => move(-1));
+  $("#detail-after").addEventListener("click", () => move(1));
+  $("#detail-close").addEventListener("click", () => detail.close());
+  detail.addEventListener("keydown", (event) => {
+    const way = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+    if (way && !event.target.matches("input, select")) { move(way); event.preventDefault(); }
+  });
+  detail.addEventListener("close", () => { // back to the card, on whatever page it is
+    remember("");
+    const at = chosen.indexOf(current);
+    if (at >= 0 && (at < first || at >= first + size)) { first = at - (at % size); render(); }
+    every(".card").find((each) => each.dataset.name === name(current))?.querySelector(".open").focus();
+  });
+  const follow = () => {
+    const row = rows.find((each) => location.hash === `#prompt-${name(each)}` || (!each.sample && location.hash === `#prompt-${each.uid}`));
+    if (row) open(row);
+  };
+  addEventListener("hashchange", follow);
+  reorder();
+  follow();
+  if (columns.length > 1) voting({ columns, rows, seed, digest, name, image });
+}
+
+// ----------------------------------------------------------------------------------------------------- the blind vote
+
+function voting({ columns, rows, seed, digest, name, image }) {
+  const dialog = $("#vote");
+  let pair, votes, queue; // votes: [name of the row, chosen column or −1 for a tie], in the order they were given
+
+  const key = () => `flowalign votes ${digest} ${pair.join(" ")}`;
+  function load() {
+    pair = ["#vote-a", "#vote-b"].map((id) => Number($(id).value));
+    try { votes = JSON.parse(localStorage.getItem(key())) || []; } catch { votes = []; }
+    queue = [...rows].sort((a, b) => mixed(`vote ${seed} ${name(a)}`) - mixed(`vote ${seed} ${name(b)}`));
+    $("#vote-results").hidden = true;
+    state();
+  }
+  function state() {
+    const all = votes.length === rows.length;
+    $("#vote-start").disabled = pair[0] === pair[1] || all;
+    $("#vote-start").textContent = all ? "All voted" : votes.length ? `Go on (${votes.length} of ${rows.length})` : "Vote";
+    $("#vote-reveal").disabled = !votes.length;
+  }
+  function save() {
+    try { localStorage.setItem(key(), JSON.stringify(votes)); } catch { /* a page of a file may not: votes last until it is closed */ }
+  }
+  const done = () => new Set(votes.map(([voted]) => voted));
+  const next = () => { const seen = done(); return queue.find((row) => !seen.has(name(row))); };
+  const sides = (row) => (mixed(`side ${seed} ${name(row)} ${pair}`) & 1 ? [pair[1], pair[0]] : pair);
+
+  function ask() {
+    const row = next();
+    $("#vote-progress").value = votes.length;
+    $("#vote-count").textContent = `${votes.length} of ${rows.length}`;
+    $("#vote-undo").disabled = !votes.length;
+    if (!row) { dialog.close(); reveal(); return; }
+    $("#vote-prompt").textContent = row.prompt;
+    ["left", "right"].forEach((side, place) => $(`#vote-${side}`).replaceChildren(image(row, sides(row)[place], `the ${side} image`), `${side}`));
+    $("#vote-prompt").focus(); // so that the space bar does not press the last button again
+  }
+  function give(place) {
+    const row = next();
+    votes.push([name(row), place === null ? -1 : sides(row)[place]]);
+    save();
+    ask();
+  }
+  function undo() { if (votes.pop()) { save(); ask(); } }
+
+  function interval(wins, n) { // Wilson's, 95 %
+    const z = 1.96, p = wins / n, middle = (p + (z * z) / (2 * n)) / (1 + (z * z) / n);
+    const half = (z * Math.sqrt((p * (1 - p)) / n + (z * z) / (4 * n * n))) / (1 + (z * z) / n);
+    return [middle - half, middle + half].map((bound) => `${(100 * bound).toFixed(0)} %`).join(" to ");
+  }
+  function reveal() {
+    const [a, b] = pair.map((column) => columns[column]), count = (which) => votes.filter(([, column]) => column === which).length;
+    const [wins, losses, ties] = [count(pair[1]), count(pair[0]), count(-1)], decided = wins + losses;
+    const share = decided ? `: ${((100 * wins) / decided).toFixed(0)} % of the decided votes, 95 % interval ${interval(wins, decided)}` : "";
+    $("#vote-sentence").textContent = `${b} against ${a}: ${wins} wins, ${losses} losses, ${ties} ties in ${votes.length} votes${share}.`;
+    $("#vote-lines").textContent = `${decided} preference pairs, a line each; ${ties} ties are left out.`;
+    $("#vote-results").hidden = false;
+    state();
+    $("#vote-results").focus();
+  }
+  function lines() {
+    const find = new Map(rows.map((row) => [name(row), row]));
+    return votes.filter(([, column]) => column >= 0).map(([voted, column]) => {
+      const row = find.get(voted), other = pair[0] === column ? pair[1] : pair[0];
+      const file = (which) => `images/${columns[which]}/${row.uid}-${row.sample}.png`;
+      return JSON.stringify({ prompt: row.prompt, uid: row.uid, sample: row.sample, seed, chosen: file(column), rejected: file(other),
+        chosen_column: columns[column], rejected_column: columns[other] }) + "\n";
+    }).join("");
+  }
+
+  for (const id of ["#vote-a", "#vote-b"]) $(id).addEventListener("change", load);
+  $("#vote-start").addEventListener("click", () => { $("#vote-results").hidden = true; dialog.showModal(); ask(); });
+  $("#vote-left").addEventListener("click", () => give(0));
+  $("#vote-right").addEventListener("click", () => give(1));
+  $("#vote-tie").addEventListener("click", () => give(null));
+  $("#vote-undo").addEventListener("click", undo);
+  $("#vote-end").addEventListener("click", () => dialog.close());
+  $("#vote-reveal").addEventListener("click", reveal);
+  $("#vote-anew").addEventListener("click", () => { votes = []; save(); load(); $("#vote-start").focus(); });
+  dialog.addEventListener("close", state);
+  dialog.addEventListener("keydown", (event) => {
+    const act = { ArrowLeft: () => give(0), ArrowRight: () => give(1), 0: () => give(null), " ": () => give(null), u: undo, Backspace: undo }[event.key];
+    if (act && !(event.key === " " && event.target.matches("button"))) { event.preventDefault(); act(); }
+  });
+  $("#vote-save").addEventListener("click", () => {
+    const url = URL.createObjectURL(new Blob([lines()], { type: "application/jsonl" }));
+    make("a", { href: url, download: "preferences.jsonl" }).click();
+    setTimeout(() => URL.revokeObjectURL(url), 1000);
+  });
+  $("#vote-copy").addEventListener("click", async () => {
+    try { await navigator.clipboard.writeText(lines()); $("#vote-copied").textContent = "copied"; } catch {
+      $("#vote-text").hidden = false; // a page of a file may not reach the clipboard: to be copied by hand
+      $("#vote-text").value = lines();
+      $("#vote-text").select();
+    }
+  });
+  load();
+}
