@@ -57,7 +57,10 @@ def evaluate(arguments: Sequence[str]) -> None:
             ) from error
     if processes.is_main:
         print(table(metrics(evaluation)))
-        print(*(request.output / name for name in ("metrics.json", "scores.csv", "grid.png", "images")), sep="\n")
+        print(
+            *(request.output / name for name in ("report.html", "grid.png", "metrics.json", "scores.csv", "images")),
+            sep="\n",
+        )
 
 
 def _accelerator() -> Accelerator:

@@ -6,18 +6,24 @@ import csv
 import io
 import json
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from flowalign.evaluation.columns import Evaluation, metrics
+from flowalign.report.evaluation_page import evaluation_page
 from flowalign.report.grids import columns_grid
 from flowalign.storage.files import write_atomic
+from flowalign.storage.metrics_log import Row
 
 
-def write_evaluation(evaluation: Evaluation, folder: Path) -> None:
-    """Writes them; those of an earlier evaluation are replaced."""
+def write_evaluation(evaluation: Evaluation, folder: Path, runs: Mapping[str, Sequence[Row]]) -> None:
+    """Writes them; those of an earlier evaluation are replaced. runs: rows of metrics.jsonl by column, of columns that are runs."""
+    figures = metrics(evaluation)
     write_atomic(folder / "scores.csv", scores_csv(evaluation).encode())
     columns_grid(evaluation, folder / "grid.png")
-    write_atomic(folder / "metrics.json", (json.dumps(metrics(evaluation), indent=1, allow_nan=False) + "\n").encode())
+    write_atomic(folder / "metrics.json", (json.dumps(figures, indent=1, allow_nan=False) + "\n").encode())
+    page = evaluation_page(evaluation.columns, figures, title=folder.resolve().name, runs=runs)
+    write_atomic(folder / "report.html", page.encode())
 
 
 def scores_csv(evaluation: Evaluation) -> str:

@@ -27,6 +27,7 @@ from flowalign.run.held_out_rewards import trained_labels
 from flowalign.run.load import read_judged
 from flowalign.run.places import Place, find_places
 from flowalign.run.trial import try_judges
+from flowalign.storage.metrics_log import MetricsLog, Row
 from rewards import Reward, spec_of
 from samplers import Schedule
 
@@ -90,7 +91,7 @@ def evaluate_columns(
         _measure(store, measurement, listed, everyone, device, progress)
         evaluation = _read(store, measurement, listed, known)
         if output is not None and everyone.is_main:
-            write_evaluation(evaluation, folder)
+            write_evaluation(evaluation, folder, models.curves())
     return evaluation
 
 
@@ -135,6 +136,11 @@ class _Models:
         """The labels of the judges that one of the runs was trained on."""
         folders = {place.saved.folder for place in self.runs if place.saved is not None}
         return trained_labels(judges, [read_judged(folder).reward for folder in sorted(folders)])
+
+    def curves(self) -> dict[str, list[Row]]:
+        """The rows of metrics.jsonl of the columns that are runs."""
+        runs = {name: place.saved for name, place in self.places.items() if place.saved is not None}
+        return {name: MetricsLog(run.folder / "metrics.jsonl").rows() for name, run in runs.items()}
 
     def listed(self, settings: Sampling, device: str | torch.device, *, hashed: bool) -> list[Column]:
         """Not yet loaded. hashed: whether the weights of policies in memory are hashed, for parts that may be found again."""
