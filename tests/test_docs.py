@@ -229,7 +229,8 @@ def test_commands_are_found() -> None:
 def test_every_command_loads(
     page: str, arguments: list[str], tiny_pipeline: Path, tiny_sd15_pipeline: Path, large_machine: None, tmp_path: Path
 ) -> None:
-    rewards = re.findall(r"```python\n# (my_\w+\.py)\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    pages = (ROOT / "README.md").read_text() + (ROOT / "docs" / "rewards.md").read_text()
+    rewards = re.findall(r"```python\n# (my_\w+\.py)\n(.*?)```", pages, re.S)
     (method,) = re.findall(r"```yaml\n# my_method\.yaml\n(.*?)```", (ROOT / "docs" / "methods.md").read_text(), re.S)
     (server,) = re.findall(r"```yaml\n# server\.yaml\n(.*?)```", (ROOT / "docs" / "places.md").read_text(), re.S)
     for name, block in [*rewards, ("my_method.yaml", method), ("server.yaml", server)]:
