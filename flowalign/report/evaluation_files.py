@@ -22,7 +22,8 @@ def write_evaluation(evaluation: Evaluation, folder: Path, runs: Mapping[str, Se
     write_atomic(folder / "scores.csv", scores_csv(evaluation).encode())
     columns_grid(evaluation, folder / "grid.png")
     write_atomic(folder / "metrics.json", (json.dumps(figures, indent=1, allow_nan=False) + "\n").encode())
-    page = evaluation_page(evaluation.columns, figures, title=", ".join(evaluation.columns), runs=runs)
+    fps = next(iter(evaluation.columns.values())).fps
+    page = evaluation_page(evaluation.columns, figures, title=", ".join(evaluation.columns), runs=runs, fps=fps or 8.0)
     write_atomic(folder / "report.html", page.encode())
 
 

@@ -23,7 +23,7 @@ from flowalign.evaluation.columns import Evaluation
 from flowalign.evaluation.evaluate import EvaluationResult
 from flowalign.storage.files import read_json, reading, write_atomic
 
-GAP, LINE = 12, 17  # pixels between cells, and of a line of text
+GAP, LINE, WIDTH = 12, 17, 1240  # pixels between cells, of a line of text, and of a grid unless one prompt needs more
 TEXT, FAINT, FRAME = "#1f2933", "#52606d", "#d9dee4"
 UP, DOWN = "#0b7a3b", "#b42318"  # a score above that of the first column, and below it
 
@@ -81,7 +81,7 @@ def grid(
     width, height = lefts[0].size
     gap, line, font = GAP, LINE, _font()
     wrapped = [_wrap(text, font, 2 * width + 4) for text in texts]
-    columns = max(1, min(len(texts), 1240 // (2 * width + 4 + 2 * gap)))
+    columns = max(1, min(len(texts), WIDTH // (2 * width + 4 + 2 * gap)))
     cell = (2 * width + 4 + 2 * gap, height + gap + line * (1 + max(len(lines) for lines in wrapped)) + gap)
     canvas = Image.new("RGB", (columns * cell[0], math.ceil(len(texts) / columns) * cell[1]), "white")
     draw = ImageDraw.Draw(canvas)
@@ -112,23 +112,22 @@ def columns_grid(evaluation: Evaluation, path: Path, *, each: int = 2) -> Path:
     tiles = [[_tile(result.first_frames[row].float() / 255) for result in columns] for _, row in rows]
     longest = max(font.getlength(f"{reward} −0.0001 −0.0001") for reward in evaluation.rewards)
     width, height = max(tiles[0][0].width, math.ceil(longest)), tiles[0][0].height
-    wrapped = [_wrap(_row_title(first, group, row), font, len(columns) * (width + GAP)) for group, row in rows]
-    below = height + LINE * (1 + len(evaluation.rewards)) + 2 * GAP
-    size = (GAP + len(columns) * (width + GAP), GAP + LINE + sum(below + LINE * len(lines) for lines in wrapped))
-    canvas = Image.new("RGB", size, "white")
+    block = len(columns) * (width + GAP) + GAP  # a prompt; as many beside each other as fit into WIDTH
+    beside = max(1, min(len(rows), WIDTH // block))
+    titles = [_wrap(_row_title(first, group, row), font, block - 2 * GAP) for group, row in rows]
+    head = LINE * (1 + max(map(len, titles)))
+    line = head + height + LINE * len(evaluation.rewards) + 3 * GAP
+    canvas = Image.new("RGB", (beside * block, GAP + math.ceil(len(rows) / beside) * line), "white")
     draw = ImageDraw.Draw(canvas)
-    for number, name in enumerate(evaluation.columns):
-        draw.text((GAP + number * (width + GAP), GAP // 2), name, fill=TEXT, font=font)
-    y = GAP + LINE
-    for (_, row), lines, pictures in zip(rows, wrapped, tiles, strict=True):
-        draw.multiline_text((GAP, y), "\n".join(lines), fill=FAINT, font=font, spacing=3)
-        y += LINE * len(lines) + GAP // 2
-        for number, (picture, result) in enumerate(zip(pictures, columns, strict=True)):
-            x = GAP + number * (width + GAP)
-            canvas.paste(picture, (x, y))
-            draw.rectangle((x - 1, y - 1, x + picture.width, y + height), outline=FRAME)
-            _draw_scores(draw, (x, y + height + 3), font, result, first, row)
-        y += below
+    for place, ((_, row), title, pictures) in enumerate(zip(rows, titles, tiles, strict=True)):
+        x, y = place % beside * block + GAP, place // beside * line + GAP
+        draw.multiline_text((x, y), "\n".join(title), fill=FAINT, font=font, spacing=3)
+        for name, picture, result in zip(evaluation.columns, pictures, columns, strict=True):
+            draw.text((x, y + head - LINE), name, fill=TEXT, font=font)
+            canvas.paste(picture, (x, y + head + 3))
+            draw.rectangle((x - 1, y + head + 2, x + picture.width, y + head + 3 + height), outline=FRAME)
+            _draw_scores(draw, (x, y + head + height + 6), font, result, first, row)
+            x += width + GAP
     write_atomic(path, _png(canvas))
     return path
 

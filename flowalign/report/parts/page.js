@@ -328,7 +328,7 @@ function voting({ columns, rows, seed, digest, name, image }) {
     const find = new Map(rows.map((row) => [name(row), row]));
     return votes.filter(([, column]) => column >= 0).map(([voted, column]) => {
       const row = find.get(voted), other = pair[0] === column ? pair[1] : pair[0];
-      const file = (which) => `images/${columns[which]}/${row.uid}-${row.sample}.png`;
+      const file = (which) => `images/${columns[which]}/${row.uid}-${row.sample}.${clips ? "webp" : "png"}`;
       return JSON.stringify({ prompt: row.prompt, uid: row.uid, sample: row.sample, seed, chosen: file(column), rejected: file(other),
         chosen_column: columns[column], rejected_column: columns[other] }) + "\n";
     }).join("");
