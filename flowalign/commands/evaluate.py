@@ -11,6 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
@@ -40,7 +41,11 @@ def evaluate(arguments: Sequence[str]) -> None:
     texts = _columns(given.models, base=given.base)
     request = _request(given, find_places(texts))
     accelerator = _accelerator()
-    processes = Processes.of(accelerator)
+    processes, device = Processes.of(accelerator), accelerator.device
+    if (
+        device.type == "cpu"
+    ):  # several processes are on cpu:0, to which weights are copied: aligned otherwise, they round otherwise
+        device = torch.device("cpu")
     with ExitStack() as leaving:
         for judge in request.judges:
             leaving.callback(close, judge)
@@ -49,7 +54,7 @@ def evaluate(arguments: Sequence[str]) -> None:
             evaluation = evaluate_columns(
                 texts, request.records, request.judges, output=request.output, num_inference_steps=given.steps,
                 guidance_scale=given.guidance, size=request.size, fps=given.fps, seed=request.seed, samples_per_prompt=request.samples,
-                batch_size=request.batch_size, device=accelerator.device, processes=processes,
+                batch_size=request.batch_size, device=device, processes=processes,
             )  # fmt: skip
         except KeyboardInterrupt as error:
             raise KeyboardInterrupt(
