@@ -70,11 +70,13 @@ class NoiseResult:
 
     def plot(self, prompt: int = 0) -> Figure:
         """The rewards of one prompt over the iterations, above a strip of its best images on the way; matplotlib's figure."""
-        names = [name for name in self.history if name != "norm"]
-        shown = names if len(names) > 2 else names[:1]  # of one reward the total is its multiple
+        total = self.history["total"]
+        shown = {"total": total, **{name: each for name, each in self.history.items() if not torch.equal(each, total)}}
+        shown.pop("norm")
         strip = {"start": _frames(self.first_images.pixels)[prompt]}
-        strip |= {f"{step + 1}": images[prompt] for step, images in self.strip.items()}
-        return progress_figure(self.prompts[prompt], {name: self.history[name][:, prompt] for name in shown}, strip)
+        strip |= {f"{step}": images[prompt] for step, images in self.strip.items()}
+        curves = {name: values[:, prompt] for name, values in shown.items()}
+        return progress_figure(self.prompts[prompt], curves, strip)
 
     def _plain(self) -> dict[str, object]:
         """As JSON; null is a score that is not valid."""
