@@ -158,6 +158,8 @@ def test_all_layers_combine(method: str, model: str, tiny: dict[str, str]) -> No
     needed = {}
     if method in KL_OF_FLOWS and model == "sd15":
         needed["trainer.regularizers.kl.form=exact"] = r"regularizers\.kl: .*form=exact"
+    if method == "dynamic_treerpo" and model == "sd15":  # the best leaf's velocity is that of a flow
+        needed["trainer.supervision.layer_tuning.target=best_path_velocity"] = "take best_path_velocity"
     if method in FEW_STEPS and model != "glyphs":
         needed["rollout.allow_cfg_update=true"] = r"allow_cfg_update=true.*sd.*\.yaml, line"
     if method == "dynamic_treerpo" and model == "sd15":  # 1.5 times η = 1 would be more noise than there is
