@@ -73,8 +73,9 @@ class NoiseResult:
         names = [name for name in self.history if name != "norm"]
         shown = names if len(names) > 2 else names[:1]  # of one reward the total is its multiple
         strip = {"start": _frames(self.first_images.pixels)[prompt]}
-        strip |= {f"{step + 1}": images[prompt] for step, images in self.strip.items()}
-        return progress_figure(self.prompts[prompt], {name: self.history[name][:, prompt] for name in shown}, strip)
+        strip |= {f"{step}": images[prompt] for step, images in self.strip.items()}  # numbered as the axis is
+        history = {name: self.history[name][:, prompt] for name in shown}
+        return progress_figure(self.prompts[prompt], history, float(self.first_total[prompt]), strip)
 
     def _plain(self) -> dict[str, object]:
         """As JSON; null is a score that is not valid."""

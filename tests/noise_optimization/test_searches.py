@@ -41,6 +41,15 @@ def test_best_of_n_is_the_best_of_the_samples_that_evaluation_makes():
     assert found.evaluations == found.decoded == 24
 
 
+def test_the_picture_draws_the_total_of_the_start_and_numbers_images_as_its_axis():
+    """The best of eight candidates of the first iteration is not the start."""
+    found = run(BestOfN(candidates=8), 3, prompts=["a"])
+    assert found.history["total"][0, 0] > found.first_total[0]
+    curve, *images = found.plot().axes
+    assert curve.lines[-1].get_ydata()[0] == pytest.approx(float(found.first_total[0]))
+    assert [axis.get_title() for axis in images] == ["start", "0", "1", "2"]
+
+
 def test_zero_order_moves_only_to_better_neighbors_at_the_given_distance():
     found = run(ZeroOrder(neighbors=3, distance=0.2), 30)
     running = found.history["total"].cummax(0).values[-1]
