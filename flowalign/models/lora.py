@@ -111,6 +111,15 @@ def lora_layers(network: nn.Module) -> list[BaseTunerLayer]:
     return [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
 
 
+def adapter_switches(network: nn.Module) -> list[str]:
+    """What of its adapters beside their weights decides what the network answers, a text per layer: which are active, and how
+    strongly."""
+    return [
+        f"{layer.disable_adapters} {list(layer.active_adapters)} {sorted(layer.scaling.items())}"
+        for layer in lora_layers(network)
+    ]
+
+
 def add_lora(network: ModelMixin, lora: LoRA, targets: Sequence[str], seed: int) -> None:
     """Adds fp32 adapters to the `targets` of the network, initialized from `seed` alone; everything else is frozen."""
     network.requires_grad_(False)

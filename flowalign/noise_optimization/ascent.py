@@ -130,7 +130,10 @@ class _GradientWalk:
         if self.pending is not None:  # only now: the last iteration needs no backward
             former, noise, total = self.pending
             self.pending = None
-            self.climb.move(former, torch.autograd.grad(total, noise)[0])
+            has_graph = total.requires_grad  # not where the reward got none of the images, since none was finite
+            self.climb.move(
+                former, torch.autograd.grad(total, noise)[0] if has_graph else torch.full_like(noise, torch.nan)
+            )
         noise = self.climb.at(rows).detach().requires_grad_()
         steps, last = self.objective.settings.num_inference_steps, self.method.last_steps
         with torch.enable_grad():

@@ -14,14 +14,15 @@ from torch import Tensor
 from flowalign.picture_style import INK, LINE, RULE, SOFT, STYLE
 
 
-def progress_figure(title: str, history: Mapping[str, Tensor], strip: Mapping[str, Tensor]) -> Figure:
-    """history: {name: [steps]}, nan is a gap; the first is drawn with its best so far. strip: {title: uint8 [3, h, w]}."""
+def progress_figure(title: str, history: Mapping[str, Tensor], start: float, strip: Mapping[str, Tensor]) -> Figure:
+    """history: {name: [steps]}, nan is a gap; the first is drawn with its best so far and `start`, its value before the
+    iterations. strip: {title: uint8 [3, h, w]}."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(max(6.5, 1.1 * len(strip)), 1.5 * len(history) + 1.8), layout="constrained")
         heights = [1.5] * len(history) + [1.2]
         grid = figure.add_gridspec(len(heights), len(strip), height_ratios=heights)
         for row, (name, values) in enumerate(history.items()):
-            _curve(figure.add_subplot(grid[row, :]), name, values, with_best=row == 0)
+            _curve(figure.add_subplot(grid[row, :]), name, values, start if row == 0 else None)
         figure.axes[-1].set_xlabel("iteration (bold: the best so far; dotted: the start)")
         figure.suptitle(title, fontsize=9, color=INK, wrap=True, parse_math=False)
         for column, (label, pixels) in enumerate(strip.items()):
@@ -34,12 +35,12 @@ def progress_figure(title: str, history: Mapping[str, Tensor], strip: Mapping[st
     return figure
 
 
-def _curve(axis: Axes, name: str, values: Tensor, *, with_best: bool) -> None:
-    axis.plot(values.tolist(), color=LINE, linewidth=1, alpha=0.4 if with_best else 1.0)
-    if with_best:
+def _curve(axis: Axes, name: str, values: Tensor, start: float | None) -> None:
+    axis.plot(values.tolist(), color=LINE, linewidth=1, alpha=1.0 if start is None else 0.4)
+    if start is not None:
         best = values.nan_to_num(-torch.inf).cummax(0).values
         axis.plot(torch.where(best.isinf(), torch.nan, best).tolist(), color=LINE, linewidth=1.6)
-        axis.axhline(float(values[0]), color=SOFT, linewidth=0.8, linestyle=":")
+        axis.axhline(start, color=SOFT, linewidth=0.8, linestyle=":")
     axis.set_ylabel(name, color=INK, parse_math=False)
     axis.grid(axis="y", color=RULE, linewidth=0.6)
 

@@ -74,9 +74,9 @@ class NoiseResult:
         shown = {"total": total, **{name: each for name, each in self.history.items() if not torch.equal(each, total)}}
         shown.pop("norm")
         strip = {"start": _frames(self.first_images.pixels)[prompt]}
-        strip |= {f"{step}": images[prompt] for step, images in self.strip.items()}
+        strip |= {f"{step}": images[prompt] for step, images in self.strip.items()}  # numbered as the axis is
         curves = {name: values[:, prompt] for name, values in shown.items()}
-        return progress_figure(self.prompts[prompt], curves, strip)
+        return progress_figure(self.prompts[prompt], curves, float(self.first_total[prompt]), strip)
 
     def _plain(self) -> dict[str, object]:
         """As JSON; null is a score that is not valid."""

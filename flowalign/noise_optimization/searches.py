@@ -101,8 +101,7 @@ class _ZeroOrderWalk:
 class PreviewSelect:
     """`candidates` new start noises are made in `preview_steps` steps and scored; the best `keep` of them are made in full.
 
-    Costs candidates·preview_steps + keep·steps evaluations an iteration. The start noise of the first iteration is one of those
-    made in full."""
+    Costs candidates·preview_steps + keep·steps evaluations an iteration; in the first one the start noise is made in full besides."""
 
     candidates: int = 8
     keep: int = 2
@@ -158,15 +157,15 @@ class PathSearch:
 
     paths: int = 2
     children: int = 2
-    start: int = 1
+    start: int = 2
     back: int = 1
     ahead: int = 1
 
     def __post_init__(self) -> None:
         _at_least(1, paths=self.paths, children=self.children, start=self.start, back=self.back, ahead=self.ahead)
-        if self.back > self.start:
+        if self.back >= self.start:
             raise ValueError(
-                f"got back={self.back} from start={self.start}; expected at most as far as the start noise"
+                f"got back={self.back} from start={self.start}; expected less: re-noised up to the start, nothing of a path is left"
             )
 
     @property

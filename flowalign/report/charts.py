@@ -60,7 +60,7 @@ def curves(runs: Mapping[str, Sequence[Row]], panels: Sequence[Panel]) -> Charts
 
     The thick line is an exponential moving average, m_t = DECAY m_{t−1} + (1 − DECAY) x_t, over 1 − DECAY^t (as in Adam,
     1412.6980), of the finite values; the thin line behind is x_t. Fewer than SMOOTHED_FROM values are not smoothed. Of more
-    than POINTS values the smallest and largest of each stretch are drawn."""
+    than POINTS values the smallest and largest of each stretch are drawn, and the first and last."""
     found = Charts([], [])
     for panel in panels:
         lines = [line for name, rows in runs.items() if (line := _line(name, rows, panel)) is not None]
@@ -116,11 +116,13 @@ def _constant(line: Line) -> str:
 
 
 def _thinned(values: Sequence[float | None]) -> list[int]:
-    """The places of at most POINTS values: all, or the smallest and largest of each stretch."""
+    """The places of at most POINTS values: all, or the smallest and largest of each stretch, and where the line begins and
+    ends."""
     if len(values) <= POINTS:
         return list(range(len(values)))
-    length = math.ceil(2 * len(values) / POINTS)
-    kept = set[int]()
+    length = math.ceil(2 * len(values) / (POINTS - 2))
+    known = [place for place, value in enumerate(values) if value is not None]
+    kept = {known[0], known[-1]}
     for first in range(0, len(values), length):
         stretch = range(first, min(first + length, len(values)))
         finite = [place for place in stretch if values[place] is not None]

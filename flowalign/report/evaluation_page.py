@@ -48,8 +48,9 @@ def evaluation_page(
 
     columns: results of the same prompts, samples, seed and rewards; the others are compared with the first. metrics: their
     metrics.json. runs: {name: rows of its metrics.jsonl}, whose curves are shown. fps: of clips, if the results hold
-    videos."""
-    pictures = picture_urls([result.pixels for result in columns.values()], fps)
+    videos and do not say it."""
+    own = next(iter(columns.values())).fps
+    pictures = picture_urls([result.pixels for result in columns.values()], own or fps)
     rows, runs = _rows(columns, pictures), runs or {}
     logged = [row for each in runs.values() for row in each]
     data = _data(columns, rows, bool(pictures.clips))
@@ -190,7 +191,7 @@ def _notes(metrics: Mapping[str, Any]) -> list[str]:
         fell = [name for name in said if said[name] == "worse" and name not in metrics["trained"]]
         if fell and any(said[name] == "better" for name in metrics["trained"] if name in said):
             notes.append(
-                f"{column} rose on what it was trained on and fell on {', '.join(fell)}: look for reward hacking below"
+                f"{column} rose on a trained reward and fell on {', '.join(fell)}: look for reward hacking below"
             )
     return notes
 

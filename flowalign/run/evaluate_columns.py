@@ -20,6 +20,7 @@ from flowalign.evaluation.evaluate import as_rewards, check_request
 from flowalign.evaluation.parts import Column, Measurement, Missing, Store, make_parts, missing_parts, read_column
 from flowalign.models import Policy, Sampling, Size
 from flowalign.models.load import rows_per_state
+from flowalign.models.lora import adapter_switches
 from flowalign.models.sampling import settled
 from flowalign.report.evaluation_files import write_evaluation
 from flowalign.run.folder import lock_folder
@@ -212,13 +213,22 @@ def _column(name: str, place: Place, settings: Sampling, device: str | torch.dev
 
 
 def _live(name: str, policy: Policy, settings: Sampling, hashed: bool) -> Column:
-    weights = {"networks": _hash(policy)} if hashed else {}
+    weights = _own_weights(policy, settings) if hashed else {}
     return Column(name, "a policy in memory", weights, policy.rows_per_state(settings.guidance_scale), lambda: policy)
+
+
+def _own_weights(policy: Policy, settings: Sampling) -> dict[str, Any]:
+    """What decides the images of a policy in memory, as JSON. Not kept: its decoder and encoders, and which of several copies of
+    fully trained networks its role calls."""
+    levels = policy.sigmas(settings.num_inference_steps, policy.latent_shape(settings.size))
+    called = [policy.pipeline_setup(), policy.pipeline_arguments(), policy.solver(), levels.tolist()]
+    return {"networks": _hash(policy), "call": repr(called)}
 
 
 def _hash(policy: Policy) -> str:
     whole = sha256()
     for name, network in policy.modules().items():
+        whole.update("\n".join(adapter_switches(network)).encode())
         for key, tensor in network.state_dict().items():
             whole.update(f"{name}.{key} {tensor.dtype} {list(tensor.shape)}\n".encode())
             whole.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())

@@ -1,6 +1,7 @@
 """ReNO against closed forms: its regularizer, a linear generator, its counts; and SPSA, which estimates the same gradient."""
 
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -182,6 +183,31 @@ def test_a_score_that_is_not_valid_is_masked_and_a_prompt_without_any_is_an_erro
     reward = Nearness(target(), unscorable="bad")
     with pytest.raises(fa_error(), match="no image of 'bad' got a valid score in 3 iterations"):
         optimize_noise(policy, ["good", "bad"], reward, steps=3, progress=False)
+
+
+@dataclass
+class OnceNotFinite(LinearPolicy):
+    """Its second velocity is not finite: with one step an iteration, that of the second iteration."""
+
+    calls: int = 0
+
+    def velocity(self, x, sigma, conditions, *, guidance_scale=1.0, detach_uncond=False):
+        self.calls += 1
+        v = super().velocity(x, sigma, conditions)
+        return v * torch.nan if self.calls == 2 else v
+
+
+def test_an_iteration_without_one_finite_image_leaves_the_noise_where_it_is():
+    found = optimize_noise(
+        OnceNotFinite(matrix()), "a", Nearness(target()), steps=5, method=Gradient(PLAIN), progress=False
+    )
+    total, norm = found.history["total"][:, 0], found.history["norm"][:, 0]
+    assert total.isnan().tolist() == [False, True, False, False, False]
+    assert norm[1] == norm[2] and total[2] > total[0]
+    plain = optimize_noise(
+        LinearPolicy(matrix()), "a", Nearness(target()), steps=4, method=Gradient(PLAIN), progress=False
+    )
+    torch.testing.assert_close(total[2], plain.history["total"][1, 0])  # the step of the first iteration
 
 
 def fa_error():

@@ -6,7 +6,7 @@ import torch
 import flowalign as fa
 from flowalign.models.base import Sampling, Size
 from flowalign.noise_optimization import BestOfN, PathSearch, PreviewSelect, ZeroOrder, optimize_noise
-from flowalign.noise_optimization.objective import best_rows
+from flowalign.noise_optimization.objective import Objective, best_rows
 from flowalign.noise_optimization.optimize import METHODS
 from samplers import normal
 from tests.helpers.linear_policy import LinearPolicy, Nearness
@@ -39,6 +39,15 @@ def test_best_of_n_is_the_best_of_the_samples_that_evaluation_makes():
         assert torch.equal(found.noise[uid], samples[totals.argmax()]) and torch.equal(found.start[uid], samples[0])
         assert int(found.best_step[uid]) == int(totals.argmax()) // 3
     assert found.evaluations == found.decoded == 24
+
+
+def test_the_picture_draws_the_total_of_the_start_and_numbers_images_as_its_axis():
+    """The best of eight candidates of the first iteration is not the start."""
+    found = run(BestOfN(candidates=8), 3, prompts=["a"])
+    assert found.history["total"][0, 0] > found.first_total[0]
+    curve, *images = found.plot().axes
+    assert curve.lines[-1].get_ydata()[0] == pytest.approx(float(found.first_total[0]))
+    assert [axis.get_title() for axis in images] == ["start", "0", "1", "2"]
 
 
 def test_zero_order_moves_only_to_better_neighbors_at_the_given_distance():
@@ -78,11 +87,11 @@ def _four_steps(noise):
 
 
 def test_path_search_costs_what_its_formula_says_and_finds_better_paths():
-    """4 steps; from index 1: re-noised to 0, stepped to 2, previewed; to 1, to 3, previewed; to 2, to 4."""
+    """5 steps; from index 2: re-noised to 1, stepped to 3, previewed; to 2, to 4, previewed; to 3, to 5."""
     paths, children = 2, 3
-    found = run(PathSearch(paths=paths, children=children, start=1, back=1, ahead=1), 1, policy_steps=4, prompts=["a"])
-    tree = paths * 1 + paths * children * (3 * 2) + paths * children * 2
-    assert found.evaluations == tree + 4  # and the plain sample of the start noise
+    found = run(PathSearch(paths=paths, children=children, start=2, back=1, ahead=1), 1, policy_steps=5, prompts=["a"])
+    tree = paths * 2 + paths * children * (3 * 2) + paths * children * 2
+    assert found.evaluations == tree + 5  # and the plain sample of the start noise
     assert found.decoded == 2 * paths * children + paths * children + 1
     assert float(found.total[0]) >= float(found.first_total[0])
     several = run(PathSearch(paths=paths, children=children), 10, policy_steps=4)
@@ -90,22 +99,42 @@ def test_path_search_costs_what_its_formula_says_and_finds_better_paths():
 
 
 def test_a_path_returns_the_noise_that_it_began_with_and_its_own_latents():
-    found = run(PathSearch(paths=1, children=1, start=1), 1, policy_steps=2, prompts=["a"])
+    found = run(PathSearch(paths=1, children=1), 1, policy_steps=3, prompts=["a"])
     begun = normal((1, 1, D), 0, "start", "evaluate", 0, 1)
     is_start = torch.equal(found.noise[0], found.start[0])
     assert is_start or torch.equal(found.noise[0], begun)
     torch.testing.assert_close(total_of(found.latents), found.total)
 
 
+def test_a_path_depends_on_the_noise_that_it_began_with():
+    """v = 0, so a path is its start noise re-noised; what is left of it after each re-noising is (1 − σ')/(1 − σ)."""
+    search, levels = PathSearch(paths=1, children=1), torch.linspace(1, 0, 5)
+    begun, other = (normal((1, 1, 1, D), 0, "start", "evaluate", uid, 1) for uid in (0, 1))
+    left = (1 - levels[1]) / (1 - levels[2]) * (1 - levels[2]) / (1 - levels[3])
+
+    def end_of(start):
+        walk = search.begin(_objective(policy(4)), torch.zeros(1, 1, 1, D))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("flowalign.noise_optimization.searches.sample_noise", lambda *_: start[0])
+            return walk.step(torch.arange(1)).latents[1]
+
+    torch.testing.assert_close(end_of(begun) - end_of(other), left * (begun - other)[0])
+
+
+def _objective(policy):
+    records = fa.as_records("a")
+    return Objective(policy, records, policy.encode(records), policy.sampling, [(Nearness(Y), 1.0)], 0, 4)
+
+
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_every_method_begins_with_the_plain_sample_and_never_ends_below_it(method):
-    found = optimize_noise(policy(2), ["a", "b"], Nearness(Y), steps=3, method=method(), seed=2, progress=False)
+    found = optimize_noise(policy(3), ["a", "b"], Nearness(Y), steps=3, method=method(), seed=2, progress=False)
     start = torch.stack([normal((1, 1, D), 2, "start", "evaluate", uid, 0) for uid in range(2)])
     assert torch.equal(found.start, start)
     torch.testing.assert_close(found.first_total, total_of(start))
     assert bool((found.total >= found.first_total).all())
     torch.testing.assert_close(total_of(found.latents), found.total)
-    again = optimize_noise(policy(2), ["a", "b"], Nearness(Y), steps=3, method=method(), seed=2, progress=False)
+    again = optimize_noise(policy(3), ["a", "b"], Nearness(Y), steps=3, method=method(), seed=2, progress=False)
     assert torch.equal(again.noise, found.noise) and torch.equal(again.history["total"], found.history["total"])
 
 
@@ -122,7 +151,7 @@ def test_best_rows_keeps_the_first_of_equals_and_puts_nan_last():
         (lambda: BestOfN(0), "at least 1"),
         (lambda: ZeroOrder(distance=0.0), r"expected a number in \(0, 1\]"),
         (lambda: PreviewSelect(2, 2), "nothing is chosen"),
-        (lambda: PathSearch(start=1, back=2), "at most as far as the start noise"),
+        (lambda: PathSearch(start=1, back=1), "expected less: re-noised up to the start"),
         (lambda: fa.SPSA(directions=0), "at least one direction"),
         (lambda: fa.Ascent(momentum=1.0), r"a momentum in \[0, 1\)"),
     ],
@@ -136,7 +165,7 @@ def test_settings_that_cannot_be_are_refused(method, match):
     ("method", "match"),
     [
         (PreviewSelect(preview_steps=2), "expected fewer: a preview"),
-        (PathSearch(start=2), "expected an index before its end"),
+        (PathSearch(), "expected an index before its end"),
         (fa.Gradient(last_steps=3), "expected 1 to 2"),
     ],
 )

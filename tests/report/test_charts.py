@@ -99,3 +99,11 @@ def test_a_band_is_drawn_around_one_run_only() -> None:
     rows = [{"step": step, "loss/x": float(step), "loss/spread": 0.5} for step in (1, 2, 3)]
     assert "band" in curves({"": rows}, [PANEL]).drawn[0].svg
     assert "band" not in curves({"a": rows, "b": rows}, [PANEL]).drawn[0].svg
+
+
+def test_a_thinned_line_begins_and_ends_where_the_whole_one_does() -> None:
+    rows = [{"step": step, "x": [3.0, 5.0, 0.0, 2.0][step % 4]} for step in range(1, 1800)]  # ends between its extremes
+    [chart] = curves({"a": rows}, [Panel("x", "x")]).drawn
+    [line] = json.loads(chart.points)["lines"]
+    assert (line["x"][0], line["x"][-1], len(line["x"]) <= 600) == (1, 1799, True)
+    assert "from 5 to 2, between 0 and 5" in chart.svg

@@ -187,3 +187,12 @@ def test_videos_are_clips_with_their_first_frame() -> None:
     assert clip.info["duration"] == 200
     first = columns["tuned"].pixels[0, 0].permute(1, 2, 0)
     assert torch.equal(torch.from_numpy(np.array(picture(urls.stills[1][0]))), first)
+
+
+def test_clips_run_as_fast_as_they_were_made() -> None:
+    columns = {name: replace(result, fps=20.0) for name, result in made_up(prompts=1, frames=3).items()}
+    [row] = data_of(page_of(columns))["rows"]
+    for url in row["clips"]:
+        clip = picture(url)
+        clip.load()  # the duration of a frame is known once it is read
+        assert clip.info["duration"] == 50

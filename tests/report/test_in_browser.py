@@ -260,3 +260,28 @@ def test_a_vote_works_where_nothing_may_be_stored(driver: Any, pages: dict[str, 
     press(driver, ESCAPE)
     click(driver, "#vote-reveal")
     assert "in 1 votes" in texts(driver, "#vote-sentence")[0]
+
+
+def test_votes_for_one_side_have_an_interval_that_ends_at_0(driver: Any, pages: dict[str, Path]) -> None:
+    show(driver, pages["pair"])
+    run(driver, "localStorage.clear()")
+    show(driver, pages["pair"])
+    rows = json.loads(texts(driver, "#data")[0])["rows"]
+    click(driver, "#vote-start")
+    for _ in rows:
+        is_base = run(driver, "document.querySelector('#vote-left img').src") in {row["images"][0] for row in rows}
+        press(driver, LEFT if is_base else RIGHT)
+    sentence = texts(driver, "#vote-sentence")[0]
+    assert "0 wins, 5 losses, 0 ties" in sentence and sentence.endswith("95 % interval 0 % to 43 %.")
+    click(driver, "#vote-anew")
+
+
+def test_votes_on_clips_name_their_files(driver: Any, pages: dict[str, Path]) -> None:
+    show(driver, pages["clips"])
+    click(driver, "#vote-start")
+    press(driver, LEFT)
+    press(driver, ESCAPE)
+    click(driver, "#vote-reveal")
+    [line] = [json.loads(line) for line in run(driver, SAVED).splitlines()]
+    assert line["chosen"] == f"images/{line['chosen_column']}/{line['uid']}-0.webp"
+    click(driver, "#vote-anew")

@@ -239,6 +239,22 @@ def test_parts_of_other_settings_are_never_mixed(
         fa.evaluate_columns({"a": finished_run}, PROMPTS, rewards, output=tmp_path, **QUIET)
 
 
+def test_a_policy_in_memory_is_known_by_its_role_and_its_negative_prompt(tiny_pipeline: Path, tmp_path: Path) -> None:
+    policy, rewards, settings = (
+        fa.load_policy(str(tiny_pipeline)),
+        [JPEGCompressibility()],
+        {**QUIET, "guidance_scale": 3.0},
+    )
+    fa.evaluate_columns({"mine": policy}, PROMPTS[:2], rewards, output=tmp_path, **settings)
+    with policy.role("reference"), pytest.raises(ConfigError, match="another weights"):
+        fa.evaluate_columns({"mine": policy}, PROMPTS[:2], rewards, output=tmp_path, **settings)
+    policy.negative_prompt = "blue"
+    with pytest.raises(ConfigError, match="another weights"):
+        fa.evaluate_columns({"mine": policy}, PROMPTS[:2], rewards, output=tmp_path, **settings)
+    policy.negative_prompt = ""
+    fa.evaluate_columns({"mine": policy}, PROMPTS[:2], rewards, output=tmp_path, **settings)
+
+
 def test_a_policy_in_memory_is_known_by_its_weights(tiny_pipeline: Path, tmp_path: Path, made: list[int]) -> None:
     policy = fa.load_policy(str(tiny_pipeline))
     call: dict[str, Any] = {

@@ -261,12 +261,12 @@ function evaluation({ columns, rewards, rows, seed, samples, digest, clips }) {
   addEventListener("hashchange", follow);
   reorder();
   follow();
-  if (columns.length > 1) voting({ columns, rows, seed, digest, name, image });
+  if (columns.length > 1) voting({ columns, rows, seed, digest, clips, name, image });
 }
 
 // ----------------------------------------------------------------------------------------------------- the blind vote
 
-function voting({ columns, rows, seed, digest, name, image }) {
+function voting({ columns, rows, seed, digest, clips, name, image }) {
   const dialog = $("#vote");
   let pair, votes, queue; // votes: [name of the row, chosen column or −1 for a tie], in the order they were given
 
@@ -312,7 +312,7 @@ function voting({ columns, rows, seed, digest, name, image }) {
   function interval(wins, n) { // Wilson's, 95 %
     const z = 1.96, p = wins / n, middle = (p + (z * z) / (2 * n)) / (1 + (z * z) / n);
     const half = (z * Math.sqrt((p * (1 - p)) / n + (z * z) / (4 * n * n))) / (1 + (z * z) / n);
-    return [middle - half, middle + half].map((bound) => `${(100 * bound).toFixed(0)} %`).join(" to ");
+    return [Math.max(0, middle - half), Math.min(1, middle + half)].map((bound) => `${(100 * bound).toFixed(0)} %`).join(" to ");
   }
   function reveal() {
     const [a, b] = pair.map((column) => columns[column]), count = (which) => votes.filter(([, column]) => column === which).length;
