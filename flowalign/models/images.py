@@ -56,6 +56,9 @@ class Images:
         chosen = [rows] if isinstance(rows, int) else list(rows)
         return replace(self, pixels=self.pixels[chosen], prompts=[self.prompts[row] for row in chosen])
 
+    def __repr__(self) -> str:
+        return f"Images {list(self.pixels.shape)} of {list(self.prompts)[:3]}{', …' * (len(self) > 3)}"
+
     @property
     def pil(self) -> list[Image.Image]:
         """A picture per image; of videos one per frame, video after video."""

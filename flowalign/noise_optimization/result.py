@@ -52,6 +52,10 @@ class NoiseResult:
     decoded: int
     seconds: float
 
+    def __repr__(self) -> str:
+        first, best = float(self.first_total.mean()), float(self.total.mean())
+        return f"NoiseResult of {len(self.prompts)} prompts: mean total {first:.4g} → {best:.4g}"
+
     def save(self, folder: str | Path) -> Path:
         """Writes image.png (each prompt's own if there are several: image-0.png, …), first.png likewise, noise.safetensors (`read_noise` reads
         it), result.json (prompts, totals, history, settings) and progress.png (`plot`) into `folder`, and returns it."""

@@ -59,7 +59,7 @@ def curves(runs: Mapping[str, Sequence[Row]], panels: Sequence[Panel]) -> Charts
     """runs {name: rows of its metrics.jsonl}, one line each in every chart. A panel without any value is left out.
 
     The thick line is an exponential moving average, m_t = DECAY m_{t−1} + (1 − DECAY) x_t, over 1 − DECAY^t (as in Adam,
-    1412.6980), of the finite values; the thin line behind is x_t. Fewer than SMOOTHED_FROM values are not smoothed. Of more
+    1412.6980), of the finite values (of their logarithms, where a Panel says log and all are positive); the thin line is x_t. Fewer than SMOOTHED_FROM values are not smoothed. Of more
     than POINTS values the smallest and largest of each stretch are drawn, and the first and last."""
     found = Charts([], [])
     for panel in panels:
@@ -82,13 +82,21 @@ def _line(name: str, rows: Sequence[Row], panel: Panel) -> Line | None:
     if all(value is None for value in values):
         return None
     spread = [None if panel.spread is None else _or_none(row.get(panel.spread)) for row in known]
-    smooth = moving_average(values) if len(values) >= SMOOTHED_FROM else None
+    smooth = _smoothed(values, panel.log) if len(values) >= SMOOTHED_FROM else None
     kept = _thinned(values)
     return Line(
         name, [known[i]["step"] for i in kept], [values[i] for i in kept],
         None if smooth is None else [smooth[i] for i in kept], [spread[i] for i in kept],
         missing=values.count(None), count=len(values),
     )  # fmt: skip
+
+
+def _smoothed(values: Sequence[float | None], log: bool) -> list[float | None]:
+    """log: of the logarithms, if all values have one."""
+    if not log or not all(value is None or value > 0 for value in values):
+        return moving_average(values)
+    averages = moving_average([None if value is None else math.log(value) for value in values])
+    return [None if value is None else math.exp(value) for value in averages]
 
 
 def moving_average(values: Sequence[float | None]) -> list[float | None]:

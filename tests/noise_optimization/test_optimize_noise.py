@@ -157,6 +157,7 @@ def test_what_is_saved_can_be_read(policy, tmp_path):
     assert torch.equal(read_noise(folder), found.noise)
     with pytest.raises(FileNotFoundError, match="expected the folder of a saved result"):
         read_noise(tmp_path)
+    assert repr(found).startswith("NoiseResult of 2 prompts: mean total ") and len(repr(found.images)) < 200
     assert (folder / "progress.png").read_bytes().startswith(b"\x89PNG") and found._repr_png_().startswith(b"\x89PNG")
 
 

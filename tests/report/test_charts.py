@@ -67,6 +67,14 @@ def test_the_axis_is_logarithmic_if_the_panel_says_so_and_the_values_allow_it() 
     assert heights[0] - heights[1] == pytest.approx(heights[1] - heights[2], abs=0.2)  # equal factors, equal distances
 
 
+def test_what_falls_by_factors_is_smoothed_by_factors() -> None:
+    """An average of the values themselves would stay with the largest, far above the line."""
+    [chart] = curves({"": rows_of([10.0**-n for n in range(20)])}, [PANEL]).drawn
+    smooth = json.loads(chart.points)["lines"][0]["smooth"]
+    expected = moving_average([float(-n) for n in range(20)])
+    assert [math.log10(value) for value in smooth] == pytest.approx(expected, abs=1e-3)
+
+
 def test_spikes_survive_thinning() -> None:
     values: list[float | None] = [math.sin(n) for n in range(5000)]
     values[1234], values[3000] = 50.0, -50.0
