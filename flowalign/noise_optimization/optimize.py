@@ -56,7 +56,8 @@ def optimize_noise(
     network and decoder, and of one sampling step at a time: less memory for one more forward. Prompts are encoded once. A
     prompt's result does not depend on the others, beyond rounding.
 
-    ValueError or TypeError for what cannot work, before anything is made; RewardError if a prompt never had a valid score."""
+    ValueError or TypeError for what cannot work, before anything is made. A prompt that never had a valid score keeps its first
+    image, and its total is nan; RewardError if that is so for all."""
     records, weighted = as_records(prompts), _weighted(rewards)
     others, method = [(reward, 0.0) for reward in as_rewards(list(held_out))], method or Gradient()
     check(records, weighted, others, method)
@@ -78,6 +79,10 @@ def optimize_noise(
             parts.append(_search(objective, method, noise[first : first + batch_size], steps, patience, min_gain, bar))
             scores.append(_held_out(replace(objective, rewards=others), parts[-1]))
             objectives.append(objective)
+    if all(bool(best.total.isnan().all()) for best in parts):
+        raise RewardError(
+            f"none of {len(records)} prompts got a valid score in {steps} iterations: mend the reward, then try again"
+        )
     return joined(
         parts, scores, records, seed, settings, sum(each.evaluations for each in objectives),
         sum(each.images for each in objectives), time.monotonic() - began,
@@ -113,11 +118,6 @@ def _search(
             break
     assert best is not None
     best.finish()
-    if bool(best.total.isnan().any()):
-        prompt = objective.records[int(best.total.isnan().nonzero()[0])].prompt
-        raise RewardError(
-            f"no image of {prompt!r} got a valid score in {steps} iterations: mend the reward, then try again"
-        )
     return best
 
 

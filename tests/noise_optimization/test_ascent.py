@@ -1,7 +1,6 @@
 """ReNO against closed forms: its regularizer, a linear generator, its counts; and SPSA, which estimates the same gradient."""
 
 import math
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -9,6 +8,7 @@ import torch
 import flowalign as fa
 from flowalign.noise_optimization import SPSA, Ascent, Gradient, optimize_noise
 from flowalign.noise_optimization.ascent import norm_penalty
+from rewards import RewardError
 from tests.helpers.linear_policy import LinearPolicy, Nearness
 
 D = 12
@@ -178,42 +178,14 @@ def test_min_gain_counts_gains_from_the_last_that_counted():
     assert int(stopped.history["total"].isfinite().sum()) == 3
 
 
-def test_a_score_that_is_not_valid_is_masked_and_a_prompt_without_any_is_an_error():
-    policy = LinearPolicy(matrix())
-    reward = Nearness(target(), unscorable="bad")
-    with pytest.raises(fa_error(), match="no image of 'bad' got a valid score in 3 iterations"):
-        optimize_noise(policy, ["good", "bad"], reward, steps=3, progress=False)
-
-
-@dataclass
-class OnceNotFinite(LinearPolicy):
-    """Its second velocity is not finite: with one step an iteration, that of the second iteration."""
-
-    calls: int = 0
-
-    def velocity(self, x, sigma, conditions, *, guidance_scale=1.0, detach_uncond=False):
-        self.calls += 1
-        v = super().velocity(x, sigma, conditions)
-        return v * torch.nan if self.calls == 2 else v
-
-
-def test_an_iteration_without_one_finite_image_leaves_the_noise_where_it_is():
-    found = optimize_noise(
-        OnceNotFinite(matrix()), "a", Nearness(target()), steps=5, method=Gradient(PLAIN), progress=False
-    )
-    total, norm = found.history["total"][:, 0], found.history["norm"][:, 0]
-    assert total.isnan().tolist() == [False, True, False, False, False]
-    assert norm[1] == norm[2] and total[2] > total[0]
-    plain = optimize_noise(
-        LinearPolicy(matrix()), "a", Nearness(target()), steps=4, method=Gradient(PLAIN), progress=False
-    )
-    torch.testing.assert_close(total[2], plain.history["total"][1, 0])  # the step of the first iteration
-
-
-def fa_error():
-    from rewards import RewardError
-
-    return RewardError
+def test_a_prompt_without_a_valid_score_keeps_its_start_and_does_not_take_the_others_with_it():
+    policy, reward = LinearPolicy(matrix()), Nearness(target(), unscorable="bad")
+    found = optimize_noise(policy, ["good", "bad"], reward, steps=5, method=Gradient(PLAIN), progress=False)
+    assert torch.equal(found.noise[1], found.start[1]) and found.total.isnan().tolist() == [False, True]
+    alone = optimize_noise(policy, "good", reward, steps=5, method=Gradient(PLAIN), progress=False)
+    torch.testing.assert_close(found.noise[:1], alone.noise)
+    with pytest.raises(RewardError, match="none of 1 prompts got a valid score in 3 iterations"):
+        optimize_noise(policy, "bad", reward, steps=3, progress=False)
 
 
 # ------------------------------------------------------------------------------------------ SPSA
