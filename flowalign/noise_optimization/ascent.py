@@ -69,7 +69,8 @@ class Gradient:
 
 @dataclass(frozen=True)
 class SPSA:
-    """Simultaneous perturbation (Spall 1992) in the place of the gradient, for rewards that have none.
+    """Simultaneous perturbation (Spall 1992), with normal directions (Nesterov and Spokoiny 2017), in the place of the gradient,
+    for rewards that have none.
 
     g = mean over `directions` of (r(z + cΔ) − r(z − cΔ))/2c · Δ with keyed normal Δ and c = `scale`: the gradient of r smoothed
     by N(0, c²), in the mean. One iteration costs 1 + 2·directions samples: z itself is scored too."""

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 
 from rewards.base import Reward
-from rewards.import_path import import_named, path_of, split_path
+from rewards.import_path import import_named, path_of
 
 # where or how a reward is asked does not change its scores
 AROUND = (
@@ -36,7 +36,7 @@ def build(description: dict[str, Any]) -> Reward:
 
 
 def fingerprint(reward: Reward) -> str:
-    """16 hex digits of its class and arguments, and of the file if the class is from one; the same in a worker, behind a
+    """16 hex digits of its class and arguments, and of the file if the class, or a function among them, is from one; the same in a worker, behind a
     server or with a timeout. Not kept: a change of its code or weights under the same names."""
     bare = _bare(describe(reward))
     return sha256(json.dumps(bare, sort_keys=True).encode()).hexdigest()[:16]
@@ -96,13 +96,19 @@ def _bare(value: Any) -> Any:
     """A description without what is around rewards, and with the content of files in the place of their folder."""
     if isinstance(value, list):
         return [_bare(each) for each in value]
+    if isinstance(value, str):
+        return _content(value)
     if not isinstance(value, dict):
         return value
     if value.get("class_path") in AROUND:
         return _bare(value["init_args"]["reward"])
-    bare = {key: _bare(each) for key, each in value.items()}
-    if "class_path" in value:
-        place, name = split_path(value["class_path"])
-        if place.endswith(".py"):
-            bare["class_path"] = f"{sha256(Path(place).read_bytes()).hexdigest()}:{name}"
-    return bare
+    return {key: _bare(each) for key, each in value.items()}
+
+
+def _content(text: str) -> str:
+    """Of a path `file.py:name`, a class or a function, the file's hash in the place of the file; other texts as they are."""
+    place, _, name = text.rpartition(":")
+    file = Path(place).expanduser()
+    if not place.endswith(".py") or not name.isidentifier() or not file.is_file():
+        return text
+    return f"{sha256(file.read_bytes()).hexdigest()}:{name}"

@@ -55,6 +55,17 @@ def test_a_class_of_a_file_is_described_by_its_file(tmp_path: Path) -> None:
     assert fingerprint(import_named(f"{tmp_path / 'two' / 'mine.py'}:Spread")(scale=3)) != marks[0]  # the content does
 
 
+def test_a_function_of_a_file_is_known_by_the_files_content(tmp_path: Path) -> None:
+    def mark(folder: str, source: str) -> str:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "mine.py").write_text(source)
+        return fingerprint(Mix([FunctionReward(f"{tmp_path / folder / 'mine.py'}:score")], [1]))
+
+    first = mark("one", "def score(images, prompts): return [0.0] * len(prompts)")
+    assert mark("two", "def score(images, prompts): return [0.0] * len(prompts)") == first
+    assert mark("two", "def score(images, prompts): return [1.0] * len(prompts)") != first
+
+
 def test_a_fingerprint_is_of_the_reward_and_not_of_its_place() -> None:
     mark = fingerprint(Spread(2.0))
     for placed in (InWorker(Spread(2.0)), Http(Spread(2.0)), WithTimeout(InWorker(Spread(2.0)), 5.0)):
