@@ -105,7 +105,7 @@ def evaluate(
     records, judges = as_records(prompts), as_rewards(rewards)
     check_request(records, judges, batch_size, samples_per_prompt)
     settings = settle(
-        policy, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, size=size, schedule=schedule,
+        policy.sampling, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, size=size, schedule=schedule,
         fps=fps,
     )  # fmt: skip
     everyone = processes or Processes()

@@ -17,13 +17,13 @@ from flowalign.data import PromptRecord, as_records
 from flowalign.evaluation.evaluate import as_rewards
 from flowalign.models import Policy, load_policy
 from flowalign.models.base import Sampling, Size
-from flowalign.models.sampling import settle
+from flowalign.models.sampling import settle, start_noise
 from flowalign.noise_optimization.ascent import SPSA, Gradient
 from flowalign.noise_optimization.objective import Method, Objective
 from flowalign.noise_optimization.result import Best, NoiseResult, joined
 from flowalign.noise_optimization.searches import BestOfN, PathSearch, PreviewSelect, ZeroOrder
 from rewards import Reward, RewardError, labels_of
-from samplers import Schedule, normal
+from samplers import Schedule
 
 # names on the command line
 METHODS: dict[str, type[Method]] = {
@@ -67,7 +67,7 @@ def optimize_noise(
     began, bar = time.monotonic(), tqdm(total=steps * len(records), unit="it", disable=not progress)
     with _as_policy(policy) as live, bar, live.checkpointed() if checkpoint else nullcontext():
         settings = settle(
-            live, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, size=size,
+            live.sampling, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, size=size,
             schedule=schedule, fps=fps,
         )  # fmt: skip
         noise, parts, scores, objectives = _start(live, records, settings, seed, start), [], [], list[Objective]()
@@ -127,7 +127,7 @@ def _start(
     """[P, *]: the given noise, or that of the first sample of each prompt."""
     shape = policy.latent_shape(settings.size)
     if start is None:
-        return torch.stack([normal(shape, seed, "start", "evaluate", record.uid, 0) for record in records])
+        return torch.stack([start_noise(shape, seed, record, 0) for record in records])
     if start.shape != (len(records), *shape) or not bool(start.isfinite().all()):
         raise ValueError(
             f"got start noise {list(start.shape)}; expected finite numbers [{len(records)}, {', '.join(map(str, shape))}]: one "

@@ -20,7 +20,7 @@ from flowalign.evaluation.evaluate import as_rewards, check_request
 from flowalign.evaluation.parts import Column, Measurement, Missing, Store, make_parts, missing_parts, read_column
 from flowalign.models import Policy, Sampling, Size
 from flowalign.models.load import rows_per_state
-from flowalign.models.sampling import settled
+from flowalign.models.sampling import settle
 from flowalign.report.evaluation_files import write_evaluation
 from flowalign.run.folder import lock_folder
 from flowalign.run.held_out_rewards import trained_labels
@@ -71,7 +71,7 @@ def evaluate_columns(
         records, judges = as_records(prompts), as_rewards(rewards)
         check_request(records, judges, batch_size, samples_per_prompt)
         check_images(records)
-        settings = settled(
+        settings = settle(
             default, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, size=size,
             schedule=schedule, fps=fps,
         )  # fmt: skip
