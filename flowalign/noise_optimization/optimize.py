@@ -58,7 +58,7 @@ def optimize_noise(
 
     ValueError or TypeError for what cannot work, before anything is made; RewardError if a prompt never had a valid score."""
     records, weighted = as_records(prompts), _weighted(rewards)
-    others, method = [(reward, 0.0) for reward in as_rewards(list(held_out))], method or Gradient()
+    others, method = as_rewards(list(held_out)), method or Gradient()
     check(records, weighted, others, method)
     if steps < 1 or batch_size < 1 or (patience is not None and patience < 1):
         raise ValueError(
@@ -76,7 +76,7 @@ def optimize_noise(
             conditions = live.encode(chosen, negative=settings.guidance_scale != 1)
             objective = Objective(live, chosen, conditions, settings, weighted, seed, batch_size, checkpoint)
             parts.append(_search(objective, method, noise[first : first + batch_size], steps, patience, min_gain, bar))
-            scores.append(_held_out(replace(objective, rewards=others), parts[-1]))
+            scores.append(_held_out(replace(objective, rewards=[(reward, 0.0) for reward in others]), parts[-1]))
             objectives.append(objective)
     return joined(
         parts, scores, records, seed, settings, sum(each.evaluations for each in objectives),
@@ -153,13 +153,12 @@ def _weighted(rewards: Weighted) -> list[tuple[Reward, float]]:
 
 
 def check(
-    records: Sequence[PromptRecord], rewards: Sequence[tuple[Reward, float]], held_out: Sequence[tuple[Reward, float]],
-    method: Method,
+    records: Sequence[PromptRecord], rewards: Sequence[tuple[Reward, float]], held_out: Sequence[Reward], method: Method
 ) -> None:  # fmt: skip
     """ValueError for what cannot work, before a model is loaded."""
     if not records or len({record.uid for record in records}) < len(records):
         raise ValueError(f"got {len(records)} prompts; expected at least one, and none with the uid of another")
-    everything = [reward for reward, _ in (*rewards, *held_out)]
+    everything = [*(reward for reward, _ in rewards), *held_out]
     labels = [label for reward in everything for label in labels_of(reward)]
     if len(set(labels)) < len(labels) or "total" in labels or "norm" in labels:
         raise ValueError(

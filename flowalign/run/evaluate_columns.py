@@ -167,9 +167,7 @@ def _measure(
     make_parts(store, measurement, missing, processes, progress=progress)
 
 
-def _read(
-    store: Store, measurement: Measurement, columns: Sequence[Column], trained: frozenset[str]
-) -> Evaluation:  # fmt: skip
+def _read(store: Store, measurement: Measurement, columns: Sequence[Column], trained: frozenset[str]) -> Evaluation:
     read = {column.name: read_column(store, measurement, column.name) for column in columns}
     return Evaluation(
         {name: result for name, (result, _) in read.items()}, trained, {column.name: column.source for column in columns},
