@@ -34,12 +34,12 @@ Trains as the files say, later files over earlier ones (configs/methods/… conf
 override them, for example rollout.group_size=24 run.name=wide. Evaluate measures models on the same prompts and seeds, a
 run folder, runs/a@40 for a checkpoint, a pipeline, and writes scores, images and a page (docs/evaluate.md). Optimize-noise
 keeps a model as it is and finds start noise whose image the rewards like better (docs/noise.md). The doctor measures in about
-a minute whether a configuration can train: one line per check, exit code 1 if one fails. The benchmark times an iteration beside the same iteration with less
-sharing. Compare runs configurations × seeds on equal budgets and writes a table, curves and a page (docs/compare.md); the
-same command goes on where it stopped. The report of a run folder is written anew from what is in it, also while the run
-goes on. Export writes what was trained, a LoRA or networks, at a checkpoint (the latest, averaged if the run keeps an
-average) for diffusers and PEFT. Serve-reward answers rewards.Http with the files' reward until Ctrl-C or SIGTERM
-(docs/places.md). Rewards lists those of the package, or shows all that is known of some (docs/rewards.md).
+a minute whether a configuration can train: one line per check, exit code 1 if one fails. The benchmark times an iteration
+beside the same iteration with less sharing. Compare runs configurations × seeds on equal budgets and writes a table, curves
+and a page (docs/compare.md); the same command goes on where it stopped. The report of a run folder is written anew from what
+is in it, also while the run goes on. Export writes what was trained, a LoRA or networks, at a checkpoint (the latest,
+averaged if the run keeps an average) for diffusers and PEFT. Serve-reward answers rewards.Http with the files' reward until
+Ctrl-C or SIGTERM (docs/places.md). Rewards lists those of the package, or shows all that is known of some (docs/rewards.md).
 On several devices: accelerate launch scripts/train.py CONFIG.yaml [CONFIG.yaml ...] [key=value ...], and
 scripts/evaluate.py in the place of flowalign evaluate."""
 
@@ -76,6 +76,15 @@ def _run(command: Callable[[Sequence[str]], int], arguments: Sequence[str], *, n
             return code
 
 
+def _hide_loading_bars() -> None:
+    """Of diffusers and transformers."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+
+
 def train(arguments: Sequence[str]) -> int:
     """Trains. Exit code 0: done."""
     return _run(_train, arguments)
@@ -96,13 +105,9 @@ def evaluate(arguments: Sequence[str]) -> int:
 
 
 def _evaluate(arguments: Sequence[str]) -> int:
-    import diffusers.utils.logging
-    import transformers.utils.logging
-
     from flowalign.commands.evaluate import evaluate as run
 
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
+    _hide_loading_bars()
     run(arguments)
     return 0
 
@@ -113,13 +118,9 @@ def optimize_noise(arguments: Sequence[str]) -> int:
 
 
 def _optimize_noise(arguments: Sequence[str]) -> int:
-    import diffusers.utils.logging
-    import transformers.utils.logging
-
     from flowalign.commands.optimize_noise import optimize as run
 
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
+    _hide_loading_bars()
     run(arguments)
     return 0
 
@@ -130,14 +131,10 @@ def doctor(arguments: Sequence[str]) -> int:
 
 
 def _doctor(arguments: Sequence[str]) -> int:
-    import diffusers.utils.logging
-    import transformers.utils.logging
-
     from flowalign.config.layers import split_arguments
     from flowalign.diagnostics.doctor import diagnose
 
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
+    _hide_loading_bars()
     well = True
     for finding in diagnose(*split_arguments(arguments)):
         print(finding, flush=True)

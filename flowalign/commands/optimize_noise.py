@@ -35,7 +35,7 @@ def optimize(arguments: Sequence[str]) -> None:
         start = None if given.start is None else read_noise(given.start)
         ascent = Ascent() if given.learning_rate is None else Ascent(learning_rate=given.learning_rate)
         method = Gradient(ascent) if given.method == "gradient" else METHODS[given.method]()
-        check(records, list(rewards.items()), [(reward, 0.0) for reward in held_out], method)
+        check(records, list(rewards.items()), held_out, method)
     except (ValueError, OSError) as error:
         raise ConfigError(f"flowalign optimize-noise: {error}") from error
     device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")

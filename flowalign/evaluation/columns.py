@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flowalign.evaluation.appearance import Appearance, diversity
-from flowalign.evaluation.evaluate import EvaluationResult
+from flowalign.evaluation.evaluate import EvaluationResult, as_frame
 from flowalign.evaluation.paired_gain import paired_gain
 
 if TYPE_CHECKING:
@@ -71,11 +71,7 @@ class Evaluation:
 
     def to_pandas(self) -> pandas.DataFrame:
         """`table` as a frame. ImportError without pandas, which flowalign does not install."""
-        try:
-            import pandas
-        except ImportError as error:
-            raise ImportError("to_pandas needs pandas, which is not installed: pip install pandas") from error
-        return pandas.DataFrame(self.table())
+        return as_frame(self.table())
 
 
 def _read(result: EvaluationResult, what: str) -> list[Any]:

@@ -68,12 +68,17 @@ class EvaluationResult:
     def to_pandas(self) -> pandas.DataFrame:
         """A row per image: uid, prompt, sample (0 is a prompt's first) and a column per reward, nan = not valid. ImportError
         without pandas, which flowalign does not install."""
-        try:
-            import pandas
-        except ImportError as error:
-            raise ImportError("to_pandas needs pandas, which is not installed: pip install pandas") from error
         scores = {name: values.numpy() for name, values in self.scores.items()}
-        return pandas.DataFrame({"uid": self.uids, "prompt": self.prompts, "sample": self.samples, **scores})
+        return as_frame({"uid": self.uids, "prompt": self.prompts, "sample": self.samples, **scores})
+
+
+def as_frame(table: dict[str, Any]) -> pandas.DataFrame:
+    """The columns of a table as a frame. ImportError without pandas."""
+    try:
+        import pandas
+    except ImportError as error:
+        raise ImportError("to_pandas needs pandas, which is not installed: pip install pandas") from error
+    return pandas.DataFrame(table)
 
 
 @torch.no_grad()
@@ -105,7 +110,7 @@ def evaluate(
     records, judges = as_records(prompts), as_rewards(rewards)
     check_request(records, judges, batch_size, samples_per_prompt)
     settings = settle(
-        policy, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, size=size, schedule=schedule,
+        policy.sampling, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, size=size, schedule=schedule,
         fps=fps,
     )  # fmt: skip
     everyone = processes or Processes()

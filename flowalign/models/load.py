@@ -289,8 +289,8 @@ def load_policy(
     trained = TrainedNetworks(model.networks, has_lora=trainable == "lora", frozen=frozen, base=base)
     configs = {name: network.config for name, network in model.networks.items()}
     return PipelinePolicy(
-        model, known, trained, sampling=sampling or defaults_of(pipeline, configs), negative_prompt=negative_prompt, device=device or model.vae.device, offload=offload,
-        decode_batch=decode_batch, prompt_store=prompt_store,
+        model, known, trained, sampling=sampling or defaults_of(pipeline, configs), negative_prompt=negative_prompt,
+        device=device or model.vae.device, offload=offload, decode_batch=decode_batch, prompt_store=prompt_store,
     )  # fmt: skip
 
 

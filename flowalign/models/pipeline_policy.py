@@ -118,8 +118,9 @@ class PipelinePolicy:
         batch_size: int = 8, noise: Tensor | None = None,
     ) -> Images:  # fmt: skip
         settings = settle(
-            self, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, size=size, schedule=schedule
-        )
+            self.sampling, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, size=size,
+            schedule=schedule,
+        )  # fmt: skip
         records = as_records(prompts)
         if not records:
             raise ValueError("got no prompts; expected at least one")

@@ -21,21 +21,11 @@ Job = tuple[PromptRecord, int]  # a prompt, and the number of its sample
 
 
 def settle(
-    policy: Policy, *, num_inference_steps: int | None = None, guidance_scale: float | None = None,
+    default: Sampling | None, *, num_inference_steps: int | None = None, guidance_scale: float | None = None,
     size: Size | None = None, schedule: Schedule | None = None, fps: float | None = None,
 ) -> Sampling:  # fmt: skip
-    """What a call says, and `policy.sampling` where it says None. ValueError for what neither says, or for what cannot be."""
-    return settled(
-        policy.sampling, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, size=size,
-        schedule=schedule, fps=fps,
-    )  # fmt: skip
-
-
-def settled(
-    default: Sampling | None, *, num_inference_steps: int | None, guidance_scale: float | None, size: Size | None,
-    schedule: Schedule | None, fps: float | None,
-) -> Sampling:  # fmt: skip
-    """See `settle`; before a policy is loaded."""
+    """What a call says, and `default`, a policy's own sampling, where it says None. ValueError for what neither says, or for what
+    cannot be."""
     said: dict[str, Any] = {
         "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "size": size, "schedule": schedule,
         "fps": fps,
@@ -100,6 +90,11 @@ def sample(
     return forest.at(tree.leaves)
 
 
+def start_noise(shape: Sequence[int], seed: int, record: PromptRecord, number: int) -> Tensor:
+    """The start noise of a prompt's sample `number`, of `shape`: a function of the seed, the prompt's uid and the number alone."""
+    return normal(shape, seed, "start", "evaluate", record.uid, number)
+
+
 @torch.no_grad()
 def in_batches(
     policy: Policy,
@@ -111,8 +106,7 @@ def in_batches(
 ) -> Iterator[tuple[Sequence[Job], Tensor, Tensor]]:
     """Batch by batch the jobs, their latents [n, *] and what the policy decodes from them, [n, 3, H, W] or [n, F, 3, H, W].
 
-    The start noise of a job is a function of the seed, its prompt's uid and its number alone, or its row of `noise`
-    [len(jobs), *]; ValueError for one of another shape."""
+    The start noise of a job is `start_noise`, or its row of `noise` [len(jobs), *]; ValueError for one of another shape."""
     shape = policy.latent_shape(settings.size)
     if noise is not None and noise.shape != (len(jobs), *shape):
         raise ValueError(
@@ -122,9 +116,7 @@ def in_batches(
     for first in range(0, len(jobs), batch_size):
         batch = jobs[first : first + batch_size]
         if noise is None:
-            start = torch.stack(
-                [normal(shape, seed, "start", "evaluate", record.uid, number) for record, number in batch]
-            )
+            start = torch.stack([start_noise(shape, seed, record, number) for record, number in batch])
         else:
             start = noise[first : first + batch_size]
         conditions = policy.encode([record for record, _ in batch], negative=settings.guidance_scale != 1)

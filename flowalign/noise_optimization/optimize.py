@@ -17,13 +17,13 @@ from flowalign.data import PromptRecord, as_records
 from flowalign.evaluation.evaluate import as_rewards
 from flowalign.models import Policy, load_policy
 from flowalign.models.base import Sampling, Size
-from flowalign.models.sampling import settle
+from flowalign.models.sampling import settle, start_noise
 from flowalign.noise_optimization.ascent import SPSA, Gradient
 from flowalign.noise_optimization.objective import Method, Objective
 from flowalign.noise_optimization.result import Best, NoiseResult, joined
 from flowalign.noise_optimization.searches import BestOfN, PathSearch, PreviewSelect, ZeroOrder
 from rewards import Reward, RewardError, labels_of
-from samplers import Schedule, normal
+from samplers import Schedule
 
 # names on the command line
 METHODS: dict[str, type[Method]] = {
@@ -59,7 +59,7 @@ def optimize_noise(
     ValueError or TypeError for what cannot work, before anything is made. A prompt that never had a valid score keeps its first
     image, and its total is nan; RewardError if that is so for all."""
     records, weighted = as_records(prompts), _weighted(rewards)
-    others, method = [(reward, 0.0) for reward in as_rewards(list(held_out))], method or Gradient()
+    others, method = as_rewards(list(held_out)), method or Gradient()
     check(records, weighted, others, method)
     if steps < 1 or batch_size < 1 or (patience is not None and patience < 1):
         raise ValueError(
@@ -68,7 +68,7 @@ def optimize_noise(
     began, bar = time.monotonic(), tqdm(total=steps * len(records), unit="it", disable=not progress)
     with _as_policy(policy) as live, bar, live.checkpointed() if checkpoint else nullcontext():
         settings = settle(
-            live, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, size=size,
+            live.sampling, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, size=size,
             schedule=schedule, fps=fps,
         )  # fmt: skip
         noise, parts, scores, objectives = _start(live, records, settings, seed, start), [], [], list[Objective]()
@@ -77,7 +77,7 @@ def optimize_noise(
             conditions = live.encode(chosen, negative=settings.guidance_scale != 1)
             objective = Objective(live, chosen, conditions, settings, weighted, seed, batch_size, checkpoint)
             parts.append(_search(objective, method, noise[first : first + batch_size], steps, patience, min_gain, bar))
-            scores.append(_held_out(replace(objective, rewards=others), parts[-1]))
+            scores.append(_held_out(replace(objective, rewards=[(reward, 0.0) for reward in others]), parts[-1]))
             objectives.append(objective)
     if all(bool(best.total.isnan().all()) for best in parts):
         raise RewardError(
@@ -127,7 +127,7 @@ def _start(
     """[P, *]: the given noise, or that of the first sample of each prompt."""
     shape = policy.latent_shape(settings.size)
     if start is None:
-        return torch.stack([normal(shape, seed, "start", "evaluate", record.uid, 0) for record in records])
+        return torch.stack([start_noise(shape, seed, record, 0) for record in records])
     if start.shape != (len(records), *shape) or not bool(start.isfinite().all()):
         raise ValueError(
             f"got start noise {list(start.shape)}; expected finite numbers [{len(records)}, {', '.join(map(str, shape))}]: one "
@@ -153,13 +153,12 @@ def _weighted(rewards: Weighted) -> list[tuple[Reward, float]]:
 
 
 def check(
-    records: Sequence[PromptRecord], rewards: Sequence[tuple[Reward, float]], held_out: Sequence[tuple[Reward, float]],
-    method: Method,
+    records: Sequence[PromptRecord], rewards: Sequence[tuple[Reward, float]], held_out: Sequence[Reward], method: Method
 ) -> None:  # fmt: skip
     """ValueError for what cannot work, before a model is loaded."""
     if not records or len({record.uid for record in records}) < len(records):
         raise ValueError(f"got {len(records)} prompts; expected at least one, and none with the uid of another")
-    everything = [reward for reward, _ in (*rewards, *held_out)]
+    everything = [*(reward for reward, _ in rewards), *held_out]
     labels = [label for reward in everything for label in labels_of(reward)]
     if len(set(labels)) < len(labels) or "total" in labels or "norm" in labels:
         raise ValueError(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flowalign.models.sampling import start_noise
 from flowalign.noise_optimization.objective import Objective, Trial, best_rows
 from samplers import normal, stopped
 
@@ -43,7 +44,7 @@ class _BestOfNWalk:
         return self.objective(noise, rows.repeat_interleave(self.candidates)).trial(noise)
 
     def _noise(self, row: int, number: int) -> Tensor:
-        return self.start[row] if number == 0 else sample_noise(self.objective, row, number).to(self.start)
+        return self.start[row] if number == 0 else _sample_noise(self.objective, row, number).to(self.start)
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ class _PreviewWalk:
     def step(self, rows: Tensor) -> Trial:
         count, keep, first = self.method.candidates, self.method.keep, self.drawn == 1
         numbers = range(self.drawn, self.drawn + count)
-        noise = torch.stack([sample_noise(self.objective, row, k) for row in rows.tolist() for k in numbers])
+        noise = torch.stack([_sample_noise(self.objective, row, k) for row in rows.tolist() for k in numbers])
         noise, prompts = noise.to(self.start), rows.repeat_interleave(count)
         self.drawn += count
         states = self.objective.policy.start(noise)
@@ -192,7 +193,7 @@ class _PathWalk:
         method, objective, sigmas = self.method, self.objective, self.objective.sigmas()
         first, end = self.iteration == 0, len(sigmas) - 1
         numbers = range(1 + self.iteration * method.paths, 1 + (self.iteration + 1) * method.paths)
-        noise = torch.stack([sample_noise(objective, row, k) for row in rows.tolist() for k in numbers]).to(self.start)
+        noise = torch.stack([_sample_noise(objective, row, k) for row in rows.tolist() for k in numbers]).to(self.start)
         prompts, index = rows.repeat_interleave(method.paths), method.start
         x = objective.run(objective.policy.start(noise), prompts, sigmas[: index + 1])
         while index < end:
@@ -222,9 +223,9 @@ class _PathWalk:
         return torch.stack(draws)
 
 
-def sample_noise(objective: Objective, row: int, number: int) -> Tensor:
-    """The start noise of a prompt's sample `number`: that of `flowalign.models.sampling.in_batches`."""
-    return normal(objective.shape, objective.seed, "start", "evaluate", objective.records[row].uid, number)
+def _sample_noise(objective: Objective, row: int, number: int) -> Tensor:
+    """The start noise of a prompt's sample `number` in `flowalign.evaluate`."""
+    return start_noise(objective.shape, objective.seed, objective.records[row], number)
 
 
 def _with_each(several: Tensor, one: Tensor) -> Tensor:

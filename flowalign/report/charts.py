@@ -68,9 +68,9 @@ def curves(runs: Mapping[str, Sequence[Row]], panels: Sequence[Panel]) -> Charts
             continue
         sentences = [_constant(line) for line in lines]
         if all(sentences):
-            prefix = (lambda line: f" in {line.name},") if len(lines) > 1 else (lambda line: "")
-            said = "; ".join(f"{prefix(line)} {text}".strip() for line, text in zip(lines, sentences, strict=True))
-            found.constant.append(f"{panel.title}: {said}")
+            names = [f"in {line.name}, " if len(lines) > 1 else "" for line in lines]
+            parts = [name + sentence for name, sentence in zip(names, sentences, strict=True)]
+            found.constant.append(f"{panel.title}: {'; '.join(parts)}")
         else:
             found.drawn.append(_chart(panel, lines))
     return found

@@ -21,7 +21,7 @@ from flowalign.evaluation.parts import Column, Measurement, Missing, Store, make
 from flowalign.models import Policy, Sampling, Size
 from flowalign.models.load import rows_per_state
 from flowalign.models.lora import adapter_switches
-from flowalign.models.sampling import settled
+from flowalign.models.sampling import settle
 from flowalign.report.evaluation_files import write_evaluation
 from flowalign.run.folder import lock_folder
 from flowalign.run.held_out_rewards import trained_labels
@@ -72,7 +72,7 @@ def evaluate_columns(
         records, judges = as_records(prompts), as_rewards(rewards)
         check_request(records, judges, batch_size, samples_per_prompt)
         check_images(records)
-        settings = settled(
+        settings = settle(
             default, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, size=size,
             schedule=schedule, fps=fps,
         )  # fmt: skip
@@ -168,9 +168,7 @@ def _measure(
     make_parts(store, measurement, missing, processes, progress=progress)
 
 
-def _read(
-    store: Store, measurement: Measurement, columns: Sequence[Column], trained: frozenset[str]
-) -> Evaluation:  # fmt: skip
+def _read(store: Store, measurement: Measurement, columns: Sequence[Column], trained: frozenset[str]) -> Evaluation:
     read = {column.name: read_column(store, measurement, column.name) for column in columns}
     return Evaluation(
         {name: result for name, (result, _) in read.items()}, trained, {column.name: column.source for column in columns},

@@ -124,17 +124,13 @@ def find_places(texts: Mapping[str, str]) -> dict[str, Place]:
         raise ConfigError(
             "got base without a run; expected a run folder, whose pipeline it is, or a pipeline by its name"
         )
-    places = {name: found[name] if text != BASE else _untrained(run) for name, text in texts.items()}
-    return {name: place if run is None else _beside(place, run) for name, place in places.items()}
-
-
-def _untrained(run: Place | None) -> Place:
-    assert run is not None
-    return run.untrained
+    if run is None:
+        return found
+    return {name: run.untrained if text == BASE else _beside(found[name], run) for name, text in texts.items()}
 
 
 def _beside(place: Place, run: Place) -> Place:
-    if place.saved is not None or place.text == BASE:
+    if place.saved is not None:
         return place
     return replace(place, policy=replace(place.policy, dtype=run.policy.dtype, vae_dtype=run.policy.vae_dtype))
 

@@ -1,6 +1,5 @@
 """What a folder holds, to compare two of them."""
 
-import json
 import re
 from pathlib import Path
 
@@ -12,7 +11,6 @@ def contents(folder: Path) -> dict[str, bytes]:
         if path.is_file() and not path.name.startswith("."):
             data = path.read_bytes()
             if path.suffix == ".json":
-                json.loads(data)
                 data = re.sub(rb'"seconds": [0-9.e+-]+', b'"seconds": 0', data)
             found[str(path.relative_to(folder))] = data
     return found

@@ -5,7 +5,6 @@ import io
 import json
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +13,6 @@ import pytest
 import torch
 from PIL import Image
 
-from flowalign.evaluation.evaluate import EvaluationResult
 from flowalign.report.evaluation_page import evaluation_page, figure, verdict
 from flowalign.report.picture_urls import picture_urls
 from tests.helpers.evaluation_columns import Columns, made_up, metrics_of
@@ -24,7 +22,7 @@ HOSTILE = ("</script><script>alert(1)</script>", "\"'><img src=x onerror=alert(1
 ROWS = [{"step": step, "reward/ocr_mean": step / 9, "loss/kl": 0.0} for step in range(1, 31)]
 
 
-def page_of(columns: Mapping[str, EvaluationResult], **given: Any) -> str:
+def page_of(columns: Columns, **given: Any) -> str:
     return evaluation_page(columns, metrics_of(columns, given.pop("trained", ["ocr"])), title="try", **given)
 
 
@@ -53,7 +51,8 @@ def picture(url: str) -> Image.Image:
 def test_it_is_one_valid_file_that_loads_nothing(given: dict[str, Any]) -> None:
     columns = made_up(**given)
     rewards = list(columns["base"].scores)
-    first, again = (page_of(columns, trained=rewards[:1], runs=dict.fromkeys(columns, ROWS)) for _ in range(2))
+    metrics, runs = metrics_of(columns, rewards[:1]), dict.fromkeys(columns, ROWS)
+    first, again = (evaluation_page(columns, metrics, title="try", runs=runs) for _ in range(2))
     assert problems(first) == [] and first == again
 
 
@@ -90,21 +89,14 @@ def test_a_column_may_list_its_rewards_in_another_order() -> None:
 def test_the_tables_state_what_metrics_json_says() -> None:
     columns = made_up()
     metrics = metrics_of(columns, ["ocr"])
-    metrics["gain"]["tuned"]["ocr"] |= {
-        "gain": 0.25,
-        "ci95": [0.125, 0.375],
-        "win_rate": 0.75,
-        "wins": 20,
-        "losses": 5,
-        "ties": 4,
-    }
-    metrics["gain"]["tuned"]["jpeg"] |= {
-        "gain": -0.5,
-        "ci95": [-0.75, -0.25],
-        "win_rate": 0.1,
-        "wins": 3,
-        "losses": 27,
-        "ties": 0,
+    metrics["gain"]["tuned"] = {
+        "ocr": {"gain": 0.25, "ci95": [0.125, 0.375], "win_rate": 0.75, "wins": 20, "losses": 5, "ties": 4, "pairs": 29, "dropped": 1},
+        "jpeg": {"gain": -0.5, "ci95": [-0.75, -0.25], "win_rate": 0.1, "wins": 3, "losses": 27, "ties": 0, "pairs": 30, "dropped": 0},
+    }  # fmt: skip
+    metrics["diversity"] = {"base": {"pixels": 0.25}, "tuned": {"pixels": 1.25}}
+    metrics["monitors"] = {
+        "base": {"saturation": 0.5, "contrast": None},
+        "tuned": {"saturation": -0.5, "contrast": None},
     }
     for name, means in {"base": (0.5, 1000.0), "tuned": (0.75, None)}.items():
         metrics["mean"][name] = dict(zip(("ocr", "jpeg"), means, strict=True))
@@ -155,7 +147,7 @@ def test_without_script_the_first_prompts_are_there() -> None:
 
 
 def test_curves_of_several_runs_and_what_never_moves() -> None:
-    columns: Columns = made_up(prompts=2)
+    columns = made_up(prompts=2)
     page = page_of(columns, runs={"a": ROWS, "b": ROWS[:20]})
     assert page.count('<figure class="chart"') == 1 and page.count('class="keys"') == 1
     assert "KL loss to the reference: in a, 0 in all 30 iterations; in b, 0 in all 20 iterations" in page
