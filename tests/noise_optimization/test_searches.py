@@ -115,7 +115,7 @@ def test_a_path_depends_on_the_noise_that_it_began_with():
     def end_of(start):
         walk = search.begin(_objective(policy(4)), torch.zeros(1, 1, 1, D))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("flowalign.noise_optimization.searches.sample_noise", lambda *_: start[0])
+            patch.setattr("flowalign.noise_optimization.searches.start_noise", lambda *_: start[0])
             return walk.step(torch.arange(1)).latents[1]
 
     torch.testing.assert_close(end_of(begun) - end_of(other), left * (begun - other)[0])
