@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -52,13 +53,10 @@ class Gradient:
     iteration costs a forward and a backward of each step; the last one only looks, so 50 are 49 updates. Not kept: scaling
     against the underflow of fp16."""
 
+    needs_gradient: ClassVar[bool] = True
     ascent: Ascent = Ascent()
     last_steps: int | None = None
     detach_uncond: bool = False
-
-    @property
-    def needs_gradient(self) -> bool:
-        return True
 
     def begin(self, objective: Objective, start: Tensor) -> _GradientWalk:
         steps = objective.settings.num_inference_steps
@@ -75,6 +73,7 @@ class SPSA:
     g = mean over `directions` of (r(z + cΔ) − r(z − cΔ))/2c · Δ with keyed normal Δ and c = `scale`: the gradient of r smoothed
     by N(0, c²), in the mean. One iteration costs 1 + 2·directions samples: z itself is scored too."""
 
+    needs_gradient: ClassVar[bool] = False
     ascent: Ascent = Ascent()
     directions: int = 4
     scale: float = 0.1
@@ -82,10 +81,6 @@ class SPSA:
     def __post_init__(self) -> None:
         if self.directions < 1 or not 0 < self.scale < math.inf:
             raise ValueError(f"got {self}; expected at least one direction and a scale above 0")
-
-    @property
-    def needs_gradient(self) -> bool:
-        return False
 
     def begin(self, objective: Objective, start: Tensor) -> _SPSAWalk:
         return _SPSAWalk(self, objective, _Climb(self.ascent, start))

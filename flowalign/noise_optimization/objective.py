@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -174,8 +174,7 @@ class Walk(Protocol):
 class Method(Protocol):
     """How better noise is found. needs_gradient: of the rewards."""
 
-    @property
-    def needs_gradient(self) -> bool: ...
+    needs_gradient: ClassVar[bool]
 
     def begin(self, objective: Objective, start: Tensor) -> Walk:
         """From start noise [n, *], a row per prompt of the objective, on the network's device."""

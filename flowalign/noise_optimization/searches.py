@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,14 +18,11 @@ class BestOfN:
     """Independent noise in each iteration, `candidates` of it: N = steps · candidates in all. The i-th is the start noise of a
     prompt's i-th sample in `flowalign.evaluate`."""
 
+    needs_gradient: ClassVar[bool] = False
     candidates: int = 1
 
     def __post_init__(self) -> None:
         _at_least(1, candidates=self.candidates)
-
-    @property
-    def needs_gradient(self) -> bool:
-        return False
 
     def begin(self, objective: Objective, start: Tensor) -> _BestOfNWalk:
         return _BestOfNWalk(self.candidates, objective, start)
@@ -55,6 +53,7 @@ class ZeroOrder:
     from it. Our reading: the paper asks for a given distance and does not say how the norm is kept. One iteration costs
     `neighbors` samples; the pivot is not made again."""
 
+    needs_gradient: ClassVar[bool] = False
     neighbors: int = 4
     distance: float = 0.3
 
@@ -62,10 +61,6 @@ class ZeroOrder:
         _at_least(1, neighbors=self.neighbors)
         if not 0 < self.distance <= 1:
             raise ValueError(f"got distance={self.distance}; expected a number in (0, 1], 1 being independent noise")
-
-    @property
-    def needs_gradient(self) -> bool:
-        return False
 
     def begin(self, objective: Objective, start: Tensor) -> _ZeroOrderWalk:
         return _ZeroOrderWalk(self, objective, start.clone(), torch.full((len(start),), -torch.inf))
@@ -104,6 +99,7 @@ class PreviewSelect:
 
     Costs candidates·preview_steps + keep·steps evaluations an iteration; in the first one the start noise is made in full besides."""
 
+    needs_gradient: ClassVar[bool] = False
     candidates: int = 8
     keep: int = 2
     preview_steps: int = 1
@@ -112,10 +108,6 @@ class PreviewSelect:
         _at_least(1, candidates=self.candidates, keep=self.keep, preview_steps=self.preview_steps)
         if self.keep >= self.candidates:
             raise ValueError(f"got keep={self.keep} of {self.candidates} candidates; expected fewer: nothing is chosen")
-
-    @property
-    def needs_gradient(self) -> bool:
-        return False
 
     def begin(self, objective: Objective, start: Tensor) -> _PreviewWalk:
         if self.preview_steps >= objective.settings.num_inference_steps:
@@ -156,6 +148,7 @@ class PathSearch:
     prompt go on, until the end of the grid. The start noise itself is made by the plain sampler besides, in the first iteration.
     Not kept: the result's image is that of its path; its noise alone leads to another one."""
 
+    needs_gradient: ClassVar[bool] = False
     paths: int = 2
     children: int = 2
     start: int = 2
@@ -168,10 +161,6 @@ class PathSearch:
             raise ValueError(
                 f"got back={self.back} from start={self.start}; expected less: re-noised up to the start, nothing of a path is left"
             )
-
-    @property
-    def needs_gradient(self) -> bool:
-        return False
 
     def begin(self, objective: Objective, start: Tensor) -> _PathWalk:
         if self.start >= objective.settings.num_inference_steps:
