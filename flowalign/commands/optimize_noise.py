@@ -11,11 +11,11 @@ import torch
 
 from flowalign.config import load_reward
 from flowalign.data import PromptRecord, as_records, load_prompts
-from flowalign.errors import ConfigError
+from flowalign.errors import ConfigError, RunError
 from flowalign.noise_optimization import Ascent, Gradient, optimize_noise, read_noise
 from flowalign.noise_optimization.optimize import METHODS, check
 from flowalign.run.places import Place
-from rewards import close
+from rewards import RewardError, close
 
 OPTIONS = {
     "--prompts": str, "--count": int, "--method": str, "--steps": int, "--learning-rate": float, "--seed": int,
@@ -51,6 +51,10 @@ def optimize(arguments: Sequence[str]) -> None:
             )  # fmt: skip
         except ValueError as error:
             raise ConfigError(f"flowalign optimize-noise: {error}") from error
+        except RewardError as error:
+            raise RunError(f"{error}; nothing was saved, the same command begins anew") from error
+        except KeyboardInterrupt as error:
+            raise KeyboardInterrupt("stopped; nothing was saved, the same command begins anew") from error
     for row, prompt in enumerate(found.prompts):
         others = [f"{name} {float(a[row]):.4g} → {float(b[row]):.4g}" for name, (a, b) in found.held_out.items()]
         print(
@@ -89,6 +93,8 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
         raise ConfigError(f"got --method {given.method}; expected one of {', '.join(METHODS)}")
     if given.learning_rate is not None and given.method != "gradient":
         raise ConfigError(f"got --learning-rate with --method {given.method}; expected it with gradient alone")
+    if given.output.exists() and not given.output.is_dir():  # found out before the work, not after it
+        raise ConfigError(f"got --output {given.output}, a file; expected a folder")
     return given
 
 
@@ -97,9 +103,12 @@ def _records(given: argparse.Namespace) -> list[PromptRecord]:
     if given.prompt:
         return as_records(given.prompt)
     try:
-        return load_prompts(given.prompts)[: given.count]
+        records = load_prompts(given.prompts)
     except (ValueError, OSError) as error:
         raise ConfigError(f"--prompts: {error}") from error
+    if given.count is not None and not 1 <= given.count <= len(records):
+        raise ConfigError(f"got --count {given.count}; expected 1 to {len(records)}, the prompts of {given.prompts}")
+    return records[: given.count]
 
 
 def _weighted(given: argparse.Namespace) -> list[tuple[str, float]]:

@@ -58,8 +58,13 @@ def optimize_noise(
 
     ValueError or TypeError for what cannot work, before anything is made. A prompt that never had a valid score keeps its first
     image, and its total is nan; RewardError if that is so for all."""
+    if isinstance(method, str) or isinstance(start, str):
+        raise TypeError(
+            f"got method={method!r}, start={start!r}; expected an object such as method=fa.SPSA(), and noise such as found.noise or "
+            "flowalign.noise_optimization.read_noise(folder)"
+        )
     records, weighted = as_records(prompts), _weighted(rewards)
-    others, method = [(reward, 0.0) for reward in as_rewards(list(held_out))], method or Gradient()
+    others, method = [(reward, 0.0) for reward in as_rewards(held_out)], method or Gradient()
     check(records, weighted, others, method)
     if steps < 1 or batch_size < 1 or (patience is not None and patience < 1):
         raise ValueError(
@@ -176,7 +181,8 @@ def check(
         raise ValueError(
             f"got {', '.join(blind)}, which {'has' if len(blind) == 1 else 'have'} no gradient, with {type(method).__name__}; "
             "expected differentiable rewards, or a method that needs scores only: method=fa.SPSA(), fa.ZeroOrder(), fa.BestOfN(), "
-            "fa.PreviewSelect() or fa.PathSearch()"
+            "fa.PreviewSelect() or fa.PathSearch() (--method on the command line); a function that keeps the graph is "
+            "rewards.FunctionReward(function, differentiable=True)"
         )
 
 

@@ -186,6 +186,9 @@ def test_weights_add_up_and_zero_ones_decide_nothing():
         ({"steps": 0}, "expected at least 1 of each"),
         ({"patience": 0}, "expected at least 1 of each"),
         ({"prompts": [3]}, "expected a text"),
+        ({"method": "spsa"}, "expected an object such as method=fa.SPSA"),
+        ({"start": "kite"}, "read_noise"),
+        ({"held_out": brightness}, "put it into brackets"),
     ],
 )
 def test_what_cannot_work_is_refused_before_a_model_is_loaded(settings, match):
