@@ -33,8 +33,8 @@ def ending(error: BaseException) -> tuple[int, str] | None:
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or _is_cpu_memory(error):
         return 1, (
             f"stopped: out of memory ({str(error).splitlines()[0] if str(error) else type(error).__name__}). Lower "
-            "rollout.micro_batch, trainer.micro_batch, evaluation.batch_size or policy.decode_batch: they change memory and "
-            f"speed only. {AGAIN}"
+            "rollout.micro_batch, trainer.micro_batch, evaluation.batch_size or policy.decode_batch, or --batch-size where the command "
+            f"has it: they change memory and speed only. {AGAIN}"
         )
     if isinstance(error, OSError | SafetensorError):
         number = _number(error)

@@ -18,7 +18,7 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from flowalign.config import load_judges, load_reward
 from flowalign.data import PromptRecord, load_prompts
 from flowalign.distributed.processes import Processes
-from flowalign.errors import ConfigError
+from flowalign.errors import ConfigError, RunError
 from flowalign.evaluation.columns import metrics
 from flowalign.models import Size
 from flowalign.models.load import SHIPPED, resolve
@@ -27,7 +27,7 @@ from flowalign.run.held_out_rewards import with_trained
 from flowalign.run.launch import check_devices, check_environment
 from flowalign.run.load import Judged, read_judged
 from flowalign.run.places import BASE, Place, column_name, find_places
-from rewards import OCR, CLIPScore, Reward, close
+from rewards import OCR, CLIPScore, Reward, RewardError, close
 
 OPTIONS = {"--prompts": str, "--count": int, "--samples": int, "--seed": int, "--steps": int, "--guidance": float,
            "--size": str, "--fps": float, "--batch-size": int, "--output": str}  # fmt: skip
@@ -56,6 +56,8 @@ def evaluate(arguments: Sequence[str]) -> None:
                 guidance_scale=given.guidance, size=request.size, fps=given.fps, seed=request.seed, samples_per_prompt=request.samples,
                 batch_size=request.batch_size, device=device, processes=processes,
             )  # fmt: skip
+        except RewardError as error:
+            raise RunError(f"{error}; finished parts are in {request.output}, and the same command goes on") from error
         except KeyboardInterrupt as error:
             raise KeyboardInterrupt(
                 f"stopped; finished parts are in {request.output}, and the same command goes on"

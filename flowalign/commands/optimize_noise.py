@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,18 +12,18 @@ import torch
 
 from flowalign.config import load_reward
 from flowalign.data import PromptRecord, as_records, load_prompts
-from flowalign.errors import ConfigError
+from flowalign.errors import ConfigError, RunError
 from flowalign.noise_optimization import Ascent, Gradient, optimize_noise, read_noise
 from flowalign.noise_optimization.optimize import METHODS, check
 from flowalign.run.places import Place
-from rewards import close
+from rewards import RewardError, close
 
 OPTIONS = {
     "--prompts": str, "--count": int, "--method": str, "--steps": int, "--learning-rate": float, "--seed": int,
     "--start": Path, "--sampling-steps": int, "--guidance": float, "--patience": int, "--batch-size": int,
     "--device": str, "--output": Path,
 }  # fmt: skip
-DEFAULTS = {"method": "gradient", "steps": 50, "seed": 0, "batch_size": 4, "output": Path("runs", "noise")}
+DEFAULTS = {"method": "gradient", "steps": 50, "seed": 0, "batch_size": 4}
 
 
 def optimize(arguments: Sequence[str]) -> None:
@@ -51,6 +52,10 @@ def optimize(arguments: Sequence[str]) -> None:
             )  # fmt: skip
         except ValueError as error:
             raise ConfigError(f"flowalign optimize-noise: {error}") from error
+        except RewardError as error:
+            raise RunError(f"{error}; nothing was saved, the same command begins anew") from error
+        except KeyboardInterrupt as error:
+            raise KeyboardInterrupt("stopped; nothing was saved, the same command begins anew") from error
     for row, prompt in enumerate(found.prompts):
         others = [f"{name} {float(a[row]):.4g} → {float(b[row]):.4g}" for name, (a, b) in found.held_out.items()]
         print(
@@ -89,6 +94,17 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
         raise ConfigError(f"got --method {given.method}; expected one of {', '.join(METHODS)}")
     if given.learning_rate is not None and given.method != "gradient":
         raise ConfigError(f"got --learning-rate with --method {given.method}; expected it with gradient alone")
+    if given.output is None:
+        first = re.sub(r"[^A-Za-z0-9]+", "-", given.prompt[0] if given.prompt else Path(given.prompts).stem)
+        given.output = Path("runs", "noise", f"{first.strip('-')[:60]}-{given.seed}")
+    if (given.output.exists() and not given.output.is_dir()) or (given.output / "result.json").exists():
+        raise ConfigError(
+            f"got --output {given.output}, a file or an earlier result; expected another folder: name one"
+        )
+    try:
+        torch.device(given.device or "cpu")
+    except RuntimeError as error:
+        raise ConfigError(f"got --device {given.device}; expected cpu, cuda or cuda:N") from error
     return given
 
 
@@ -97,9 +113,12 @@ def _records(given: argparse.Namespace) -> list[PromptRecord]:
     if given.prompt:
         return as_records(given.prompt)
     try:
-        return load_prompts(given.prompts)[: given.count]
+        records = load_prompts(given.prompts)
     except (ValueError, OSError) as error:
         raise ConfigError(f"--prompts: {error}") from error
+    if given.count is not None and not 1 <= given.count <= len(records):
+        raise ConfigError(f"got --count {given.count}; expected 1 to {len(records)}, the prompts of {given.prompts}")
+    return records[: given.count]
 
 
 def _weighted(given: argparse.Namespace) -> list[tuple[str, float]]:

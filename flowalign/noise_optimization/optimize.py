@@ -35,7 +35,7 @@ Weighted = Mapping[Any, float] | Sequence[Any] | Reward | Callable[..., Any]
 
 def optimize_noise(
     policy: Policy | DiffusionPipeline | str, prompts: str | PromptRecord | Sequence[str | PromptRecord],
-    rewards: Weighted, *, steps: int = 50, method: Method | None = None, held_out: Sequence[Any] = (),
+    rewards: Weighted, *, steps: int = 50, method: Method | None = None, held_out: Sequence[Reward | Callable[..., Any] | str] = (),
     seed: int = 0, start: Tensor | None = None, num_inference_steps: int | None = None,
     guidance_scale: float | None = None, size: Size | None = None, schedule: Schedule | None = None,
     fps: float | None = None, patience: int | None = None, min_gain: float = 0.0, batch_size: int = 4,
@@ -58,8 +58,13 @@ def optimize_noise(
 
     ValueError or TypeError for what cannot work, before anything is made. A prompt that never had a valid score keeps its first
     image, and its total is nan; RewardError if that is so for all."""
+    if isinstance(method, str) or isinstance(start, str):
+        raise TypeError(
+            f"got method={method!r}, start={start!r}; expected an object such as method=fa.SPSA(), and noise such as found.noise or "
+            "flowalign.noise_optimization.read_noise(folder)"
+        )
     records, weighted = as_records(prompts), _weighted(rewards)
-    others, method = as_rewards(list(held_out)), method or Gradient()
+    others, method = as_rewards(held_out), method or Gradient()
     check(records, weighted, others, method)
     if steps < 1 or batch_size < 1 or (patience is not None and patience < 1):
         raise ValueError(
@@ -128,9 +133,9 @@ def _start(
     shape = policy.latent_shape(settings.size)
     if start is None:
         return torch.stack([start_noise(shape, seed, record, 0) for record in records])
-    if start.shape != (len(records), *shape) or not bool(start.isfinite().all()):
+    if start.shape != (len(records), *shape) or not bool(start.isfinite().all() and start.flatten(1).any(1).all()):
         raise ValueError(
-            f"got start noise {list(start.shape)}; expected finite numbers [{len(records)}, {', '.join(map(str, shape))}]: one "
+            f"got start noise {list(start.shape)}; expected finite numbers, no latent all zeros, [{len(records)}, {', '.join(map(str, shape))}]: one "
             "latent per prompt"
         )
     return start.detach().to("cpu", torch.float32)
@@ -175,7 +180,8 @@ def check(
         raise ValueError(
             f"got {', '.join(blind)}, which {'has' if len(blind) == 1 else 'have'} no gradient, with {type(method).__name__}; "
             "expected differentiable rewards, or a method that needs scores only: method=fa.SPSA(), fa.ZeroOrder(), fa.BestOfN(), "
-            "fa.PreviewSelect() or fa.PathSearch()"
+            "fa.PreviewSelect() or fa.PathSearch() (--method on the command line); a function that keeps the graph is "
+            "rewards.FunctionReward(function, differentiable=True)"
         )
 
 

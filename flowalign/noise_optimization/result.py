@@ -58,9 +58,12 @@ class NoiseResult:
 
     def save(self, folder: str | Path) -> Path:
         """Writes image.png (each prompt's own if there are several: image-0.png, …), first.png likewise, noise.safetensors (`read_noise` reads
-        it), result.json (prompts, totals, history, settings) and progress.png (`plot`) into `folder`, and returns it."""
+        it), result.json (prompts, totals, history, settings) and progress.png (`plot`) into `folder`, and returns it;
+        a result that lies there is replaced."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        for stale in (*folder.glob("image*.*"), *folder.glob("first*.*")):
+            stale.unlink()
         suffix = "png" if self.images.pixels.ndim == 4 else "webp"
         for number in range(len(self.prompts)):
             mark = f"-{number}" if len(self.prompts) > 1 else ""

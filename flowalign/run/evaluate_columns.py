@@ -244,7 +244,7 @@ def _forecast(measurement: Measurement, columns: Sequence[Column], missing: Miss
     evaluations = sum(made[column.name] * steps * column.rows for column in columns)
     there = images - sum(made.values())
     return (
-        f"{len(columns)} models × {prompts} prompts × {samples} samples = {images:,} images"
+        f"{len(columns)} model{'s' * (len(columns) > 1)} × {prompts} prompts × {samples} samples = {images:,} images"
         + (f", {there:,} of them are there" if there else "")
         + f"; {evaluations:,} network evaluations to do ({steps} steps)"
     )

@@ -11,6 +11,7 @@ from flowalign.noise_optimization import read_noise
 
 PROMPT = 'the word "KITE" in red on a yellow background'
 CLIP = "configs/rewards/clip_glyphs.yaml"
+PROMPTS = "flowalign.glyphs:held_out_prompts"
 
 
 def test_it_writes_the_images_that_it_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -26,6 +27,7 @@ def test_it_writes_the_images_that_it_found(tmp_path: Path, capsys: pytest.Captu
     again = json.loads((tmp_path / "b" / "result.json").read_text())
     assert again["first_total"][0] == pytest.approx(found["total"][0], abs=1e-5)
     assert read_noise(tmp_path / "b").shape == (1, 3, 24, 48)
+    assert cli.optimize_noise([*arguments, str(tmp_path / "a")]) == 2 and "an earlier result" in capsys.readouterr().err
 
 
 def test_a_run_is_a_model_and_prompts_may_come_from_a_file(finished_run: Path, tmp_path: Path) -> None:
@@ -55,6 +57,9 @@ def test_a_run_is_a_model_and_prompts_may_come_from_a_file(finished_run: Path, t
             ["glyphs-1step", PROMPT, "--rewards", CLIP, "--learning-rate", "2", "--method", "spsa"],
             "with gradient alone",
         ),
+        (["glyphs-1step", "--prompts", CLIP, "--rewards", CLIP, "--output", CLIP], "expected another folder"),
+        (["glyphs-1step", "--prompts", PROMPTS, "--count", "-1", "--rewards", CLIP], "got --count -1; expected 1 to"),
+        (["glyphs-1step", PROMPT, "--rewards", CLIP, "--device", "banana"], "expected cpu, cuda or cuda:N"),
         (["glyphs-1step", PROMPT, "--rewards", CLIP, "--start", "nowhere"], "expected the folder of a saved result"),
         (["glyphs-1step", PROMPT, "--rewards", CLIP, "--stesp", "2"], "got --stesp 2"),
         (["glyphs-1step", PROMPT, "--rewards", CLIP, "--steps", "0"], "expected at least 1 of each"),
@@ -64,3 +69,15 @@ def test_a_run_is_a_model_and_prompts_may_come_from_a_file(finished_run: Path, t
 def test_what_cannot_be_is_refused(arguments: list[str], match: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.optimize_noise(arguments) == 2
     assert match in capsys.readouterr().err
+
+
+def test_a_reward_that_fails_is_a_sentence_that_promises_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("fails.py").write_text("def boom(images, prompts):\n    raise RuntimeError('no')\n")
+    arguments = ["glyphs-1step", PROMPT, "--rewards", "./fails.py:boom", "--method", "best-of-n", "--steps", "1"]
+    assert cli.optimize_noise(arguments) == 1
+    said = capsys.readouterr().err
+    assert "RuntimeError: no; nothing was saved" in said and "checkpoint" not in said
+    assert not Path("runs").exists()

@@ -155,6 +155,10 @@ def test_what_is_saved_can_be_read(policy, tmp_path):
     assert content["total"] == pytest.approx(found.total.tolist())
     assert [len(content["history"][name]) for name in ("total", "contrast", "norm")] == [3, 3, 3]
     assert torch.equal(read_noise(folder), found.noise)
+    again = optimize_noise(policy, PROMPTS[0], contrast(), steps=2, method=FAST, progress=False)
+    again.save(folder)  # in the place of the former one
+    assert sorted(path.name for path in folder.glob("*.png")) == ["first.png", "image.png", "progress.png"]
+    assert torch.equal(read_noise(folder), again.noise)
     with pytest.raises(FileNotFoundError, match="expected the folder of a saved result"):
         read_noise(tmp_path)
     assert repr(found).startswith("NoiseResult of 2 prompts: mean total ") and len(repr(found.images)) < 200
@@ -186,6 +190,9 @@ def test_weights_add_up_and_zero_ones_decide_nothing():
         ({"steps": 0}, "expected at least 1 of each"),
         ({"patience": 0}, "expected at least 1 of each"),
         ({"prompts": [3]}, "expected a text"),
+        ({"method": "spsa"}, "expected an object such as method=fa.SPSA"),
+        ({"start": "kite"}, "read_noise"),
+        ({"held_out": brightness}, "put it into brackets"),
     ],
 )
 def test_what_cannot_work_is_refused_before_a_model_is_loaded(settings, match):
@@ -195,8 +202,13 @@ def test_what_cannot_work_is_refused_before_a_model_is_loaded(settings, match):
 
 
 def test_start_noise_of_another_shape_is_refused():
-    with pytest.raises(ValueError, match=r"got start noise \[1, 1, 1, 5\]; expected finite numbers \[1, 1, 1, 4\]"):
-        optimize_noise(LinearPolicy(torch.eye(4)), "a", Nearness(torch.ones(4)), start=torch.zeros(1, 1, 1, 5))
+    with pytest.raises(
+        ValueError,
+        match=r"got start noise \[1, 1, 1, 5\]; expected finite numbers, no latent all zeros, \[1, 1, 1, 4\]",
+    ):
+        optimize_noise(LinearPolicy(torch.eye(4)), "a", Nearness(torch.ones(4)), start=torch.ones(1, 1, 1, 5))
+    with pytest.raises(ValueError, match="no latent all zeros"):  # no direction in which its norm could grow
+        optimize_noise(LinearPolicy(torch.eye(4)), "a", Nearness(torch.ones(4)), start=torch.zeros(1, 1, 1, 4))
 
 
 def test_a_mix_is_one_reward_and_channels_add_up(policy):
