@@ -99,6 +99,13 @@ class Place:
             check_schedule(settings.schedule, settings.num_inference_steps, path_of(path, family))
         except (ValueError, OSError) as error:
             raise ConfigError(f"{self.text}: {error}") from error
+        own = shipped_sampling(resolve(path))
+        levels = (settings.num_inference_steps, settings.schedule)
+        if own is not None and own.schedule is not None and (own.num_inference_steps, own.schedule) != levels:
+            raise ConfigError(
+                f"got {self.text} in {levels[0]} steps on {levels[1] or 'the grid of its family'}; expected {own.num_inference_steps} on "
+                f"{own.schedule}, which alone it was trained on: name it first, or evaluate it by itself"
+            )
 
     def load(self, settings: Sampling | None, device: str | torch.device) -> Policy:
         """The policy with its weights. CheckpointError for a damaged checkpoint, ConfigError for a pipeline that cannot be

@@ -152,6 +152,17 @@ def test_an_interrupted_evaluation_goes_on_without_making_a_part_again(
     assert sum(made) == 12
 
 
+def test_a_generator_of_few_steps_is_refused_on_other_levels() -> None:
+    """Columns are made alike, as the first one samples: the others may not know those levels."""
+    columns = {"base": "glyphs", "few": "glyphs-4step"}
+    with pytest.raises(
+        ConfigError, match=r"got glyphs-4step in 6 steps on the grid.*expected 4 on PlainShift\(k=3\.0\)"
+    ):
+        fa.evaluate_columns(columns, PROMPTS[:2], [darkness], **QUIET)
+    alike = fa.evaluate_columns({"few": "glyphs-4step", "base": "glyphs"}, PROMPTS[:2], [darkness], **QUIET)
+    assert {result.num_inference_steps for result in alike.columns.values()} == {4}
+
+
 def test_two_processes_make_every_part_once(
     finished_run: Path, tmp_path: Path, made: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
