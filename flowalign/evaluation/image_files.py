@@ -5,9 +5,9 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
-from PIL import Image
 from torch import Tensor
 
+from flowalign.models.images import picture
 from flowalign.storage.files import write_atomic
 
 
@@ -19,7 +19,7 @@ def image_path(folder: Path, uid: int, sample: int, *, video: bool) -> Path:
 def write_image(path: Path, pixels: Tensor, fps: float | None) -> None:
     """uint8 [3, H, W] as a PNG, or [F, 3, H, W] as an animated WebP of `fps` frames per second, written atomically."""
     videos = pixels[None] if pixels.ndim == 3 else pixels
-    first, *others = (Image.fromarray(frame.permute(1, 2, 0).contiguous().numpy()) for frame in videos)
+    first, *others = map(picture, videos)
     buffer = io.BytesIO()
     if pixels.ndim == 3:
         first.save(buffer, "PNG")

@@ -92,6 +92,12 @@ def _bootstrap_means(sums: np.ndarray, counts: np.ndarray, seed: int, resamples:
     return np.concatenate(means)
 
 
+def direction(interval: Sequence[float]) -> str:
+    """In words, of a gain's interval (low, high)."""
+    low, high = interval
+    return "better" if low > 0 else "worse" if high < 0 else "no clear change"
+
+
 def paired_gains(base: EvaluationResult, tuned: EvaluationResult) -> dict[str, PairedGain]:
     """The gain per reward. ValueError unless both saw the same prompts, samples, seed and rewards."""
     for what, ours, other in (

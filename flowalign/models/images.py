@@ -62,7 +62,7 @@ class Images:
     @property
     def pil(self) -> list[Image.Image]:
         """A picture per image; of videos one per frame, video after video."""
-        return [_picture(pixels) for pixels in self.pixels.flatten(0, -4)]
+        return [picture(pixels) for pixels in self.pixels.flatten(0, -4)]
 
     def save(self, path: str | Path) -> Path:
         """Writes one file and returns its path: an image at its own size, several side by side in rows.
@@ -91,9 +91,7 @@ class Images:
         """All side by side: one picture, of videos one per frame."""
         frames = self.pixels.transpose(0, 1) if self.pixels.ndim == 5 else self.pixels[None]
         columns = math.ceil(math.sqrt(len(self)))
-        return [
-            _picture(make_grid(frame, columns, GAP, pad_value=1) if len(self) > 1 else frame[0]) for frame in frames
-        ]
+        return [picture(make_grid(frame, columns, GAP, pad_value=1) if len(self) > 1 else frame[0]) for frame in frames]
 
     def _repr_png_(self) -> bytes:
         """What a notebook shows: all, of videos the first frames; small ones enlarged by a whole factor, each pixel a square."""
@@ -104,6 +102,8 @@ class Images:
         return file.getvalue()
 
 
-def _picture(pixels: Tensor) -> Image.Image:
-    """Of [3, H, W] in [0, 1]."""
-    return Image.fromarray((pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy())
+def picture(pixels: Tensor) -> Image.Image:
+    """[3, H, W], uint8 or in [0, 1]."""
+    if pixels.dtype != torch.uint8:
+        pixels = (pixels.float().clamp(0, 1) * 255).round().to(torch.uint8)
+    return Image.fromarray(pixels.detach().cpu().permute(1, 2, 0).contiguous().numpy())

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flowalign.evaluation.evaluate import EvaluationResult
+from flowalign.evaluation.paired_gain import direction
 from flowalign.report.charts import curves
 from flowalign.report.page import template
 from flowalign.report.panels import health_panels, reward_panels
@@ -161,8 +162,7 @@ def verdict(gain: Mapping[str, Any]) -> str:
     """Of a gain of metrics.json, by its interval."""
     if gain["ci95"] is None:
         return "too few prompts to say" if gain["pairs"] else "no valid pair"
-    low, high = gain["ci95"]
-    return "better" if low > 0 else "worse" if high < 0 else "no clear change"
+    return direction(gain["ci95"])
 
 
 def _summary(metrics: Mapping[str, Any]) -> list[str]:

@@ -21,6 +21,7 @@ from torch import Tensor
 from flowalign.evaluation.chosen_pairs import chosen_pairs
 from flowalign.evaluation.columns import Evaluation
 from flowalign.evaluation.evaluate import EvaluationResult
+from flowalign.models.images import picture
 from flowalign.storage.files import read_json, reading, write_atomic
 
 GAP, LINE, WIDTH = 12, 17, 1240  # pixels between cells, of a line of text, and of a grid unless one prompt needs more
@@ -109,7 +110,7 @@ def columns_grid(evaluation: Evaluation, path: Path, *, each: int = 2) -> Path:
     they are above (green) or below (red) those of the first column."""
     rows, columns = _grid_rows(evaluation, each), list(evaluation.columns.values())
     first, font = columns[0], _font()
-    tiles = [[_tile(result.first_frames[row].float() / 255) for result in columns] for _, row in rows]
+    tiles = [[_tile(result.first_frames[row]) for result in columns] for _, row in rows]
     longest = max(font.getlength(f"{reward} −0.0001 −0.0001") for reward in evaluation.rewards)
     width, height = max(tiles[0][0].width, math.ceil(longest)), tiles[0][0].height
     block = len(columns) * (width + GAP) + GAP  # a prompt; as many beside each other as fit into WIDTH
@@ -122,10 +123,10 @@ def columns_grid(evaluation: Evaluation, path: Path, *, each: int = 2) -> Path:
     for place, ((_, row), title, pictures) in enumerate(zip(rows, titles, tiles, strict=True)):
         x, y = place % beside * block + GAP, place // beside * line + GAP
         draw.multiline_text((x, y), "\n".join(title), fill=FAINT, font=font, spacing=3)
-        for name, picture, result in zip(evaluation.columns, pictures, columns, strict=True):
+        for name, tile, result in zip(evaluation.columns, pictures, columns, strict=True):
             draw.text((x, y + head - LINE), name, fill=TEXT, font=font)
-            canvas.paste(picture, (x, y + head + 3))
-            draw.rectangle((x - 1, y + head + 2, x + picture.width, y + head + 3 + height), outline=FRAME)
+            canvas.paste(tile, (x, y + head + 3))
+            draw.rectangle((x - 1, y + head + 2, x + tile.width, y + head + 3 + height), outline=FRAME)
             _draw_scores(draw, (x, y + head + height + 6), font, result, first, row)
             x += width + GAP
     write_atomic(path, _png(canvas))
@@ -168,8 +169,7 @@ def _font() -> ImageFont.FreeTypeFont:
 
 
 def _tile(image: Tensor) -> Image.Image:
-    pixels = (image.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
-    tile = Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+    tile = picture(image)
     longer = max(tile.size)
     if longer > 512:
         return tile.reduce(math.ceil(longer / 512))

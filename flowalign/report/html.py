@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from flowalign.evaluation.paired_gain import direction
 from flowalign.report.charts import curves, number
 from flowalign.report.doubts import doubts
 from flowalign.report.grids import Pair, by_number, newest_pairs
@@ -111,7 +112,7 @@ def _results(rewards: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
             "tuned": number(rewards["tuned"][name]),
             "gain": number(rewards["gain"][name], "+"),
             "interval": f"{number(interval[0], '+')} to {number(interval[1], '+')}" if interval else "–",
-            "verdict": _verdict(interval) if interval else "",
+            "verdict": direction(interval) if interval else "",
             "pairs": " / ".join(str(rewards[count][name]) for count in ("wins", "losses", "ties")),
         }
         for name, interval in rewards["gain_ci95"].items()
@@ -123,11 +124,6 @@ def _groups(pairs: Sequence[Pair]) -> dict[str, list[Pair]]:
     return {
         name: [pair for pair in pairs if pair.group == name] for name in dict.fromkeys(pair.group for pair in pairs)
     }
-
-
-def _verdict(interval: Sequence[float]) -> str:
-    low, high = interval
-    return "better" if low > 0 else "worse" if high < 0 else "no clear change"
 
 
 def _facts(summary: dict[str, Any], rows: Sequence[Row]) -> list[tuple[str, str]]:

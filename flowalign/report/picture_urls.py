@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from flowalign.models.images import picture
 from flowalign.report.page import data_url
 
 BUDGET = 14 * 2**20  # characters of all images of a page
@@ -85,5 +86,5 @@ def _clip(frames: Tensor, factor: int, fps: float) -> str:
 
 
 def _picture(image: Tensor, factor: int) -> Image.Image:
-    picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-    return picture.reduce(factor) if factor > 1 else picture
+    whole = picture(image)
+    return whole.reduce(factor) if factor > 1 else whole
