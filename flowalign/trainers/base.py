@@ -75,13 +75,15 @@ class Update:
 class UpdateForecast:
     """Of one iteration: how many updates, how many states with forward and backward, and how many more network rows
     without gradient (roles, rescoring). Once, in `prepare`: states evaluated before the first iteration, and images that
-    are decoded and scored there."""
+    are decoded and scored there. rolled: network rows of its rollouts, where they are not those of the plan (an offline
+    trainer has none); None: the plan's."""
 
     updates: int
     trained: int
     frozen: int = 0
     before: int = 0
     before_scored: int = 0
+    rolled: int | None = None
 
 
 class Batch(Protocol):
