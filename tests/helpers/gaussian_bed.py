@@ -70,9 +70,7 @@ class Gaussian:
     def posterior(self, x: float, sigma: float) -> Gaussian:
         """x0 | x."""
         gain = (1 - sigma) * self.variance / self.spread(sigma)
-        return Gaussian(
-            self.mean + gain * (x - (1 - sigma) * self.mean), self.variance * sigma**2 / self.spread(sigma)
-        )
+        return Gaussian(self.mean + gain * (x - (1 - sigma) * self.mean), self.variance * sigma**2 / self.spread(sigma))
 
 
 def compared(advantage: Advantage, scores: Tensor) -> Tensor:
@@ -219,7 +217,10 @@ def shift_stop(
 
     def gradient(theta: float) -> float:
         found = Predictions(
-            exact + theta, dict.fromkeys(("reference", "old"), exact), target, torch.full((2 * count,), sigma, dtype=F64)
+            exact + theta,
+            dict.fromkeys(("reference", "old"), exact),
+            target,
+            torch.full((2 * count,), sigma, dtype=F64),
         )
         total = 0.0
         for advantage, probability in outcomes(x0):

@@ -338,4 +338,3 @@ def test_the_loss_of_a_pair_begins_at_ln_2_with_half_of_its_gradient() -> None:
     torch.testing.assert_close(objective.coefficients(found, drawn.ids.advantage, coupling).c, drawn.ids.advantage / 2)
     values = torch.linspace(-0.02, 0.03, 16, dtype=F64)
     torch.testing.assert_close(objective.couple(values + 7.0, drawn.ids), objective.couple(values, drawn.ids))
-
