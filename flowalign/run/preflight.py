@@ -33,7 +33,7 @@ def forecast(config: TrainConfig) -> str:
     rolled = rollout.groups * (cost.rollout + sum(cost_of_completions(tree, each)[1] for each in set(steps)))
     update = config.trainer.forecast(rollout)
     sample, train, frozen, before = (guided * rows for rows in (rolled, update.trained, update.frozen, update.before))
-    notes = _notes(config, cost, samples, probes)
+    notes = [*update.notes, *_notes(config, cost, samples, probes)]
     if steps:
         states = sum(cost_of_completions(tree, each)[0] for each in steps)
         notes.append(

@@ -75,13 +75,14 @@ class Update:
 class UpdateForecast:
     """Of one iteration: how many updates, how many states with forward and backward, and how many more network rows
     without gradient (roles, rescoring). Once, in `prepare`: states evaluated before the first iteration, and images that
-    are decoded and scored there."""
+    are decoded and scored there. notes: further lines of the forecast, on what a user may not expect."""
 
     updates: int
     trained: int
     frozen: int = 0
     before: int = 0
     before_scored: int = 0
+    notes: tuple[str, ...] = ()
 
 
 class Batch(Protocol):
