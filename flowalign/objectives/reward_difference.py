@@ -37,7 +37,7 @@ def pairs_of(rewards: Tensor, valid: Tensor, group: Tensor) -> Pairs:
     gap = rewards[:, None] - rewards[None]
     better, worse = ((gap > 0) & (group[:, None] == group[None])).nonzero().unbind(1)
     count = group[better].bincount(minlength=int(group.max()) + 1)
-    return Pairs(better, worse, gap[better, worse], 1.0 / (count[group[better]] * len(count)))
+    return Pairs(better, worse, gap[better, worse], 1.0 / (count.double()[group[better]] * len(count)))
 
 
 def pair_errors(rewarded: Tensor, pairs: Pairs, beta: float) -> Tensor:

@@ -59,6 +59,8 @@ class PairRegression:
         tree, beta, used = self.steps.forest.tree, self.beta, self.pairs.samples
         start, group = tree.root[tree.leaves], tree.group[tree.leaves]
         apart = self.pairs.weight[start[self.pairs.better] != start[self.pairs.worse]].sum()
+        if not len(used):
+            return None
         if not float(apart):
             return 0.0
         values = self.rewards.double() / beta - self.implicit(self.steps.rolled)

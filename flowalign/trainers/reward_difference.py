@@ -125,19 +125,13 @@ class RewardDifference:
             )
 
     def forecast(self, rollout: Rollout) -> UpdateForecast:
-        cost, later = (
-            rollout.plan.forecast(rollout.num_inference_steps, rollout.group_size),
-            self.updates_per_rollout - 1,
-        )
-        every = rollout.groups * cost.train
-        part = every if self.steps_per_update is None else rollout.groups * self.steps_per_update * cost.leaves
-        without_graph = 1 + later + (later > 0 and self.anchor == "rescore")  # the reference, first passes, the anchor
-        return UpdateForecast(
-            self.updates_per_rollout,
-            self.updates_per_rollout * min(part, every),
-            without_graph * every,
-            notes=_notes(rollout),
-        )
+        cost = rollout.plan.forecast(rollout.num_inference_steps, rollout.group_size)
+        count, every, chosen = self.updates_per_rollout, cost.train, cost.train
+        if self.steps_per_update is not None:
+            chosen = min(chosen, self.steps_per_update * cost.leaves)
+        passes = count + (count > 1 and self.anchor == "rescore")  # the reference, later first passes, the anchor
+        groups = rollout.groups
+        return UpdateForecast(count, groups * count * chosen, groups * passes * every, notes=_notes(rollout))
 
     def prepare(self, task: Task, state: dict[str, Any] | None) -> None:
         self.task = task

@@ -131,7 +131,9 @@ class UpdateEngine:
         for name in dict.fromkeys(roles):  # every process in the same order, also those without a state of this role
             wanted = torch.tensor([roles[row] == name for row in own.tolist()], dtype=torch.bool)
             for part in own[wanted].split(self.task.rollout.micro_batch) if bool(wanted.any()) else ():
-                values[(part - share.start).to(values.device)] = self.velocity(states.at(part), name).to(values)
+                found = self.velocity(states.at(part), name)
+                values = values.to(torch.promote_types(values.dtype, found.dtype))  # of a float64 policy on fp32 states
+                values[(part - share.start).to(values.device)] = found.to(values)
         rows = processes.total(self.task.policy.evaluations - before)
         return processes.gather(values), rows / self.images
 
