@@ -55,7 +55,7 @@ class Gaussian:
         """[N] log_prob(x_next) − other.log_prob(x_next), `other` being the same step under another velocity.
 
         ⟨Δμ·(x' − μ_other) − Δμ²/2⟩/std² with Δμ = μ − μ_other (constants "none": times 2·std²), reduced like log_prob: the
-        normalizer cancels, and what two densities of order 1 would lose in fp32 is kept. Exactly 0 for equal means.
+        normalizer cancels, so in fp32 only the rounding of the means is left. Exactly 0 for equal means.
         ValueError for another std, and for full constants where std is 0."""
         self._check_same_step(other)
         check_same_shape("x_next", x_next, self.mean)

@@ -224,7 +224,9 @@ def test_one_update_per_rollout_is_reinforce_with_the_kl_in_its_reward(plan) -> 
 def test_two_passes_have_the_gradient_of_one_graph(plan, over_steps: str) -> None:
     """In micro-batches of five states, also where clipping acts: the second update is away from the rollout."""
     move = torch.linspace(0.3, -0.2, 10)
-    policy, trainer = made(plan, group_size=9, micro_batch=5, clip_range=0.02, over_steps=over_steps, updates_per_rollout=2)
+    policy, trainer = made(
+        plan, group_size=9, micro_batch=5, clip_range=0.02, over_steps=over_steps, updates_per_rollout=2
+    )
     policy.set(torch.linspace(-0.4, 0.3, 10))
     batch = collected(trainer)
     first, second = gradients(trainer, batch, move)
@@ -333,7 +335,7 @@ def test_a_drift_beyond_a_tenth_of_the_clip_range_stops_where_it_would_act() -> 
         forest = replace(batch.forest, velocities={"old": moved})
         return metrics_of(trainer, replace(batch, forest=forest))
 
-    with pytest.raises(RunError, match="a tenth of the clip range.*anchor=rescore"):
+    with pytest.raises(RunError, match=r"a tenth of the clip range.*anchor=rescore"):
         drifted(clip_range=1e-5, updates_per_rollout=2, anchor="stored")
     assert drifted(clip_range=1e-5, updates_per_rollout=2)["ratio/clip_fraction"] == 0
     assert 1e-6 < drifted(clip_range=1e-5)["ratio/drift_max"] < 1e-3
@@ -467,13 +469,18 @@ def test_it_costs_what_is_forecast(pipeline: Path, overrides: list[str], trained
     """trained, frozen: network rows of the updates over the states with a stochastic step."""
     bed = Bed.of(pipeline, LAYERS, *overrides, "rollout.group_size=6", "trainer.clip_range=1e3")
     rollout = bed.task.rollout
-    group, update = rollout.plan.forecast(rollout.num_inference_steps, rollout.group_size), bed.trainer.forecast(rollout)
+    group, update = (
+        rollout.plan.forecast(rollout.num_inference_steps, rollout.group_size),
+        bed.trainer.forecast(rollout),
+    )
     states = rollout.groups * group.train
     assert (update.trained, update.frozen) == (trained * states, frozen * states)
     found = bed.iteration(0)
     assert found.evaluations == rollout.groups * group.rollout + update.trained + update.frozen
     assert len(found.updates) == update.updates
-    frozen_rows = found.batch.metrics["cost/frozen_per_image"] + sum(row["cost/frozen_per_image"] for row in found.updates)
+    frozen_rows = found.batch.metrics["cost/frozen_per_image"] + sum(
+        row["cost/frozen_per_image"] for row in found.updates
+    )
     trained_rows = sum(row["cost/trained_per_image"] for row in found.updates)
     assert frozen_rows * found.batch.images == pytest.approx(update.frozen)
     assert trained_rows * found.batch.images == pytest.approx(update.trained)
@@ -489,14 +496,22 @@ def test_the_layer_runs_with_ddim(tiny_sd15_pipeline: Path) -> None:
 
 def test_several_processes_do_what_one_does(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two, and one for each of four prompts; a second update that clips; three of nine steps."""
-    overrides = ("rollout.group_size=5", "trainer.updates_per_rollout=2", "trainer.steps_per_update=3", "trainer.micro_batch=7")
+    overrides = (
+        "rollout.group_size=5",
+        "trainer.updates_per_rollout=2",
+        "trainer.steps_per_update=3",
+        "trainer.micro_batch=7",
+    )
     beds = [Bed.of(pipeline, LAYERS, *overrides) for _ in range(7)]
 
     def work(processes) -> tuple[list[Tensor], list[dict[str, float]]]:
         bed = beds.pop()
         task = replace(bed.task, processes=processes)
         bed.trainer.prepare(task, None)
-        batch, parameters = bed.trainer.collect(list(task.prompts)[:4], 0), [p for _, p in bed.policy.trainable_parameters()]
+        batch, parameters = (
+            bed.trainer.collect(list(task.prompts)[:4], 0),
+            [p for _, p in bed.policy.trainable_parameters()],
+        )
         found, told = [], []
         for update in bed.trainer.updates(batch):
             for micro_batch in update.micro_batches:
