@@ -487,6 +487,16 @@ def test_it_costs_what_is_forecast(pipeline: Path, overrides: list[str], trained
     assert all(row["norm"] > 0 for row in found.updates)
 
 
+def test_the_layer_costs_what_its_page_says(tiny_pipeline: Path) -> None:
+    """On Glyphs, eight prompts: 73 evaluations, 65 states with backward and 65 of the reference, 8 images each."""
+    files = [*LAYERS, "configs/models/glyphs.yaml", "configs/rewards/ocr_glyphs.yaml"]
+    config, _ = load_config(files, [f"policy.path={tiny_pipeline}"])
+    cost = config.rollout.plan.forecast(10, 8)
+    assert (cost.rollout, cost.train, cost.edges, cost.leaves) == (73, 65, 72, 8)
+    update = config.trainer.forecast(config.rollout)
+    assert (update.updates, update.trained, update.frozen, update.notes) == (1, 8 * 65, 8 * 65, ())
+
+
 def test_the_layer_runs_with_ddim(tiny_sd15_pipeline: Path) -> None:
     """Stable Diffusion's kernel over the method's: the layers load together."""
     files = [*LAYERS, "configs/models/sd15.yaml", "configs/rewards/jpeg.yaml"]
