@@ -2,17 +2,29 @@
 are made of (signal, update_engine, edge_update, pair_regression, trajectories, drift, trained_steps, dry_run, calibration). A method
 is a configuration of one of them."""
 
-from flowalign.trainers.base import AdamWConfig, Batch, Setup, Trainer, Update, UpdateForecast
+from flowalign.trainers.base import (
+    AdamWConfig,
+    Batch,
+    EdgeTrainer,
+    EndpointDraws,
+    Inspection,
+    Replayed,
+    Setup,
+    Trainer,
+    Update,
+    UpdateForecast,
+)
 from flowalign.trainers.calibration import Calibration, GainBalance
 from flowalign.trainers.forward_process import ForwardProcess
-from flowalign.trainers.policy_gradient import PolicyGradient, as_policy_gradient, uncalibrated
+from flowalign.trainers.policy_gradient import PolicyGradient
+from flowalign.trainers.pulls import Pulls
 from flowalign.trainers.reward_difference import RewardDifference
 from flowalign.trainers.samples import FromRollout, Places, Samples, SampleSource
 from flowalign.trainers.signal import Signal
 from flowalign.trainers.update_engine import Measures, Part, States, TrainedRole, UpdateEngine
 
 __all__ = [
-    "AdamWConfig", "Batch", "Calibration", "ForwardProcess", "FromRollout", "GainBalance", "Measures", "Part", "Places", "PolicyGradient",
-    "RewardDifference", "SampleSource", "Samples", "Setup", "Signal", "States",
-    "TrainedRole", "Trainer", "Update", "UpdateEngine", "UpdateForecast", "as_policy_gradient", "uncalibrated",
+    "AdamWConfig", "Batch", "Calibration", "EdgeTrainer", "EndpointDraws", "ForwardProcess", "FromRollout", "GainBalance", "Inspection",
+    "Measures", "Part", "Places", "PolicyGradient", "Pulls", "Replayed", "RewardDifference", "SampleSource", "Samples", "Setup", "Signal",
+    "States", "TrainedRole", "Trainer", "Update", "UpdateEngine", "UpdateForecast",
 ]  # fmt: skip

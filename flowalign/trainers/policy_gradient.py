@@ -13,17 +13,20 @@ from torch import Tensor
 from flowalign.advantage import SignalContext
 from flowalign.data import PromptRecord
 from flowalign.models.roles import Role
-from flowalign.objectives import DynamicClip, Objective, Regularizer, StepWeight, Supervision, Uniform
+from flowalign.objectives import DynamicClip, Objective, Regularizer, StepWeight, Supervision, Transitions, Uniform
 from flowalign.rollouts.collect import ScoredRollout, collect
 from flowalign.rollouts.task import Rollout, Task
-from flowalign.trainers.base import AdamWConfig, Setup, Trainer, Update, UpdateForecast
+from flowalign.selectors import Selector
+from flowalign.trainers.base import AdamWConfig, Inspection, Setup, Update, UpdateForecast
 from flowalign.trainers.calibration import Calibration, leveled
+from flowalign.trainers.drift import velocity_unit
 from flowalign.trainers.dry_run import dry_run
 from flowalign.trainers.edge_update import EdgeUpdate, states_of
+from flowalign.trainers.pulls import Pulls, pulls_of_edges
 from flowalign.trainers.signal import EdgeSignal, Signal
 from flowalign.trainers.trained_steps import check_guidance, check_previews, check_trained_steps
 from flowalign.trainers.update_engine import TrainedRole, UpdateEngine
-from samplers import Forest
+from samplers import Forest, Step
 
 
 @dataclass
@@ -153,7 +156,10 @@ class PolicyGradient:
         states = rollout.groups * cost.train
         rescored = states - states // share if self.anchor == "rescore" else 0
         before, scored = (0, 0) if self.calibration is None else self.calibration.forecast(rollout)
-        return UpdateForecast(share, states, len(self.roles()) * states + rescored, before, scored)
+        inspection = Inspection(replay=self, edges=self, pulls=self.pulls)
+        return UpdateForecast(
+            share, states, len(self.roles()) * states + rescored, before, scored, inspection=inspection
+        )
 
     def prepare(self, task: Task, state: dict[str, Any] | None) -> None:
         if state is None:
@@ -219,13 +225,29 @@ class PolicyGradient:
             forest, total = forest.with_velocities(role, nodes, velocities), total + rows
         return forest, total
 
+    # ------------------------------------------------------------------------------------------ inspection
 
-def as_policy_gradient(trainer: Trainer) -> PolicyGradient | None:
-    """`trainer` if it is a policy gradient, which alone has a replay and siblings to merge; else None."""
-    return trainer if isinstance(trainer, PolicyGradient) else None
+    def drift_limit(self, step: Step, arrived: Tensor) -> Tensor:
+        """An update that takes its ratio against the rollout's log-probs must not act on the drift, another only stops where it
+        is no rounding."""
+        if self.anchor != "stored":
+            return self.max_drift * velocity_unit(step)
+        if self.dynamic_clip is not None:
+            return torch.full((len(arrived),), self.dynamic_clip.low)
+        return self.objective.drift_limit(Transitions(step, arrived))
 
+    def allowing(self, drift: float, limit: float) -> str:
+        if self.anchor != "stored":
+            least = self.max_drift * drift / limit
+            return f"which would stop at trainer.max_drift: set it to at least {least:.1e}"
+        key = "objective.clip_range to" if self.objective.has_clip_range else "objective.max_kl so that the limit is"
+        key = key if self.dynamic_clip is None else "dynamic_clip.low to"
+        return f"which would stop at the clip range {limit:.1e}: set {key} at least {drift:.1e}"
 
-def uncalibrated(trainer: Trainer) -> Trainer:
-    """`trainer` without what it measures before training: enough for a few iterations that are not a run."""
-    gradient = as_policy_gradient(trainer)
-    return trainer if gradient is None else replace(gradient, calibration=None)
+    def narrowed(self, narrow: Callable[[Selector], Selector]) -> PolicyGradient:
+        """Without supervision, which is no sum over steps."""
+        signal = replace(self.signal, select=narrow(self.signal.select))
+        return replace(self, signal=signal, supervision={}, updates_per_rollout=1)
+
+    def pulls(self, batch: ScoredRollout) -> Pulls:
+        return pulls_of_edges(batch.forest, self.objective, self.step_weight, self._active)

@@ -16,7 +16,6 @@ from flowalign.config.settings import RunSettings
 from flowalign.data import load_prompts
 from flowalign.errors import ConfigError
 from flowalign.objectives import Transitions
-from flowalign.trainers.policy_gradient import as_policy_gradient
 from rewards import RewardBatch, score
 from samplers import FlowSDE
 from tests.helpers.method_layers import BY_REWARD_GRADIENT, METHODS, ON_GLYPHS, class_of, reward_of
@@ -228,7 +227,7 @@ def test_the_clip_range_of_flow_grpo_is_scaled_by_the_size_of_the_latents(
     config, _ = load("glyphs", files("flow_grpo", "glyphs", "ocr_glyphs"), tiny)
     states = torch.zeros(1, elements)
     step = FlowSDE(0.7)(states, states, 0.5, 0.4)
-    limit = as_policy_gradient(config.trainer).objective.drift_limit(Transitions(step, states))
+    limit = config.trainer.objective.drift_limit(Transitions(step, states))
     assert float(limit) == pytest.approx(clip_range, rel=0.02)
 
 
