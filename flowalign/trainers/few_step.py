@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from flowalign.advantage import Advantage, Normalized, SignalContext
+from flowalign.advantage import Normalized, SignalContext
 from flowalign.data import PromptRecord
 from flowalign.models.base import Conditions
 from flowalign.models.roles import Role
@@ -17,10 +17,12 @@ from flowalign.rollouts.collect import ScoredRollout, collect
 from flowalign.rollouts.rolling import grow
 from flowalign.rollouts.task import Rollout, Task
 from flowalign.trainers.base import AdamWConfig, Setup, Update, UpdateForecast
-from flowalign.trainers.few_step_updates import Directions, FewStepUpdates, Surrogate, Trajectories
-from flowalign.trainers.sample_advantages import check_samples, sample_advantages
+from flowalign.trainers.few_step_updates import Directions, FewStepUpdates, Surrogate
+from flowalign.trainers.samples import Places
+from flowalign.trainers.signal import Signal
+from flowalign.trainers.trajectories import Trajectories
 from flowalign.trainers.update_engine import TrainedRole, UpdateEngine
-from samplers import ShiftedUniform, TransitionContext, rollout, unscored
+from samplers import ShiftedUniform, TransitionContext, generator, rollout, unscored
 
 TRAINED = ("policy", "fake", "surrogate")
 
@@ -48,7 +50,7 @@ class FewStep:
     Not kept: the importance weights of TDM's demo; the dynamic reference that the paper describes (its code has the frozen
     one); a surrogate of another architecture."""
 
-    advantage: Advantage = field(default_factory=lambda: Normalized(within="prompt", std="batch"))
+    signal: Signal = field(default_factory=lambda: Signal(Normalized(within="prompt", std="batch")))
     surrogate: Surrogate = field(default_factory=Surrogate)
     directions: Directions = field(default_factory=Directions)
     teacher: str = "reference"
@@ -95,7 +97,6 @@ class FewStep:
 
     def check(self, setup: Setup) -> None:
         settings = setup.rollout
-        check_samples(self.advantage, setup)
         if self.boundaries > settings.num_inference_steps:
             raise ValueError(
                 f"got trainer.boundaries={self.boundaries} for {settings.num_inference_steps} steps; expected at most one for each"
@@ -116,8 +117,21 @@ class FewStep:
                 f"got rollout.kernel={settings.kernel} on {type(setup.path).__name__}; expected Euler's steps of a rectified flow, from "
                 "which a state's prediction is read: take samplers.ODE and a flow model"
             )
+        self._dry_run(setup)
         lowest = max(self.surrogate.min_sigma, self.directions.min_sigma)
         ShiftedUniform(lowest, self.shift, self.margin)
+
+    def _dry_run(self, setup: Setup) -> None:
+        """ValueError if the signal compares no two samples, or does not fit the channels."""
+        places = Places.of(grow(setup.rollout, 0, 0, range(min(2, setup.rollout.groups))))
+        scores = torch.from_numpy(generator(0, "data", "dry_run").random((len(places), len(setup.channels))))
+        valid = torch.ones_like(scores, dtype=torch.bool)
+        found = self.signal.edges(places.one_step_each(), scores, valid, setup.channels, SignalContext())
+        if not bool(found.chosen.any()):
+            raise ValueError(
+                f"nothing would be learned from the reward: trainer.signal={self.signal} compares no two samples of "
+                f"rollout.group_size={setup.rollout.group_size}; take groups of at least 2, Normalized(within=prompt) and AllEdges"
+            )
 
     def forecast(self, rollout: Rollout) -> UpdateForecast:
         """Rows of a sample and step, "F" without gradient. fake: teacher F. surrogate: teacher, its average and the gate's
@@ -148,12 +162,14 @@ class FewStep:
 
     def updates(self, batch: ScoredRollout) -> Iterable[Update]:
         context = SignalContext(self.task.seed, batch.iteration, batch.uids, self._memory)
-        advantages = sample_advantages(self.advantage, batch, context)
-        batch.metrics["group/zero_std_ratio"] = advantages.zero_std_ratio
+        places = Places.of(batch.forest.tree)
+        found = self.signal.edges(places.one_step_each(), batch.scores, batch.valid, batch.channels, context)
+        batch.metrics["group/zero_std_ratio"] = found.advantages.zero_std_ratio
+        advantages = found.advantages.values.sum(1) * found.chosen
         engine = UpdateEngine(self.task, batch.conditions, batch.images)
         trajectories = Trajectories.of(batch, self.task.seed, self.task.policy.path, self.shift, self.margin)
         update = FewStepUpdates(
-            engine, trajectories, advantages.values.sum(1), self._real, self.surrogate, self.directions,
+            engine, trajectories, advantages, self._real, self.surrogate, self.directions,
             trajectories.random_steps(self.boundaries), self.fake_kl, self.micro_batch,
         )  # fmt: skip
         for number in range(self.fake_updates):
