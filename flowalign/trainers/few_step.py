@@ -140,7 +140,11 @@ class FewStep:
         rewarded = rollout.groups * rollout.group_size * min(self.boundaries, self.directions.steps)
         updates = self.fake_updates + self.surrogate_updates + 1
         frozen = states * (self.fake_updates + 3 * self.surrogate_updates + 3) + 3 * rewarded
-        return UpdateForecast(updates, states * updates, frozen)
+        note = (
+            f"a generator of {rollout.num_inference_steps} steps is evaluated as it is rolled out only with "
+            f"evaluation.num_inference_steps={rollout.num_inference_steps}, evaluation.guidance_scale=1 and the schedule of the rollout"
+        )
+        return UpdateForecast(updates, states * updates, frozen, notes=(note,))
 
     def prepare(self, task: Task, state: dict[str, Any] | None) -> None:
         state = state or {"memory": {}, **dict.fromkeys(TRAINED, 0)}
