@@ -1,6 +1,5 @@
-"""Trainers. base: the contract; one file per kind of trainer (policy_gradient, forward_process, reward_difference), and what they
-are made of (signal, update_engine, edge_update, pair_regression, trajectories, drift, trained_steps, dry_run, calibration). A method
-is a configuration of one of them."""
+"""Trainers. base: the contract; one file per kind of trainer (policy_gradient, forward_process, reward_difference, few_step), and
+what they are made of. A method is a configuration of one of them."""
 
 from flowalign.trainers.base import (
     AdamWConfig,
@@ -15,6 +14,8 @@ from flowalign.trainers.base import (
     UpdateForecast,
 )
 from flowalign.trainers.calibration import Calibration, GainBalance
+from flowalign.trainers.few_step import FewStep
+from flowalign.trainers.few_step_updates import Directions, Surrogate
 from flowalign.trainers.forward_process import ForwardProcess
 from flowalign.trainers.policy_gradient import PolicyGradient
 from flowalign.trainers.pulls import Pulls
@@ -24,7 +25,8 @@ from flowalign.trainers.signal import Signal
 from flowalign.trainers.update_engine import Measures, Part, States, TrainedRole, UpdateEngine
 
 __all__ = [
-    "AdamWConfig", "Batch", "Calibration", "EdgeTrainer", "EndpointDraws", "ForwardProcess", "FromRollout", "GainBalance", "Inspection",
-    "Measures", "Part", "Places", "PolicyGradient", "Pulls", "Replayed", "RewardDifference", "SampleSource", "Samples", "Setup", "Signal",
-    "States", "TrainedRole", "Trainer", "Update", "UpdateEngine", "UpdateForecast",
+    "AdamWConfig", "Batch", "Calibration", "Directions", "EdgeTrainer", "EndpointDraws", "FewStep", "ForwardProcess",
+    "FromRollout", "GainBalance", "Inspection", "Measures", "Part", "Places", "PolicyGradient", "Pulls", "Replayed",
+    "RewardDifference", "SampleSource", "Samples", "Setup", "Signal", "States", "Surrogate", "TrainedRole", "Trainer",
+    "Update", "UpdateEngine", "UpdateForecast",
 ]  # fmt: skip
