@@ -32,8 +32,12 @@ def forecast(config: TrainConfig) -> str:
     steps = [spec.completion_steps for spec in specs if spec.scope == "completion"]
     rolled = rollout.groups * (cost.rollout + sum(cost_of_completions(tree, each)[1] for each in set(steps)))
     update = config.trainer.forecast(rollout)
+    rolled = rolled if update.rolled is None else update.rolled
     sample, train, frozen, before = (guided * rows for rows in (rolled, update.trained, update.frozen, update.before))
     notes = _notes(config, cost, samples, probes)
+    for verb, count in (("decoded", update.decodes), ("given to the reward", update.scores)):
+        if count is not None and count != images:
+            notes.append(f"images {verb}: at most {count / images:.2f} per image")
     if steps:
         states = sum(cost_of_completions(tree, each)[0] for each in steps)
         notes.append(

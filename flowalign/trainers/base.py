@@ -14,6 +14,7 @@ from torch.nn import Parameter
 from flowalign.data import PromptRecord
 from flowalign.models.roles import Role
 from flowalign.rollouts.task import Rollout, Task
+from rewards import RewardSpec
 from samplers import Path
 
 
@@ -75,13 +76,17 @@ class Update:
 class UpdateForecast:
     """Of one iteration: how many updates, how many states with forward and backward, and how many more network rows
     without gradient (roles, rescoring). Once, in `prepare`: states evaluated before the first iteration, and images that
-    are decoded and scored there."""
+    are decoded and scored there. rolled, decodes, scores: states of the rollout without gradient, images that are decoded
+    and those given to the reward, where the update itself samples; None: those of rollout.plan."""
 
     updates: int
     trained: int
     frozen: int = 0
     before: int = 0
     before_scored: int = 0
+    rolled: int | None = None
+    decodes: int | None = None
+    scores: int | None = None
 
 
 class Batch(Protocol):
@@ -107,13 +112,15 @@ class Setup:
     """What a trainer may know before a model is loaded.
 
     rollout: with its kernel bound to `path`, the noising law of the policy. channels: of the reward. roles: those that
-    the configuration gives the policy (policy.roles), by name. state_channels: of the process rewards, in Forest.scores."""
+    the configuration gives the policy (policy.roles), by name. state_channels: of the process rewards, in Forest.scores.
+    reward: what the reward says of itself."""
 
     rollout: Rollout
     path: Path
     channels: tuple[str, ...]
     roles: Mapping[str, Role] = field(default_factory=dict)
     state_channels: tuple[str, ...] = ()
+    reward: RewardSpec = field(default_factory=RewardSpec)
 
 
 class Trainer(Protocol):
