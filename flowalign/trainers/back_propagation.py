@@ -129,10 +129,10 @@ class BackPropagation:
     def forecast(self, rollout: Rollout) -> UpdateForecast:
         """At most: a random truncation may cost less."""
         passes, samples = self.truncation.passes(rollout.num_inference_steps), rollout.groups * rollout.group_size
-        return UpdateForecast(
-            1, samples * passes.graph, samples * passes.graph * len(self._active), rolled=samples * passes.without,
-            decodes=samples * passes.decodes, scores=samples * passes.scores,
-        )  # fmt: skip
+        more = [("decoded", passes.decodes), ("given to the reward", passes.scores)]
+        notes = tuple(f"images {verb}: {count} per sample" for verb, count in more if count != 1)
+        trained, rolled = samples * passes.graph, samples * passes.without
+        return UpdateForecast(1, trained, trained * len(self._active), notes=notes, rolled=rolled)
 
     def prepare(self, task: Task, state: dict[str, Any] | None) -> None:
         self.task = task

@@ -76,17 +76,18 @@ class Update:
 class UpdateForecast:
     """Of one iteration: how many updates, how many states with forward and backward, and how many more network rows
     without gradient (roles, rescoring). Once, in `prepare`: states evaluated before the first iteration, and images that
-    are decoded and scored there. rolled, decodes, scores: states of the rollout without gradient, images that are decoded
-    and those given to the reward, where the update itself samples; None: those of rollout.plan."""
+    are decoded and scored there. guidance_scale: of the updates; None: that of the rollout. notes: what a user should know
+    before the run, such as a regression without a minimum, a line each. rolled: states of the rollout without gradient,
+    where the update itself samples; None: those of rollout.plan."""
 
     updates: int
     trained: int
     frozen: int = 0
     before: int = 0
     before_scored: int = 0
+    guidance_scale: float | None = None
+    notes: tuple[str, ...] = ()
     rolled: int | None = None
-    decodes: int | None = None
-    scores: int | None = None
 
 
 class Batch(Protocol):
