@@ -11,30 +11,28 @@ from flowalign.truncations.base import Chains, Outcome, Passes
 
 @dataclass(frozen=True)
 class OneStep:
-    """ReFL (2304.05977): x̂0 predicted at one random step k, uniform on low..high−1; only that step carries gradient.
+    """ReFL (2304.05977): x̂0 predicted at one random step k, uniform in the last `share` of the grid; only that step carries
+    gradient.
 
-    ∂x̂0/∂v_k = −σ_k. One graph, and the steps after k are not computed. ImageReward's code: 30..39 of 40. Negative numbers
-    count from the end, None is T: OneStep(-10, None) are the last ten. Not kept: the step's own effect on what follows; the
-    reward sees a prediction, which is blurred where σ_k is large."""
+    ∂x̂0/∂v_k = −σ_k. One graph, and the steps after k are not computed. share: of ImageReward's code, steps 30 to 39 of 40; it
+    is rounded to whole steps, at least one. Not kept: the step's own effect on what follows; the reward sees a prediction, which
+    is blurred where σ_k is large."""
 
-    low: int = -10
-    high: int | None = None
+    share: float = 0.25
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise ValueError(f"got {self}; expected a share of the steps in (0, 1]")
 
     def passes(self, steps: int) -> Passes:
-        return Passes(self._range(steps)[1] - 1, 1)
+        return Passes(steps - 1, 1)
 
-    def _range(self, steps: int) -> tuple[int, int]:
-        low = self.low + steps * (self.low < 0)
-        high = steps if self.high is None else self.high + steps * (self.high < 0)
-        if not 0 <= low < high <= steps:
-            raise ValueError(
-                f"got {self} with rollout.num_inference_steps={steps}; expected low < high inside 0..{steps}, negative numbers "
-                "from the end: change them, or take more steps"
-            )
-        return low, high
+    def stop(self, rng: np.random.Generator, steps: int) -> int:
+        """k, of a chain of `steps`."""
+        return _late(rng, steps, self.share)
 
     def run(self, chains: Chains, rng: np.random.Generator) -> Outcome:
-        stop = int(rng.integers(*self._range(chains.steps)))
+        stop = self.stop(rng, chains.steps)
         x, visits = chains.whole([stop], stop=stop)
         return Outcome((x,), visits)
 
@@ -45,8 +43,7 @@ class EquallySpaced:
     stops early, at a step k uniform in the last `stopping` of the grid, where the reward sees x̂0.
 
     ∂x̂0/∂v_j = −Δ_j of an active step, −σ_k if the stop is one of them. `count` graphs. The start of the spacing is uniform,
-    the stride ⌊(k+1)/count⌋; if k+1 < count, all steps are active. Numbers of the code of FlowBP (2606.11075), since the
-    paper's were not at hand. Not kept: how a step changes what later steps see."""
+    the stride ⌊(k+1)/count⌋; if k+1 < count, all steps are active. Both numbers are those of FlowBP's code (2606.11075). Not kept: how a step changes what later steps see."""
 
     count: int = 3
     stopping: float = 0.4
@@ -61,7 +58,7 @@ class EquallySpaced:
 
     def steps(self, rng: np.random.Generator, steps: int) -> tuple[list[int], int]:
         """(the active steps, the stop) of a chain of `steps`."""
-        stop = steps - int(rng.integers(1, max(1, round(self.stopping * steps)) + 1))
+        stop = _late(rng, steps, self.stopping)
         count = min(self.count, stop + 1)
         stride = (stop + 1) // count
         start = int(rng.integers(0, stop - (count - 1) * stride + 1))
@@ -71,3 +68,8 @@ class EquallySpaced:
         active, stop = self.steps(rng, chains.steps)
         x, visits = chains.whole(active, cut=range(stop + 1), stop=stop)
         return Outcome((x,), visits)
+
+
+def _late(rng: np.random.Generator, steps: int, share: float) -> int:
+    """One of the last `share` of the steps, of which there is at least one."""
+    return steps - int(rng.integers(1, max(1, round(share * steps)) + 1))
