@@ -88,10 +88,11 @@ class RewardUpdate:
         """The velocities [n, *], and the network rows that count."""
         policy = self.engine.task.policy
         before = policy.evaluations
-        v = self.engine.velocity(states, role)
-        if part.number in self.done:
-            policy.evaluations = before
-        return v, policy.evaluations - before
+        try:
+            return self.engine.velocity(states, role), policy.evaluations - before
+        finally:  # torch leaves a recomputation by an exception, once it has what it needs
+            if part.number in self.done:
+                policy.evaluations = before
 
     def _chains(self, part: Part, measures: Measures) -> Chains:
         """The chains of a micro-batch."""
