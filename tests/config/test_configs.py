@@ -30,7 +30,7 @@ FEW_STEPS = {
 }  # fmt: skip
 KL_OF_FLOWS = {"flow_grpo", "flow_grpo_fast", "densegrpo", "preview_select"}  # form exact_times_h is that of an SDE
 # (method, model) -> what is said of those that never go together
-REFUSED: dict[tuple[str, str], str] = {}
+REFUSED: dict[tuple[str, str], str] = {("srpo", "sd15"): "expected a rectified flow"}
 # (method, model) of other trainers -> {override: what is said without it}, in the order in which they are refused
 NEEDED: dict[tuple[str, str], dict[str, str]] = {}
 
