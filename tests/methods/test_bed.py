@@ -38,7 +38,10 @@ ITERATIONS: dict[str, tuple[int, int]] = {}
 # Weights move though all samples are equally good: method -> why.
 MOVED_BY_OTHER_THAN_REWARD: dict[str, str] = {}
 # An iteration of other trainers costs what is forecast, or less: method -> what is random in it.
-CHEAPER_AT_TIMES: dict[str, str] = {"refl": "the step at which the chain stops", "drtune": "the step at which the chain stops"}
+CHEAPER_AT_TIMES: dict[str, str] = {
+    **dict.fromkeys(("refl", "drtune"), "the step at which the chain stops"),
+    **dict.fromkeys(("raft", "raft_offline"), "a group whose best is hardly better than its mean trains no sample"),
+}
 BASE = 0.321  # reward without training; it is between 0 and 1
 
 

@@ -141,7 +141,9 @@ def same(one: Tensor, other: Tensor) -> None:
     torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-6)
 
 
-VELOCITY = "trainer.regularizers.kl={class_path: flowalign.objectives.KLPenalty, init_args: {beta: 0.3, form: velocity}}"
+VELOCITY = (
+    "trainer.regularizers.kl={class_path: flowalign.objectives.KLPenalty, init_args: {beta: 0.3, form: velocity}}"
+)
 
 
 @pytest.mark.parametrize("method", ["draft", "draft_lv", "drtune", "leaps", "srpo"])
@@ -284,7 +286,9 @@ def test_through_decoder_and_lora_checkpointing_gives_the_same_gradient(tiny_pip
     for name, parameter in policy.trainable_parameters():
         if "lora_B" in name:
             parameter.data.normal_(std=0.05)
-    settings = Rollout(Deterministic(), ODE(), groups=2, group_size=1, num_inference_steps=3, guidance_scale=2.0, detach_uncond=True)
+    settings = Rollout(
+        Deterministic(), ODE(), groups=2, group_size=1, num_inference_steps=3, guidance_scale=2.0, detach_uncond=True
+    )
     task = Task(policy, Bright(), settings, 0, Size(24, 48))
     found = []
     for checkpointed in (False, True):
