@@ -47,6 +47,8 @@ KINDS = (  # where it stands in a configuration, the package and the contract of
     ("trainer.law", "samplers", "SigmaLaw"),
     ("trainer.source", "flowalign.trainers", "SampleSource"),
     ("trainer.step_weight", "flowalign.objectives", "StepWeight"),
+    ("trainer.truncation", "flowalign.truncations", "Truncation"),
+    ("trainer.loss", "flowalign.objectives", "RewardLoss"),
     ("trainer.regularizers.<name>", "flowalign.objectives", "Regularizer"),
     ("trainer.supervision.<name>", "flowalign.objectives", "Supervision"),
     ("reward, evaluation.rewards, process_rewards", "rewards", "Reward"),

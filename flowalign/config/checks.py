@@ -76,7 +76,8 @@ def check(config: TrainConfig) -> None:
     state_channels = _check_rewards(config)
     if bound.reward_guidance is not None:
         bound.reward_guidance.check(grow(bound, 0, 0, [0]), bound.kernel, path, config.process_rewards)
-    config.trainer.check(Setup(bound, path, channels_of(config.reward), policy.roles, state_channels))
+    setup = Setup(bound, path, channels_of(config.reward), policy.roles, state_channels, spec_of(config.reward))
+    config.trainer.check(setup)
     if policy.trainable == "lora":
         check_lora_folders(policy.path, policy.lora, config.roles, policy.family)
     elif policy.dtype != "fp32":

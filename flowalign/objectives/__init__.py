@@ -8,6 +8,7 @@ from flowalign.objectives.guidance_distillation import GuidanceDistillation
 from flowalign.objectives.kl import KLPenalty, Regularizer, RoleSteps
 from flowalign.objectives.layer_tuning import LayerTuning, Supervision, Targets
 from flowalign.objectives.norm_guard import NormGuard
+from flowalign.objectives.reward_losses import Hinge, Negative, RewardLoss
 from flowalign.objectives.states import (
     NFT,
     AdvantageWeighted,
@@ -32,7 +33,7 @@ from flowalign.objectives.transitions import ClippedRatio, Guard, KLMask, Object
 
 __all__ = [
     "ClippedRatio", "DynamicClip", "Guard", "KLMask", "Objective", "Transitions", "KLPenalty", "NormGuard", "Regularizer", "RoleSteps",
-    "GuidanceDistillation", "LayerTuning", "Supervision", "Targets",
+    "GuidanceDistillation", "LayerTuning", "Supervision", "Targets", "Hinge", "Negative", "RewardLoss",
     "Agreement", "Certainty", "FlatGradient", "InverseLength", "LongCat", "MeanOne", "StdOverMean", "StepWeight", "Uniform", "without_states",
     "NFT", "AdvantageWeighted", "CenteredReward", "Coefficients", "DrawIds", "GroupPreference", "Predictions", "StateObjective",
     "Anchor", "VelocityAnchor", "scalar_adjoint",

@@ -1,6 +1,7 @@
-"""Trainers. base: the contract; one file per kind of trainer (policy_gradient, forward_process, reward_difference, few_step), and
-what they are made of. A method is a configuration of one of them."""
+"""Trainers. base: the contract; one file per kind of trainer (policy_gradient, forward_process, reward_difference,
+back_propagation, few_step), and what they are made of. A method is a configuration of one of them."""
 
+from flowalign.trainers.back_propagation import BackPropagation
 from flowalign.trainers.base import (
     AdamWConfig,
     Batch,
@@ -25,8 +26,8 @@ from flowalign.trainers.signal import Signal
 from flowalign.trainers.update_engine import Measures, Part, States, TrainedRole, UpdateEngine
 
 __all__ = [
-    "AdamWConfig", "Batch", "Calibration", "Directions", "EdgeTrainer", "EndpointDraws", "FewStep", "ForwardProcess",
-    "FromRollout", "GainBalance", "Inspection", "Measures", "Part", "Places", "PolicyGradient", "Pulls", "Replayed",
-    "RewardDifference", "SampleSource", "Samples", "Setup", "Signal", "States", "Surrogate", "TrainedRole", "Trainer",
-    "Update", "UpdateEngine", "UpdateForecast",
+    "AdamWConfig", "BackPropagation", "Batch", "Calibration", "Directions", "EdgeTrainer", "EndpointDraws", "FewStep",
+    "ForwardProcess", "FromRollout", "GainBalance", "Inspection", "Measures", "Part", "Places", "PolicyGradient",
+    "Pulls", "Replayed", "RewardDifference", "SampleSource", "Samples", "Setup", "Signal", "States", "Surrogate",
+    "TrainedRole", "Trainer", "Update", "UpdateEngine", "UpdateForecast",
 ]  # fmt: skip

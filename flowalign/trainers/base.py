@@ -18,6 +18,7 @@ from flowalign.rollouts.task import Rollout, Task
 from flowalign.selectors import Selector
 from flowalign.trainers.pulls import Pulls
 from flowalign.trainers.signal import EdgeSignal
+from rewards import RewardSpec
 from samplers import Forest, Path, Step
 
 
@@ -117,13 +118,15 @@ class Setup:
     """What a trainer may know before a model is loaded.
 
     rollout: with its kernel bound to `path`, the noising law of the policy. channels: of the reward. roles: those that
-    the configuration gives the policy (policy.roles), by name. state_channels: of the process rewards, in Forest.scores."""
+    the configuration gives the policy (policy.roles), by name. state_channels: of the process rewards, in Forest.scores.
+    reward: what the reward says of itself."""
 
     rollout: Rollout
     path: Path
     channels: tuple[str, ...]
     roles: Mapping[str, Role] = field(default_factory=dict)
     state_channels: tuple[str, ...] = ()
+    reward: RewardSpec = field(default_factory=RewardSpec)
 
 
 class Trainer(Protocol):

@@ -72,15 +72,26 @@ class TrainedRole:
 
 @dataclass(eq=False)
 class Measures:
-    """What the micro-batches of one update measured: tensors by name, in the order of the calls. Reading is collective."""
+    """What the micro-batches of one update measured: tensors by name, in the order of the calls. Reading is collective.
+
+    counted: network rows by what they were for, "trained" those of a forward and a backward; what a backward computes again
+    is not counted."""
 
     processes: Processes
     values: dict[str, list[Tensor]] = field(default_factory=dict)
+    counted: dict[str, int] = field(default_factory=lambda: {"trained": 0})
 
     def add(self, **values: Tensor) -> None:
         """Rows [n], or a number; without a graph."""
         for name, value in values.items():
             self.values.setdefault(name, []).append(value.detach())
+
+    def count(self, **rows: int) -> None:
+        """Network rows that a loss spent on something else than a forward and a backward of the trained role: they are in
+        cost/<name>_per_image, and not in cost/trained_per_image. Every process counts the same names."""
+        for name, count in rows.items():
+            self.counted[name] = self.counted.get(name, 0) + count
+            self.counted["trained"] -= count
 
     def rows(self, name: str) -> Tensor:
         """All rows of all processes, float64."""
@@ -200,16 +211,19 @@ class UpdateEngine:
         nothing. It must not call `frozen` or `scalars`, which wait for all processes. metrics(measures): once the step is
         taken; not asked where there was nothing to train. An update is made and stepped before the next one is made: it sets
         the learning rate."""
-        policy, measures = self.task.policy, Measures(self.task.processes)
+        measures = Measures(self.task.processes)
         learning_rate = trained.config.lr_at(trained.updates)
         for group in trained.optimizer.param_groups:
             group["lr"] = learning_rate
-        began, before = time.perf_counter(), policy.evaluations
+        began = time.perf_counter()
 
         def after() -> dict[str, float]:
             measured = {
                 "time/update": time.perf_counter() - began,
-                "cost/trained_per_image": self.task.processes.total(policy.evaluations - before) / self.images,
+                **{
+                    f"cost/{name}_per_image": self.task.processes.total(rows) / self.images
+                    for name, rows in measures.counted.items()
+                },
                 "optim/lr" if trained.role == "policy" else f"optim/{trained.role}_lr": learning_rate,
             }
             if not parts:
@@ -217,5 +231,12 @@ class UpdateEngine:
             trained.updates += 1
             return measured | metrics(measures)
 
-        losses = [partial(loss, part, measures) for part in parts]
+        losses = [partial(self._counted, loss, part, measures) for part in parts]
         return Update(trained.optimizer, trained.config.max_grad_norm, losses, after, trained.role)
+
+    def _counted(self, loss: Loss, part: Part, measures: Measures) -> Tensor:
+        """The loss, its network rows counted."""
+        before = self.task.policy.evaluations
+        value = loss(part, measures)
+        measures.counted["trained"] += self.task.policy.evaluations - before
+        return value

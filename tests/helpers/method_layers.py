@@ -24,7 +24,9 @@ OTHERS = [method for method in METHODS if method not in POLICY_GRADIENTS]
 
 # Methods that train by the gradient of the reward, and the layer of configs/rewards that they take on Glyphs: rewards
 # without a gradient, OCR among them, are refused.
-BY_REWARD_GRADIENT: dict[str, str] = {}
+BY_REWARD_GRADIENT: dict[str, str] = dict.fromkeys(
+    ("refl", "draft", "draft_k", "draft_lv", "alignprop", "drtune", "srpo"), "clip_glyphs"
+)
 # Overrides that a method needs on Glyphs beside its layers, such as the folder of a teacher.
 ON_GLYPHS: dict[str, tuple[str, ...]] = {}
 
