@@ -1,12 +1,23 @@
 """Objectives: pure functions of tensors. Losses of transitions and of states, step weights, KL penalties."""
 
 from flowalign.objectives.adjoint import scalar_adjoint
+from flowalign.objectives.anchors import Anchor, VelocityAnchor
 from flowalign.objectives.certainty import Agreement, Certainty
 from flowalign.objectives.dynamic_clip import DynamicClip
 from flowalign.objectives.guidance_distillation import GuidanceDistillation
 from flowalign.objectives.kl import KLPenalty, Regularizer, RoleSteps
 from flowalign.objectives.layer_tuning import LayerTuning, Supervision, Targets
 from flowalign.objectives.norm_guard import NormGuard
+from flowalign.objectives.states import (
+    NFT,
+    AdvantageWeighted,
+    CenteredReward,
+    Coefficients,
+    DrawIds,
+    GroupPreference,
+    Predictions,
+    StateObjective,
+)
 from flowalign.objectives.step_weights import (
     FlatGradient,
     InverseLength,
@@ -23,5 +34,6 @@ __all__ = [
     "ClippedRatio", "DynamicClip", "Guard", "KLMask", "Objective", "Transitions", "KLPenalty", "NormGuard", "Regularizer", "RoleSteps",
     "GuidanceDistillation", "LayerTuning", "Supervision", "Targets",
     "Agreement", "Certainty", "FlatGradient", "InverseLength", "LongCat", "MeanOne", "StdOverMean", "StepWeight", "Uniform", "without_states",
-    "scalar_adjoint",
+    "NFT", "AdvantageWeighted", "CenteredReward", "Coefficients", "DrawIds", "GroupPreference", "Predictions", "StateObjective",
+    "Anchor", "VelocityAnchor", "scalar_adjoint",
 ]  # fmt: skip

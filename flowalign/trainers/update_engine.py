@@ -98,19 +98,22 @@ Metrics = Callable[[Measures], dict[str, float]]
 
 @dataclass(frozen=True, eq=False)
 class UpdateEngine:
-    """The engine of one batch: its conditions (rows of `States.rows`) and how many samples it has, which costs refer to."""
+    """The engine of one batch: its conditions (rows of `States.rows`) and how many samples it has, which costs refer to.
+    guidance_scale: of all velocities; None: that of the rollout."""
 
     task: Task
     conditions: Conditions
     images: int
+    guidance_scale: float | None = None
 
     def velocity(self, states: States, role: str = "policy") -> Tensor:
         """v [n, *] under the weights of `role`, with graph if gradients are on."""
         policy, rollout = self.task.policy, self.task.rollout
+        scale = rollout.guidance_scale if self.guidance_scale is None else self.guidance_scale
         with policy.role(role):
             return policy.velocity(
-                states.x, states.sigma, self.conditions.rows(states.rows),
-                guidance_scale=rollout.guidance_scale, detach_uncond=rollout.detach_uncond,
+                states.x, states.sigma, self.conditions.rows(states.rows), guidance_scale=scale,
+                detach_uncond=rollout.detach_uncond,
             )  # fmt: skip
 
     @torch.no_grad()

@@ -1,0 +1,116 @@
+"""One update of an objective of states: the loss of its draws, micro-batch by micro-batch, and what it measures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from flowalign.objectives import Anchor, Coefficients, DrawIds, Predictions, StateObjective
+from flowalign.trainers.base import Update
+from flowalign.trainers.update_engine import Measures, Part, States, TrainedRole, UpdateEngine
+
+
+@dataclass(frozen=True, eq=False)
+class Draws:
+    """D network inputs with their targets [D, *], the coefficient noise [D] of ε in each, and what they belong to."""
+
+    states: States
+    target: Tensor
+    noise: Tensor
+    ids: DrawIds
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+
+@dataclass(eq=False)
+class StateUpdate:
+    """The loss of `draws`: their mean of c·⟨(v − u)²⟩ + Σ κ_a·⟨(v − v_a)²⟩ and of the anchors. Roles are evaluated when it is
+    made, once over all processes, as they are then; rows: network rows without gradient, per sample."""
+
+    engine: UpdateEngine
+    draws: Draws
+    objective: StateObjective
+    anchors: Mapping[str, Anchor]
+    micro_batch: int
+
+    def __post_init__(self) -> None:
+        self._roles, self.rows = dict[str, Tensor](), 0.0
+        for role in roles_of(self.objective, self.anchors.values()):
+            self._roles[role], rows = self.engine.frozen(self.draws.states, role)
+            self.rows += rows
+        self._coupling = torch.ones(len(self.draws))
+        if self.objective.coupled:
+            before = self.engine.task.policy.evaluations
+            values = self.engine.scalars(len(self.draws), self.parts, self._value)
+            rows = self.engine.task.processes.total(self.engine.task.policy.evaluations - before)
+            self.rows += rows / self.engine.images
+            self._coupling = self.objective.couple(values, self.draws.ids)
+
+    @cached_property
+    def parts(self) -> list[Part]:
+        """This process's micro-batches."""
+        return self.engine.micro_batches(len(self.draws), self.micro_batch)
+
+    def update(self, trained: TrainedRole) -> Update:
+        """The optimizer step."""
+        return self.engine.update(trained, self.parts, self.loss, self.metrics)
+
+    def _value(self, part: Part) -> Tensor:
+        return self.objective.value(self._predictions(part, self.engine.velocity(self.draws.states.at(part.index))))
+
+    def _predictions(self, part: Part, velocity: Tensor) -> Predictions:
+        index = part.index.to(self.draws.target.device)
+        roles = {role: values[index] for role, values in self._roles.items()}
+        return Predictions(
+            velocity.detach(), roles, self.draws.target[index], self.draws.noise[part.index].to(velocity.device)
+        )
+
+    def loss(self, part: Part, measures: Measures) -> Tensor:
+        """The share of one micro-batch."""
+        velocity, real = self.engine.velocity(self.draws.states.at(part.index)), part.real
+        found, index = self._predictions(part, velocity), part.index
+        at = self.objective.coefficients(found, self.draws.ids.advantage[index], self._coupling[index])
+        pulls = {"policy": at.c.to(velocity) * _gap(velocity, found.target)}
+        for role, kappa in at.kappa.items():
+            pulls["policy"] = pulls["policy"] + kappa.to(velocity) * _gap(velocity, found.of(role))
+        for name, anchor in self.anchors.items():
+            pulls[name] = anchor.beta * anchor.pull(velocity, found.of(anchor.role), found.noise)
+        losses = {name: pull[:real].sum() / len(self.draws) for name, pull in pulls.items()}
+        measures.add(
+            curvature=self._curvature(at, found)[:real],
+            error=found.error(found.live)[:real],
+            **{f"gap/{role}": _gap(found.live, found.of(role))[:real] for role in self._roles},
+            **{f"loss/{name}": loss for name, loss in losses.items()},
+        )
+        return sum(losses.values(), torch.zeros((), device=velocity.device))
+
+    def _curvature(self, at: Coefficients, found: Predictions) -> Tensor:
+        own = at.c + sum(at.kappa.values(), torch.zeros_like(at.c))
+        return own + sum((anchor.curvature(found.noise) for anchor in self.anchors.values()), torch.zeros_like(own))
+
+    def metrics(self, measures: Measures) -> dict[str, float]:
+        """Once the step is taken; of the weights before it."""
+        curvature = measures.rows("curvature")
+        return {
+            "draws/error": float(measures.rows("error").mean()),
+            "draws/curvature_min": float(curvature.min()),
+            "draws/curvature_negative": float((curvature < 0).double().mean()),
+            **{f"gap/{role}": float(measures.rows(f"gap/{role}").mean()) for role in self._roles},
+            **{name: measures.total(name) for name in measures.values if name.startswith("loss/")},
+            "cost/frozen_per_image": self.rows,
+        }
+
+
+def roles_of(objective: StateObjective, anchors: Iterable[Anchor]) -> list[str]:
+    """The roles that an objective and its anchors read, each once."""
+    return list(dict.fromkeys([*objective.needs, *(anchor.role for anchor in anchors)]))
+
+
+def _gap(velocity: Tensor, other: Tensor) -> Tensor:
+    """[n] ⟨(v − v')²⟩."""
+    return (velocity - other.to(velocity)).square().flatten(1).mean(1)
