@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from flowalign.data import PromptRecord
+from flowalign.models.base import Size
 from flowalign.models.roles import Role
 from flowalign.rollouts.task import Rollout, Task
 from samplers import Path
@@ -75,7 +76,8 @@ class Update:
 class UpdateForecast:
     """Of one iteration: how many updates, how many states with forward and backward, and how many more network rows
     without gradient (roles, rescoring). Once, in `prepare`: states evaluated before the first iteration, and images that
-    are decoded and scored there. guidance_scale: of the updates; None: that of the rollout. notes: what a user should know
+    are decoded and scored there. rolled: network rows of its rollouts, where they are not those of the plan (an offline
+    trainer has none); None: the plan's. guidance_scale: of the updates; None: that of the rollout. notes: what a user should know
     before the run, such as a regression without a minimum, a line each."""
 
     updates: int
@@ -83,6 +85,7 @@ class UpdateForecast:
     frozen: int = 0
     before: int = 0
     before_scored: int = 0
+    rolled: int | None = None
     guidance_scale: float | None = None
     notes: tuple[str, ...] = ()
 
@@ -110,13 +113,16 @@ class Setup:
     """What a trainer may know before a model is loaded.
 
     rollout: with its kernel bound to `path`, the noising law of the policy. channels: of the reward. roles: those that
-    the configuration gives the policy (policy.roles), by name. state_channels: of the process rewards, in Forest.scores."""
+    the configuration gives the policy (policy.roles), by name. state_channels: of the process rewards, in Forest.scores. size:
+    of what the policy makes. held_out: what is evaluated and must not be trained on; empty where that is allowed."""
 
     rollout: Rollout
     path: Path
     channels: tuple[str, ...]
     roles: Mapping[str, Role] = field(default_factory=dict)
     state_channels: tuple[str, ...] = ()
+    size: Size = field(default_factory=lambda: Size(0, 0))
+    held_out: Sequence[PromptRecord] = ()
 
 
 class Trainer(Protocol):
