@@ -268,7 +268,3 @@ def test_the_configuration_is_checked_with_the_files_and_costs_no_rollout(pipeli
     config, _ = load_config([DPO, CONFIG], [*given, "evaluation.allow_training_prompts=true"])
     text = forecast(config)
     assert f"samples: 1 pairs of {file}" in text and "rollout 0.00, update at most 1.00" in text
-    with pytest.raises(ConfigError, match="compares no two samples"):
-        load_config([DPO, CONFIG], [
-            *given, "evaluation.allow_training_prompts=true", "trainer.signal.advantage.init_args.min_gap=2"
-        ])  # fmt: skip
