@@ -90,8 +90,9 @@ def check(config: TrainConfig) -> None:
         raise ConfigError(f"policy.dtype={policy.dtype} with policy.trainable=full: expected fp32 for the optimizer")
     elif "reference" in config.trainer.roles() and not policy.reference_copy:
         raise ConfigError(
-            "got policy.trainable=full and a trainer that needs the reference (trainer.regularizers), of which no copy is kept: "
-            "set trainer.regularizers={}, or policy.reference_copy=true (it doubles the memory of the network)"
+            "got policy.trainable=full and a trainer that needs the reference, of which no copy is kept: set "
+            "policy.reference_copy=true (it doubles the memory of the network), or leave out what needs it, such as a KL: "
+            "trainer.regularizers={}"
         )
     known = {"policy", *config.roles} | (
         {"reference"} if policy.trainable == "lora" or policy.reference_copy else set()

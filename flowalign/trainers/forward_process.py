@@ -54,7 +54,8 @@ class ForwardProcess:
     epochs: int = 1
     micro_batch: int = 16
     guidance_scale: float = 1.0
-    _note: str = field(init=False, default="", repr=False)
+    _note: str = field(init=False, default="", repr=False)  # by `check`, for the forecast
+    _chosen: int | None = field(init=False, default=None, repr=False)  # samples of a group that are trained, at most
 
     def __post_init__(self) -> None:
         for name in ("draws", "updates_per_rollout", "epochs", "micro_batch"):
@@ -131,6 +132,7 @@ class ForwardProcess:
             found = self.signal.edges(forest, scores, valid, channels, SignalContext(0, iteration))
             if bool(found.chosen.any()):
                 self._note = self._curvature(found.advantages.values.sum(1)[found.chosen])
+                self._chosen = int(places.group[found.chosen].bincount().max())
                 return
             if bool(found.advantages.valid.any()):
                 reason = f"trainer.signal.select={self.signal.select} leaves out every sample: take AllEdges"
@@ -152,7 +154,8 @@ class ForwardProcess:
         return f"{named}; the regression has a minimum only where the mean K at a state is above 0: watch draws/curvature_*"
 
     def forecast(self, rollout: Rollout) -> UpdateForecast:
-        count = len(self.source.places(rollout, 0, 1)) * rollout.groups * self.draws * self.epochs
+        chosen = len(self.source.places(rollout, 0, 1)) if self._chosen is None else self._chosen
+        count = chosen * rollout.groups * self.draws * self.epochs
         frozen = count * (len(roles_of(self.objective, self._active.values())) + int(self.objective.coupled))
         notes = (*self.source.notes(), *((self._note,) if self._note else ()))
         updates, rolled = self.updates_per_rollout * self.epochs, None if self.source.rolled else 0

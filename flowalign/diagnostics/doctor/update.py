@@ -15,7 +15,7 @@ from flowalign.objectives import Transitions
 from flowalign.rollouts.collect import ScoredRollout
 from flowalign.rollouts.task import Task
 from flowalign.trainers import PolicyGradient, Trainer, as_policy_gradient
-from flowalign.trainers.edge_update import velocity_unit
+from flowalign.trainers.drift import velocity_unit
 
 NO_REPLAY = "this trainer scores no stochastic step"
 
