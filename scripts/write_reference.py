@@ -41,6 +41,7 @@ KINDS = (  # where it stands in a configuration, the package and the contract of
     ("trainer.signal.credit", "flowalign.credit", "Credit"),
     ("trainer.signal.advantage", "flowalign.advantage", "Advantage"),
     ("trainer.signal.select", "flowalign.selectors", "Selector"),
+    ("trainer.source", "flowalign.trainers", "SampleSource"),
     ("trainer.objective", "flowalign.objectives", "Objective"),
     ("trainer.objective of ForwardProcess", "flowalign.objectives", "StateObjective"),
     ("trainer.anchors.<name>", "flowalign.objectives", "Anchor"),

@@ -18,6 +18,7 @@ from flowalign.trainers.calibration import Calibration, GainBalance
 from flowalign.trainers.few_step import FewStep
 from flowalign.trainers.few_step_updates import Directions, Surrogate
 from flowalign.trainers.forward_process import ForwardProcess
+from flowalign.trainers.image_samples import FromImages, FromPairs
 from flowalign.trainers.policy_gradient import PolicyGradient
 from flowalign.trainers.pulls import Pulls
 from flowalign.trainers.reward_difference import RewardDifference
@@ -27,7 +28,7 @@ from flowalign.trainers.update_engine import Measures, Part, States, TrainedRole
 
 __all__ = [
     "AdamWConfig", "BackPropagation", "Batch", "Calibration", "Directions", "EdgeTrainer", "EndpointDraws", "FewStep",
-    "ForwardProcess", "FromRollout", "GainBalance", "Inspection", "Measures", "Part", "Places", "PolicyGradient",
-    "Pulls", "Replayed", "RewardDifference", "SampleSource", "Samples", "Setup", "Signal", "States", "Surrogate",
-    "TrainedRole", "Trainer", "Update", "UpdateEngine", "UpdateForecast",
+    "ForwardProcess", "FromImages", "FromPairs", "FromRollout", "GainBalance", "Inspection", "Measures", "Part",
+    "Places", "PolicyGradient", "Pulls", "Replayed", "RewardDifference", "SampleSource", "Samples", "Setup", "Signal",
+    "States", "Surrogate", "TrainedRole", "Trainer", "Update", "UpdateEngine", "UpdateForecast",
 ]  # fmt: skip

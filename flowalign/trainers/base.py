@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from flowalign.data import PromptRecord
+from flowalign.models.base import Size
 from flowalign.models.roles import Role
 from flowalign.rollouts.collect import ScoredRollout
 from flowalign.rollouts.task import Rollout, Task
@@ -119,7 +120,8 @@ class Setup:
 
     rollout: with its kernel bound to `path`, the noising law of the policy. channels: of the reward. roles: those that
     the configuration gives the policy (policy.roles), by name. state_channels: of the process rewards, in Forest.scores.
-    reward: what the reward says of itself."""
+    reward: what the reward says of itself. size: of what the policy makes. held_out: what is evaluated and must not be trained
+    on; empty where that is allowed."""
 
     rollout: Rollout
     path: Path
@@ -127,6 +129,8 @@ class Setup:
     roles: Mapping[str, Role] = field(default_factory=dict)
     state_channels: tuple[str, ...] = ()
     reward: RewardSpec = field(default_factory=RewardSpec)
+    size: Size = field(default_factory=lambda: Size(0, 0))
+    held_out: Sequence[PromptRecord] = ()
 
 
 class Trainer(Protocol):

@@ -93,6 +93,7 @@ class ForwardProcess:
     def check(self, setup: Setup) -> None:
         """Combinations that cannot work, named before a model is loaded."""
         rollout = setup.rollout
+        self.source.check(setup)
         if rollout.groups % self.updates_per_rollout:
             raise ValueError(
                 f"got rollout.groups={rollout.groups} for trainer.updates_per_rollout={self.updates_per_rollout}; expected "
@@ -130,11 +131,10 @@ class ForwardProcess:
         SampleKeys(0, 0, ((0, 0, 0),)).sigmas(self.law, self.draws, grid, setup.path)
         for iteration in range(ITERATIONS):
             places = self.source.places(rollout, iteration, min(2, rollout.groups))
-            scores = torch.from_numpy(
-                generator(0, "data", "dry_run", iteration).random((len(places), len(setup.channels)))
-            )
+            channels = self.source.channels(setup.channels)
+            scores = torch.from_numpy(generator(0, "data", "dry_run", iteration).random((len(places), len(channels))))
             valid, forest = torch.ones_like(scores, dtype=torch.bool), places.one_step_each()
-            found = self.signal.edges(forest, scores, valid, setup.channels, SignalContext(0, iteration))
+            found = self.signal.edges(forest, scores, valid, channels, SignalContext(0, iteration))
             if bool(found.chosen.any()):
                 self._note = self._curvature(found.advantages.values.sum(1)[found.chosen])
                 self._chosen = int(places.group[found.chosen].bincount().max())
@@ -162,20 +162,26 @@ class ForwardProcess:
         chosen = len(self.source.places(rollout, 0, 1)) if self._chosen is None else self._chosen
         count = chosen * rollout.groups * self.draws * self.epochs
         frozen = count * (len(roles_of(self.objective, self._active.values())) + int(self.objective.coupled))
-        notes = (self._note,) if self._note else ()
-        updates = self.updates_per_rollout * self.epochs
-        inspection = Inspection(pulls=self.pulls, endpoints=self.endpoints)
+        notes = (*self.source.notes(), *((self._note,) if self._note else ()))
+        updates, rolled = self.updates_per_rollout * self.epochs, None if self.source.rolled else 0
         return UpdateForecast(
-            updates, count, frozen, guidance_scale=self.guidance_scale, notes=notes, inspection=inspection
-        )
+            updates, count, frozen, rolled=rolled, guidance_scale=self.guidance_scale, notes=notes,
+            inspection=Inspection(pulls=self.pulls, endpoints=self.endpoints),
+        )  # fmt: skip
 
     def prepare(self, task: Task, state: dict[str, Any] | None) -> None:
-        state = {"updates": 0, "memory": {}} if state is None else state
+        digest = self.source.digest()
+        state = {"updates": 0, "memory": {}, "source": digest} if state is None else state
+        if state["source"] != digest:
+            raise ValueError(
+                f"the data of trainer.source={self.source} have changed since the checkpoint: restore them, or choose another run.name"
+            )
         self.task, self._memory = task, state["memory"]
+        self.source.prepare(task)
         self._policy = TrainedRole.of(task.policy, self.optimizer, updates=state["updates"])
 
     def state(self) -> dict[str, Any]:
-        return {"updates": self._policy.updates, "memory": self._memory}
+        return {"updates": self._policy.updates, "memory": self._memory, "source": self.source.digest()}
 
     def collect(self, records: Sequence[PromptRecord], iteration: int) -> SampleBatch:
         return self.source.collect(self.task, records, iteration)

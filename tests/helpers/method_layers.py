@@ -27,8 +27,13 @@ OTHERS = [method for method in METHODS if method not in POLICY_GRADIENTS]
 BY_REWARD_GRADIENT: dict[str, str] = dict.fromkeys(
     ("refl", "draft", "draft_k", "draft_lv", "alignprop", "drtune", "srpo"), "clip_glyphs"
 )
+# Methods that train on images of files: on the bed they have tests of their own, in tests/trainers/test_image_samples.py.
+OFFLINE = ("diffusion_dpo_offline", "fm_sft")
 # Overrides that a method needs on Glyphs beside its layers, such as the folder of a teacher.
-ON_GLYPHS: dict[str, tuple[str, ...]] = {}
+ON_GLYPHS: dict[str, tuple[str, ...]] = {
+    method: (f"trainer.source.init_args.file=tests/data/images/{name}.jsonl", "policy.height=24", "policy.width=48")
+    for method, name in zip(OFFLINE, ("pairs", "labeled"), strict=True)
+}
 
 
 def reward_of(method: str) -> str:
