@@ -3,9 +3,11 @@
 from flowalign.objectives.adjoint import scalar_adjoint
 from flowalign.objectives.certainty import Agreement, Certainty
 from flowalign.objectives.dynamic_clip import DynamicClip
+from flowalign.objectives.gate import Gate
 from flowalign.objectives.guidance_distillation import GuidanceDistillation
 from flowalign.objectives.kl import KLPenalty, Regularizer, RoleSteps
 from flowalign.objectives.layer_tuning import LayerTuning, Supervision, Targets
+from flowalign.objectives.matching import Match, Pull, Steps
 from flowalign.objectives.norm_guard import NormGuard
 from flowalign.objectives.step_weights import (
     FlatGradient,
@@ -17,11 +19,12 @@ from flowalign.objectives.step_weights import (
     Uniform,
     without_states,
 )
+from flowalign.objectives.teacher_targets import TeacherTargets
 from flowalign.objectives.transitions import ClippedRatio, Guard, KLMask, Objective, Transitions
 
 __all__ = [
     "ClippedRatio", "DynamicClip", "Guard", "KLMask", "Objective", "Transitions", "KLPenalty", "NormGuard", "Regularizer", "RoleSteps",
-    "GuidanceDistillation", "LayerTuning", "Supervision", "Targets",
+    "GuidanceDistillation", "LayerTuning", "Supervision", "Targets", "TeacherTargets", "Gate", "Match", "Pull", "Steps",
     "Agreement", "Certainty", "FlatGradient", "InverseLength", "LongCat", "MeanOne", "StdOverMean", "StepWeight", "Uniform", "without_states",
     "scalar_adjoint",
 ]  # fmt: skip

@@ -1,0 +1,50 @@
+"""A cold start of distillation: the student first learns from images that its teachers make."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from flowalign.objectives import Pull
+from flowalign.trainers.state_update import StateUpdate
+from flowalign.trainers.update_engine import States, UpdateEngine
+from samplers import Forest, LogitNormalSigma, SampleKeys, SigmaLaw
+
+
+@dataclass(frozen=True)
+class ColdStart:
+    """Flow matching on the teachers' images in the first `iterations` (Flow-OPD 2605.08063, its SFT start): each teacher
+    samples its own prompts, x0, without noise on the way, and the student regresses on u at x = a(σ)x0 + b(σ)ε, `draws`
+    times per image, σ by `sigma`. SD3's own law by default: the paper does not say.
+
+    It is part of the main loop, so its steps are counted, checkpointed and evaluated as all others; the optimizer goes on
+    from it. The other start of the paper, from the mean of the teachers' LoRAs, is policy.lora.init with several folders."""
+
+    iterations: int
+    draws: int = 1
+    sigma: SigmaLaw = field(default_factory=LogitNormalSigma)
+
+    def __post_init__(self) -> None:
+        if self.iterations < 1 or self.draws < 1:
+            raise ValueError(f"got {self}; expected iterations and draws at least 1; cold_start=null leaves it out")
+
+    def update(
+        self, engine: UpdateEngine, forest: Forest, iteration: int, uids: tuple[int, ...], chosen: Tensor, micro_batch: int
+    ) -> StateUpdate:  # fmt: skip
+        """The update on the images of the groups where `chosen` [G]."""
+        tree, path = forest.tree, engine.task.policy.path
+        leaves = tree.leaves[chosen[tree.group[tree.leaves]]]
+        keys = SampleKeys.of(engine.task.seed, iteration, tree, leaves, uids)
+        sigmas, clean = keys.sigmas(self.sigma, self.draws, forest.sigmas.cpu(), path), forest.at(leaves)
+        states, targets = [], []
+        for draw in range(self.draws):
+            noise, sigma = keys.noise(clean.shape[1:], draw).to(clean), sigmas[:, draw]
+            states.append(path.add_noise(clean, noise, sigma))
+            targets.append(path.velocity(clean, noise, sigma))
+        rows = tree.group[leaves].repeat(self.draws)
+        inputs = States(torch.cat(states), sigmas.T.flatten(), rows)
+        weight = torch.full((len(rows),), 1 / len(rows), dtype=torch.float64)
+        pull = Pull(torch.cat(targets), weight)
+        return StateUpdate(engine, inputs, {"sft": pull}, micro_batch, gap="sft")
