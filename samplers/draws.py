@@ -137,14 +137,14 @@ class SampleKeys:
         """Keys by which all samples of a group draw the same (V-GRPO, DGPO, pairs of Diffusion-DPO)."""
         return replace(self, rows=tuple((uid, visit, SHARED) for uid, visit, _ in self.rows))
 
-    def sigmas(self, law: SigmaLaw, count: int, grid: Tensor, path: Path) -> Tensor:
-        """[N, count] fp32: `count` levels of each sample by `law`, moved to the path's nearest; stream "sigma".
+    def sigmas(self, law: SigmaLaw, count: int, grid: Tensor, path: Path, stream: str = "sigma") -> Tensor:
+        """[N, count] fp32: `count` levels of each sample by `law`, moved to the path's nearest.
 
         grid: the rollout's sigmas [T+1]. All of a row come from one key, since laws may couple them."""
         if count < 1:
             raise ValueError(f"got count={count} draws; expected at least 1")
         levels = grid[:-1].double().tolist()
-        drawn = self._each(lambda *key: list(law.draw(generator(*key), count, levels)), "sigma")
+        drawn = self._each(lambda *key: list(law.draw(generator(*key), count, levels)), stream)
         sigma = torch.tensor(drawn, dtype=torch.float64).reshape(-1, count)
         if not bool(((sigma > 0) & (sigma <= 1)).all()):
             raise ValueError(f"got levels {sigma.flatten()[:8].tolist()} from {law}; expected numbers inside (0, 1]")

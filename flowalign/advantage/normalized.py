@@ -18,14 +18,15 @@ class Normalized:
     """(value − mean of its set) / (std + delta), clamped to ±clip (Flow-GRPO, 2505.05470).
 
     std: "set" the set's own (per-prompt), "batch" that of all valid edges (flow_grpo's global std), "largest" the
-    largest of all sets (LongCat-Video), "none" no division (Dr. GRPO). Population std unless `unbiased` (DanceGRPO),
+    largest of all sets (LongCat-Video), "pooled" that of all centered values (RAM 2605.10759: hard prompts keep small
+    advantages), "none" no division (Dr. GRPO). Population std unless `unbiased` (DanceGRPO),
     which counts samples: as many as one grid step of the set has edges. trim: this share of each set's samples, rounded
     down, is left out of mean and std, the worst ones ("low", MixGRPO) or as many best ones too ("both", UniRL); they
     still get an advantage. A set of fewer than two valid edges has no baseline: its edges are invalid. A set whose std
     is below 1e-6 gets advantage 0."""
 
     within: Within = "prompt"
-    std: Literal["set", "batch", "largest", "none"] = "set"
+    std: Literal["set", "batch", "largest", "pooled", "none"] = "set"
     delta: float = 1e-4
     clip: float = 5.0
     unbiased: bool = False
@@ -59,6 +60,11 @@ class Normalized:
             return sets.values[sets.valid].std(correction=0).expand_as(std)
         if self.std == "largest":
             return (std[sets.usable].max() if bool(sets.usable.any()) else std.new_zeros(())).expand_as(std)
+        if self.std == "pooled":
+            valid = sets.valid & sets.usable[sets.keys]
+            mean, _ = sets.moments()
+            spread = (sets.values - mean[sets.keys])[valid].square().mean() if bool(valid.any()) else std.new_zeros(())
+            return spread.sqrt().expand_as(std)
         return std
 
     def _inner(self, sets: Sets, left_out: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Objectives: pure functions of tensors. Losses of transitions and of states, step weights, KL penalties."""
 
 from flowalign.objectives.adjoint import scalar_adjoint
+from flowalign.objectives.anchors import Anchor, VelocityAnchor
 from flowalign.objectives.certainty import Agreement, Certainty
 from flowalign.objectives.dynamic_clip import DynamicClip
 from flowalign.objectives.gate import Gate
@@ -9,6 +10,16 @@ from flowalign.objectives.kl import KLPenalty, Regularizer, RoleSteps
 from flowalign.objectives.layer_tuning import LayerTuning, Supervision, Targets
 from flowalign.objectives.matching import Match, Pull, Steps
 from flowalign.objectives.norm_guard import NormGuard
+from flowalign.objectives.states import (
+    NFT,
+    AdvantageWeighted,
+    CenteredReward,
+    Coefficients,
+    DrawIds,
+    GroupPreference,
+    Predictions,
+    StateObjective,
+)
 from flowalign.objectives.step_weights import (
     FlatGradient,
     InverseLength,
@@ -26,5 +37,6 @@ __all__ = [
     "ClippedRatio", "DynamicClip", "Guard", "KLMask", "Objective", "Transitions", "KLPenalty", "NormGuard", "Regularizer", "RoleSteps",
     "GuidanceDistillation", "LayerTuning", "Supervision", "Targets", "TeacherTargets", "Gate", "Match", "Pull", "Steps",
     "Agreement", "Certainty", "FlatGradient", "InverseLength", "LongCat", "MeanOne", "StdOverMean", "StepWeight", "Uniform", "without_states",
-    "scalar_adjoint",
+    "NFT", "AdvantageWeighted", "CenteredReward", "Coefficients", "DrawIds", "GroupPreference", "Predictions", "StateObjective",
+    "Anchor", "VelocityAnchor", "scalar_adjoint",
 ]  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from flowalign.objectives.kl import RoleSteps
@@ -33,7 +34,15 @@ class NormGuard:
         """Velocities do not depend on the kernel."""
 
     def divergence(self, policy: RoleSteps, other: RoleSteps) -> Tensor:
-        return (norm_ratio(policy.velocity, other.velocity) - 1).relu().square()
+        return self.pull(policy.velocity, other.velocity)
+
+    def curvature(self, noise: Tensor) -> Tensor:
+        """[n] 0: it only acts on velocities that are too long."""
+        return torch.zeros_like(noise)
+
+    def pull(self, velocity: Tensor, other: Tensor, noise: Tensor | None = None) -> Tensor:
+        """[n] relu(q − 1)² of velocities [n, *]; an `Anchor` of draws too, at every level alike."""
+        return (norm_ratio(velocity, other) - 1).relu().square()
 
 
 def norm_ratio(velocity: Tensor, other: Tensor) -> Tensor:

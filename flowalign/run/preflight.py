@@ -32,8 +32,11 @@ def forecast(config: TrainConfig) -> str:
     steps = [spec.completion_steps for spec in specs if spec.scope == "completion"]
     rolled = rollout.groups * (cost.rollout + sum(cost_of_completions(tree, each)[1] for each in set(steps)))
     update = config.trainer.forecast(rollout)
-    sample, train, frozen, before = (guided * rows for rows in (rolled, update.trained, update.frozen, update.before))
-    notes = _notes(config, cost, samples, probes)
+    scale = rollout.guidance_scale if update.guidance_scale is None else update.guidance_scale
+    per_state = rows_per_state(config.policy.path, scale, config.policy.family)
+    sample, before = guided * rolled, guided * update.before
+    train, frozen = per_state * update.trained, per_state * update.frozen
+    notes = [*update.notes, *_notes(config, cost, samples, probes)]
     if steps:
         states = sum(cost_of_completions(tree, each)[0] for each in steps)
         notes.append(

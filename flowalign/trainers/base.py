@@ -75,13 +75,16 @@ class Update:
 class UpdateForecast:
     """Of one iteration: how many updates, how many states with forward and backward, and how many more network rows
     without gradient (roles, rescoring). Once, in `prepare`: states evaluated before the first iteration, and images that
-    are decoded and scored there."""
+    are decoded and scored there. guidance_scale: of the updates; None: that of the rollout. notes: what a user should know
+    before the run, such as a regression without a minimum, a line each."""
 
     updates: int
     trained: int
     frozen: int = 0
     before: int = 0
     before_scored: int = 0
+    guidance_scale: float | None = None
+    notes: tuple[str, ...] = ()
 
 
 class Batch(Protocol):

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from flowalign.objectives import Pull
-from flowalign.trainers.state_update import StateUpdate
-from flowalign.trainers.update_engine import States, UpdateEngine
+from flowalign.objectives import AdvantageWeighted
+from flowalign.trainers.state_update import Draws, StateUpdate
+from flowalign.trainers.update_engine import UpdateEngine
 from samplers import Forest, LogitNormalSigma, SampleKeys, SigmaLaw
 
 
@@ -37,14 +37,6 @@ class ColdStart:
         tree, path = forest.tree, engine.task.policy.path
         leaves = tree.leaves[chosen[tree.group[tree.leaves]]]
         keys = SampleKeys.of(engine.task.seed, iteration, tree, leaves, uids)
-        sigmas, clean = keys.sigmas(self.sigma, self.draws, forest.sigmas.cpu(), path), forest.at(leaves)
-        states, targets = [], []
-        for draw in range(self.draws):
-            noise, sigma = keys.noise(clean.shape[1:], draw).to(clean), sigmas[:, draw]
-            states.append(path.add_noise(clean, noise, sigma))
-            targets.append(path.velocity(clean, noise, sigma))
-        rows = tree.group[leaves].repeat(self.draws)
-        inputs = States(torch.cat(states), sigmas.T.flatten(), rows)
-        weight = torch.full((len(rows),), 1 / len(rows), dtype=torch.float64)
-        pull = Pull(torch.cat(targets), weight)
-        return StateUpdate(engine, inputs, {"sft": pull}, micro_batch, gap="sft")
+        sigma = keys.sigmas(self.sigma, self.draws, forest.sigmas.cpu(), path).T
+        drawn = Draws.of(forest.at(leaves), tree.group[leaves], torch.ones(len(leaves)), keys, sigma, path)
+        return StateUpdate(engine, drawn, AdvantageWeighted(), {}, micro_batch)

@@ -21,8 +21,8 @@ from flowalign.trainers.base import AdamWConfig, Setup, Update, UpdateForecast
 from flowalign.trainers.cold_start import ColdStart
 from flowalign.trainers.distillation_checks import check_combinations
 from flowalign.trainers.edge_update import states_of
-from flowalign.trainers.state_update import StateUpdate
-from flowalign.trainers.teachers import Anchor, Route, Teacher, Teachers
+from flowalign.trainers.pull_update import PullUpdate
+from flowalign.trainers.teachers import ManifoldAnchor, Route, Teacher, Teachers
 from flowalign.trainers.update_engine import TrainedRole, UpdateEngine
 from flowalign.trainers.visits import Visits, future
 from samplers import Deterministic, Forest, Plan, rollout, sampled
@@ -78,7 +78,7 @@ class Distillation:
     match: Match = field(default_factory=Match)
     query: BetaStep | None = None
     horizon: Literal["myopic", "full"] = "myopic"
-    anchor: Anchor | None = None
+    anchor: ManifoldAnchor | None = None
     gate: Gate | None = None
     cold_start: ColdStart | None = None
     split: Literal["groups", "teacher"] = "groups"
@@ -206,9 +206,8 @@ class Distillation:
         if batch.cold and self.cold_start is not None:
             for chosen in self._shares(batch):
                 start = self.cold_start
-                yield self._update(
-                    start.update(engine, batch.forest, batch.iteration, batch.uids, chosen, self.micro_batch)
-                )
+                one = start.update(engine, batch.forest, batch.iteration, batch.uids, chosen, self.micro_batch)
+                yield one.update(self._policy)
             return
         visits, kept = Visits.of(batch.forest, self.match, stopped=self.query is not None), None
         if self.gate is not None and batch.scored is not None:
@@ -226,10 +225,7 @@ class Distillation:
             rows += more
         batch.metrics["cost/frozen_per_image"] = rows
         for chosen in self._shares(batch):
-            yield self._update(self._matching(engine, batch, visits, taught, anchored, chosen))
-
-    def _update(self, one: StateUpdate) -> Update:
-        return one.engine.update(self._policy, one.parts, one.loss, one.metrics)
+            yield self._matching(engine, batch, visits, taught, anchored, chosen).update(self._policy)
 
     def _shares(self, batch: Distilled) -> Iterator[Tensor]:
         """[G] the groups of each update."""
@@ -243,7 +239,7 @@ class Distillation:
 
     def _matching(
         self, engine: UpdateEngine, batch: Distilled, visits: Visits, taught: Tensor, anchored: Tensor | None, chosen: Tensor
-    ) -> StateUpdate:  # fmt: skip
+    ) -> PullUpdate:  # fmt: skip
         """The update on the groups `chosen` [G]; velocities of teachers and anchor at `visits.nodes`."""
         forest, path = batch.forest, self.task.policy.path
         own, index = visits.of_groups(forest.tree, chosen)
@@ -259,4 +255,4 @@ class Distillation:
         if len(self.teachers) > 1:
             taught_by = [batch.teachers[each] for each in group.tolist()]
             masks |= {name: torch.tensor([each == name for each in taught_by]) for name in self.teachers}
-        return StateUpdate(engine, states_of(forest, own.nodes), pulls, self.micro_batch, after, masks=masks)
+        return PullUpdate(engine, states_of(forest, own.nodes), pulls, self.micro_batch, after, masks=masks)

@@ -1,78 +1,132 @@
-"""One update that pulls velocities at given states to targets, and what it measures; with it the cost that follows a step."""
+"""One update of an objective of states: the loss of its draws, micro-batch by micro-batch, and what it measures."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from flowalign.objectives import Pull
-from flowalign.trainers.update_engine import Measures, Part, States, UpdateEngine
-from samplers import Forest
-from samplers.kernels.base import spread
+from flowalign.objectives import Anchor, Coefficients, DrawIds, Predictions, StateObjective
+from flowalign.trainers.base import Update
+from flowalign.trainers.update_engine import Measures, Part, States, TrainedRole, UpdateEngine
+from samplers import Path, SampleKeys
 
 
 @dataclass(frozen=True, eq=False)
-class Future:
-    """Σ_e factor_e · log p(step e), the score-function term of a loss: `edges` [E] of `forest`, `position` [E] of the states that
-    they leave among those of the update, `factor` [E] float64, without gradient. Log-probs are sums over elements."""
+class Draws:
+    """D network inputs with their targets [D, *], the coefficient noise [D] of ε in each, and what they belong to."""
 
-    forest: Forest
-    edges: Tensor
-    position: Tensor
-    factor: Tensor
+    states: States
+    target: Tensor
+    noise: Tensor
+    ids: DrawIds
 
-    def loss(self, part: Part, velocity: Tensor) -> Tensor:
-        """The sum over the steps that leave the states of `part`."""
-        place = part.place(self.position)
-        mine = place >= 0
-        edges, place = self.edges[mine], place[mine]
-        step = self.forest.edge_steps(edges, velocity, place).policy
-        z = (self.forest.at(edges) - step.mean) / spread(step.std, step.mean)
-        log_prob = -z.square().flatten(1).sum(1) / 2  # less what does not depend on the policy
-        return (self.factor[mine].to(log_prob) * log_prob).sum()
+    @staticmethod
+    def of(
+        latents: Tensor, group: Tensor, advantage: Tensor, keys: SampleKeys, sigma: Tensor, path: Path, stream: str = "renoise"
+    ) -> Draws:  # fmt: skip
+        """Of n clean latents [n, *], their groups [n] and advantages [n]: draw 0 of all, then draw 1, …; sigma [draws, n]."""
+        states, targets, count = [], [], len(sigma)
+        for number in range(count):
+            noise = keys.noise(latents.shape[1:], number, stream).to(latents)
+            states.append(path.add_noise(latents, noise, sigma[number]))
+            targets.append(path.velocity(latents, noise, sigma[number]))
+        inputs = States(torch.cat(states), sigma.flatten(), group.repeat(count))
+        numbers = torch.arange(count).repeat_interleave(len(latents))
+        ids = DrawIds(advantage.repeat(count), inputs.rows, numbers)
+        return Draws(inputs, torch.cat(targets), path.mix(inputs.sigma.double())[1], ids)
+
+    def __len__(self) -> int:
+        return len(self.states)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class StateUpdate:
-    """The sum of `pulls` over `states` [S], by the name of each in loss/<name>, and of `future`.
-
-    gap: the pull whose distance is measured. masks [S]: states of which it is measured apart, by name."""
+    """The loss of `draws`: their mean of c·⟨(v − u)²⟩ + Σ κ_a·⟨(v − v_a)²⟩ and of the anchors. Roles are evaluated when it is
+    made, once over all processes, as they are then; rows: network rows without gradient, per sample."""
 
     engine: UpdateEngine
-    states: States
-    pulls: Mapping[str, Pull]
+    draws: Draws
+    objective: StateObjective
+    anchors: Mapping[str, Anchor]
     micro_batch: int
-    future: Future | None = None
-    gap: str = "policy"
-    masks: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._roles, self.rows = dict[str, Tensor](), 0.0
+        for role in roles_of(self.objective, self.anchors.values()):
+            self._roles[role], rows = self.engine.frozen(self.draws.states, role)
+            self.rows += rows
+        self._coupling = torch.ones(len(self.draws))
+        if self.objective.coupled:
+            before = self.engine.task.policy.evaluations
+            values = self.engine.scalars(len(self.draws), self.parts, self._value)
+            rows = self.engine.task.processes.total(self.engine.task.policy.evaluations - before)
+            self.rows += rows / self.engine.images
+            self._coupling = self.objective.couple(values, self.draws.ids)
 
     @cached_property
     def parts(self) -> list[Part]:
         """This process's micro-batches."""
-        return self.engine.micro_batches(len(self.states), self.micro_batch)
+        return self.engine.micro_batches(len(self.draws), self.micro_batch)
+
+    def update(self, trained: TrainedRole) -> Update:
+        """The optimizer step."""
+        return self.engine.update(trained, self.parts, self.loss, self.metrics)
+
+    def _value(self, part: Part) -> Tensor:
+        return self.objective.value(self._predictions(part, self.engine.velocity(self.draws.states.at(part.index))))
+
+    def _predictions(self, part: Part, velocity: Tensor) -> Predictions:
+        index = part.index.to(self.draws.target.device)
+        roles = {role: values[index] for role, values in self._roles.items()}
+        return Predictions(
+            velocity.detach(), roles, self.draws.target[index], self.draws.noise[part.index].to(velocity.device)
+        )
 
     def loss(self, part: Part, measures: Measures) -> Tensor:
         """The share of one micro-batch."""
-        velocity, reduce = self.engine.velocity(self.states.at(part.index)), self.engine.task.rollout.kernel.reduce
-        index, real = part.index[: part.real], velocity[: part.real]
-        losses = {name: pull.loss(index, real, reduce) for name, pull in self.pulls.items()}
-        if self.future is not None:
-            losses["future"] = self.future.loss(part, velocity)
-        target = self.pulls[self.gap].velocity[index.to(velocity.device)]
-        gap = (real.detach() - target.to(real)).square().flatten(1).mean(1)
-        measures.add(gap=gap, state=index, **{f"loss/{name}": loss for name, loss in losses.items()})
+        velocity, real = self.engine.velocity(self.draws.states.at(part.index)), part.real
+        found, index = self._predictions(part, velocity), part.index
+        at = self.objective.coefficients(found, self.draws.ids.advantage[index], self._coupling[index])
+        pulls = {"policy": at.c.to(velocity) * _gap(velocity, found.target)}
+        for role, kappa in at.kappa.items():
+            pulls["policy"] = pulls["policy"] + kappa.to(velocity) * _gap(velocity, found.of(role))
+        for name, anchor in self.anchors.items():
+            pulls[name] = anchor.beta * anchor.pull(velocity, found.of(anchor.role), found.noise)
+        losses = {name: pull[:real].sum() / len(self.draws) for name, pull in pulls.items()}
+        measures.add(
+            curvature=self._curvature(at, found)[:real],
+            error=found.error(found.live)[:real],
+            **{f"gap/{role}": _gap(found.live, found.of(role))[:real] for role in self._roles},
+            **{f"loss/{name}": loss for name, loss in losses.items()},
+        )
         return sum(losses.values(), torch.zeros((), device=velocity.device))
 
+    def _curvature(self, at: Coefficients, found: Predictions) -> Tensor:
+        own = at.c + sum(at.kappa.values(), torch.zeros_like(at.c))
+        return own + sum((anchor.curvature(found.noise) for anchor in self.anchors.values()), torch.zeros_like(own))
+
     def metrics(self, measures: Measures) -> dict[str, float]:
-        """Once the step is taken; of the weights before it. gap: mean ⟨(v − target)²⟩ over states and elements."""
-        found = {name: measures.total(name) for name in measures.values if name.startswith("loss/")}
-        gap, state = measures.rows("gap"), measures.rows("state").long()
-        found["distill/gap"] = float(gap.mean())
-        for name, mask in self.masks.items():
-            if bool(mask[state.cpu()].any()):
-                found[f"distill/gap_{name}"] = float(gap[mask[state.cpu()].to(gap.device)].mean())
-        return found
+        """Once the step is taken; of the weights before it."""
+        curvature = measures.rows("curvature")
+        return {
+            "draws/error": float(measures.rows("error").mean()),
+            "draws/curvature_min": float(curvature.min()),
+            "draws/curvature_negative": float((curvature < 0).double().mean()),
+            **{f"gap/{role}": float(measures.rows(f"gap/{role}").mean()) for role in self._roles},
+            **{name: measures.total(name) for name in measures.values if name.startswith("loss/")},
+            "cost/frozen_per_image": self.rows,
+        }
+
+
+def roles_of(objective: StateObjective, anchors: Iterable[Anchor]) -> list[str]:
+    """The roles that an objective and its anchors read, each once."""
+    return list(dict.fromkeys([*objective.needs, *(anchor.role for anchor in anchors)]))
+
+
+def _gap(velocity: Tensor, other: Tensor) -> Tensor:
+    """[n] ⟨(v − v')²⟩."""
+    return (velocity - other.to(velocity)).square().flatten(1).mean(1)

@@ -50,7 +50,7 @@ class Route:
 
 
 @dataclass(frozen=True)
-class Anchor:
+class ManifoldAnchor:
     """Manifold anchor regularization (Flow-OPD 2605.08063): λ·w·⟨(v − v_a)²⟩ at all states of the student, whoever teaches
     there; λ = scale. role: an aesthetic teacher (paper) or the base model (its code). The paper's λ and w are not public.
 

@@ -98,20 +98,23 @@ Metrics = Callable[[Measures], dict[str, float]]
 
 @dataclass(frozen=True, eq=False)
 class UpdateEngine:
-    """The engine of one batch: its conditions (rows of `States.rows`) and how many samples it has, which costs refer to."""
+    """The engine of one batch: its conditions (rows of `States.rows`) and how many samples it has, which costs refer to.
+    guidance_scale: of all velocities; None: that of the rollout."""
 
     task: Task
     conditions: Conditions
     images: int
+    guidance_scale: float | None = None
 
     def velocity(self, states: States, role: str = "policy", guidance_scale: float | None = None) -> Tensor:
-        """v [n, *] under the weights of `role`, with graph if gradients are on. guidance_scale: None is the rollout's; one other
+        """v [n, *] under the weights of `role`, with graph if gradients are on. guidance_scale: None is the engine's; one other
         than 1 needs conditions with negatives."""
         policy, rollout = self.task.policy, self.task.rollout
+        own = rollout.guidance_scale if self.guidance_scale is None else self.guidance_scale
+        scale = own if guidance_scale is None else guidance_scale
         with policy.role(role):
             return policy.velocity(
-                states.x, states.sigma, self.conditions.rows(states.rows),
-                guidance_scale=rollout.guidance_scale if guidance_scale is None else guidance_scale,
+                states.x, states.sigma, self.conditions.rows(states.rows), guidance_scale=scale,
                 detach_uncond=rollout.detach_uncond,
             )  # fmt: skip
 
@@ -122,7 +125,7 @@ class UpdateEngine:
         """(v [S, *] without graph, network rows per sample): each state evaluated once, by one process.
 
         role: one for all states, or one per state (routing: each state to its own teacher). guidance_scale: by role; the
-        rollout's for a role that is not named."""
+        engine's for a role that is not named."""
         processes, before = self.task.processes, self.task.policy.evaluations
         roles = [role] * len(states) if isinstance(role, str) else list(role)
         if len(roles) != len(states):
@@ -134,9 +137,8 @@ class UpdateEngine:
         for name in dict.fromkeys(roles):  # every process in the same order, also those without a state of this role
             wanted = torch.tensor([roles[row] == name for row in own.tolist()], dtype=torch.bool)
             for part in own[wanted].split(self.task.rollout.micro_batch) if bool(wanted.any()) else ():
-                values[(part - share.start).to(values.device)] = self.velocity(
-                    states.at(part), name, scales.get(name)
-                ).to(values)
+                found = self.velocity(states.at(part), name, scales.get(name))
+                values[(part - share.start).to(values.device)] = found.to(values)
         rows = processes.total(self.task.policy.evaluations - before)
         return processes.gather(values), rows / self.images
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flowalign.objectives import Match, Pull, Steps
-from flowalign.trainers.state_update import Future
+from flowalign.trainers.pull_update import Future
 from samplers import Forest, Path, Tree, cost_to_go, mean_below, trajectory_share
 
 

@@ -1,0 +1,202 @@
+"""Forward-process objectives: regression at noised clean samples, without log-probs of trajectories."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowalign.advantage import SignalContext
+from flowalign.data import PromptRecord
+from flowalign.models.roles import Role
+from flowalign.objectives import Anchor, StateObjective
+from flowalign.rollouts.task import Rollout, Task
+from flowalign.trainers.base import AdamWConfig, Setup, Update, UpdateForecast
+from flowalign.trainers.dry_run import ITERATIONS
+from flowalign.trainers.samples import FromRollout, SampleBatch, Samples, SampleSource
+from flowalign.trainers.signal import Signal
+from flowalign.trainers.state_update import Draws, StateUpdate, roles_of
+from flowalign.trainers.update_engine import Measures, Part, TrainedRole, UpdateEngine
+from samplers import GridSigma, SampleKeys, SigmaLaw, generator
+
+
+@dataclass
+class ForwardProcess:
+    """Regression of velocities at noised clean samples (DiffusionNFT 2509.16117, AWM 2509.25050, RAM 2605.10759, …).
+
+    Each sample x0 is noised `draws` times, x = a·x0 + b·ε with σ by `law` and ε keyed to the sample, and the policy's velocity
+    there is regressed on what `objective` says, in the common form c·⟨(v − u)²⟩ + Σ κ·⟨(v − v_role)²⟩; the mean over draws is the
+    loss. No log-prob is needed, so samples may come from an ODE (samplers.Deterministic), or from any plan.
+
+    signal: from the scores of samples to their advantages, and which are trained; a sample counts as one step. anchors: by
+    name, each towards a role; the metric is loss/<name>. source: of the samples. shared_draws: all samples of a group have the
+    same σ and ε at each draw; objectives that compare members need it, for others it changes the variance only (share both or
+    neither, and stratify σ).
+    updates_per_rollout: updates on equal shares of the groups; epochs: how often all of them pass, with new draws each time.
+    guidance_scale: of the velocities in the update; none by default, whatever the rollout has: with a guided rollout the
+    samples are not those of the velocity that is regressed, and the centering of advantages is what holds its mean.
+
+    The minimum of the regression, and for which objectives it is the tilt by e^{r/β}, stands with each objective; draws/curvature_*
+    say how much of the batch pushes away from its target."""
+
+    signal: Signal
+    objective: StateObjective
+    anchors: dict[str, Anchor] = field(default_factory=dict)
+    source: SampleSource = field(default_factory=FromRollout)
+    law: SigmaLaw = field(default_factory=GridSigma)
+    draws: int = 4
+    shared_draws: bool = False
+    optimizer: AdamWConfig = field(default_factory=AdamWConfig)
+    updates_per_rollout: int = 1
+    epochs: int = 1
+    micro_batch: int = 16
+    guidance_scale: float = 1.0
+    _note: str = field(init=False, default="", repr=False)
+
+    def __post_init__(self) -> None:
+        for name in ("draws", "updates_per_rollout", "epochs", "micro_batch"):
+            if vars(self)[name] < 1:
+                raise ValueError(f"got trainer.{name}={vars(self)[name]}; expected at least 1")
+        if not self.guidance_scale >= 1:
+            raise ValueError(
+                f"got trainer.guidance_scale={self.guidance_scale}; expected a number from 1 (no guidance)"
+            )
+
+    # ------------------------------------------------------------------------------------------ contract
+
+    @property
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        return {"policy": self._policy.optimizer}
+
+    @property
+    def _active(self) -> dict[str, Anchor]:
+        return {name: anchor for name, anchor in self.anchors.items() if anchor.active}
+
+    def roles(self) -> Mapping[str, Role]:
+        """A role that is not configured is a copy of the policy, taken when all updates of a rollout are done."""
+        wanted = [
+            *roles_of(self.objective, self._active.values()),
+            *([] if self.source.role is None else [self.source.role]),
+        ]
+        copied = Role(update="copy", every=self.updates_per_rollout * self.epochs)
+        return {name: Role() if name == "reference" else copied for name in wanted if name != "policy"}
+
+    def check(self, setup: Setup) -> None:
+        """Combinations that cannot work, named before a model is loaded."""
+        rollout = setup.rollout
+        if rollout.groups % self.updates_per_rollout:
+            raise ValueError(
+                f"got rollout.groups={rollout.groups} for trainer.updates_per_rollout={self.updates_per_rollout}; expected "
+                "equal parts: choose a divisor"
+            )
+        if "policy" in self.anchors:
+            raise ValueError("got an anchor named 'policy', as the main term of the loss is: rename it")
+        for name, anchor in self.anchors.items():
+            if anchor.role == "policy":
+                raise ValueError(
+                    f"got trainer.anchors.{name}.role=policy, which is at no distance from itself: name another role"
+                )
+        made_by = self.objective.sampled_by
+        if made_by is not None and self.source.role is not None and made_by != self.source.role:
+            raise ValueError(
+                f"got trainer.objective with old={made_by!r} and samples of trainer.source.role={self.source.role!r}; expected one "
+                "role for both: the objective holds for samples of the role that it calls old"
+            )
+        if self.objective.coupled and rollout.group_size < 2:
+            raise ValueError(
+                f"got rollout.group_size={rollout.group_size} with {self.objective}; expected groups of at least 2"
+            )
+        if made_by == "policy" and self.updates_per_rollout * self.epochs > 1:
+            raise ValueError(
+                f"got trainer.objective with old=policy and {self.updates_per_rollout * self.epochs} updates per rollout, in the "
+                "later ones of which the policy is no longer the one that sampled; expected a role: set old and source.role to "
+                "'old', or one update"
+            )
+        self._dry_run(setup)
+
+    def _dry_run(self, setup: Setup) -> None:
+        """Signal and law on random scores. ValueError if nothing would be trained."""
+        rollout, reason = setup.rollout, ""
+        grid = torch.linspace(1, 0, rollout.num_inference_steps + 1)
+        SampleKeys(0, 0, ((0, 0, 0),)).sigmas(self.law, self.draws, grid, setup.path)
+        for iteration in range(ITERATIONS):
+            places = self.source.places(rollout, iteration, min(2, rollout.groups))
+            scores = torch.from_numpy(
+                generator(0, "data", "dry_run", iteration).random((len(places), len(setup.channels)))
+            )
+            valid, forest = torch.ones_like(scores, dtype=torch.bool), places.one_step_each()
+            found = self.signal.edges(forest, scores, valid, setup.channels, SignalContext(0, iteration))
+            if bool(found.chosen.any()):
+                self._note = self._curvature(found.advantages.values.sum(1)[found.chosen])
+                return
+            if bool(found.advantages.valid.any()):
+                reason = f"trainer.signal.select={self.signal.select} leaves out every sample: take AllEdges"
+            else:
+                reason = f"trainer.signal.advantage={self.signal.advantage} compares no two samples: take within=prompt"
+        raise ValueError(f"nothing would be trained: {reason}")
+
+    def _curvature(self, advantage: Tensor) -> str:
+        """A line of the forecast on where the regression may have no minimum, "" where it always has one. advantage [n]: of
+        random scores."""
+        anchors = sum(float(anchor.curvature(torch.ones(1))) for anchor in self._active.values())
+        curvature = self.objective.curvature(advantage.double()) + anchors
+        low, mean, share = float(curvature.min()), float(curvature.mean()), float((curvature <= 0).double().mean())
+        if low > 0:
+            return ""
+        named = f"curvature K of a draw: from {low:.3g}, mean {mean:.3g}, {share:.0%} not above 0"
+        if anchors == 0 and mean < 1e-6:
+            return f"{named}; the regression has no minimum, advantages push without bound: end the run in time, or add trainer.anchors"
+        return f"{named}; the regression has a minimum only where the mean K at a state is above 0: watch draws/curvature_*"
+
+    def forecast(self, rollout: Rollout) -> UpdateForecast:
+        count = len(self.source.places(rollout, 0, 1)) * rollout.groups * self.draws * self.epochs
+        frozen = count * (len(roles_of(self.objective, self._active.values())) + int(self.objective.coupled))
+        notes = (self._note,) if self._note else ()
+        updates = self.updates_per_rollout * self.epochs
+        return UpdateForecast(updates, count, frozen, guidance_scale=self.guidance_scale, notes=notes)
+
+    def prepare(self, task: Task, state: dict[str, Any] | None) -> None:
+        state = {"updates": 0, "memory": {}} if state is None else state
+        self.task, self._memory = task, state["memory"]
+        self._policy = TrainedRole.of(task.policy, self.optimizer, updates=state["updates"])
+
+    def state(self) -> dict[str, Any]:
+        return {"updates": self._policy.updates, "memory": self._memory}
+
+    def collect(self, records: Sequence[PromptRecord], iteration: int) -> SampleBatch:
+        return self.source.collect(self.task, records, iteration)
+
+    # ------------------------------------------------------------------------------------------ updates
+
+    def updates(self, batch: SampleBatch) -> Iterable[Update]:
+        samples = batch.samples
+        context = SignalContext(self.task.seed, batch.iteration, samples.uids, self._memory)
+        signal = samples.signal(self.signal, context)
+        batch.metrics["group/zero_std_ratio"] = signal.advantages.zero_std_ratio
+        batch.metrics["group/trained_samples"] = int(signal.chosen.sum())
+        engine = UpdateEngine(self.task, samples.conditions, batch.images, self.guidance_scale)
+        share = self.task.rollout.groups // self.updates_per_rollout
+        for epoch in range(self.epochs):
+            for number in range(self.updates_per_rollout):
+                chosen = (signal.chosen & (samples.places.group // share == number)).nonzero().flatten()
+                if not len(chosen):
+                    yield engine.update(self._policy, [], _nothing)
+                    continue
+                draws = self.drawn(samples, chosen, signal.advantages.values.sum(1)[chosen], epoch)
+                yield StateUpdate(engine, draws, self.objective, self._active, self.micro_batch).update(self._policy)
+
+    def drawn(self, samples: Samples, chosen: Tensor, advantage: Tensor, epoch: int = 0) -> Draws:
+        """The draws of the samples `chosen` [n] with their advantages [n]: draw 0 of all, then draw 1, …"""
+        path, latents = self.task.policy.path, samples.latents[chosen.to(samples.latents.device)]
+        keys = replace(samples.keys, rows=tuple(samples.keys.rows[row] for row in chosen.tolist()))
+        keys = keys.shared() if self.shared_draws else keys
+        again = "" if epoch == 0 else f" {epoch}"
+        sigma = keys.sigmas(self.law, self.draws, samples.sigmas, path, f"sigma{again}").T
+        return Draws.of(latents, samples.places.group[chosen], advantage, keys, sigma, path, f"renoise{again}")
+
+
+def _nothing(part: Part, measures: Measures) -> Tensor:
+    raise AssertionError("an update without micro-batches has no loss")
