@@ -21,7 +21,7 @@ from rewards.listing import cells, entries, first_sentence
 PAGE = Path(__file__).parents[1] / "docs" / "methods.md"
 REWARDS, LIST = PAGE.with_name("rewards.md"), "## The list"
 HEADING = "## Parameters"
-COMPARISON = "glyphs_grpo"  # of docs/results
+COMPARISONS = ("glyphs_grpo", "glyphs_trainers")  # whose results docs/methods.md tells
 MEASURED = re.compile(r"(<!-- measured: ([\w ]+) -->\n)(?:.+\n)*")  # the names of methods, and the lines after it
 SECTIONS = {
     "run": RunSettings, "policy": PolicySettings, "policy.lora": LoRA, "policy.roles.<name>": Role, "rollout": Rollout,
@@ -42,6 +42,10 @@ KINDS = (  # where it stands in a configuration, the package and the contract of
     ("trainer.signal.advantage", "flowalign.advantage", "Advantage"),
     ("trainer.signal.select", "flowalign.selectors", "Selector"),
     ("trainer.objective", "flowalign.objectives", "Objective"),
+    ("trainer.objective of ForwardProcess", "flowalign.objectives", "StateObjective"),
+    ("trainer.anchors.<name>", "flowalign.objectives", "Anchor"),
+    ("trainer.law", "samplers", "SigmaLaw"),
+    ("trainer.source", "flowalign.trainers", "SampleSource"),
     ("trainer.step_weight", "flowalign.objectives", "StepWeight"),
     ("trainer.regularizers.<name>", "flowalign.objectives", "Regularizer"),
     ("trainer.supervision.<name>", "flowalign.objectives", "Supervision"),
@@ -119,11 +123,19 @@ def with_rewards(page: str) -> str:
 
 
 def measured(names: list[str]) -> str:
-    """What these methods reached on Glyphs, a line each, then their curves."""
-    results = json.loads((PAGE.parent / "results" / f"{COMPARISON}.json").read_text(encoding="utf-8"))
-    found = {name: results["methods"][name] for name in names}
-    told = [_told(name, result, results["denominator_evaluations"]) for name, result in found.items()]
-    curves = [f"![{name}](results/{COMPARISON}/methods/{name}.svg)" for name in names if name != results["baseline"]]
+    """What these methods reached on Glyphs, a line each, then their curves; "Not measured yet." for one that is in no comparison."""
+    told, curves = [], []
+    for name in names:
+        for comparison in COMPARISONS:
+            file = PAGE.parent / "results" / f"{comparison}.json"
+            results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"methods": {}}
+            if name in results["methods"]:
+                told.append(_told(name, results["methods"][name], results["denominator_evaluations"]))
+                if name != results["baseline"]:
+                    curves.append(f"![{name}](results/{comparison}/methods/{name}.svg)")
+                break
+        else:
+            told.append(f"Not measured here (`{name}`).  ")
     return "\n".join([*told, " ".join(curves)]).rstrip() + "\n"
 
 

@@ -75,8 +75,9 @@ class Update:
 class UpdateForecast:
     """Of one iteration: how many updates, how many states with forward and backward, and how many more network rows
     without gradient (roles, rescoring). Once, in `prepare`: states evaluated before the first iteration, and images that
-    are decoded and scored there. guidance_scale: of the updates; None: that of the rollout. notes: what a user should know
-    before the run, such as a regression without a minimum, a line each."""
+    are decoded and scored there. rolled: network rows of its rollouts, where they are not those of the plan (an offline
+    trainer has none); None: the plan's. guidance_scale: of the updates; None: that of the rollout. notes: what a user should
+    know before the run, such as a regression without a minimum, a line each."""
 
     updates: int
     trained: int
@@ -85,6 +86,7 @@ class UpdateForecast:
     before_scored: int = 0
     guidance_scale: float | None = None
     notes: tuple[str, ...] = ()
+    rolled: int | None = None
 
 
 class Batch(Protocol):
