@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flowalign.data import PromptRecord
 from flowalign.models.base import Conditions
+from flowalign.models.guidance import classifier_free_rows
 from flowalign.models.roles import Role
 from flowalign.objectives import Gate, Match, Pull
 from flowalign.rollouts.collect import ScoredRollout, collect
@@ -71,7 +72,8 @@ class Distillation:
     split: what one optimizer step takes: "groups", an equal part of them, all teachers together (DiffusionOPD), or "teacher",
     the groups of one teacher after those of another (DanceOPD). updates_per_rollout: with "groups"; the states of later updates
     are those of the policy before the first. score_images: finished samples are decoded and scored, for the log.
-    micro_batch: states per forward and backward."""
+    guidance_scale: of the student, in its rollout and its updates; None: that of the rollout. A student at 1 of teachers with
+    guidance absorbs it: sample and evaluate it at 1 then. micro_batch: states per forward and backward."""
 
     teachers: dict[str, Teacher]
     route: Route | None = None
@@ -84,6 +86,7 @@ class Distillation:
     split: Literal["groups", "teacher"] = "groups"
     updates_per_rollout: int = 1
     score_images: bool = True
+    guidance_scale: float | None = None
     optimizer: AdamWConfig = field(default_factory=AdamWConfig)
     micro_batch: int = 16
 
@@ -93,6 +96,7 @@ class Distillation:
                 f"got trainer.updates_per_rollout={self.updates_per_rollout}, trainer.micro_batch={self.micro_batch}; "
                 "expected both at least 1"
             )
+        Teacher(self.guidance_scale)
         if self.horizon not in ("myopic", "full") or self.split not in ("groups", "teacher"):
             raise ValueError(
                 f"got trainer.horizon={self.horizon!r}, trainer.split={self.split!r}; expected 'myopic' or 'full', and 'groups' or "
@@ -109,13 +113,17 @@ class Distillation:
     def _teachers(self) -> Teachers:
         return Teachers(self.teachers, self.route)
 
+    def _own(self, rollout: Rollout) -> Rollout:
+        """The rollout with the student's guidance."""
+        return rollout if self.guidance_scale is None else replace(rollout, guidance_scale=self.guidance_scale)
+
     def roles(self) -> Mapping[str, Role]:
         anchors = [] if self.anchor is None else [self.anchor.role]
         return {name: Role() for name in dict.fromkeys([*self.teachers, *anchors])}
 
     def check(self, setup: Setup) -> None:
         """Combinations that cannot work, named before a model is loaded."""
-        self._teachers.check(setup.rollout, setup.roles, setup.prompts)
+        self._teachers.check(self._own(setup.rollout), setup.roles, setup.prompts)
         if self.anchor is not None and self.anchor.role not in ("reference", *setup.roles):
             raise ValueError(
                 f"got trainer.anchor.role={self.anchor.role!r}; expected 'reference' or one of policy.roles {sorted(setup.roles)}: "
@@ -125,25 +133,39 @@ class Distillation:
 
     def forecast(self, rollout: Rollout) -> UpdateForecast:
         """The costlier of a cold start's iteration, in which the teachers' rollouts count as frozen, and of one after it."""
-        cost = rollout.plan.forecast(rollout.num_inference_steps, rollout.group_size)
-        states = cost.train if self.match.stochastic_only else cost.rollout
-        states = rollout.groups * (states if self.query is None else rollout.group_size)
-        anchor = {} if self.anchor is None else {self.anchor.role: Teacher(self.anchor.guidance_scale)}
-        rows = self._teachers.rows(rollout)
+        cost, own = rollout.plan.forecast(rollout.num_inference_steps, rollout.group_size), self._own(rollout)
+        images, rolled = rollout.groups * rollout.group_size, rollout.groups * cost.rollout
+        states = rollout.groups * (cost.train if self.match.stochastic_only else cost.rollout)
+        if self.query is not None:
+            states, rolled = images, images * (rollout.num_inference_steps - 1)
         updates = self.updates_per_rollout
         if self.split == "teacher":
             updates = min(len(self.teachers), rollout.groups)
-        frozen = states * (rows + (Teachers(anchor, None).rows(rollout) if anchor else 0))
-        if self.cold_start is None:
-            return UpdateForecast(updates, states, frozen)
-        images = rollout.groups * rollout.group_size
-        rolled = images * rollout.num_inference_steps * rows
-        return UpdateForecast(updates, max(states, images * self.cold_start.draws), max(frozen, rolled))
+        rows = self._teachers.rows(own)
+        frozen = states * (rows + (0 if self.anchor is None else self.anchor.teachers.rows(own)))
+        if self.cold_start is not None:
+            states = max(states, images * self.cold_start.draws)
+            frozen = max(frozen, images * rollout.num_inference_steps * rows)
+        # what is not the rollout's own guidance is told in its rows
+        rolled = -(-rolled * classifier_free_rows(own.guidance_scale) // classifier_free_rows(rollout.guidance_scale))
+        return UpdateForecast(
+            updates, states, frozen, rolled=rolled, guidance_scale=self.guidance_scale, notes=self._notes(own)
+        )
+
+    def _notes(self, rollout: Rollout) -> tuple[str, ...]:
+        scales = [teacher.scale(rollout) for teacher in self.teachers.values()]
+        absorbed = [scale for scale in scales if scale != rollout.guidance_scale]
+        if not absorbed:
+            return ()
+        return (
+            f"the student learns guidance {max(absorbed):g} at its own {rollout.guidance_scale:g}: sample and evaluate it there "
+            f"(evaluation.guidance_scale={rollout.guidance_scale:g})",
+        )
 
     def prepare(self, task: Task, state: dict[str, Any] | None) -> None:
         for record in task.prompts:
             self._teachers.of(record)
-        self.task = task
+        self.task = replace(task, rollout=self._own(task.rollout))
         self._policy = TrainedRole.of(task.policy, self.optimizer, updates=0 if state is None else state["updates"])
 
     def state(self) -> dict[str, Any]:
@@ -179,6 +201,7 @@ class Distillation:
         task = replace(self.task, rollout=replace(self.task.rollout, plan=plan))
         forest, rows, seconds = roll_out(task, records, iteration, samplers, **how)
         found = self._distilled(forest, {"time/rollout": seconds}, records, iteration, None, cold)
+        found.metrics.update({f"cost/{name}_per_image": 0.0 for name in ("rollout", "decodes", "reward_calls")})
         found.metrics[f"cost/{counted}_per_image"] = rows / found.images
         return found
 
@@ -188,15 +211,16 @@ class Distillation:
     ) -> Distilled:  # fmt: skip
         rollout = self.task.rollout
         conditions = self.task.policy.encode(
-            records, negative=any(scale != 1 for scale in (rollout.guidance_scale, *self._scales().values()))
+            records, negative=any(scale != 1 for scale in (rollout.guidance_scale, *self._scales(rollout).values()))
         )
         teachers = tuple(self._teachers.of(record) for record in records)
         uids = tuple(record.uid for record in records)
         return Distilled(forest, conditions, teachers, uids, iteration, metrics, scored, cold)
 
-    def _scales(self) -> dict[str, float]:
-        """The guidance scale of each teacher."""
-        return {role: teacher.scale(self.task.rollout) for role, teacher in self.teachers.items()}
+    def _scales(self, rollout: Rollout) -> dict[str, float]:
+        """The guidance scale of each teacher, and of the anchor."""
+        anchor = {} if self.anchor is None else self.anchor.teachers.by_role
+        return {role: teacher.scale(rollout) for role, teacher in {**anchor, **self.teachers}.items()}
 
     # ------------------------------------------------------------------------------------------ update
 
@@ -217,11 +241,12 @@ class Distillation:
             visits = visits.gated(batch.forest.tree, kept, drop=self.anchor is None)
         states = states_of(batch.forest, visits.nodes)
         roles = [batch.teachers[group] for group in states.rows.tolist()]
-        taught, rows = engine.frozen(states, roles, self._scales())
+        taught, rows = engine.frozen(states, roles, self._scales(self.task.rollout))
         anchored = None
         if self.anchor is not None:
-            scale = Teacher(self.anchor.guidance_scale).scale(self.task.rollout)
-            anchored, more = engine.frozen(states, self.anchor.role, {self.anchor.role: scale})
+            (anchor,) = self.anchor.teachers.by_role.values()
+            scale = {self.anchor.role: anchor.scale(self.task.rollout)}
+            anchored, more = engine.frozen(states, self.anchor.role, scale)
             rows += more
         batch.metrics["cost/frozen_per_image"] = rows
         for chosen in self._shares(batch):

@@ -68,6 +68,11 @@ class ManifoldAnchor:
             )
         Teacher(self.guidance_scale)
 
+    @property
+    def teachers(self) -> Teachers:
+        """It alone, as a teacher of all prompts."""
+        return Teachers({self.role: Teacher(self.guidance_scale)}, None)
+
 
 @dataclass(frozen=True)
 class Teachers:

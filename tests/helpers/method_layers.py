@@ -20,13 +20,17 @@ def trainer_of(method: str) -> str:
 
 
 POLICY_GRADIENTS = [method for method in METHODS if trainer_of(method) == "flowalign.trainers.PolicyGradient"]
+# their students learn from a teacher, which a run gives them: tests/methods/test_taught.py
+TAUGHT = [method for method in METHODS if trainer_of(method) == "flowalign.trainers.Distillation"]
 OTHERS = [method for method in METHODS if method not in POLICY_GRADIENTS]
 
 # Methods that train by the gradient of the reward, and the layer of configs/rewards that they take on Glyphs: rewards
 # without a gradient, OCR among them, are refused.
 BY_REWARD_GRADIENT: dict[str, str] = {}
 # Overrides that a method needs on Glyphs beside its layers, such as the folder of a teacher.
-ON_GLYPHS: dict[str, tuple[str, ...]] = {}
+ON_GLYPHS: dict[str, tuple[str, ...]] = dict.fromkeys(
+    ("flow_opd", "diffusion_opd", "dance_opd"), ("policy.roles.teacher={init: reference}",)
+)
 
 
 def reward_of(method: str) -> str:
