@@ -13,7 +13,7 @@ from torch.nn import Parameter
 from flowalign.data import PromptRecord
 from flowalign.models.base import Conditions, Sampling, Size
 from flowalign.rollouts.task import Rollout, Task
-from flowalign.trainers import Distillation
+from flowalign.trainers import Trainer
 from samplers import Chain, FlowSDE, RectifiedFlow
 from tests.helpers.plain_rewards import Plain, brightness
 
@@ -73,7 +73,7 @@ class AffinePolicy:
     def velocity(
         self, x: Tensor, sigma: Tensor, conditions: Conditions, *, guidance_scale: float = 1.0, detach_uncond: bool = False
     ) -> Tensor:  # fmt: skip
-        step = ((1 - sigma.double()) * self.steps).round().long()
+        step = ((1 - sigma.double()) * self.steps).round().long().clamp(max=self.steps - 1)
         label, rows = conditions.tensors["label"], len(x)
         shift = self.shifts[self.active][step, label]
         if guidance_scale != 1:
@@ -83,7 +83,7 @@ class AffinePolicy:
         self.calls.append((self.active, rows))
         slope, constant = exact(self.grid[:-1])
         flat = (slope[step] + self.slopes[self.active][step]) * x.double().flatten(1)[:, 0] + constant[step] + shift
-        return flat.reshape(x.shape)
+        return flat.reshape(x.shape).to(x)
 
     def decode(self, latents: Tensor, grad: bool = False) -> Tensor:
         return latents.expand(-1, 3, -1, -1)
@@ -110,21 +110,19 @@ def rollout(groups: int, group_size: int, steps: int, **changes) -> Rollout:
     return Rollout(groups=groups, group_size=group_size, num_inference_steps=steps, micro_batch=4096, **settings)
 
 
-def prepared(
-    policy: AffinePolicy, trainer: Distillation, settings: Rollout, reward=None, processes=None
-) -> Distillation:
+def prepared(policy: AffinePolicy, trainer: Trainer, settings: Rollout, reward=None, processes=None) -> Trainer:
     """The trainer, ready to collect."""
     more = {} if processes is None else {"processes": processes}
     trainer.prepare(Task(policy, reward or Plain(brightness), settings, 0, Size(1, 1), **more), None)
     return trainer
 
 
-def gradient(trainer: Distillation, prompts: Sequence[PromptRecord], iteration: int = 0) -> tuple[Tensor, Tensor]:
+def gradient(trainer: Trainer, prompts: Sequence[PromptRecord], iteration: int = 0) -> tuple[Tensor, Tensor]:
     """(∂ loss/∂ shift [T, 3], ∂ loss/∂ slope [T]) summed over the updates of an iteration."""
     return gradient_of(trainer, trainer.collect(prompts, iteration))
 
 
-def gradient_of(trainer: Distillation, batch) -> tuple[Tensor, Tensor]:
+def gradient_of(trainer: Trainer, batch) -> tuple[Tensor, Tensor]:
     """The same, of a batch."""
     parameters = [parameter for _, parameter in trainer.task.policy.parameters_of("policy")]
     for parameter in parameters:

@@ -1,7 +1,5 @@
 """Distillation on the bed, through the real trainer and its layers: a student comes near its teacher, at the forecast cost."""
 
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -9,8 +7,6 @@ import torch
 from torch import Tensor
 
 from flowalign.config import load_config
-from flowalign.distributed import processes as distributed
-from flowalign.distributed.processes import Processes
 from flowalign.loop import train
 from flowalign.run.run import Run
 from flowalign.storage import checkpoint
@@ -18,7 +14,6 @@ from flowalign.storage.metrics_log import read_rows, without_time
 from tests.helpers.bed import MEANS, NAMES
 from tests.helpers.bed_run import CONFIG, Bed
 from tests.helpers.method_layers import ON_GLYPHS, TAUGHT
-from tests.helpers.policy_gradient import run_updates
 
 
 def tasks() -> list[dict]:

@@ -1,18 +1,33 @@
 """Distillation against closed forms: affine students and teachers, of which every gradient, law and fixed point is known."""
 
-from dataclasses import replace
+import math
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from flowalign.objectives import Gate, Match, Steps
+from flowalign.advantage import Normalized
+from flowalign.distributed.processes import Processes
+from flowalign.models.roles import Role
+from flowalign.objectives import ClippedRatio, Gate, KLPenalty, Match, Steps, TeacherTargets
 from flowalign.rollouts.unscored import BetaStep
-from flowalign.trainers import Distillation, ManifoldAnchor, Route, Setup, Teacher
+from flowalign.trainers import (
+    ColdStart,
+    Distillation,
+    ManifoldAnchor,
+    PolicyGradient,
+    Route,
+    Setup,
+    Signal,
+    Teacher,
+)
+from rewards import RewardBatch, RewardOutput, RewardSpec
 from samplers import CPS, DDIM, ODE, Chain, DanceSDE, Deterministic, FlowSDE, RectifiedFlow, Window
 from samplers.noise import generator
 from tests.helpers.affine_policy import AffinePolicy, exact, gradient, gradient_of, prepared, records, rollout
 from tests.helpers.kernels import VP
+from tests.helpers.threads import on_processes
 
 STEPS = 6
 FINITE = torch.tensor([0.066, 0.127, 0.227, 0.355, 0.541, 1.027]).double()
@@ -131,10 +146,10 @@ def test_a_student_that_is_its_teacher_stays_whatever_the_weight(form: str) -> N
     trainer = Distillation({"teacher": Teacher()}, match=Match(form), score_images=False)
     trainer = prepared(policy, trainer, rollout(2, 3, 4, plan=PLANS[form]))
     for found in gradient(trainer, records("a", "b")):
-        assert float(found.abs().max()) < 1e-7
+        assert float(found.abs().max()) < 1e-6
     policy.shifts["teacher"] += 0.5
     shift, _ = gradient(trainer, records("a", "b"))
-    assert float(shift[:, :2].abs().sum(1).max()) > 0.005 and float(shift.max()) <= 0
+    assert float(shift[:, :2].abs().sum(1).max()) > 0.005 and float(shift.max()) <= 1e-7
 
 
 def test_with_an_anchor_the_optimum_is_the_weighted_average() -> None:
@@ -150,7 +165,7 @@ def test_with_an_anchor_the_optimum_is_the_weighted_average() -> None:
     with torch.no_grad():
         policy.shifts["policy"].copy_(best[:, None])
     shift, slope = gradient(trainer, records("a"))
-    assert float(shift.abs().max()) < 1e-7 and float(slope.abs().max()) < 1e-7
+    assert float(shift.abs().max()) < 1e-6 and float(slope.abs().max()) < 1e-6
     assert float(best.max() - best.min()) > 0.2
     with torch.no_grad():
         policy.shifts["policy"] += 0.01
@@ -171,10 +186,10 @@ def test_each_label_learns_from_its_own_teacher_and_each_state_is_evaluated_once
     list(trainer.updates(batch))
     assert sorted(policy.calls) == [("one", 12), ("two", 36)]
     assert batch.metrics["cost/frozen_per_image"] == batch.metrics["cost/rollout_per_image"] == 4.0
-    assert float(gradient(trainer, records("a", "b", "b", "b"))[0].abs().max()) < 1e-7
+    assert float(gradient(trainer, records("a", "b", "b", "b"))[0].abs().max()) < 1e-6
     policy.shifts["two"] += 0.2
     shift, _ = gradient(trainer, records("a", "b", "b", "b"))
-    assert float(shift[:, 0].abs().max()) < 1e-7 and float(shift[:, 1].max()) < -1e-3
+    assert float(shift[:, 0].abs().max()) < 1e-6 and float(shift[:, 1].max()) < -1e-3
 
 
 def test_one_teacher_at_a_time_takes_an_update_for_each() -> None:
@@ -206,7 +221,7 @@ def test_a_guided_teacher_is_absorbed() -> None:
     assert (
         trainer.forecast(settings).frozen == 8 * batch.images and trainer.forecast(settings).trained == 4 * batch.images
     )
-    assert float(gradient(trainer, records("a", "b"))[0].abs().max()) < 1e-7
+    assert float(gradient(trainer, records("a", "b"))[0].abs().max()) < 1e-6
 
 
 # ------------------------------------------------------------------------------------------ one state of each rollout
@@ -258,25 +273,21 @@ def test_a_rollout_that_stops_costs_its_steps_and_ends_where_the_whole_one_was(p
 # ------------------------------------------------------------------------------------------ gate
 
 
+@dataclass
 class Positive:
-    """1 where the latent is positive, else 0; the first sample has no score."""
+    """1 where the latent is positive, else 0. unscored: the first sample has no score."""
 
-    name = "positive"
-
-    def __init__(self) -> None:
-        from rewards import RewardSpec
-
-        self.spec = RewardSpec(("latents",))
+    unscored: bool = True
+    name: str = "positive"
+    spec = RewardSpec(("latents",))
 
     def load(self) -> None: ...
 
     def close(self) -> None: ...
 
-    def __call__(self, batch):
-        from rewards import RewardOutput
-
+    def __call__(self, batch: RewardBatch) -> RewardOutput:
         valid = torch.ones(len(batch.latents), dtype=torch.bool)
-        valid[0] = False
+        valid[0] = not self.unscored
         return RewardOutput((batch.latents.flatten(1)[:, 0] > 0).float(), valid)
 
 
@@ -315,12 +326,80 @@ def test_an_anchor_counts_at_the_states_that_the_gate_leaves_out() -> None:
     assert batch.metrics["cost/frozen_per_image"] == 8.0 and policy_like.abs().max() > 0
 
 
+# ------------------------------------------------------------------------------------------ beside a policy gradient
+
+
+def of_kepo(**parts) -> Tensor:
+    """The gradient by the shifts [T] of a policy gradient with these parts, on rewards that differ within the group."""
+    policy = AffinePolicy.of(4, policy=0.1, teacher=0.5)
+    policy.slopes["teacher"] += 0.3
+    signal = Signal(Normalized())
+    trainer = PolicyGradient(signal, ClippedRatio(0.1), micro_batch=64, **parts)
+    prepared(policy, trainer, rollout(2, 8, 4, plan=Chain()), Positive(unscored=False))
+    return gradient(trainer, records("a", "a"))[0][:, 0]
+
+
+def test_kepo_is_grpo_and_a_gated_distillation() -> None:
+    """Without the gate it is GRPO with the exact KL to the teacher, behind a closed one GRPO alone."""
+    plain = of_kepo()
+    ungated = of_kepo(supervision={"opd": TeacherTargets("teacher", 0.3)})
+    kl = of_kepo(regularizers={"opd": KLPenalty(0.3, "exact", "teacher")})
+    torch.testing.assert_close(ungated, kl, rtol=1e-4, atol=1e-6)
+    closed, opened, half = (
+        of_kepo(supervision={"opd": TeacherTargets("teacher", 0.3, gate=Gate(level))})
+        for level in (math.inf, -math.inf, 1.0)
+    )
+    assert torch.equal(closed, plain) and torch.equal(opened, ungated)
+    assert not torch.allclose(half, ungated) and not torch.allclose(half, plain) and not torch.allclose(plain, ungated)
+
+
+def test_a_gate_beside_a_policy_gradient_is_refused_where_it_could_not_act() -> None:
+    with pytest.raises(ValueError, match="expected one, which it reads"):
+        TeacherTargets("teacher", gate=Gate(1.0)).check(RectifiedFlow(), ("a", "b"))
+    with pytest.raises(ValueError, match="this term has neither"):
+        TeacherTargets("teacher", gate=Gate(1.0, least=2))
+    trainer = PolicyGradient(Signal(Normalized()), ClippedRatio(0.1), supervision={"opd": TeacherTargets("nobody")})
+    with pytest.raises(ValueError, match=r"opd\.role='nobody'"):
+        trainer.check(setup(rollout=rollout(4, 3, 4, plan=Chain())))
+
+
+# ------------------------------------------------------------------------------------------ processes
+
+
+KINDS = {
+    "full": {"horizon": "full", "score_images": False},
+    "stopped": {"match": Match("velocity"), "query": BetaStep(), "score_images": False},
+    "gated": {"gate": Gate(1.0), "anchor": ManifoldAnchor(0.3, "looks"), "updates_per_rollout": 3},
+    "one by one": {"split": "teacher"},
+    "cold": {"cold_start": ColdStart(1, draws=2), "score_images": False},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_have_the_gradient_and_the_costs_of_one(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = records("a", "b", "b")
+
+    def work(processes: Processes) -> tuple[Tensor, Tensor, dict[str, float]]:
+        policy = AffinePolicy.of(4, policy=0.0, one=0.5, two=(0.1, -0.5, 0.2), looks=1.0)
+        trainer = Distillation({"one": Teacher(2.0), "two": Teacher()}, ROUTE, micro_batch=4, **KINDS[kind])
+        prepared(policy, trainer, rollout(3, 3, 4), Positive(unscored=False), processes)
+        batch = trainer.collect(prompts, 0)
+        shift, slope = gradient_of(trainer, batch)
+        costs = {name: value for name, value in batch.metrics.items() if not name.startswith("time/")}
+        return *(processes.gather(each[None]).sum(0) for each in (shift, slope)), costs
+
+    alone = work(Processes())
+    for shift, slope, costs in on_processes(2, work, monkeypatch):
+        torch.testing.assert_close(shift, alone[0], rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(slope, alone[1], rtol=1e-5, atol=1e-7)
+        assert costs == pytest.approx(alone[2])
+    assert float(alone[0].abs().max()) > 1e-3
+
+
 # ------------------------------------------------------------------------------------------ refusals
 
 
 def setup(**changes) -> Setup:
-    from flowalign.models.roles import Role
-
     settings = changes.pop("rollout", rollout(4, 3, 4))
     roles = {"one": Role(init="some/folder"), "two": Role(init="other/folder"), "copy": Role()}
     prompts = changes.pop("prompts", records("a", "b"))

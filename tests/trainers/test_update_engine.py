@@ -1,30 +1,27 @@
 """The update engine: losses that couple a group, dealt to processes in micro-batches, have the gradient of one graph."""
 
-import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from flowalign.distributed import processes as distributed
 from flowalign.distributed.processes import Processes
 from flowalign.models.base import Conditions, Size
 from flowalign.rollouts.task import Rollout, Task
 from flowalign.trainers import AdamWConfig, Measures, Part, States, TrainedRole, Update, UpdateEngine
 from samplers import ODE, Chain
 from tests.helpers.plain_rewards import fixed
+from tests.helpers.threads import on_processes
 
 F64 = torch.float64
-T = TypeVar("T")
 WIDTH, PROMPTS = 3, 4
 
 
@@ -78,31 +75,6 @@ def states_of(count: int) -> States:
     generator = torch.Generator().manual_seed(1)
     x, sigma = (torch.rand(shape, generator=generator, dtype=F64) for shape in ((count, WIDTH), (count,)))
     return States(x, sigma, torch.arange(count) % PROMPTS)
-
-
-def on_processes(count: int, work: Callable[[Processes], T], monkeypatch: pytest.MonkeyPatch) -> list[T]:
-    """What `work` returns on each of `count` processes, which are threads: their messages are concatenated in place of
-    accelerate's. A process that calls a collective alone breaks the barrier."""
-    barrier, own, sent = threading.Barrier(count, timeout=20), threading.local(), dict[int, Tensor]()
-
-    def gather(rows: Tensor) -> Tensor:
-        sent[own.rank] = rows
-        barrier.wait()
-        everything = torch.cat([sent[rank] for rank in range(count)])
-        barrier.wait()
-        return everything
-
-    def run(rank: int) -> T:
-        own.rank = rank
-        try:
-            return work(Processes(rank, count))
-        except BaseException:
-            barrier.abort()
-            raise
-
-    monkeypatch.setattr(distributed, "gather", gather)
-    with ThreadPoolExecutor(count) as pool:
-        return list(pool.map(run, range(count)))
 
 
 # ---------------------------------------------------------------------------------------------- losses of a group
