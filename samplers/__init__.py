@@ -9,7 +9,15 @@ is replayed. A sampler knows no network: the velocity is a callable, randomness 
 `rollout` keeps no graph; `unroll` is differentiable in the start, the noise and the network, by the same steps.
 """
 
-from samplers.draws import GridSigma, LogitNormalSigma, SampleKeys, SigmaLaw, SquareRootSigma, UniformSigma
+from samplers.draws import (
+    GridSigma,
+    LogitNormalSigma,
+    SampleKeys,
+    ShiftedUniform,
+    SigmaLaw,
+    SquareRootSigma,
+    UniformSigma,
+)
 from samplers.forest import Forest, Velocities
 from samplers.forest_file import load_forest, save_forest
 from samplers.kernels import (
@@ -103,7 +111,7 @@ __all__ = [
     "TreeWindow", "Window", "branch", "chain", "compressed", "probed", "scattered", "tree", "window",
     "Fixed", "Position", "Random", "Sliding",
     "KeyedNoise", "generator", "normal",
-    "GridSigma", "LogitNormalSigma", "SampleKeys", "SigmaLaw", "SquareRootSigma", "UniformSigma",
+    "GridSigma", "LogitNormalSigma", "SampleKeys", "ShiftedUniform", "SigmaLaw", "SquareRootSigma", "UniformSigma",
     "Forest", "Velocities", "load_forest", "save_forest", "Noise", "Velocity", "rollout",
     "Unrolled", "straight_through", "unroll",
 ]  # fmt: skip

@@ -16,6 +16,7 @@ from flowalign.models.load import (
     check_image_size,
     check_lora_folders,
     check_lora_targets,
+    check_role_pipelines,
     count_lora_numbers,
     path_of,
 )
@@ -79,17 +80,16 @@ def check(config: TrainConfig) -> None:
     config.trainer.check(Setup(bound, path, channels_of(config.reward), policy.roles, state_channels, prompts))
     if policy.trainable == "lora":
         check_lora_folders(policy.path, policy.lora, config.roles, policy.family)
-    elif folders := [role.folder for role in config.roles.values() if role.folder is not None]:
-        raise ConfigError(
-            f"policy.trainable={policy.trainable} with a role that starts from {folders[0]}: expected policy.trainable=lora"
-        )
     elif policy.dtype != "fp32":
         raise ConfigError(f"policy.dtype={policy.dtype} with policy.trainable=full: expected fp32 for the optimizer")
     elif "reference" in config.trainer.roles() and not policy.reference_copy:
         raise ConfigError(
-            "got policy.trainable=full and a trainer that needs the reference (trainer.regularizers), of which no copy is kept: "
-            "set trainer.regularizers={}, or policy.reference_copy=true (it doubles the memory of the network)"
+            "got policy.trainable=full and a trainer that needs the reference, of which no copy is kept: set "
+            "policy.reference_copy=true (it doubles the memory of the network), or leave out what needs it, such as a KL: "
+            "trainer.regularizers={}"
         )
+    else:
+        check_role_pipelines(policy.path, config.roles, policy.family)
     known = {"policy", *config.roles} | (
         {"reference"} if policy.trainable == "lora" or policy.reference_copy else set()
     )

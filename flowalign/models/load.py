@@ -6,7 +6,6 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +15,6 @@ from accelerate import init_empty_weights
 from diffusers import DDIMScheduler, DiffusionPipeline
 from torch import nn
 
-from flowalign.glyphs import FEW_STEP, PIPELINE
 from flowalign.models.base import Family, Policy, Sampling, Size
 from flowalign.models.checkpoint_files import check_files, check_finite, read_index
 from flowalign.models.lora import (
@@ -36,6 +34,7 @@ from flowalign.models.lora_merge import merge_loras
 from flowalign.models.pipeline_policy import PROMPT_STORE_BYTES, Offloadable, PipelinePolicy
 from flowalign.models.roles import Role
 from flowalign.models.sampling import defaults_of
+from flowalign.models.shipped import SHIPPED, resolve
 from flowalign.models.trained_networks import TrainedNetworks
 from samplers import Path as NoisingPath
 
@@ -45,15 +44,6 @@ FAMILIES = {
     "StableDiffusion3Pipeline": "flowalign.models.families.sd3.FAMILY",
     "StableDiffusionPipeline": "flowalign.models.families.sd15.FAMILY",
 }
-
-
-# the pipelines that come with flowalign
-SHIPPED = {"glyphs": PIPELINE, **{f"glyphs-{steps}step": folder for steps, folder in FEW_STEP.items()}}
-
-
-def resolve(path: str) -> str:
-    """A name of SHIPPED as its folder; anything else is a folder (~ is the home) or a hub id."""
-    return str(SHIPPED[path]) if path in SHIPPED else os.path.expanduser(path)
 
 
 def inspect_checkpoint(path: str, family: str | None = None) -> tuple[dict[str, Any], Family]:
@@ -190,6 +180,29 @@ def check_lora_folders(path: str, lora: LoRA, roles: Mapping[str, Role], family:
             if role.follows or followers:  # a follower has the shape of the policy
                 what = f"which follows {role.of}" if role.follows else f"which {followers[0]} follows"
                 file.check_equal(f"the role {label}, {what}", modules, lora.rank, lora.alpha)
+
+
+def check_role_pipelines(path: str, roles: Mapping[str, Role], family: str | None = None) -> None:
+    """FileNotFoundError or ValueError for a role of a policy with full weights whose pipeline is not whole, or has other
+    networks than `path`; from the configurations and headers alone."""
+    for label, role in roles.items():
+        if role.folder is None:
+            continue
+        try:
+            check_checkpoint(role.folder, family)
+        except (ValueError, OSError) as error:
+            raise type(error)(
+                f"the role {label}, of a policy that trains full weights, starts from a pipeline (from a LoRA only with policy.trainable=lora): {error}"
+            ) from error
+        _, known = inspect_checkpoint(path, family)
+        for name, network in _empty_networks(path, known).items():
+            wanted = {key: value.shape for key, value in network.state_dict().items()}
+            found = {key: value.shape for key, value in _empty_networks(role.folder, known)[name].state_dict().items()}
+            if differ := sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key)):
+                raise ValueError(
+                    f"got the role {label} with init={role.folder!r}, whose {name} differs from the policy's in {differ[0]} "
+                    f"({len(differ)} tensors in all); expected a pipeline of the same network: take another one"
+                )
 
 
 def _empty_networks(path: str, family: Family) -> dict[str, nn.Module]:

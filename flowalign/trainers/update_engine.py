@@ -7,8 +7,13 @@ the velocities there (a ratio, a regression, a distillation) is its own business
 from __future__ import annotations
 
 import time
+<<<<<<< HEAD
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+=======
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+>>>>>>> main
 from functools import partial
 
 import torch
@@ -137,43 +142,69 @@ class UpdateEngine:
         for name in dict.fromkeys(roles):  # every process in the same order, also those without a state of this role
             wanted = torch.tensor([roles[row] == name for row in own.tolist()], dtype=torch.bool)
             for part in own[wanted].split(self.task.rollout.micro_batch) if bool(wanted.any()) else ():
+<<<<<<< HEAD
                 found = self.velocity(states.at(part), name, scales.get(name))
+=======
+                found = self.velocity(states.at(part), name)
+                values = values.to(torch.promote_types(values.dtype, found.dtype))  # of a float64 policy on fp32 states
+>>>>>>> main
                 values[(part - share.start).to(values.device)] = found.to(values)
         rows = processes.total(self.task.policy.evaluations - before)
         return processes.gather(values), rows / self.images
 
-    def micro_batches(self, count: int, size: int) -> list[Part]:
-        """This process's parts of `count` states, at most `size` each: equally many, equally large on every process."""
+    def micro_batches(self, count: int, size: int, among: Tensor | None = None) -> list[Part]:
+        """This process's parts of `count` states, at most `size` each: equally many, equally large on every process. among
+        [count]: the states' numbers; None: 0 to count − 1."""
         dealt = self.task.processes.deal(count)
-        dealt_parts = dealt.split(size) if len(dealt) else ()
-        return [Part(number, rows.clamp(min=0), int((rows >= 0).sum())) for number, rows in enumerate(dealt_parts)]
+        parts = []
+        for number, rows in enumerate(dealt.split(size) if len(dealt) else ()):
+            index = rows.clamp(min=0)
+            parts.append(Part(number, index if among is None else among[index], int((rows >= 0).sum())))
+        return parts
 
     @torch.no_grad()
-    def scalars(self, count: int, parts: Sequence[Part], value: Value) -> Tensor:
-        """[count] float64 one number per state without graph, over all processes."""
-        found = torch.zeros(count, dtype=torch.float64)
+    def scalars(self, count: int, parts: Sequence[Part], value: Value, owner: Tensor | None = None) -> Tensor:
+        """[E] float64 the numbers of `count` states without graph, over all processes. owner [E], value: see `coupled_update`."""
+        owner = torch.arange(count) if owner is None else owner
+        found = torch.zeros(len(owner), dtype=torch.float64)
         for part in parts:
-            found[part.index[: part.real]] = value(part)[: part.real].double().cpu()
+            mine = part.place(owner) >= 0
+            found[mine] = value(part)[: int(mine.sum())].double().cpu()
         return self.task.processes.gather(found[None]).sum(0)
 
     def coupled_update(
-        self, trained: TrainedRole, count: int, size: int, value: Value, loss: Callable[[Tensor], Tensor]
-    ) -> Update:
-        """One optimizer step of a loss that couples all `count` states (pairs, groups) through one number of each.
+        self, trained: TrainedRole, count: int, size: int, value: Value, loss: Callable[[Tensor], Tensor], *,
+        owner: Tensor | None = None, known: Tensor | None = None, weight: Tensor | None = None,
+        metrics: Callable[[Tensor], dict[str, float]] = lambda numbers: {},
+    ) -> Update:  # fmt: skip
+        """One optimizer step of a loss that couples all `count` states (pairs, groups) through numbers of each.
 
-        value(part) [n]: the numbers (log-probs, errors) of the states of a micro-batch of at most `size`. loss: of all of
-        them [count], float64. Two passes: the numbers without graph, then each micro-batch again with its adjoints; the
-        gradient is that of one graph, the memory that of one micro-batch (see `scalar_adjoint`)."""
-        parts, before = self.micro_batches(count, size), self.task.policy.evaluations
-        total, adjoint = scalar_adjoint(self.scalars(count, parts, value), loss)
+        value(part) [e]: the numbers (log-probs, errors) of a micro-batch of at most `size` states. loss: of all of them [E],
+        float64. Two passes: the numbers without graph, then each micro-batch again with its adjoints; the gradient is that of
+        one graph, the memory that of one micro-batch (see `scalar_adjoint`). The second pass leaves out states whose adjoints
+        are all 0.
+
+        owner [E]: the state that each number belongs to, of which a part gives those with part.place(owner) >= 0, in their
+        order; None: one of each state, in the order of part.index. known [E]: the numbers, where the first pass would only
+        repeat them. weight [E]: factors of the adjoints; if they are 1 in expectation (a random subset of states), so is the
+        gradient the loss's. metrics: of the numbers of the first pass, once the step is taken."""
+        before, owner = self.task.policy.evaluations, torch.arange(count) if owner is None else owner
+        if known is None:
+            known = self.scalars(count, self.micro_batches(count, size), value, owner)
+        total, adjoint = scalar_adjoint(known, loss)
+        adjoint = adjoint if weight is None else adjoint * weight
         rows = self.task.processes.total(self.task.policy.evaluations - before) / self.images
+        states = owner[adjoint != 0].unique()
+        parts = self.micro_batches(len(states), size, states)
 
         def share(part: Part, measures: Measures) -> Tensor:
-            values = value(part)[: part.real]
-            return (adjoint[part.index[: part.real]].to(values) * values).sum()
+            mine = part.place(owner) >= 0
+            values = value(part)[: int(mine.sum())]
+            return (adjoint[mine].to(values) * values).sum()
 
+        update = self.update(trained, parts, share, lambda measures: metrics(known))
         measured = {f"loss/{trained.role}": float(total), "cost/frozen_per_image": rows}
-        return self.update(trained, parts, share, lambda measures: measured)
+        return replace(update, after=lambda: measured | update.after())
 
     def update(
         self, trained: TrainedRole, parts: Sequence[Part], loss: Loss, metrics: Metrics = lambda measures: {}

@@ -22,7 +22,7 @@ from tests.helpers.method_layers import METHODS, POLICY_GRADIENTS, TAUGHT
 # a smaller group will do for most; more samples for the method that trains one step of each
 SMALLER = (
     "flow_cps", "flow_grpo", "flow_grpo_fast", "grpo_guard", "tempflow_grpo", "tp_grpo", "dance_grpo_best_of_n",
-    "stepwise_flow_grpo",
+    "stepwise_flow_grpo", "tdm_r1",
 )  # fmt: skip
 CHANGES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(SMALLER, ("rollout.group_size=12",)),
@@ -35,9 +35,11 @@ CHANGES: dict[str, tuple[str, ...]] = {
 # Iterations of the quick test and of the one with ten seeds; others need 6 and 10.
 ITERATIONS: dict[str, tuple[int, int]] = {}
 # Weights move though all samples are equally good: method -> why.
-MOVED_BY_OTHER_THAN_REWARD: dict[str, str] = {}
+MOVED_BY_OTHER_THAN_REWARD: dict[str, str] = {"tdm_r1": "it goes on being distilled"}
 # An iteration of other trainers costs what is forecast, or less: method -> what is random in it.
-CHEAPER_AT_TIMES: dict[str, str] = {}
+CHEAPER_AT_TIMES: dict[str, str] = {
+    **dict.fromkeys(("raft", "raft_offline"), "a group whose best is hardly better than its mean trains no sample"),
+}
 BASE = 0.321  # reward without training; it is between 0 and 1
 
 

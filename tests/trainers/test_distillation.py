@@ -27,7 +27,7 @@ from samplers import CPS, DDIM, ODE, Chain, DanceSDE, Deterministic, FlowSDE, Re
 from samplers.noise import generator
 from tests.helpers.affine_policy import AffinePolicy, exact, gradient, gradient_of, prepared, records, rollout
 from tests.helpers.kernels import VP
-from tests.helpers.threads import on_processes
+from tests.helpers.thread_processes import on_processes
 
 STEPS = 6
 FINITE = torch.tensor([0.066, 0.127, 0.227, 0.355, 0.541, 1.027]).double()

@@ -1,4 +1,4 @@
-"""Several processes as threads of one."""
+"""Several processes of a run as threads of one: cheap, and a collective that one calls alone is an error."""
 
 import threading
 from collections.abc import Callable
