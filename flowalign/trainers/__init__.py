@@ -1,11 +1,5 @@
-<<<<<<< HEAD
-"""Trainers. base: the contract; one file per kind of trainer (policy_gradient, forward_process,
-distillation), and what they are made of (signal,
-update_engine, edge_update, state_update, pull_update, dry_run, calibration, teachers, visits). A method is a configuration of one of them."""
-=======
-"""Trainers. base: the contract; one file per kind of trainer (policy_gradient, forward_process, reward_difference, few_step), and
-what they are made of. A method is a configuration of one of them."""
->>>>>>> main
+"""Trainers. base: the contract; one file per kind of trainer (policy_gradient, forward_process, reward_difference, few_step,
+distillation), and what they are made of. A method is a configuration of one of them."""
 
 from flowalign.trainers.base import (
     AdamWConfig,
@@ -20,13 +14,10 @@ from flowalign.trainers.base import (
     UpdateForecast,
 )
 from flowalign.trainers.calibration import Calibration, GainBalance
-<<<<<<< HEAD
 from flowalign.trainers.cold_start import ColdStart
 from flowalign.trainers.distillation import Distillation
-=======
 from flowalign.trainers.few_step import FewStep
 from flowalign.trainers.few_step_updates import Directions, Surrogate
->>>>>>> main
 from flowalign.trainers.forward_process import ForwardProcess
 from flowalign.trainers.policy_gradient import PolicyGradient
 from flowalign.trainers.pulls import Pulls
@@ -37,14 +28,8 @@ from flowalign.trainers.teachers import ManifoldAnchor, Route, Teacher
 from flowalign.trainers.update_engine import Measures, Part, States, TrainedRole, UpdateEngine
 
 __all__ = [
-<<<<<<< HEAD
-    "AdamWConfig", "Batch", "Calibration", "ColdStart", "Distillation", "ForwardProcess", "FromRollout", "GainBalance", "ManifoldAnchor", "Measures", "Part", "Places", "PolicyGradient", "Route", "SampleSource",
-    "Samples", "Setup", "Signal", "States",
-    "Teacher", "TrainedRole", "Trainer", "Update", "UpdateEngine", "UpdateForecast", "as_policy_gradient", "uncalibrated",
-=======
-    "AdamWConfig", "Batch", "Calibration", "Directions", "EdgeTrainer", "EndpointDraws", "FewStep", "ForwardProcess",
-    "FromRollout", "GainBalance", "Inspection", "Measures", "Part", "Places", "PolicyGradient", "Pulls", "Replayed",
-    "RewardDifference", "SampleSource", "Samples", "Setup", "Signal", "States", "Surrogate", "TrainedRole", "Trainer",
+    "AdamWConfig", "Batch", "Calibration", "ColdStart", "Directions", "Distillation", "EdgeTrainer", "EndpointDraws", "FewStep", "ForwardProcess",
+    "FromRollout", "GainBalance", "Inspection", "ManifoldAnchor", "Measures", "Part", "Places", "PolicyGradient", "Pulls", "Replayed",
+    "RewardDifference", "Route", "SampleSource", "Samples", "Setup", "Signal", "States", "Surrogate", "Teacher", "TrainedRole", "Trainer",
     "Update", "UpdateEngine", "UpdateForecast",
->>>>>>> main
 ]  # fmt: skip

@@ -13,11 +13,7 @@ from torch import Tensor
 from flowalign.advantage import SignalContext
 from flowalign.data import PromptRecord
 from flowalign.models.roles import Role
-<<<<<<< HEAD
-from flowalign.objectives import Anchor, StateObjective
-=======
-from flowalign.objectives import Anchor, DrawIds, Predictions, StateObjective
->>>>>>> main
+from flowalign.objectives import Anchor, Predictions, StateObjective
 from flowalign.rollouts.task import Rollout, Task
 from flowalign.trainers.base import AdamWConfig, EndpointDraws, Inspection, Setup, Update, UpdateForecast
 from flowalign.trainers.dry_run import ITERATIONS
@@ -25,7 +21,7 @@ from flowalign.trainers.pulls import Pulls, pulls_of_draws
 from flowalign.trainers.samples import FromRollout, SampleBatch, Samples, SampleSource
 from flowalign.trainers.signal import Signal
 from flowalign.trainers.state_update import Draws, StateUpdate, roles_of
-from flowalign.trainers.update_engine import Measures, Part, TrainedRole, UpdateEngine
+from flowalign.trainers.update_engine import Measures, Part, States, TrainedRole, UpdateEngine
 from samplers import GridSigma, SampleKeys, SigmaLaw, generator
 
 PULLED_DRAWS = 32  # at which the doctor measures anchors

@@ -7,13 +7,8 @@ the velocities there (a ratio, a regression, a distillation) is its own business
 from __future__ import annotations
 
 import time
-<<<<<<< HEAD
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-=======
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
->>>>>>> main
 from functools import partial
 
 import torch
@@ -142,12 +137,8 @@ class UpdateEngine:
         for name in dict.fromkeys(roles):  # every process in the same order, also those without a state of this role
             wanted = torch.tensor([roles[row] == name for row in own.tolist()], dtype=torch.bool)
             for part in own[wanted].split(self.task.rollout.micro_batch) if bool(wanted.any()) else ():
-<<<<<<< HEAD
                 found = self.velocity(states.at(part), name, scales.get(name))
-=======
-                found = self.velocity(states.at(part), name)
                 values = values.to(torch.promote_types(values.dtype, found.dtype))  # of a float64 policy on fp32 states
->>>>>>> main
                 values[(part - share.start).to(values.device)] = found.to(values)
         rows = processes.total(self.task.policy.evaluations - before)
         return processes.gather(values), rows / self.images
