@@ -79,15 +79,9 @@ def check(config: TrainConfig) -> None:
     prompts, held_out = load_prompts(config.prompts), load_prompts(config.evaluation.prompts)
     evaluated = [] if evaluation.allow_training_prompts else held_out[: evaluation.count]
     setup = Setup(
-        bound,
-        path,
-        channels_of(config.reward),
-        policy.roles,
-        state_channels,
-        spec_of(config.reward),
-        policy.size,
-        evaluated,
-    )
+        bound, path, channels_of(config.reward), policy.roles, state_channels, reward=spec_of(config.reward), size=policy.size,
+        prompts=prompts, held_out=evaluated,
+    )  # fmt: skip
     config.trainer.check(setup)
     if policy.trainable == "lora":
         check_lora_folders(policy.path, policy.lora, config.roles, policy.family)

@@ -120,8 +120,8 @@ class Setup:
 
     rollout: with its kernel bound to `path`, the noising law of the policy. channels: of the reward. roles: those that
     the configuration gives the policy (policy.roles), by name. state_channels: of the process rewards, in Forest.scores.
-    reward: what the reward says of itself. size: of what the policy makes. held_out: what is evaluated and must not be trained
-    on; empty where that is allowed."""
+    reward: what the reward says of itself. size: of what the policy makes. prompts: the training set. held_out: what is
+    evaluated and must not be trained on; empty where that is allowed."""
 
     rollout: Rollout
     path: Path
@@ -131,6 +131,7 @@ class Setup:
     reward: RewardSpec = field(default_factory=RewardSpec)
     size: Size = field(default_factory=lambda: Size(0, 0))
     held_out: Sequence[PromptRecord] = ()
+    prompts: Sequence[PromptRecord] = ()
 
 
 class Trainer(Protocol):

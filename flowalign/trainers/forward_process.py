@@ -13,7 +13,7 @@ from torch import Tensor
 from flowalign.advantage import SignalContext
 from flowalign.data import PromptRecord
 from flowalign.models.roles import Role
-from flowalign.objectives import Anchor, DrawIds, Predictions, StateObjective
+from flowalign.objectives import Anchor, Predictions, StateObjective
 from flowalign.rollouts.task import Rollout, Task
 from flowalign.trainers.base import AdamWConfig, EndpointDraws, Inspection, Setup, Update, UpdateForecast
 from flowalign.trainers.dry_run import ITERATIONS
@@ -212,15 +212,7 @@ class ForwardProcess:
         keys = keys.shared() if self.shared_draws else keys
         again = "" if epoch == 0 else f" {epoch}"
         sigma = keys.sigmas(self.law, self.draws, samples.sigmas, path, f"sigma{again}").T
-        states, targets = [], []
-        for number in range(self.draws):
-            noise = keys.noise(latents.shape[1:], number, f"renoise{again}").to(latents)
-            states.append(path.add_noise(latents, noise, sigma[number]))
-            targets.append(path.velocity(latents, noise, sigma[number]))
-        group, numbers = samples.places.group[chosen], torch.arange(self.draws).repeat_interleave(len(chosen))
-        inputs = States(torch.cat(states), sigma.flatten(), group.repeat(self.draws))
-        ids = DrawIds(advantage.repeat(self.draws), inputs.rows, numbers)
-        return Draws(inputs, torch.cat(targets), path.mix(inputs.sigma.double())[1], ids)
+        return Draws.of(latents, samples.places.group[chosen], advantage, keys, sigma, path, f"renoise{again}")
 
     # ------------------------------------------------------------------------------------------ inspection
 

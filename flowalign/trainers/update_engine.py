@@ -7,7 +7,7 @@ the velocities there (a ratio, a regression, a distillation) is its own business
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -117,10 +117,12 @@ class UpdateEngine:
     images: int
     guidance_scale: float | None = None
 
-    def velocity(self, states: States, role: str = "policy") -> Tensor:
-        """v [n, *] under the weights of `role`, with graph if gradients are on."""
+    def velocity(self, states: States, role: str = "policy", guidance_scale: float | None = None) -> Tensor:
+        """v [n, *] under the weights of `role`, with graph if gradients are on. guidance_scale: None is the engine's; one other
+        than 1 needs conditions with negatives."""
         policy, rollout = self.task.policy, self.task.rollout
-        scale = rollout.guidance_scale if self.guidance_scale is None else self.guidance_scale
+        own = rollout.guidance_scale if self.guidance_scale is None else self.guidance_scale
+        scale = own if guidance_scale is None else guidance_scale
         with policy.role(role):
             return policy.velocity(
                 states.x, states.sigma, self.conditions.rows(states.rows), guidance_scale=scale,
@@ -128,21 +130,25 @@ class UpdateEngine:
             )  # fmt: skip
 
     @torch.no_grad()
-    def frozen(self, states: States, role: str | Sequence[str]) -> tuple[Tensor, float]:
+    def frozen(
+        self, states: States, role: str | Sequence[str], guidance_scale: Mapping[str, float] | None = None
+    ) -> tuple[Tensor, float]:
         """(v [S, *] without graph, network rows per sample): each state evaluated once, by one process.
 
-        role: one for all states, or one per state (routing: each state to its own teacher)."""
+        role: one for all states, or one per state (routing: each state to its own teacher). guidance_scale: by role; the
+        engine's for a role that is not named."""
         processes, before = self.task.processes, self.task.policy.evaluations
         roles = [role] * len(states) if isinstance(role, str) else list(role)
         if len(roles) != len(states):
             raise ValueError(f"got {len(roles)} roles for {len(states)} states; expected one for all, or one for each")
         share = processes.share(len(states))
         own = torch.arange(share.start, share.stop)
+        scales = guidance_scale or {}
         values = torch.empty_like(states.x[own.to(states.x.device)])
         for name in dict.fromkeys(roles):  # every process in the same order, also those without a state of this role
             wanted = torch.tensor([roles[row] == name for row in own.tolist()], dtype=torch.bool)
             for part in own[wanted].split(self.task.rollout.micro_batch) if bool(wanted.any()) else ():
-                found = self.velocity(states.at(part), name)
+                found = self.velocity(states.at(part), name, scales.get(name))
                 values = values.to(torch.promote_types(values.dtype, found.dtype))  # of a float64 policy on fp32 states
                 values[(part - share.start).to(values.device)] = found.to(values)
         rows = processes.total(self.task.policy.evaluations - before)

@@ -20,6 +20,8 @@ def trainer_of(method: str) -> str:
 
 
 POLICY_GRADIENTS = [method for method in METHODS if trainer_of(method) == "flowalign.trainers.PolicyGradient"]
+# their students learn from a teacher, which a run gives them: tests/methods/test_taught.py
+TAUGHT = [method for method in METHODS if trainer_of(method) == "flowalign.trainers.Distillation"]
 OTHERS = [method for method in METHODS if method not in POLICY_GRADIENTS]
 
 # Methods that train by the gradient of the reward, and the layer of configs/rewards that they take on Glyphs: rewards
@@ -31,8 +33,11 @@ BY_REWARD_GRADIENT: dict[str, str] = dict.fromkeys(
 OFFLINE = ("diffusion_dpo_offline", "fm_sft")
 # Overrides that a method needs on Glyphs beside its layers, such as the folder of a teacher.
 ON_GLYPHS: dict[str, tuple[str, ...]] = {
-    method: (f"trainer.source.init_args.file=tests/data/images/{name}.jsonl", "policy.height=24", "policy.width=48")
-    for method, name in zip(OFFLINE, ("pairs", "labeled"), strict=True)
+    **dict.fromkeys(("flow_opd", "diffusion_opd", "dance_opd"), ("policy.roles.teacher={init: reference}",)),
+    **{
+        method: (f"trainer.source.init_args.file=tests/data/images/{name}.jsonl", "policy.height=24", "policy.width=48")
+        for method, name in zip(OFFLINE, ("pairs", "labeled"), strict=True)
+    },
 }
 
 

@@ -17,9 +17,9 @@ from rewards import Reward
 from samplers import Cost, unscored
 from tests.helpers.bed import Nearness, Potential
 from tests.helpers.bed_run import CONFIG, Bed, Iteration
-from tests.helpers.method_layers import BY_REWARD_GRADIENT, METHODS, OFFLINE, POLICY_GRADIENTS
+from tests.helpers.method_layers import BY_REWARD_GRADIENT, METHODS, OFFLINE, POLICY_GRADIENTS, TAUGHT
 
-ON_BED = [method for method in METHODS if method not in OFFLINE]
+ON_BED = [method for method in METHODS if method not in (*OFFLINE, *TAUGHT)]
 
 # a smaller group will do for most; more samples for the method that trains one step of each
 SMALLER = (
