@@ -226,10 +226,12 @@ class EdgeTrainer(Trainer, Protocol):
 @dataclass(frozen=True, eq=False)
 class EndpointDraws:
     """Each of N samples noised once at each of L levels: sigma [L]; state, target, velocity [L, N, *], the velocity that of the role
-    which made the samples, as the update evaluates it. assumed: whether the objective takes velocity for E[target | state]."""
+    which made the samples, as the update evaluates it. assumed: whether the objective takes velocity for E[target | state].
+    guided [L, N, *]: its velocity with the guidance of the rollout; None where that is the update's."""
 
     sigma: Tensor
     state: Tensor
     target: Tensor
     velocity: Tensor
     assumed: bool
+    guided: Tensor | None = None

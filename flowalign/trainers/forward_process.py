@@ -232,7 +232,7 @@ class ForwardProcess:
 
         Nothing is assumed of them where the samples only weigh a regression: none of them negatively, and without the residual
         of a role. Its minimum is the velocity of the weighted samples, whoever made them."""
-        samples, engine = batch.samples, self._engine(batch)
+        samples = batch.samples
         context = SignalContext(self.task.seed, batch.iteration, samples.uids, copy.deepcopy(self._memory))
         weights = samples.signal(self.signal, context).advantages.values
         regresses = self.objective.sampled_by is None and not self.objective.coupled
@@ -241,15 +241,18 @@ class ForwardProcess:
             trained.quantile((torch.arange(LEVELS) + 0.5).double() / LEVELS, interpolation="nearest").unique().float()
         )
         path, latents, keys = self.task.policy.path, samples.latents, samples.keys
+        scales = dict.fromkeys((self.guidance_scale, self.task.rollout.guidance_scale))
+        engines = [UpdateEngine(self.task, samples.conditions, batch.images, scale) for scale in scales]
         found: list[tuple[Tensor, ...]] = []
         for number, level in enumerate(sigma):
             at = level.expand(len(latents))
             noise = keys.noise(latents.shape[1:], number, "endpoints").to(latents)
             states = States(path.add_noise(latents, noise, at), at, samples.places.group)
-            velocity, _ = engine.frozen(states, self.source.role or "policy")
-            found.append((states.x, path.velocity(latents, noise, at), velocity))
-        state, target, velocity = (torch.stack(column) for column in zip(*found, strict=True))
-        return EndpointDraws(sigma, state, target, velocity, not (regresses and bool((weights >= 0).all())))
+            velocities = [engine.frozen(states, self.source.role or "policy")[0] for engine in engines]
+            found.append((states.x, path.velocity(latents, noise, at), *velocities))
+        state, target, *velocity = (torch.stack(column) for column in zip(*found, strict=True))
+        assumed = not (regresses and bool((weights >= 0).all()))
+        return EndpointDraws(sigma, state, target, velocity[0], assumed, velocity[1] if velocity[1:] else None)
 
     def _unweighted(self, samples: Samples) -> Draws:
         """Those of all samples, with advantage 0."""
