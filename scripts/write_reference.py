@@ -15,7 +15,7 @@ from flowalign.models import LoRA, Role
 from flowalign.objectives import DynamicClip
 from flowalign.rollouts.guidance import Probing, RewardGuidance
 from flowalign.rollouts.task import Rollout
-from flowalign.trainers import AdamWConfig, Signal
+from flowalign.trainers import AdamWConfig, Directions, Signal, Surrogate
 from rewards.listing import cells, entries, first_sentence
 
 PAGE = Path(__file__).parents[1] / "docs" / "methods.md"
@@ -27,7 +27,7 @@ SECTIONS = {
     "run": RunSettings, "policy": PolicySettings, "policy.lora": LoRA, "policy.roles.<name>": Role, "rollout": Rollout,
     "rollout.reward_guidance": RewardGuidance, "rollout.reward_guidance.spsa": Probing,
     "evaluation": EvaluationSettings, "trainer.signal": Signal, "trainer.optimizer": AdamWConfig,
-    "trainer.dynamic_clip": DynamicClip,
+    "trainer.dynamic_clip": DynamicClip, "trainer.surrogate of FewStep": Surrogate, "trainer.directions of FewStep": Directions,
 }  # fmt: skip
 KINDS = (  # where it stands in a configuration, the package and the contract of its choices
     ("trainer", "flowalign.trainers", "Trainer"),
@@ -41,12 +41,15 @@ KINDS = (  # where it stands in a configuration, the package and the contract of
     ("trainer.signal.credit", "flowalign.credit", "Credit"),
     ("trainer.signal.advantage", "flowalign.advantage", "Advantage"),
     ("trainer.signal.select", "flowalign.selectors", "Selector"),
+    ("trainer.source", "flowalign.trainers", "SampleSource"),
     ("trainer.objective", "flowalign.objectives", "Objective"),
     ("trainer.objective of ForwardProcess", "flowalign.objectives", "StateObjective"),
     ("trainer.anchors.<name>", "flowalign.objectives", "Anchor"),
     ("trainer.law", "samplers", "SigmaLaw"),
     ("trainer.source", "flowalign.trainers", "SampleSource"),
     ("trainer.step_weight", "flowalign.objectives", "StepWeight"),
+    ("trainer.truncation", "flowalign.truncations", "Truncation"),
+    ("trainer.loss", "flowalign.objectives", "RewardLoss"),
     ("trainer.regularizers.<name>", "flowalign.objectives", "Regularizer"),
     ("trainer.supervision.<name>", "flowalign.objectives", "Supervision"),
     ("reward, evaluation.rewards, process_rewards", "rewards", "Reward"),

@@ -28,7 +28,7 @@ from flowalign.diagnostics.measure import count_calls, now, one_pass_per_edge
 from flowalign.errors import ConfigError
 from flowalign.rollouts.task import Task
 from flowalign.storage.files import write_atomic
-from flowalign.trainers import PolicyGradient, as_policy_gradient, uncalibrated
+from flowalign.trainers import EdgeTrainer
 from rewards import close
 from samplers import Forest, Kernel, Noise, Select, Tree, Velocity, unshared
 
@@ -61,17 +61,19 @@ def compare(config: TrainConfig, variants: Sequence[str], iterations: int) -> li
         raise ConfigError(f"got variants {list(variants)}; expected some of {', '.join(VARIANTS)}")
     if iterations < 1:
         raise ConfigError(f"got iterations={iterations}; expected at least 1")
-    trainer = as_policy_gradient(uncalibrated(config.trainer))
+    trainer = config.trainer.forecast(config.rollout).inspection.edges
     if trainer is None:
         raise ConfigError(
-            f"got trainer {type(config.trainer).__name__}; expected PolicyGradient, whose updates share states"
+            f"got trainer {type(config.trainer).__name__}; expected one whose loss is a sum over the steps of a rollout, such as "
+            "PolicyGradient: there is nothing to compare it with"
         )
     policy = policy_of(config, "cuda" if torch.cuda.is_available() else "cpu")
     task = task_of(config, policy)
+    prompts, task = list(task.prompts), replace(task, prompts=())  # without what comes before the first iteration
     measured: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
     try:
         for iteration in range(-1, iterations):  # the first one warms up
-            chosen = prompts_of_iteration(list(task.prompts), config.rollout.groups, config.run.seed, max(iteration, 0))
+            chosen = prompts_of_iteration(prompts, config.rollout.groups, config.run.seed, max(iteration, 0))
             for name in variants:
                 found = _iteration(task, trainer, chosen, max(iteration, 0), name)
                 if iteration >= 0:
@@ -90,10 +92,9 @@ def compare(config: TrainConfig, variants: Sequence[str], iterations: int) -> li
 
 
 def _iteration(
-    task: Task, trainer: PolicyGradient, prompts: Sequence[PromptRecord], iteration: int, variant: str
+    task: Task, trainer: EdgeTrainer, prompts: Sequence[PromptRecord], iteration: int, variant: str
 ) -> dict[str, float]:
     """Counts and seconds of one iteration."""
-    trainer = replace(trainer)
     trainer.prepare(task, None)
     reset_peak()
     with count_calls(task.policy) as calls:

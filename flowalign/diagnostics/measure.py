@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from flowalign.rollouts.collect import ScoredRollout
 from flowalign.rollouts.task import Task
 from flowalign.selectors import Selector
 from flowalign.selectors.base import START
-from flowalign.trainers import PolicyGradient, Trainer
+from flowalign.trainers import EdgeTrainer, Trainer
 from rewards import RewardBatch, RewardOutput, RewardSpec
 from samplers import Forest
 
@@ -37,7 +37,7 @@ class StandIn:
 
     @property
     def spec(self) -> RewardSpec:
-        return RewardSpec(channels=self.channels)
+        return RewardSpec(channels=self.channels, differentiable=True)
 
     def load(self) -> None: ...
 
@@ -88,7 +88,7 @@ def now() -> float:
     return time.perf_counter()
 
 
-def gradients(policy: Policy, trainer: Trainer, batch: ScoredRollout) -> dict[str, Tensor]:
+def gradients(policy: Policy, trainer: Trainer, batch: Any) -> dict[str, Tensor]:
     """The gradient of all updates of a batch; no step is taken, and the parameters keep it in .grad."""
     for _, parameter in policy.trainable_parameters():
         parameter.grad = None
@@ -147,20 +147,19 @@ def _number_siblings(forest: Forest, chosen: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def one_pass_per_edge(
-    trainer: PolicyGradient, task: Task, batch: ScoredRollout, states: int | None = None, children: int | None = None
-) -> list[tuple[PolicyGradient, float]]:
+    trainer: EdgeTrainer, task: Task, batch: ScoredRollout, states: int | None = None, children: int | None = None
+) -> list[tuple[EdgeTrainer, float]]:
     """Trainers, each with its share of the loss, that together train the same edges with one forward and backward per
-    edge: the n-th trains the n-th child of each state. states: see NthSiblings; children: at most that many of each state.
-    Supervision is left out."""
+    edge: the n-th trains the n-th child of each state. states: see NthSiblings; children: at most that many of each state."""
     number, _ = _number_siblings(batch.forest, trainer.edge_signal(batch).chosen)
     widest = min(int(number.max()) + 1, children or len(number))
-    parts = [(n, with_selector(trainer, task, NthSiblings(trainer.signal.select, (n,), states))) for n in range(widest)]
+    parts = [(n, nth_siblings(trainer, task, (n,), states)) for n in range(widest)]
     counts = [int(part.edge_signal(batch).chosen.sum()) for _, part in parts]
     return [(part, count / sum(counts)) for (_, part), count in zip(parts, counts, strict=True) if count]
 
 
-def with_selector(trainer: PolicyGradient, task: Task, select: Selector) -> PolicyGradient:
-    """A copy of the trainer that trains the edges of `select` in one update, without supervision."""
-    other = replace(trainer, signal=replace(trainer.signal, select=select), supervision={}, updates_per_rollout=1)
+def nth_siblings(trainer: EdgeTrainer, task: Task, numbers: tuple[int, ...], states: int | None = None) -> EdgeTrainer:
+    """A copy of the trainer that trains only these; see NthSiblings."""
+    other = trainer.narrowed(lambda select: NthSiblings(select, numbers, states))
     other.prepare(task, None)
     return other

@@ -12,9 +12,15 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from flowalign.data import PromptRecord
+from flowalign.models.base import Size
 from flowalign.models.roles import Role
+from flowalign.rollouts.collect import ScoredRollout
 from flowalign.rollouts.task import Rollout, Task
-from samplers import Path
+from flowalign.selectors import Selector
+from flowalign.trainers.pulls import Pulls
+from flowalign.trainers.signal import EdgeSignal
+from rewards import RewardSpec
+from samplers import Forest, Path, Step
 
 
 @dataclass(frozen=True)
@@ -77,7 +83,7 @@ class UpdateForecast:
     without gradient (roles, rescoring). Once, in `prepare`: states evaluated before the first iteration, and images that
     are decoded and scored there. rolled: network rows of its rollouts, where they are not those of the plan (an offline
     trainer has none); None: the plan's. guidance_scale: of the updates; None: that of the rollout. notes: what a user should
-    know before the run, such as a regression without a minimum, a line each."""
+    know before the run, such as a regression without a minimum, a line each. inspection: see there."""
 
     updates: int
     trained: int
@@ -87,6 +93,7 @@ class UpdateForecast:
     guidance_scale: float | None = None
     notes: tuple[str, ...] = ()
     rolled: int | None = None
+    inspection: Inspection = field(default_factory=lambda: Inspection(), compare=False)
 
 
 class Batch(Protocol):
@@ -112,13 +119,19 @@ class Setup:
     """What a trainer may know before a model is loaded.
 
     rollout: with its kernel bound to `path`, the noising law of the policy. channels: of the reward. roles: those that
-    the configuration gives the policy (policy.roles), by name. state_channels: of the process rewards, in Forest.scores."""
+    the configuration gives the policy (policy.roles), by name. state_channels: of the process rewards, in Forest.scores.
+    reward: what the reward says of itself. size: of what the policy makes. prompts: the training set. held_out: what is
+    evaluated and must not be trained on; empty where that is allowed."""
 
     rollout: Rollout
     path: Path
     channels: tuple[str, ...]
     roles: Mapping[str, Role] = field(default_factory=dict)
     state_channels: tuple[str, ...] = ()
+    reward: RewardSpec = field(default_factory=RewardSpec)
+    size: Size = field(default_factory=lambda: Size(0, 0))
+    held_out: Sequence[PromptRecord] = ()
+    prompts: Sequence[PromptRecord] = ()
 
 
 class Trainer(Protocol):
@@ -143,7 +156,7 @@ class Trainer(Protocol):
     def prepare(self, task: Task, state: dict[str, Any] | None) -> None:
         """Builds the optimizers, and whatever comes before the first iteration (calibration, cold start): `state` is None
         in a new run, else what `state()` gave for the checkpoint, which takes the place of that work. Weights and
-        optimizers are put back afterwards."""
+        optimizers are put back afterwards. Without `task.prompts` that work is left out."""
         ...
 
     def collect(self, records: Sequence[PromptRecord], iteration: int) -> Any:
@@ -155,3 +168,70 @@ class Trainer(Protocol):
     def state(self) -> dict[str, Any]:
         """Everything else that must survive a stop, as JSON."""
         ...
+
+
+# ------------------------------------------------------------------------------------------ for the doctor and the benchmark
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What can be measured of a trainer beside its updates; each is None where there is no such thing. All are asked of a batch
+    of `collect`, after `prepare`.
+
+    replay: of one whose losses read log-probs of the steps of a rollout. edges: of one whose loss is a sum over such steps.
+    pulls: how strong its anchors are beside its signal. endpoints: of one that regresses velocities at noised samples."""
+
+    replay: Replayed | None = None
+    edges: EdgeTrainer | None = None
+    pulls: Callable[[Any], Pulls] | None = None
+    endpoints: Callable[[Any], EndpointDraws] | None = None
+
+
+class Replayed(Protocol):
+    """Reads the log-probs of a `ScoredRollout`, which is what its `collect` returns."""
+
+    @property
+    def micro_batch(self) -> int:
+        """States per network call of its updates."""
+        ...
+
+    def drift_limit(self, step: Step, arrived: Tensor) -> Tensor:
+        """[E] how far the log-probs of an unchanged policy may be from the rollout's. step: the transitions as they are scored now,
+        to `arrived` [E, *]."""
+        ...
+
+    def allowing(self, drift: float, limit: float) -> str:
+        """Which setting allows a drift of `drift` where `limit` was the least allowed, and what to set it to."""
+        ...
+
+
+class EdgeTrainer(Trainer, Protocol):
+    """Its loss is a sum over stochastic steps, of which a selector chooses some."""
+
+    def collect(
+        self, records: Sequence[PromptRecord], iteration: int, roll: Callable[..., Forest] | None = None
+    ) -> ScoredRollout:
+        """roll: another engine, see `rollouts.collect.collect`."""
+        ...
+
+    def edge_signal(self, batch: ScoredRollout) -> EdgeSignal:
+        """The advantages of all edges, and which of them are trained."""
+        ...
+
+    def narrowed(self, narrow: Callable[[Selector], Selector]) -> EdgeTrainer:
+        """A copy, still to be prepared, that trains what `narrow` of its selector chooses, in one update of these steps alone."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class EndpointDraws:
+    """Each of N samples noised once at each of L levels: sigma [L]; state, target, velocity [L, N, *], the velocity that of the role
+    which made the samples, as the update evaluates it. assumed: whether the objective takes velocity for E[target | state].
+    guided [L, N, *]: its velocity with the guidance of the rollout; None where that is the update's."""
+
+    sigma: Tensor
+    state: Tensor
+    target: Tensor
+    velocity: Tensor
+    assumed: bool
+    guided: Tensor | None = None

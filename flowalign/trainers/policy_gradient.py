@@ -13,17 +13,20 @@ from torch import Tensor
 from flowalign.advantage import SignalContext
 from flowalign.data import PromptRecord
 from flowalign.models.roles import Role
-from flowalign.objectives import DynamicClip, Objective, Regularizer, StepWeight, Supervision, Uniform
+from flowalign.objectives import DynamicClip, Objective, Regularizer, StepWeight, Supervision, Transitions, Uniform
 from flowalign.rollouts.collect import ScoredRollout, collect
 from flowalign.rollouts.task import Rollout, Task
-from flowalign.trainers.base import AdamWConfig, Setup, Trainer, Update, UpdateForecast
+from flowalign.selectors import Selector
+from flowalign.trainers.base import AdamWConfig, Inspection, Setup, Update, UpdateForecast
 from flowalign.trainers.calibration import Calibration, leveled
+from flowalign.trainers.drift import velocity_unit
 from flowalign.trainers.dry_run import dry_run
 from flowalign.trainers.edge_update import EdgeUpdate, states_of
+from flowalign.trainers.pulls import Pulls, pulls_of_edges
 from flowalign.trainers.signal import EdgeSignal, Signal
 from flowalign.trainers.trained_steps import check_guidance, check_previews, check_trained_steps
 from flowalign.trainers.update_engine import TrainedRole, UpdateEngine
-from samplers import Forest
+from samplers import Forest, Step
 
 
 @dataclass
@@ -31,8 +34,8 @@ class PolicyGradient:
     """Clipped policy gradient on the stochastic steps of a rollout (Flow-GRPO, 2505.05470).
 
     One forward and backward per distinct state serves all steps that leave it: their log-probs depend on the network only
-    through its velocity there, so the gradient is exactly that of one pass per step. Roles that regularizers name are
-    evaluated once, at the states of the rollout.
+    through its velocity there, so the gradient is exactly that of one pass per step. Roles that regularizers and
+    supervision name are evaluated once, at the states of the rollout.
 
     signal: from the scores of the leaves to the trained steps and their advantages. objective, step_weight: the loss of a
     step. regularizers: added to it, each towards a role; by name, the metric is loss/<name>. supervision: velocity targets
@@ -82,7 +85,8 @@ class PolicyGradient:
         return {name: term for name, term in self.regularizers.items() if term.active}
 
     def roles(self) -> Mapping[str, Role]:
-        return {term.role: Role() for term in self._active.values()}
+        supervised = [part.role for part in self.supervision.values() if part.role is not None]
+        return {role: Role() for role in dict.fromkeys([*(term.role for term in self._active.values()), *supervised])}
 
     def check(self, setup: Setup) -> None:
         """Combinations that cannot work, named before a model is loaded."""
@@ -114,6 +118,11 @@ class PolicyGradient:
                 )
         for name, part in self.supervision.items():
             part.check(setup.path, setup.channels)
+            if part.role not in (None, "reference", *setup.roles):
+                raise ValueError(
+                    f"got trainer.supervision.{name}.role={part.role!r}; expected 'reference' or one of policy.roles "
+                    f"{sorted(setup.roles)}: add it there"
+                )
             if part.needs_guidance and setup.rollout.reward_guidance is None:
                 raise ValueError(
                     f"got trainer.supervision.{name}, which distills the reward guidance of the rollout, without any: set "
@@ -153,7 +162,10 @@ class PolicyGradient:
         states = rollout.groups * cost.train
         rescored = states - states // share if self.anchor == "rescore" else 0
         before, scored = (0, 0) if self.calibration is None else self.calibration.forecast(rollout)
-        return UpdateForecast(share, states, len(self.roles()) * states + rescored, before, scored)
+        inspection = Inspection(replay=self, edges=self, pulls=self.pulls)
+        return UpdateForecast(
+            share, states, len(self.roles()) * states + rescored, before, scored, inspection=inspection
+        )
 
     def prepare(self, task: Task, state: dict[str, Any] | None) -> None:
         if state is None:
@@ -211,21 +223,37 @@ class PolicyGradient:
             yield engine.update(self._policy, one.parts, one.loss, one.metrics)
 
     def _with_roles(self, engine: UpdateEngine, forest: Forest, edges: Tensor) -> tuple[Forest, float]:
-        """The forest with the velocities of every role that a regularizer names, at the states that `edges` leave; also the
-        network rows per sample."""
+        """The forest with the velocities of every role that a regularizer or a supervision names, at the states that `edges`
+        leave; also the network rows per sample."""
         nodes, total = forest.tree.distinct_parents(edges)[0], 0.0
         for role in self.roles():
             velocities, rows = engine.frozen(states_of(forest, nodes), role)
             forest, total = forest.with_velocities(role, nodes, velocities), total + rows
         return forest, total
 
+    # ------------------------------------------------------------------------------------------ inspection
 
-def as_policy_gradient(trainer: Trainer) -> PolicyGradient | None:
-    """`trainer` if it is a policy gradient, which alone has a replay and siblings to merge; else None."""
-    return trainer if isinstance(trainer, PolicyGradient) else None
+    def drift_limit(self, step: Step, arrived: Tensor) -> Tensor:
+        """An update that takes its ratio against the rollout's log-probs must not act on the drift, another only stops where it
+        is no rounding."""
+        if self.anchor != "stored":
+            return self.max_drift * velocity_unit(step)
+        if self.dynamic_clip is not None:
+            return torch.full((len(arrived),), self.dynamic_clip.low)
+        return self.objective.drift_limit(Transitions(step, arrived))
 
+    def allowing(self, drift: float, limit: float) -> str:
+        if self.anchor != "stored":
+            least = self.max_drift * drift / limit
+            return f"which would stop at trainer.max_drift: set it to at least {least:.1e}"
+        key = "objective.clip_range to" if self.objective.has_clip_range else "objective.max_kl so that the limit is"
+        key = key if self.dynamic_clip is None else "dynamic_clip.low to"
+        return f"which would stop at the clip range {limit:.1e}: set {key} at least {drift:.1e}"
 
-def uncalibrated(trainer: Trainer) -> Trainer:
-    """`trainer` without what it measures before training: enough for a few iterations that are not a run."""
-    gradient = as_policy_gradient(trainer)
-    return trainer if gradient is None else replace(gradient, calibration=None)
+    def narrowed(self, narrow: Callable[[Selector], Selector]) -> PolicyGradient:
+        """Without supervision, which is no sum over steps."""
+        signal = replace(self.signal, select=narrow(self.signal.select))
+        return replace(self, signal=signal, supervision={}, updates_per_rollout=1)
+
+    def pulls(self, batch: ScoredRollout) -> Pulls:
+        return pulls_of_edges(batch.forest, self.objective, self.step_weight, self._active)

@@ -16,7 +16,6 @@ from flowalign.config.settings import RunSettings
 from flowalign.data import load_prompts
 from flowalign.errors import ConfigError
 from flowalign.objectives import Transitions
-from flowalign.trainers.policy_gradient import as_policy_gradient
 from rewards import RewardBatch, score
 from samplers import FlowSDE
 from tests.helpers.method_layers import BY_REWARD_GRADIENT, METHODS, ON_GLYPHS, class_of, reward_of
@@ -30,9 +29,14 @@ FEW_STEPS = {
 }  # fmt: skip
 KL_OF_FLOWS = {"flow_grpo", "flow_grpo_fast", "densegrpo", "preview_select"}  # form exact_times_h is that of an SDE
 # (method, model) -> what is said of those that never go together
-REFUSED: dict[tuple[str, str], str] = {}
+REFUSED: dict[tuple[str, str], str] = {
+    ("tdm_r1", "sd15"): "has the guidance in its weights",
+    ("srpo", "sd15"): "expected a rectified flow",
+}
 # (method, model) of other trainers -> {override: what is said without it}, in the order in which they are refused
-NEEDED: dict[tuple[str, str], dict[str, str]] = {}
+NEEDED: dict[tuple[str, str], dict[str, str]] = {
+    ("tdm_r1", "sd35_medium"): {"rollout.guidance_scale=1": "has the guidance in its weights"},
+}
 
 # what the complete files glyphs_flow_grpo, glyphs_flow_grpo_fast and sd15_ddpo said before they became layers
 GLYPHS = {
@@ -228,7 +232,7 @@ def test_the_clip_range_of_flow_grpo_is_scaled_by_the_size_of_the_latents(
     config, _ = load("glyphs", files("flow_grpo", "glyphs", "ocr_glyphs"), tiny)
     states = torch.zeros(1, elements)
     step = FlowSDE(0.7)(states, states, 0.5, 0.4)
-    limit = as_policy_gradient(config.trainer).objective.drift_limit(Transitions(step, states))
+    limit = config.trainer.objective.drift_limit(Transitions(step, states))
     assert float(limit) == pytest.approx(clip_range, rel=0.02)
 
 

@@ -17,7 +17,7 @@ from flowalign.glyphs.process_reward import GlyphsProcessReward
 from flowalign.rollouts.rolling import grow
 from flowalign.rollouts.task import Rollout
 from flowalign.run.preflight import forecast
-from flowalign.trainers.policy_gradient import PolicyGradient, as_policy_gradient
+from flowalign.trainers import PolicyGradient
 from rewards import channels_of
 from samplers import Chain, Forest, Probed, SplitTree, Tree, Window
 from tests.helpers.method_layers import BY_REWARD_GRADIENT, FOLDER, METHODS, ON_GLYPHS, glyphs_layers, reward_of
@@ -38,9 +38,8 @@ def on_glyphs(tiny_pipeline: Path) -> Load:
 
 
 def trainer(config: TrainConfig) -> PolicyGradient:
-    found = as_policy_gradient(config.trainer)
-    assert found is not None
-    return found
+    assert isinstance(config.trainer, PolicyGradient)
+    return config.trainer
 
 
 def forest_of(rollout: Rollout, tree: Tree) -> Forest:

@@ -44,8 +44,9 @@ class FakeTrainer:
         self.task = task
         if state is None:  # a calibration that costs a rollout
             self.calibrations += 1
-            probe = collect(task, task.prompts[:2], -1)
-            state = {"scale": float(probe.scores.std()), "policy": 0, "fake": 0}
+            state = {"scale": 1.0, "policy": 0, "fake": 0}
+            if task.prompts:
+                state["scale"] = float(collect(task, task.prompts[:2], -1).scores.std())
         self.scale = state["scale"]
         self._policy, self._fake = (
             TrainedRole.of(task.policy, self.optimizer, role, state[role]) for role in ("policy", "fake")

@@ -29,6 +29,7 @@ from flowalign.diagnostics.doctor.network import (
     check_roles,
     check_velocity,
 )
+from flowalign.diagnostics.doctor.objective import check_anchors, check_canonical
 from flowalign.diagnostics.doctor.update import (
     check_dtypes,
     check_floor,
@@ -42,7 +43,6 @@ from flowalign.models import Policy
 from flowalign.rollouts.collect import ScoredRollout, collect
 from flowalign.rollouts.rolling import leaves_per_group
 from flowalign.rollouts.task import Task
-from flowalign.trainers import as_policy_gradient, uncalibrated
 from rewards import channels_of, close, score
 
 __all__ = ["Finding", "diagnose", "examine"]
@@ -75,10 +75,12 @@ def diagnose(paths: str | Sequence[str], overrides: Sequence[str] = ()) -> Itera
 
 def examine(config: TrainConfig, policy: Policy) -> Iterator[Finding]:
     """The findings about a policy, of which the weights are changed by one optimizer step."""
-    settings, trainer, failed = config.policy, uncalibrated(config.trainer), set[str]()
+    settings, trainer, failed = config.policy, config.trainer, set[str]()
     prompts = distinct_prompts(config, prompt_count(config))
     real = task_of(config, policy, groups=len(prompts))
-    task = replace(real, reward=StandIn(channels_of(config.reward)))
+    # without prompts a trainer leaves out what comes before its first iteration
+    task = replace(real, reward=StandIn(channels_of(config.reward)), prompts=())
+    inspection = trainer.forecast(task.rollout).inspection
 
     @cache
     def first() -> tuple[Any, int]:
@@ -93,8 +95,8 @@ def examine(config: TrainConfig, policy: Policy) -> Iterator[Finding]:
             batch = collect(task, prompts, 0)
         return batch, sum(call.rows for call in calls)
 
-    # another trainer's batch need not have a tree: the doctor then rolls out for itself
-    rolled = own if as_policy_gradient(trainer) is None else first
+    # the batch of a trainer that replays no steps need not have a tree: the doctor then rolls out for itself
+    rolled = own if inspection.replay is None else first
 
     @cache
     def gradient() -> tuple[dict[str, Tensor], int]:
@@ -123,12 +125,14 @@ def examine(config: TrainConfig, policy: Policy) -> Iterator[Finding]:
     yield ask("velocity", partial(check_velocity, task, settings, prompts), "modes")
     yield ask("roles", partial(check_roles, task, settings, prompts), "adapters", "velocity")
     yield ask("dtypes", lambda: check_dtypes(task, rolled()[0]), "roles")
-    yield ask("replay", lambda: check_replay(task, settings, trainer, rolled()[0]), "dtypes")
-    yield ask("floor", lambda: check_floor(task, trainer, rolled()[0]), "dtypes")
+    yield ask("replay", lambda: check_replay(task, settings, inspection.replay, rolled()[0]), "dtypes")
+    yield ask("floor", lambda: check_floor(task, inspection.replay, rolled()[0]), "dtypes")
+    yield ask("canonical", lambda: check_canonical(inspection.endpoints, lambda: first()[0]), "dtypes")
+    yield ask("anchors", lambda: check_anchors(inspection.pulls, lambda: first()[0]), "dtypes")
     yield ask("gradient", lambda: check_gradient(task, gradient()[0]), "replay", "floor")
-    yield ask("cost", lambda: check_cost(task, trainer, rolled()[0], rolled()[1], gradient()[1]), "gradient")
+    yield ask("cost", lambda: check_cost(task, trainer, rolled()[0], rolled()[1], first(), gradient()[1]), "gradient")
     yield ask("reached", lambda: check_reached(task, rolled()[0], moved()[1]), "gradient")
-    yield ask("merged", lambda: check_merged(task, settings, trainer, after()), "gradient")
+    yield ask("merged", lambda: check_merged(task, settings, inspection.edges, after), "gradient")
     yield ask("memory", lambda: check_memory(config, task, rolled()[0]), "dtypes")
     try:
         yield from _rewards(config, task, prompts, lambda: rolled()[0], ask)

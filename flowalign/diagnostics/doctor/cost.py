@@ -16,7 +16,7 @@ from flowalign.diagnostics.doctor.base import Finding
 from flowalign.rollouts.collect import ScoredRollout
 from flowalign.rollouts.judging import decoded
 from flowalign.rollouts.task import Task
-from flowalign.trainers import Trainer
+from flowalign.trainers import Batch, Trainer
 from rewards import Reward, RewardBatch, score
 from samplers import unscored
 
@@ -78,25 +78,29 @@ def _with_mirrored(batch: RewardBatch, first: int) -> RewardBatch:
     return replace(batch, **mirrored)
 
 
-def check_cost(task: Task, trainer: Trainer, batch: ScoredRollout, rows: int, updated: int) -> Finding:
-    """Counted network rows of a rollout (`rows`) and of its update (`updated`) against the topology and against the
-    plan's forecast (I2). Where a plan selects, the topology is what is left, and the engine's own count stands for it."""
+def check_cost(
+    task: Task, trainer: Trainer, batch: ScoredRollout, rows: int, collected: tuple[Batch, int], updated: int
+) -> Finding:
+    """Counted network rows of a rollout (`rows`), of the trainer's own batch (`collected`) and of its update (`updated`) against
+    the topology and against the forecasts (I2). Where a plan selects, the topology is what is left, and the engine's own
+    count stands for it."""
     settings, tree = task.rollout, batch.forest.tree
     guided = task.policy.rows_per_state(settings.guidance_scale)
     forecast = settings.plan.forecast(settings.num_inference_steps, settings.group_size)
     seen = len(tree.evaluated) if settings.plan.select(unscored) is None else batch.forest.evaluations
     states, limit = guided * seen, guided * settings.groups * forecast.rollout
     reported = round(batch.metrics["cost/rollout_per_image"] * batch.images)
-    ours = trainer.forecast(settings)
-    allowed = guided * (ours.trained + ours.frozen)
+    ours, (own, sampled) = trainer.forecast(settings), collected
+    scale = settings.guidance_scale if ours.guidance_scale is None else ours.guidance_scale
+    allowed = task.policy.rows_per_state(scale) * (ours.trained + ours.frozen)
     figure = (
         f"rollout {rows / batch.images:.2f} rows per image (forecast at most {limit / batch.images:.2f}), update "
-        f"{updated / batch.images:.2f}"
+        f"{updated / own.images:.2f} (at most {allowed / own.images:.2f})"
     )
     advice = ""
     if not rows == states == reported:
         advice = f"{rows} rows ran, {reported} were reported, {states} are distinct: evaluate each distinct state once"
-    elif rows > limit:
+    elif max(rows, sampled) > limit:
         advice = "the rollout costs more than the plan's forecast: Plan.forecast must say the most expensive iteration"
     elif updated > allowed:
         advice = f"the update ran {updated} rows, the forecast allows {allowed}: one row per distinct state and role"

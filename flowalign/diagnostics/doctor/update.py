@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from statistics import NormalDist
 
 import torch
@@ -10,12 +11,10 @@ from torch import Tensor
 from flowalign.config import PolicySettings
 from flowalign.diagnostics.doctor.base import Finding
 from flowalign.diagnostics.doctor.network import rounding
-from flowalign.diagnostics.measure import NthSiblings, distance, gradients, one_pass_per_edge, with_selector
-from flowalign.objectives import Transitions
+from flowalign.diagnostics.measure import distance, gradients, nth_siblings, one_pass_per_edge
 from flowalign.rollouts.collect import ScoredRollout
 from flowalign.rollouts.task import Task
-from flowalign.trainers import PolicyGradient, Trainer, as_policy_gradient
-from flowalign.trainers.drift import velocity_unit
+from flowalign.trainers import EdgeTrainer, Replayed
 
 NO_REPLAY = "this trainer scores no stochastic step"
 
@@ -35,12 +34,9 @@ def check_dtypes(task: Task, batch: ScoredRollout) -> Finding:
 
 
 @torch.no_grad()
-def drifts(
-    task: Task, trainer: PolicyGradient, batch: ScoredRollout, edges: Tensor, rows: int
-) -> tuple[Tensor, Tensor]:
+def drifts(task: Task, replay: Replayed, batch: ScoredRollout, edges: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     """How far the log-probs of an unchanged policy, from network calls of `rows` states, are from the rollout's [E]; how
-    far they may be [E]: an update that takes its ratio against the rollout's log-probs must not act on the drift, another
-    only stops where it is no rounding."""
+    far they may be [E]."""
     forest, tree = batch.forest, batch.forest.tree
     parents, position = tree.distinct_parents(edges)
 
@@ -56,20 +52,15 @@ def drifts(
 
     step, arrived = forest.edge_steps(edges, replayed(rows), position), forest.at(edges)
     drift = (step.log_prob(arrived) - forest.log_prob[edges]).abs()
-    if trainer.anchor != "stored":
-        return drift, trainer.max_drift * velocity_unit(step)
-    if trainer.dynamic_clip is not None:
-        return drift, torch.full_like(drift, trainer.dynamic_clip.low)
-    return drift, trainer.objective.drift_limit(Transitions(step, arrived)).to(drift)
+    return drift, replay.drift_limit(step, arrived).to(drift)
 
 
-def check_replay(task: Task, settings: PolicySettings, trainer: Trainer, batch: ScoredRollout) -> Finding:
+def check_replay(task: Task, settings: PolicySettings, replay: Replayed | None, batch: ScoredRollout) -> Finding:
     """Invariant I1: the stored steps under unchanged weights, in the update's batch shapes, have ratio 1."""
-    gradient = as_policy_gradient(trainer)
-    if gradient is None:
+    if replay is None:
         return Finding("replay", True, NO_REPLAY)
     edges = batch.forest.tree.edges
-    drift, limits = drifts(task, gradient, batch, edges, gradient.micro_batch)
+    drift, limits = drifts(task, replay, batch, edges, replay.micro_batch)
     elements = 1 if task.rollout.kernel.reduce == "mean" else batch.forest.states[0].numel()
     exact = settings.dtype == "fp32" and not torch.cuda.is_available()
     limits = torch.full_like(drift, 1e-6 * elements) if exact else limits / drift_margin(len(edges))
@@ -82,38 +73,29 @@ def check_replay(task: Task, settings: PolicySettings, trainer: Trainer, batch: 
     )
 
 
-def check_floor(task: Task, trainer: Trainer, batch: ScoredRollout) -> Finding:
+def check_floor(task: Task, replay: Replayed | None, batch: ScoredRollout) -> Finding:
     """Rounding of log-probs between batch shapes (one state per call against the rollout's), with the margin for what a
-    run will meet, against what stops a run (trainer.max_drift), or with anchor=stored against the clip range. Measured at no more than 8 states of each step, at all their edges. Not kept: a
+    run will meet, against what stops a run. Measured at no more than 8 states of each step, at all their edges. Not kept: a
     window that this rollout did not visit may round more than the margin allows for."""
-    gradient = as_policy_gradient(trainer)
-    if gradient is None:
+    if replay is None:
         return Finding("floor", True, NO_REPLAY)
     tree = batch.forest.tree
     parent = tree.parent[tree.edges]
     step = tree.index[parent]
     states = torch.cat([parent[step == at].unique()[:8] for at in step.unique()])
     edges = tree.edges[torch.isin(parent, states)]
-    drift, limits = drifts(task, gradient, batch, edges, 1)
-    clip, outside = float(limits.min()), float((drift > limits).double().mean())
+    drift, limits = drifts(task, replay, batch, edges, 1)
+    limit, outside = float(limits.min()), float((drift > limits).double().mean())
     expected = float(drift.max()) * drift_margin(len(edges))
     figure = (
-        f"{_by_step(batch, edges, drift)}, in a run up to {expected:.1e}; limit {clip:.1e}, {outside:.0%} of unchanged steps "
+        f"{_by_step(batch, edges, drift)}, in a run up to {expected:.1e}; limit {limit:.1e}, {outside:.0%} of unchanged steps "
         "outside"
     )
-    ok = expected <= clip
-    if gradient.anchor != "stored":
-        advice = (
-            f"rounding of log-probs may reach {expected:.1e} in a run, which would stop at trainer.max_drift: set it to at "
-            f"least {gradient.max_drift * expected / clip * 1.05:.1e}, or take policy.dtype=fp32"
-        )
-        return Finding("floor", ok, figure, "" if ok else advice)
-    key = "objective.clip_range to" if gradient.objective.has_clip_range else "objective.max_kl so that the limit is"
-    key = key if gradient.dynamic_clip is None else "dynamic_clip.low to"
     advice = (
-        f"rounding of log-probs may reach {expected:.1e} in a run, which would stop at the clip range {clip:.1e}: set "
-        f"{key} at least {expected * 1.05:.1e}, or take policy.dtype=fp32"
+        f"rounding of log-probs may reach {expected:.1e} in a run, {replay.allowing(1.05 * expected, limit)}, or take "
+        "policy.dtype=fp32"
     )
+    ok = expected <= limit
     return Finding("floor", ok, figure, "" if ok else advice)
 
 
@@ -167,21 +149,20 @@ def _names_that_can_act(task: Task, batch: ScoredRollout) -> list[str]:
     return [name for name, grad in zip(names, grads, strict=True) if grad is not None and bool(grad.any())]
 
 
-def check_merged(task: Task, settings: PolicySettings, trainer: Trainer, batch: ScoredRollout) -> Finding:
+def check_merged(
+    task: Task, settings: PolicySettings, trainer: EdgeTrainer | None, batch: Callable[[], ScoredRollout]
+) -> Finding:
     """One forward and backward per distinct state gives the gradient of one per edge: two states, three children each."""
-    gradient = as_policy_gradient(trainer)
-    if gradient is None:
-        return Finding("merged", True, NO_REPLAY)
-    parts = one_pass_per_edge(gradient, task, batch, states=2, children=3)
+    if trainer is None:
+        return Finding("merged", True, "no loss of single steps: nothing is merged")
+    rolled = batch()
+    parts = one_pass_per_edge(trainer, task, rolled, states=2, children=3)
     if len(parts) < 2:
         return Finding("merged", True, "no state has two trained children: nothing is merged")
-    children = tuple(range(len(parts)))
-    merged = gradients(
-        task.policy, with_selector(gradient, task, NthSiblings(gradient.signal.select, children, 2)), batch
-    )
+    merged = gradients(task.policy, nth_siblings(trainer, task, tuple(range(len(parts))), 2), rolled)
     single: dict[str, Tensor] = {}
     for part, share in parts:
-        for name, grad in gradients(task.policy, part, batch).items():
+        for name, grad in gradients(task.policy, part, rolled).items():
             single[name] = single.get(name, 0) + share * grad
     error = distance(merged, single)
     ok = error <= rounding(settings, 1e-4)
