@@ -129,6 +129,10 @@ class Distillation:
                 f"got trainer.anchor.role={self.anchor.role!r}; expected 'reference' or one of policy.roles {sorted(setup.roles)}: "
                 "add it there"
             )
+        if setup.rollout.detach_uncond and self.guidance_scale == 1:
+            raise ValueError(
+                "got rollout.detach_uncond=true with trainer.guidance_scale=1, which has no unconditional half; expected false"
+            )
         check_combinations(self, setup)
 
     def forecast(self, rollout: Rollout) -> UpdateForecast:
@@ -142,7 +146,9 @@ class Distillation:
         if self.split == "teacher":
             updates = min(len(self.teachers), rollout.groups)
         rows = self._teachers.rows(own)
-        frozen = states * (rows + (0 if self.anchor is None else self.anchor.teachers.rows(own)))
+        frozen = states * (
+            rows + (0 if self.anchor is None else Teachers({self.anchor.role: self.anchor.teacher}, None).rows(own))
+        )
         if self.cold_start is not None:
             states = max(states, images * self.cold_start.draws)
             frozen = max(frozen, images * rollout.num_inference_steps * rows)
@@ -210,17 +216,16 @@ class Distillation:
         scored: ScoredRollout | None, cold: bool = False,
     ) -> Distilled:  # fmt: skip
         rollout = self.task.rollout
-        conditions = self.task.policy.encode(
-            records, negative=any(scale != 1 for scale in (rollout.guidance_scale, *self._scales(rollout).values()))
-        )
+        scales = [rollout.guidance_scale, *self._scales(rollout).values()]
+        scales += [] if self.anchor is None else [self.anchor.teacher.scale(rollout)]
+        conditions = self.task.policy.encode(records, negative=any(scale != 1 for scale in scales))
         teachers = tuple(self._teachers.of(record) for record in records)
         uids = tuple(record.uid for record in records)
         return Distilled(forest, conditions, teachers, uids, iteration, metrics, scored, cold)
 
     def _scales(self, rollout: Rollout) -> dict[str, float]:
-        """The guidance scale of each teacher, and of the anchor."""
-        anchor = {} if self.anchor is None else self.anchor.teachers.by_role
-        return {role: teacher.scale(rollout) for role, teacher in {**anchor, **self.teachers}.items()}
+        """The guidance scale of each teacher."""
+        return {role: teacher.scale(rollout) for role, teacher in self.teachers.items()}
 
     # ------------------------------------------------------------------------------------------ update
 
@@ -244,9 +249,8 @@ class Distillation:
         taught, rows = engine.frozen(states, roles, self._scales(self.task.rollout))
         anchored = None
         if self.anchor is not None:
-            (anchor,) = self.anchor.teachers.by_role.values()
-            scale = {self.anchor.role: anchor.scale(self.task.rollout)}
-            anchored, more = engine.frozen(states, self.anchor.role, scale)
+            scale = self.anchor.teacher.scale(self.task.rollout)
+            anchored, more = engine.frozen(states, self.anchor.role, {self.anchor.role: scale})
             rows += more
         batch.metrics["cost/frozen_per_image"] = rows
         for chosen in self._shares(batch):

@@ -69,9 +69,9 @@ class ManifoldAnchor:
         Teacher(self.guidance_scale)
 
     @property
-    def teachers(self) -> Teachers:
-        """It alone, as a teacher of all prompts."""
-        return Teachers({self.role: Teacher(self.guidance_scale)}, None)
+    def teacher(self) -> Teacher:
+        """It as a teacher of all prompts."""
+        return Teacher(self.guidance_scale)
 
 
 @dataclass(frozen=True)
