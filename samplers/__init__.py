@@ -9,7 +9,15 @@ is replayed. A sampler knows no network: the velocity is a callable, randomness 
 `rollout` keeps no graph; `unroll` is differentiable in the start, the noise and the network, by the same steps.
 """
 
-from samplers.draws import GridSigma, LogitNormalSigma, SampleKeys, SigmaLaw, SquareRootSigma, UniformSigma
+from samplers.draws import (
+    GridSigma,
+    LogitNormalSigma,
+    SampleKeys,
+    ShiftedUniform,
+    SigmaLaw,
+    SquareRootSigma,
+    UniformSigma,
+)
 from samplers.forest import Forest, Velocities
 from samplers.forest_file import load_forest, save_forest
 from samplers.kernels import (
@@ -81,6 +89,7 @@ from samplers.schedules import (
     stopped,
 )
 from samplers.selection import Best, Select, candidates, sampled, unscored
+from samplers.trajectories import cost_to_go, mean_below, stopped_at, trajectory_share
 from samplers.trees import SOURCES, Cost, Tree
 from samplers.unroll import Unrolled, straight_through, unroll
 from samplers.unshared import UnsharedTree, unshared
@@ -96,12 +105,13 @@ __all__ = [
     "CPS", "ClippedFlowSDE", "DDIM", "DanceSDE", "FlowSDE", "LinearSDE", "ODE", "StepwiseSDE",
     "DPMSolver", "Guided", "Ascent", "AtPrediction", "ProcessReward", "RewardGradient", "SPSA", "spsa_gradient",
     "SOURCES", "Cost", "Tree", "UnsharedTree", "unshared",
+    "cost_to_go", "mean_below", "stopped_at", "trajectory_share",
     "Best", "Select", "candidates", "sampled", "unscored",
     "Bounded", "Plan", "Branch", "Chain", "Compressed", "Deterministic", "Leveled", "Probed", "RandomSteps", "Selected", "Sourced", "SplitTree",
     "TreeWindow", "Window", "branch", "chain", "compressed", "probed", "scattered", "tree", "window",
     "Fixed", "Position", "Random", "Sliding",
     "KeyedNoise", "generator", "normal",
-    "GridSigma", "LogitNormalSigma", "SampleKeys", "SigmaLaw", "SquareRootSigma", "UniformSigma",
+    "GridSigma", "LogitNormalSigma", "SampleKeys", "ShiftedUniform", "SigmaLaw", "SquareRootSigma", "UniformSigma",
     "Forest", "Velocities", "load_forest", "save_forest", "Noise", "Velocity", "rollout",
     "Unrolled", "straight_through", "unroll",
 ]  # fmt: skip

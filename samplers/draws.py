@@ -53,6 +53,33 @@ class UniformSigma:
 
 
 @dataclass(frozen=True)
+class ShiftedUniform:
+    """Uniform in un-shifted time above a boundary: σ = f_k(u), u uniform on [f_k⁻¹(low) + margin, 1] (TDM 2503.06674 and
+    TDM-R1 2603.07700, where `low` is the level from which a bridge sets out; their code has a margin of 20 of 1000 steps)."""
+
+    low: float = 0.0
+    k: float = 3.0
+    margin: float = 0.02
+
+    def __post_init__(self) -> None:
+        if not (self.k > 0 and self.margin > 0 and 0.0 <= self.low <= 1.0):
+            raise ValueError(f"got {self}; expected k and margin above 0, and low inside [0, 1]")
+        if not self._begin < 1.0:
+            raise ValueError(
+                f"got ShiftedUniform(low={self.low}, k={self.k}, margin={self.margin}), which leaves no level between low and 1; "
+                "expected a lower low or a smaller margin"
+            )
+
+    @property
+    def _begin(self) -> float:
+        return shift(self.low, 1.0 / self.k) + self.margin  # f_{1/k} is the inverse of f_k
+
+    def draw(self, rng: np.random.Generator, count: int, grid: Sequence[float]) -> Sequence[float]:
+        """f_k(begin + (1 - begin)·u)."""
+        return [shift(self._begin + (1.0 - self._begin) * u, self.k) for u in _uniform(rng, count, False)]
+
+
+@dataclass(frozen=True)
 class SquareRootSigma:
     """Density 2σ, σ = √u: RAM 2605.10759. Biased to noise, mean 2/3. strata: as in UniformSigma."""
 

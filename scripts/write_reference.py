@@ -12,22 +12,34 @@ from typing import Any
 from flowalign.config import EvaluationSettings, PolicySettings, RunSettings
 from flowalign.config.contracts import differences
 from flowalign.models import LoRA, Role
-from flowalign.objectives import DynamicClip
+from flowalign.objectives import DynamicClip, Gate, Match
 from flowalign.rollouts.guidance import Probing, RewardGuidance
 from flowalign.rollouts.task import Rollout
-from flowalign.trainers import AdamWConfig, Signal
+from flowalign.rollouts.unscored import BetaStep
+from flowalign.trainers import (
+    AdamWConfig,
+    ColdStart,
+    Directions,
+    ManifoldAnchor,
+    Route,
+    Signal,
+    Surrogate,
+    Teacher,
+)
 from rewards.listing import cells, entries, first_sentence
 
 PAGE = Path(__file__).parents[1] / "docs" / "methods.md"
 REWARDS, LIST = PAGE.with_name("rewards.md"), "## The list"
 HEADING = "## Parameters"
-COMPARISON = "glyphs_grpo"  # of docs/results
+COMPARISONS = ("glyphs_grpo", "glyphs_trainers")  # whose results docs/methods.md tells
 MEASURED = re.compile(r"(<!-- measured: ([\w ]+) -->\n)(?:.+\n)*")  # the names of methods, and the lines after it
 SECTIONS = {
     "run": RunSettings, "policy": PolicySettings, "policy.lora": LoRA, "policy.roles.<name>": Role, "rollout": Rollout,
     "rollout.reward_guidance": RewardGuidance, "rollout.reward_guidance.spsa": Probing,
     "evaluation": EvaluationSettings, "trainer.signal": Signal, "trainer.optimizer": AdamWConfig,
-    "trainer.dynamic_clip": DynamicClip,
+    "trainer.dynamic_clip": DynamicClip, "trainer.surrogate of FewStep": Surrogate, "trainer.directions of FewStep": Directions,
+    "trainer.teachers.<name>": Teacher, "trainer.route": Route, "trainer.match": Match,
+    "trainer.query": BetaStep, "trainer.anchor": ManifoldAnchor, "trainer.gate": Gate, "trainer.cold_start": ColdStart,
 }  # fmt: skip
 KINDS = (  # where it stands in a configuration, the package and the contract of its choices
     ("trainer", "flowalign.trainers", "Trainer"),
@@ -41,8 +53,15 @@ KINDS = (  # where it stands in a configuration, the package and the contract of
     ("trainer.signal.credit", "flowalign.credit", "Credit"),
     ("trainer.signal.advantage", "flowalign.advantage", "Advantage"),
     ("trainer.signal.select", "flowalign.selectors", "Selector"),
+    ("trainer.source", "flowalign.trainers", "SampleSource"),
     ("trainer.objective", "flowalign.objectives", "Objective"),
+    ("trainer.objective of ForwardProcess", "flowalign.objectives", "StateObjective"),
+    ("trainer.anchors.<name>", "flowalign.objectives", "Anchor"),
+    ("trainer.law", "samplers", "SigmaLaw"),
+    ("trainer.source", "flowalign.trainers", "SampleSource"),
     ("trainer.step_weight", "flowalign.objectives", "StepWeight"),
+    ("trainer.truncation", "flowalign.truncations", "Truncation"),
+    ("trainer.loss", "flowalign.objectives", "RewardLoss"),
     ("trainer.regularizers.<name>", "flowalign.objectives", "Regularizer"),
     ("trainer.supervision.<name>", "flowalign.objectives", "Supervision"),
     ("reward, evaluation.rewards, process_rewards", "rewards", "Reward"),
@@ -119,11 +138,19 @@ def with_rewards(page: str) -> str:
 
 
 def measured(names: list[str]) -> str:
-    """What these methods reached on Glyphs, a line each, then their curves."""
-    results = json.loads((PAGE.parent / "results" / f"{COMPARISON}.json").read_text(encoding="utf-8"))
-    found = {name: results["methods"][name] for name in names}
-    told = [_told(name, result, results["denominator_evaluations"]) for name, result in found.items()]
-    curves = [f"![{name}](results/{COMPARISON}/methods/{name}.svg)" for name in names if name != results["baseline"]]
+    """What these methods reached on Glyphs, a line each, then their curves; "Not measured yet." for one that is in no comparison."""
+    told, curves = [], []
+    for name in names:
+        for comparison in COMPARISONS:
+            file = PAGE.parent / "results" / f"{comparison}.json"
+            results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"methods": {}}
+            if name in results["methods"]:
+                told.append(_told(name, results["methods"][name], results["denominator_evaluations"]))
+                if name != results["baseline"]:
+                    curves.append(f"![{name}](results/{comparison}/methods/{name}.svg)")
+                break
+        else:
+            told.append(f"Not measured here (`{name}`).  ")
     return "\n".join([*told, " ".join(curves)]).rstrip() + "\n"
 
 

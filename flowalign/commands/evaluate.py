@@ -21,7 +21,7 @@ from flowalign.distributed.processes import Processes
 from flowalign.errors import ConfigError, RunError
 from flowalign.evaluation.columns import metrics
 from flowalign.models import Size
-from flowalign.models.load import SHIPPED, resolve
+from flowalign.models.shipped import SHIPPED, resolve
 from flowalign.run.evaluate_columns import evaluate_columns
 from flowalign.run.held_out_rewards import with_trained
 from flowalign.run.launch import check_devices, check_environment

@@ -16,6 +16,7 @@ from flowalign.models.load import (
     check_image_size,
     check_lora_folders,
     check_lora_targets,
+    check_role_pipelines,
     count_lora_numbers,
     path_of,
 )
@@ -75,24 +76,28 @@ def check(config: TrainConfig) -> None:
     state_channels = _check_rewards(config)
     if bound.reward_guidance is not None:
         bound.reward_guidance.check(grow(bound, 0, 0, [0]), bound.kernel, path, config.process_rewards)
-    config.trainer.check(Setup(bound, path, channels_of(config.reward), policy.roles, state_channels))
+    prompts, held_out = load_prompts(config.prompts), load_prompts(config.evaluation.prompts)
+    evaluated = [] if evaluation.allow_training_prompts else held_out[: evaluation.count]
+    setup = Setup(
+        bound, path, channels_of(config.reward), policy.roles, state_channels, reward=spec_of(config.reward), size=policy.size,
+        prompts=prompts, held_out=evaluated,
+    )  # fmt: skip
+    config.trainer.check(setup)
     if policy.trainable == "lora":
         check_lora_folders(policy.path, policy.lora, config.roles, policy.family)
-    elif folders := [role.folder for role in config.roles.values() if role.folder is not None]:
-        raise ConfigError(
-            f"policy.trainable={policy.trainable} with a role that starts from {folders[0]}: expected policy.trainable=lora"
-        )
     elif policy.dtype != "fp32":
         raise ConfigError(f"policy.dtype={policy.dtype} with policy.trainable=full: expected fp32 for the optimizer")
     elif "reference" in config.trainer.roles() and not policy.reference_copy:
         raise ConfigError(
-            "got policy.trainable=full and a trainer that needs the reference (trainer.regularizers), of which no copy is kept: "
-            "set trainer.regularizers={}, or policy.reference_copy=true (it doubles the memory of the network)"
+            "got policy.trainable=full and a trainer that needs the reference, of which no copy is kept: set "
+            "policy.reference_copy=true (it doubles the memory of the network), or leave out what needs it, such as a KL: "
+            "trainer.regularizers={}"
         )
+    else:
+        check_role_pipelines(policy.path, config.roles, policy.family)
     known = {"policy", *config.roles} | (
         {"reference"} if policy.trainable == "lora" or policy.reference_copy else set()
     )
-    prompts, held_out = load_prompts(config.prompts), load_prompts(config.evaluation.prompts)
     check_sources(rollout, grow(rollout, 0, 0, [0]), known, prompts)
     if config.evaluation.count > len(held_out):
         raise ConfigError(

@@ -38,7 +38,7 @@ class StandIn:
 
     @property
     def spec(self) -> RewardSpec:
-        return RewardSpec(channels=self.channels)
+        return RewardSpec(channels=self.channels, differentiable=True)
 
     def load(self) -> None: ...
 

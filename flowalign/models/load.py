@@ -6,7 +6,6 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +15,6 @@ from accelerate import init_empty_weights
 from diffusers import DDIMScheduler, DiffusionPipeline
 from torch import nn
 
-from flowalign.glyphs import FEW_STEP, PIPELINE
 from flowalign.models.base import Family, Policy, Sampling, Size
 from flowalign.models.checkpoint_files import check_files, check_finite, read_index
 from flowalign.models.lora import (
@@ -29,11 +27,14 @@ from flowalign.models.lora import (
     lora_layers,
     matched_modules,
     set_adapter_weights,
+    set_merged_weights,
 )  # fmt: skip
-from flowalign.models.lora_file import read_lora
+from flowalign.models.lora_file import LoRAFile, read_lora
+from flowalign.models.lora_merge import merge_loras
 from flowalign.models.pipeline_policy import PROMPT_STORE_BYTES, Offloadable, PipelinePolicy
 from flowalign.models.roles import Role
 from flowalign.models.sampling import defaults_of
+from flowalign.models.shipped import SHIPPED, resolve
 from flowalign.models.trained_networks import TrainedNetworks
 from samplers import Path as NoisingPath
 
@@ -43,15 +44,6 @@ FAMILIES = {
     "StableDiffusion3Pipeline": "flowalign.models.families.sd3.FAMILY",
     "StableDiffusionPipeline": "flowalign.models.families.sd15.FAMILY",
 }
-
-
-# the pipelines that come with flowalign
-SHIPPED = {"glyphs": PIPELINE, **{f"glyphs-{steps}step": folder for steps, folder in FEW_STEP.items()}}
-
-
-def resolve(path: str) -> str:
-    """A name of SHIPPED as its folder; anything else is a folder (~ is the home) or a hub id."""
-    return str(SHIPPED[path]) if path in SHIPPED else os.path.expanduser(path)
 
 
 def inspect_checkpoint(path: str, family: str | None = None) -> tuple[dict[str, Any], Family]:
@@ -176,9 +168,9 @@ def check_lora_folders(path: str, lora: LoRA, roles: Mapping[str, Role], family:
         return
     _, known = inspect_checkpoint(path, family)
     for name, network in _empty_networks(path, known).items():
-        modules = matched_modules(network, known.targets if lora.targets is None else lora.targets)
-        if lora.init is not None:
-            read_lora(lora.init, name).check_equal("policy.lora", modules, lora.rank, lora.alpha)
+        targets = known.targets if lora.targets is None else lora.targets
+        _starts(lora, name, targets, network)
+        modules = matched_modules(network, targets)
         for label, role in roles.items():
             if role.folder is None:
                 continue
@@ -188,6 +180,29 @@ def check_lora_folders(path: str, lora: LoRA, roles: Mapping[str, Role], family:
             if role.follows or followers:  # a follower has the shape of the policy
                 what = f"which follows {role.of}" if role.follows else f"which {followers[0]} follows"
                 file.check_equal(f"the role {label}, {what}", modules, lora.rank, lora.alpha)
+
+
+def check_role_pipelines(path: str, roles: Mapping[str, Role], family: str | None = None) -> None:
+    """FileNotFoundError or ValueError for a role of a policy with full weights whose pipeline is not whole, or has other
+    networks than `path`; from the configurations and headers alone."""
+    for label, role in roles.items():
+        if role.folder is None:
+            continue
+        try:
+            check_checkpoint(role.folder, family)
+        except (ValueError, OSError) as error:
+            raise type(error)(
+                f"the role {label}, of a policy that trains full weights, starts from a pipeline (from a LoRA only with policy.trainable=lora): {error}"
+            ) from error
+        _, known = inspect_checkpoint(path, family)
+        for name, network in _empty_networks(path, known).items():
+            wanted = {key: value.shape for key, value in network.state_dict().items()}
+            found = {key: value.shape for key, value in _empty_networks(role.folder, known)[name].state_dict().items()}
+            if differ := sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key)):
+                raise ValueError(
+                    f"got the role {label} with init={role.folder!r}, whose {name} differs from the policy's in {differ[0]} "
+                    f"({len(differ)} tensors in all); expected a pipeline of the same network: take another one"
+                )
 
 
 def _empty_networks(path: str, family: Family) -> dict[str, nn.Module]:
@@ -299,13 +314,30 @@ def _add_lora(network: nn.Module, name: str, lora: LoRA | str, family: Family, s
         file = read_lora(lora, name)
         lora = LoRA(max(file.ranks.values()), max(file.alphas.values()), file.modules, init=lora)
     targets = family.targets if lora.targets is None else lora.targets
-    if lora.init is not None:
-        file = read_lora(lora.init, name)
-        file.check_modules(linear_modules(network))
-        file.check_equal("policy.lora", matched_modules(network, targets), lora.rank, lora.alpha)
+    files = _starts(lora, name, targets, network)
     add_lora(network, lora, targets, seed)
-    if lora.init is not None:
-        set_adapter_weights(network, file)
+    if len(files) > 1:
+        set_merged_weights(network, merge_loras(files, lora.rank, lora.alpha))
+    elif files:
+        set_adapter_weights(network, files[0])
+
+
+def _starts(lora: LoRA, name: str, targets: Sequence[str], network: nn.Module) -> list[LoRAFile]:
+    """The files that the policy's LoRA starts from, for one network. ValueError for one that does not fit: a single one has the
+    policy's rank, alpha and layers, several have some of its layers."""
+    folders = [lora.init] if isinstance(lora.init, str) else list(lora.init or ())
+    files = [read_lora(folder, name) for folder in folders]
+    for file in files:
+        file.check_modules(linear_modules(network))
+        modules = matched_modules(network, targets)
+        if len(files) == 1:
+            file.check_equal("policy.lora", modules, lora.rank, lora.alpha)
+        elif beyond := sorted(set(file.modules) - set(modules)):
+            raise ValueError(
+                f"got {file.path} in policy.lora.init with adapters at {', '.join(beyond[:3])} ({len(beyond)} in all), which "
+                "policy.lora.targets leaves out; expected all of them: add them to the targets"
+            )
+    return files
 
 
 def _check_full(trainable: str, dtype: torch.dtype) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from flowalign.models.load import DTYPES, inspect_checkpoint, resolve
+from flowalign.models.load import DTYPES, inspect_checkpoint
+from flowalign.models.shipped import resolve
 
 
 def load_call(path: str, family: str | None, dtype: str, vae_dtype: str | None) -> str:

@@ -16,8 +16,9 @@ BUILT_IN = ("policy", "reference")
 class Role:
     """A second set of the trained weights.
 
-    init: "policy", a copy of its weights; "reference", the model without training; or a folder with a LoRA (a run's lora/,
-    or diffusers' save_lora_weights), with its own alpha. update: "frozen" never changes; "copy" takes over the weights of
+    init: "policy", a copy of its weights; "reference", the model without training; or what is on a disk: of a policy with a
+    LoRA a folder with another one (a run's lora/, or diffusers' save_lora_weights), with its own alpha; of a policy that
+    trains full weights a pipeline with the same network (the teacher of a distilled model). update: "frozen" never changes; "copy" takes over the weights of
     `of`, "policy" or another role (an `old` snapshot); "ema" is role ← d·role + (1-d)·of; "trained" has its own optimizer,
     which the trainer makes and steps. Roles follow after each optimizer step of the policy, a role after the one it follows.
 
@@ -61,7 +62,7 @@ class Role:
 
     @property
     def folder(self) -> str | None:
-        """The folder of a LoRA from which it starts, if it does."""
+        """The folder of a LoRA, or the pipeline, from which it starts, if it does."""
         return None if self.init in BUILT_IN else self.init
 
     def decay_at(self, update: int) -> float:

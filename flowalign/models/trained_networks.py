@@ -14,6 +14,7 @@ from torch.nn import Parameter
 from flowalign.models.lora import ADAPTER, adapter_parameters, add_adapter, load_adapter, lora_layers, using_adapters
 from flowalign.models.lora_file import read_lora
 from flowalign.models.roles import BUILT_IN, Role, check_roles, follow, in_order
+from flowalign.models.shipped import resolve
 
 
 class TrainedNetworks:
@@ -66,12 +67,15 @@ class TrainedNetworks:
 
     def _copied(self, role: Role, trained: bool) -> dict[str, nn.Module]:
         if role.folder is not None:
-            raise ValueError(
-                f"got a role with init={role.folder} for a policy that trains full weights; expected 'policy' or 'reference': "
-                "train a LoRA (policy.trainable=lora)"
-            )
+            return {name: self._read(role.folder, name).requires_grad_(trained) for name in self.networks}
         source = self._reference() if role.init == "reference" else self.networks
         return {name: copy.deepcopy(network).requires_grad_(trained) for name, network in source.items()}
+
+    def _read(self, pipeline: str, name: str) -> ModelMixin:
+        """The network `name` of another pipeline, where and as the policy's own is."""
+        own = self.networks[name]
+        read: ModelMixin = type(own).from_pretrained(resolve(pipeline), subfolder=name, torch_dtype=own.dtype)
+        return read.eval().to(own.device)
 
     def parameters_of(self, role: str) -> list[tuple[str, Parameter]]:
         """See Policy.parameters_of. With several networks a name begins with the network's."""

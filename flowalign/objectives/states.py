@@ -245,13 +245,16 @@ class GroupPreference:
     z is DPO's argument with its β = beta. The gate σ(z) closes as the group is told apart; there is no minimum but that.
     The normalizers of the implicit rewards cancel only where Σ A = 0 and all members share σ and ε: trainer.shared_draws.
     clip: with ρ = exp(ℓ_guard − ℓ), a member whose ratio has moved beyond 1 ± clip in A's direction has c = 0; `guard` is a
-    role, a fast average of the policy. reference: the role ℓ^ref is of."""
+    role, a fast average of the policy. reference: the role ℓ^ref is of.
+    max_distance: so does a member that has passed the reference in A's direction where ⟨(v − v_ref)²⟩ is above it (TDM-R1
+    2603.07700; our reading: its code takes the mean distance of a micro-batch, and the gradient would depend on its size)."""
 
     beta: float = 100.0
     weight: Weight = "velocity"
     reference: str = "reference"
     guard: str | None = None
     clip: float | None = None
+    max_distance: float | None = None
     coupled = True
     sampled_by = None
 
@@ -263,6 +266,8 @@ class GroupPreference:
             raise ValueError(
                 f"got guard={self.guard!r}, clip={self.clip}; expected both, a role and a number above 0, or neither"
             )
+        if self.max_distance is not None and not self.max_distance > 0:
+            raise ValueError(f"got max_distance={self.max_distance}; expected a number above 0, or null for none")
 
     @property
     def needs(self) -> Sequence[str]:
@@ -288,6 +293,11 @@ class GroupPreference:
             ratio = (found.error(found.of(self.guard)) - found.error(found.live)).exp()
             outside = ((signal > 0) & (ratio > 1 + self.clip)) | ((signal < 0) & (ratio < 1 - self.clip))
             c = torch.where(outside, 0.0, c)
+        if self.max_distance is not None:
+            reference = found.of(self.reference)
+            ahead = found.error(reference) - found.error(found.live)
+            far = (found.live.double() - reference.double()).square().flatten(1).mean(1) > self.max_distance
+            c = torch.where(far & (signal * ahead > 0), 0.0, c)
         return Coefficients(c)
 
     def curvature(self, advantage: Tensor) -> Tensor:

@@ -23,14 +23,13 @@ from flowalign.config import PolicySettings
 from flowalign.errors import ConfigError
 from flowalign.models import Policy, Sampling, load_policy
 from flowalign.models.load import (
-    SHIPPED,
     check_checkpoint,
     check_image_size,
     inspect_checkpoint,
     path_of,
-    resolve,
 )
 from flowalign.models.sampling import shipped_sampling
+from flowalign.models.shipped import SHIPPED, resolve
 from flowalign.run.load import SavedRun
 from flowalign.storage import checkpoint
 from samplers import check_schedule

@@ -30,8 +30,10 @@ def forecast(config: TrainConfig) -> str:
     images = rollout.groups * samples
     tree, specs = grow(rollout, 0, 0, [0]), [reward.spec for reward in config.process_rewards]
     steps = [spec.completion_steps for spec in specs if spec.scope == "completion"]
-    rolled = rollout.groups * (cost.rollout + sum(cost_of_completions(tree, each)[1] for each in set(steps)))
     update = config.trainer.forecast(rollout)
+    rolled = update.rolled
+    if rolled is None:
+        rolled = rollout.groups * (cost.rollout + sum(cost_of_completions(tree, each)[1] for each in set(steps)))
     scale = rollout.guidance_scale if update.guidance_scale is None else update.guidance_scale
     per_state = rows_per_state(config.policy.path, scale, config.policy.family)
     sample, before = guided * rolled, guided * update.before

@@ -12,12 +12,14 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from flowalign.data import PromptRecord
+from flowalign.models.base import Size
 from flowalign.models.roles import Role
 from flowalign.rollouts.collect import ScoredRollout
 from flowalign.rollouts.task import Rollout, Task
 from flowalign.selectors import Selector
 from flowalign.trainers.pulls import Pulls
 from flowalign.trainers.signal import EdgeSignal
+from rewards import RewardSpec
 from samplers import Forest, Path, Step
 
 
@@ -79,8 +81,9 @@ class Update:
 class UpdateForecast:
     """Of one iteration: how many updates, how many states with forward and backward, and how many more network rows
     without gradient (roles, rescoring). Once, in `prepare`: states evaluated before the first iteration, and images that
-    are decoded and scored there. guidance_scale: of the updates; None: that of the rollout. notes: what a user should know
-    before the run, such as a regression without a minimum, a line each. inspection: see there."""
+    are decoded and scored there. rolled: network rows of its rollouts, where they are not those of the plan (an offline
+    trainer has none); None: the plan's. guidance_scale: of the updates; None: that of the rollout. notes: what a user should
+    know before the run, such as a regression without a minimum, a line each. inspection: see there."""
 
     updates: int
     trained: int
@@ -89,6 +92,7 @@ class UpdateForecast:
     before_scored: int = 0
     guidance_scale: float | None = None
     notes: tuple[str, ...] = ()
+    rolled: int | None = None
     inspection: Inspection = field(default_factory=lambda: Inspection(), compare=False)
 
 
@@ -115,13 +119,19 @@ class Setup:
     """What a trainer may know before a model is loaded.
 
     rollout: with its kernel bound to `path`, the noising law of the policy. channels: of the reward. roles: those that
-    the configuration gives the policy (policy.roles), by name. state_channels: of the process rewards, in Forest.scores."""
+    the configuration gives the policy (policy.roles), by name. state_channels: of the process rewards, in Forest.scores.
+    reward: what the reward says of itself. size: of what the policy makes. prompts: the training set. held_out: what is
+    evaluated and must not be trained on; empty where that is allowed."""
 
     rollout: Rollout
     path: Path
     channels: tuple[str, ...]
     roles: Mapping[str, Role] = field(default_factory=dict)
     state_channels: tuple[str, ...] = ()
+    reward: RewardSpec = field(default_factory=RewardSpec)
+    size: Size = field(default_factory=lambda: Size(0, 0))
+    held_out: Sequence[PromptRecord] = ()
+    prompts: Sequence[PromptRecord] = ()
 
 
 class Trainer(Protocol):

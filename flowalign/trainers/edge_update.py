@@ -9,9 +9,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from flowalign.errors import RunError
 from flowalign.objectives import Objective, Regularizer, RoleSteps, StepWeight, Targets, Transitions
 from flowalign.objectives.norm_guard import norm_ratio
+from flowalign.trainers.drift import check_drift, drift_metrics, velocity_unit
 from flowalign.trainers.update_engine import Measures, Part, States, UpdateEngine
 from samplers import Forest, Step
 
@@ -19,16 +19,6 @@ from samplers import Forest, Step
 def states_of(forest: Forest, nodes: Tensor) -> States:
     """The network inputs of `nodes`; a condition row is a group."""
     return States(forest.at(nodes), forest.sigma(nodes), forest.tree.group[nodes])
-
-
-def velocity_unit(step: Step) -> Tensor:
-    """[E] the drift of each log-prob for a velocity that is off by one standard deviation's worth along the noise: |b|/s, times
-    the number of elements where log-probs are sums, times 2s² where they are without constants (CPS). A drift divided by it
-    is the same number for every kernel and step, however small its noise."""
-    policy = step.policy
-    scale = 1.0 if policy.reduce == "mean" or not len(policy.mean) else policy.mean[0].numel()
-    unit = scale * policy.velocity_coef.abs() / policy.std
-    return unit if policy.constants == "full" else unit * 2 * policy.std.square()
 
 
 @dataclass(eq=False)
@@ -95,7 +85,7 @@ class EdgeUpdate:
             losses[name] = scale * targets.loss(real, velocity[: part.real]).sum() / max(aimed, 1)
         drift = (log_prob.detach() - forest.log_prob[edges]).abs()
         if self.first:
-            self._check_drift(drift, step)
+            check_drift(drift, velocity_unit(step), self.max_drift)
             measures.add(drift=drift, step=forest.tree.index[forest.tree.parent[edges]])
         measures.add(
             log_ratio=self.objective.log_ratio(log_prob, old, transitions),
@@ -131,16 +121,6 @@ class EdgeUpdate:
             return old, old.log_prob(forest.at(edges))
         return (forest.role_steps("old", edges) if needed else None), forest.log_prob[edges]
 
-    def _check_drift(self, drift: Tensor, step: Step) -> None:
-        """RunError where an unchanged policy is further from the rollout than rounding can be."""
-        relative = drift / velocity_unit(step)
-        if bool((~(relative <= self.max_drift)).any()):
-            raise RunError(
-                f"got log-probs of an unchanged policy as if its velocity were off by {float(relative.max()):.2e} from the rollout's; "
-                f"expected at most trainer.max_drift={self.max_drift}, more than rounding: look for dropout, another grid of "
-                "sigmas or swapped conditions (`flowalign doctor` measures it), or raise max_drift if it is rounding"
-            )
-
     def metrics(self, measures: Measures) -> dict[str, float]:
         """Once the step is taken; of the weights before it."""
         log_ratio, clipped = measures.rows("log_ratio"), measures.rows("clipped")
@@ -154,7 +134,5 @@ class EdgeUpdate:
             found[f"norm/{role}"] = float(ratio.mean())
             found |= {f"norm_step/{role}_{int(k)}": float(ratio[index == k].mean()) for k in index.unique()}
         if self.first:
-            drift, step = measures.rows("drift"), measures.rows("step")
-            found["ratio/drift_max"] = float(drift.max())
-            found |= {f"ratio/drift_step_{int(k)}": float(drift[step == k].max()) for k in step.unique()}
+            found |= drift_metrics(measures.rows("drift"), measures.rows("step"))
         return found

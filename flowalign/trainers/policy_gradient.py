@@ -15,17 +15,18 @@ from flowalign.data import PromptRecord
 from flowalign.models.roles import Role
 from flowalign.objectives import DynamicClip, Objective, Regularizer, StepWeight, Supervision, Transitions, Uniform
 from flowalign.rollouts.collect import ScoredRollout, collect
-from flowalign.rollouts.rolling import grow, leaves_per_group
 from flowalign.rollouts.task import Rollout, Task
 from flowalign.selectors import Selector
 from flowalign.trainers.base import AdamWConfig, Inspection, Setup, Update, UpdateForecast
 from flowalign.trainers.calibration import Calibration, leveled
+from flowalign.trainers.drift import velocity_unit
 from flowalign.trainers.dry_run import dry_run
-from flowalign.trainers.edge_update import EdgeUpdate, states_of, velocity_unit
+from flowalign.trainers.edge_update import EdgeUpdate, states_of
 from flowalign.trainers.pulls import Pulls, pulls_of_edges
 from flowalign.trainers.signal import EdgeSignal, Signal
+from flowalign.trainers.trained_steps import check_guidance, check_previews, check_trained_steps
 from flowalign.trainers.update_engine import TrainedRole, UpdateEngine
-from samplers import Forest, Step, unscored
+from samplers import Forest, Step
 
 
 @dataclass
@@ -33,8 +34,8 @@ class PolicyGradient:
     """Clipped policy gradient on the stochastic steps of a rollout (Flow-GRPO, 2505.05470).
 
     One forward and backward per distinct state serves all steps that leave it: their log-probs depend on the network only
-    through its velocity there, so the gradient is exactly that of one pass per step. Roles that regularizers name are
-    evaluated once, at the states of the rollout.
+    through its velocity there, so the gradient is exactly that of one pass per step. Roles that regularizers and
+    supervision name are evaluated once, at the states of the rollout.
 
     signal: from the scores of the leaves to the trained steps and their advantages. objective, step_weight: the loss of a
     step. regularizers: added to it, each towards a role; by name, the metric is loss/<name>. supervision: velocity targets
@@ -84,34 +85,17 @@ class PolicyGradient:
         return {name: term for name, term in self.regularizers.items() if term.active}
 
     def roles(self) -> Mapping[str, Role]:
-        return {term.role: Role() for term in self._active.values()}
+        supervised = [part.role for part in self.supervision.values() if part.role is not None]
+        return {role: Role() for role in dict.fromkeys([*(term.role for term in self._active.values()), *supervised])}
 
     def check(self, setup: Setup) -> None:
         """Combinations that cannot work, named before a model is loaded."""
         rollout = setup.rollout
-        if rollout.group_size < 2:
-            raise ValueError(
-                f"got rollout.group_size={rollout.group_size}; expected at least 2: the advantage compares an image with "
-                "others of its prompt"
-            )
+        check_trained_steps(rollout)
         if rollout.groups % self.updates_per_rollout:
             raise ValueError(
                 f"got rollout.groups={rollout.groups} for trainer.updates_per_rollout={self.updates_per_rollout}; expected "
                 "equal parts: choose a divisor"
-            )
-        if not rollout.plan.forecast(rollout.num_inference_steps, rollout.group_size).edges:
-            raise ValueError("got a rollout.plan without a stochastic step, so nothing to train: widen its window")
-        samples, _ = leaves_per_group(rollout)
-        if samples < 2:
-            raise ValueError(
-                f"got a rollout.plan that ends in {samples} image of each prompt; expected at least 2, which the advantage "
-                "compares: let its selection keep more"
-            )
-        sigma, sigma_next = torch.tensor([0.5]).double(), torch.tensor([0.25]).double()
-        if not bool((rollout.kernel.coefficients(sigma, sigma_next, torch.ones_like(sigma)).std > 0).all()):
-            raise ValueError(
-                f"got rollout.kernel={rollout.kernel}, which draws no noise, so steps have no log-prob: take FlowSDE, "
-                "DanceSDE or CPS with a noise_level above 0"
             )
         self._check_names()
         self._check_terms(setup)
@@ -134,6 +118,11 @@ class PolicyGradient:
                 )
         for name, part in self.supervision.items():
             part.check(setup.path, setup.channels)
+            if part.role not in (None, "reference", *setup.roles):
+                raise ValueError(
+                    f"got trainer.supervision.{name}.role={part.role!r}; expected 'reference' or one of policy.roles "
+                    f"{sorted(setup.roles)}: add it there"
+                )
             if part.needs_guidance and setup.rollout.reward_guidance is None:
                 raise ValueError(
                     f"got trainer.supervision.{name}, which distills the reward guidance of the rollout, without any: set "
@@ -160,24 +149,13 @@ class PolicyGradient:
         return old or any(part.needs_old for part in self.supervision.values())
 
     def _check_combinations(self, rollout: Rollout) -> None:
-        select = rollout.plan.select(unscored)
-        if select is not None and not select.preview_steps and min(select.counts) < rollout.num_inference_steps:
-            raise ValueError(
-                "got rollout.plan.preview_steps=0 with a selection on the way, where the reward would see noise; expected at least "
-                "1, the jump to the predicted image: set preview_steps=1, or more"
-            )
+        check_previews(rollout)
         if self.dynamic_clip is not None and not self.objective.has_clip_range:
             raise ValueError(
                 f"got trainer.dynamic_clip with {self.objective}, which has no clip range: set dynamic_clip=null, or take "
                 "ClippedRatio or Guard"
             )
-        tree = grow(rollout, 0, 0, [0])
-        few = len(tree.index[tree.parents_of_edges].unique()) < rollout.num_inference_steps - 1
-        if rollout.guidance_scale != 1 and few and not rollout.allow_cfg_update:
-            raise ValueError(
-                f"got rollout.guidance_scale={rollout.guidance_scale} inside a window of few steps, where peers report "
-                "collapse: set rollout.guidance_scale=1, or rollout.allow_cfg_update=true to do it all the same"
-            )
+        check_guidance(rollout)
 
     def forecast(self, rollout: Rollout) -> UpdateForecast:
         cost, share = rollout.plan.forecast(rollout.num_inference_steps, rollout.group_size), self.updates_per_rollout
@@ -245,8 +223,8 @@ class PolicyGradient:
             yield engine.update(self._policy, one.parts, one.loss, one.metrics)
 
     def _with_roles(self, engine: UpdateEngine, forest: Forest, edges: Tensor) -> tuple[Forest, float]:
-        """The forest with the velocities of every role that a regularizer names, at the states that `edges` leave; also the
-        network rows per sample."""
+        """The forest with the velocities of every role that a regularizer or a supervision names, at the states that `edges`
+        leave; also the network rows per sample."""
         nodes, total = forest.tree.distinct_parents(edges)[0], 0.0
         for role in self.roles():
             velocities, rows = engine.frozen(states_of(forest, nodes), role)

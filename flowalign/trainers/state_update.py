@@ -12,16 +12,34 @@ from torch import Tensor
 from flowalign.objectives import Anchor, Coefficients, DrawIds, Predictions, StateObjective
 from flowalign.trainers.base import Update
 from flowalign.trainers.update_engine import Measures, Part, States, TrainedRole, UpdateEngine
+from samplers import Path, SampleKeys
 
 
 @dataclass(frozen=True, eq=False)
 class Draws:
-    """D network inputs with their targets [D, *], the coefficient noise [D] of ε in each, and what they belong to."""
+    """D network inputs with their targets [D, *], the coefficient noise [D] of ε in each, and what they belong to. weight [D]: of
+    each in the loss; None: 1."""
 
     states: States
     target: Tensor
     noise: Tensor
     ids: DrawIds
+    weight: Tensor | None = None
+
+    @staticmethod
+    def of(
+        latents: Tensor, group: Tensor, advantage: Tensor, keys: SampleKeys, sigma: Tensor, path: Path, stream: str = "renoise"
+    ) -> Draws:  # fmt: skip
+        """Of n clean latents [n, *], their groups [n] and advantages [n]: draw 0 of all, then draw 1, …; sigma [draws, n]."""
+        states, targets, count = [], [], len(sigma)
+        for number in range(count):
+            noise = keys.noise(latents.shape[1:], number, stream).to(latents)
+            states.append(path.add_noise(latents, noise, sigma[number]))
+            targets.append(path.velocity(latents, noise, sigma[number]))
+        inputs = States(torch.cat(states), sigma.flatten(), group.repeat(count))
+        numbers = torch.arange(count).repeat_interleave(len(latents))
+        ids = DrawIds(advantage.repeat(count), inputs.rows, numbers)
+        return Draws(inputs, torch.cat(targets), path.mix(inputs.sigma.double())[1], ids)
 
     def __len__(self) -> int:
         return len(self.states)
@@ -30,13 +48,15 @@ class Draws:
 @dataclass(eq=False)
 class StateUpdate:
     """The loss of `draws`: their mean of c·⟨(v − u)²⟩ + Σ κ_a·⟨(v − v_a)²⟩ and of the anchors. Roles are evaluated when it is
-    made, once over all processes, as they are then; rows: network rows without gradient, per sample."""
+    made, once over all processes, as they are then; rows: network rows without gradient, per sample. role: whose velocities are
+    trained, the "policy" of the objective; of another one metrics begin with its name."""
 
     engine: UpdateEngine
     draws: Draws
     objective: StateObjective
     anchors: Mapping[str, Anchor]
     micro_batch: int
+    role: str = "policy"
 
     def __post_init__(self) -> None:
         self._roles, self.rows = dict[str, Tensor](), 0.0
@@ -61,7 +81,10 @@ class StateUpdate:
         return self.engine.update(trained, self.parts, self.loss, self.metrics)
 
     def _value(self, part: Part) -> Tensor:
-        return self.objective.value(self._predictions(part, self.engine.velocity(self.draws.states.at(part.index))))
+        return self.objective.value(self._predictions(part, self._velocity(part)))
+
+    def _velocity(self, part: Part) -> Tensor:
+        return self.engine.velocity(self.draws.states.at(part.index), self.role)
 
     def _predictions(self, part: Part, velocity: Tensor) -> Predictions:
         index = part.index.to(self.draws.target.device)
@@ -72,15 +95,17 @@ class StateUpdate:
 
     def loss(self, part: Part, measures: Measures) -> Tensor:
         """The share of one micro-batch."""
-        velocity, real = self.engine.velocity(self.draws.states.at(part.index)), part.real
+        velocity, real = self._velocity(part), part.real
         found, index = self._predictions(part, velocity), part.index
         at = self.objective.coefficients(found, self.draws.ids.advantage[index], self._coupling[index])
-        pulls = {"policy": at.c.to(velocity) * _gap(velocity, found.target)}
+        pulls = {self.role: at.c.to(velocity) * _gap(velocity, found.target)}
         for role, kappa in at.kappa.items():
-            pulls["policy"] = pulls["policy"] + kappa.to(velocity) * _gap(velocity, found.of(role))
+            pulls[self.role] = pulls[self.role] + kappa.to(velocity) * _gap(velocity, found.of(role))
         for name, anchor in self.anchors.items():
             pulls[name] = anchor.beta * anchor.pull(velocity, found.of(anchor.role), found.noise)
-        losses = {name: pull[:real].sum() / len(self.draws) for name, pull in pulls.items()}
+        weight = torch.ones(len(index)) if self.draws.weight is None else self.draws.weight[index]
+        share = (weight / len(self.draws)).to(velocity)
+        losses = {name: (share * pull)[:real].sum() for name, pull in pulls.items()}
         measures.add(
             curvature=self._curvature(at, found)[:real],
             error=found.error(found.live)[:real],
@@ -95,12 +120,13 @@ class StateUpdate:
 
     def metrics(self, measures: Measures) -> dict[str, float]:
         """Once the step is taken; of the weights before it."""
-        curvature = measures.rows("curvature")
+        curvature, own = measures.rows("curvature"), self.role == "policy"
+        draws, gap = ("draws/", "gap/") if own else (f"{self.role}/", f"{self.role}/gap_")
         return {
-            "draws/error": float(measures.rows("error").mean()),
-            "draws/curvature_min": float(curvature.min()),
-            "draws/curvature_negative": float((curvature < 0).double().mean()),
-            **{f"gap/{role}": float(measures.rows(f"gap/{role}").mean()) for role in self._roles},
+            f"{draws}error": float(measures.rows("error").mean()),
+            f"{draws}curvature_min": float(curvature.min()),
+            f"{draws}curvature_negative": float((curvature < 0).double().mean()),
+            **{f"{gap}{role}": float(measures.rows(f"gap/{role}").mean()) for role in self._roles},
             **{name: measures.total(name) for name in measures.values if name.startswith("loss/")},
             "cost/frozen_per_image": self.rows,
         }

@@ -7,8 +7,8 @@ the velocities there (a ratio, a regression, a distillation) is its own business
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -72,15 +72,26 @@ class TrainedRole:
 
 @dataclass(eq=False)
 class Measures:
-    """What the micro-batches of one update measured: tensors by name, in the order of the calls. Reading is collective."""
+    """What the micro-batches of one update measured: tensors by name, in the order of the calls. Reading is collective.
+
+    counted: network rows by what they were for, "trained" those of a forward and a backward; what a backward computes again
+    is not counted."""
 
     processes: Processes
     values: dict[str, list[Tensor]] = field(default_factory=dict)
+    counted: dict[str, int] = field(default_factory=lambda: {"trained": 0})
 
     def add(self, **values: Tensor) -> None:
         """Rows [n], or a number; without a graph."""
         for name, value in values.items():
             self.values.setdefault(name, []).append(value.detach())
+
+    def count(self, **rows: int) -> None:
+        """Network rows that a loss spent on something else than a forward and a backward of the trained role: they are in
+        cost/<name>_per_image, and not in cost/trained_per_image. Every process counts the same names."""
+        for name, count in rows.items():
+            self.counted[name] = self.counted.get(name, 0) + count
+            self.counted["trained"] -= count
 
     def rows(self, name: str) -> Tensor:
         """All rows of all processes, float64."""
@@ -106,10 +117,12 @@ class UpdateEngine:
     images: int
     guidance_scale: float | None = None
 
-    def velocity(self, states: States, role: str = "policy") -> Tensor:
-        """v [n, *] under the weights of `role`, with graph if gradients are on."""
+    def velocity(self, states: States, role: str = "policy", guidance_scale: float | None = None) -> Tensor:
+        """v [n, *] under the weights of `role`, with graph if gradients are on. guidance_scale: None is the engine's; one other
+        than 1 needs conditions with negatives."""
         policy, rollout = self.task.policy, self.task.rollout
-        scale = rollout.guidance_scale if self.guidance_scale is None else self.guidance_scale
+        own = rollout.guidance_scale if self.guidance_scale is None else self.guidance_scale
+        scale = own if guidance_scale is None else guidance_scale
         with policy.role(role):
             return policy.velocity(
                 states.x, states.sigma, self.conditions.rows(states.rows), guidance_scale=scale,
@@ -117,56 +130,83 @@ class UpdateEngine:
             )  # fmt: skip
 
     @torch.no_grad()
-    def frozen(self, states: States, role: str | Sequence[str]) -> tuple[Tensor, float]:
+    def frozen(
+        self, states: States, role: str | Sequence[str], guidance_scale: Mapping[str, float] | None = None
+    ) -> tuple[Tensor, float]:
         """(v [S, *] without graph, network rows per sample): each state evaluated once, by one process.
 
-        role: one for all states, or one per state (routing: each state to its own teacher)."""
+        role: one for all states, or one per state (routing: each state to its own teacher). guidance_scale: by role; the
+        engine's for a role that is not named."""
         processes, before = self.task.processes, self.task.policy.evaluations
         roles = [role] * len(states) if isinstance(role, str) else list(role)
         if len(roles) != len(states):
             raise ValueError(f"got {len(roles)} roles for {len(states)} states; expected one for all, or one for each")
         share = processes.share(len(states))
         own = torch.arange(share.start, share.stop)
+        scales = guidance_scale or {}
         values = torch.empty_like(states.x[own.to(states.x.device)])
         for name in dict.fromkeys(roles):  # every process in the same order, also those without a state of this role
             wanted = torch.tensor([roles[row] == name for row in own.tolist()], dtype=torch.bool)
             for part in own[wanted].split(self.task.rollout.micro_batch) if bool(wanted.any()) else ():
-                values[(part - share.start).to(values.device)] = self.velocity(states.at(part), name).to(values)
+                found = self.velocity(states.at(part), name, scales.get(name))
+                values = values.to(torch.promote_types(values.dtype, found.dtype))  # of a float64 policy on fp32 states
+                values[(part - share.start).to(values.device)] = found.to(values)
         rows = processes.total(self.task.policy.evaluations - before)
         return processes.gather(values), rows / self.images
 
-    def micro_batches(self, count: int, size: int) -> list[Part]:
-        """This process's parts of `count` states, at most `size` each: equally many, equally large on every process."""
+    def micro_batches(self, count: int, size: int, among: Tensor | None = None) -> list[Part]:
+        """This process's parts of `count` states, at most `size` each: equally many, equally large on every process. among
+        [count]: the states' numbers; None: 0 to count − 1."""
         dealt = self.task.processes.deal(count)
-        dealt_parts = dealt.split(size) if len(dealt) else ()
-        return [Part(number, rows.clamp(min=0), int((rows >= 0).sum())) for number, rows in enumerate(dealt_parts)]
+        parts = []
+        for number, rows in enumerate(dealt.split(size) if len(dealt) else ()):
+            index = rows.clamp(min=0)
+            parts.append(Part(number, index if among is None else among[index], int((rows >= 0).sum())))
+        return parts
 
     @torch.no_grad()
-    def scalars(self, count: int, parts: Sequence[Part], value: Value) -> Tensor:
-        """[count] float64 one number per state without graph, over all processes."""
-        found = torch.zeros(count, dtype=torch.float64)
+    def scalars(self, count: int, parts: Sequence[Part], value: Value, owner: Tensor | None = None) -> Tensor:
+        """[E] float64 the numbers of `count` states without graph, over all processes. owner [E], value: see `coupled_update`."""
+        owner = torch.arange(count) if owner is None else owner
+        found = torch.zeros(len(owner), dtype=torch.float64)
         for part in parts:
-            found[part.index[: part.real]] = value(part)[: part.real].double().cpu()
+            mine = part.place(owner) >= 0
+            found[mine] = value(part)[: int(mine.sum())].double().cpu()
         return self.task.processes.gather(found[None]).sum(0)
 
     def coupled_update(
-        self, trained: TrainedRole, count: int, size: int, value: Value, loss: Callable[[Tensor], Tensor]
-    ) -> Update:
-        """One optimizer step of a loss that couples all `count` states (pairs, groups) through one number of each.
+        self, trained: TrainedRole, count: int, size: int, value: Value, loss: Callable[[Tensor], Tensor], *,
+        owner: Tensor | None = None, known: Tensor | None = None, weight: Tensor | None = None,
+        metrics: Callable[[Tensor], dict[str, float]] = lambda numbers: {},
+    ) -> Update:  # fmt: skip
+        """One optimizer step of a loss that couples all `count` states (pairs, groups) through numbers of each.
 
-        value(part) [n]: the numbers (log-probs, errors) of the states of a micro-batch of at most `size`. loss: of all of
-        them [count], float64. Two passes: the numbers without graph, then each micro-batch again with its adjoints; the
-        gradient is that of one graph, the memory that of one micro-batch (see `scalar_adjoint`)."""
-        parts, before = self.micro_batches(count, size), self.task.policy.evaluations
-        total, adjoint = scalar_adjoint(self.scalars(count, parts, value), loss)
+        value(part) [e]: the numbers (log-probs, errors) of a micro-batch of at most `size` states. loss: of all of them [E],
+        float64. Two passes: the numbers without graph, then each micro-batch again with its adjoints; the gradient is that of
+        one graph, the memory that of one micro-batch (see `scalar_adjoint`). The second pass leaves out states whose adjoints
+        are all 0.
+
+        owner [E]: the state that each number belongs to, of which a part gives those with part.place(owner) >= 0, in their
+        order; None: one of each state, in the order of part.index. known [E]: the numbers, where the first pass would only
+        repeat them. weight [E]: factors of the adjoints; if they are 1 in expectation (a random subset of states), so is the
+        gradient the loss's. metrics: of the numbers of the first pass, once the step is taken."""
+        before, owner = self.task.policy.evaluations, torch.arange(count) if owner is None else owner
+        if known is None:
+            known = self.scalars(count, self.micro_batches(count, size), value, owner)
+        total, adjoint = scalar_adjoint(known, loss)
+        adjoint = adjoint if weight is None else adjoint * weight
         rows = self.task.processes.total(self.task.policy.evaluations - before) / self.images
+        states = owner[adjoint != 0].unique()
+        parts = self.micro_batches(len(states), size, states)
 
         def share(part: Part, measures: Measures) -> Tensor:
-            values = value(part)[: part.real]
-            return (adjoint[part.index[: part.real]].to(values) * values).sum()
+            mine = part.place(owner) >= 0
+            values = value(part)[: int(mine.sum())]
+            return (adjoint[mine].to(values) * values).sum()
 
+        update = self.update(trained, parts, share, lambda measures: metrics(known))
         measured = {f"loss/{trained.role}": float(total), "cost/frozen_per_image": rows}
-        return self.update(trained, parts, share, lambda measures: measured)
+        return replace(update, after=lambda: measured | update.after())
 
     def update(
         self, trained: TrainedRole, parts: Sequence[Part], loss: Loss, metrics: Metrics = lambda measures: {}
@@ -177,16 +217,19 @@ class UpdateEngine:
         nothing. It must not call `frozen` or `scalars`, which wait for all processes. metrics(measures): once the step is
         taken; not asked where there was nothing to train. An update is made and stepped before the next one is made: it sets
         the learning rate."""
-        policy, measures = self.task.policy, Measures(self.task.processes)
+        measures = Measures(self.task.processes)
         learning_rate = trained.config.lr_at(trained.updates)
         for group in trained.optimizer.param_groups:
             group["lr"] = learning_rate
-        began, before = time.perf_counter(), policy.evaluations
+        began = time.perf_counter()
 
         def after() -> dict[str, float]:
             measured = {
                 "time/update": time.perf_counter() - began,
-                "cost/trained_per_image": self.task.processes.total(policy.evaluations - before) / self.images,
+                **{
+                    f"cost/{name}_per_image": self.task.processes.total(rows) / self.images
+                    for name, rows in measures.counted.items()
+                },
                 "optim/lr" if trained.role == "policy" else f"optim/{trained.role}_lr": learning_rate,
             }
             if not parts:
@@ -194,5 +237,12 @@ class UpdateEngine:
             trained.updates += 1
             return measured | metrics(measures)
 
-        losses = [partial(loss, part, measures) for part in parts]
+        losses = [partial(self._counted, loss, part, measures) for part in parts]
         return Update(trained.optimizer, trained.config.max_grad_norm, losses, after, trained.role)
+
+    def _counted(self, loss: Loss, part: Part, measures: Measures) -> Tensor:
+        """The loss, its network rows counted."""
+        before = self.task.policy.evaluations
+        value = loss(part, measures)
+        measures.counted["trained"] += self.task.policy.evaluations - before
+        return value

@@ -64,6 +64,10 @@ class Step:
         """Log density of `x_next` under the policy [N]."""
         return self.policy.log_prob(x_next)
 
+    def log_ratio(self, other: "Step", x_next: Tensor) -> Tensor:
+        """Log density ratio [N] of this policy to that of the same step under another velocity, at `x_next`."""
+        return self.policy.log_ratio(other.policy, x_next)
+
     def kl(self, other: "Step", form: KLForm = "exact_times_h") -> Tensor:
         """Divergence of this policy from that of the same step under another velocity [N]."""
         return self.policy.kl(other.policy, form)

@@ -51,6 +51,20 @@ class Gaussian:
         quadratic = self._reduce((error / spread(self.std, self.mean)).square())
         return -0.5 * quadratic - elements * (self.std.log() + _HALF_LOG_2PI)
 
+    def log_ratio(self, other: "Gaussian", x_next: Tensor) -> Tensor:
+        """[N] log_prob(x_next) − other.log_prob(x_next), `other` being the same step under another velocity.
+
+        ⟨Δμ·(x' − μ_other) − Δμ²/2⟩/std² with Δμ = μ − μ_other (constants "none": times 2·std²), reduced like log_prob: the
+        normalizer cancels, so in fp32 only the rounding of the means is left. Exactly 0 for equal means.
+        ValueError for another std, and for full constants where std is 0."""
+        self._check_same_step(other)
+        check_same_shape("x_next", x_next, self.mean)
+        difference, error = self.mean - other.mean, x_next.to(self.mean.dtype) - other.mean
+        if self.constants == "none":
+            return self._reduce(difference * (2.0 * error - difference))
+        self._need_density("log_ratio")
+        return self._reduce(difference * (error - 0.5 * difference) / spread(self.std, self.mean).square())
+
     def kl(self, other: "Gaussian", form: KLForm = "exact_times_h") -> Tensor:
         """[N] divergence to `other`, the same step under another velocity; reduced like log_prob.
 
@@ -64,10 +78,7 @@ class Gaussian:
         Gradients reach both sides; detach the reference. Means are subtracted in the states' dtype: in fp32 a Δv near
         1e-7·|x|/|b| is rounding.
         """
-        check_same_shape("the other mean", other.mean, self.mean)
-        if not torch.equal(self.std, other.std):
-            raise ValueError("got two Gaussians of different std; expected one step under two velocities: use the same "
-                             "kernel, sigmas and level for both")  # fmt: skip
+        self._check_same_step(other)
         square = self._reduce((self.mean - other.mean).square())
         if form == "mean_sq":
             return square
@@ -78,6 +89,12 @@ class Gaussian:
         self._need_density(f"kl(form={form!r})")
         exact = square / (2.0 * self.std.square())
         return exact * self.step_size if form == "exact_times_h" else exact
+
+    def _check_same_step(self, other: "Gaussian") -> None:
+        check_same_shape("the other mean", other.mean, self.mean)
+        if not torch.equal(self.std, other.std):
+            raise ValueError("got two Gaussians of different std; expected one step under two velocities: use the same "
+                             "kernel, sigmas and level for both")  # fmt: skip
 
     def _reduce(self, values: Tensor) -> Tensor:
         flat = values.flatten(1)

@@ -18,17 +18,25 @@ from flowalign.errors import ConfigError
 from flowalign.objectives import Transitions
 from rewards import RewardBatch, score
 from samplers import FlowSDE
+from tests.helpers.method_layers import BY_REWARD_GRADIENT, METHODS, ON_GLYPHS, class_of, reward_of
 
 FOLDER = Path(__file__).parents[2] / "configs"
-METHODS, MODELS, REWARDS = (
-    sorted(path.stem for path in (FOLDER / kind).glob("*.yaml")) for kind in ("methods", "models", "rewards")
-)
+MODELS, REWARDS = (sorted(path.stem for path in (FOLDER / kind).glob("*.yaml")) for kind in ("models", "rewards"))
 # steps that are few of the grid are refused with guidance, unless allow_cfg_update
 FEW_STEPS = {
     "flow_grpo_fast", "mixgrpo", "mixgrpo_flash", "mixgrpo_flash_star", "branchgrpo_mix", "dynamic_treerpo", "flash_grpo",
     "preview_select",
 }  # fmt: skip
 KL_OF_FLOWS = {"flow_grpo", "flow_grpo_fast", "densegrpo", "preview_select"}  # form exact_times_h is that of an SDE
+# (method, model) -> what is said of those that never go together
+REFUSED: dict[tuple[str, str], str] = {
+    ("tdm_r1", "sd15"): "has the guidance in its weights",
+    ("srpo", "sd15"): "expected a rectified flow",
+}
+# (method, model) of other trainers -> {override: what is said without it}, in the order in which they are refused
+NEEDED: dict[tuple[str, str], dict[str, str]] = {
+    ("tdm_r1", "sd35_medium"): {"rollout.guidance_scale=1": "has the guidance in its weights"},
+}
 
 # what the complete files glyphs_flow_grpo, glyphs_flow_grpo_fast and sd15_ddpo said before they became layers
 GLYPHS = {
@@ -154,7 +162,11 @@ def test_layers_say_what_the_complete_files_said(layers: tuple[str, str, str], t
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "model"), product(METHODS, MODELS))
 def test_all_layers_combine(method: str, model: str, tiny: dict[str, str]) -> None:
-    needed = {}
+    if (method, model) in REFUSED:
+        with pytest.raises(ConfigError, match=REFUSED[method, model]):
+            load(model, files(method, model, reward_of(method)), tiny)
+        return
+    needed = dict(NEEDED.get((method, model), {}))
     if method in KL_OF_FLOWS and model == "sd15":
         needed["trainer.regularizers.kl.form=exact"] = r"regularizers\.kl: .*form=exact"
     if method == "dynamic_treerpo" and model == "sd15":  # the best leaf's velocity is that of a flow
@@ -167,13 +179,21 @@ def test_all_layers_combine(method: str, model: str, tiny: dict[str, str]) -> No
         needed["trainer.calibration.highest=1.0"] = "Lower highest"
     for reward in REWARDS:
         paths = files(method, model, reward)
-        given: list[str] = []
+        given = list(ON_GLYPHS.get(method, ()))
+        if method in BY_REWARD_GRADIENT and not has_gradient(reward, tiny):
+            with pytest.raises(ConfigError, match=r"gradient|differentiable"):
+                load(model, paths, tiny, *given, *needed)
+            continue
         for override, refusal in needed.items():
             with pytest.raises(ConfigError, match=refusal):
                 load(model, paths, tiny, *given)
             given.append(override)
         config, _ = load(model, paths, tiny, *given)
         assert config.run.name == f"{method}-{model}-{reward}" and config.run.iterations > 0
+
+
+def has_gradient(reward: str, tiny: dict[str, str]) -> bool:
+    return load("glyphs", files("flow_grpo", "glyphs", reward), tiny)[0].reward.spec.differentiable
 
 
 layer = cache(read_layer)
@@ -194,8 +214,8 @@ def test_only_the_layer_of_stable_diffusion_1_5_depends_on_the_order(method: str
             content(*order) for order in orders if model != "sd15" or order.index(layers[0]) < order.index(layers[1])
         ]
         assert all(each == merged[0] for each in merged[1:])
-        kernel = "samplers.DDIM" if model == "sd15" else content(layers[0])["rollout"]["kernel"]["class_path"]
-        assert merged[0]["rollout"]["kernel"]["class_path"] == kernel
+        kernel = "samplers.DDIM" if model == "sd15" else class_of(content(layers[0])["rollout"]["kernel"])
+        assert class_of(merged[0]["rollout"]["kernel"]) == kernel
 
 
 def test_the_layer_of_stable_diffusion_1_5_before_the_method_is_refused(tiny: dict[str, str]) -> None:

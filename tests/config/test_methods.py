@@ -12,6 +12,7 @@ import torch
 
 from flowalign.advantage import SignalContext
 from flowalign.config import TrainConfig, load_config
+from flowalign.errors import ConfigError
 from flowalign.glyphs.process_reward import GlyphsProcessReward
 from flowalign.rollouts.rolling import grow
 from flowalign.rollouts.task import Rollout
@@ -19,9 +20,8 @@ from flowalign.run.preflight import forecast
 from flowalign.trainers import PolicyGradient
 from rewards import channels_of
 from samplers import Chain, Forest, Probed, SplitTree, Tree, Window
+from tests.helpers.method_layers import BY_REWARD_GRADIENT, FOLDER, METHODS, ON_GLYPHS, glyphs_layers, reward_of
 
-FOLDER = Path(__file__).parents[2] / "configs" / "methods"
-METHODS = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 Load = Callable[[str], TrainConfig]
 
 
@@ -31,8 +31,8 @@ def on_glyphs(tiny_pipeline: Path) -> Load:
 
     @cache
     def load(method: str) -> TrainConfig:
-        files = [f"configs/methods/{method}.yaml", "configs/models/glyphs.yaml", "configs/rewards/ocr_glyphs.yaml"]
-        return load_config(files, [f"policy.path={tiny_pipeline}"])[0]
+        given = [f"policy.path={tiny_pipeline}", *ON_GLYPHS.get(method, ())]
+        return load_config(glyphs_layers(method), given)[0]
 
     return load
 
@@ -61,21 +61,29 @@ def chosen(config: TrainConfig, rollout: Rollout, iteration: int = 0) -> tuple[T
 @pytest.mark.parametrize("method", METHODS)
 def test_it_runs_on_glyphs_by_adding_its_layer(method: str, on_glyphs: Load) -> None:
     config = on_glyphs(method)
-    assert config.run.name == f"{method}-glyphs-ocr_glyphs"
+    assert config.run.name == f"{method}-glyphs-{reward_of(method)}"
     assert f"run {config.run.name}: 100 iterations × 8 prompts" in forecast(config)
     assert config.evaluation.num_inference_steps == 6
     if config.rollout.schedule is not None:
         assert config.evaluation.schedule is not None, "evaluated on the pipeline's own grid, as every method"
 
 
+@pytest.mark.parametrize("method", BY_REWARD_GRADIENT)
+def test_a_method_by_the_gradient_of_the_reward_refuses_ocr(method: str, tiny_pipeline: Path) -> None:
+    layers = [*glyphs_layers(method), "configs/rewards/ocr_glyphs.yaml"]
+    with pytest.raises(ConfigError, match=r"gradient|differentiable"):
+        load_config(layers, [f"policy.path={tiny_pipeline}", *ON_GLYPHS.get(method, ())])
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_it_names_its_paper_and_the_source_of_each_number(method: str) -> None:
     text = (FOLDER / f"{method}.yaml").read_text()
-    header, _, body = text.partition("rollout:")
-    assert "(2" in header.partition("\n")[0], "its first line names an arXiv id"
+    lines = text.splitlines()
+    start = next(number for number, line in enumerate(lines) if not line.startswith("#"))
+    header, lines = "\n".join(lines[:start]), lines[start:]
+    assert re.search(r"\(\d{4}\.\d{5}", header.partition("\n")[0]), "its first line names an arXiv id"
     if "all other values are ours" in header:
         return
-    lines = body.splitlines()
     for above, line in zip(["", *lines], lines, strict=False):
         value = line.partition("#")[0]
         if any(letter.isdigit() for letter in value.partition(":")[2]):

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,6 @@ from flowalign.data import load_prompts, prompts_of_iteration
 from flowalign.distributed.stepper import Summed
 from flowalign.evaluation.evaluate import evaluate
 from flowalign.models import Policy
-from flowalign.rollouts.collect import ScoredRollout
 from flowalign.rollouts.task import Task
 from flowalign.trainers import Trainer
 from rewards import Reward
@@ -27,13 +27,20 @@ CONFIG = "tests/data/bed.yaml"
 
 @dataclass(frozen=True)
 class Iteration:
-    """An iteration: its batch, the network rows of its rollout and of all of it, what was scored, metrics of each update."""
+    """An iteration: its batch, the network rows of its rollout and of all of it, what was scored, metrics of each update.
 
-    batch: ScoredRollout
+    batch: what the trainer collected, read as a `Batch`; a policy gradient's is a ScoredRollout."""
+
+    batch: Any
     rolled: int
     evaluations: int
     reward_calls: int
     updates: list[dict[str, float]]
+
+    def cost(self, name: str) -> float:
+        """The metric cost/<name>_per_image of the batch and of all updates, of all its images."""
+        rows = (self.batch.metrics, *self.updates)
+        return float(self.batch.images * sum(row.get(f"cost/{name}_per_image", 0.0) for row in rows))
 
 
 @dataclass(eq=False)
@@ -44,6 +51,7 @@ class Bed:
     policy: Policy
     task: Task
     trainer: Trainer
+    steps: int = 0  # of the policy's optimizer, which its roles follow
 
     @staticmethod
     def of(pipeline: Path, layers: Sequence[str], *overrides: str) -> Bed:
@@ -73,11 +81,16 @@ class Bed:
                 with self.policy.role(update.role):
                     steppers[update.optimizer].backward(loss)
             norm = steppers[update.optimizer].step(update.max_grad_norm) if update.micro_batches else 0.0
+            for optimizer in steppers:
+                optimizer.zero_grad(set_to_none=True)
+            if update.micro_batches and update.role == "policy":
+                self.steps += 1
+                self.policy.follow(self.steps)
             updates.append({**update.after(), "norm": norm})
         evaluations, calls = self.policy.evaluations - before, self.task.counts.reward_calls - calls
         return Iteration(batch, rolled, evaluations, calls, updates)
 
-    def gradient(self, number: int = 0) -> tuple[ScoredRollout, Tensor]:
+    def gradient(self, number: int = 0) -> tuple[Any, Tensor]:
         """An iteration's batch, and the sum of the gradients of its updates [n]; no weight is stepped."""
         parameters = [parameter for _, parameter in self.policy.trainable_parameters()]
         batch = self.trainer.collect(list(self.task.prompts)[: self.task.rollout.groups], number)

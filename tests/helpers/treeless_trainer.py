@@ -55,7 +55,7 @@ class Treeless:
         return {}
 
     def forecast(self, rollout: Rollout) -> UpdateForecast:
-        return UpdateForecast(1, rollout.groups)
+        return UpdateForecast(1, rollout.groups, rolled=0)
 
     def prepare(self, task: Task, state: dict[str, Any] | None) -> None:
         self.task = task

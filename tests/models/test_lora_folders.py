@@ -122,7 +122,7 @@ def test_folders_that_do_not_fit_are_refused_before_loading(
     with pytest.raises(ConfigError, match=r"policy\.lora"):
         load_config(config, [f"policy.path={path}", f"policy.lora.init={folder}"])
     full = ["policy.trainable=full", "policy.reference_copy=true", f"policy.roles={{a: {{init: {folder}}}}}"]
-    with pytest.raises(ConfigError, match=r"expected policy\.trainable=lora"):
+    with pytest.raises(ConfigError, match=r"the role a.*only with policy\.trainable=lora.*model_index"):
         load_config(config, [f"policy.path={path}", *full])
     with pytest.raises(ValueError, match="without adapters for the unet"):
         load_policy(str(tiny_sd15_pipeline), lora=str(folder))

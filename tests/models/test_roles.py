@@ -9,7 +9,9 @@ import yaml
 
 from flowalign.data import as_records
 from flowalign.models import LoRA, Policy, load_policy
+from flowalign.models.load import check_role_pipelines
 from flowalign.models.roles import Role, check_roles
+from tests.helpers.tiny import tiny_sd3
 
 LORA = LoRA(rank=4, alpha=8, targets=("attn.to_q", "ff.net.2"))
 ROLES = {
@@ -128,6 +130,25 @@ def test_a_role_follows_the_role_that_it_names_after_that_one(tiny_pipeline: Pat
     for role, expected in weights.items():
         for (_, parameter), value in zip(policy.parameters_of(role), expected, strict=True):
             torch.testing.assert_close(parameter, value, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_role_of_full_weights_starts_from_another_pipeline(tiny_pipeline: Path, tmp_path: Path) -> None:
+    other = tiny_sd3(tmp_path / "other", seed=5)
+    expected, role = velocity(load_policy(str(other), trainable="none")), Role("trained", init=str(other))
+    policy = load_policy(str(tiny_pipeline), trainable="full")
+    before = velocity(policy)
+    policy.add_roles({"fake": role, "real": Role(init=str(other)), "slow": Role("ema", init=str(other), of="fake")})
+    assert all(torch.equal(velocity(policy, name), expected) for name in ("fake", "real", "slow"))
+    assert torch.equal(velocity(policy), before) and not torch.equal(before, expected)
+    assert all(p.requires_grad for _, p in policy.parameters_of("fake"))
+    assert not any(p.requires_grad for name in ("real", "slow") for _, p in policy.parameters_of(name))
+    check_role_pipelines(str(tiny_pipeline), {"fake": role})
+    (tmp_path / "other" / "transformer" / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"the role fake.*config.json"):
+        check_role_pipelines(str(tiny_pipeline), {"fake": role})
+    with pytest.raises(ValueError, match=r"the role fake.*transformer differs from the policy's in"):
+        check_role_pipelines(str(tiny_pipeline), {"fake": Role(init="glyphs")})
 
 
 @pytest.mark.parametrize(

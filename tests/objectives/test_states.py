@@ -66,7 +66,9 @@ def test_awm(weight: str, power: int) -> None:
     def loss(v: Tensor) -> Tensor:
         bound = d.sigma**power
         ratio = (bound * (d.error(old) - d.error(v))).exp()
-        kl = 0.3 * (v - d.velocity(REF).detach()).square().mean(1) + 1.2 * (v - d.velocity(GUARD).detach()).square().mean(1)
+        kl = 0.3 * (v - d.velocity(REF).detach()).square().mean(1) + 1.2 * (
+            v - d.velocity(GUARD).detach()
+        ).square().mean(1)
         return (-d.ids.advantage * ratio + kl).mean()
 
     ours = d.common_form(
@@ -114,7 +116,9 @@ def test_ram_and_tilt_matching() -> None:
     )
     step = AdvantageWeighted(0.3, residual="old", old="old")
     check_parallel(d.common_form(step, THETA, ROLES, {"old": 1.0}), d.gradient(THETA, explicit), 1.0)
-    d.ids = type(d.ids)((0.3 * d.ids.advantage).exp() - 1, d.ids.group, d.ids.number)  # what Exponential gives, less its mean
+    d.ids = type(d.ids)(
+        (0.3 * d.ids.advantage).exp() - 1, d.ids.group, d.ids.number
+    )  # what Exponential gives, less its mean
     found = d.common_form(AdvantageWeighted(), THETA, ROLES, {"old": 1.0})
     d = Drawn()
     check_parallel(found, d.gradient(THETA, implicit), 1.0)
@@ -195,7 +199,9 @@ def test_dgpo(shared: bool, weight: str) -> None:
 def test_dpo_is_the_preference_of_a_pair() -> None:
     """−log σ(−(β/2)[(ℓ_w − ℓ_w^ref) − (ℓ_l − ℓ_l^ref)]), mean over pairs and draws."""
     d, beta = Drawn(), 1.3
-    d.ids = type(d.ids)(torch.tensor([1.0, -1.0] * 8, dtype=F64), torch.arange(4).repeat_interleave(2).repeat(2), d.ids.number)
+    d.ids = type(d.ids)(
+        torch.tensor([1.0, -1.0] * 8, dtype=F64), torch.arange(4).repeat_interleave(2).repeat(2), d.ids.number
+    )
     ref = d.error(d.velocity(REF)).detach()
 
     def loss(v: Tensor) -> Tensor:

@@ -75,3 +75,11 @@ def test_guidance_that_differs_is_said(tmp_path: Path) -> None:
     assert "rollout.guidance_scale=4.5, evaluation.guidance_scale=1;" in printed
     both = ("rollout.guidance_scale=4.5", "rollout.allow_cfg_update=true", "evaluation.guidance_scale=4.5")
     assert "guidance" not in text(tmp_path, *both) and "guidance" not in text(tmp_path)
+
+
+def test_a_trainer_may_roll_out_less_than_the_plan(tmp_path: Path) -> None:
+    """It rolls nothing out, and trains one state of each of two prompts."""
+    printed = text(tmp_path, "trainer={class_path: tests.helpers.treeless_trainer.Treeless}")
+    assert (
+        "rollout 0.00, update at most 0.33" in printed and "whole run: at most 0 forwards, 6 with backward" in printed
+    )

@@ -16,6 +16,7 @@ from samplers import (
     KeyedNoise,
     LogitNormalSigma,
     SampleKeys,
+    ShiftedUniform,
     SigmaLaw,
     SquareRootSigma,
     Tree,
@@ -45,6 +46,7 @@ LAWS: dict[str, tuple[SigmaLaw, Callable[[float], float]]] = {
     "square root": (SquareRootSigma(), lambda sigma: sigma**2),
     "logit-normal": (LogitNormalSigma(), logit_normal(0.0, 1.0, 1.0)),
     "shifted": (LogitNormalSigma(-0.4, 0.8, 3.0), logit_normal(-0.4, 0.8, 3.0)),
+    "above a boundary": (ShiftedUniform(0.75, 3.0, 0.02), lambda sigma: (sigma / (3 - 2 * sigma) - 0.52) / 0.48),
     "uniform strata": (UniformSigma(strata=True), lambda sigma: sigma),
     "square root strata": (SquareRootSigma(strata=True), lambda sigma: sigma**2),
     "logit-normal strata": (LogitNormalSigma(0.3, 1.2, strata=True), logit_normal(0.3, 1.2, 1.0)),
@@ -178,6 +180,8 @@ def test_what_cannot_be_is_refused() -> None:
         (UniformSigma, {"low": 0.5, "high": 0.5}),
         (LogitNormalSigma, {"std": 0.0}),
         (LogitNormalSigma, {"k": 0.0}),
+        (ShiftedUniform, {"margin": 0.0}),
+        (ShiftedUniform, {"low": 0.999}),
         (GridSigma, {"fraction": 0.0}),
     ):
         with pytest.raises(ValueError, match="expected"):

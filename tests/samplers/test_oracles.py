@@ -116,6 +116,25 @@ def test_log_prob_is_the_normal_density_and_its_gradient_is_b_z_over_s_d(kernel)
     torch.testing.assert_close(gradient, step.policy.velocity_coef[:, None] * z / (step.std[:, None] * 7))
 
 
+@pytest.mark.parametrize("kernel", [*KERNELS, CPS(0.7), FlowSDE(0.7, reduce="sum")], ids=str)
+def test_log_ratio_is_the_difference_of_log_probs_with_less_rounding(kernel) -> None:
+    """In float64 the two agree; in fp32 the rounding of the means is left, not that of two numbers of order 1."""
+    rng = torch.Generator().manual_seed(0)
+    x, v, z = (torch.randn(300, 50, dtype=F64, generator=rng) for _ in range(3))
+    near = v + 1e-3 * torch.randn(300, 50, dtype=F64, generator=rng)
+    here, there = kernel(x, v, 0.7, 0.55), kernel(x, near, 0.7, 0.55)
+    arrived = there.sample(z)
+    exact = here.log_prob(arrived) - there.log_prob(arrived)
+    torch.testing.assert_close(here.log_ratio(there, arrived), exact, rtol=1e-9, atol=1e-12)
+    assert not here.log_ratio(here, arrived).any()
+    one, other = (kernel(x.float(), velocity.float(), 0.7, 0.55) for velocity in (v, near))
+    ratio = one.log_ratio(other, arrived.float())
+    difference = one.log_prob(arrived.float()) - other.log_prob(arrived.float())
+    assert float((ratio - exact).abs().mean()) < 0.7 * float((difference - exact).abs().mean())
+    with pytest.raises(ValueError, match="one step under two velocities"):
+        here.log_ratio(kernel(x, v, 0.7, 0.5), arrived)
+
+
 @pytest.mark.parametrize("reduce", ["mean", "sum"])
 def test_no_rows_have_no_log_probs(reduce) -> None:
     """A process of several may have padding only: its last micro-batch then holds a state and no trained step."""

@@ -1,30 +1,27 @@
 """The update engine: losses that couple a group, dealt to processes in micro-batches, have the gradient of one graph."""
 
-import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from flowalign.distributed import processes as distributed
 from flowalign.distributed.processes import Processes
 from flowalign.models.base import Conditions, Size
 from flowalign.rollouts.task import Rollout, Task
 from flowalign.trainers import AdamWConfig, Measures, Part, States, TrainedRole, Update, UpdateEngine
 from samplers import ODE, Chain
 from tests.helpers.plain_rewards import fixed
+from tests.helpers.thread_processes import on_processes
 
 F64 = torch.float64
-T = TypeVar("T")
 WIDTH, PROMPTS = 3, 4
 
 
@@ -78,31 +75,6 @@ def states_of(count: int) -> States:
     generator = torch.Generator().manual_seed(1)
     x, sigma = (torch.rand(shape, generator=generator, dtype=F64) for shape in ((count, WIDTH), (count,)))
     return States(x, sigma, torch.arange(count) % PROMPTS)
-
-
-def on_processes(count: int, work: Callable[[Processes], T], monkeypatch: pytest.MonkeyPatch) -> list[T]:
-    """What `work` returns on each of `count` processes, which are threads: their messages are concatenated in place of
-    accelerate's. A process that calls a collective alone breaks the barrier."""
-    barrier, own, sent = threading.Barrier(count, timeout=20), threading.local(), dict[int, Tensor]()
-
-    def gather(rows: Tensor) -> Tensor:
-        sent[own.rank] = rows
-        barrier.wait()
-        everything = torch.cat([sent[rank] for rank in range(count)])
-        barrier.wait()
-        return everything
-
-    def run(rank: int) -> T:
-        own.rank = rank
-        try:
-            return work(Processes(rank, count))
-        except BaseException:
-            barrier.abort()
-            raise
-
-    monkeypatch.setattr(distributed, "gather", gather)
-    with ThreadPoolExecutor(count) as pool:
-        return list(pool.map(run, range(count)))
 
 
 # ---------------------------------------------------------------------------------------------- losses of a group
@@ -217,6 +189,87 @@ def test_the_shares_of_several_processes_add_up_to_it(
             [call for call in policy.calls if call[0] == "critic"] for policy in (policies[rank], policies[0])
         )
         assert own == first and len(own) > 0
+
+
+OWNER = torch.tensor([0, 0, 2, 1, 5, 5, 5, 3, 6, 4, 2])  # the state of each of eleven numbers, of seven states
+
+
+def several(engine: UpdateEngine, states: States) -> Callable[[Part], Tensor]:
+    """part -> [e]: of each number the error of its state to another target."""
+
+    def value(part: Part) -> Tensor:
+        place = part.place(OWNER)
+        velocity = engine.velocity(states.at(part.index))[place[place >= 0]]
+        return (velocity - TARGETS[: len(OWNER)][place >= 0]).square().mean(1)
+
+    return value
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_a_state_may_have_several_numbers(monkeypatch: pytest.MonkeyPatch, ranks: int) -> None:
+    """Micro-batches of two states; each state is evaluated once in each pass, and once less where its numbers are known."""
+
+    def work(processes: Processes) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor, dict[str, float]]:
+        policy, states = TwoNetworks.drawn(), states_of(7)
+        engine = engine_of(policy, processes, images=7)
+        value, trained = several(engine, states), TrainedRole.of(policy, AdamWConfig(lr=1e-12))
+        told: list[Tensor] = []
+
+        def metrics(numbers: Tensor) -> dict[str, float]:
+            told.append(numbers)
+            return {"mine/sum": float(numbers.sum())}
+
+        first, measured = take(
+            engine, engine.coupled_update(trained, 7, 2, value, contrast, owner=OWNER, metrics=metrics)
+        )
+        again, known = take(engine, engine.coupled_update(trained, 7, 2, value, contrast, owner=OWNER, known=told[0]))
+        assert known["cost/frozen_per_image"] == 0 and known["loss/policy"] == measured["loss/policy"]
+        return first, again, told[0], measured
+
+    policy = TwoNetworks.drawn()
+    engine = engine_of(policy)
+    numbers = several(engine, states_of(7))(Part(0, torch.arange(7), 7))
+    contrast(numbers).backward()
+    for first, again, told, measured in on_processes(ranks, work, monkeypatch):
+        torch.testing.assert_close(told, numbers.detach(), rtol=1e-12, atol=0)
+        assert measured["mine/sum"] == pytest.approx(float(numbers.detach().sum()), rel=1e-12)
+        assert 1 <= measured["cost/frozen_per_image"] < 1 + ranks / 7  # padding is evaluated too
+        for name, parameter in policy.parameters_of("policy"):
+            assert parameter.grad is not None
+            torch.testing.assert_close(first[name], parameter.grad, rtol=1e-10, atol=1e-14)
+            torch.testing.assert_close(again[name], parameter.grad, rtol=1e-8, atol=1e-10)
+
+
+def test_states_without_an_adjoint_are_left_out_of_the_second_pass() -> None:
+    """By a weight of 0, or by the loss; of the others the terms are weighed. With none left there is no step, but a loss."""
+    policy, states = TwoNetworks.drawn(), states_of(7)
+    engine, trained = engine_of(policy, images=7), TrainedRole.of(policy, AdamWConfig())
+    value = several(engine, states)
+    weight = torch.where(torch.isin(OWNER, torch.tensor([0, 5])), 3.0, 0.0).double()
+
+    def gradient(loss: Callable[[Tensor], Tensor], weight: Tensor | None = None) -> tuple[list[Tensor], int]:
+        update = engine.coupled_update(trained, 7, 4, value, loss, owner=OWNER, weight=weight)
+        before = policy.evaluations
+        for micro_batch in update.micro_batches:
+            micro_batch().backward()
+        grads = [p.grad.clone() for _, p in policy.parameters_of("policy") if p.grad is not None]
+        policy.networks["policy"].zero_grad()
+        assert update.after()["loss/policy"] == float(loss(torch.zeros(11, dtype=F64)) if not grads else loss(numbers))
+        return grads, policy.evaluations - before
+
+    with torch.no_grad():
+        numbers = value(Part(0, torch.arange(7), 7))
+    chosen, rows = gradient(contrast, weight)
+    assert rows == 2
+    adjoint = torch.autograd.functional.jacobian(contrast, numbers) * weight
+    (adjoint * value(Part(0, torch.arange(7), 7))).sum().backward()
+    for found, (_, parameter) in zip(chosen, policy.parameters_of("policy"), strict=True):
+        torch.testing.assert_close(found, parameter.grad, rtol=1e-10, atol=1e-14)
+    policy.networks["policy"].zero_grad()
+    _, rows = gradient(lambda numbers: numbers[2:4].sum())
+    assert rows == 2
+    before = trained.updates
+    assert gradient(lambda numbers: 0.0 * numbers.sum()) == ([], 0) and trained.updates == before
 
 
 def test_an_odd_group_is_padded_and_the_padding_may_be_anything(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,100 @@
+"""Deterministic trajectories as rows, and their states noised again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flowalign.rollouts.collect import ScoredRollout
+from flowalign.trainers.update_engine import States
+from samplers import Forest, Path, SampleKeys, ShiftedUniform, generator
+
+
+@dataclass(frozen=True, eq=False)
+class Boundaries:
+    """N trajectories of K steps; "the rows of steps" [M] are S = M·N, those of the first step before those of the second.
+
+    nodes [N, K+1]: of the forest. keys: of the draws. shift, margin: of their noise levels, see ShiftedUniform."""
+
+    forest: Forest
+    keys: SampleKeys
+    path: Path
+    nodes: Tensor
+    shift: float
+    margin: float
+
+    @staticmethod
+    def of(batch: ScoredRollout, seed: int, path: Path, shift: float, margin: float) -> Boundaries:
+        """Of a rollout whose states are all stored."""
+        tree = batch.forest.tree
+        keys, nodes = SampleKeys.of(seed, batch.iteration, tree, tree.leaves, batch.uids), [tree.leaves]
+        for _ in range(tree.num_steps):
+            nodes.append(tree.parent[nodes[-1]])
+        return Boundaries(batch.forest, keys, path, torch.stack(nodes[::-1], 1), shift, margin)
+
+    def __len__(self) -> int:
+        return len(self.nodes)
+
+    @property
+    def num_steps(self) -> int:
+        """K."""
+        return self.nodes.shape[1] - 1
+
+    @property
+    def group(self) -> Tensor:
+        """[N] of each trajectory."""
+        return self.forest.tree.group[self.nodes[:, 0]]
+
+    def random_steps(self, count: int) -> list[int]:
+        """`count` different steps; key (seed, "boundary", iteration)."""
+        rng = generator(self.keys.seed, "boundary", self.keys.iteration)
+        return [int(step) for step in rng.permutation(self.num_steps)[:count]]
+
+    def late_steps(self, count: int, number: int) -> list[int]:
+        """`count` steps, repeats allowed, step j in proportion to j + 1; key (seed, "late_boundary", iteration, number)."""
+        rng, total = (
+            generator(self.keys.seed, "late_boundary", self.keys.iteration, number),
+            sum(range(self.num_steps + 1)),
+        )
+        share = [(step + 1) / total for step in range(self.num_steps)]
+        return [int(step) for step in rng.choice(self.num_steps, count, p=share)]
+
+    def states(self, steps: Sequence[int]) -> States:
+        """What the generator was given in `steps` [S]."""
+        nodes = self._nodes(steps, 0)
+        return States(self.forest.at(nodes), self.forest.sigma(nodes), self.forest.tree.group[nodes])
+
+    def predictions(self, steps: Sequence[int]) -> Tensor:
+        """x̂0 [S, *] = x − σ·v that the generator predicted there: v = (x − x')/h of Euler's step x' = x − h·v."""
+        here, after = self.states(steps), self._nodes(steps, 1)
+        velocity = (here.x - self.forest.at(after)) / like(here.sigma - self.forest.sigma(after), here.x)
+        return self.path.x0_from_velocity(here.x, velocity, here.sigma)
+
+    def levels(self, steps: Sequence[int], stream: str, low: float, *, shared: bool) -> Tensor:
+        """[S] noise levels above the end of each step, and above `low`; stream "sigma <stream> <place>". shared: one for all
+        samples of a group."""
+        keys, grid, found = self.keys.shared() if shared else self.keys, self.forest.sigmas, []
+        for place, step in enumerate(steps):
+            law = ShiftedUniform(max(float(grid[step + 1]), low), self.shift, self.margin)
+            found.append(keys.sigmas(law, 1, grid, self.path, f"sigma {stream} {place}")[:, 0])
+        return torch.cat(found)
+
+    def noised(self, steps: Sequence[int], sigma: Tensor, stream: str, *, shared: bool) -> tuple[States, Tensor]:
+        """The ends of `steps` noised again up to `sigma` [S] (`Path.bridge`), and the targets [S, *] whose mean is their exact
+        velocity; stream "bridge <stream>". shared: by one noise for all samples of a group."""
+        keys, nodes = self.keys.shared() if shared else self.keys, self._nodes(steps, 1)
+        x, begin = self.forest.at(nodes), self.forest.sigma(nodes)
+        eps = torch.cat([keys.noise(x.shape[1:], place, f"bridge {stream}") for place in range(len(steps))]).to(x)
+        states = States(self.path.bridge(x, eps, begin, sigma), sigma, self.forest.tree.group[nodes])
+        return states, self.path.bridge_velocity(x, eps, begin, sigma)
+
+    def _nodes(self, steps: Sequence[int], ahead: int) -> Tensor:
+        return torch.cat([self.nodes[:, step + ahead] for step in steps])
+
+
+def like(values: Tensor, x: Tensor) -> Tensor:
+    """Numbers [S] to multiply with x [S, *]."""
+    return values.to(x).view(-1, *[1] * (x.ndim - 1))

@@ -1,0 +1,179 @@
+"""The three updates of `FewStep` on one rollout: the fake score, the surrogate reward, the generator."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flowalign.objectives import AdvantageWeighted, DrawIds, GroupPreference, VelocityAnchor
+from flowalign.objectives.distribution_matching import pull
+from flowalign.trainers.base import Update
+from flowalign.trainers.boundaries import Boundaries, like
+from flowalign.trainers.state_update import Draws, StateUpdate
+from flowalign.trainers.update_engine import Measures, Part, States, TrainedRole, UpdateEngine
+
+
+@dataclass(frozen=True)
+class Surrogate:
+    """How the surrogate reward is trained: `GroupPreference` of the ends of the steps j of K, noised again by a noise that the
+    group shares, plus kl·⟨(v − v_teacher)²⟩; a step is drawn in proportion to j + 1, and has the weight (j + 1)/K.
+
+    beta, clip, max_distance: see GroupPreference; its guard is a fast average of the surrogate. min_sigma: the lowest noise
+    level. Defaults of TDM-R1's released code (2603.07700) for OCR; for other rewards see configs/methods/tdm_r1.yaml."""
+
+    beta: float = 10.0
+    kl: float = 0.001
+    clip: float = 1e-3
+    max_distance: float = 0.05
+    min_sigma: float = 0.3
+
+    def __post_init__(self) -> None:
+        self.objective("reference")
+        self.anchor("reference")
+        if not 0 <= self.min_sigma < 1:
+            raise ValueError(f"got surrogate.min_sigma={self.min_sigma}; expected a level inside [0, 1)")
+
+    def objective(self, teacher: str) -> GroupPreference:
+        """Against the role of the teacher."""
+        return GroupPreference(
+            self.beta, reference=teacher, guard="surrogate_ema", clip=self.clip, max_distance=self.max_distance
+        )
+
+    def anchor(self, teacher: str) -> VelocityAnchor:
+        """To the role of the teacher."""
+        return VelocityAnchor(self.kl, teacher)
+
+
+@dataclass(frozen=True)
+class Directions:
+    """Along what the generator's predicted image x̂0 moves, all without gradient, at a state noised again (TDM-R1 2603.07700):
+
+    d_kl = x̂0_teacher − x̂0_fake, weight 1; d_cfg = x̂0_teacher(guidance_scale) − x̂0_teacher, weight `distillation`;
+    d_reward = x̂0_surrogate(reward_guidance_scale) − x̂0_teacher, weight 1 − distillation, at a noise level of its own of at least
+    min_sigma. Beyond the first `steps` steps of the trajectory there is no reward, and d_kl has the weight `distillation` too.
+    Each is divided by how far x̂0 is from where it leads, see `pull`. Guidance is v_u + w·(v_c − v_u), the paper's, from the
+    negative prompt, also for a family with a rule of its own."""
+
+    distillation: float = 0.3
+    guidance_scale: float = 4.5
+    reward_guidance_scale: float = 4.5
+    min_sigma: float = 0.3
+    steps: int = 4
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.distillation <= 1 or self.guidance_scale < 1 or self.reward_guidance_scale < 1:
+            raise ValueError(f"got {self}; expected distillation inside [0, 1] and guidance scales from 1 (none)")
+        if not 0 <= self.min_sigma < 1 or self.steps < 0:
+            raise ValueError(f"got {self}; expected min_sigma inside [0, 1) and steps of at least 0")
+
+    def weights(self, steps: Tensor) -> dict[str, Tensor]:
+        """[S] of each direction, at `steps` [S] of the trajectory."""
+        rewarded = (steps < self.steps).double()
+        return {
+            "kl": rewarded + (1 - rewarded) * self.distillation,
+            "cfg": torch.full_like(rewarded, self.distillation),
+            "reward": rewarded * (1 - self.distillation),
+        }
+
+
+@dataclass(eq=False)
+class FewStepUpdates:
+    """advantages [N]: of the samples. teacher: its role. steps: of the trajectories, at which fake and the generator are trained;
+    the surrogate is at as many. The engine's conditions are those of P prompts, then those of their negative prompts."""
+
+    engine: UpdateEngine
+    ways: Boundaries
+    advantages: Tensor
+    teacher: str
+    surrogate: Surrogate
+    directions: Directions
+    steps: Sequence[int]
+    fake_kl: float
+    micro_batch: int
+
+    def fake(self, trained: TrainedRole, number: int) -> Update:
+        """mean ⟨(v − (x_τ − x̂0)/τ)²⟩ + fake_kl·⟨(v − v_teacher)²⟩ at states noised again, x̂0 what the generator predicted."""
+        sigma = self.ways.levels(self.steps, f"fake {number}", 0.0, shared=False)
+        states, _ = self.ways.noised(self.steps, sigma, f"fake {number}", shared=False)
+        target = (states.x - self.ways.predictions(self.steps)) / like(sigma, states.x)
+        anchor = VelocityAnchor(self.fake_kl, self.teacher)
+        anchors = {"fake_kl": anchor} if anchor.active else {}
+        draws = self._draws(states, target, self.steps, torch.ones(len(self.ways)))
+        return StateUpdate(self.engine, draws, AdvantageWeighted(), anchors, self.micro_batch, "fake").update(trained)
+
+    def surrogate_reward(self, trained: TrainedRole, number: int) -> Update:
+        """See Surrogate."""
+        steps, settings = self.ways.late_steps(len(self.steps), number), self.surrogate
+        sigma = self.ways.levels(steps, f"surrogate {number}", settings.min_sigma, shared=True)
+        states, target = self.ways.noised(steps, sigma, f"surrogate {number}", shared=True)
+        late = torch.tensor([(step + 1) / self.ways.num_steps for step in steps]).repeat_interleave(len(self.ways))
+        draws = self._draws(states, target, steps, self.advantages, late)
+        anchor = settings.anchor(self.teacher)
+        anchors = {"surrogate_kl": anchor} if anchor.active else {}
+        objective = settings.objective(self.teacher)
+        return StateUpdate(self.engine, draws, objective, anchors, self.micro_batch, "surrogate").update(trained)
+
+    def _draws(
+        self, states: States, target: Tensor, steps: Sequence[int], advantages: Tensor, weight: Tensor | None = None
+    ) -> Draws:
+        places = torch.arange(len(steps)).repeat_interleave(len(self.ways))
+        noise = self.ways.path.mix(states.sigma.double())[1]
+        return Draws(states, target, noise, DrawIds(advantages.repeat(len(steps)), states.rows, places), weight)
+
+    def generator(self, trained: TrainedRole) -> Update:
+        """See Directions. The only path of the gradient is the generator's own prediction of x̂0."""
+        states, (found, rows) = self.ways.states(self.steps), self._targets()
+        weights = self.directions.weights(torch.tensor(self.steps).repeat_interleave(len(self.ways)))
+
+        def loss(part: Part, measures: Measures) -> Tensor:
+            own, here = part.index[: part.real], states.at(part.index)
+            x0 = self.ways.path.x0_from_velocity(here.x, self.engine.velocity(here), here.sigma)[: part.real]
+            losses = {
+                name: (weights[name][own].to(x0) * pull(x0, direction[own], near[own])).sum() / len(states)
+                for name, (direction, near) in found.items()
+            }
+            measures.add(**losses)
+            return sum(losses.values(), torch.zeros((), device=x0.device))
+
+        def metrics(measures: Measures) -> dict[str, float]:
+            sizes = {f"direction/{name}": float(d.square().mean().sqrt()) for name, (d, _) in found.items()}
+            return {
+                **{f"loss/{name}": measures.total(name) for name in found}, **sizes, "cost/frozen_per_image": rows,
+            }  # fmt: skip
+
+        return self.engine.update(trained, self.engine.micro_batches(len(states), self.micro_batch), loss, metrics)
+
+    def _targets(self) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:
+        """Directions [S, *] by name, each with the image near which it leads; and network rows per sample."""
+        ways, settings = self.ways, self.directions
+        states, _ = ways.noised(
+            self.steps, ways.levels(self.steps, "fake 0", 0.0, shared=False), "generator", shared=False
+        )
+        sigma = like(states.sigma, states.x)
+        fake, rows = self.engine.frozen(states, "fake")
+        real, guided, more = self._guided(states, self.teacher, settings.guidance_scale)
+        near = states.x - sigma * guided
+        found = {"kl": (-sigma * (real - fake), near), "cfg": (-sigma * (guided - real), near)}
+        rewarded = [step for step in self.steps if step < settings.steps]
+        if not rewarded:
+            return found, rows + more
+        states, _ = ways.noised(
+            rewarded, ways.levels(rewarded, "reward", settings.min_sigma, shared=True), "reward", shared=True
+        )
+        sigma = like(states.sigma, states.x)
+        _, surrogate, third = self._guided(states, "surrogate", settings.reward_guidance_scale)
+        reference, last = self.engine.frozen(states, self.teacher)
+        mine = torch.tensor([step < settings.steps for step in self.steps]).repeat_interleave(len(ways)).to(near.device)
+        direction, target = torch.zeros_like(near), near.clone()
+        direction[mine], target[mine] = -sigma * (surrogate - reference), states.x - sigma * surrogate
+        return found | {"reward": (direction, target)}, rows + more + third + last
+
+    def _guided(self, states: States, role: str, scale: float) -> tuple[Tensor, Tensor, float]:
+        """v_c and v_u + scale·(v_c − v_u) [S, *], v_u under the negative prompt; and network rows per sample."""
+        without = States(states.x, states.sigma, states.rows + len(self.engine.conditions) // 2)
+        conditional, first = self.engine.frozen(states, role)
+        negative, second = self.engine.frozen(without, role)
+        return conditional, negative + scale * (conditional - negative), first + second

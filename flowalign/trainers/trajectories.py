@@ -1,0 +1,123 @@
+"""The log density ratios of trajectories to the reference, step by step: what reward-difference prediction regresses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from flowalign.errors import RunError
+from flowalign.trainers.drift import check_drift, drift_metrics, velocity_unit
+from flowalign.trainers.edge_update import states_of
+from flowalign.trainers.update_engine import Measures, Part, States, UpdateEngine
+from samplers import Forest
+
+REFERENCE, OLD = "reference", "old"
+
+
+@dataclass(frozen=True, eq=False)
+class Trajectories:
+    """The stochastic steps `edges` [E] of a forest that has the velocities of the rollout ("old") and of the reference.
+
+    One number per step, its log density ratio to the reference, reduced over elements as the kernel's log-probs are; one
+    state serves all steps that leave it. They are differences of means, never of two densities."""
+
+    engine: UpdateEngine
+    forest: Forest
+    edges: Tensor
+    micro_batch: int
+
+    @cached_property
+    def nodes(self) -> Tensor:
+        """[S] the distinct states that the steps leave."""
+        return self.forest.tree.distinct_parents(self.edges)[0]
+
+    @cached_property
+    def owner(self) -> Tensor:
+        """[E] which of `nodes` each step leaves."""
+        return self.forest.tree.distinct_parents(self.edges)[1]
+
+    @cached_property
+    def states(self) -> States:
+        """The network inputs at `nodes`."""
+        return states_of(self.forest, self.nodes)
+
+    def numbers(self, part: Part) -> Tensor:
+        """[e] the log-ratios of the policy as it is now, of a micro-batch's own steps; with graph if gradients are on."""
+        place = part.place(self.owner)
+        edges, place = self.edges[place >= 0], place[place >= 0]
+        step = self.forest.edge_steps(edges, self.engine.velocity(self.states.at(part.index)), place)
+        return step.log_ratio(self.forest.role_steps(REFERENCE, edges), self.forest.at(edges))
+
+    @cached_property
+    @torch.no_grad()
+    def _rolled(self) -> Tensor:
+        """[3, E] float64 of the rollout's weights: log-ratio, KL divergence to the reference, unit of drift."""
+        found = []
+        for edges in self.edges.split(self.micro_batch):
+            old, reference = (self.forest.role_steps(role, edges) for role in (OLD, REFERENCE))
+            columns = old.log_ratio(reference, self.forest.at(edges)), old.kl(reference, "exact"), velocity_unit(old)
+            found.append(torch.stack(columns).double().cpu())
+        return torch.cat(found, 1) if found else torch.zeros(3, 0, dtype=torch.float64)
+
+    @property
+    def rolled(self) -> Tensor:
+        """[E] the log-ratios under the weights of the rollout, from its own velocities: no evaluation."""
+        return self._rolled[0]
+
+    @property
+    def drift_unit(self) -> Tensor:
+        """[E] see `velocity_unit`."""
+        return self._rolled[2]
+
+    @property
+    def kl(self) -> Tensor:
+        """[E] the KL divergence of each step to the reference, under the weights of the rollout."""
+        return self._rolled[1]
+
+    def along_paths(self, values: Tensor) -> Tensor:
+        """[L] the sum of `values` [E] over the steps to each leaf, with gradient; 0 where no step of the path is in `edges`."""
+        at_nodes = torch.zeros(len(self.forest.tree), dtype=values.dtype).index_copy(0, self.edges, values)
+        return self.forest.path_sum(at_nodes)
+
+
+@dataclass(frozen=True, eq=False)
+class Replay:
+    """The log-ratios of `steps` by an unchanged policy, held against the rollout's. limit: how far they may differ where they
+    are clipped around the rollout's; None: they are not. max_drift: where it is more than rounding, see `check_drift`."""
+
+    steps: Trajectories
+    limit: float | None
+    max_drift: float
+    measures: Measures
+
+    def numbers(self, part: Part) -> Tensor:
+        """As `steps.numbers`. RunError for a drift beyond a limit."""
+        steps, mine = self.steps, part.place(self.steps.owner) >= 0
+        numbers = steps.numbers(part)
+        drift = (numbers.detach().double().cpu() - steps.rolled[mine]).abs()
+        check_drift(drift, steps.drift_unit[mine], self.max_drift)
+        if self.limit is not None and not bool((drift <= self.limit).all()):
+            raise RunError(
+                f"got log-ratios of an unchanged policy {float(drift.max()):.1e} from the rollout's; expected at most "
+                f"{self.limit:.1e}, a tenth of the clip range, which would act on rounding: take trainer.anchor=rescore, or a "
+                "wider clip_range"
+            )
+        tree = steps.forest.tree
+        self.measures.add(drift=drift, step=tree.index[tree.parent[steps.edges[mine]]])
+        return numbers
+
+    def rescored(self) -> tuple[Tensor, float]:
+        """([E] float64 the numbers of all steps, without graph, in the micro-batches of an update; network rows per sample);
+        collective."""
+        engine, count, before = self.steps.engine, len(self.steps.nodes), self.steps.engine.task.policy.evaluations
+        parts = engine.micro_batches(count, self.steps.micro_batch)
+        numbers = engine.scalars(count, parts, self.numbers, self.steps.owner)
+        rows = engine.task.policy.evaluations - before
+        return numbers, engine.task.processes.total(rows) / engine.images
+
+    def metrics(self) -> dict[str, float]:
+        """Collective."""
+        return drift_metrics(self.measures.rows("drift"), self.measures.rows("step"))
