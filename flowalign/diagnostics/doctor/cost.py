@@ -63,7 +63,7 @@ def check_reward(reward: Reward, batch: RewardBatch, *, trained: bool) -> Findin
             "asked again in another order and company, the same images score otherwise: fix its seeds, and let no score depend "
             "on the rest of the batch (a mean or norm over it)"
         )
-    elif trained and not varied:
+    elif trained and spreads and not varied:  # groups of one have no advantage
         advice = "all images of a prompt score the same, so every advantage is 0: take a graded metric, or more noise"
     return Finding(name, not advice, figure, advice)
 
@@ -92,7 +92,8 @@ def check_cost(
     reported = round(batch.metrics["cost/rollout_per_image"] * batch.images)
     ours, (own, sampled) = trainer.forecast(settings), collected
     scale = settings.guidance_scale if ours.guidance_scale is None else ours.guidance_scale
-    allowed = task.policy.rows_per_state(scale) * (ours.trained + ours.frozen)
+    in_update = max(0, guided * (ours.rolled or 0) - sampled)  # of a trainer whose update samples
+    allowed = task.policy.rows_per_state(scale) * (ours.trained + ours.frozen) + in_update
     figure = (
         f"rollout {rows / batch.images:.2f} rows per image (forecast at most {limit / batch.images:.2f}), update "
         f"{updated / own.images:.2f} (at most {allowed / own.images:.2f})"
