@@ -63,8 +63,10 @@ def perturbed(bed: Bed) -> Bed:
 # ---------------------------------------------------------------------------------------------- it learns, at the cost
 
 
-@pytest.mark.parametrize("method", [*METHODS, *PARTS])
-def test_it_improves_and_costs_what_is_forecast(pipeline: Path, method: str) -> None:
+@pytest.mark.parametrize(
+    "method", ["refl", "draft", "draft_lv", "srpo", *PARTS]
+)  # all layers: tests/methods/test_bed.py
+def test_it_improves_and_costs_what_its_passes_say(pipeline: Path, method: str) -> None:
     bed = bed_of(pipeline, method)
     rollout, trainer = bed.task.rollout, bed.trainer
     forecast, passes = trainer.forecast(rollout), trainer.truncation.passes(STEPS)

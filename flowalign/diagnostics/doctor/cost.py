@@ -63,7 +63,7 @@ def check_reward(reward: Reward, batch: RewardBatch, *, trained: bool) -> Findin
             "asked again in another order and company, the same images score otherwise: fix its seeds, and let no score depend "
             "on the rest of the batch (a mean or norm over it)"
         )
-    elif trained and not varied:
+    elif trained and spreads and not varied:  # groups of one have no advantage
         advice = "all images of a prompt score the same, so every advantage is 0: take a graded metric, or more noise"
     return Finding(name, not advice, figure, advice)
 
@@ -92,7 +92,8 @@ def check_cost(
     reported = round(batch.metrics["cost/rollout_per_image"] * batch.images)
     ours, (own, sampled) = trainer.forecast(settings), collected
     scale = settings.guidance_scale if ours.guidance_scale is None else ours.guidance_scale
-    allowed = task.policy.rows_per_state(scale) * (ours.trained + ours.frozen)
+    in_update = max(0, guided * (ours.rolled or 0) - sampled)  # of a trainer whose update samples
+    allowed = task.policy.rows_per_state(scale) * (ours.trained + ours.frozen) + in_update
     before = limit if ours.rolled is None else guided * ours.rolled
     figure = (
         f"rollout {rows / batch.images:.2f} rows per image (forecast at most {limit / batch.images:.2f}), update "
@@ -105,8 +106,8 @@ def check_cost(
         advice = "the rollout costs more than the plan's forecast: Plan.forecast must say the most expensive iteration"
     elif updated > allowed:
         advice = f"the update ran {updated} rows, the forecast allows {allowed}: one row per distinct state and role"
-    elif sampled + updated > before + allowed:
-        advice = f"batch and update ran {sampled + updated} rows, the forecasts allow {before + allowed}: correct Trainer.forecast"
+    elif sampled + updated > (whole := before + allowed - in_update):
+        advice = f"batch and update ran {sampled + updated} rows, the forecasts allow {whole}: correct Trainer.forecast"
     return Finding("cost", not advice, figure, advice)
 
 
