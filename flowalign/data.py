@@ -64,7 +64,7 @@ def load_prompts(source: str) -> list[PromptRecord]:
             f"got prompt source {source!r}; expected a file ({', '.join(SUFFIXES)}), a set with its file such as "
             "'drawbench:prompts/test.txt', or an import path such as 'flowalign.glyphs:train_prompts'"
         )
-    records = [_record(place, number, row, folder) for number, (place, row) in enumerate(rows)]
+    records = [record_of(place, number, row, folder) for number, (place, row) in enumerate(rows)]
     if not records:
         raise ValueError(f"{source} holds no prompts; expected at least one")
     return records
@@ -98,7 +98,8 @@ OWN_KEYS = ("prompt", "image", "images", "negative_prompt")
 LONGEST = 10_000  # characters of a prompt; encoders read a few hundred words
 
 
-def _record(place: str, uid: int, row: dict[str, Any], folder: Path) -> PromptRecord:
+def record_of(place: str, uid: int, row: dict[str, Any], folder: Path) -> PromptRecord:
+    """The prompt that a row holds; its image paths are from `folder`. ValueError or FileNotFoundError that names the place."""
     if not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
         raise ValueError(f"{place}: got {short(row)}; expected a non-empty text under 'prompt'")
     negative = row.get("negative_prompt")
@@ -198,7 +199,8 @@ def source_images(records: Sequence[PromptRecord], device: torch.device | str = 
     if not any(record.images for record in records):
         return None
     files = {
-        path: _pixels(path).to(device) for path in dict.fromkeys(path for record in records for path in record.images)
+        path: read_image(path).to(device)
+        for path in dict.fromkeys(path for record in records for path in record.images)
     }
     return [[files[path] for path in record.images] for record in records]
 
@@ -206,17 +208,17 @@ def source_images(records: Sequence[PromptRecord], device: torch.device | str = 
 def check_images(records: Sequence[PromptRecord]) -> None:
     """ValueError for a source image that cannot be read; each is decoded once."""
     for path in dict.fromkeys(path for record in records for path in record.images):
-        _pixels(path)
+        read_image(path)
 
 
-def _pixels(path: Path) -> Tensor:
+def read_image(path: Path) -> Tensor:
     """[3, H, W] in [0, 1]; ValueError for a file that is damaged or no image."""
     try:
         with Image.open(path) as picture:
             array = np.array(picture.convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: of a broken PNG
         raise ValueError(
-            f"got the source image {path}, which cannot be read ({error}); expected a whole image file: replace it, or leave its "
+            f"got the image {path}, which cannot be read ({error}); expected a whole image file: replace it, or leave its "
             "prompt out"
         ) from error
     return torch.from_numpy(array).permute(2, 0, 1).float() / 255

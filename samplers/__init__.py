@@ -89,6 +89,7 @@ from samplers.schedules import (
     stopped,
 )
 from samplers.selection import Best, Select, candidates, sampled, unscored
+from samplers.trajectories import cost_to_go, mean_below, stopped_at, trajectory_share
 from samplers.trees import SOURCES, Cost, Tree
 from samplers.unroll import Unrolled, straight_through, unroll
 from samplers.unshared import UnsharedTree, unshared
@@ -104,6 +105,7 @@ __all__ = [
     "CPS", "ClippedFlowSDE", "DDIM", "DanceSDE", "FlowSDE", "LinearSDE", "ODE", "StepwiseSDE",
     "DPMSolver", "Guided", "Ascent", "AtPrediction", "ProcessReward", "RewardGradient", "SPSA", "spsa_gradient",
     "SOURCES", "Cost", "Tree", "UnsharedTree", "unshared",
+    "cost_to_go", "mean_below", "stopped_at", "trajectory_share",
     "Best", "Select", "candidates", "sampled", "unscored",
     "Bounded", "Plan", "Branch", "Chain", "Compressed", "Deterministic", "Leveled", "Probed", "RandomSteps", "Selected", "Sourced", "SplitTree",
     "TreeWindow", "Window", "branch", "chain", "compressed", "probed", "scattered", "tree", "window",

@@ -64,9 +64,9 @@ class KeyedNoise:
             raise ValueError("got two groups of the same (uid, visit); expected different ones, or they share noise: count the "
                              "visits of each uid up")  # fmt: skip
 
-    def start(self, tree: Tree) -> Tensor:
-        """[R, *shape], one per root; key (seed, "start", iteration, uid, visit, local)."""
-        roots = torch.arange(tree.num_roots)
+    def start(self, tree: Tree, roots: Tensor | None = None) -> Tensor:
+        """[R, *shape], one per root, or of `roots`; key (seed, "start", iteration, uid, visit, local)."""
+        roots = torch.arange(tree.num_roots) if roots is None else roots
         return self._draw("start", tree, roots, tree.local[roots][:, None])
 
     def step(self, tree: Tree, nodes: Tensor) -> Tensor:

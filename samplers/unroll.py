@@ -19,10 +19,12 @@ from samplers.selection import trained_part
 
 @dataclass(frozen=True, eq=False)
 class Unrolled:
-    """The chains of `unroll`: states, T+1 tensors [N, *], the start first; velocities, T tensors [N, *], with which each
-    step was taken. With their graphs."""
+    """The chains of `unroll`: states, T+1 tensors [N, *], the start first; inputs, T tensors [N, *], what the network saw of
+    them (other than the states where a step is cut); velocities, T tensors [N, *], with which each step was taken. With
+    their graphs."""
 
     states: tuple[Tensor, ...]
+    inputs: tuple[Tensor, ...]
     velocities: tuple[Tensor, ...]
 
     @property
@@ -75,22 +77,18 @@ def unroll(
     _check(x, steps, draws, with_graph, cut, cut_scale)
     tree = grow(len(x), [1] * steps, [float(step in draws) for step in range(steps)])
     part, x, carry = trained_part(tree), x.to(compute_dtype(x.dtype)), None
-    states, velocities = [x], list[Tensor]()
+    states, inputs, velocities = [x], list[Tensor](), list[Tensor]()
     for step, children in enumerate(tree.generations[1:]):
         parents = tree.parent[children]
-        arguments = (
-            velocity,
-            _scaled(x, cut_scale) if step in cut else x,
-            sigmas[tree.index[parents]].to(x.device),
-            tree.root[parents],
-        )
+        inputs.append(_scaled(x, cut_scale) if step in cut else x)
+        arguments = velocity, inputs[-1], sigmas[tree.index[parents]].to(x.device), tree.root[parents]
         with torch.set_grad_enabled(torch.is_grad_enabled() and step in with_graph):
             v = recomputed(checked, *arguments, use_reentrant=False) if checkpoint else checked(*arguments)
         done = transition(kernel, x, v, sigmas, tree, children, carry, ~part[children])
         x, carry = draw(done, tree, children, lambda tree, nodes: draws[int(tree.index[nodes[0]]) - 1]), done.carry
         states.append(x)
         velocities.append(v)
-    return Unrolled(tuple(states), tuple(velocities))
+    return Unrolled(tuple(states), tuple(inputs), tuple(velocities))
 
 
 def straight_through(value: Tensor, surrogate: Tensor) -> Tensor:

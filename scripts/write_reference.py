@@ -12,10 +12,20 @@ from typing import Any
 from flowalign.config import EvaluationSettings, PolicySettings, RunSettings
 from flowalign.config.contracts import differences
 from flowalign.models import LoRA, Role
-from flowalign.objectives import DynamicClip
+from flowalign.objectives import DynamicClip, Gate, Match
 from flowalign.rollouts.guidance import Probing, RewardGuidance
 from flowalign.rollouts.task import Rollout
-from flowalign.trainers import AdamWConfig, Directions, Signal, Surrogate
+from flowalign.rollouts.unscored import BetaStep
+from flowalign.trainers import (
+    AdamWConfig,
+    ColdStart,
+    Directions,
+    ManifoldAnchor,
+    Route,
+    Signal,
+    Surrogate,
+    Teacher,
+)
 from rewards.listing import cells, entries, first_sentence
 
 PAGE = Path(__file__).parents[1] / "docs" / "methods.md"
@@ -28,6 +38,8 @@ SECTIONS = {
     "rollout.reward_guidance": RewardGuidance, "rollout.reward_guidance.spsa": Probing,
     "evaluation": EvaluationSettings, "trainer.signal": Signal, "trainer.optimizer": AdamWConfig,
     "trainer.dynamic_clip": DynamicClip, "trainer.surrogate of FewStep": Surrogate, "trainer.directions of FewStep": Directions,
+    "trainer.teachers.<name>": Teacher, "trainer.route": Route, "trainer.match": Match,
+    "trainer.query": BetaStep, "trainer.anchor": ManifoldAnchor, "trainer.gate": Gate, "trainer.cold_start": ColdStart,
 }  # fmt: skip
 KINDS = (  # where it stands in a configuration, the package and the contract of its choices
     ("trainer", "flowalign.trainers", "Trainer"),
@@ -41,12 +53,15 @@ KINDS = (  # where it stands in a configuration, the package and the contract of
     ("trainer.signal.credit", "flowalign.credit", "Credit"),
     ("trainer.signal.advantage", "flowalign.advantage", "Advantage"),
     ("trainer.signal.select", "flowalign.selectors", "Selector"),
+    ("trainer.source", "flowalign.trainers", "SampleSource"),
     ("trainer.objective", "flowalign.objectives", "Objective"),
     ("trainer.objective of ForwardProcess", "flowalign.objectives", "StateObjective"),
     ("trainer.anchors.<name>", "flowalign.objectives", "Anchor"),
     ("trainer.law", "samplers", "SigmaLaw"),
     ("trainer.source", "flowalign.trainers", "SampleSource"),
     ("trainer.step_weight", "flowalign.objectives", "StepWeight"),
+    ("trainer.truncation", "flowalign.truncations", "Truncation"),
+    ("trainer.loss", "flowalign.objectives", "RewardLoss"),
     ("trainer.regularizers.<name>", "flowalign.objectives", "Regularizer"),
     ("trainer.supervision.<name>", "flowalign.objectives", "Supervision"),
     ("reward, evaluation.rewards, process_rewards", "rewards", "Reward"),

@@ -142,9 +142,7 @@ def test_a_broken_source_image_is_named_before_a_run(content: bytes, tmp_path: P
     (tmp_path / "bad.png").write_bytes(content)
     (tmp_path / "edits.jsonl").write_text('{"prompt": "a", "image": "good.png"}\n{"prompt": "b", "image": "bad.png"}')
     source = str(tmp_path / "edits.jsonl")
-    with pytest.raises(
-        ValueError, match=rf"source image {tmp_path}/bad\.png, which cannot be read .*; expected a whole"
-    ):
+    with pytest.raises(ValueError, match=rf"the image {tmp_path}/bad\.png, which cannot be read .*; expected a whole"):
         source_images(load_prompts(source))
     config = replace(load_config(TINY)[0], prompts=source)
     with pytest.raises(ConfigError, match=r"bad\.png, which cannot be read"):

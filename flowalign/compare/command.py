@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from flowalign.compare.former import former_records
 from flowalign.compare.launch import Launcher
 from flowalign.compare.page import best, write_page
 from flowalign.compare.plan import Plan, Planned, budget_of, former_record, has_own_budget, is_done
@@ -32,11 +33,12 @@ def compare(arguments: Sequence[str]) -> list[Path]:
     if unknown := [name for name in names if name not in comparison.methods]:
         raise ConfigError(f"got --only {' '.join(unknown)}; expected of the methods {', '.join(comparison.methods)}")
     plan, failures = Plan.of(comparison), list[str]()
-    found = records(plan)  # a damaged one is named before anything is run
+    former = former_records(plan)
+    found = records(plan, former)  # a damaged one is named before anything is run
     if not given.only_report:
-        failures = _run(plan, names, given.workers)
-        found = records(plan)
-    written = write_results(comparison, found) if any(found.values()) or not failures else []
+        failures = _run(plan, former, names, given.workers)
+        found = records(plan, former)
+    written = write_results(comparison, found, former) if any(found.values()) or not failures else []
     if failures:
         raise RunError(f"{len(failures)} runs failed: {'; '.join(failures)}. The same command tries them again")
     return written
@@ -78,13 +80,13 @@ def _comparison(given: argparse.Namespace, arguments: Sequence[str]) -> Comparis
     return of_files(given.files, options["with"], given.set, given.seeds, budget, given.baseline, command)
 
 
-def _run(plan: Plan, names: Sequence[str], workers: int) -> list[str]:
-    """Runs these methods: first the baseline and what has a budget of its own, then what gets a share of the baseline's total.
-    Returns what failed, in sentences."""
+def _run(plan: Plan, former: Sequence[Record], names: Sequence[str], workers: int) -> list[str]:
+    """Runs these methods: first the baseline, unless it is of other results, and what has a budget of its own, then what gets a
+    share of the baseline's total. Returns what failed, in sentences."""
     comparison, baseline = plan.comparison, plan.comparison.baseline
     own = sorted((name for name in names if has_own_budget(comparison, name)), key=lambda name: name != baseline)
     sharing = [name for name in names if name not in own]
-    if sharing and baseline not in names and _denominator(plan) is None:
+    if sharing and baseline not in names and _denominator(plan, former) is None:
         raise ConfigError(
             f"got --only {' '.join(names)}, where the budget of {', '.join(sharing)} is a share of the total of {baseline}, which is "
             f"not finished; expected it to be: run it first, or add it to --only"
@@ -92,7 +94,7 @@ def _run(plan: Plan, names: Sequence[str], workers: int) -> list[str]:
     launcher = Launcher(workers, (0, sum(len(comparison.methods[name].seeds) for name in names)), write_record)
     _launch(launcher, [run for name in own for run in _runs(plan, name, None)])
     if sharing:
-        denominator = _denominator(plan)
+        denominator = _denominator(plan, former)
         if denominator is None:
             told = f"not begun: {', '.join(sharing)}, whose budget is a share of the total of {baseline}"
             return [*launcher.failures, told]
@@ -120,9 +122,11 @@ def _launch(launcher: Launcher, runs: Sequence[Planned]) -> None:
     launcher.run(waiting)
 
 
-def _denominator(plan: Plan) -> Mapping[str, float] | None:
+def _denominator(plan: Plan, former: Sequence[Record]) -> Mapping[str, float] | None:
     """The baseline's mean totals; None without one, and until all its runs are finished."""
     name = plan.comparison.baseline
+    if former:
+        return mean_totals(former)
     if name is None:
         return None
     runs = _runs(plan, name, None)
@@ -133,9 +137,9 @@ def _runs(plan: Plan, name: str, denominator: Mapping[str, float] | None) -> lis
     return plan.runs(name, budget_of(plan.comparison, name, denominator))
 
 
-def records(plan: Plan) -> dict[str, list[Record]]:
+def records(plan: Plan, former: Sequence[Record] = ()) -> dict[str, list[Record]]:
     """The finished runs of each method."""
-    comparison, denominator = plan.comparison, _denominator(plan)
+    comparison, denominator = plan.comparison, _denominator(plan, former)
     return {
         name: [read_record(run) for run in _runs(plan, name, denominator) if is_done(run)]
         for name in comparison.methods
@@ -143,11 +147,13 @@ def records(plan: Plan) -> dict[str, list[Record]]:
     }
 
 
-def write_results(comparison: Comparison, found: Mapping[str, Sequence[Record]]) -> list[Path]:
+def write_results(
+    comparison: Comparison, found: Mapping[str, Sequence[Record]], former: Sequence[Record] = ()
+) -> list[Path]:  # fmt: skip
     """NAME.json, NAME.md, NAME.html and the plots in NAME/, of the comparison's name. ConfigError without a finished run."""
     if not any(found.values()):
         raise ConfigError(f"no run of {comparison.name} is finished: leave --only-report out to run them")
-    results = results_of(comparison, found)
+    results = results_of(comparison, found, former)
     base = comparison.results / comparison.name
     paths = [base.with_name(f"{comparison.name}{ending}") for ending in (".json", ".md", ".html")]
     write_atomic(paths[0], (json.dumps(as_json(results), indent=1, ensure_ascii=False) + "\n").encode())

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from flowalign.compare.record import COSTS
-from flowalign.compare.results import HEAD, MethodResult, Results, lines, notes
+from flowalign.compare.results import HEAD, OTHERS, MethodResult, Results, lines, notes, other_lines
 from flowalign.picture_style import INK, RULE, SOFT, STYLE, svg
 from flowalign.report.page import template
 from flowalign.storage.files import write_atomic
@@ -47,20 +47,20 @@ class Plot:
 
 def plots(results: Results) -> list[Plot]:
     """The mean reward of all methods against each of COSTS, with the 95 % interval of the gain as a band."""
-    return [_chart(results, results.methods, cost, f"against {TITLES[cost]}") for cost in COSTS]
+    return [_chart(results, results.shown, cost, f"against {TITLES[cost]}") for cost in COSTS]
 
 
 def one_by_one(results: Results) -> list[Plot]:
     """Each method against the network evaluations, beside the baseline."""
-    baseline = [method for method in results.methods if method.name == results.comparison.baseline]
-    others = [method for method in results.methods if method not in baseline]
+    baseline = [method for method in results.shown if method.name == results.comparison.baseline]
+    others = [method for method in results.shown if method not in baseline]
     return [_chart(results, [*baseline, method], "evaluations", method.name, (3.3, 2.15)) for method in others]
 
 
 def keys(results: Results) -> list[Key]:
     return [
         Key(method.name, COLORS[place % len(COLORS)], DASHES[place // len(COLORS) % len(DASHES)])
-        for place, method in enumerate(results.methods)
+        for place, method in enumerate(results.shown)
     ]
 
 
@@ -112,8 +112,9 @@ def write_page(results: Results, path: Path) -> Path:
     for chart in singles:
         write_atomic(path.with_suffix("") / "methods" / f"{chart.title}.svg", chart.svg.encode())
     tables = {"": lines(results, apart=False), "Listed apart": lines(results, apart=True)}
+    others = other_lines(results)
     page = template("flowalign.compare", "compare.html").render(
-        name=results.comparison.name, command=results.comparison.command, notes=notes(results), head=HEAD, charts=charts,
+        other_head=others[0] if others else (), others=others[1:], others_note=OTHERS, name=results.comparison.name, command=results.comparison.command, notes=notes(results), head=HEAD, charts=charts,
         tables={title: table for title, table in tables.items() if table}, keys=keys(results),
         best=best(results), singles=singles, baseline=results.comparison.baseline,
     )  # fmt: skip

@@ -74,11 +74,7 @@ class Plan:
                 raise ConfigError(f"method {name!r}: {error}") from error
         first = next(iter(plains))
         for name, plain in plains.items():
-            changed = differences(plains[first]["evaluation"], plain["evaluation"])
-            others = {key: values for key, values in changed.items() if not FREE.fullmatch(key)}
-            if plains[first]["policy"]["path"] != plain["policy"]["path"]:
-                others["policy.path"] = (plains[first]["policy"]["path"], plain["policy"]["path"])
-            if others:
+            if others := evaluation_differences(plains[first], plain):
                 key, (ours, other) = next(iter(others.items()))
                 raise ConfigError(
                     f"methods {first!r} and {name!r} differ in evaluation: {key} is {ours!r} and {other!r}; expected one base "
@@ -104,6 +100,14 @@ class Plan:
         ]  # fmt: skip
 
 
+def evaluation_differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Where two complete configurations are evaluated differently: {dotted key: both values}, without what changes no score."""
+    changed = differences(one["evaluation"], other["evaluation"])
+    others = {key: values for key, values in changed.items() if not FREE.fullmatch(key)}
+    paths = (one["policy"]["path"], other["policy"]["path"])
+    return others if paths[0] == paths[1] else {**others, "policy.path": paths}
+
+
 def has_own_budget(comparison: Comparison, name: str) -> bool:
     """Whether the budget of a method is known without the baseline's total."""
     return comparison.baseline in (None, name) or comparison.methods[name].budget is not None
@@ -117,9 +121,12 @@ def budget_of(comparison: Comparison, name: str, denominator: Mapping[str, float
     if baseline in (None, name) or denominator is None:
         assert comparison.budget is not None  # checked by the specification
         return comparison.budget
-    given = comparison.methods[str(baseline)].budget or comparison.budget
-    assert given is not None
-    return Budget(given.unit, max(1.0, round(comparison.share * denominator[given.unit])))
+    unit = "evaluations"  # of other results the seconds are those of another day
+    if comparison.former is None:
+        given = comparison.methods[str(baseline)].budget or comparison.budget
+        assert given is not None
+        unit = given.unit
+    return Budget(unit, max(1.0, round(comparison.share * denominator[unit])))
 
 
 def is_done(run: Planned) -> bool:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from flowalign.compare.plan import Planned
 from flowalign.errors import RunError
+from flowalign.evaluation.appearance import Appearance, distances_across_prompts
+from flowalign.evaluation.evaluate import EvaluationResult
+from flowalign.evaluation.result_file import load_result
 from flowalign.storage.files import DamagedFile, read_json, reading, write_atomic
 from flowalign.storage.metrics_log import Row, read_rows
 
@@ -30,7 +34,9 @@ class Point:
 
 @dataclass(frozen=True, eq=False)
 class Record:
-    """A finished run. curve: its evaluations, the base first and the tuned model last. prompts: uids."""
+    """A finished run. curve: its evaluations, the base first and the tuned model last. prompts: uids. others: by label the
+    scores [P] of the base and of the tuned model by other rewards, and how their pictures look (see `looks`). files, overrides: of
+    its configuration."""
 
     method: str
     seed: int
@@ -38,6 +44,9 @@ class Record:
     prompts: tuple[int, ...]
     curve: tuple[Point, ...]
     totals: Mapping[str, float]
+    others: Mapping[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+    files: tuple[str, ...] = ()
+    overrides: tuple[str, ...] = ()
 
 
 def write_record(run: Planned) -> None:
@@ -66,8 +75,8 @@ def write_record(run: Planned) -> None:
             {"iteration": row["step"], **costs[row["step"]], "score": _mean(row["scores"][first])} for row in rows
         ],
         "uids": rows[0]["uids"],
-        "base": {name: _rounded(scores) for name, scores in rows[0]["scores"].items()},
-        "tuned": {name: _rounded(scores) for name, scores in rows[-1]["scores"].items()},
+        "base": _all_scores(folder / "evaluation" / "base.safetensors", rows[0]),
+        "tuned": _all_scores(folder / "evaluation" / "tuned.safetensors", rows[-1]),
         "on_the_way": [_rounded(row["scores"][first]) for row in rows[1:-1]],
     }
     write_atomic(run.record, _lines(content).encode())
@@ -82,24 +91,47 @@ def is_beyond(run: Planned) -> bool:
     return last > 1 and (costs[-2][run.budget.unit] - 0.001) * last > run.budget.amount * (last - 1)
 
 
+def _all_scores(pictures: Path, row: Row) -> dict[str, list[float | int | None]]:
+    """Of one evaluation: its rewards, then `looks` of the pictures it kept."""
+    return {name: _rounded(scores) for name, scores in (looks(load_result(pictures)) | row["scores"]).items()}
+
+
+def looks(result: EvaluationResult) -> dict[str, list[float | None]]:
+    """By label a number per image, without a model: image/contrast and image/saturation as rewards.ImageStatistics has them, and
+    prompts/distance, whose mean is `distance_across_prompts` of `flowalign evaluate` (see `distances_across_prompts`)."""
+    look = Appearance.of(result.pixels)
+    found = {f"image/{name}": look.monitors[name] for name in ("contrast", "saturation")}
+    found["prompts/distance"] = distances_across_prompts(look.thumbnails, result.samples)
+    return {name: [value if value == value else None for value in values.tolist()] for name, values in found.items()}
+
+
 def read_record(run: Planned) -> Record:
-    """DamagedFile naming the file for what `write_record` did not write."""
-    path = run.record
+    """DamagedFile naming the file for what `write_record` did not write, or of another run."""
+    return record_of(run.record, (run.method, run.seed))
+
+
+def record_of(path: Path, expected: tuple[str, int] | None = None) -> Record:
+    """The record in a file. expected: its method and seed."""
     with reading(path):
         content = json.loads(path.read_text(encoding="utf-8"))
-        if (content["method"], content["seed"]) != (run.method, run.seed):
-            raise ValueError(
-                f"it is of {content['method']} seed {content['seed']}, not of {run.method} seed {run.seed}"
-            )
+        method, seed = content["method"], content["seed"]
+        if expected is not None and expected != (method, seed):
+            raise ValueError(f"it is of {method} seed {seed}, not of {expected[0]} seed {expected[1]}")
         first, uids = content["reward"], content["uids"]
-        scores = [content["base"][first], *content["on_the_way"], content["tuned"][first]]
-        prompts = tuple(dict.fromkeys(uids))
+        base, tuned, prompts = content["base"], content["tuned"], tuple(dict.fromkeys(uids))
+        scores = [base[first], *content["on_the_way"], tuned[first]]
         points = [
             Point(point["iteration"], {name: point[name] for name in COSTS}, by_prompt(uids, prompts, values))
             for point, values in zip(content["curve"], scores, strict=True)
         ]
+        others = {
+            name: (by_prompt(uids, prompts, base[name]), by_prompt(uids, prompts, tuned[name]))
+            for name in base
+            if name != first and name in tuned
+        }
         totals = {name: float(content["totals"][name]) for name in COSTS}
-        return Record(content["method"], content["seed"], first, prompts, tuple(points), totals)
+        files, overrides = tuple(content["files"]), tuple(content["overrides"])
+        return Record(method, seed, first, prompts, tuple(points), totals, others, files, overrides)
 
 
 def costs_by_iteration(rows: Sequence[Row]) -> list[dict[str, float]]:

@@ -15,6 +15,7 @@ from flowalign.config.layers import read_layer
 from flowalign.errors import ConfigError
 
 KEYS = ("methods", "files", "overrides", "seeds", "budget", "baseline", "share", "references", "output", "results")
+BASELINE_KEYS = ("results", "method")
 METHOD_KEYS = ("files", "overrides", "seeds", "budget", "apart", "guided")
 OWN = re.compile(r"run\.(name|seed|output|max_evaluations|max_seconds)=.*", re.DOTALL)  # set by the comparison
 
@@ -49,7 +50,8 @@ class Method:
 @dataclass(frozen=True)
 class Comparison:
     """Methods by name. baseline: the one whose final mean is the target and whose total is the denominator; the others get
-    `share` of that total unless they have a budget. budget: of the baseline; without one, of every method.
+    `share` of that total unless they have a budget. budget: of the baseline; without one, of every method. former: the results of
+    another comparison, of which the baseline is a method that is not run again; None: it is one of `methods`.
 
     references: further scores to show, such as the base at its best guidance. output: where run folders go. results: where
     the results go, under the name of the comparison. command: what rebuilds them."""
@@ -58,6 +60,7 @@ class Comparison:
     methods: Mapping[str, Method]
     budget: Budget | None
     baseline: str | None = None
+    former: Path | None = None
     share: float = 1.0
     references: Mapping[str, float] = field(default_factory=dict)
     output: Path = Path("runs/compare")
@@ -92,17 +95,18 @@ def of_files(
 def _comparison(name: str, spec: dict[str, Any], command: str) -> Comparison:
     _check_keys("the comparison", spec, KEYS, ("methods", "seeds"))
     shared = [_strings(spec, key, "") for key in ("files", "overrides")]
-    seeds, baseline, share = _seeds(spec, ""), spec.get("baseline"), spec.get("share")
+    seeds, share = _seeds(spec, ""), spec.get("share")
     if not isinstance(spec["methods"], dict) or not spec["methods"]:
         raise ConfigError(f"got methods={spec['methods']!r}; expected name: {{files: […]}} of at least one")
     methods = {str(key): _method(str(key), value, shared, seeds) for key, value in spec["methods"].items()}
     budget = _budget(spec, "")
-    _check_baseline(spec, methods, budget)
+    baseline, former = _baseline(spec, methods)
+    _check_budgets(spec, methods, budget, baseline, former)
     references = spec.get("references") or {}
     if not isinstance(references, dict) or not all(_is_number(value) for value in references.values()):
         raise ConfigError(f"got references={references!r}; expected name: score")
     return Comparison(
-        name, methods, budget, baseline, 1.0 if share is None else float(share), references,
+        name, methods, budget, baseline, former, 1.0 if share is None else float(share), references,
         _folder(spec, "output", "runs/compare") / name, _folder(spec, "results", "results"), command,
     )  # fmt: skip
 
@@ -135,12 +139,39 @@ def _check_keys(place: str, given: Mapping[Any, Any], known: Sequence[str], need
             raise ConfigError(f"{place} lacks {key!r}; expected {', '.join(needed)} at least")
 
 
-def _check_baseline(spec: Mapping[str, Any], methods: Mapping[str, Method], budget: Budget | None) -> None:
-    baseline, share = spec.get("baseline"), spec.get("share")
-    if baseline is not None and baseline not in list(methods):
-        raise ConfigError(f"got baseline={baseline!r}; expected one of the methods {', '.join(methods)}")
+def _baseline(spec: Mapping[str, Any], methods: Mapping[str, Method]) -> tuple[str | None, Path | None]:
+    """Its name, and the results of another comparison if it is a method of that."""
+    value = spec.get("baseline")
+    if not isinstance(value, dict):
+        if value is not None and value not in list(methods):
+            raise ConfigError(
+                f"got baseline={value!r}; expected one of the methods {', '.join(methods)}, or {{results: FILE.json, method: NAME}} of "
+                "another comparison"
+            )
+        return value, None
+    _check_keys("baseline", value, BASELINE_KEYS, BASELINE_KEYS)
+    for key in BASELINE_KEYS:
+        if not isinstance(value[key], str) or not value[key]:
+            raise ConfigError(f"got baseline.{key}={value[key]!r}; expected a text")
+    if value["method"] in methods:
+        raise ConfigError(
+            f"got baseline.method={value['method']}, which is one of the methods too; expected another name for one of the two: rename "
+            "the method, or take it as the baseline by its name alone"
+        )
+    return value["method"], Path(value["results"]).expanduser()
+
+
+def _check_budgets(
+    spec: Mapping[str, Any], methods: Mapping[str, Method], budget: Budget | None, baseline: str | None, former: Path | None
+) -> None:  # fmt: skip
+    share = spec.get("share")
     if share is not None and (baseline is None or not _is_number(share) or not share > 0):
         raise ConfigError(f"got share={share!r}; expected a number above 0, of the total of a `baseline`")
+    if former is not None and budget is not None:
+        raise ConfigError(
+            "got a budget beside a baseline of other results, which is not run again; expected `share` of its evaluations, or a budget "
+            "of each method"
+        )
     without = [name for name, method in methods.items() if method.budget is None and (baseline in (None, name))]
     if budget is None and without:
         raise ConfigError(

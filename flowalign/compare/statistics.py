@@ -44,6 +44,32 @@ def hierarchical_interval(scores: np.ndarray, *, seed: int = 0, resamples: int =
     return float(low), float(high)
 
 
+@dataclass(frozen=True)
+class Change:
+    """Means of a score over seeds and prompts, before and after; gain and its 95 % interval: paired."""
+
+    base: float
+    tuned: float
+    gain: float
+    interval: tuple[float, float]
+
+
+def changes(records: Sequence[Record]) -> dict[str, Change]:
+    """Of every other label that all records have, over the prompts that are valid in all of them; labels without one are left
+    out."""
+    found = {}
+    for label in records[0].others:
+        if not all(label in record.others for record in records):
+            continue
+        base, tuned = (np.stack([record.others[label][place] for record in records]) for place in (0, 1))
+        valid = ~np.isnan(tuned - base).any(0)
+        if valid.any():
+            paired = (tuned - base)[:, valid]
+            start, gain = float(base[:, valid].mean()), float(paired.mean())
+            found[label] = Change(start, start + gain, gain, hierarchical_interval(paired))
+    return found
+
+
 def gains(records: Sequence[Record]) -> np.ndarray:
     """[S, P] tuned − base of the first reward, of the prompts that are valid in all records. ConfigError if they were not
     evaluated on the same prompts, or no prompt is valid."""

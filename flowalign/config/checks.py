@@ -76,7 +76,13 @@ def check(config: TrainConfig) -> None:
     state_channels = _check_rewards(config)
     if bound.reward_guidance is not None:
         bound.reward_guidance.check(grow(bound, 0, 0, [0]), bound.kernel, path, config.process_rewards)
-    config.trainer.check(Setup(bound, path, channels_of(config.reward), policy.roles, state_channels))
+    prompts, held_out = load_prompts(config.prompts), load_prompts(config.evaluation.prompts)
+    evaluated = [] if evaluation.allow_training_prompts else held_out[: evaluation.count]
+    setup = Setup(
+        bound, path, channels_of(config.reward), policy.roles, state_channels, reward=spec_of(config.reward), size=policy.size,
+        prompts=prompts, held_out=evaluated,
+    )  # fmt: skip
+    config.trainer.check(setup)
     if policy.trainable == "lora":
         check_lora_folders(policy.path, policy.lora, config.roles, policy.family)
     elif policy.dtype != "fp32":
@@ -92,7 +98,6 @@ def check(config: TrainConfig) -> None:
     known = {"policy", *config.roles} | (
         {"reference"} if policy.trainable == "lora" or policy.reference_copy else set()
     )
-    prompts, held_out = load_prompts(config.prompts), load_prompts(config.evaluation.prompts)
     check_sources(rollout, grow(rollout, 0, 0, [0]), known, prompts)
     if config.evaluation.count > len(held_out):
         raise ConfigError(

@@ -10,10 +10,12 @@ from typing import Any, get_type_hints
 
 import rewards
 import samplers
-from flowalign import advantage, credit, objectives, selectors, trainers
+from flowalign import advantage, credit, objectives, selectors, trainers, truncations
 from flowalign.config.types import ANYTHING, Parameter
 
-HOMES: tuple[ModuleType, ...] = (rewards, samplers, trainers, credit, advantage, selectors, objectives)
+HOMES: tuple[ModuleType, ...] = (
+    rewards, samplers, trainers, credit, advantage, selectors, objectives, truncations,
+)  # fmt: skip
 
 
 def differences(cls: type, contract: type) -> tuple[str, ...]:

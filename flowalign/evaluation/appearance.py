@@ -71,3 +71,20 @@ def diversity(appearance: Appearance, uids: Sequence[int], samples: Sequence[int
         found[f"distance_{name}"] = float(pairs.mean()) if len(pairs) else None
         found[f"repeated_{name}"] = float((pairs < near).double().mean()) if len(pairs) else None
     return found
+
+
+def distances_across_prompts(thumbnails: Tensor, samples: Sequence[int]) -> Tensor:
+    """[N] float64, a number per image of thumbnails [N, D], of which the mean is `distance_across_prompts`: 2·d_i − mean(d), d_i
+    the mean distance of image i to the images of other prompts with the same number of sample; nan without one.
+
+    A mean over pairs depends on each image twice, so it varies as the mean of these numbers, not of the d_i, whose interval would be
+    half as wide. Not kept: collapse within a prompt, which rewards.GroupDiversity measures on several samples."""
+    found = torch.full((len(thumbnails),), torch.nan, dtype=torch.float64)
+    numbers = torch.tensor(list(samples))
+    for each in dict.fromkeys(samples):
+        rows = (numbers == each).nonzero().flatten()
+        group = thumbnails[rows].double()
+        if len(group) > 1:
+            apart = torch.stack([(group - row).norm(dim=1).sum() for row in group]) / (len(group) - 1)
+            found[rows] = 2 * apart - apart.mean()
+    return found

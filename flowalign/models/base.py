@@ -150,6 +150,12 @@ class Policy(Protocol):
         range would have none otherwise."""
         ...
 
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Latents [n, *latent_shape] fp32 of images [n, 3, H, W] in [0, 1], where `decode` leads back: the mean that the VAE
+        gives, without its noise. No gradient. ValueError for another shape or range, and for a size that the model cannot
+        make."""
+        ...
+
     def generate(
         self, prompts: str | Sequence[str | PromptRecord], *, seed: int = 0, num_inference_steps: int | None = None,
         guidance_scale: float | None = None, size: Size | None = None, schedule: Schedule | None = None,
@@ -274,6 +280,11 @@ class Model(Protocol):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images [n, 3, H, W] in [-1, 1], or beyond; in the dtype of the VAE."""
+        ...
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Latents [n, *] of images [n, 3, H, W] in [-1, 1]: the mean of the VAE's posterior, shifted and scaled as `decode`
+        undoes it; in the dtype of the VAE."""
         ...
 
     def save_lora(

@@ -27,8 +27,10 @@ from flowalign.models.lora import (
     lora_layers,
     matched_modules,
     set_adapter_weights,
+    set_merged_weights,
 )  # fmt: skip
-from flowalign.models.lora_file import read_lora
+from flowalign.models.lora_file import LoRAFile, read_lora
+from flowalign.models.lora_merge import merge_loras
 from flowalign.models.pipeline_policy import PROMPT_STORE_BYTES, Offloadable, PipelinePolicy
 from flowalign.models.roles import Role
 from flowalign.models.sampling import defaults_of
@@ -166,9 +168,9 @@ def check_lora_folders(path: str, lora: LoRA, roles: Mapping[str, Role], family:
         return
     _, known = inspect_checkpoint(path, family)
     for name, network in _empty_networks(path, known).items():
-        modules = matched_modules(network, known.targets if lora.targets is None else lora.targets)
-        if lora.init is not None:
-            read_lora(lora.init, name).check_equal("policy.lora", modules, lora.rank, lora.alpha)
+        targets = known.targets if lora.targets is None else lora.targets
+        _starts(lora, name, targets, network)
+        modules = matched_modules(network, targets)
         for label, role in roles.items():
             if role.folder is None:
                 continue
@@ -312,13 +314,30 @@ def _add_lora(network: nn.Module, name: str, lora: LoRA | str, family: Family, s
         file = read_lora(lora, name)
         lora = LoRA(max(file.ranks.values()), max(file.alphas.values()), file.modules, init=lora)
     targets = family.targets if lora.targets is None else lora.targets
-    if lora.init is not None:
-        file = read_lora(lora.init, name)
-        file.check_modules(linear_modules(network))
-        file.check_equal("policy.lora", matched_modules(network, targets), lora.rank, lora.alpha)
+    files = _starts(lora, name, targets, network)
     add_lora(network, lora, targets, seed)
-    if lora.init is not None:
-        set_adapter_weights(network, file)
+    if len(files) > 1:
+        set_merged_weights(network, merge_loras(files, lora.rank, lora.alpha))
+    elif files:
+        set_adapter_weights(network, files[0])
+
+
+def _starts(lora: LoRA, name: str, targets: Sequence[str], network: nn.Module) -> list[LoRAFile]:
+    """The files that the policy's LoRA starts from, for one network. ValueError for one that does not fit: a single one has the
+    policy's rank, alpha and layers, several have some of its layers."""
+    folders = [lora.init] if isinstance(lora.init, str) else list(lora.init or ())
+    files = [read_lora(folder, name) for folder in folders]
+    for file in files:
+        file.check_modules(linear_modules(network))
+        modules = matched_modules(network, targets)
+        if len(files) == 1:
+            file.check_equal("policy.lora", modules, lora.rank, lora.alpha)
+        elif beyond := sorted(set(file.modules) - set(modules)):
+            raise ValueError(
+                f"got {file.path} in policy.lora.init with adapters at {', '.join(beyond[:3])} ({len(beyond)} in all), which "
+                "policy.lora.targets leaves out; expected all of them: add them to the targets"
+            )
+    return files
 
 
 def _check_full(trainable: str, dtype: torch.dtype) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from flowalign.models.lora_file import LoRAFile
+from flowalign.models.lora_merge import MergedLoRA
 
 ADAPTER = "default"
 
@@ -34,13 +35,14 @@ class LoRA:
     `targets` are module-name suffixes such as "attn.to_q"; one that matches nothing is an error; None means the attention
     layers of the model's family. `dropout` must be 0: it would make the replayed log-prob differ from the stored one.
     `init`: a LoRA to start from, of the same rank, alpha and targets (a run folder or its lora/, or what diffusers'
-    save_lora_weights wrote); the reference is still the model without it."""
+    save_lora_weights wrote); or several, of any rank and alpha, to start from the mean of what they change (`merge_loras`, exact
+    if `rank` is at least the sum of theirs). The reference is still the model without them."""
 
     rank: int = 32
     alpha: float = 64.0
     targets: tuple[str, ...] | None = None
     dropout: float = 0.0
-    init: str | None = None
+    init: str | tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.rank < 1 or self.alpha <= 0:
@@ -51,6 +53,10 @@ class LoRA:
             raise ValueError(
                 f"got lora.dropout={self.dropout}; expected 0, since dropout makes the ratio of an unchanged policy differ "
                 "from 1; regularize with trainer.regularizers instead"
+            )
+        if isinstance(self.init, tuple) and len(self.init) < 2:
+            raise ValueError(
+                f"got lora.init={list(self.init)}; expected at least two folders to merge, or one as a text"
             )
         if self.targets is not None and not self.targets:
             raise ValueError(
@@ -139,6 +145,22 @@ def set_adapter_weights(network: nn.Module, file: LoRAFile) -> None:
     weights = file.tensors()
     for name, parameter in adapter_parameters(network, ADAPTER):
         parameter.copy_(weights[name.replace(f".{ADAPTER}.", ".")])
+
+
+@torch.no_grad()
+def set_merged_weights(network: nn.Module, merged: MergedLoRA) -> None:
+    """Gives the policy's adapter the factors of a merged LoRA. What they do not fill keeps its initial A, and B = 0, so that it
+    does nothing yet and can still learn."""
+    for name, parameter in adapter_parameters(network, ADAPTER):
+        module, _, side = name.removesuffix(f".{ADAPTER}.weight").rpartition(".lora_")
+        if side == "B":
+            parameter.zero_()
+        if module in merged.factors:
+            a, b = (factor.to(parameter) for factor in merged.factors[module])
+            if side == "A":
+                parameter[: len(a)] = a
+            else:
+                parameter[:, : b.shape[1]] = b
 
 
 def add_adapter(network: ModelMixin, name: str, trained: bool, zero: bool) -> None:

@@ -33,7 +33,7 @@ class PipelinePolicy:
 
     device: where conditions go, and parts that are offloaded while they work. offload: parts that are on the CPU while they do
     not work (of a VAE that has decoded with a gradient, until it decodes again: its backward comes later). decode_batch:
-    latents per call of the VAE; None is all at once. prompt_store: bytes of encoded prompts that are kept, on the CPU."""
+    latents or images per call of the VAE; None is all at once. prompt_store: bytes of encoded prompts that are kept, on the CPU."""
 
     def __init__(
         self, model: Model, family: Family, trained: TrainedNetworks, *, negative_prompt: str = "",
@@ -139,8 +139,28 @@ class PipelinePolicy:
             return self._decoded(latents).clamp(0, 1)
 
     def _decoded(self, latents: Tensor) -> Tensor:
-        parts = latents.split(self._decode_batch or max(1, len(latents)))
-        return torch.cat([self.model.decode(part).float() * 0.5 + 0.5 for part in parts])
+        return torch.cat([self.model.decode(part).float() * 0.5 + 0.5 for part in self._slices(latents)])
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        if images.ndim != 4 or images.shape[1] != 3 or not len(images):
+            raise ValueError(f"got images of shape {list(images.shape)}; expected [n, 3, H, W] with n >= 1")
+        shape = self.latent_shape(Size(*images.shape[2:]))
+        low, high = (float(bound) for bound in images.aminmax())
+        if not (low >= 0 and high <= 1):  # also nan
+            raise ValueError(f"got pixels in [{low:g}, {high:g}]; expected [0, 1]")
+        with self._at_work("vae"):
+            parts = [self.model.encode_images(part * 2 - 1).float() for part in self._slices(images.float())]
+        latents = torch.cat(parts)
+        if latents.shape[1:] != shape:
+            raise ValueError(
+                f"got latents {list(latents.shape[1:])} of images {list(images.shape[1:])}; expected {list(shape)}: the family's "
+                "encode_images and latent_shape must agree"
+            )
+        return latents
+
+    def _slices(self, rows: Tensor) -> tuple[Tensor, ...]:
+        return rows.split(self._decode_batch or max(1, len(rows)))
 
     @contextmanager
     def checkpointed(self) -> Iterator[None]:

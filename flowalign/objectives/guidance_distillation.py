@@ -35,6 +35,7 @@ class GuidanceDistillation:
     max_odds: float = 10.0
     needs_old = True
     needs_guidance = True
+    role = None
 
     def __post_init__(self) -> None:
         if self.target not in ("sde_mean", "marginal"):

@@ -44,6 +44,11 @@ class Supervision(Protocol):
         """Whether the rollout must be guided by a reward (rollout.reward_guidance), whose gradients its targets read."""
         ...
 
+    @property
+    def role(self) -> str | None:
+        """The role whose velocities at the trained states its targets read; None: it reads no role's."""
+        ...
+
     def check(self, path: Path, channels: tuple[str, ...]) -> None:
         """ValueError unless its formula holds for a policy on `path` and a reward of `channels`."""
         ...
@@ -72,6 +77,7 @@ class LayerTuning:
     scale: float = 0.01
     fade: int | None = None
     needs_guidance = False
+    role = None
 
     def __post_init__(self) -> None:
         if self.target not in ("best_path_velocity", "best_leaf_fm"):

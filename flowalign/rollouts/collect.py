@@ -15,7 +15,7 @@ from flowalign.models.base import Conditions
 from flowalign.rollouts.gather import Part, gather_forest, gather_output, gather_tree, joined
 from flowalign.rollouts.guidance import measured
 from flowalign.rollouts.judging import Judging
-from flowalign.rollouts.metrics import cost_metrics, process_metrics, reward_metrics
+from flowalign.rollouts.metrics import cost_metrics, own_samples, process_metrics, reward_metrics
 from flowalign.rollouts.rolling import Rolling, at_nodes, grow, leaves_per_group
 from flowalign.rollouts.task import Rollout, Task
 from flowalign.rollouts.tree_plot import plot_tree
@@ -87,7 +87,7 @@ def collect(
     if guidance is not None:
         forest = guidance.replayed(forest, task.policy.path)
     metrics = {
-        **reward_metrics(task.reward.name, forest, output),
+        **reward_metrics(task.reward.name, output, own_samples(forest)),
         **cost_metrics(forest, output, rows, decodes, calls),
         **({"cost/refilled_groups": processes.total(refilled)} if task.rollout.refill else {}),
         **{f"time/{name}": seconds for name, seconds in rolling.seconds.items()},

@@ -116,10 +116,16 @@ def _placed(nodes: Tensor, values: Tensor) -> Tensor:
 def gather_output(processes: Processes, tree: Tree, output: RewardOutput) -> RewardOutput:
     """The scores of all leaves, in the order of `tree.leaves`; `info` stays with the process that has the images."""
     nodes = _by_process(processes, tree)
-    order = torch.searchsorted(tree.leaves, nodes[tree.index[nodes] == tree.num_steps])
+    return gather_scores(processes, output, torch.searchsorted(tree.leaves, nodes[tree.index[nodes] == tree.num_steps]))
+
+
+def gather_scores(processes: Processes, output: RewardOutput, order: Tensor | None = None) -> RewardOutput:
+    """The scores of all processes, those of the first one first. order [L]: the place of each of these; None: it is theirs."""
 
     def gathered(values: Tensor) -> Tensor:
         by_process = processes.gather(values)
+        if order is None:
+            return by_process
         return by_process.new_empty(by_process.shape).index_copy(0, order.to(by_process.device), by_process)
 
     lacking = output.scores.new_full((len(output.scores),), torch.nan)  # a component that only other shares have

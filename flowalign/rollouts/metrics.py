@@ -11,12 +11,16 @@ from rewards import Reward, RewardOutput, channels_of
 from samplers import SOURCES, Forest, sampled
 
 
-def reward_metrics(name: str, forest: Forest, output: RewardOutput) -> dict[str, float]:
-    """Of the leaves that end one of the policy's own samples: probes of noisier states would lower the mean, a teacher's
-    samples raise it. `invalid` is of all.
+def own_samples(forest: Forest) -> Tensor:
+    """[L] bool: the leaves that end one of the policy's own samples."""
+    return sampled(forest.tree) & (forest.tree.source[forest.tree.leaves] == SOURCES.index("student"))
+
+
+def reward_metrics(name: str, output: RewardOutput, own: Tensor) -> dict[str, float]:
+    """Of the policy's `own` [L] samples: probes of noisier states would lower the mean, a teacher's samples raise it. `invalid`
+    is of all.
 
     reward/mean: of several channels the mean of their means, whatever weight an advantage gives them."""
-    own = sampled(forest.tree) & (forest.tree.source[forest.tree.leaves] == SOURCES.index("student"))
     found: dict[str, float] = {}
     for channel, column in zip(output.channels, output.scores.T, strict=True):
         ok = column[column.isfinite() & own].double()

@@ -12,12 +12,14 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from flowalign.data import PromptRecord
+from flowalign.models.base import Size
 from flowalign.models.roles import Role
 from flowalign.rollouts.collect import ScoredRollout
 from flowalign.rollouts.task import Rollout, Task
 from flowalign.selectors import Selector
 from flowalign.trainers.pulls import Pulls
 from flowalign.trainers.signal import EdgeSignal
+from rewards import RewardSpec
 from samplers import Forest, Path, Step
 
 
@@ -117,13 +119,19 @@ class Setup:
     """What a trainer may know before a model is loaded.
 
     rollout: with its kernel bound to `path`, the noising law of the policy. channels: of the reward. roles: those that
-    the configuration gives the policy (policy.roles), by name. state_channels: of the process rewards, in Forest.scores."""
+    the configuration gives the policy (policy.roles), by name. state_channels: of the process rewards, in Forest.scores.
+    reward: what the reward says of itself. size: of what the policy makes. prompts: the training set. held_out: what is
+    evaluated and must not be trained on; empty where that is allowed."""
 
     rollout: Rollout
     path: Path
     channels: tuple[str, ...]
     roles: Mapping[str, Role] = field(default_factory=dict)
     state_channels: tuple[str, ...] = ()
+    reward: RewardSpec = field(default_factory=RewardSpec)
+    size: Size = field(default_factory=lambda: Size(0, 0))
+    held_out: Sequence[PromptRecord] = ()
+    prompts: Sequence[PromptRecord] = ()
 
 
 class Trainer(Protocol):
@@ -218,10 +226,12 @@ class EdgeTrainer(Trainer, Protocol):
 @dataclass(frozen=True, eq=False)
 class EndpointDraws:
     """Each of N samples noised once at each of L levels: sigma [L]; state, target, velocity [L, N, *], the velocity that of the role
-    which made the samples, as the update evaluates it. assumed: whether the objective takes velocity for E[target | state]."""
+    which made the samples, as the update evaluates it. assumed: whether the objective takes velocity for E[target | state].
+    guided [L, N, *]: its velocity with the guidance of the rollout; None where that is the update's."""
 
     sigma: Tensor
     state: Tensor
     target: Tensor
     velocity: Tensor
     assumed: bool
+    guided: Tensor | None = None

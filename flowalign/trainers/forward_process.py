@@ -13,7 +13,7 @@ from torch import Tensor
 from flowalign.advantage import SignalContext
 from flowalign.data import PromptRecord
 from flowalign.models.roles import Role
-from flowalign.objectives import Anchor, DrawIds, Predictions, StateObjective
+from flowalign.objectives import Anchor, Predictions, StateObjective
 from flowalign.rollouts.task import Rollout, Task
 from flowalign.trainers.base import AdamWConfig, EndpointDraws, Inspection, Setup, Update, UpdateForecast
 from flowalign.trainers.dry_run import ITERATIONS
@@ -93,6 +93,7 @@ class ForwardProcess:
     def check(self, setup: Setup) -> None:
         """Combinations that cannot work, named before a model is loaded."""
         rollout = setup.rollout
+        self.source.check(setup)
         if rollout.groups % self.updates_per_rollout:
             raise ValueError(
                 f"got rollout.groups={rollout.groups} for trainer.updates_per_rollout={self.updates_per_rollout}; expected "
@@ -130,11 +131,10 @@ class ForwardProcess:
         SampleKeys(0, 0, ((0, 0, 0),)).sigmas(self.law, self.draws, grid, setup.path)
         for iteration in range(ITERATIONS):
             places = self.source.places(rollout, iteration, min(2, rollout.groups))
-            scores = torch.from_numpy(
-                generator(0, "data", "dry_run", iteration).random((len(places), len(setup.channels)))
-            )
+            channels = self.source.channels(setup.channels)
+            scores = torch.from_numpy(generator(0, "data", "dry_run", iteration).random((len(places), len(channels))))
             valid, forest = torch.ones_like(scores, dtype=torch.bool), places.one_step_each()
-            found = self.signal.edges(forest, scores, valid, setup.channels, SignalContext(0, iteration))
+            found = self.signal.edges(forest, scores, valid, channels, SignalContext(0, iteration))
             if bool(found.chosen.any()):
                 self._note = self._curvature(found.advantages.values.sum(1)[found.chosen])
                 self._chosen = int(places.group[found.chosen].bincount().max())
@@ -162,20 +162,26 @@ class ForwardProcess:
         chosen = len(self.source.places(rollout, 0, 1)) if self._chosen is None else self._chosen
         count = chosen * rollout.groups * self.draws * self.epochs
         frozen = count * (len(roles_of(self.objective, self._active.values())) + int(self.objective.coupled))
-        notes = (self._note,) if self._note else ()
-        updates = self.updates_per_rollout * self.epochs
-        inspection = Inspection(pulls=self.pulls, endpoints=self.endpoints)
+        notes = (*self.source.notes(), *((self._note,) if self._note else ()))
+        updates, rolled = self.updates_per_rollout * self.epochs, None if self.source.rolled else 0
         return UpdateForecast(
-            updates, count, frozen, guidance_scale=self.guidance_scale, notes=notes, inspection=inspection
-        )
+            updates, count, frozen, rolled=rolled, guidance_scale=self.guidance_scale, notes=notes,
+            inspection=Inspection(pulls=self.pulls, endpoints=self.endpoints),
+        )  # fmt: skip
 
     def prepare(self, task: Task, state: dict[str, Any] | None) -> None:
-        state = {"updates": 0, "memory": {}} if state is None else state
+        digest = self.source.digest()
+        state = {"updates": 0, "memory": {}, "source": digest} if state is None else state
+        if state["source"] != digest:
+            raise ValueError(
+                f"the data of trainer.source={self.source} have changed since the checkpoint: restore them, or choose another run.name"
+            )
         self.task, self._memory = task, state["memory"]
+        self.source.prepare(task)
         self._policy = TrainedRole.of(task.policy, self.optimizer, updates=state["updates"])
 
     def state(self) -> dict[str, Any]:
-        return {"updates": self._policy.updates, "memory": self._memory}
+        return {"updates": self._policy.updates, "memory": self._memory, "source": self.source.digest()}
 
     def collect(self, records: Sequence[PromptRecord], iteration: int) -> SampleBatch:
         return self.source.collect(self.task, records, iteration)
@@ -206,15 +212,7 @@ class ForwardProcess:
         keys = keys.shared() if self.shared_draws else keys
         again = "" if epoch == 0 else f" {epoch}"
         sigma = keys.sigmas(self.law, self.draws, samples.sigmas, path, f"sigma{again}").T
-        states, targets = [], []
-        for number in range(self.draws):
-            noise = keys.noise(latents.shape[1:], number, f"renoise{again}").to(latents)
-            states.append(path.add_noise(latents, noise, sigma[number]))
-            targets.append(path.velocity(latents, noise, sigma[number]))
-        group, numbers = samples.places.group[chosen], torch.arange(self.draws).repeat_interleave(len(chosen))
-        inputs = States(torch.cat(states), sigma.flatten(), group.repeat(self.draws))
-        ids = DrawIds(advantage.repeat(self.draws), inputs.rows, numbers)
-        return Draws(inputs, torch.cat(targets), path.mix(inputs.sigma.double())[1], ids)
+        return Draws.of(latents, samples.places.group[chosen], advantage, keys, sigma, path, f"renoise{again}")
 
     # ------------------------------------------------------------------------------------------ inspection
 
@@ -232,9 +230,10 @@ class ForwardProcess:
     def endpoints(self, batch: SampleBatch) -> EndpointDraws:
         """At levels that part those of the draws into equal shares, under the role that sampled.
 
-        Nothing is assumed of them where the samples only weigh a regression: none of them negatively, and without the residual
-        of a role. Its minimum is the velocity of the weighted samples, whoever made them."""
-        samples, engine = batch.samples, self._engine(batch)
+        Nothing is assumed of them where they are nobody's (images of files), or where they only weigh a regression: none of
+        them negatively, and without the residual of a role. Its minimum is the velocity of the weighted samples, whoever
+        made them."""
+        samples = batch.samples
         context = SignalContext(self.task.seed, batch.iteration, samples.uids, copy.deepcopy(self._memory))
         weights = samples.signal(self.signal, context).advantages.values
         regresses = self.objective.sampled_by is None and not self.objective.coupled
@@ -243,15 +242,19 @@ class ForwardProcess:
             trained.quantile((torch.arange(LEVELS) + 0.5).double() / LEVELS, interpolation="nearest").unique().float()
         )
         path, latents, keys = self.task.policy.path, samples.latents, samples.keys
+        rolled = self.task.rollout.guidance_scale if self.source.rolled else self.guidance_scale
+        scales = dict.fromkeys((self.guidance_scale, rolled))
+        engines = [UpdateEngine(self.task, samples.conditions, batch.images, scale) for scale in scales]
         found: list[tuple[Tensor, ...]] = []
         for number, level in enumerate(sigma):
             at = level.expand(len(latents))
             noise = keys.noise(latents.shape[1:], number, "endpoints").to(latents)
             states = States(path.add_noise(latents, noise, at), at, samples.places.group)
-            velocity, _ = engine.frozen(states, self.source.role or "policy")
-            found.append((states.x, path.velocity(latents, noise, at), velocity))
-        state, target, velocity = (torch.stack(column) for column in zip(*found, strict=True))
-        return EndpointDraws(sigma, state, target, velocity, not (regresses and bool((weights >= 0).all())))
+            velocities = [engine.frozen(states, self.source.role or "policy")[0] for engine in engines]
+            found.append((states.x, path.velocity(latents, noise, at), *velocities))
+        state, target, *velocity = (torch.stack(column) for column in zip(*found, strict=True))
+        assumed = self.source.role is not None and not (regresses and bool((weights >= 0).all()))
+        return EndpointDraws(sigma, state, target, velocity[0], assumed, velocity[1] if velocity[1:] else None)
 
     def _unweighted(self, samples: Samples) -> Draws:
         """Those of all samples, with advantage 0."""

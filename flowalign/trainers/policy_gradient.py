@@ -34,8 +34,8 @@ class PolicyGradient:
     """Clipped policy gradient on the stochastic steps of a rollout (Flow-GRPO, 2505.05470).
 
     One forward and backward per distinct state serves all steps that leave it: their log-probs depend on the network only
-    through its velocity there, so the gradient is exactly that of one pass per step. Roles that regularizers name are
-    evaluated once, at the states of the rollout.
+    through its velocity there, so the gradient is exactly that of one pass per step. Roles that regularizers and
+    supervision name are evaluated once, at the states of the rollout.
 
     signal: from the scores of the leaves to the trained steps and their advantages. objective, step_weight: the loss of a
     step. regularizers: added to it, each towards a role; by name, the metric is loss/<name>. supervision: velocity targets
@@ -85,7 +85,8 @@ class PolicyGradient:
         return {name: term for name, term in self.regularizers.items() if term.active}
 
     def roles(self) -> Mapping[str, Role]:
-        return {term.role: Role() for term in self._active.values()}
+        supervised = [part.role for part in self.supervision.values() if part.role is not None]
+        return {role: Role() for role in dict.fromkeys([*(term.role for term in self._active.values()), *supervised])}
 
     def check(self, setup: Setup) -> None:
         """Combinations that cannot work, named before a model is loaded."""
@@ -117,6 +118,11 @@ class PolicyGradient:
                 )
         for name, part in self.supervision.items():
             part.check(setup.path, setup.channels)
+            if part.role not in (None, "reference", *setup.roles):
+                raise ValueError(
+                    f"got trainer.supervision.{name}.role={part.role!r}; expected 'reference' or one of policy.roles "
+                    f"{sorted(setup.roles)}: add it there"
+                )
             if part.needs_guidance and setup.rollout.reward_guidance is None:
                 raise ValueError(
                     f"got trainer.supervision.{name}, which distills the reward guidance of the rollout, without any: set "
@@ -217,8 +223,8 @@ class PolicyGradient:
             yield engine.update(self._policy, one.parts, one.loss, one.metrics)
 
     def _with_roles(self, engine: UpdateEngine, forest: Forest, edges: Tensor) -> tuple[Forest, float]:
-        """The forest with the velocities of every role that a regularizer names, at the states that `edges` leave; also the
-        network rows per sample."""
+        """The forest with the velocities of every role that a regularizer or a supervision names, at the states that `edges`
+        leave; also the network rows per sample."""
         nodes, total = forest.tree.distinct_parents(edges)[0], 0.0
         for role in self.roles():
             velocities, rows = engine.frozen(states_of(forest, nodes), role)

@@ -47,7 +47,7 @@ class RewardDifference:
     T: the stochastic steps of the longest path. elements: as in ClippedRatio, the latents that clip_range was found for.
 
     Both samples of a pair start from noise that no policy chooses: the loss reaches 0 only where they share it
-    (`rollout.plan.shared_start`). Else 2·Var(log Z(start)) stays, without moving the optimum; `pair/floor` estimates it where a
+    (`rollout.plan.shared_start`). Else 2·Var(log Z(start)) stays, which on fresh samples does not move the optimum; `pair/floor` estimates it where a
     start has several samples.
 
     updates_per_rollout: all on the whole batch (K of the paper; with 1 nothing is ever clipped, and the gradient is that of
@@ -55,7 +55,7 @@ class RewardDifference:
     steps of each prompt, the same for all of its samples; the residuals are those of all steps, so the gradient is right in
     expectation (ours; the paper trains all). None: all.
     anchor: what the clip range lies around in later updates. "rescore": log-ratios computed by the update's own path before the first
-    (one more forward for each state); "stored": the rollout's, and a run stops where they drift by more than a tenth of
+    (one more forward for each state); "detach": the rollout's, and a run stops where they drift by more than a tenth of
     clip_range. The first update takes the rollout's as its first pass. max_drift: as in PolicyGradient.
     Memory: two velocities per state, the rollout's and the reference's, and the graph of one micro-batch."""
 
@@ -67,7 +67,7 @@ class RewardDifference:
     optimizer: AdamWConfig = field(default_factory=AdamWConfig)
     updates_per_rollout: int = 1
     micro_batch: int = 16
-    anchor: Literal["rescore", "stored"] = "rescore"
+    anchor: Literal["rescore", "detach"] = "rescore"
     max_drift: float = 0.01
 
     def __post_init__(self) -> None:
@@ -77,7 +77,7 @@ class RewardDifference:
         for name in ("updates_per_rollout", "micro_batch", "steps_per_update"):
             if vars(self)[name] is not None and vars(self)[name] < 1:
                 raise ValueError(f"got trainer.{name}={vars(self)[name]}; expected at least 1")
-        for name, choices in (("over_steps", ("mean", "sum")), ("anchor", ("rescore", "stored"))):
+        for name, choices in (("over_steps", ("mean", "sum")), ("anchor", ("rescore", "detach"))):
             if vars(self)[name] not in choices:
                 raise ValueError(f"got trainer.{name}={vars(self)[name]!r}; expected one of {', '.join(choices)}")
         check_elements(self.elements)
@@ -154,7 +154,7 @@ class RewardDifference:
         steps = Trajectories(engine, forest, edges, self.micro_batch)
         regression = PairRegression(steps, pairs, rewards, self.beta, self._clip_range(forest), self.over_steps)
         later = self.updates_per_rollout > 1
-        limit = regression.clip_range / 10 if later and self.anchor == "stored" else None
+        limit = regression.clip_range / 10 if later and self.anchor == "detach" else None
         replay, old = Replay(steps, limit, self.max_drift, Measures(self.task.processes)), steps.rolled
         rescored = later and self.anchor == "rescore"
         if rescored:

@@ -15,6 +15,7 @@ from flowalign.models.base import Conditions
 from flowalign.rollouts.collect import ScoredRollout, collect
 from flowalign.rollouts.rolling import grow
 from flowalign.rollouts.task import Rollout, Task
+from flowalign.trainers.base import Setup
 from flowalign.trainers.signal import EdgeSignal, Signal
 from samplers import ODE, Forest, SampleKeys, Tree, sampled
 
@@ -97,6 +98,31 @@ class SampleSource(Protocol):
         """Whose samples they are; None: nobody's, such as images of a file."""
         ...
 
+    @property
+    def rolled(self) -> bool:
+        """Whether they are rolled out, which costs what the plan says; others are there already."""
+        ...
+
+    def check(self, setup: Setup) -> None:
+        """ValueError or FileNotFoundError where it cannot work; called before a model is loaded."""
+        ...
+
+    def channels(self, reward: tuple[str, ...]) -> tuple[str, ...]:
+        """Of the scores of its samples, for a reward with the channels `reward`."""
+        ...
+
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know before the run, a line each."""
+        ...
+
+    def prepare(self, task: Task) -> None:
+        """Before the first iteration of a process."""
+        ...
+
+    def digest(self) -> str:
+        """Of data that are not the run's prompts, by which a resumed run recognizes them; "" for none."""
+        ...
+
     def places(self, rollout: Rollout, iteration: int, groups: int) -> Places:
         """Of the samples of `groups` groups of an iteration, without making them."""
         ...
@@ -135,6 +161,20 @@ class FromRollout:
     "reference" for data of the model before training."""
 
     role: str = "policy"
+    rolled = True
+
+    def check(self, setup: Setup) -> None: ...
+
+    def channels(self, reward: tuple[str, ...]) -> tuple[str, ...]:
+        return reward
+
+    def notes(self) -> tuple[str, ...]:
+        return ()
+
+    def prepare(self, task: Task) -> None: ...
+
+    def digest(self) -> str:
+        return ""
 
     def places(self, rollout: Rollout, iteration: int, groups: int) -> Places:
         return Places.of(grow(rollout, 0, iteration, range(groups)))

@@ -12,6 +12,7 @@ from torch import Tensor
 from flowalign.objectives import Anchor, Coefficients, DrawIds, Predictions, StateObjective
 from flowalign.trainers.base import Update
 from flowalign.trainers.update_engine import Measures, Part, States, TrainedRole, UpdateEngine
+from samplers import Path, SampleKeys
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +25,21 @@ class Draws:
     noise: Tensor
     ids: DrawIds
     weight: Tensor | None = None
+
+    @staticmethod
+    def of(
+        latents: Tensor, group: Tensor, advantage: Tensor, keys: SampleKeys, sigma: Tensor, path: Path, stream: str = "renoise"
+    ) -> Draws:  # fmt: skip
+        """Of n clean latents [n, *], their groups [n] and advantages [n]: draw 0 of all, then draw 1, …; sigma [draws, n]."""
+        states, targets, count = [], [], len(sigma)
+        for number in range(count):
+            noise = keys.noise(latents.shape[1:], number, stream).to(latents)
+            states.append(path.add_noise(latents, noise, sigma[number]))
+            targets.append(path.velocity(latents, noise, sigma[number]))
+        inputs = States(torch.cat(states), sigma.flatten(), group.repeat(count))
+        numbers = torch.arange(count).repeat_interleave(len(latents))
+        ids = DrawIds(advantage.repeat(count), inputs.rows, numbers)
+        return Draws(inputs, torch.cat(targets), path.mix(inputs.sigma.double())[1], ids)
 
     def __len__(self) -> int:
         return len(self.states)

@@ -7,7 +7,7 @@ the velocities there (a ratio, a regression, a distillation) is its own business
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -72,15 +72,26 @@ class TrainedRole:
 
 @dataclass(eq=False)
 class Measures:
-    """What the micro-batches of one update measured: tensors by name, in the order of the calls. Reading is collective."""
+    """What the micro-batches of one update measured: tensors by name, in the order of the calls. Reading is collective.
+
+    counted: network rows by what they were for, "trained" those of a forward and a backward; what a backward computes again
+    is not counted."""
 
     processes: Processes
     values: dict[str, list[Tensor]] = field(default_factory=dict)
+    counted: dict[str, int] = field(default_factory=lambda: {"trained": 0})
 
     def add(self, **values: Tensor) -> None:
         """Rows [n], or a number; without a graph."""
         for name, value in values.items():
             self.values.setdefault(name, []).append(value.detach())
+
+    def count(self, **rows: int) -> None:
+        """Network rows that a loss spent on something else than a forward and a backward of the trained role: they are in
+        cost/<name>_per_image, and not in cost/trained_per_image. Every process counts the same names."""
+        for name, count in rows.items():
+            self.counted[name] = self.counted.get(name, 0) + count
+            self.counted["trained"] -= count
 
     def rows(self, name: str) -> Tensor:
         """All rows of all processes, float64."""
@@ -106,10 +117,12 @@ class UpdateEngine:
     images: int
     guidance_scale: float | None = None
 
-    def velocity(self, states: States, role: str = "policy") -> Tensor:
-        """v [n, *] under the weights of `role`, with graph if gradients are on."""
+    def velocity(self, states: States, role: str = "policy", guidance_scale: float | None = None) -> Tensor:
+        """v [n, *] under the weights of `role`, with graph if gradients are on. guidance_scale: None is the engine's; one other
+        than 1 needs conditions with negatives."""
         policy, rollout = self.task.policy, self.task.rollout
-        scale = rollout.guidance_scale if self.guidance_scale is None else self.guidance_scale
+        own = rollout.guidance_scale if self.guidance_scale is None else self.guidance_scale
+        scale = own if guidance_scale is None else guidance_scale
         with policy.role(role):
             return policy.velocity(
                 states.x, states.sigma, self.conditions.rows(states.rows), guidance_scale=scale,
@@ -117,21 +130,25 @@ class UpdateEngine:
             )  # fmt: skip
 
     @torch.no_grad()
-    def frozen(self, states: States, role: str | Sequence[str]) -> tuple[Tensor, float]:
+    def frozen(
+        self, states: States, role: str | Sequence[str], guidance_scale: Mapping[str, float] | None = None
+    ) -> tuple[Tensor, float]:
         """(v [S, *] without graph, network rows per sample): each state evaluated once, by one process.
 
-        role: one for all states, or one per state (routing: each state to its own teacher)."""
+        role: one for all states, or one per state (routing: each state to its own teacher). guidance_scale: by role; the
+        engine's for a role that is not named."""
         processes, before = self.task.processes, self.task.policy.evaluations
         roles = [role] * len(states) if isinstance(role, str) else list(role)
         if len(roles) != len(states):
             raise ValueError(f"got {len(roles)} roles for {len(states)} states; expected one for all, or one for each")
         share = processes.share(len(states))
         own = torch.arange(share.start, share.stop)
+        scales = guidance_scale or {}
         values = torch.empty_like(states.x[own.to(states.x.device)])
         for name in dict.fromkeys(roles):  # every process in the same order, also those without a state of this role
             wanted = torch.tensor([roles[row] == name for row in own.tolist()], dtype=torch.bool)
             for part in own[wanted].split(self.task.rollout.micro_batch) if bool(wanted.any()) else ():
-                found = self.velocity(states.at(part), name)
+                found = self.velocity(states.at(part), name, scales.get(name))
                 values = values.to(torch.promote_types(values.dtype, found.dtype))  # of a float64 policy on fp32 states
                 values[(part - share.start).to(values.device)] = found.to(values)
         rows = processes.total(self.task.policy.evaluations - before)
@@ -200,16 +217,19 @@ class UpdateEngine:
         nothing. It must not call `frozen` or `scalars`, which wait for all processes. metrics(measures): once the step is
         taken; not asked where there was nothing to train. An update is made and stepped before the next one is made: it sets
         the learning rate."""
-        policy, measures = self.task.policy, Measures(self.task.processes)
+        measures = Measures(self.task.processes)
         learning_rate = trained.config.lr_at(trained.updates)
         for group in trained.optimizer.param_groups:
             group["lr"] = learning_rate
-        began, before = time.perf_counter(), policy.evaluations
+        began = time.perf_counter()
 
         def after() -> dict[str, float]:
             measured = {
                 "time/update": time.perf_counter() - began,
-                "cost/trained_per_image": self.task.processes.total(policy.evaluations - before) / self.images,
+                **{
+                    f"cost/{name}_per_image": self.task.processes.total(rows) / self.images
+                    for name, rows in measures.counted.items()
+                },
                 "optim/lr" if trained.role == "policy" else f"optim/{trained.role}_lr": learning_rate,
             }
             if not parts:
@@ -217,5 +237,12 @@ class UpdateEngine:
             trained.updates += 1
             return measured | metrics(measures)
 
-        losses = [partial(loss, part, measures) for part in parts]
+        losses = [partial(self._counted, loss, part, measures) for part in parts]
         return Update(trained.optimizer, trained.config.max_grad_norm, losses, after, trained.role)
+
+    def _counted(self, loss: Loss, part: Part, measures: Measures) -> Tensor:
+        """The loss, its network rows counted."""
+        before = self.task.policy.evaluations
+        value = loss(part, measures)
+        measures.counted["trained"] += self.task.policy.evaluations - before
+        return value

@@ -3,8 +3,6 @@
 import json
 import re
 import shlex
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,35 +11,18 @@ import yaml
 
 from flowalign.cli import compare as main
 from flowalign.compare import command
-from flowalign.compare.plan import Plan, Planned, former_record, is_done
+from flowalign.compare.plan import Plan, former_record, is_done
 from flowalign.compare.record import read_record
 from flowalign.compare.spec import Budget, read_spec
 from flowalign.config import load_config
 from flowalign.config.load import as_written
 from flowalign.errors import ConfigError, RunError
-from flowalign.loop import train
 from flowalign.report import summary
 from flowalign.storage.files import DamagedFile
+from tests.helpers.comparison import InProcess, trained
 from tests.helpers.tiny_run import CONFIG
 
 ROOT = Path(__file__).parents[2]
-trained: list[str] = []
-
-
-@dataclass
-class InProcess:
-    """A launcher without children."""
-
-    workers: int
-    numbers: tuple[int, int]
-    finished: Callable[[Planned], None]
-    failures: list[str] = field(default_factory=list)
-
-    def run(self, runs: Sequence[Planned]) -> None:
-        for run in runs:
-            trained.append(f"{run.method}{run.seed}")
-            train(*load_config(run.files, run.settings))
-            self.finished(run)
 
 
 @pytest.fixture
@@ -243,9 +224,9 @@ def check_it_can_be_run(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -
     """Every configuration is read, evaluated alike, and has a budget."""
     monkeypatch.chdir(ROOT)
     plans: list[Plan] = []
-    monkeypatch.setattr(command, "_run", lambda plan, names, workers: plans.append(plan))
-    monkeypatch.setattr(command, "records", lambda plan: {})
-    monkeypatch.setattr(command, "write_results", lambda comparison, found: [])
+    monkeypatch.setattr(command, "_run", lambda plan, former, names, workers: plans.append(plan))
+    monkeypatch.setattr(command, "records", lambda plan, former: {})
+    monkeypatch.setattr(command, "write_results", lambda comparison, found, former: [])
     command.compare(arguments)
     assert all(plan.comparison.methods.keys() == plan.written.keys() for plan in plans) and len(plans) == 1
 

@@ -45,6 +45,11 @@ def test_shared_files_lie_over_a_methods_own_and_its_own_overrides_over_shared_o
         ({"seeds": [True]}, r"seeds=\[True\]"),
         ({"baseline": "c"}, "baseline='c'; expected one of the methods a, b"),
         ({"share": 0}, "share=0; expected a number above 0"),
+        ({"baseline": {"results": "a.json"}}, "baseline lacks 'method'; expected results, method"),
+        ({"baseline": {"results": "a.json", "name": "c"}}, "baseline has no key 'name'"),
+        ({"baseline": {"results": 5, "method": "c"}}, "baseline.results=5; expected a text"),
+        ({"baseline": {"results": "a.json", "method": "a"}}, "baseline.method=a, which is one of the methods too"),
+        ({"baseline": {"results": "a.json", "method": "c"}}, "a budget beside a baseline of other results"),
         ({"baseline": ["a"]}, r"baseline=\['a'\]; expected one of the methods a, b"),
         ({"budget": {"evaluations": 10**400}}, r"budget\.evaluations=10+; expected a whole number"),
         ({"results": 5}, "results=5; expected a folder, or leave the key out for results"),
@@ -63,6 +68,13 @@ def test_shared_files_lie_over_a_methods_own_and_its_own_overrides_over_shared_o
 def test_what_cannot_be_is_refused_by_name(change: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         read(tmp_path, {key: value for key, value in (GOOD | change).items() if value is not None})
+
+
+def test_a_baseline_of_other_results_has_no_budget_here(tmp_path: Path) -> None:
+    given = {key: value for key, value in GOOD.items() if key != "budget"}
+    comparison = read(tmp_path, given | {"baseline": {"results": "r/a.json", "method": "c"}})
+    assert (comparison.baseline, comparison.former, comparison.share) == ("c", Path("r/a.json"), 0.2)
+    assert read(tmp_path, GOOD).former is None
 
 
 def test_a_key_without_a_value(tmp_path: Path) -> None:

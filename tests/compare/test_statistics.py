@@ -1,5 +1,6 @@
 """Gains, intervals and curves against closed forms."""
 
+from dataclasses import replace
 from statistics import NormalDist
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from flowalign.compare.record import COSTS, Point, Record
-from flowalign.compare.statistics import cost_to_reach, gains, hierarchical_interval, mean_curve
+from flowalign.compare.statistics import changes, cost_to_reach, gains, hierarchical_interval, mean_curve
 from flowalign.errors import ConfigError
 from flowalign.evaluation.paired_gain import paired_gain
 
@@ -70,6 +71,19 @@ def test_gains_pair_prompts_and_drop_those_without_a_score_in_some_run() -> None
         gains([record([[nan], [1.0]])])
     with pytest.raises(ConfigError, match="m seed 2 and m seed 1 were evaluated on other prompts"):
         gains([record([[0.0], [1.0]]), record([[0.0], [1.0]], seed=2, uids=(7,))])
+
+
+def test_other_labels_are_paired_over_what_all_runs_have() -> None:
+    nan = float("nan")
+    one, two = record([[0.0], [1.0]]), record([[0.0], [1.0]], seed=2)
+    color = (np.array([0, 1, nan]), np.array([1.0, 1, 1]))
+    one = replace(one, others={"color": color, "mine": color})
+    two = replace(two, others={"color": (np.array([0, 1, 0.5]), np.array([0.5, 2, 9]))})
+    (label, found), *more = changes([one, two]).items()
+    assert (label, more) == ("color", [])  # `mine` is not in both
+    assert (found.base, found.tuned, found.gain) == pytest.approx((0.5, 1.125, 0.625))  # of the first two prompts
+    assert found.interval == hierarchical_interval(np.array([[1, 0], [0.5, 1]]))
+    assert changes([record([[0.0], [1.0]])]) == {}
 
 
 def test_a_mean_curve_joins_equal_iterations_and_the_ends() -> None:

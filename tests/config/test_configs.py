@@ -29,7 +29,10 @@ FEW_STEPS = {
 }  # fmt: skip
 KL_OF_FLOWS = {"flow_grpo", "flow_grpo_fast", "densegrpo", "preview_select"}  # form exact_times_h is that of an SDE
 # (method, model) -> what is said of those that never go together
-REFUSED: dict[tuple[str, str], str] = {("tdm_r1", "sd15"): "has the guidance in its weights"}
+REFUSED: dict[tuple[str, str], str] = {
+    ("tdm_r1", "sd15"): "has the guidance in its weights",
+    ("srpo", "sd15"): "expected a rectified flow",
+}
 # (method, model) of other trainers -> {override: what is said without it}, in the order in which they are refused
 NEEDED: dict[tuple[str, str], dict[str, str]] = {
     ("tdm_r1", "sd35_medium"): {"rollout.guidance_scale=1": "has the guidance in its weights"},

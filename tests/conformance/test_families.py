@@ -3,6 +3,7 @@
 import importlib
 import json
 import pkgutil
+from typing import Any
 
 import pytest
 import torch
@@ -121,6 +122,28 @@ def test_sizes_are_accepted_before_and_after_loading_alike_and_decode_gives_them
         assert float(images.min()) >= 0 and float(images.max()) <= 1
         accepted += 1
     assert 2 <= accepted < 5
+
+
+def test_encoded_images_are_the_vaes_own_and_decode_leads_back(family: str, folders: dict[str, str]) -> None:
+    """Difference 0 to what the pipeline's VAE gives without noise, shifted and scaled as its image-to-image pipelines do; what
+    decode makes of it is the VAE's own reconstruction."""
+    policy: Any = load_policy(folders[family], trainable="none")
+    vae = policy.model.pipeline.vae  # the same weights in memory: convolutions round by their alignment
+    images = torch.rand(3, 3, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        mean = vae.encode(images * 2 - 1).latent_dist.mode()
+        theirs = (mean - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+        rebuilt = (vae.decode(mean).sample / 2 + 0.5).clamp(0, 1)
+    latents = policy.encode_images(images)
+    assert torch.equal(latents, theirs) and latents.dtype == torch.float32 and not latents.requires_grad
+    assert latents.shape[1:] == policy.latent_shape(SIZE)
+    torch.testing.assert_close(policy.decode(latents), rebuilt, rtol=0, atol=1e-5)  # x/s·s + c - c rounds
+    for wrong, said in (
+        (images[:, :1], r"shape \[3, 1, 24, 48\]; expected"), (images[0], "shape"), (images * 2, "pixels in"),
+        (images - 0.5, "pixels in"), (images / 0, "pixels in"), (images[..., :-1, :], "size 23×48"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=said):
+            policy.encode_images(wrong)
 
 
 def test_encode_gives_one_row_per_prompt_in_their_order(family: str, folders: dict[str, str]) -> None:

@@ -14,6 +14,7 @@ from flowalign.diagnostics.benchmark import compare, peak, reset_peak, table
 from flowalign.diagnostics.doctor import distinct_prompts
 from flowalign.diagnostics.measure import distance, gradients, one_pass_per_edge
 from flowalign.errors import ConfigError
+from tests.helpers.treeless_trainer import Treeless
 
 CONFIG = str(Path(__file__).parents[1] / "data" / "tiny.yaml")
 AT_STEP_1 = ["rollout.plan.init_args.low=1", "rollout.plan.init_args.high=2"]  # one step of prefix, T = 3, 3 images
@@ -137,8 +138,8 @@ def flat(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
 
 def test_another_trainer_is_refused(tiny_pipeline: Path) -> None:
     config, _ = load_config(CONFIG, [f"policy.path={tiny_pipeline}"])
-    object.__setattr__(config, "trainer", object())
-    with pytest.raises(ConfigError, match="expected PolicyGradient"):
+    object.__setattr__(config, "trainer", Treeless())
+    with pytest.raises(ConfigError, match="got trainer Treeless; expected one whose loss is a sum over the steps"):
         compare(config, ["merged"], 1)
 
 

@@ -79,6 +79,21 @@ def test_samples_of_too_little_variance_have_the_slope_of_their_own_law() -> Non
     assert judged(draws(spread=0.4)).ok is False
 
 
+def test_samples_of_the_guided_velocity_have_slope_one_on_what_guidance_adds() -> None:
+    """The update's velocity is another one than the samples'; or it is the samples' own, and the slope is 0."""
+    found, shift = draws(count=4000), torch.tensor([1.0, -1.0]).double().repeat(4)
+    for velocity, guided, expected in (
+        (found.velocity - 0.3 * shift, found.velocity, 1.0),
+        (found.velocity, found.velocity + 0.3 * shift, 0.0),
+    ):
+        mixed = EndpointDraws(found.sigma, found.state, found.target, velocity, True, guided)
+        finding = judged(mixed)
+        for target, v, g in zip(found.target, velocity, guided, strict=True):
+            assert Slope.of(target - v, g - v).value == pytest.approx(expected, abs=0.12)
+        assert finding.ok is (expected == 0) and "on v, x, guidance" in finding.figure
+        assert finding.ok or "lower rollout.guidance_scale" in finding.advice
+
+
 def test_where_nothing_is_assumed_nothing_fails() -> None:
     found = draws(lambda v: 2 * v)
     fine = judged(EndpointDraws(found.sigma, found.state, found.target, found.velocity, False))

@@ -1,6 +1,5 @@
 """Anchors in the common unit κ/(c·w): published coefficients of different methods that are one number."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -159,6 +158,5 @@ def test_the_line_of_the_doctor() -> None:
     first, second = finding.figure.split("; ")
     assert first.startswith("kl → reference κ/(c·w) = 0.04 at advantage 1, σ 1.00 to ")
     assert second == "guard → reference 0 (it acts beyond a threshold only)"
-    nothing: Sequence[str] = ()
-    for pulls, sentence in ((None, "weighs no anchor"), (Pulls(SIGMA, SIGMA, dict.fromkeys(nothing, SIGMA), {}), "none")):  # fmt: skip
-        assert sentence in check_anchors(None if pulls is None else lambda batch: pulls, lambda: None).figure
+    assert check_anchors(lambda batch: Pulls(SIGMA, SIGMA, {}, {}), lambda: None).figure.startswith("none")
+    assert "weighs no anchor" in check_anchors(None, lambda: None).figure

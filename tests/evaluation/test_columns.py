@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowalign.evaluation.appearance import Appearance
+from flowalign.evaluation.appearance import Appearance, distances_across_prompts, diversity
 from flowalign.evaluation.columns import Evaluation, metrics
 from flowalign.evaluation.evaluate import EvaluationResult
 from flowalign.evaluation.paired_gain import paired_gain
@@ -56,6 +56,21 @@ def test_what_cannot_be_measured_is_none() -> None:
     one = metrics(Evaluation({"base": result([1.0, 3.0])}))
     assert one["mean"]["base"]["bright"] == 2.0 and one["interval"]["base"]["bright"] is None and one["gain"] == {}
     assert one["diversity"]["base"]["distance_across_prompts"] is None  # there is one prompt
+
+
+def test_the_distance_across_prompts_as_a_number_per_image_varies_as_the_mean_over_pairs_does() -> None:
+    """Its mean is that of `diversity`; over many draws the variance of the mean is that of independent numbers, which that of the
+    images' own mean distances is four times below."""
+    generator, samples = torch.Generator().manual_seed(0), [0] * 12 + [1] * 12
+    look = Appearance({}, torch.rand(24, 5, generator=generator))
+    numbers = distances_across_prompts(look.thumbnails, samples)
+    assert float(numbers.mean()) == pytest.approx(diversity(look, [*range(12)] * 2, samples)["distance_across_prompts"])
+    drawn = torch.stack(
+        [distances_across_prompts(each, [0] * 40) for each in torch.rand(600, 40, 1, generator=generator)]
+    )
+    independent = drawn.var(1).mean() / 40
+    assert float(drawn.mean(1).var() / independent) == pytest.approx(1, abs=0.2)
+    assert bool(distances_across_prompts(torch.rand(2, 5), [0, 1]).isnan().all())  # nothing to compare with
 
 
 def test_diversity_and_monitors_of_plain_colors() -> None:

@@ -144,6 +144,9 @@ class BedModel:
         image: Tensor = self.vae(latents)
         return image
 
+    def encode_images(self, images: Tensor) -> Tensor:
+        return images[:, :2] / self.vae.scale
+
     def save_lora(
         self, folder: Path, layers: Mapping[str, dict[str, Tensor]], metadata: Mapping[str, dict[str, Any]]
     ) -> None:

@@ -199,11 +199,11 @@ def affine_stop(
 # ---------------------------------------------------------------------------------------- a shift: v = v_ref + θ at one σ
 
 
-def shift_stop(
+def shift_gradient(
     objective: StateObjective, data: Gaussian, sigma: float, outcomes: Callable[[Tensor], Sequence[tuple[Tensor, Tensor]]],
     shared: bool, nodes: int,
-) -> float:  # fmt: skip
-    """θ at which the gradient of a group of two vanishes; reference and old are exact. shared: both members have one ε.
+) -> Callable[[float], float]:  # fmt: skip
+    """The gradient of the loss of a group of two by θ, over 2; reference and old are exact. shared: both members have one ε.
 
     outcomes(x0 [P, 2]): what advantages [P, 2] a pair may get, and with which probability [P]."""
     axes = [data.nodes(nodes)] * 2 + [Gaussian(0, 1).nodes(nodes)] * (1 if shared else 2)
@@ -231,7 +231,7 @@ def shift_stop(
             total += float((weights * probability) @ pulls)
         return total
 
-    return root(gradient, 0.0, -0.1)
+    return gradient
 
 
 def root(function: Callable[[float], float], before: float, now: float) -> float:

@@ -50,6 +50,9 @@ class LinearPolicy:
     def decode(self, latents: Tensor, grad: bool = False) -> Tensor:
         return latents.expand(-1, 3, -1, -1)
 
+    def encode_images(self, images: Tensor) -> Tensor:
+        return images[:, :1]
+
     def checkpointed(self) -> AbstractContextManager[None]:
         return nullcontext()
 

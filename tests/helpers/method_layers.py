@@ -20,13 +20,25 @@ def trainer_of(method: str) -> str:
 
 
 POLICY_GRADIENTS = [method for method in METHODS if trainer_of(method) == "flowalign.trainers.PolicyGradient"]
+# their students learn from a teacher, which a run gives them: tests/methods/test_taught.py
+TAUGHT = [method for method in METHODS if trainer_of(method) == "flowalign.trainers.Distillation"]
 OTHERS = [method for method in METHODS if method not in POLICY_GRADIENTS]
 
 # Methods that train by the gradient of the reward, and the layer of configs/rewards that they take on Glyphs: rewards
 # without a gradient, OCR among them, are refused.
-BY_REWARD_GRADIENT: dict[str, str] = {}
+BY_REWARD_GRADIENT: dict[str, str] = dict.fromkeys(
+    ("refl", "draft", "draft_k", "draft_lv", "alignprop", "drtune", "srpo"), "clip_glyphs"
+)
+# Methods that train on images of files: on the bed they have tests of their own, in tests/trainers/test_image_samples.py.
+OFFLINE = ("diffusion_dpo_offline", "fm_sft")
 # Overrides that a method needs on Glyphs beside its layers, such as the folder of a teacher.
-ON_GLYPHS: dict[str, tuple[str, ...]] = {}
+ON_GLYPHS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("flow_opd", "diffusion_opd", "dance_opd"), ("policy.roles.teacher={init: reference}",)),
+    **{
+        method: (f"trainer.source.init_args.file=tests/data/images/{name}.jsonl", "policy.height=24", "policy.width=48")
+        for method, name in zip(OFFLINE, ("pairs", "labeled"), strict=True)
+    },
+}
 
 
 def reward_of(method: str) -> str:

@@ -85,7 +85,7 @@ class EditModel:
         )
         found = self.pipeline.text_encoder(tokens.input_ids)
         images = torch.stack([pil_to_tensor(Image.open(record.images[0]).convert("RGB")) for record in records])
-        source = self.vae.encode(images.float() / 127.5 - 1).latent_dist.mode()
+        source = self.encode_images(images.float() / 127.5 - 1)
         embeds = found.last_hidden_state
         return Conditions({
             "embeds": torch.cat([embeds, embeds], -1), "pooled": torch.cat([found.text_embeds] * 2, -1),
@@ -127,6 +127,9 @@ class EditModel:
 
     def decode(self, latents: Tensor) -> Tensor:
         return self.vae.decode(latents, return_dict=False)[0]
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        return self.vae.encode(images).latent_dist.mode()
 
     def save_lora(
         self, folder: Path, layers: Mapping[str, dict[str, Tensor]], metadata: Mapping[str, dict[str, Any]]

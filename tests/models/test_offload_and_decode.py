@@ -8,6 +8,8 @@ import torch
 
 from flowalign.config import load_config
 from flowalign.data import as_records
+from flowalign.glyphs import PIPELINE
+from flowalign.glyphs.renderer import render
 from flowalign.models import load_policy
 from flowalign.models.families.sd3 import FAMILY
 from flowalign.models.pipeline_policy import PipelinePolicy
@@ -80,6 +82,33 @@ def test_decoding_in_slices_gives_the_same_images_in_order(
     monkeypatch.setattr(policy.model, "decode", lambda latents: sizes.append(len(latents)) or decode(latents))
     torch.testing.assert_close(policy.decode(LATENTS), whole, rtol=0, atol=1e-5)
     assert sizes == [2, 1]
+
+
+def test_images_are_encoded_in_slices_with_the_vae_at_work_only_then(
+    tiny_pipeline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = torch.rand(3, 3, 24, 48, generator=torch.Generator().manual_seed(0))
+    policy: Any = load_policy(str(tiny_pipeline), trainable="none", decode_batch=2)
+    whole = load_policy(str(tiny_pipeline), trainable="none").encode_images(images)
+    sizes, encode = [], policy.model.encode_images
+    monkeypatch.setattr(policy.model, "encode_images", lambda part: sizes.append(len(part)) or encode(part))
+    torch.testing.assert_close(policy.encode_images(images), whole, rtol=0, atol=1e-5)
+    assert sizes == [2, 1]
+    moved, log = offloaded(tiny_pipeline, monkeypatch)
+    moved.encode_images(images)
+    assert log == ["vae meta", "vae cpu"]
+    half: Any = load_policy(str(tiny_pipeline), vae_dtype="bf16", trainable="none")
+    assert (
+        half.model.encode_images(images).dtype == torch.bfloat16 and half.encode_images(images).dtype == torch.float32
+    )
+
+
+def test_a_shipped_glyph_survives_the_vae() -> None:
+    """The trained VAE: encode, then decode, within its own error."""
+    policy = load_policy(str(PIPELINE), trainable="none")
+    picture = render(["KITE", "MOON"], ["red", "blue"], ["yellow", "white"])
+    rebuilt = policy.decode(policy.encode_images(picture))
+    assert float((rebuilt - picture).abs().mean()) < 0.02
 
 
 def test_a_gradient_passes_the_clamp_and_the_values_do_not(tiny_pipeline: Path) -> None:

@@ -148,9 +148,9 @@ def test_a_role_of_full_weights_starts_from_another_pipeline(tiny_pipeline: Path
     assert not any(p.requires_grad for name in ("real", "slow") for _, p in policy.parameters_of(name))
     check_role_pipelines(str(tiny_pipeline), {"fake": role})
     (tmp_path / "other" / "transformer" / "config.json").unlink()
-    with pytest.raises(ValueError, match="the role fake.*config.json"):
+    with pytest.raises(ValueError, match=r"the role fake.*config.json"):
         check_role_pipelines(str(tiny_pipeline), {"fake": role})
-    with pytest.raises(ValueError, match="the role fake.*transformer differs from the policy's in"):
+    with pytest.raises(ValueError, match=r"the role fake.*transformer differs from the policy's in"):
         check_role_pipelines(str(tiny_pipeline), {"fake": Role(init="glyphs")})
 
 

@@ -4,6 +4,7 @@ Numbers are those of closed forms worked out apart from this code; R is centered
 unless a test says otherwise."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +24,7 @@ from flowalign.objectives import (
     VelocityAnchor,
 )
 from tests.helpers.draws import Drawn, Net
-from tests.helpers.gaussian_bed import F64, AtState, Gaussian, Reward, compared, root, shift_stop
+from tests.helpers.gaussian_bed import F64, AtState, Gaussian, Reward, compared, root, shift_gradient
 
 REF, CONCAVE, LINEAR = Gaussian(0.7, 0.25), Reward(3.0, 2.0), Reward(0.8)
 TILT = REF.tilted(CONCAVE)
@@ -252,6 +253,17 @@ def test_pepg_with_its_ratio_stops_elsewhere() -> None:
     assert abs(found + 0.35309) > 0.01
 
 
+def shift_stop(
+    objective: StateObjective,
+    sigma: float,
+    outcomes: Callable[[Tensor], list[tuple[Tensor, Tensor]]],
+    shared: bool,
+    nodes: int,
+) -> float:
+    """θ of v = v_ref + θ at which a group of two stops."""
+    return root(shift_gradient(objective, REF, sigma, outcomes, shared, nodes), 0.0, -0.1)
+
+
 def crd(x0: Tensor) -> list[tuple[Tensor, Tensor]]:
     """A = R: p = ½ + .1R, where no node is clipped."""
     return [(0.8 * (x0 - REF.mean), torch.ones(len(x0), dtype=F64))]
@@ -278,18 +290,46 @@ def test_the_temperature_of_crd_and_dpo_depends_on_sigma_and_on_sharing_noise(
     spread, variance = REF.spread(sigma), REF.posterior(0.0, sigma).variance
 
     def bounds(weight: float, shared: bool) -> float:
-        return shift_stop(CenteredReward(0.1 * weight, "velocity"), REF, sigma, crd, shared, 3)
+        return shift_stop(CenteredReward(0.1 * weight, "velocity"), sigma, crd, shared, 3)
 
     assert bounds(1.0, True) == near(shared) and bounds(1.0, False) == near(independent)
     assert bounds(spread / (2 * variance), True) == near(tilt)
     assert bounds(spread / (2 * REF.variance), False) == near(tilt)
-    assert shift_stop(GroupPreference(1.0), REF, sigma, preferred, True, 3) == near(pair)
-    assert shift_stop(GroupPreference(spread / variance), REF, sigma, preferred, True, 3) == near(tilt)
+    assert shift_stop(GroupPreference(1.0), sigma, preferred, True, 3) == near(pair)
+    assert shift_stop(GroupPreference(spread / variance), sigma, preferred, True, 3) == near(tilt)
 
 
 @pytest.mark.parametrize(("sigma", "stop"), [(0.9, -0.7199), (0.6, -0.4764), (0.3, -0.2302)])
 def test_a_pair_with_independent_noise_is_shrunk_too(sigma: float, stop: float) -> None:
-    assert shift_stop(GroupPreference(1.0), REF, sigma, preferred, False, 4) == near(stop, 0.002)
+    assert shift_stop(GroupPreference(1.0), sigma, preferred, False, 4) == near(stop, 0.002)
+
+
+# ------------------------------------------------------------------------------------ those that stop nowhere
+
+
+def better(x0: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """The higher of the two, without doubt."""
+    return [((x0 - x0.mean(1, keepdim=True)).sign(), torch.ones(len(x0), dtype=F64))]
+
+
+def test_dgpo_and_dpo_on_certain_preferences_stop_nowhere_but_their_gate_closes() -> None:
+    gradient = shift_gradient(GroupPreference(20.0), REF, 0.6, better, True, 5)
+    slopes = [gradient(theta) for theta in (0.0, -1.0, -2.0, -4.0, -8.0)]
+    assert all(slope > 0 for slope in slopes) and slopes == sorted(slopes, reverse=True)
+    assert slopes[1] < 0.1 * slopes[0] and slopes[-1] < 1e-12 * slopes[0]
+
+
+def test_rvm_without_an_anchor_has_no_minimum_where_samples_are_bad() -> None:
+    """K = E[A|x], whose mean over x is 0: away from the good side the loss falls without bound."""
+    x = 0.4 * REF.mean + REF.spread(0.6) ** 0.5 * Gaussian(0, 1).nodes(10)[0]
+    weights = Gaussian(0, 1).nodes(10)[1]
+    curvatures = []
+    for each in x.tolist():
+        draws = at(0.6, each)
+        curvatures.append(draws.gradient(AdvantageWeighted(), REF.centered(CONCAVE, draws.samples), (), 0.0)[1])
+    found = torch.tensor(curvatures, dtype=F64)
+    assert float(weights @ found) == near(0, 1e-9)
+    assert 0.2 < float(weights @ (found < 0).double()) < 0.8
 
 
 # ------------------------------------------------------------------------------------ first directions

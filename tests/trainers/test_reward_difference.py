@@ -336,7 +336,7 @@ def test_a_drift_beyond_a_tenth_of_the_clip_range_stops_where_it_would_act() -> 
         return metrics_of(trainer, replace(batch, forest=forest))
 
     with pytest.raises(RunError, match=r"a tenth of the clip range.*anchor=rescore"):
-        drifted(clip_range=1e-5, updates_per_rollout=2, anchor="stored")
+        drifted(clip_range=1e-5, updates_per_rollout=2, anchor="detach")
     assert drifted(clip_range=1e-5, updates_per_rollout=2)["ratio/clip_fraction"] == 0
     assert 1e-6 < drifted(clip_range=1e-5)["ratio/drift_max"] < 1e-3
     with pytest.raises(RunError, match=r"trainer\.max_drift=1e-06, more than rounding"):
@@ -433,7 +433,7 @@ def test_several_channels_and_process_rewards_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"beta": 0.0}, {"clip_range": -1.0}, {"updates_per_rollout": 0}, {"over_steps": "max"}, {"anchor": "detach"},
+    "wrong", [{"beta": 0.0}, {"clip_range": -1.0}, {"updates_per_rollout": 0}, {"over_steps": "max"}, {"anchor": "stored"},
               {"steps_per_update": 0}, {"elements": 0}, {"max_drift": math.nan}],
 )  # fmt: skip
 def test_bad_values_say_what_was_expected(wrong) -> None:
@@ -459,7 +459,7 @@ LAYERS = ["configs/methods/prdp.yaml"]
 CASES = {
     "K = 1": ([], 1.0, 1),
     "K = 3": (["trainer.updates_per_rollout=3"], 3.0, 4),
-    "K = 3, stored": (["trainer.updates_per_rollout=3", "trainer.anchor=stored"], 3.0, 3),
+    "K = 3, detach": (["trainer.updates_per_rollout=3", "trainer.anchor=detach"], 3.0, 3),
     "3 of 9 steps": (["trainer.steps_per_update=3", "rollout.plan.shared_start=false"], 1 / 3, 1),
 }
 

@@ -93,6 +93,7 @@ def check_cost(
     ours, (own, sampled) = trainer.forecast(settings), collected
     scale = settings.guidance_scale if ours.guidance_scale is None else ours.guidance_scale
     allowed = task.policy.rows_per_state(scale) * (ours.trained + ours.frozen)
+    before = limit if ours.rolled is None else guided * ours.rolled
     figure = (
         f"rollout {rows / batch.images:.2f} rows per image (forecast at most {limit / batch.images:.2f}), update "
         f"{updated / own.images:.2f} (at most {allowed / own.images:.2f})"
@@ -100,10 +101,12 @@ def check_cost(
     advice = ""
     if not rows == states == reported:
         advice = f"{rows} rows ran, {reported} were reported, {states} are distinct: evaluate each distinct state once"
-    elif max(rows, sampled) > limit:
+    elif rows > limit:
         advice = "the rollout costs more than the plan's forecast: Plan.forecast must say the most expensive iteration"
     elif updated > allowed:
         advice = f"the update ran {updated} rows, the forecast allows {allowed}: one row per distinct state and role"
+    elif sampled + updated > before + allowed:
+        advice = f"batch and update ran {sampled + updated} rows, the forecasts allow {before + allowed}: correct Trainer.forecast"
     return Finding("cost", not advice, figure, advice)
 
 

@@ -13,6 +13,7 @@ from flowalign.trainers import EndpointDraws, Pulls
 
 ERRORS = 5.0  # a slope further from 0 than so many standard errors is one
 SHARE = 0.05  # and matters where it explains so much of the error
+GUIDANCE = "guidance"
 
 
 def check_anchors(pulls: Callable[[Any], Pulls] | None, batch: Callable[[], Any]) -> Finding:
@@ -64,30 +65,43 @@ class Slope:
 
 def check_canonical(endpoints: Callable[[Any], EndpointDraws] | None, batch: Callable[[], Any]) -> Finding:
     """Whether the velocity v of the role that sampled is E[u | x] of its own samples, noised anew: then u − v has slope 0 on
-    every function of x, here on v and on x itself.
+    every function of x, here on v, on x, and with guidance in the rollout alone on what that adds to v (slope 1: the samples
+    are those of the guided velocity).
 
     It is, up to the model's error, for samples of many steps of that very velocity. A distilled model, guidance in the rollout
     alone, few steps or samples of older weights break it. Not kept: functions of x on which the slope is 0 all the same."""
     if endpoints is None:
         return Finding("canonical", True, "this trainer assumes nothing of the samples")
     draws = endpoints(batch())
-    slopes = [
-        [Slope.of(target - velocity, function) for function in (velocity, state)]
-        for state, target, velocity in zip(draws.state, draws.target, draws.velocity, strict=True)
-    ]
-    figure = "slope of u − v on v, x: " + ", ".join(
-        f"σ {float(sigma):.2f} " + " ".join(f"{slope.value:+.3f}±{slope.error:.3f}" for slope in level)
-        for sigma, level in zip(draws.sigma, slopes, strict=True)
+    levels = [_slopes(draws, number) for number in range(len(draws.sigma))]
+    worst = max((slope for level in levels for slope in level.values()), key=lambda slope: slope.share)
+    figure = f"slope of u − v on {', '.join(levels[0])}: " + ", ".join(
+        f"σ {float(sigma):.2f} " + " ".join(f"{slope.value:+.3f}±{slope.error:.3f}" for slope in level.values())
+        for sigma, level in zip(draws.sigma, levels, strict=True)
     )
-    worst = max((slope for level in slopes for slope in level), key=lambda slope: slope.share)
-    figure += f"; up to {worst.share:.1%} of the error"
+    figure += f"; up to {worst.share:.1%} of ⟨(u − v)²⟩"
     if not draws.assumed:
         return Finding("canonical", True, f"{figure}; this objective does not need it")
-    if not any(slope.matters for level in slopes for slope in level):
+    named = {name for level in levels for name, slope in level.items() if slope.matters}
+    if not named:
         return Finding("canonical", True, figure)
+    cure = (
+        "lower rollout.guidance_scale to trainer.guidance_scale"
+        if GUIDANCE in named
+        else "take more rollout.num_inference_steps, a model that is not distilled"
+    )
     advice = (
         "the sampler's velocity is not the mean of u over its own samples, as the formulas of NFT, tilt matching, RAM, DGPO and "
-        "other evidence-bound methods take it to be (distilled models, guidance in the rollout only, few steps): lower "
-        "rollout.guidance_scale, take more rollout.num_inference_steps, or a method of transitions such as Flow-GRPO"
+        f"other evidence-bound methods have it: {cure}, or a method of transitions such as Flow-GRPO; without guidance a model "
+        "that needs it starts from poor samples"
     )
     return Finding("canonical", False, figure, advice)
+
+
+def _slopes(draws: EndpointDraws, number: int) -> dict[str, Slope]:
+    velocity = draws.velocity[number]
+    functions = {"v": velocity, "x": draws.state[number]}
+    if draws.guided is not None:
+        functions[GUIDANCE] = draws.guided[number] - velocity
+    residual = draws.target[number] - velocity
+    return {name: Slope.of(residual, function) for name, function in functions.items()}

@@ -106,6 +106,11 @@ class SD15Model:
         image: Tensor = vae.decode(latents.to(vae.device, vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
         return image
 
+    def encode_images(self, images: Tensor) -> Tensor:
+        vae = self.vae
+        mean: Tensor = vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mode()
+        return mean * vae.config.scaling_factor
+
     def save_lora(
         self, folder: Path, layers: Mapping[str, dict[str, Tensor]], metadata: Mapping[str, dict[str, Any]]
     ) -> None:

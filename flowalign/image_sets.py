@@ -1,0 +1,167 @@
+"""Images to train on, from files: pairs of which one was preferred, and images that show their prompts."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from flowalign.data import PromptRecord, read_image, record_of
+from flowalign.prompt_files import read_rows, short
+
+
+@dataclass(frozen=True)
+class ImagePair:
+    """Two images of one prompt, of which `chosen` was preferred. place: where the file says so; record.uid: its row there."""
+
+    place: str
+    record: PromptRecord
+    chosen: Path
+    rejected: Path
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Its images: chosen, rejected."""
+        return (self.chosen, self.rejected)
+
+
+@dataclass(frozen=True)
+class LabeledImage:
+    """An image that shows its prompt. place: where the file says so; record.uid: its row there."""
+
+    place: str
+    record: PromptRecord
+    image: Path
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The image alone."""
+        return (self.image,)
+
+
+def load_pairs(file: str) -> list[ImagePair]:
+    """The rows {"prompt", "chosen", "rejected"} of a .jsonl, paths from its folder, as the page of `flowalign evaluate` saves those
+    of its blind vote. "negative_prompt" and "images", sources of an edit, are as in prompt files; all else is metadata.
+
+    ValueError or FileNotFoundError, with file and line: for rows that lack something, for a pair of one image, and for a pair
+    that stands there twice, either way round (it would count double, or against itself)."""
+    pairs = [ImagePair(place, record, *files) for place, record, files in _load(file, ("chosen", "rejected"))]
+    _check_once([(pair.place, (*_shown(pair.record), frozenset(pair.files))) for pair in pairs], "pair of images")
+    for pair in pairs:
+        if _content(pair.chosen) == _content(pair.rejected):
+            raise ValueError(
+                f"{pair.place}: got {pair.chosen} as chosen and {pair.rejected} as rejected, which are one image; expected two: "
+                "leave ties out"
+            )
+    return pairs
+
+
+def load_labeled(file: str) -> list[LabeledImage]:
+    """The rows {"prompt", "image"} of a .jsonl, paths from its folder; all else as `load_pairs` has it. An image may show several
+    prompts."""
+    found = [LabeledImage(place, record, *files) for place, record, files in _load(file, ("image",))]
+    _check_once([(each.place, (*_shown(each.record), each.image)) for each in found], "image of this prompt")
+    return found
+
+
+def check_images_of(rows: Sequence[ImagePair | LabeledImage], height: int, width: int) -> None:
+    """ValueError, with file and line, for an image that cannot be read, that has another size, or moves. Each is decoded once;
+    none is resized: how would be a choice, and the policy would learn its traces."""
+    places: dict[Path, str] = {}
+    for row in rows:
+        for path in row.files:
+            places.setdefault(path, row.place)
+    for path, place in places.items():
+        try:
+            found = tuple(read_image(path).shape[1:])
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from error
+        if found != (height, width):
+            raise ValueError(
+                f"{place}: got {path} of {found[0]}×{found[1]} pixels; expected {height}×{width}, the policy's height × width: resize "
+                "the files, or change policy.height and policy.width"
+            )
+        with Image.open(path) as picture:
+            frames = getattr(picture, "n_frames", 1)  # Pillow: of formats that can move
+        if frames > 1:
+            raise ValueError(f"{place}: got {path}, a clip of {frames} frames; expected an image")
+
+
+def check_not_held_out(rows: Sequence[ImagePair | LabeledImage], held_out: Sequence[PromptRecord]) -> None:
+    """ValueError, with file and line, for a prompt that is among those that are evaluated."""
+    evaluated = set(map(_shown, held_out))
+    for row in rows:
+        if _shown(row.record) in evaluated:
+            raise ValueError(
+                f"{row.place}: got the prompt {short(row.record.prompt)}, which is among those of evaluation.prompts; expected other "
+                "ones, or the gain would not be that of new prompts: evaluate others, or set "
+                "evaluation.allow_training_prompts=true"
+            )
+
+
+def digest_of(rows: Sequence[ImagePair | LabeledImage]) -> str:
+    """SHA-256 of prompts, and of the content of images wherever they lie: by it a resumed run checks that its data are the same."""
+    content = [
+        (row.record.prompt, row.record.negative_prompt, [_content(path) for path in (*row.files, *row.record.images)])
+        for row in rows
+    ]
+    return hashlib.sha256(repr(content).encode()).hexdigest()
+
+
+def _load(file: str, keys: tuple[str, ...]) -> list[tuple[str, PromptRecord, list[Path]]]:
+    """(place, prompt, the images under `keys`) of each row."""
+    source = Path(file).expanduser()
+    if source.suffix != ".jsonl":
+        raise ValueError(f"got the file of images {file!r}; expected a .jsonl, with a JSON object a line")
+    rows = read_rows(source)
+    if not rows:
+        raise ValueError(f"{source} holds no rows; expected at least one")
+    return [_row(place, uid, row, source.parent, keys) for uid, (place, row) in enumerate(rows)]
+
+
+def _row(
+    place: str, uid: int, row: dict[str, Any], folder: Path, keys: tuple[str, ...]
+) -> tuple[str, PromptRecord, list[Path]]:
+    files = [_file(place, row.get(key), key, folder) for key in keys]
+    rest = {key: value for key, value in row.items() if key not in keys}
+    if "image" in rest:
+        raise ValueError(f"{place}: got 'image' beside {keys[0]!r}; expected the sources of an edit under 'images'")
+    return place, record_of(place, uid, rest, folder), files
+
+
+def _file(place: str, name: Any, key: str, folder: Path) -> Path:
+    if not isinstance(name, str) or not name.strip():
+        raise ValueError(
+            f"{place}: got {short(name)} under {key!r}; expected the path of an image, from the folder of this file"
+        )
+    path = folder / name
+    if not path.is_file():
+        lacks = "is a folder" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(
+            f"{place}: the {key} image {path} {lacks} (working directory: {Path.cwd()}); expected an image file, its path from the "
+            "folder of this file"
+        )
+    return path
+
+
+def _shown(record: PromptRecord) -> tuple[object, ...]:
+    """What makes two records ask for the same image."""
+    return (record.prompt, record.images)
+
+
+def _check_once(rows: Sequence[tuple[str, object]], what: str) -> None:
+    first: dict[object, str] = {}
+    for place, content in rows:
+        if content in first:
+            raise ValueError(
+                f"{place}: got the {what} of {first[content].rpartition(', ')[2]} again; expected each once: leave one of them out"
+            )
+        first[content] = place
+
+
+def _content(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

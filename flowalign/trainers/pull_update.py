@@ -1,0 +1,82 @@
+"""One update that pulls velocities at given states to targets, and what it measures; with it the cost that follows a step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from flowalign.objectives import Pull
+from flowalign.trainers.base import Update
+from flowalign.trainers.update_engine import Measures, Part, States, TrainedRole, UpdateEngine
+from samplers import Forest
+from samplers.kernels.base import spread
+
+
+@dataclass(frozen=True, eq=False)
+class Future:
+    """Σ_e factor_e · log p(step e), the score-function term of a loss: `edges` [E] of `forest`, `position` [E] of the states that
+    they leave among those of the update, `factor` [E] float64, without gradient. Log-probs are sums over elements."""
+
+    forest: Forest
+    edges: Tensor
+    position: Tensor
+    factor: Tensor
+
+    def loss(self, part: Part, velocity: Tensor) -> Tensor:
+        """The sum over the steps that leave the states of `part`."""
+        place = part.place(self.position)
+        mine = place >= 0
+        edges, place = self.edges[mine], place[mine]
+        step = self.forest.edge_steps(edges, velocity, place).policy
+        z = (self.forest.at(edges) - step.mean) / spread(step.std, step.mean)
+        log_prob = -z.square().flatten(1).sum(1) / 2  # less what does not depend on the policy
+        return (self.factor[mine].to(log_prob) * log_prob).sum()
+
+
+@dataclass(frozen=True, eq=False)
+class PullUpdate:
+    """The sum of `pulls` over `states` [S], by the name of each in loss/<name>, and of `future`.
+
+    masks [S]: states of which the distance to the target of "policy" is measured apart, by name."""
+
+    engine: UpdateEngine
+    states: States
+    pulls: Mapping[str, Pull]
+    micro_batch: int
+    future: Future | None = None
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def parts(self) -> list[Part]:
+        """This process's micro-batches."""
+        return self.engine.micro_batches(len(self.states), self.micro_batch)
+
+    def update(self, trained: TrainedRole) -> Update:
+        """The optimizer step."""
+        return self.engine.update(trained, self.parts, self.loss, self.metrics)
+
+    def loss(self, part: Part, measures: Measures) -> Tensor:
+        """The share of one micro-batch."""
+        velocity, reduce = self.engine.velocity(self.states.at(part.index)), self.engine.task.rollout.kernel.reduce
+        index, real = part.index[: part.real], velocity[: part.real]
+        losses = {name: pull.loss(index, real, reduce) for name, pull in self.pulls.items()}
+        if self.future is not None:
+            losses["future"] = self.future.loss(part, velocity)
+        target = self.pulls["policy"].velocity[index.to(velocity.device)]
+        gap = (real.detach() - target.to(real)).square().flatten(1).mean(1)
+        measures.add(gap=gap, state=index, **{f"loss/{name}": loss for name, loss in losses.items()})
+        return sum(losses.values(), torch.zeros((), device=velocity.device))
+
+    def metrics(self, measures: Measures) -> dict[str, float]:
+        """Once the step is taken; of the weights before it. gap: mean ⟨(v − target)²⟩ over states and elements."""
+        found = {name: measures.total(name) for name in measures.values if name.startswith("loss/")}
+        gap, state = measures.rows("gap"), measures.rows("state").long()
+        found["distill/gap"] = float(gap.mean())
+        for name, mask in self.masks.items():
+            if bool(mask[state.cpu()].any()):
+                found[f"distill/gap_{name}"] = float(gap[mask[state.cpu()].to(gap.device)].mean())
+        return found
