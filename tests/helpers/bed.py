@@ -198,6 +198,22 @@ class Nearness:
 
 
 @dataclass(frozen=True)
+class Hit:
+    """1 for a sample within 0.7 of the mean that the prompt names, else 0: without a gradient."""
+
+    name: str = "hit"
+    spec = RewardSpec(("latents",))
+
+    def load(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    def __call__(self, batch: RewardBatch) -> RewardOutput:
+        gap = batch.latents.flatten(1) - torch.stack([target_of(prompt) for prompt in batch.prompts])
+        return RewardOutput((gap.norm(dim=1) < 0.7).float(), torch.ones(len(gap), dtype=torch.bool))
+
+
+@dataclass(frozen=True)
 class Potential:
     """A process reward: −|x − (1 − σ)m|²/2, so that its gradient points at where the state of a clean m would be."""
 

@@ -18,6 +18,7 @@ from flowalign.trainers import AdamWConfig, Directions, FewStep, Surrogate
 from flowalign.trainers.base import Update
 from flowalign.trainers.boundaries import Boundaries
 from samplers import plain_sigmas
+from tests.helpers.bed_run import Bed
 from tests.helpers.gaussian_roles import GaussianRoles, clean_mean, task_of
 
 M, S = 0.7, 0.5  # of the teacher
@@ -403,6 +404,23 @@ def run_weights(pipeline: Path) -> Tensor:
 
     policy = load_policy(str(pipeline), family="tests.helpers.bed.FAMILY", trainable="full")
     return torch.cat([p.detach().flatten() for _, p in sorted(policy.trainable_parameters())])
+
+
+def test_it_improves_a_reward_without_a_gradient(pipeline: Path) -> None:
+    """Three steps end between the four modes: one sample in fifteen is a hit."""
+    hit = [
+        "reward=tests.helpers.bed.Hit",
+        "evaluation.rewards=[tests.helpers.bed.Hit]",
+        "rollout.num_inference_steps=3",
+    ]
+    rates = ["optimizer.lr=1e-2", "fake_optimizer.lr=3e-3", "surrogate_optimizer.lr=3e-3"]
+    steps = ["rollout.group_size=12", "evaluation.num_inference_steps=3", *(f"trainer.{rate}" for rate in rates)]
+    bed = Bed.of(pipeline, CONFIG[:1], *hit, *steps)
+    before = bed.reward()
+    for number in range(8):
+        bed.iteration(number)
+    after = bed.reward()
+    assert before < 0.1 and after > before + 0.1
 
 
 def test_optimizers_have_settings_of_their_own() -> None:
