@@ -168,8 +168,11 @@ class Drakes:
         )
 
     def scores(self, path: Path) -> Tensor:
-        """[n] of the reward, with gradient if gradients are on."""
-        batch = RewardBatch(prompts=[""] * len(path.tokens), latents=path.tokens, sigma=torch.zeros(len(path.tokens)))
+        """[n] of the reward, with gradient if gradients are on; `count` at a time, since equal samples are looked for in pairs."""
+        return torch.cat([self._scored(part) for part in path.tokens.split(self.count)])
+
+    def _scored(self, tokens: Tensor) -> Tensor:
+        batch = RewardBatch(prompts=[""] * len(tokens), latents=tokens, sigma=torch.zeros(len(tokens)))
         return score(self.reward, batch, grad=torch.is_grad_enabled()).scores[:, 0]
 
     def updates(self, iteration: int) -> Iterable[Update]:
