@@ -241,7 +241,9 @@ def test_every_command_loads(
         arguments = [word.replace(name, str(tmp_path / Path(name).name)) for word in arguments]
     files, overrides = split_arguments(arguments)
     path = str(tiny_sd15_pipeline if "configs/models/sd15.yaml" in files else tiny_pipeline)
-    for given in overrides:  # a pipeline that comes with flowalign stays: a role of the same command may start from another
+    for (
+        given
+    ) in overrides:  # a pipeline that comes with flowalign stays: a role of the same command may start from another
         path = given.partition("=")[2] if given.startswith("policy.path=glyphs") else path
     config, _ = load_config(files, [*overrides, f"policy.path={path}"])
     assert config.policy.path == path

@@ -1,5 +1,6 @@
 """Roles on one base: what each answers, when it follows the policy, and that looking at one never changes another."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -182,7 +183,7 @@ def test_the_layers_of_a_role_are_found_once(policy: Policy, monkeypatch: pytest
 
 def test_the_roles_in_the_documentation_are_roles() -> None:
     page = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
-    block = page.partition("```yaml\n")[2].partition("```")[0]
+    (block,) = [each for each in re.findall(r"```yaml\n(.*?)```", page, re.S) if "roles:" in each]
     roles = {name: Role(**settings) for name, settings in yaml.safe_load(block)["policy"]["roles"].items()}
     check_roles(roles)
     assert roles["sampling"].decay_at(76) == 0.0075 and roles["teacher"].folder == "runs/first/lora"
