@@ -205,8 +205,10 @@ def test_direct_align_recovers_the_sample_exactly_from_an_exact_velocity() -> No
     sample, noise = normal((ROWS, 1), 1, "x").double(), normal((ROWS, 1), 2, "x").double()
     for start, stop in ((0.99, 0.95), (0.8, 0.75), (0.75, 0.8), (0.1, 0.0)):
         chains = replace(Affine().chains(), velocity=lambda x, sigma, row: noise - sample)
-        recovered, _ = DirectAlign().recovered(chains, sample, noise, start, stop)
+        recovered, visit = DirectAlign().recovered(chains, sample, noise, start, stop)
         torch.testing.assert_close(recovered, sample, rtol=0, atol=1e-12)
+        # at the level of its input, where a regularizer evaluates its role, in whichever direction the step went
+        assert float(visit.sigma) == pytest.approx(start) and visit.sigma_next < visit.sigma
 
 
 @pytest.mark.parametrize(("start", "stop", "factor"), [(0.8, 0.75, -0.2), (0.75, 0.8, 0.25)])
