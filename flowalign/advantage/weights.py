@@ -33,7 +33,8 @@ class Exponential:
             raise ValueError(f"got eta={self.eta}, offset={self.offset}; expected eta > 0, and an offset of -1 or 0")
 
     def compare(self, forest: Forest, credit: EdgeValues, context: SignalContext) -> Advantages:
-        return by_channel(forest, credit, self.within, self._rule)
+        found = by_channel(forest, credit, self.within, self._rule)  # of equal rewards: 0, a weight of 1
+        return replace(found, values=found.values + (1.0 + self.offset) * found.valid)
 
     def _rule(self, sets: Sets) -> tuple[Tensor, Tensor]:
         _, std = sets.moments()
@@ -42,7 +43,7 @@ class Exponential:
         )
         weight = torch.where(sets.valid, (self.eta * (sets.values - highest[sets.keys])).exp(), 0.0)
         mean, _ = replace(sets, values=weight).moments()
-        return weight / mean.clamp(min=1e-300)[sets.keys] + self.offset, std
+        return weight / mean.clamp(min=1e-300)[sets.keys] - 1.0, std
 
 
 @dataclass(frozen=True)
