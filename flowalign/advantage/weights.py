@@ -20,7 +20,7 @@ class Exponential:
     """e^{η·R}/mean of it over the set, minus 1: how much more often a sample would be drawn from p·e^{ηR}/Z than from p.
 
     Implicit tilt matching (2512.21829) with an anchor of 1 to `old`; with `offset` 0 the weight itself, for regression on
-    reward-weighted samples (RAFT's soft form). Adding a constant to the rewards of a set changes nothing. η = 1/β in one
+    reward-weighted samples (RAFT's soft form): 1 for each of equal rewards. Adding a constant to the rewards of a set changes nothing. η = 1/β in one
     step, or β⁻¹ as the sum over several.
     Not kept: Z is estimated in the set, so G samples under-tilt by O(1/G): keep the std of η·R at .5 or less."""
 

@@ -21,7 +21,7 @@ from flowalign.truncations import (
     Sparse,
     TwoLeaps,
 )
-from samplers import ODE, FlowSDE, RectifiedFlow, normal
+from samplers import ODE, DPMSolver, FlowSDE, RectifiedFlow, normal
 from samplers.noise import generator
 
 S, ROWS = 8, 5
@@ -304,3 +304,9 @@ def test_a_chain_that_is_too_short_is_refused(part, steps: int) -> None:
 def test_jumps_over_noise_are_refused(part) -> None:
     with pytest.raises(ValueError, match=r"samplers\.Deterministic"):
         part.run(Affine().chains(FlowSDE(), {2: torch.zeros(ROWS, 1).double()}), rng())
+
+
+def test_leaps_over_steps_that_use_the_ones_before_are_refused() -> None:
+    """The chain would begin anew at both of its stops, and its end be another sample than that of the solver."""
+    with pytest.raises(ValueError, match=r"depend on the ones before.*samplers\.ODE"):
+        TwoLeaps().run(Affine().chains(DPMSolver(ODE())), rng())
