@@ -19,8 +19,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-Weight = Literal["velocity", "sigma", "x0", "adaptive", "elbo"]
-WEIGHTS: tuple[Weight, ...] = ("velocity", "sigma", "x0", "adaptive", "elbo")
+Weight = Literal["velocity", "sigma", "x0", "adaptive", "adaptive_velocity", "elbo"]
+WEIGHTS: tuple[Weight, ...] = ("velocity", "sigma", "x0", "adaptive", "adaptive_velocity", "elbo")
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,11 +43,12 @@ class Predictions:
 
     def weight(self, kind: Weight, velocity: Tensor) -> Tensor:
         """[n] float64 w of the error of `velocity`. "velocity": 1; "sigma": b; "x0": b², the error of x̂0; "adaptive": that over
-        ⟨|x̂0 − x0|⟩, at least 1e-5 (DiffusionNFT 2509.16117); "elbo": (1 − b)/(b + 1e-3), of ELBO-PG 2602.04663's exact form."""
+        ⟨|x̂0 − x0|⟩, at least 1e-5 (DiffusionNFT 2509.16117); "adaptive_velocity": 1/⟨|v − u|⟩, so bounded (CRD 2603.14128), 1/b of
+        "adaptive"; "elbo": (1 − b)/(b + 1e-3), of ELBO-PG 2602.04663's exact form, exact for a rectified flow."""
         b = self.noise.double()
-        if kind == "adaptive":
+        if kind in ("adaptive", "adaptive_velocity"):
             gap = (velocity.double() - self.target.double()).abs().flatten(1).mean(1)
-            return b.square() / (b * gap).clamp(min=1e-5)
+            return b.square() / (b * gap).clamp(min=1e-5) if kind == "adaptive" else 1 / gap.clamp(min=1e-5)
         return {"velocity": torch.ones_like(b), "sigma": b, "x0": b.square(), "elbo": (1 - b) / (b + 1e-3)}[kind]
 
 
@@ -317,7 +318,7 @@ class CenteredReward:
     release (its weight_temp ≥ 0)."""
 
     beta: float = 1.0
-    weight: Weight = "adaptive"
+    weight: Weight = "adaptive_velocity"
     advantage_clip: float = 5.0
     old: str = "old"
     coupled = True

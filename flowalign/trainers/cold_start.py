@@ -17,7 +17,9 @@ from samplers import Forest, LogitNormalSigma, SampleKeys, SigmaLaw
 class ColdStart:
     """Flow matching on the teachers' images in the first `iterations` (Flow-OPD 2605.08063, its SFT start): each teacher
     samples its own prompts, x0, without noise on the way, and the student regresses on u at x = a(σ)x0 + b(σ)ε, `draws`
-    times per image, σ by `sigma`. SD3's own law by default: the paper does not say.
+    times per image, σ by `sigma`. SD3's own law by default: the paper does not say. v is the velocity that the student samples with,
+    so a guided one where its rollout is guided (ours: scripts of fine-tuning regress v without guidance, whose samples with guidance
+    then have it twice).
 
     It is part of the main loop, so its steps are counted, checkpointed and evaluated as all others; the optimizer goes on
     from it. The other start of the paper, from the mean of the teachers' LoRAs, is policy.lora.init with several folders."""

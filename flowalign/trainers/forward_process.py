@@ -40,7 +40,8 @@ class ForwardProcess:
     name, each towards a role; the metric is loss/<name>. source: of the samples. shared_draws: all samples of a group have the
     same σ and ε at each draw; objectives that compare members need it, for others it changes the variance only (share both or
     neither, and stratify σ).
-    updates_per_rollout: updates on equal shares of the groups; epochs: how often all of them pass, with new draws each time.
+    updates_per_rollout: updates on equal shares of the groups; epochs: how often all of them pass, with new draws each time. A role
+    that must be the one which sampled may change only when all updates of a rollout are done (its `every`).
     guidance_scale: of the velocities in the update; none by default, whatever the rollout has: with a guided rollout the
     samples are not those of the velocity that is regressed, and the centering of advantages is what holds its mean.
 
@@ -122,7 +123,20 @@ class ForwardProcess:
                 "later ones of which the policy is no longer the one that sampled; expected a role: set old and source.role to "
                 "'old', or one update"
             )
+        self._check_sampler_stays(setup)
         self._dry_run(setup)
+
+    def _check_sampler_stays(self, setup: Setup) -> None:
+        """ValueError if a role that must be the one which sampled changes between the updates of a rollout."""
+        count, source = self.updates_per_rollout * self.epochs, self.source.role
+        held = {self.objective.sampled_by, *(anchor.role for anchor in self._active.values())}
+        role = setup.roles.get(source) if source is not None and source in held else None
+        if role is not None and role.follows and role.every % count:
+            raise ValueError(
+                f"got policy.roles.{source}.every={role.every} with {count} updates per rollout; expected a multiple of {count}: in "
+                "later updates the role that sampled would be another, for which neither the formulas nor the samples hold: set "
+                f"policy.roles.{source}.every={count}"
+            )
 
     def _dry_run(self, setup: Setup) -> None:
         """Signal and law on random scores. ValueError if nothing would be trained."""
@@ -162,12 +176,22 @@ class ForwardProcess:
         chosen = len(self.source.places(rollout, 0, 1)) if self._chosen is None else self._chosen
         count = chosen * rollout.groups * self.draws * self.epochs
         frozen = count * (len(roles_of(self.objective, self._active.values())) + int(self.objective.coupled))
-        notes = (*self.source.notes(), *((self._note,) if self._note else ()))
+        notes = (*self.source.notes(), *((self._note,) if self._note else ()), *self._guided(rollout))
         updates, rolled = self.updates_per_rollout * self.epochs, None if self.source.rolled else 0
         return UpdateForecast(
             updates, count, frozen, rolled=rolled, guidance_scale=self.guidance_scale, notes=notes,
             inspection=Inspection(pulls=self.pulls, endpoints=self.endpoints),
         )  # fmt: skip
+
+    def _guided(self, rollout: Rollout) -> tuple[str, ...]:
+        """A line of the forecast on samples that are not those of the velocity that is regressed, () where they are."""
+        if not self.source.rolled or rollout.guidance_scale == self.guidance_scale:
+            return ()
+        return (
+            f"samples have guidance {rollout.guidance_scale:g}, the velocity that is regressed {self.guidance_scale:g}: they are not its "
+            "own, as most of these methods take them to be (doctor: canonical); without guidance: "
+            f"rollout.guidance_scale={self.guidance_scale:g}",
+        )
 
     def prepare(self, task: Task, state: dict[str, Any] | None) -> None:
         digest = self.source.digest()

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from samplers import Kernel, Path, Unrolled, Velocity, stopped, unroll
+from samplers import Kernel, Path, TransitionContext, Unrolled, Velocity, stopped, unroll
 
 PLAIN = ((1.0, ""),)  # the reward of the prompt itself
 
@@ -91,6 +92,16 @@ class Chains:
             raise ValueError(
                 f"got {part} with stochastic steps {sorted(self.noise)}, over which its jumps would lead; expected the ODE: set "
                 "rollout.plan=samplers.Deterministic"
+            )
+
+    def check_one_step(self, part: object) -> None:
+        """ValueError for a kernel whose steps use those before them, which `part` would begin anew on the way."""
+        sigma, below = self.sigmas[:1].double(), self.sigmas[1:2].double()
+        x = torch.zeros(1, 1, dtype=torch.float64)
+        if self.kernel(x, x, sigma, below, TransitionContext(level=0.0, step=torch.zeros(1).long())).carry is not None:
+            raise ValueError(
+                f"got {part} with rollout.kernel={self.kernel}, whose steps depend on the ones before; expected a kernel of single "
+                "steps: take samplers.ODE"
             )
 
 

@@ -73,6 +73,7 @@ class DirectAlign:
         """x̂0 [n, *] after one step of the network from level `start` to `stop`, of `sample` with `noise`."""
         x, sigma = chains.path.add_noise(sample, noise, start), torch.full((len(sample),), start, device=sample.device)
         v = chains.velocity(x, sigma, torch.arange(len(x)))
-        levels = torch.tensor([max(start, stop), min(start, stop)])
+        # regularizers look at the velocity at `start`; a kernel, which they ask for a step, has none that goes up
+        levels = torch.tensor([start, stop if stop < start else 0.0])
         moved = x + (stop - start) * v
         return (moved - stop * noise) / (1 - stop), Visit(x, v, levels[0], levels[1], 0)

@@ -55,7 +55,7 @@ class TwoLeaps:
     x_j = straight-through(x_j, x_k − (σ_k − σ_j)·v_k), then x_S = straight-through(x_S, x_j − σ_j·v_j), where the network at j
     sees a state whose gradient is multiplied by `through`. ∂/∂v_k = −(σ_k − σ_j)·(1 − through·σ_j·∂v_j/∂x), ∂/∂v_j = −σ_j. A
     sample weighs 1/(max(d_j, floor) + max(d_0, floor)), d the mean distance of a leap's end from the true state. Two graphs;
-    v_k and v_j serve the chain as well. Numbers of the code of FlowBP (2606.11075)."""
+    v_k and v_j serve the chain as well, whose kernel must not be a multistep one. Numbers of the code of FlowBP (2606.11075)."""
 
     through: float = 0.3
     floor: float = 0.1
@@ -70,6 +70,7 @@ class TwoLeaps:
 
     def run(self, chains: Chains, rng: np.random.Generator) -> Outcome:
         chains.check_deterministic(self)
+        chains.check_one_step(self)
         steps, sigmas = chains.steps, chains.sigmas
         k, j = sorted(rng.choice(steps, 2, replace=False).tolist())
         x_k = chains.run(chains.x, sigmas[: k + 1]).x if k else chains.x

@@ -217,15 +217,13 @@ def test_dpo_is_the_preference_of_a_pair() -> None:
     torch.testing.assert_close(swapped, -d.common_form(GroupPreference(beta), REF, ROLES))
 
 
-@pytest.mark.parametrize("weight", ["velocity", "adaptive"])
+@pytest.mark.parametrize("weight", ["velocity", "adaptive_velocity"])
 def test_crd(weight: str) -> None:
+    """R = −((v − u)²/⟨|v − u|⟩ − the same of old): the weight is that of the velocity's own error, not of x̂0's."""
     d, beta = Drawn(), 0.8
 
     def size(v: Tensor) -> Tensor:
-        return d.error(v) if weight == "velocity" else adaptive_velocity(d, v)
-
-    def adaptive_velocity(d: Drawn, v: Tensor) -> Tensor:
-        return adaptive(x0_gap(d, v))
+        return d.error(v) if weight == "velocity" else adaptive(v - d.u)
 
     old, p = size(d.velocity(OLD)).detach(), (d.ids.advantage / 10 + 0.5).clamp(0, 1)
 
@@ -236,6 +234,7 @@ def test_crd(weight: str) -> None:
     def loss(v: Tensor) -> Tensor:
         return ((beta * centered(old - size(v)) - centered(p)).square() * 5 / beta).mean()
 
+    assert CenteredReward().weight == "adaptive_velocity"
     ours = d.common_form(CenteredReward(beta, weight), THETA, {"old": OLD})
     check_parallel(ours, d.gradient(THETA, loss), 1.0)
 

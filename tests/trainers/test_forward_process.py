@@ -12,6 +12,7 @@ from flowalign.advantage import BestAndWorst, Normalized
 from flowalign.config import load_config
 from flowalign.distributed.processes import Processes
 from flowalign.loop import train
+from flowalign.models.roles import Role
 from flowalign.objectives import NFT, AdvantageWeighted, CenteredReward, GroupPreference, VelocityAnchor
 from flowalign.rollouts.task import Rollout
 from flowalign.run.run import Run
@@ -330,6 +331,42 @@ def test_a_plain_configuration_passes() -> None:
 def test_what_would_do_something_else_is_refused(trainer: Any, rollout: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(PLAIN, **trainer).check(replace(SETUP, rollout=replace(SETUP.rollout, **rollout)))
+
+
+OLD_AS_SAMPLER = [
+    {"objective": NFT()}, {"objective": AdvantageWeighted(ratio="epg", old="old")},
+    {"objective": AdvantageWeighted(), "anchors": {"old": VelocityAnchor(1.0, "old")}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("trainer", OLD_AS_SAMPLER, ids=range(3))
+def test_the_role_that_sampled_stays_while_its_samples_are_trained(trainer: Any) -> None:
+    own = replace(PLAIN, source=FromRollout("old"), updates_per_rollout=2, epochs=2, **trainer)
+    for every, right in ((1, False), (2, False), (4, True), (8, True)):
+        setup = replace(SETUP, roles={"old": Role(update="ema", every=every)})
+        if right:
+            own.check(setup)
+            continue
+        with pytest.raises(
+            ValueError, match=rf"roles\.old\.every={every} with 4 updates per rollout.*set policy\.roles\.old\.every=4"
+        ):
+            own.check(setup)
+    assert own.roles()["old"].every == 4
+    replace(own, updates_per_rollout=1, epochs=1).check(replace(SETUP, roles={"old": Role(update="ema")}))
+
+
+def test_a_guard_may_follow_every_update() -> None:
+    own = replace(PLAIN, objective=GroupPreference(guard="old", clip=0.1), source=FromRollout("old"), epochs=2)
+    own.check(replace(SETUP, roles={"old": Role(update="ema")}))
+
+
+def test_the_forecast_says_that_samples_are_guided_and_the_regression_is_not() -> None:
+    def noted(own: ForwardProcess, scale: float) -> bool:
+        notes = own.forecast(replace(SETUP.rollout, guidance_scale=scale)).notes
+        return any("samples have guidance" in note and "rollout.guidance_scale=" in note for note in notes)
+
+    assert noted(PLAIN, 4.5) and not noted(PLAIN, 1.0)
+    assert not noted(replace(PLAIN, guidance_scale=4.5), 4.5)
 
 
 def test_a_selection_that_leaves_nothing_is_refused() -> None:

@@ -21,7 +21,7 @@ from flowalign.truncations import (
     Sparse,
     TwoLeaps,
 )
-from samplers import ODE, FlowSDE, RectifiedFlow, normal
+from samplers import ODE, DPMSolver, FlowSDE, RectifiedFlow, normal
 from samplers.noise import generator
 
 S, ROWS = 8, 5
@@ -205,8 +205,10 @@ def test_direct_align_recovers_the_sample_exactly_from_an_exact_velocity() -> No
     sample, noise = normal((ROWS, 1), 1, "x").double(), normal((ROWS, 1), 2, "x").double()
     for start, stop in ((0.99, 0.95), (0.8, 0.75), (0.75, 0.8), (0.1, 0.0)):
         chains = replace(Affine().chains(), velocity=lambda x, sigma, row: noise - sample)
-        recovered, _ = DirectAlign().recovered(chains, sample, noise, start, stop)
+        recovered, visit = DirectAlign().recovered(chains, sample, noise, start, stop)
         torch.testing.assert_close(recovered, sample, rtol=0, atol=1e-12)
+        # at the level of its input, where a regularizer evaluates its role, in whichever direction the step went
+        assert float(visit.sigma) == pytest.approx(start) and visit.sigma_next < visit.sigma
 
 
 @pytest.mark.parametrize(("start", "stop", "factor"), [(0.8, 0.75, -0.2), (0.75, 0.8, 0.25)])
@@ -302,3 +304,9 @@ def test_a_chain_that_is_too_short_is_refused(part, steps: int) -> None:
 def test_jumps_over_noise_are_refused(part) -> None:
     with pytest.raises(ValueError, match=r"samplers\.Deterministic"):
         part.run(Affine().chains(FlowSDE(), {2: torch.zeros(ROWS, 1).double()}), rng())
+
+
+def test_leaps_over_steps_that_use_the_ones_before_are_refused() -> None:
+    """The chain would begin anew at both of its stops, and its end be another sample than that of the solver."""
+    with pytest.raises(ValueError, match=r"depend on the ones before.*samplers\.ODE"):
+        TwoLeaps().run(Affine().chains(DPMSolver(ODE())), rng())
