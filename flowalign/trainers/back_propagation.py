@@ -94,16 +94,7 @@ class BackPropagation:
         """Combinations that cannot work, named before a model is loaded."""
         _check_reward(setup)
         _check_rollout(setup.rollout)
-        for name, term in self.regularizers.items():
-            try:
-                term.check(setup.rollout.kernel)
-            except ValueError as error:
-                raise ValueError(f"trainer.regularizers.{name}: {error}") from error
-            if term.role not in ("reference", *setup.roles):
-                raise ValueError(
-                    f"got trainer.regularizers.{name}.role={term.role!r}; expected 'reference' or one of policy.roles "
-                    f"{sorted(setup.roles)}: add it there"
-                )
+        setup.check_regularizers(self.regularizers)
         self._dry_run(setup)
 
     def _dry_run(self, setup: Setup) -> None:

@@ -14,6 +14,7 @@ from torch.nn import Parameter
 from flowalign.data import PromptRecord
 from flowalign.models.base import Size
 from flowalign.models.roles import Role
+from flowalign.objectives import Regularizer
 from flowalign.rollouts.collect import ScoredRollout
 from flowalign.rollouts.task import Rollout, Task
 from flowalign.selectors import Selector
@@ -132,6 +133,22 @@ class Setup:
     size: Size = field(default_factory=lambda: Size(0, 0))
     held_out: Sequence[PromptRecord] = ()
     prompts: Sequence[PromptRecord] = ()
+
+    def check_role(self, key: str, role: str) -> None:
+        """ValueError unless `role`, given as `key`, is the reference or configured."""
+        if role not in ("reference", *self.roles):
+            raise ValueError(
+                f"got {key}={role!r}; expected 'reference' or one of policy.roles {sorted(self.roles)}: add it there"
+            )
+
+    def check_regularizers(self, regularizers: Mapping[str, Regularizer]) -> None:
+        """ValueError for one that does not fit the kernel, or whose role is not configured."""
+        for name, term in regularizers.items():
+            try:
+                term.check(self.rollout.kernel)
+            except ValueError as error:
+                raise ValueError(f"trainer.regularizers.{name}: {error}") from error
+            self.check_role(f"trainer.regularizers.{name}.role", term.role)
 
 
 class Trainer(Protocol):

@@ -124,11 +124,8 @@ class Distillation:
     def check(self, setup: Setup) -> None:
         """Combinations that cannot work, named before a model is loaded."""
         self._teachers.check(self._own(setup.rollout), setup.roles, setup.prompts)
-        if self.anchor is not None and self.anchor.role not in ("reference", *setup.roles):
-            raise ValueError(
-                f"got trainer.anchor.role={self.anchor.role!r}; expected 'reference' or one of policy.roles {sorted(setup.roles)}: "
-                "add it there"
-            )
+        if self.anchor is not None:
+            setup.check_role("trainer.anchor.role", self.anchor.role)
         if setup.rollout.detach_uncond and self.guidance_scale == 1:
             raise ValueError(
                 "got rollout.detach_uncond=true with trainer.guidance_scale=1, which has no unconditional half; expected false"

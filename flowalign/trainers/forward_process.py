@@ -83,7 +83,7 @@ class ForwardProcess:
         return {name: anchor for name, anchor in self.anchors.items() if anchor.active}
 
     def roles(self) -> Mapping[str, Role]:
-        """A role that is not configured is a copy of the policy, taken when all updates of a rollout are done."""
+        """The role that samples is, if it is not configured, a copy of the policy, taken when all updates of a rollout are done."""
         wanted = [
             *roles_of(self.objective, self._active.values()),
             *([] if self.source.role is None else [self.source.role]),
@@ -107,12 +107,17 @@ class ForwardProcess:
                 raise ValueError(
                     f"got trainer.anchors.{name}.role=policy, which is at no distance from itself: name another role"
                 )
+            if anchor.role != self.source.role:
+                setup.check_role(f"trainer.anchors.{name}.role", anchor.role)
         made_by = self.objective.sampled_by
         if made_by is not None and self.source.role is not None and made_by != self.source.role:
             raise ValueError(
                 f"got trainer.objective with old={made_by!r} and samples of trainer.source.role={self.source.role!r}; expected one "
                 "role for both: the objective holds for samples of the role that it calls old"
             )
+        for role in self.objective.needs:
+            if role != self.source.role:
+                setup.check_role("a role of trainer.objective", role)
         if self.objective.coupled and rollout.group_size < 2:
             raise ValueError(
                 f"got rollout.group_size={rollout.group_size} with {self.objective}; expected groups of at least 2"

@@ -106,23 +106,11 @@ class PolicyGradient:
         dry_run(self.signal, self.step_weight, setup)
 
     def _check_terms(self, setup: Setup) -> None:
-        for name, term in self.regularizers.items():
-            try:
-                term.check(setup.rollout.kernel)
-            except ValueError as error:
-                raise ValueError(f"trainer.regularizers.{name}: {error}") from error
-            if term.role not in ("reference", *setup.roles):
-                raise ValueError(
-                    f"got trainer.regularizers.{name}.role={term.role!r}; expected 'reference' or one of policy.roles "
-                    f"{sorted(setup.roles)}: add it there"
-                )
+        setup.check_regularizers(self.regularizers)
         for name, part in self.supervision.items():
             part.check(setup.path, setup.channels)
-            if part.role not in (None, "reference", *setup.roles):
-                raise ValueError(
-                    f"got trainer.supervision.{name}.role={part.role!r}; expected 'reference' or one of policy.roles "
-                    f"{sorted(setup.roles)}: add it there"
-                )
+            if part.role is not None:
+                setup.check_role(f"trainer.supervision.{name}.role", part.role)
             if part.needs_guidance and setup.rollout.reward_guidance is None:
                 raise ValueError(
                     f"got trainer.supervision.{name}, which distills the reward guidance of the rollout, without any: set "

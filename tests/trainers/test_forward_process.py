@@ -369,6 +369,20 @@ def test_the_forecast_says_that_samples_are_guided_and_the_regression_is_not() -
     assert not noted(replace(PLAIN, guidance_scale=4.5), 4.5)
 
 
+def test_a_role_that_nobody_configured_is_refused() -> None:
+    """It would be a copy of the policy, whatever its name says; only the one that samples may be that."""
+    anchored = replace(PLAIN, anchors={"ema": VelocityAnchor(1.0, role="emma")})
+    with pytest.raises(
+        ValueError, match=r"got trainer\.anchors\.ema\.role='emma'; expected 'reference' or one of policy\.roles"
+    ):
+        anchored.check(SETUP)
+    anchored.check(replace(SETUP, roles={"emma": Role(update="ema")}))
+    guarded = replace(PLAIN, objective=GroupPreference(guard="fast", clip=0.1), shared_draws=True)
+    with pytest.raises(ValueError, match=r"got a role of trainer\.objective='fast'; expected"):
+        guarded.check(SETUP)
+    guarded.check(replace(SETUP, roles={"fast": Role(update="ema")}))
+
+
 def test_a_selection_that_leaves_nothing_is_refused() -> None:
     @dataclass(frozen=True)
     class Nothing:
