@@ -20,9 +20,10 @@ class Exponential:
     """e^{η·R}/mean of it over the set, minus 1: how much more often a sample would be drawn from p·e^{ηR}/Z than from p.
 
     Implicit tilt matching (2512.21829) with an anchor of 1 to `old`; with `offset` 0 the weight itself, for regression on
-    reward-weighted samples (RAFT's soft form): 1 for each of equal rewards. Adding a constant to the rewards of a set changes nothing. η = 1/β in one
+    reward-weighted samples (RAFT's soft form). Adding a constant to the rewards of a set changes nothing. η = 1/β in one
     step, or β⁻¹ as the sum over several.
-    Not kept: Z is estimated in the set, so G samples under-tilt by O(1/G): keep the std of η·R at .5 or less."""
+    Not kept: the weight 1 of equal rewards, which get 0 with either offset: a regression on the policy's own samples that nothing tells
+    apart is noise. Z is estimated in the set, so G samples under-tilt by O(1/G): keep the std of η·R at .5 or less."""
 
     eta: float = 1.0
     offset: float = -1.0
@@ -33,8 +34,7 @@ class Exponential:
             raise ValueError(f"got eta={self.eta}, offset={self.offset}; expected eta > 0, and an offset of -1 or 0")
 
     def compare(self, forest: Forest, credit: EdgeValues, context: SignalContext) -> Advantages:
-        found = by_channel(forest, credit, self.within, self._rule)  # of equal rewards: 0, a weight of 1
-        return replace(found, values=found.values + (1.0 + self.offset) * found.valid)
+        return by_channel(forest, credit, self.within, self._rule)
 
     def _rule(self, sets: Sets) -> tuple[Tensor, Tensor]:
         _, std = sets.moments()
@@ -43,7 +43,7 @@ class Exponential:
         )
         weight = torch.where(sets.valid, (self.eta * (sets.values - highest[sets.keys])).exp(), 0.0)
         mean, _ = replace(sets, values=weight).moments()
-        return weight / mean.clamp(min=1e-300)[sets.keys] - 1.0, std
+        return weight / mean.clamp(min=1e-300)[sets.keys] + self.offset, std
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def test_a_constant_added_to_the_rewards_of_a_group_changes_nothing() -> None:
         compared(Exponential(3.0), shifted), compared(Exponential(3.0), scores), atol=1e-5, rtol=1e-5
     )
     assert torch.equal(compared(Exponential(3.0), torch.full((2, 4), 7.0)), torch.zeros(8, dtype=F64))
-    assert torch.equal(compared(Exponential(3.0, 0.0), torch.full((2, 4), 7.0)), torch.ones(8, dtype=F64))
+    assert torch.equal(compared(Exponential(3.0, 0.0), torch.full((2, 4), 7.0)), torch.zeros(8, dtype=F64))
     for offset in (0.0, -1.0):
         values = compared(Exponential(3.0, offset), scores)
         assert bool((values >= offset).all())
