@@ -100,6 +100,11 @@ class ForwardProcess:
                 f"got rollout.groups={rollout.groups} for trainer.updates_per_rollout={self.updates_per_rollout}; expected "
                 "equal parts: choose a divisor"
             )
+        if self.guidance_scale != 1 and rollout.guidance_scale == 1:
+            raise ValueError(
+                f"got trainer.guidance_scale={self.guidance_scale} with rollout.guidance_scale=1, whose prompts have no negatives and "
+                "whose samples are not those of a guided velocity; expected 1 too, or a guided rollout"
+            )
         if "policy" in self.anchors:
             raise ValueError("got an anchor named 'policy', as the main term of the loss is: rename it")
         for name, anchor in self.anchors.items():

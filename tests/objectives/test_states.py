@@ -279,7 +279,4 @@ def test_the_stated_curvature_is_the_sum_of_the_coefficients(objective) -> None:
     at = objective.coefficients(found, d.ids.advantage, objective.couple(values, d.ids))
     total = at.c + sum(at.kappa.values(), torch.zeros_like(at.c))
     stated = objective.curvature(d.ids.advantage)
-    if isinstance(objective, CenteredReward):  # whose stated one is not centered, since a group's mean is near ½
-        torch.testing.assert_close(total, stated, atol=0.5, rtol=0)
-    else:
-        torch.testing.assert_close(total, stated)
+    torch.testing.assert_close(total, stated)

@@ -317,6 +317,7 @@ def test_a_plain_configuration_passes() -> None:
     ("trainer", "rollout", "message"),
     [
         ({"updates_per_rollout": 3}, {}, r"got rollout\.groups=4 .* expected equal parts: choose a divisor"),
+        ({"guidance_scale": 4.5}, {}, r"trainer\.guidance_scale=4\.5 with rollout\.guidance_scale=1.*; expected 1 too"),
         ({"anchors": {"policy": VelocityAnchor(1.0)}}, {}, "anchor named 'policy'.*: rename it"),
         ({"anchors": {"kl": VelocityAnchor(1.0, "policy")}}, {}, r"anchors\.kl\.role=policy.*: name another role"),
         ({"objective": NFT()}, {}, "old='old' and samples of trainer.source.role='policy'; expected one role for both"),
