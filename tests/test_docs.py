@@ -130,7 +130,7 @@ def test_the_guarded_reward_of_the_page_is_a_layer(tiny_pipeline: Path, tmp_path
     (block,) = re.findall(r"```yaml\n# guarded\.yaml.*?\n(.*?)```", (ROOT / "docs" / "methods.md").read_text(), re.S)
     (tmp_path / "guarded.yaml").write_text(block)
     config, _ = load_config(
-        ["configs/quickstart.yaml", str(tmp_path / "guarded.yaml")], [f"policy.path={tiny_pipeline}"]
+        ["configs/glyphs_trees.yaml", str(tmp_path / "guarded.yaml")], [f"policy.path={tiny_pipeline}"]
     )
     assert config.reward.how == "wco" and [part.name for part in config.reward.rewards] == ["letters", "words"]
     assert config.evaluation.rewards[1].statistics == ("saturation", "edges", "black", "flat")
@@ -255,6 +255,6 @@ def test_the_yaml_of_the_readme_is_a_layer(tmp_path: Path, tiny_pipeline: Path) 
     for block in blocks:
         (tmp_path / "layer.yaml").write_text(block)
         _, plain = load_config(
-            ["configs/quickstart.yaml", str(tmp_path / "layer.yaml")], [f"policy.path={tiny_pipeline}"]
+            ["configs/glyphs_trees.yaml", str(tmp_path / "layer.yaml")], [f"policy.path={tiny_pipeline}"]
         )
         assert plain["rollout"]["plan"]["class_path"] == yaml.safe_load(block)["rollout"]["plan"]["class_path"]

@@ -111,7 +111,7 @@ class Run:
             self.steppers[update.optimizer].backward(loss)
 
     def step(self, update: Update) -> None:
-        """Takes the optimizer step, if there is anything to learn from; the average and the roles follow the policy's."""
+        """Takes the optimizer step, if there is anything to learn from; the average follows it, the roles every update of the policy."""
         if update.micro_batches:
             norm = self.steppers[update.optimizer].step(update.max_grad_norm)
             # a loss may reach weights of other roles too: their next step must not see that
@@ -120,11 +120,13 @@ class Run:
             if not math.isfinite(norm):
                 raise self._not_finite(f"gradient norm {norm}", update.role)
             self.log.add_norm(update.role, norm)
-            if update.role == "policy":
-                self.progress.updates += 1
-                self.task.policy.follow(self.progress.updates)
-                if self.ema is not None:
-                    self.ema.update()
+            if update.role == "policy" and self.ema is not None:
+                self.ema.update()
+        if (
+            update.role == "policy"
+        ):  # an empty one counts: a role of `every` n updates changes when those of a rollout are done
+            self.progress.updates += 1
+            self.task.policy.follow(self.progress.updates)
         self.log.add(update.after())
 
     def end(self, iteration: int, batch: Batch) -> None:

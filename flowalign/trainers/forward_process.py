@@ -38,7 +38,7 @@ class ForwardProcess:
 
     signal: from the scores of samples to their advantages, and which are trained; a sample counts as one step. anchors: by
     name, each towards a role; the metric is loss/<name>. source: of the samples. shared_draws: all samples of a group have the
-    same σ and ε at each draw; objectives that compare members need it, for others it changes the variance only (share both or
+    same σ and ε at each draw; objectives that compare members are refused without it, for others it changes the variance only (share both or
     neither, and stratify σ).
     updates_per_rollout: updates on equal shares of the groups; epochs: how often all of them pass, with new draws each time. A role
     that must be the one which sampled may change only when all updates of a rollout are done (its `every`).
@@ -126,6 +126,11 @@ class ForwardProcess:
         if self.objective.coupled and rollout.group_size < 2:
             raise ValueError(
                 f"got rollout.group_size={rollout.group_size} with {self.objective}; expected groups of at least 2"
+            )
+        if self.objective.coupled and not self.shared_draws:
+            raise ValueError(
+                f"got trainer.shared_draws=false with {self.objective}, which compares the members of a group at one (σ, ε); with one "
+                "for each what all have in common does not cancel: set trainer.shared_draws=true"
             )
         if made_by == "policy" and self.updates_per_rollout * self.epochs > 1:
             raise ValueError(

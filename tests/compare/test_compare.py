@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from flowalign.compare.spec import Budget, read_spec
 from flowalign.config import load_config
 from flowalign.config.load import as_written
 from flowalign.errors import ConfigError, RunError
+from flowalign.models import load_policy
 from flowalign.report import summary
 from flowalign.storage.files import DamagedFile
 from tests.helpers.comparison import InProcess, trained
@@ -222,7 +224,6 @@ def test_the_overrides_of_shipped_comparisons_are_known(path: Path, monkeypatch:
 
 def check_it_can_be_run(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Every configuration is read, evaluated alike, and has a budget."""
-    monkeypatch.chdir(ROOT)
     plans: list[Plan] = []
     monkeypatch.setattr(command, "_run", lambda plan, former, names, workers: plans.append(plan))
     monkeypatch.setattr(command, "records", lambda plan, former: {})
@@ -231,13 +232,29 @@ def check_it_can_be_run(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -
     assert all(plan.comparison.methods.keys() == plan.written.keys() for plan in plans) and len(plans) == 1
 
 
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working directory in which what comparisons need first has been made: images, and the LoRAs of teachers."""
+    folder = tmp_path_factory.mktemp("prepared")
+    for name in ("configs", "docs"):
+        (folder / name).symlink_to(ROOT / name)
+    images = shutil.copytree(ROOT / "tests" / "data" / "images", folder / "runs" / "glyphs_images")
+    (images / "labeled.jsonl").rename(images / "rendered.jsonl")
+    policy = load_policy("glyphs")
+    for teacher in ("ocr", "clip"):
+        policy.save_lora(folder / "runs" / f"teacher_{teacher}")
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_a_shipped_comparison_can_be_run(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shipped_comparison_can_be_run(path: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(prepared)
     check_it_can_be_run([f"configs/compare/{path.name}"], monkeypatch)
 
 
 def test_documented_comparisons_can_be_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
     of_files = [arguments for arguments in documented() if "--with" in arguments]
     assert of_files and all(ROOT / each[0] in SHIPPED for each in documented() if each not in of_files)
     for arguments in of_files:

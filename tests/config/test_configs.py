@@ -1,4 +1,4 @@
-"""The shipped configurations: every layer combines with every other, and the quickstart is one complete file."""
+"""The shipped configurations: every layer combines with every other, and the quickstart is a complete file."""
 
 from dataclasses import asdict
 from functools import cache, reduce
@@ -268,9 +268,13 @@ def test_the_recipe_of_stable_diffusion_3_5_is_that_of_flow_grpo(tiny: dict[str,
     )
 
 
-def test_the_quickstart_is_complete_and_takes_layers(tiny_pipeline: Path) -> None:
-    path = f"policy.path={tiny_pipeline}"
-    config, plain = load_config("configs/quickstart.yaml", [path])
-    assert config.run.name == "quickstart" and plain == load_config(["configs/quickstart.yaml"], [path])[1]
-    changed, _ = load_config(["configs/quickstart.yaml", "configs/rewards/color_glyphs.yaml"], [path])
-    assert changed.reward.name == "color" and changed.rollout == config.rollout
+@pytest.mark.parametrize(
+    ("name", "layer", "reward"), [("quickstart", "clip", "clip_score"), ("glyphs_trees", "color", "color")]
+)
+def test_complete_files_take_layers(name: str, layer: str, reward: str, tiny_pipeline: Path) -> None:
+    path, file = f"policy.path={tiny_pipeline}", f"configs/{name}.yaml"
+    config, plain = load_config(file, [path])
+    assert config.run.name == name and plain == load_config([file], [path])[1]
+    changed, _ = load_config([file, f"configs/rewards/{layer}_glyphs.yaml"], [path])
+    assert changed.reward.name == reward and changed.rollout == config.rollout
+    assert changed.evaluation.count == 256

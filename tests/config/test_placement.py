@@ -65,7 +65,7 @@ reward:
 
 
 def test_what_is_saved_gives_the_same_reward(tmp_path: Path) -> None:
-    config, plain = load_config("configs/quickstart.yaml", ["reward.place=worker"])
+    config, plain = load_config("configs/glyphs_trees.yaml", ["reward.place=worker"])
     assert plain["reward"]["class_path"].endswith("InWorker") and "place" not in plain["reward"]
     assert type(config.reward).__name__ == "InWorker"
 
@@ -100,4 +100,4 @@ def test_what_is_wrong_in_the_reward_is_told_under_its_own_key(tmp_path: Path) -
 
 def test_only_rewards_have_a_place() -> None:
     with pytest.raises(ConfigError, match=r"unknown key 'rollout\.plan\.place'"):
-        load_config("configs/quickstart.yaml", ["rollout.plan={class_path: samplers.Chain, place: worker}"])
+        load_config("configs/glyphs_trees.yaml", ["rollout.plan={class_path: samplers.Chain, place: worker}"])

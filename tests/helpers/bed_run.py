@@ -83,7 +83,7 @@ class Bed:
             norm = steppers[update.optimizer].step(update.max_grad_norm) if update.micro_batches else 0.0
             for optimizer in steppers:
                 optimizer.zero_grad(set_to_none=True)
-            if update.micro_batches and update.role == "policy":
+            if update.role == "policy":
                 self.steps += 1
                 self.policy.follow(self.steps)
             updates.append({**update.after(), "norm": norm})

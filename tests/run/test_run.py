@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -252,6 +254,19 @@ def test_equal_rewards_in_the_first_iteration_are_no_frozen_policy(
     assert read_rows(tmp_path / "tiny" / "metrics.jsonl")[0]["optim/grad_norm"] == 0
     _, state = checkpoint.load(tmp_path / "tiny" / "checkpoints" / "step-1")
     assert state["reached"] is False  # so a resumed run still looks for the first gradient
+
+
+def test_an_update_without_anything_to_learn_moves_the_roles_on() -> None:
+    """A role of `every` n updates is that of one rollout; an update that a selection left empty must not shift it."""
+    followed = list[int]()
+    run: Any = SimpleNamespace(
+        task=SimpleNamespace(policy=SimpleNamespace(follow=followed.append)), progress=SimpleNamespace(updates=3),
+        log=SimpleNamespace(add=lambda metrics: None),
+    )  # fmt: skip
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+    for role in ("policy", "fake", "policy"):
+        Run.step(run, Update(optimizer, 1.0, [], dict, role))
+    assert followed == [4, 5]
 
 
 def test_a_start_with_other_threads_is_printed_and_noted(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:

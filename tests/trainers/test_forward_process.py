@@ -323,6 +323,7 @@ def test_a_plain_configuration_passes() -> None:
         ({"objective": NFT()}, {}, "old='old' and samples of trainer.source.role='policy'; expected one role for both"),
         ({"objective": AdvantageWeighted(ratio="epg"), "source": FromRollout("old")}, {}, "old='policy' and samples of"),
         ({"objective": GroupPreference()}, {"group_size": 1}, "group_size=1 with .* expected groups of at least 2"),
+        ({"objective": GroupPreference()}, {}, "got trainer.shared_draws=false with GroupPreference.*: set trainer.shared_draws=true"),
         ({"objective": AdvantageWeighted(ratio="epg"), "epochs": 2}, {}, "old=policy and 2 updates per rollout.* expected a role"),
         ({"objective": AdvantageWeighted(residual="old"), "updates_per_rollout": 4}, {}, "and 4 updates per rollout"),
         ({"law": GridSigma(0.6)}, {}, "got 4 draws of the 3 levels .* expected at most as many: draw fewer"),
@@ -357,7 +358,9 @@ def test_the_role_that_sampled_stays_while_its_samples_are_trained(trainer: Any)
 
 
 def test_a_guard_may_follow_every_update() -> None:
-    own = replace(PLAIN, objective=GroupPreference(guard="old", clip=0.1), source=FromRollout("old"), epochs=2)
+    own = replace(
+        PLAIN, objective=GroupPreference(guard="old", clip=0.1), source=FromRollout("old"), epochs=2, shared_draws=True
+    )
     own.check(replace(SETUP, roles={"old": Role(update="ema")}))
 
 
