@@ -41,7 +41,7 @@ def _pairs(folder: Path, samples: int) -> list[dict[str, str]]:
     rows = []
     for number, record in enumerate(tqdm(train_prompts(), "pairs", mininterval=5)):
         images = policy.generate([record["prompt"]] * samples, seed=number)
-        batch = RewardBatch(prompts=images.prompts, metadata=[dict(record)] * samples, images=images.pixels)
+        batch = RewardBatch(prompts=list(images.prompts), metadata=[dict(record)] * samples, images=images.pixels)
         scores = judge(batch).scores
         best, worst = int(scores.argmax()), int(scores.argmin())
         if scores[best] - scores[worst] >= GAP:
