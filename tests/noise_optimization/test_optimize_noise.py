@@ -121,7 +121,8 @@ def test_last_steps_and_detach_uncond_change_the_gradient_and_not_the_values(pol
 
     full, last, cond = run(), run(last_steps=1), run(detach_uncond=True)
     assert torch.equal(full.history["total"][0], last.history["total"][0])
-    assert torch.equal(full.history["total"][0], cond.history["total"][0])
+    # detach_uncond calls the network once for each half: another batch, which may round otherwise
+    torch.testing.assert_close(full.history["total"][0], cond.history["total"][0], rtol=1e-5, atol=0)
     assert len({found.history["norm"][1].item() for found in (full, last, cond)}) == 3
 
 
