@@ -154,7 +154,7 @@ def _read(paths: Sequence[str]) -> yaml.Node:
     if not paths:
         raise ConfigError(
             "no configuration file was named; expected at least one, such as "
-            "configs/glyphs_trees.yaml, before the overrides"
+            "configs/quickstart.yaml, before the overrides"
         )
     layers: list[yaml.Node] = [read_layer(path) for path in paths]
     return reduce(merge, layers)

@@ -111,7 +111,8 @@ class Run:
             self.steppers[update.optimizer].backward(loss)
 
     def step(self, update: Update) -> None:
-        """Takes the optimizer step, if there is anything to learn from; the average follows it, the roles every update of the policy."""
+        """Takes the optimizer step, if there is anything to learn from; the average follows it. Roles follow every update of the
+        policy, an empty one too: those of `every` n updates change when all of a rollout are done."""
         if update.micro_batches:
             norm = self.steppers[update.optimizer].step(update.max_grad_norm)
             # a loss may reach weights of other roles too: their next step must not see that
@@ -122,9 +123,7 @@ class Run:
             self.log.add_norm(update.role, norm)
             if update.role == "policy" and self.ema is not None:
                 self.ema.update()
-        if (
-            update.role == "policy"
-        ):  # an empty one counts: a role of `every` n updates changes when those of a rollout are done
+        if update.role == "policy":
             self.progress.updates += 1
             self.task.policy.follow(self.progress.updates)
         self.log.add(update.after())

@@ -67,7 +67,7 @@ def test_another_error_keeps_its_traceback(error: Exception) -> None:
 def test_an_unknown_command_is_said_to_be_unknown(
     command: str, part: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["flowalign", command, "configs/glyphs_trees.yaml"])
+    monkeypatch.setattr(sys, "argv", ["flowalign", command, "configs/quickstart.yaml"])
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 2 and part in capsys.readouterr().err
