@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flowalign.objectives import Anchor, Coefficients, DrawIds, Predictions, StateObjective
+from flowalign.objectives.norm_guard import norm_ratio
 from flowalign.trainers.base import Update
 from flowalign.trainers.update_engine import Measures, Part, States, TrainedRole, UpdateEngine
 from samplers import Path, SampleKeys
@@ -110,9 +111,15 @@ class StateUpdate:
             curvature=self._curvature(at, found)[:real],
             error=found.error(found.live)[:real],
             **{f"gap/{role}": _gap(found.live, found.of(role))[:real] for role in self._roles},
+            **{f"norm/{role}": norm_ratio(found.live, found.of(role))[:real] for role in self._anchored},
             **{f"loss/{name}": loss for name, loss in losses.items()},
         )
         return sum(losses.values(), torch.zeros((), device=velocity.device))
+
+    @property
+    def _anchored(self) -> list[str]:
+        """The roles that anchors name."""
+        return sorted({anchor.role for anchor in self.anchors.values()})
 
     def _curvature(self, at: Coefficients, found: Predictions) -> Tensor:
         own = at.c + sum(at.kappa.values(), torch.zeros_like(at.c))
@@ -122,11 +129,13 @@ class StateUpdate:
         """Once the step is taken; of the weights before it."""
         curvature, own = measures.rows("curvature"), self.role == "policy"
         draws, gap = ("draws/", "gap/") if own else (f"{self.role}/", f"{self.role}/gap_")
+        norm = "norm/" if own else f"{self.role}/norm_"
         return {
             f"{draws}error": float(measures.rows("error").mean()),
             f"{draws}curvature_min": float(curvature.min()),
             f"{draws}curvature_negative": float((curvature < 0).double().mean()),
             **{f"{gap}{role}": float(measures.rows(f"gap/{role}").mean()) for role in self._roles},
+            **{f"{norm}{role}": float(measures.rows(f"norm/{role}").mean()) for role in self._anchored},
             **{name: measures.total(name) for name in measures.values if name.startswith("loss/")},
             "cost/frozen_per_image": self.rows,
         }
