@@ -221,6 +221,15 @@ def test_the_gain_of_direct_align_is_that_of_the_step(start: float, stop: float,
     close(gain, torch.full_like(gain, factor))
 
 
+@pytest.mark.parametrize(("low", "plain", "inverted"), [(0.0001, 0.235, 0.039), (0.8999, 0.1, 0.3)])
+def test_discounts_run_from_data_to_noise(low: float, plain: float, inverted: float) -> None:
+    """SRPO.py at 81e5898: discount[mid_timestep], sigmas_l[num_inference_steps - mid_timestep], noise first in sigmas_l."""
+    for inversion, k in ((0.0, plain), (1.0, inverted)):
+        part = DirectAlign("good", "bad", low=low, high=low + 0.1, inversion=inversion)
+        (first, _), _ = part.run(Affine().chains(), rng(0)).words
+        assert first - 1 == pytest.approx(k, abs=1e-3)
+
+
 def test_the_inversion_swaps_the_words_and_discounts_lie_between_their_ends() -> None:
     part, found = DirectAlign("good", "bad"), set()
     for number in range(40):
