@@ -93,7 +93,8 @@ class SquareRootSigma:
 @dataclass(frozen=True)
 class LogitNormalSigma:
     """σ = sigmoid(mean + std·z), then the shift f_k: the law SD3 was trained with (2403.03206, k 1) and that of
-    fine-tuning on selected samples (RAFT, Diffusion-DPO). k > 1 moves mass towards noise. strata: as in UniformSigma."""
+    fine-tuning on selected samples (RAFT, Diffusion-DPO), with k that of the model's schedule in flow_grpo's and diffusers' code
+    (SD3.5: 3). k > 1 moves mass towards noise. strata: as in UniformSigma."""
 
     mean: float = 0.0
     std: float = 1.0
@@ -113,7 +114,7 @@ class LogitNormalSigma:
 @dataclass(frozen=True)
 class GridSigma:
     """Levels of the rollout's grid without replacement, from its first `fraction` (from the noise end): DiffusionNFT
-    2509.16117 takes all of .99 (9 of 10 steps), AWM 2509.25050 six of .9, DGPO 2510.08425 four of the noisiest 6."""
+    2509.16117 takes all of .99 (9 of 10 steps), AWM 2509.25050 six of .9, DGPO 2510.08425 four of the noisiest 7."""
 
     fraction: float = 0.99
 

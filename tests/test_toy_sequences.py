@@ -181,3 +181,19 @@ def test_the_same_iteration_has_the_same_samples() -> None:
     )
     with pytest.raises(ValueError, match="expected 1 <= relaxed <= steps=3"):
         Drakes(net, net, MotifCount(), 4, 3, steps=3, relaxed=4)
+
+
+def test_the_kl_of_relaxed_steps_has_its_whole_gradient() -> None:
+    """Of both models: each sees the relaxed states that the policy made."""
+    generated = torch.Generator().manual_seed(0)
+    weights, other = torch.randn(2, 6, 4, generator=generated, dtype=torch.float64)
+    gumbel = torch.randn(3, 2, 2, 3, generator=generated, dtype=torch.float64)
+
+    def linear(matrix: Tensor):
+        return lambda states: (states.flatten(1) @ matrix).view(-1, 2, 2).log_softmax(-1)
+
+    def kl(matrix: Tensor) -> Tensor:
+        start = masked(2, 2, 2).double()
+        return unmask(linear(matrix), linear(other), start, levels(3), gumbel, relaxed=3, temperature=0.5).kl
+
+    assert torch.autograd.gradcheck(kl, weights.requires_grad_())

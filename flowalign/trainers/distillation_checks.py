@@ -10,6 +10,7 @@ from flowalign.objectives import Match, Steps
 from flowalign.rollouts.rolling import grow
 from flowalign.rollouts.task import Rollout
 from flowalign.trainers.base import Setup
+from flowalign.trainers.visits import check_arrivals
 from samplers import Tree, unscored
 
 if TYPE_CHECKING:
@@ -114,9 +115,4 @@ def _check_full(trainer: Distillation, tree: Tree) -> None:
         raise ValueError(
             "got trainer.horizon=full with match.normalized=true; expected false: then there is no expected sum"
         )
-    nodes = tree.parents_of_edges if trainer.match.stochastic_only else tree.evaluated
-    if bool(((tree.parent[nodes] >= 0) & (tree.level[nodes] == 0)).any()):
-        raise ValueError(
-            "got trainer.horizon=full with states that a deterministic step arrives at, through which the cost would have to be "
-            "differentiated; expected stochastic steps before each state: take samplers.Chain, or horizon=myopic"
-        )
+    check_arrivals(tree, tree.parents_of_edges if trainer.match.stochastic_only else tree.evaluated)

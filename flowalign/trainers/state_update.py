@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flowalign.objectives import Anchor, Coefficients, DrawIds, Predictions, StateObjective
+from flowalign.objectives.norm_guard import norm_ratio
 from flowalign.trainers.base import Update
 from flowalign.trainers.update_engine import Measures, Part, States, TrainedRole, UpdateEngine
 from samplers import Path, SampleKeys
@@ -109,16 +110,23 @@ class StateUpdate:
         measures.add(
             curvature=self._curvature(at, found)[:real],
             error=found.error(found.live)[:real],
-            **{f"gap/{role}": _gap(found.live, found.of(role))[:real] for role in self._roles},
-            **{f"accuracy/{role}": self._accuracy(part, found, role)[:real] for role in self._roles},
+            **{
+                f"{name}/{role}": values[:real]
+                for role in self._roles
+                for name, values in self._beside(role, part, found)
+            },
             **{f"loss/{name}": loss for name, loss in losses.items()},
         )
         return sum(losses.values(), torch.zeros((), device=velocity.device))
 
-    def _accuracy(self, part: Part, found: Predictions, role: str) -> Tensor:
-        """[n] 1 where the error is less than the role's for a better sample, or more for a worse one; ½ where nothing differs."""
-        ahead = found.error(found.of(role)) - found.error(found.live)
-        return (ahead.sign() * self.draws.ids.advantage[part.index].to(ahead).sign() + 1) / 2
+    def _beside(self, role: str, part: Part, found: Predictions) -> Iterable[tuple[str, Tensor]]:
+        """Measures [n] of the velocities beside a role's, by name. accuracy: 1 where the error is less than the role's for a better
+        sample, or more for a worse one; ½ where nothing differs."""
+        other = found.of(role)
+        ahead = found.error(other) - found.error(found.live)
+        yield "gap", _gap(found.live, other)
+        yield "norm", norm_ratio(found.live, other)
+        yield "accuracy", (ahead.sign() * self.draws.ids.advantage[part.index].to(ahead).sign() + 1) / 2
 
     def _curvature(self, at: Coefficients, found: Predictions) -> Tensor:
         own = at.c + sum(at.kappa.values(), torch.zeros_like(at.c))
@@ -127,14 +135,14 @@ class StateUpdate:
     def metrics(self, measures: Measures) -> dict[str, float]:
         """Once the step is taken; of the weights before it."""
         curvature, own = measures.rows("curvature"), self.role == "policy"
-        draws, roles = ("draws/", "{}/{}") if own else (f"{self.role}/", f"{self.role}/{{}}_{{}}")
+        draws, beside = ("draws/", "{}/{}") if own else (f"{self.role}/", f"{self.role}/{{}}_{{}}")
         return {
             f"{draws}error": float(measures.rows("error").mean()),
             f"{draws}curvature_min": float(curvature.min()),
             f"{draws}curvature_negative": float((curvature < 0).double().mean()),
             **{
-                roles.format(name, role): float(measures.rows(f"{name}/{role}").mean())
-                for name in ("gap", "accuracy")
+                beside.format(name, role): float(measures.rows(f"{name}/{role}").mean())
+                for name in ("gap", "norm", "accuracy")
                 for role in self._roles
             },
             **{name: measures.total(name) for name in measures.values if name.startswith("loss/")},

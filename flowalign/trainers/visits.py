@@ -80,8 +80,10 @@ class Visits:
 
 def future(forest: Forest, visits: Visits, pulls: Mapping[str, Pull]) -> Future:
     """The score-function term of Σ pulls: each stochastic step that arrives at one of `visits.nodes` gets the cost of that state
-    and of what follows it, under the rollout's own velocities, less the mean over the other samples of the group there."""
+    and of what follows it, under the rollout's own velocities, less the mean over the other samples of the group there.
+    ValueError as `check_arrivals`: a window that moves may have passed before the run."""
     tree, nodes, reduce = forest.tree, visits.nodes, forest.kernel.reduce
+    check_arrivals(tree, nodes)
     share, old = trajectory_share(tree), forest.velocities["old"].at(nodes)
     costs = [pull.weight * pull.match.error(old, pull.velocity, reduce).double().cpu() for pull in pulls.values()]
     cost = torch.zeros(len(tree), dtype=torch.float64)
@@ -94,3 +96,12 @@ def future(forest: Forest, visits: Visits, pulls: Mapping[str, Pull]) -> Future:
     others = torch.where(count > 1, (total - follows) / (count - 1).clamp(min=1), 0.0)
     position = torch.searchsorted(nodes, tree.parent[edges])
     return Future(forest, edges, position, share[edges] * (follows - others))
+
+
+def check_arrivals(tree: Tree, nodes: Tensor) -> None:
+    """ValueError where a deterministic step arrives at one of `nodes`."""
+    if bool(((tree.parent[nodes] >= 0) & (tree.level[nodes] == 0)).any()):
+        raise ValueError(
+            "got trainer.horizon=full with states that a deterministic step arrives at, through which the cost would have to be "
+            "differentiated; expected stochastic steps before each state: take samplers.Chain, or horizon=myopic"
+        )

@@ -19,7 +19,7 @@ from flowalign.rollouts.task import Rollout
 from flowalign.run.preflight import forecast
 from flowalign.trainers import PolicyGradient
 from rewards import channels_of
-from samplers import Chain, Forest, Probed, SplitTree, Tree, Window
+from samplers import Chain, Forest, Probed, SplitTree, Tree, Window, generator
 from tests.helpers.method_layers import BY_REWARD_GRADIENT, FOLDER, METHODS, ON_GLYPHS, glyphs_layers, reward_of
 
 Load = Callable[[str], TrainConfig]
@@ -244,3 +244,11 @@ def test_several_rewards_have_a_clipped_term_each(tiny_pipeline: Path, tmp_path:
     assert edges.advantages.values.shape == (180, 2) and int(edges.chosen.sum()) == 108
     ratio = edges.advantages.values.std(0)
     assert float(ratio[1] / ratio[0]) == pytest.approx(0.5, rel=1e-3)
+
+
+def test_dgpo_draws_from_the_noisiest_seven_of_ten_levels(on_glyphs: Load) -> None:
+    """Its code for OCR: random.sample(range(trunc_steps + 1), 4) with trunc_steps 6."""
+    law = on_glyphs("dgpo").trainer.law  # type: ignore[attr-defined]
+    assert sorted(law.draw(generator(0), 7, list(range(10)))) == list(range(7))
+    with pytest.raises(ValueError, match="the 7 levels"):
+        law.draw(generator(0), 8, list(range(10)))

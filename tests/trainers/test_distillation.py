@@ -23,7 +23,7 @@ from flowalign.trainers import (
     Teacher,
 )
 from rewards import RewardBatch, RewardOutput, RewardSpec
-from samplers import CPS, DDIM, ODE, Chain, DanceSDE, Deterministic, FlowSDE, RectifiedFlow, Window
+from samplers import CPS, DDIM, ODE, Chain, DanceSDE, Deterministic, FlowSDE, RectifiedFlow, Sliding, Window
 from samplers.noise import generator
 from tests.helpers.affine_policy import AffinePolicy, exact, gradient, gradient_of, prepared, records, rollout
 from tests.helpers.kernels import VP
@@ -433,6 +433,16 @@ def test_what_cannot_work_is_refused(reason: str) -> None:
     trainer, given = REFUSED[reason]
     with pytest.raises(ValueError, match=reason):
         trainer.check(given)
+
+
+def test_a_window_that_moves_away_from_the_start_is_refused_when_it_does() -> None:
+    """The first iteration's steps are the first ones; those of the second come after a deterministic one."""
+    trainer = Distillation({"teacher": Teacher()}, horizon="full", score_images=False)
+    settings = rollout(1, 3, 4, plan=Window(2, position=Sliding(every=1), shared_start=False))
+    prepared(AffinePolicy.of(4, policy=0.1, teacher=-0.5), trainer, settings)
+    gradient_of(trainer, trainer.collect(records("a"), 0))
+    with pytest.raises(ValueError, match="deterministic step arrives at"):
+        gradient_of(trainer, trainer.collect(records("a"), 1))
 
 
 def test_what_works_is_not_refused() -> None:

@@ -13,7 +13,7 @@ from flowalign.config import load_config
 from flowalign.distributed.processes import Processes
 from flowalign.loop import train
 from flowalign.models.roles import Role
-from flowalign.objectives import NFT, AdvantageWeighted, CenteredReward, GroupPreference, VelocityAnchor
+from flowalign.objectives import NFT, AdvantageWeighted, CenteredReward, GroupPreference, NormGuard, VelocityAnchor
 from flowalign.rollouts.task import Rollout
 from flowalign.run.run import Run
 from flowalign.selectors import NonZeroAdvantage
@@ -22,6 +22,7 @@ from flowalign.storage.metrics_log import read_rows, without_time
 from flowalign.trainers import ForwardProcess, FromRollout, Setup, Signal
 from flowalign.trainers.samples import Samples
 from flowalign.trainers.state_update import Draws
+from flowalign.trainers.update_engine import UpdateEngine
 from rewards import RewardBatch, RewardOutput, RewardSpec
 from samplers import ODE, Deterministic, GridSigma, RectifiedFlow, UniformSigma
 from tests.helpers.bed import Nearness, save_pipeline
@@ -249,6 +250,19 @@ def test_every_epoch_passes_over_all_samples_with_new_draws(beds: dict[str, Bed]
         assert update.after()["cost/trained_per_image"] * 12 == 18
     assert len(losses) == 4 and len(set(losses)) == 4
     assert bed.trainer.state()["updates"] == 4
+
+
+def test_norms_are_measured_beside_each_anchor_s_role_without_a_hinge_too(beds: dict[str, Bed]) -> None:
+    bed = changed(beds["nft"], anchors={"norm": NormGuard()}, micro_batch=7)
+    batch: Any = bed.trainer.collect(list(bed.task.prompts)[:4], 0)
+    (update,) = bed.trainer.updates(batch)
+    for micro_batch in update.micro_batches:
+        micro_batch()
+    found, states = update.after(), drawn(bed, batch.samples).states
+    engine = UpdateEngine(bed.task, batch.samples.conditions, batch.images, 1.0)
+    length, reference = (engine.frozen(states, role)[0].flatten(1).norm(dim=1) for role in ("policy", "reference"))
+    assert found["loss/norm"] == 0
+    assert found["norm/reference"] == pytest.approx(float((length / reference).mean())) != 1
 
 
 # ------------------------------------------------------------------------------------------ samples that are left out

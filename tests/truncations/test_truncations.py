@@ -221,6 +221,23 @@ def test_the_gain_of_direct_align_is_that_of_the_step(start: float, stop: float,
     close(gain, torch.full_like(gain, factor))
 
 
+def test_the_known_noise_is_that_which_the_sample_came_from() -> None:
+    """With one velocity everywhere ε − x0 is that velocity, for no other ε."""
+    chains = replace(Affine().chains(), velocity=lambda x, sigma, row: torch.full_like(x, 0.3))
+    for number in range(4):
+        (recovered,) = DirectAlign().run(chains, rng(number)).looks
+        torch.testing.assert_close(recovered, (chains.x - 0.3).to(recovered), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("low", "plain", "inverted"), [(0.0001, 0.235, 0.039), (0.8999, 0.1, 0.3)])
+def test_discounts_run_from_data_to_noise(low: float, plain: float, inverted: float) -> None:
+    """SRPO.py at 81e5898: discount[mid_timestep], sigmas_l[num_inference_steps - mid_timestep], noise first in sigmas_l."""
+    for inversion, k in ((0.0, plain), (1.0, inverted)):
+        part = DirectAlign("good", "bad", low=low, high=low + 0.1, inversion=inversion)
+        (first, _), _ = part.run(Affine().chains(), rng(0)).words
+        assert first - 1 == pytest.approx(k, abs=1e-3)
+
+
 def test_the_inversion_swaps_the_words_and_discounts_lie_between_their_ends() -> None:
     part, found = DirectAlign("good", "bad"), set()
     for number in range(40):
