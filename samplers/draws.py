@@ -108,7 +108,7 @@ class LogitNormalSigma:
     def draw(self, rng: np.random.Generator, count: int, grid: Sequence[float]) -> Sequence[float]:
         """The inverse of the distribution function at u."""
         normals = [NormalDist(self.mean, self.std).inv_cdf(u) for u in _uniform(rng, count, self.strata)]
-        return [shift(1.0 / (1.0 + math.exp(-value)), self.k) for value in normals]
+        return [shift(1.0 / (1.0 + math.exp(min(-value, 700.0))), self.k) for value in normals]
 
 
 @dataclass(frozen=True)

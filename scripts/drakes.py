@@ -10,6 +10,7 @@ model could reach; a minute on a CPU.
 import argparse
 import copy
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -57,6 +58,11 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, float]]:
     parser.add_argument("--relaxed", type=int, default=8, help="last steps, of 8, that carry a gradient")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(arguments)
+    if given.iterations < 1 or not 0 < given.alpha < math.inf or not 1 <= given.relaxed <= Drakes.steps:
+        parser.error(
+            f"got --iterations {given.iterations} --alpha {given.alpha} --relaxed {given.relaxed}; expected at least one iteration, a "
+            f"finite alpha above 0, and 1 to {Drakes.steps} relaxed steps"
+        )
     denoiser = pretrained(seed=given.seed)
     before = copy.deepcopy(denoiser).requires_grad_(False)
     trainer = Drakes(

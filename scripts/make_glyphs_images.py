@@ -29,6 +29,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--samples", type=int, default=4, help="of each prompt, of which a pair is chosen")
     arguments = parser.parse_args()
+    if arguments.samples < 2:
+        parser.error(
+            f"got --samples {arguments.samples}; expected at least 2, of which the best and the worst are a pair"
+        )
     torch.set_num_threads(1)
     (arguments.output / "images").mkdir(parents=True, exist_ok=True)
     _write(arguments.output / "pairs.jsonl", _pairs(arguments.output, arguments.samples))

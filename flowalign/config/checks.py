@@ -48,6 +48,7 @@ def check(config: TrainConfig) -> None:
         if find_spec(tracker) is None:
             raise ConfigError(f"run.trackers names {tracker!r}, which is not installed: install it, or leave it out")
     check_roles(config.roles)
+    _check_trained_roles(config)
     check_checkpoint(policy.path, policy.family)
     latent_shape = check_image_size(policy.path, policy.size, policy.family)
     if policy.decode_batch is not None and policy.decode_batch < 1:
@@ -104,6 +105,18 @@ def check(config: TrainConfig) -> None:
             f"evaluation.count={config.evaluation.count}: {config.evaluation.prompts} holds {len(held_out)} prompts"
         )
     _check_held_out(config, prompts, held_out[: config.evaluation.count])
+
+
+def _check_trained_roles(config: TrainConfig) -> None:
+    """ConfigError for a role of the trainer that both the trainer and `update` would change, or neither."""
+    for name, wanted in config.trainer.roles().items():
+        role = config.policy.roles.get(name, wanted)
+        if (role.update == "trained") != (wanted.update == "trained"):
+            steps = "steps itself" if wanted.update == "trained" else "does not step"
+            raise ConfigError(
+                f"got policy.roles.{name}.update={role.update}, a role that {type(config.trainer).__name__} {steps}; expected "
+                f"{'trained' if wanted.update == 'trained' else 'frozen, copy or ema'}: set it, or leave the role to the trainer"
+            )
 
 
 def _check_held_out(config: TrainConfig, prompts: Sequence[PromptRecord], held_out: Sequence[PromptRecord]) -> None:

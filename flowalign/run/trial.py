@@ -19,6 +19,7 @@ from flowalign.run.held_out_rewards import held_out_rewards
 from flowalign.run.preflight import Prompts
 from flowalign.run.trial_result import Trial
 from flowalign.run.trial_samples import COUNT, NOISE, sample_latents, sample_pictures
+from flowalign.trainers import BackPropagation
 from rewards import Reward, RewardBatch, RewardError, RewardOutput, channels_of, score
 from rewards.guard import load
 from rewards.remote.description import fingerprint
@@ -31,13 +32,14 @@ QUICK = 1.0  # seconds of a first call up to which a second one is timed
 @dataclass(frozen=True)
 class _Candidate:
     """A reward to be tried. place: where it stands in the configuration. hint: how to leave it out, for messages. guides:
-    whether the run takes its gradient."""
+    whether the rollout follows its gradient. descended: whether the trainer back-propagates it."""
 
     place: str
     reward: Reward
     records: Sequence[PromptRecord]
     hint: str = ""
     guides: bool = False
+    descended: bool = False
 
     @property
     def label(self) -> str:
@@ -55,7 +57,8 @@ def try_rewards(
     ConfigError for a reward that
     * raises, answers in another form or in other channels than its spec says, or scores outside its range;
     * has a channel without a score for any of PROMPTS prompts spread over the set (unless spec.scores_black is False);
-    * guides the run by a gradient that is not finite, or 0 on all noise."""
+    * guides the run by a gradient that is not finite, or 0 on all noise;
+    * is back-propagated and gives scores without a graph."""
     trials = []
     for candidate in _candidates(config, prompts):
         spec = candidate.reward.spec
@@ -86,12 +89,13 @@ def try_judges(
 def _candidates(config: TrainConfig, prompts: Prompts) -> list[_Candidate]:
     named, guidance = config.evaluation.rewards, config.rollout.reward_guidance
     guide = None if guidance is None or guidance.spsa is not None else guidance.judge(config.process_rewards)
+    descended = isinstance(config.trainer, BackPropagation)
     of_rollout = [
-        ("reward", config.reward),
         *(("process_rewards", reward) for reward in config.process_rewards),
         *config.guiding_rewards.items(),
     ]
     return [
+        _Candidate("reward", config.reward, prompts.train, guides=config.reward is guide, descended=descended),
         *(_Candidate(place, reward, prompts.train, guides=reward is guide) for place, reward in of_rollout),
         *(_Candidate("evaluation.rewards", reward, prompts.held_out) for reward in named),
         *(
@@ -111,6 +115,8 @@ def _try(candidate: _Candidate, samples: dict[str, Any], device: torch.device | 
             output = score(reward, batch, max_fail_rate=1.0)
         if candidate.guides:
             _check_gradient(candidate, batch)
+        elif candidate.descended:
+            _with_graph(candidate, batch)
     except RewardError as error:
         raise ConfigError(
             f"{candidate.place}{candidate.hint}: tried on noise and on an empty sample, {error}"
@@ -156,11 +162,16 @@ def _spread(records: Sequence[PromptRecord]) -> list[PromptRecord]:
     return [records[start] for start in dict.fromkeys(len(records) * number // PROMPTS for number in range(PROMPTS))]
 
 
-def _check_gradient(candidate: _Candidate, batch: RewardBatch) -> None:
-    """ConfigError if the gradient to what the reward reads is not finite, or 0 on all the noise that has a score."""
+def _with_graph(candidate: _Candidate, batch: RewardBatch) -> tuple[dict[str, torch.Tensor], RewardOutput]:
+    """What the reward reads, by name, and its scores with their graph to it. RewardError for scores without one."""
     read = candidate.reward.spec.inputs
     leaves = {name: batch.tensors()[name].detach().clone().requires_grad_() for name in read}
-    output = score(candidate.reward, replace(batch, **leaves), grad=True, max_fail_rate=1.0)
+    return leaves, score(candidate.reward, replace(batch, **leaves), grad=True, max_fail_rate=1.0)
+
+
+def _check_gradient(candidate: _Candidate, batch: RewardBatch) -> None:
+    """ConfigError if the gradient to what the reward reads is not finite, or 0 on all the noise that has a score."""
+    leaves, output = _with_graph(candidate, batch)
     if not bool(output.valid[:NOISE].any()):
         return
     total = torch.where(output.valid, output.scores, 0).sum()

@@ -169,11 +169,7 @@ def _check_reward(setup: Setup) -> None:
             f"got the reward {names!r}, which scores {'groups' if spec.groupwise else 'several channels'}; expected one number "
             "of each sample by itself: sum channels in rewards.Mix"
         )
-    if setup.state_channels:
-        raise ValueError(
-            f"got process_rewards {list(setup.state_channels)}, which BackPropagation does not read; expected none: leave them "
-            "out"
-        )
+    setup.check_process_rewards_unread("BackPropagation")
 
 
 def _check_rollout(rollout: Rollout) -> None:

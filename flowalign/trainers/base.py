@@ -141,6 +141,14 @@ class Setup:
                 f"got {key}={role!r}; expected 'reference' or one of policy.roles {sorted(self.roles)}: add it there"
             )
 
+    def check_process_rewards_unread(self, trainer: str) -> None:
+        """ValueError for process rewards, which `trainer` does not read; the only one may guide the rollout."""
+        guidance = self.rollout.reward_guidance
+        if self.state_channels and (guidance is None or guidance.reward is not None):
+            raise ValueError(
+                f"got process_rewards {list(self.state_channels)}, which {trainer} does not read; expected none: leave them out"
+            )
+
     def check_regularizers(self, regularizers: Mapping[str, Regularizer]) -> None:
         """ValueError for one that does not fit the kernel, or whose role is not configured."""
         for name, term in regularizers.items():

@@ -106,6 +106,7 @@ class FewStep:
                 f"got rollout.guidance_scale={settings.guidance_scale}; expected 1: a few-step generator has the guidance in its "
                 "weights, and the teacher's is trainer.directions.guidance_scale"
             )
+        setup.check_process_rewards_unread("FewStep")
         tree = grow(settings, 0, 0, [0])
         if len(tree.edges) or len(tree.leaves) != tree.num_roots or settings.plan.select(unscored) is not None:
             raise ValueError(

@@ -95,6 +95,11 @@ class ForwardProcess:
         """Combinations that cannot work, named before a model is loaded."""
         rollout = setup.rollout
         self.source.check(setup)
+        setup.check_process_rewards_unread("ForwardProcess")
+        if rollout.detach_uncond and self.guidance_scale == 1:
+            raise ValueError(
+                "got rollout.detach_uncond=true with trainer.guidance_scale=1, which has no unconditional half; expected false"
+            )
         if rollout.groups % self.updates_per_rollout:
             raise ValueError(
                 f"got rollout.groups={rollout.groups} for trainer.updates_per_rollout={self.updates_per_rollout}; expected "

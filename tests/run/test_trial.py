@@ -21,6 +21,7 @@ from flowalign.run.folder import describe
 from flowalign.run.preflight import Prompts
 from flowalign.run.trial import PROMPTS, try_rewards
 from flowalign.run.trial_result import records, table
+from flowalign.trainers import BackPropagation
 from rewards import (
     Channels,
     FunctionReward,
@@ -264,6 +265,16 @@ def test_a_reward_that_guides_by_a_gradient_needs_one(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="gradient that is not finite"):
         guided(tmp_path, edge)
     guided(tmp_path, rounded, spsa=Probing())  # from its scores alone
+
+
+def test_a_reward_that_is_back_propagated_needs_a_graph(tmp_path: Path) -> None:
+    def cut(images, prompts):
+        return images.detach().mean((1, 2, 3))
+
+    reward = FunctionReward(cut, "cut", differentiable=True)
+    tried(tmp_path, reward=reward)  # a policy gradient asks for scores alone
+    with pytest.raises(ConfigError, match=r"reward: tried on noise .*'cut': got scores without a graph"):
+        tried(tmp_path, reward=reward, trainer=BackPropagation())
 
 
 def test_a_gradient_on_the_black_image_alone_is_none(tmp_path: Path) -> None:

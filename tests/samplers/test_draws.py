@@ -175,6 +175,11 @@ def test_the_signs_are_directions_for_spsa() -> None:
     torch.testing.assert_close(found, torch.full((3, 1), 2.5), rtol=1e-4, atol=0)
 
 
+def test_a_logit_beyond_the_largest_exponent_is_the_level_that_it_tends_to() -> None:
+    assert LogitNormalSigma(-1e4).draw(np.random.default_rng(0), 2, GRID) == pytest.approx([0, 0])
+    assert LogitNormalSigma(1e4).draw(np.random.default_rng(0), 2, GRID) == [1, 1]
+
+
 def test_what_cannot_be_is_refused() -> None:
     for law, arguments in (
         (UniformSigma, {"low": 0.5, "high": 0.5}),

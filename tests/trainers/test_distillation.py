@@ -424,6 +424,7 @@ REFUSED = {
     "of the policy that rolled out": (Distillation({"one": Teacher()}, horizon="full", updates_per_rollout=2), setup()),
     "the gate reads the scores": (Distillation({"one": Teacher()}, gate=Gate(0.5), score_images=False), setup()),
     "equal parts": (Distillation({"one": Teacher()}, updates_per_rollout=3), setup()),
+    "Distillation does not read": (Distillation({"one": Teacher()}), setup(state_channels=("prm",))),
     "groups of one teacher": (Distillation({"one": Teacher()}, split="teacher"), setup()),
 }  # fmt: skip
 

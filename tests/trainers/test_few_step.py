@@ -343,6 +343,15 @@ def test_it_costs_thirteen_forwards_and_three_backwards_of_a_sample_and_step() -
         (["trainer.surrogate.min_sigma=0.999"], "leaves no level"),
         (["policy.reference_copy=false"], "reference_copy"),
         (["trainer.fake_updates=0"], "fake_updates=0"),
+        (["process_rewards=[tests.helpers.bed.Potential]"], "FewStep does not read"),
+        (
+            ["policy.roles={fake: {update: ema}}"],
+            r"roles\.fake\.update=ema, a role that FewStep steps itself; expected trained",
+        ),
+        (
+            ["policy.roles={surrogate_ema: {update: trained}}"],
+            "that FewStep does not step; expected frozen, copy or ema",
+        ),
         (["trainer.teacher=nowhere/at/all"], "the role teacher.*starts from a pipeline"),
     ],
 )

@@ -14,6 +14,7 @@ from flowalign.distributed.processes import Processes
 from flowalign.loop import train
 from flowalign.models.roles import Role
 from flowalign.objectives import NFT, AdvantageWeighted, CenteredReward, GroupPreference, NormGuard, VelocityAnchor
+from flowalign.rollouts.guidance import RewardGuidance
 from flowalign.rollouts.task import Rollout
 from flowalign.run.run import Run
 from flowalign.selectors import NonZeroAdvantage
@@ -341,12 +342,21 @@ def test_a_plain_configuration_passes() -> None:
         ({"objective": AdvantageWeighted(ratio="epg"), "epochs": 2}, {}, "old=policy and 2 updates per rollout.* expected a role"),
         ({"objective": AdvantageWeighted(residual="old"), "updates_per_rollout": 4}, {}, "and 4 updates per rollout"),
         ({"law": GridSigma(0.6)}, {}, "got 4 draws of the 3 levels .* expected at most as many: draw fewer"),
+        ({}, {"detach_uncond": True, "guidance_scale": 4.5}, "detach_uncond=true .* no unconditional half; expected false"),
         ({}, {"group_size": 1}, "nothing would be trained: .* compares no two samples: take within=prompt"),
     ],
 )  # fmt: skip
 def test_what_would_do_something_else_is_refused(trainer: Any, rollout: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(PLAIN, **trainer).check(replace(SETUP, rollout=replace(SETUP.rollout, **rollout)))
+
+
+def test_process_rewards_that_nothing_reads_are_refused() -> None:
+    judged = replace(SETUP, state_channels=("prm",))
+    for guided in (None, RewardGuidance(Nearness())):
+        with pytest.raises(ValueError, match=r"got process_rewards \['prm'\], which ForwardProcess does not read"):
+            PLAIN.check(replace(judged, rollout=replace(SETUP.rollout, reward_guidance=guided)))
+    PLAIN.check(replace(judged, rollout=replace(SETUP.rollout, reward_guidance=RewardGuidance())))
 
 
 OLD_AS_SAMPLER = [
