@@ -11,9 +11,10 @@ from torch import Tensor
 from flowalign.objectives import AdvantageWeighted, DrawIds, GroupPreference, VelocityAnchor
 from flowalign.objectives.distribution_matching import pull
 from flowalign.trainers.base import Update
-from flowalign.trainers.boundaries import Boundaries, like
+from flowalign.trainers.boundaries import Boundaries
 from flowalign.trainers.state_update import Draws, StateUpdate
 from flowalign.trainers.update_engine import Measures, Part, States, TrainedRole, UpdateEngine
+from samplers.kernels.base import spread
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class FewStepUpdates:
         """mean ⟨(v − (x_τ − x̂0)/τ)²⟩ + fake_kl·⟨(v − v_teacher)²⟩ at states noised again, x̂0 what the generator predicted."""
         sigma = self.ways.levels(self.steps, f"fake {number}", 0.0, shared=False)
         states, _ = self.ways.noised(self.steps, sigma, f"fake {number}", shared=False)
-        target = (states.x - self.ways.predictions(self.steps)) / like(sigma, states.x)
+        target = (states.x - self.ways.predictions(self.steps)) / spread(sigma.to(states.x), states.x)
         anchor = VelocityAnchor(self.fake_kl, self.teacher)
         anchors = {"fake_kl": anchor} if anchor.active else {}
         draws = self._draws(states, target, self.steps, torch.ones(len(self.ways)))
@@ -152,7 +153,7 @@ class FewStepUpdates:
         states, _ = ways.noised(
             self.steps, ways.levels(self.steps, "fake 0", 0.0, shared=False), "generator", shared=False
         )
-        sigma = like(states.sigma, states.x)
+        sigma = spread(states.sigma.to(states.x), states.x)
         fake, rows = self.engine.frozen(states, "fake")
         real, guided, more = self._guided(states, self.teacher, settings.guidance_scale)
         near = states.x - sigma * guided
@@ -163,7 +164,7 @@ class FewStepUpdates:
         states, _ = ways.noised(
             rewarded, ways.levels(rewarded, "reward", settings.min_sigma, shared=True), "reward", shared=True
         )
-        sigma = like(states.sigma, states.x)
+        sigma = spread(states.sigma.to(states.x), states.x)
         _, surrogate, third = self._guided(states, "surrogate", settings.reward_guidance_scale)
         reference, last = self.engine.frozen(states, self.teacher)
         mine = torch.tensor([step < settings.steps for step in self.steps]).repeat_interleave(len(ways)).to(near.device)
