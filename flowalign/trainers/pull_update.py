@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flowalign.objectives import Pull
+from flowalign.objectives.matching import mean_square
 from flowalign.trainers.base import Update
 from flowalign.trainers.update_engine import Measures, Part, States, TrainedRole, UpdateEngine
 from samplers import Forest
@@ -67,7 +68,7 @@ class PullUpdate:
         if self.future is not None:
             losses["future"] = self.future.loss(part, velocity)
         target = self.pulls["policy"].velocity[index.to(velocity.device)]
-        gap = (real.detach() - target.to(real)).square().flatten(1).mean(1)
+        gap = mean_square(real.detach(), target)
         measures.add(gap=gap, state=index, **{f"loss/{name}": loss for name, loss in losses.items()})
         return sum(losses.values(), torch.zeros((), device=velocity.device))
 

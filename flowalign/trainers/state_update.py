@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flowalign.objectives import Anchor, Coefficients, DrawIds, Predictions, StateObjective
+from flowalign.objectives.matching import mean_square
 from flowalign.trainers.base import Update
 from flowalign.trainers.update_engine import Measures, Part, States, TrainedRole, UpdateEngine
 from samplers import Path, SampleKeys
@@ -98,9 +99,9 @@ class StateUpdate:
         velocity, real = self._velocity(part), part.real
         found, index = self._predictions(part, velocity), part.index
         at = self.objective.coefficients(found, self.draws.ids.advantage[index], self._coupling[index])
-        pulls = {self.role: at.c.to(velocity) * _gap(velocity, found.target)}
+        pulls = {self.role: at.c.to(velocity) * mean_square(velocity, found.target)}
         for role, kappa in at.kappa.items():
-            pulls[self.role] = pulls[self.role] + kappa.to(velocity) * _gap(velocity, found.of(role))
+            pulls[self.role] = pulls[self.role] + kappa.to(velocity) * mean_square(velocity, found.of(role))
         for name, anchor in self.anchors.items():
             pulls[name] = anchor.beta * anchor.pull(velocity, found.of(anchor.role), found.noise)
         weight = torch.ones(len(index)) if self.draws.weight is None else self.draws.weight[index]
@@ -109,7 +110,7 @@ class StateUpdate:
         measures.add(
             curvature=self._curvature(at, found)[:real],
             error=found.error(found.live)[:real],
-            **{f"gap/{role}": _gap(found.live, found.of(role))[:real] for role in self._roles},
+            **{f"gap/{role}": mean_square(found.live, found.of(role))[:real] for role in self._roles},
             **{f"loss/{name}": loss for name, loss in losses.items()},
         )
         return sum(losses.values(), torch.zeros((), device=velocity.device))
@@ -135,8 +136,3 @@ class StateUpdate:
 def roles_of(objective: StateObjective, anchors: Iterable[Anchor]) -> list[str]:
     """The roles that an objective and its anchors read, each once."""
     return list(dict.fromkeys([*objective.needs, *(anchor.role for anchor in anchors)]))
-
-
-def _gap(velocity: Tensor, other: Tensor) -> Tensor:
-    """[n] ⟨(v − v')²⟩."""
-    return (velocity - other.to(velocity)).square().flatten(1).mean(1)
