@@ -141,6 +141,14 @@ class Setup:
                 f"got {key}={role!r}; expected 'reference' or one of policy.roles {sorted(self.roles)}: add it there"
             )
 
+    def check_equal_parts(self, updates_per_rollout: int) -> None:
+        """ValueError unless the groups of a rollout can be dealt to `updates_per_rollout` updates, equally many to each."""
+        if self.rollout.groups % updates_per_rollout:
+            raise ValueError(
+                f"got rollout.groups={self.rollout.groups} for trainer.updates_per_rollout={updates_per_rollout}; expected equal "
+                "parts: choose a divisor"
+            )
+
     def check_regularizers(self, regularizers: Mapping[str, Regularizer]) -> None:
         """ValueError for one that does not fit the kernel, or whose role is not configured."""
         for name, term in regularizers.items():

@@ -95,16 +95,19 @@ class ForwardProcess:
         """Combinations that cannot work, named before a model is loaded."""
         rollout = setup.rollout
         self.source.check(setup)
-        if rollout.groups % self.updates_per_rollout:
-            raise ValueError(
-                f"got rollout.groups={rollout.groups} for trainer.updates_per_rollout={self.updates_per_rollout}; expected "
-                "equal parts: choose a divisor"
-            )
+        setup.check_equal_parts(self.updates_per_rollout)
         if self.guidance_scale != 1 and rollout.guidance_scale == 1:
             raise ValueError(
                 f"got trainer.guidance_scale={self.guidance_scale} with rollout.guidance_scale=1, whose prompts have no negatives and "
                 "whose samples are not those of a guided velocity; expected 1 too, or a guided rollout"
             )
+        self._check_anchors(setup)
+        self._check_objective(setup)
+        self._check_sampler_stays(setup)
+        self._dry_run(setup)
+
+    def _check_anchors(self, setup: Setup) -> None:
+        """ValueError for a name that the metrics already have, and for a role that is the policy or that nobody configured."""
         if "policy" in self.anchors:
             raise ValueError("got an anchor named 'policy', as the main term of the loss is: rename it")
         for name, anchor in self.anchors.items():
@@ -114,6 +117,9 @@ class ForwardProcess:
                 )
             if anchor.role != self.source.role:
                 setup.check_role(f"trainer.anchors.{name}.role", anchor.role)
+
+    def _check_objective(self, setup: Setup) -> None:
+        """ValueError for samples, roles, groups or draws with which the formula of the objective does not hold."""
         made_by = self.objective.sampled_by
         if made_by is not None and self.source.role is not None and made_by != self.source.role:
             raise ValueError(
@@ -123,9 +129,9 @@ class ForwardProcess:
         for role in self.objective.needs:
             if role != self.source.role:
                 setup.check_role("a role of trainer.objective", role)
-        if self.objective.coupled and rollout.group_size < 2:
+        if self.objective.coupled and setup.rollout.group_size < 2:
             raise ValueError(
-                f"got rollout.group_size={rollout.group_size} with {self.objective}; expected groups of at least 2"
+                f"got rollout.group_size={setup.rollout.group_size} with {self.objective}; expected groups of at least 2"
             )
         if self.objective.coupled and not self.shared_draws:
             raise ValueError(
@@ -138,8 +144,6 @@ class ForwardProcess:
                 "later ones of which the policy is no longer the one that sampled; expected a role: set old and source.role to "
                 "'old', or one update"
             )
-        self._check_sampler_stays(setup)
-        self._dry_run(setup)
 
     def _check_sampler_stays(self, setup: Setup) -> None:
         """ValueError if a role that must be the one which sampled changes between the updates of a rollout."""

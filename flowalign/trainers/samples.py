@@ -15,7 +15,7 @@ from flowalign.models.base import Conditions
 from flowalign.rollouts.collect import ScoredRollout, collect
 from flowalign.rollouts.rolling import grow
 from flowalign.rollouts.task import Rollout, Task
-from flowalign.trainers.base import Setup
+from flowalign.trainers.base import Batch, Setup
 from flowalign.trainers.signal import EdgeSignal, Signal
 from samplers import ODE, Forest, SampleKeys, Tree, sampled
 
@@ -72,22 +72,14 @@ class Samples:
         return signal.edges(self.places.one_step_each(), self.scores, self.valid, self.channels, context)
 
 
-class SampleBatch(Protocol):
-    """A `Batch` of samples."""
+class SampleBatch(Batch, Protocol):
+    """A batch of samples."""
 
     @property
     def samples(self) -> Samples: ...
 
     @property
     def iteration(self) -> int: ...
-
-    @property
-    def metrics(self) -> dict[str, float]: ...
-
-    @property
-    def images(self) -> int: ...
-
-    def picture(self) -> bytes | None: ...
 
 
 class SampleSource(Protocol):
