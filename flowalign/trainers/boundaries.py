@@ -1,4 +1,4 @@
-"""Deterministic trajectories as rows, and their states noised again."""
+"""The states of deterministic trajectories between two steps, and the same states noised again."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ from samplers.kernels.base import spread
 
 @dataclass(frozen=True, eq=False)
 class Boundaries:
-    """N trajectories of K steps; "the rows of steps" [M] are S = M·N, those of the first step before those of the second.
+    """N trajectories of K steps, those of the samples of a rollout without noise.
 
-    nodes [N, K+1]: of the forest. keys: of the draws. shift, margin: of their noise levels, see ShiftedUniform."""
+    Every method takes M steps and returns S = M·N rows: the N trajectories at the first of the steps, then all of them at the
+    second, and so on. nodes [N, K+1]: the forest's states on each trajectory, from noise to data. keys: of the samples, from which
+    noise and noise levels are drawn. shift, margin: of the noise levels, see ShiftedUniform."""
 
     forest: Forest
     keys: SampleKeys

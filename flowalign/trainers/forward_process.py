@@ -32,18 +32,22 @@ LEVELS = 6  # at which it measures samples
 class ForwardProcess:
     """Regression of velocities at noised clean samples (DiffusionNFT 2509.16117, AWM 2509.25050, RAM 2605.10759, …).
 
-    Each sample x0 is noised `draws` times, x = a·x0 + b·ε with σ by `law` and ε keyed to the sample, and the policy's velocity
-    there is regressed on what `objective` says, in the common form c·⟨(v − u)²⟩ + Σ κ·⟨(v − v_role)²⟩; the mean over draws is the
-    loss. No log-prob is needed, so samples may come from an ODE (samplers.Deterministic), or from any plan.
+    One iteration: `source` gives clean samples x0 with scores. `signal` makes one advantage of the scores of each sample, and
+    chooses which samples are trained. Each of these is noised `draws` times, x = a·x0 + b·ε, with σ drawn by `law` and ε keyed
+    to the sample. `objective` says, at each draw, the numbers c and κ of
 
-    signal: from the scores of samples to their advantages, and which are trained; a sample counts as one step. anchors: by
-    name, each towards a role; the metric is loss/<name>. source: of the samples. shared_draws: all samples of a group have the
-    same σ and ε at each draw; objectives that compare members are refused without it, for others it changes the variance only (share both or
-    neither, and stratify σ).
+        c·⟨(v − u)²⟩ + Σ κ·⟨(v − v_role)²⟩
+
+    v the policy's velocity at x, u the path's own (ε − x0 for a rectified flow). The loss is the mean over draws of that and of
+    the `anchors`, each towards a role; by name, the metric is loss/<name>. No log-prob is needed, so samples may come from an
+    ODE (samplers.Deterministic), or from any plan.
+
+    shared_draws: all samples of a group have the same σ and ε at each draw. Objectives that compare the members of a group are
+    refused without it; for others it changes the variance only (share both or neither, and stratify σ).
     updates_per_rollout: updates on equal shares of the groups; epochs: how often all of them pass, with new draws each time. A role
     that must be the one which sampled may change only when all updates of a rollout are done (its `every`).
-    guidance_scale: of the velocities in the update; none by default, whatever the rollout has: with a guided rollout the
-    samples are not those of the velocity that is regressed, and the centering of advantages is what holds its mean.
+    guidance_scale: of the velocities in the update; 1 (none) by default, whatever the rollout has. The samples of a guided rollout
+    are not those of the velocity that is regressed; only the centering of the advantages then holds its mean.
 
     The minimum of the regression, and for which objectives it is the tilt by e^{r/β}, stands with each objective; draws/curvature_*
     say how much of the batch pushes away from its target."""

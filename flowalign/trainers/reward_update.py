@@ -38,10 +38,12 @@ def divergences(term: Regularizer, kernel: Kernel, visits: Sequence[Visit], othe
 
 @dataclass(eq=False)
 class RewardUpdate:
-    """The loss of the samples of `tree`, independent chains of `prompts`, one group each, over `sigmas`.
+    """The loss of the samples of one iteration, which are made, decoded and scored inside the loss of their micro-batch.
 
-    answers: of the reward so far, on the first look of this process's samples `answered`, under the first words. done: numbers
-    of the micro-batches whose forward is done; what their backward computes again is not counted."""
+    tree: independent chains, a group for each of the `prompts`, over the levels sigmas [T+1]; shape: of one latent.
+    checkpoint: see BackPropagation. What this process has seen of the reward so far, for the metrics: answered, the samples;
+    answers, their scores on the first of the truncation's looks, under the first of its words.
+    done: the numbers of the micro-batches whose forward is done; what their backward computes again is not counted."""
 
     engine: UpdateEngine
     truncation: Truncation

@@ -38,8 +38,8 @@ class Places:
         return len(self.group)
 
     def one_step_each(self) -> Forest:
-        """A forest without states in which each sample is one stochastic step from a root of its own; edges are in the order of
-        the samples. Parts that are written for the steps of a rollout then compare whole samples."""
+        """The samples as a forest of N trees, each one stochastic step from its root to its sample, without states; edges are in
+        the order of the samples. By it credit, advantages and selectors, which are written for steps, compare whole samples."""
         count = len(self)
         rows, zeros = torch.arange(count), torch.zeros(count, dtype=torch.int64)
         tree = Tree(

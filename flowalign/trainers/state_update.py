@@ -48,9 +48,11 @@ class Draws:
 
 @dataclass(eq=False)
 class StateUpdate:
-    """The loss of `draws`: their mean of c·⟨(v − u)²⟩ + Σ κ_a·⟨(v − v_a)²⟩ and of the anchors. Roles are evaluated when it is
-    made, once over all processes, as they are then; rows: network rows without gradient, per sample. role: whose velocities are
-    trained, the "policy" of the objective; of another one metrics begin with its name."""
+    """The loss of `draws`: the mean over them of c·⟨(v − u)²⟩ + Σ κ_a·⟨(v − v_a)²⟩ (see `objective`) and of the anchors.
+
+    When it is made, it evaluates the roles that objective and anchors read, with the weights they have then, each state once
+    over all processes; rows: what that cost, network rows per sample. role: whose velocities are trained; it is what the
+    objective calls "policy". The metrics of any other role than "policy" begin with its name."""
 
     engine: UpdateEngine
     draws: Draws
