@@ -113,9 +113,15 @@ class StateUpdate:
             curvature=self._curvature(at, found)[:real],
             error=found.error(found.live)[:real],
             **{f"gap/{role}": mean_square(found.live, found.of(role))[:real] for role in self._roles},
+            **{f"accuracy/{role}": self._accuracy(part, found, role)[:real] for role in self._roles},
             **{f"loss/{name}": loss for name, loss in losses.items()},
         )
         return sum(losses.values(), torch.zeros((), device=velocity.device))
+
+    def _accuracy(self, part: Part, found: Predictions, role: str) -> Tensor:
+        """[n] 1 where the error is less than the role's for a better sample, or more for a worse one; ½ where nothing differs."""
+        ahead = found.error(found.of(role)) - found.error(found.live)
+        return (ahead.sign() * self.draws.ids.advantage[part.index].to(ahead).sign() + 1) / 2
 
     def _curvature(self, at: Coefficients, found: Predictions) -> Tensor:
         own = at.c + sum(at.kappa.values(), torch.zeros_like(at.c))
@@ -124,12 +130,16 @@ class StateUpdate:
     def metrics(self, measures: Measures) -> dict[str, float]:
         """Once the step is taken; of the weights before it."""
         curvature, own = measures.rows("curvature"), self.role == "policy"
-        draws, gap = ("draws/", "gap/") if own else (f"{self.role}/", f"{self.role}/gap_")
+        draws, roles = ("draws/", "{}/{}") if own else (f"{self.role}/", f"{self.role}/{{}}_{{}}")
         return {
             f"{draws}error": float(measures.rows("error").mean()),
             f"{draws}curvature_min": float(curvature.min()),
             f"{draws}curvature_negative": float((curvature < 0).double().mean()),
-            **{f"{gap}{role}": float(measures.rows(f"gap/{role}").mean()) for role in self._roles},
+            **{
+                roles.format(name, role): float(measures.rows(f"{name}/{role}").mean())
+                for name in ("gap", "accuracy")
+                for role in self._roles
+            },
             **{name: measures.total(name) for name in measures.values if name.startswith("loss/")},
             "cost/frozen_per_image": self.rows,
         }
