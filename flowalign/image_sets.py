@@ -50,7 +50,7 @@ def load_pairs(file: str) -> list[ImagePair]:
     ValueError or FileNotFoundError, with file and line: for rows that lack something, for a pair of one image, and for a pair
     that stands there twice, either way round (it would count double, or against itself)."""
     pairs = [ImagePair(place, record, *files) for place, record, files in _load(file, ("chosen", "rejected"))]
-    _check_once([(pair.place, (*_shown(pair.record), frozenset(pair.files))) for pair in pairs], "pair of images")
+    _check_once([(pair.place, (*request_of(pair.record), frozenset(pair.files))) for pair in pairs], "pair of images")
     for pair in pairs:
         if _content(pair.chosen) == _content(pair.rejected):
             raise ValueError(
@@ -64,8 +64,13 @@ def load_labeled(file: str) -> list[LabeledImage]:
     """The rows {"prompt", "image"} of a .jsonl, paths from its folder; all else as `load_pairs` has it. An image may show several
     prompts."""
     found = [LabeledImage(place, record, *files) for place, record, files in _load(file, ("image",))]
-    _check_once([(each.place, (*_shown(each.record), each.image)) for each in found], "image of this prompt")
+    _check_once([(each.place, (*request_of(each.record), each.image)) for each in found], "image of this prompt")
     return found
+
+
+def request_of(record: PromptRecord) -> tuple[object, ...]:
+    """What an image of the prompt is made from: equal for two records that ask for the same image."""
+    return (record.prompt, record.images)
 
 
 def check_images_of(rows: Sequence[ImagePair | LabeledImage], height: int, width: int) -> None:
@@ -93,9 +98,9 @@ def check_images_of(rows: Sequence[ImagePair | LabeledImage], height: int, width
 
 def check_not_held_out(rows: Sequence[ImagePair | LabeledImage], held_out: Sequence[PromptRecord]) -> None:
     """ValueError, with file and line, for a prompt that is among those that are evaluated."""
-    evaluated = set(map(_shown, held_out))
+    evaluated = set(map(request_of, held_out))
     for row in rows:
-        if _shown(row.record) in evaluated:
+        if request_of(row.record) in evaluated:
             raise ValueError(
                 f"{row.place}: got the prompt {short(row.record.prompt)}, which is among those of evaluation.prompts; expected other "
                 "ones, or the gain would not be that of new prompts: evaluate others, or set "
@@ -146,11 +151,6 @@ def _file(place: str, name: Any, key: str, folder: Path) -> Path:
             "folder of this file"
         )
     return path
-
-
-def _shown(record: PromptRecord) -> tuple[object, ...]:
-    """What makes two records ask for the same image."""
-    return (record.prompt, record.images)
 
 
 def _check_once(rows: Sequence[tuple[str, object]], what: str) -> None:

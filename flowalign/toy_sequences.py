@@ -74,9 +74,8 @@ def unmask(
         hard = number < steps - relaxed
         states.append(state)
         own = denoiser(state)
-        with torch.no_grad():
-            theirs = other(state.detach()) if hard else None
-        theirs = other(state) if theirs is None else theirs
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not hard):
+            theirs = other(state)
         stay = float(mask[number + 1] / mask[number])
         kl = kl + (1 - stay) * (state[..., -1] * (own.exp() * (own - theirs)).sum(-1)).sum(-1)
         log_q = torch.cat([own + _log(1 - stay), own.new_full((*own.shape[:-1], 1), _log(stay))], -1)

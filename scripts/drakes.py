@@ -68,7 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, float]]:
     trainer = Drakes(
         denoiser, before, MotifCount((0, 1)), LENGTH, TOKENS, alpha=given.alpha, relaxed=given.relaxed, seed=given.seed
     )
-    rows, steppers = list[dict[str, float]](), dict[torch.optim.Optimizer, Summed]()
+    rows: list[dict[str, float]] = []
+    steppers: dict[torch.optim.Optimizer, Summed] = {}
     for iteration in (bar := tqdm(range(given.iterations), desc="drakes", unit="it", disable=None)):
         for update in trainer.updates(iteration):  # the main loop's verbs, without a run
             stepper = steppers.setdefault(update.optimizer, Summed(update.optimizer, Processes()))

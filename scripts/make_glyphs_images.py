@@ -23,23 +23,22 @@ from rewards import OCR, RewardBatch, close
 GAP = 0.1  # of OCR's soft reward: below it two images are no pair
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Sample, judge, render, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--samples", type=int, default=4, help="of each prompt, of which a pair is chosen")
-    arguments = parser.parse_args()
-    if arguments.samples < 2:
-        parser.error(
-            f"got --samples {arguments.samples}; expected at least 2, of which the best and the worst are a pair"
-        )
+    given = parser.parse_args(arguments)
+    if given.samples < 2:
+        parser.error(f"got --samples {given.samples}; expected at least 2, of which the best and the worst are a pair")
     torch.set_num_threads(1)
-    (arguments.output / "images").mkdir(parents=True, exist_ok=True)
-    _write(arguments.output / "pairs.jsonl", _pairs(arguments.output, arguments.samples))
-    _write(arguments.output / "rendered.jsonl", _rendered(arguments.output))
+    (given.output / "images").mkdir(parents=True, exist_ok=True)
+    _write(given.output / "pairs.jsonl", _pairs(given.output, given.samples))
+    _write(given.output / "rendered.jsonl", _rendered(given.output))
 
 
 def _pairs(folder: Path, samples: int) -> list[dict[str, str]]:
+    """A row of each prompt whose best and worst sample are far enough apart; other samples are not kept."""
     policy, judge = load_policy("glyphs", trainable="none"), OCR(metric="soft", fold={"0": "O"})
     judge.load()
     rows = []
@@ -59,6 +58,7 @@ def _pairs(folder: Path, samples: int) -> list[dict[str, str]]:
 
 
 def _rendered(folder: Path) -> list[dict[str, str]]:
+    """A row of each prompt."""
     prompts = [record["prompt"] for record in train_prompts()]
     words, inks, papers = zip(*map(parse_prompt, prompts), strict=True)
     offsets = torch.randint(-JITTER, JITTER + 1, (len(prompts), 2), generator=torch.Generator().manual_seed(0))

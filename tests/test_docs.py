@@ -17,6 +17,7 @@ from torchvision.transforms.functional import pil_to_tensor
 import flowalign.trainers
 from flowalign.config import load_config
 from flowalign.config.layers import split_arguments
+from flowalign.models import LoRA, load_policy
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -24,6 +25,7 @@ SIGN = "\N{SECTION SIGN}"
 # notes that are not in the repository
 ABSENT = re.compile(f"{SIGN}|grpo_{'family'}|other_{'trainers'}|forward_{'process'}(?:[.]md| {SIGN})")
 UNUSED = {"Process"}  # a credit whose scores no trainer provides
+TEACHER = "policy.roles.teacher={init: reference}"
 LINK = re.compile(r"\]\(([^)#\s]*)(#[\w-]+)?\)")
 
 
@@ -144,6 +146,29 @@ def test_a_method_of_the_page_holds_what_makes_it_that_method(tiny_pipeline: Pat
     assert plain["trainer"]["init_args"]["signal"]["credit"]["class_path"] == "flowalign.credit.Broadcast"
     assert plain["trainer"]["init_args"]["step_weight"]["class_path"] == "flowalign.objectives.Uniform"
     assert config.rollout.plan.forecast(10, 12).edges == 48
+
+
+def test_the_yaml_of_distillation_is_a_layer(tiny_pipeline: Path, tmp_path: Path) -> None:
+    """Several teachers over DiffusionOPD, a gated one beside Flow-GRPO; here every folder of a LoRA is one that was just saved."""
+    lora = LoRA(rank=2, alpha=2, targets=("attn.to_q",))
+    load_policy(str(tiny_pipeline), lora=lora).save_lora(tmp_path / "lora")
+    (tmp_path / "prompts.jsonl").write_text(
+        '{"prompt": "KITE", "task": "ocr"}\n{"prompt": "MOON", "task": "geneval"}\n'
+    )
+    section = (ROOT / "docs" / "methods.md").read_text().partition("## On-policy distillation")[2].partition("\n## ")[0]
+    blocks = re.findall(r"```yaml\n(.*?)```", section, re.S)
+    changes = [f"policy.path={tiny_pipeline}", "evaluation.allow_training_prompts=true"]
+    found = []
+    for block, method, more in zip(blocks, ("diffusion_opd", "flow_grpo"), ([], [TEACHER]), strict=True):
+        text = re.sub(r"runs/\w+/lora", str(tmp_path / "lora"), block)
+        (tmp_path / "layer.yaml").write_text(text.replace("prompts.jsonl", str(tmp_path / "prompts.jsonl")))
+        files = [f"configs/methods/{method}.yaml", "configs/models/glyphs.yaml", "configs/rewards/ocr_glyphs.yaml"]
+        config, _ = load_config([*files, str(tmp_path / "layer.yaml")], [*changes, *more])
+        found.append(config.trainer)
+    several, gated = found
+    assert several.route.teachers == {"ocr": "teacher_ocr", "geneval": "teacher_geneval"}
+    assert several.teachers["teacher_geneval"].guidance_scale == 4.5
+    assert gated.supervision["opd"].gate.min_reward == 1
 
 
 def test_the_glossary_has_every_word_once_and_in_order() -> None:

@@ -7,7 +7,7 @@ from flowalign.objectives.dynamic_clip import DynamicClip
 from flowalign.objectives.gate import Gate
 from flowalign.objectives.guidance_distillation import GuidanceDistillation
 from flowalign.objectives.kl import KLPenalty, Regularizer, RoleSteps
-from flowalign.objectives.layer_tuning import LayerTuning, Supervision, Targets
+from flowalign.objectives.layer_tuning import LayerTuning
 from flowalign.objectives.matching import Match, Pull, Steps
 from flowalign.objectives.norm_guard import NormGuard
 from flowalign.objectives.reward_losses import Hinge, Negative, RewardLoss
@@ -31,6 +31,7 @@ from flowalign.objectives.step_weights import (
     Uniform,
     without_states,
 )
+from flowalign.objectives.supervision import Supervision, Targets
 from flowalign.objectives.teacher_targets import TeacherTargets
 from flowalign.objectives.transitions import ClippedRatio, Guard, KLMask, Objective, Transitions
 

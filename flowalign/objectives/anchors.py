@@ -8,6 +8,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from flowalign.objectives.matching import mean_square
+
 
 class Anchor(Protocol):
     """beta · pull of the policy's velocity towards a role's, the mean over draws."""
@@ -58,5 +60,5 @@ class VelocityAnchor:
         return self.beta * (torch.ones_like(noise) if self.space == "velocity" else noise.square())
 
     def pull(self, velocity: Tensor, other: Tensor, noise: Tensor) -> Tensor:
-        gap = (velocity - other.to(velocity)).square().flatten(1).mean(1)
+        gap = mean_square(velocity, other)
         return gap if self.space == "velocity" else noise.to(gap).square() * gap

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 
-def pull(x0: Tensor, direction: Tensor, near: Tensor) -> Tensor:
+def directional_loss(x0: Tensor, direction: Tensor, near: Tensor) -> Tensor:
     """⟨(sg(x̂0 + d) − x̂0)²⟩ / sg⟨|x̂0 − y|⟩ [n]: its gradient moves a predicted image x0 [n, *] along the detached
     `direction` d [n, *]; y = near [n, *] (TDM 2503.06674; TDM-R1 2603.07700).
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from flowalign.objectives.layer_tuning import Targets
+from flowalign.objectives.supervision import Targets, check_fade, faded
 from samplers import Forest, Path
 from samplers.kernels.base import spread
 from samplers.kernels.guided import GRADIENTS, RATE
@@ -40,8 +40,7 @@ class GuidanceDistillation:
     def __post_init__(self) -> None:
         if self.target not in ("sde_mean", "marginal"):
             raise ValueError(f"got target={self.target!r}; expected 'sde_mean' or 'marginal'")
-        if self.scale < 0 or (self.fade is not None and self.fade < 1):
-            raise ValueError(f"got scale={self.scale}, fade={self.fade}; expected scale >= 0 and fade >= 1 or None")
+        check_fade(self.scale, self.fade)
         if not (self.beta > 0 and self.max_odds > 0):
             raise ValueError(f"got beta={self.beta}, max_odds={self.max_odds}; expected both above 0")
 
@@ -55,7 +54,7 @@ class GuidanceDistillation:
 
     def scale_at(self, iteration: int) -> float:
         """The factor in this iteration."""
-        return self.scale * (1.0 if self.fade is None else max(0.0, 1 - iteration / self.fade))
+        return faded(self.scale, self.fade, iteration)
 
     def targets(self, forest: Forest, scores: Tensor, valid: Tensor) -> Targets:
         """v_T at every guided state that a stochastic step leaves, weight 1; the scores of leaves do not matter."""

@@ -1,65 +1,16 @@
-"""Velocity targets: a supervised term beside the policy gradient, which pulls velocities at some states towards targets."""
+"""Layer tuning: the states of a tree are pulled towards its best path."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from flowalign.objectives.supervision import Targets, check_fade, faded
 from samplers import Forest, Path, sampled
 from samplers.kernels.base import spread
-
-
-@dataclass(frozen=True, eq=False)
-class Targets:
-    """Target velocities [S, *] at the states `nodes` [S], each with a `weight` [S] >= 0."""
-
-    nodes: Tensor
-    velocity: Tensor
-    weight: Tensor
-
-    def loss(self, nodes: Tensor, velocity: Tensor) -> Tensor:
-        """[n] weight · ⟨(v − target)²⟩ of `nodes` under `velocity` [n, *], the mean over elements; 0 without a target."""
-        if not len(self.nodes):
-            return velocity.new_zeros(len(nodes))
-        match = nodes[:, None] == self.nodes[None]
-        place = match.int().argmax(1)
-        weight = torch.where(match.any(1), self.weight[place], 0.0).to(velocity)
-        error = velocity - self.velocity[place.to(self.velocity.device)].to(velocity)
-        return weight * error.square().flatten(1).mean(1)
-
-
-class Supervision(Protocol):
-    """A regression of the velocities at trained states onto targets."""
-
-    @property
-    def needs_old(self) -> bool:
-        """Whether forest.velocities["old"] must hold the rollout's own velocities."""
-        ...
-
-    @property
-    def needs_guidance(self) -> bool:
-        """Whether the rollout must be guided by a reward (rollout.reward_guidance), whose gradients its targets read."""
-        ...
-
-    @property
-    def role(self) -> str | None:
-        """The role whose velocities at the trained states its targets read; None: it reads no role's."""
-        ...
-
-    def check(self, path: Path, channels: tuple[str, ...]) -> None:
-        """ValueError unless its formula holds for a policy on `path` and a reward of `channels`."""
-        ...
-
-    def scale_at(self, iteration: int) -> float:
-        """The factor of its loss."""
-        ...
-
-    def targets(self, forest: Forest, scores: Tensor, valid: Tensor) -> Targets:
-        """scores, valid [L, C] in the order of the leaves."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -82,8 +33,7 @@ class LayerTuning:
     def __post_init__(self) -> None:
         if self.target not in ("best_path_velocity", "best_leaf_fm"):
             raise ValueError(f"got target={self.target!r}; expected 'best_path_velocity' or 'best_leaf_fm'")
-        if self.scale < 0 or (self.fade is not None and self.fade < 1):
-            raise ValueError(f"got scale={self.scale}, fade={self.fade}; expected scale >= 0 and fade >= 1 or None")
+        check_fade(self.scale, self.fade)
 
     def check(self, path: Path, channels: tuple[str, ...]) -> None:
         """ValueError for several channels, since leaves are ranked by one, and unless the target's formula holds on `path`."""
@@ -102,7 +52,7 @@ class LayerTuning:
 
     def scale_at(self, iteration: int) -> float:
         """λ in this iteration."""
-        return self.scale * (1.0 if self.fade is None else max(0.0, 1 - iteration / self.fade))
+        return faded(self.scale, self.fade, iteration)
 
     def targets(self, forest: Forest, scores: Tensor, valid: Tensor) -> Targets:
         """The targets of the trained states.

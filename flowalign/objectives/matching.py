@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -12,6 +12,11 @@ from samplers import Kernel, Path
 from samplers.kernels.base import spread
 
 Form = Literal["kl", "ode", "mean", "velocity", "x0"]
+
+
+def mean_square(velocity: Tensor, other: Tensor) -> Tensor:
+    """[n] ⟨(v − v')²⟩ of velocities [n, *], the mean over elements, in the precision of the first."""
+    return (velocity - other.to(velocity)).square().flatten(1).mean(1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +45,7 @@ class Match:
     normalized: bool = False
 
     def __post_init__(self) -> None:
-        if self.form not in ("kl", "ode", "mean", "velocity", "x0"):
+        if self.form not in get_args(Form):
             raise ValueError(f"got form={self.form!r}; expected 'kl', 'ode', 'mean', 'velocity' or 'x0'")
 
     @property

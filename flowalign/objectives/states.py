@@ -12,15 +12,19 @@ has no minimum there. A weight w of the error is part of c and κ.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from functools import cached_property
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
 
+from flowalign.objectives.matching import mean_square
+
 Weight = Literal["velocity", "sigma", "x0", "adaptive", "adaptive_velocity", "elbo"]
-WEIGHTS: tuple[Weight, ...] = ("velocity", "sigma", "x0", "adaptive", "adaptive_velocity", "elbo")
+WEIGHTS: tuple[Weight, ...] = get_args(Weight)
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +43,7 @@ class Predictions:
 
     def error(self, velocity: Tensor) -> Tensor:
         """[n] float64 ⟨(v − u)²⟩, the mean over elements."""
-        return (velocity.double() - self.target.double()).square().flatten(1).mean(1)
+        return mean_square(velocity.double(), self.target)
 
     def weight(self, kind: Weight, velocity: Tensor) -> Tensor:
         """[n] float64 w of the error of `velocity`. "velocity": 1; "sigma": b; "x0": b², the error of x̂0; "adaptive": that over
@@ -69,10 +73,15 @@ class DrawIds:
     group: Tensor
     number: Tensor
 
-    @property
+    @cached_property
     def cell(self) -> Tensor:
         """[D] the number of the (group, number) that each draw is in."""
         return torch.unique(torch.stack([self.group, self.number], 1), dim=0, return_inverse=True)[1]
+
+    def sums(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Of each cell, the sum of its values [D] float64, and how many draws it has."""
+        size = self.cell.bincount()
+        return values.new_zeros(len(size)).index_add(0, self.cell, values), size
 
 
 class StateObjective(Protocol):
@@ -108,6 +117,16 @@ class StateObjective(Protocol):
     def curvature(self, advantage: Tensor) -> Tensor:
         """[n] K at unchanged weights, with w = 1 and without anchors: below 0 a draw pushes away without bound."""
         ...
+
+
+def no_value(objective: StateObjective, found: Predictions) -> Tensor:
+    """The `value` of an objective that couples nothing."""
+    return torch.zeros(len(found.live))
+
+
+def no_coupling(objective: StateObjective, values: Tensor, draws: DrawIds) -> Tensor:
+    """The `couple` of an objective that couples nothing."""
+    return torch.ones(len(draws.group))
 
 
 @dataclass(frozen=True)
@@ -164,13 +183,7 @@ class AdvantageWeighted:
     def sampled_by(self) -> str | None:
         return self.old if self._uses_old else None
 
-    coupled = False
-
-    def value(self, found: Predictions) -> Tensor:
-        return torch.zeros(len(found.live))
-
-    def couple(self, values: Tensor, draws: DrawIds) -> Tensor:
-        return torch.ones(len(draws.group))
+    coupled, value, couple = False, no_value, no_coupling
 
     def coefficients(self, found: Predictions, advantage: Tensor, coupling: Tensor) -> Coefficients:
         weight, signal = found.weight(self.weight, found.live), advantage.double().to(found.live.device)
@@ -178,9 +191,7 @@ class AdvantageWeighted:
             old = found.of(self.old)
             gain = found.weight(self.weight, old) * found.error(old) - weight * found.error(found.live)
             ratio = gain.exp()
-            outside = torch.zeros_like(ratio, dtype=torch.bool)
-            if self.clip is not None:
-                outside = ((signal > 0) & (ratio > 1 + self.clip)) | ((signal < 0) & (ratio < 1 - self.clip))
+            outside = _outside(ratio, signal, self.clip)
             signal = torch.where(outside, 0.0, ratio * (signal - gain if self.ratio == "pepg" else signal))
         c = self.scale * weight * signal
         return Coefficients(c, {self.old: -c} if self.residual == "old" else {})
@@ -205,7 +216,7 @@ class NFT:
     adaptive: bool = True
     advantage_clip: float = 5.0
     old: str = "old"
-    coupled = False
+    coupled, value, couple = False, no_value, no_coupling
 
     def __post_init__(self) -> None:
         if not (self.beta > 0 and self.advantage_clip > 0):
@@ -218,12 +229,6 @@ class NFT:
     @property
     def sampled_by(self) -> str | None:
         return self.old
-
-    def value(self, found: Predictions) -> Tensor:
-        return torch.zeros(len(found.live))
-
-    def couple(self, values: Tensor, draws: DrawIds) -> Tensor:
-        return torch.ones(len(draws.group))
 
     def coefficients(self, found: Predictions, advantage: Tensor, coupling: Tensor) -> Coefficients:
         old, beta = found.of(self.old), self.beta
@@ -281,23 +286,19 @@ class GroupPreference:
         return own - found.weight(self.weight, reference) * found.error(reference)
 
     def couple(self, values: Tensor, draws: DrawIds) -> Tensor:
-        cell = draws.cell
-        count = torch.zeros(int(cell.max()) + 1, dtype=torch.float64)
-        size = count.index_add(0, cell, torch.ones(len(cell), dtype=torch.float64))
-        total = count.index_add(0, cell, draws.advantage.double().cpu() * values.double().cpu())
-        return (self.beta * total / size).sigmoid()[cell]
+        total, size = draws.sums(draws.advantage.double().cpu() * values.double().cpu())
+        return (self.beta * total / size).sigmoid()[draws.cell]
 
     def coefficients(self, found: Predictions, advantage: Tensor, coupling: Tensor) -> Coefficients:
         signal = advantage.double().to(found.live.device)
         c = found.weight(self.weight, found.live) * coupling.to(signal) * signal
         if self.guard is not None and self.clip is not None:
             ratio = (found.error(found.of(self.guard)) - found.error(found.live)).exp()
-            outside = ((signal > 0) & (ratio > 1 + self.clip)) | ((signal < 0) & (ratio < 1 - self.clip))
-            c = torch.where(outside, 0.0, c)
+            c = torch.where(_outside(ratio, signal, self.clip), 0.0, c)
         if self.max_distance is not None:
             reference = found.of(self.reference)
             ahead = found.error(reference) - found.error(found.live)
-            far = (found.live.double() - reference.double()).square().flatten(1).mean(1) > self.max_distance
+            far = mean_square(found.live.double(), reference) > self.max_distance
             c = torch.where(far & (signal * ahead > 0), 0.0, c)
         return Coefficients(c)
 
@@ -342,10 +343,8 @@ class CenteredReward:
     def couple(self, values: Tensor, draws: DrawIds) -> Tensor:
         """p̃ − beta·R̃."""
         gap = good_share(draws.advantage, self.advantage_clip).cpu() - self.beta * values.double().cpu()
-        cell = draws.cell
-        zero = torch.zeros(int(cell.max()) + 1, dtype=torch.float64)
-        size = zero.index_add(0, cell, torch.ones(len(cell), dtype=torch.float64))
-        return gap - (zero.index_add(0, cell, gap) / size)[cell]
+        total, size = draws.sums(gap)
+        return gap - (total / size)[draws.cell]
 
     def coefficients(self, found: Predictions, advantage: Tensor, coupling: Tensor) -> Coefficients:
         return Coefficients(10 * found.weight(self.weight, found.live) * coupling.double().to(found.live.device))
@@ -357,6 +356,12 @@ class CenteredReward:
 def good_share(advantage: Tensor, clip: float) -> Tensor:
     """p [n] float64 = A/(2·clip) + ½ inside [0, 1]: how much of a sample counts as good (DiffusionNFT)."""
     return (advantage.double() / (2 * clip) + 0.5).clamp(0, 1)
+
+
+def _outside(ratio: Tensor, advantage: Tensor, clip: float | None) -> Tensor:
+    """[n] whether the ratio [n] has moved beyond 1 ± clip in the direction of the advantage [n]; None: never."""
+    limit = math.inf if clip is None else clip
+    return ((advantage > 0) & (ratio > 1 + limit)) | ((advantage < 0) & (ratio < 1 - limit))
 
 
 def check_weight(weight: str) -> None:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from flowalign.objectives.gate import Gate
-from flowalign.objectives.layer_tuning import Targets
 from flowalign.objectives.matching import Match, Steps
+from flowalign.objectives.supervision import Targets, check_fade, faded
 from samplers import Forest, Path, RectifiedFlow, mean_below
 
 
@@ -33,8 +33,7 @@ class TeacherTargets:
     needs_guidance = False
 
     def __post_init__(self) -> None:
-        if self.scale < 0 or (self.fade is not None and self.fade < 1):
-            raise ValueError(f"got scale={self.scale}, fade={self.fade}; expected scale >= 0 and fade >= 1 or None")
+        check_fade(self.scale, self.fade)
         if self.match.normalized or (self.gate is not None and self.gate.least != 1):
             raise ValueError(
                 f"got {self}; expected match.normalized=false and gate.least=1, since this term has neither"
@@ -53,7 +52,7 @@ class TeacherTargets:
 
     def scale_at(self, iteration: int) -> float:
         """The factor in this iteration."""
-        return self.scale * (1.0 if self.fade is None else max(0.0, 1 - iteration / self.fade))
+        return faded(self.scale, self.fade, iteration)
 
     def targets(self, forest: Forest, scores: Tensor, valid: Tensor) -> Targets:
         """The teacher's velocities at all trained states that a kept sample passes."""

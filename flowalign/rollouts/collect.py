@@ -76,8 +76,8 @@ def collect(
     rolling = Rolling(task, prompts, iteration, roll or rollout, keep_velocities)
     forest, output, refilled = _scored(rolling, task, prompts, iteration, share)
     rows = processes.total(task.policy.evaluations - rows_before)
-    decodes = processes.total(task.counts.decodes - before.decodes)
-    calls = processes.total(task.counts.reward_calls - before.reward_calls)
+    spent = task.counts.since(before)
+    decodes, calls = processes.total(spent.decodes), processes.total(spent.reward_calls)
     if processes.count > 1:
         planned = grow(task.rollout, task.seed, iteration, range(len(prompts)))
         tree = gather_tree(processes, planned, forest.tree)

@@ -66,6 +66,10 @@ class Counts:
     reward_calls: int = 0
     decode_seconds: float = 0.0
 
+    def since(self, before: Counts) -> Counts:
+        """What came after `before`, an earlier copy."""
+        return Counts(**{name: value - vars(before)[name] for name, value in vars(self).items()})
+
 
 @dataclass(frozen=True, eq=False)
 class Task:

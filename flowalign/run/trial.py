@@ -165,7 +165,7 @@ def _spread(records: Sequence[PromptRecord]) -> list[PromptRecord]:
 def _with_graph(candidate: _Candidate, batch: RewardBatch) -> tuple[dict[str, torch.Tensor], RewardOutput]:
     """What the reward reads, by name, and its scores with their graph to it. RewardError for scores without one."""
     read = candidate.reward.spec.inputs
-    leaves = {name: batch.tensors()[name].detach().clone().requires_grad_() for name in read}
+    leaves: dict[str, Any] = {name: batch.tensors()[name].detach().clone().requires_grad_() for name in read}
     return leaves, score(candidate.reward, replace(batch, **leaves), grad=True, max_fail_rate=1.0)
 
 

@@ -183,10 +183,8 @@ def _check_rollout(rollout: Rollout) -> None:
     if named := [f"rollout.{key}" for key, used in idle.items() if used]:
         raise ValueError(f"got {', '.join(named)}, which BackPropagation would not follow; expected none: leave it out")
     for iteration in range(DRY_RUNS):
-        tree, size = (
-            grow(rollout, 0, iteration, range(min(2, rollout.groups))),
-            min(2, rollout.groups) * rollout.group_size,
-        )
+        groups = min(2, rollout.groups)
+        tree, size = grow(rollout, 0, iteration, range(groups)), groups * rollout.group_size
         rows = [tree.level[nodes] for nodes in tree.generations[1:]]
         chains = len(rows) == tree.num_steps and all(len(row) == size for row in [tree.generations[0], *rows])
         same = chains and all(bool((row == row[0]).all()) and float(row[0]) in (0.0, 1.0) for row in rows)

@@ -149,6 +149,14 @@ class Setup:
                 f"got process_rewards {list(self.state_channels)}, which {trainer} does not read; expected none: leave them out"
             )
 
+    def check_equal_parts(self, updates_per_rollout: int) -> None:
+        """ValueError unless the groups of a rollout can be dealt to `updates_per_rollout` updates, equally many to each."""
+        if self.rollout.groups % updates_per_rollout:
+            raise ValueError(
+                f"got rollout.groups={self.rollout.groups} for trainer.updates_per_rollout={updates_per_rollout}; expected equal "
+                "parts: choose a divisor"
+            )
+
     def check_regularizers(self, regularizers: Mapping[str, Regularizer]) -> None:
         """ValueError for one that does not fit the kernel, or whose role is not configured."""
         for name, term in regularizers.items():

@@ -1,4 +1,4 @@
-"""Deterministic trajectories as rows, and their states noised again."""
+"""The states of deterministic trajectories between two steps, and the same states noised again."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from torch import Tensor
 from flowalign.rollouts.collect import ScoredRollout
 from flowalign.trainers.update_engine import States
 from samplers import Forest, Path, SampleKeys, ShiftedUniform, generator
+from samplers.kernels.base import spread
 
 
 @dataclass(frozen=True, eq=False)
 class Boundaries:
-    """N trajectories of K steps; "the rows of steps" [M] are S = M·N, those of the first step before those of the second.
+    """N trajectories of K steps, those of the samples of a rollout without noise.
 
-    nodes [N, K+1]: of the forest. keys: of the draws. shift, margin: of their noise levels, see ShiftedUniform."""
+    Every method takes M steps and returns S = M·N rows: the N trajectories at the first of the steps, then all of them at the
+    second, and so on. nodes [N, K+1]: the forest's states on each trajectory, from noise to data. keys: of the samples, from which
+    noise and noise levels are drawn. shift, margin: of the noise levels, see ShiftedUniform."""
 
     forest: Forest
     keys: SampleKeys
@@ -55,10 +58,8 @@ class Boundaries:
 
     def late_steps(self, count: int, number: int) -> list[int]:
         """`count` steps, repeats allowed, step j in proportion to j + 1; key (seed, "late_boundary", iteration, number)."""
-        rng, total = (
-            generator(self.keys.seed, "late_boundary", self.keys.iteration, number),
-            sum(range(self.num_steps + 1)),
-        )
+        rng = generator(self.keys.seed, "late_boundary", self.keys.iteration, number)
+        total = sum(range(self.num_steps + 1))
         share = [(step + 1) / total for step in range(self.num_steps)]
         return [int(step) for step in rng.choice(self.num_steps, count, p=share)]
 
@@ -70,7 +71,7 @@ class Boundaries:
     def predictions(self, steps: Sequence[int]) -> Tensor:
         """x̂0 [S, *] = x − σ·v that the generator predicted there: v = (x − x')/h of Euler's step x' = x − h·v."""
         here, after = self.states(steps), self._nodes(steps, 1)
-        velocity = (here.x - self.forest.at(after)) / like(here.sigma - self.forest.sigma(after), here.x)
+        velocity = (here.x - self.forest.at(after)) / spread((here.sigma - self.forest.sigma(after)).to(here.x), here.x)
         return self.path.x0_from_velocity(here.x, velocity, here.sigma)
 
     def levels(self, steps: Sequence[int], stream: str, low: float, *, shared: bool) -> Tensor:
@@ -93,8 +94,3 @@ class Boundaries:
 
     def _nodes(self, steps: Sequence[int], ahead: int) -> Tensor:
         return torch.cat([self.nodes[:, step + ahead] for step in steps])
-
-
-def like(values: Tensor, x: Tensor) -> Tensor:
-    """Numbers [S] to multiply with x [S, *]."""
-    return values.to(x).view(-1, *[1] * (x.ndim - 1))

@@ -56,8 +56,10 @@ class Distilled:
 
 @dataclass
 class Distillation:
-    """w·⟨(v − v_m)²⟩ at the states of the student's own rollout, v_m its teacher's velocity there (Flow-OPD 2605.08063,
-    DiffusionOPD 2605.15055, DanceOPD 2606.27377; guidance as a teacher). Needs no reward.
+    """On-policy distillation (Flow-OPD 2605.08063, DiffusionOPD 2605.15055, DanceOPD 2606.27377; guidance as a teacher).
+
+    One iteration: the policy, the student, rolls out the prompts. At the states of its own rollout the loss is w·⟨(v − v_m)²⟩, v
+    its velocity there and v_m that of the prompt's teacher, evaluated once. No reward is needed.
 
     teachers: roles of policy.roles, or "reference", with their guidance. route: which of them teaches a prompt, by a label in
     its metadata; None: the only one. match: w, the exact KL of a step by default. query: one state of each rollout, which

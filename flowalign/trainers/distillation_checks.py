@@ -39,11 +39,7 @@ def check_combinations(trainer: Distillation, setup: Setup) -> None:
             f"got trainer.split=teacher with updates_per_rollout={trainer.updates_per_rollout} and {len(trainer.teachers)} teacher(s); "
             "expected 1 and at least two: an update takes the groups of one teacher"
         )
-    if rollout.groups % trainer.updates_per_rollout:
-        raise ValueError(
-            f"got rollout.groups={rollout.groups} for trainer.updates_per_rollout={trainer.updates_per_rollout}; expected equal parts: "
-            "choose a divisor"
-        )
+    setup.check_equal_parts(trainer.updates_per_rollout)
 
 
 def _check_on_policy(rollout: Rollout, tree: Tree) -> None:

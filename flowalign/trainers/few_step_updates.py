@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from flowalign.objectives import AdvantageWeighted, DrawIds, GroupPreference, VelocityAnchor
-from flowalign.objectives.distribution_matching import pull
+from flowalign.objectives.distribution_matching import directional_loss
 from flowalign.trainers.base import Update
-from flowalign.trainers.boundaries import Boundaries, like
+from flowalign.trainers.boundaries import Boundaries
 from flowalign.trainers.state_update import Draws, StateUpdate
 from flowalign.trainers.update_engine import Measures, Part, States, TrainedRole, UpdateEngine
+from samplers.kernels.base import spread
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Directions:
     d_kl = x̂0_teacher − x̂0_fake, weight 1; d_cfg = x̂0_teacher(guidance_scale) − x̂0_teacher, weight `distillation`;
     d_reward = x̂0_surrogate(reward_guidance_scale) − x̂0_teacher, weight 1 − distillation, at a noise level of its own of at least
     min_sigma. Beyond the first `steps` steps of the trajectory there is no reward, and d_kl has the weight `distillation` too.
-    Each is divided by how far x̂0 is from where it leads, see `pull`. Guidance is v_u + w·(v_c − v_u), the paper's, from the
+    Each is divided by how far x̂0 is from where it leads, see `directional_loss`. Guidance is v_u + w·(v_c − v_u), the paper's, from the
     negative prompt, also for a family with a rule of its own."""
 
     distillation: float = 0.3
@@ -81,8 +82,11 @@ class Directions:
 
 @dataclass(eq=False)
 class FewStepUpdates:
-    """advantages [N]: of the samples. teacher: its role. steps: of the trajectories, at which fake and the generator are trained;
-    the surrogate is at as many. The engine's conditions are those of P prompts, then those of their negative prompts."""
+    """The updates of one rollout of N trajectories, a method for each of the three networks.
+
+    engine: its conditions are those of the P prompts, then those of their P negative prompts. ways: the trajectories.
+    advantages [N]: of their samples. teacher: the role that is the teacher. steps: at which fake and the generator are trained;
+    the surrogate is at as many, drawn anew. fake_kl: see FewStep. micro_batch: states per forward and backward."""
 
     engine: UpdateEngine
     ways: Boundaries
@@ -98,7 +102,7 @@ class FewStepUpdates:
         """mean ⟨(v − (x_τ − x̂0)/τ)²⟩ + fake_kl·⟨(v − v_teacher)²⟩ at states noised again, x̂0 what the generator predicted."""
         sigma = self.ways.levels(self.steps, f"fake {number}", 0.0, shared=False)
         states, _ = self.ways.noised(self.steps, sigma, f"fake {number}", shared=False)
-        target = (states.x - self.ways.predictions(self.steps)) / like(sigma, states.x)
+        target = (states.x - self.ways.predictions(self.steps)) / spread(sigma.to(states.x), states.x)
         anchor = VelocityAnchor(self.fake_kl, self.teacher)
         anchors = {"fake_kl": anchor} if anchor.active else {}
         draws = self._draws(states, target, self.steps, torch.ones(len(self.ways)))
@@ -132,7 +136,7 @@ class FewStepUpdates:
             own, here = part.index[: part.real], states.at(part.index)
             x0 = self.ways.path.x0_from_velocity(here.x, self.engine.velocity(here), here.sigma)[: part.real]
             losses = {
-                name: (weights[name][own].to(x0) * pull(x0, direction[own], near[own])).sum() / len(states)
+                name: (weights[name][own].to(x0) * directional_loss(x0, direction[own], near[own])).sum() / len(states)
                 for name, (direction, near) in found.items()
             }
             measures.add(**losses)
@@ -152,7 +156,7 @@ class FewStepUpdates:
         states, _ = ways.noised(
             self.steps, ways.levels(self.steps, "fake 0", 0.0, shared=False), "generator", shared=False
         )
-        sigma = like(states.sigma, states.x)
+        sigma = spread(states.sigma.to(states.x), states.x)
         fake, rows = self.engine.frozen(states, "fake")
         real, guided, more = self._guided(states, self.teacher, settings.guidance_scale)
         near = states.x - sigma * guided
@@ -163,7 +167,7 @@ class FewStepUpdates:
         states, _ = ways.noised(
             rewarded, ways.levels(rewarded, "reward", settings.min_sigma, shared=True), "reward", shared=True
         )
-        sigma = like(states.sigma, states.x)
+        sigma = spread(states.sigma.to(states.x), states.x)
         _, surrogate, third = self._guided(states, "surrogate", settings.reward_guidance_scale)
         reference, last = self.engine.frozen(states, self.teacher)
         mine = torch.tensor([step < settings.steps for step in self.steps]).repeat_interleave(len(ways)).to(near.device)

@@ -32,18 +32,22 @@ LEVELS = 6  # at which it measures samples
 class ForwardProcess:
     """Regression of velocities at noised clean samples (DiffusionNFT 2509.16117, AWM 2509.25050, RAM 2605.10759, …).
 
-    Each sample x0 is noised `draws` times, x = a·x0 + b·ε with σ by `law` and ε keyed to the sample, and the policy's velocity
-    there is regressed on what `objective` says, in the common form c·⟨(v − u)²⟩ + Σ κ·⟨(v − v_role)²⟩; the mean over draws is the
-    loss. No log-prob is needed, so samples may come from an ODE (samplers.Deterministic), or from any plan.
+    One iteration: `source` gives clean samples x0 with scores. `signal` makes one advantage of the scores of each sample, and
+    chooses which samples are trained. Each of these is noised `draws` times, x = a·x0 + b·ε, with σ drawn by `law` and ε keyed
+    to the sample. `objective` says, at each draw, the numbers c and κ of
 
-    signal: from the scores of samples to their advantages, and which are trained; a sample counts as one step. anchors: by
-    name, each towards a role; the metric is loss/<name>. source: of the samples. shared_draws: all samples of a group have the
-    same σ and ε at each draw; objectives that compare members are refused without it, for others it changes the variance only (share both or
-    neither, and stratify σ).
+        c·⟨(v − u)²⟩ + Σ κ·⟨(v − v_role)²⟩
+
+    v the policy's velocity at x, u the path's own (ε − x0 for a rectified flow). The loss is the mean over draws of that and of
+    the `anchors`, each towards a role; by name, the metric is loss/<name>. No log-prob is needed, so samples may come from an
+    ODE (samplers.Deterministic), or from any plan.
+
+    shared_draws: all samples of a group have the same σ and ε at each draw. Objectives that compare the members of a group are
+    refused without it; for others it changes the variance only (share both or neither, and stratify σ).
     updates_per_rollout: updates on equal shares of the groups; epochs: how often all of them pass, with new draws each time. A role
     that must be the one which sampled may change only when all updates of a rollout are done (its `every`).
-    guidance_scale: of the velocities in the update; none by default, whatever the rollout has: with a guided rollout the
-    samples are not those of the velocity that is regressed, and the centering of advantages is what holds its mean.
+    guidance_scale: of the velocities in the update; 1 (none) by default, whatever the rollout has. The samples of a guided rollout
+    are not those of the velocity that is regressed; only the centering of the advantages then holds its mean.
 
     The minimum of the regression, and for which objectives it is the tilt by e^{r/β}, stands with each objective; draws/curvature_*
     say how much of the batch pushes away from its target."""
@@ -100,16 +104,19 @@ class ForwardProcess:
             raise ValueError(
                 "got rollout.detach_uncond=true with trainer.guidance_scale=1, which has no unconditional half; expected false"
             )
-        if rollout.groups % self.updates_per_rollout:
-            raise ValueError(
-                f"got rollout.groups={rollout.groups} for trainer.updates_per_rollout={self.updates_per_rollout}; expected "
-                "equal parts: choose a divisor"
-            )
+        setup.check_equal_parts(self.updates_per_rollout)
         if self.guidance_scale != 1 and rollout.guidance_scale == 1:
             raise ValueError(
                 f"got trainer.guidance_scale={self.guidance_scale} with rollout.guidance_scale=1, whose prompts have no negatives and "
                 "whose samples are not those of a guided velocity; expected 1 too, or a guided rollout"
             )
+        self._check_anchors(setup)
+        self._check_objective(setup)
+        self._check_sampler_stays(setup)
+        self._dry_run(setup)
+
+    def _check_anchors(self, setup: Setup) -> None:
+        """ValueError for a name that the metrics already have, and for a role that is the policy or that nobody configured."""
         if "policy" in self.anchors:
             raise ValueError("got an anchor named 'policy', as the main term of the loss is: rename it")
         for name, anchor in self.anchors.items():
@@ -119,6 +126,9 @@ class ForwardProcess:
                 )
             if anchor.role != self.source.role:
                 setup.check_role(f"trainer.anchors.{name}.role", anchor.role)
+
+    def _check_objective(self, setup: Setup) -> None:
+        """ValueError for samples, roles, groups or draws with which the formula of the objective does not hold."""
         made_by = self.objective.sampled_by
         if made_by is not None and self.source.role is not None and made_by != self.source.role:
             raise ValueError(
@@ -128,9 +138,9 @@ class ForwardProcess:
         for role in self.objective.needs:
             if role != self.source.role:
                 setup.check_role("a role of trainer.objective", role)
-        if self.objective.coupled and rollout.group_size < 2:
+        if self.objective.coupled and setup.rollout.group_size < 2:
             raise ValueError(
-                f"got rollout.group_size={rollout.group_size} with {self.objective}; expected groups of at least 2"
+                f"got rollout.group_size={setup.rollout.group_size} with {self.objective}; expected groups of at least 2"
             )
         if self.objective.coupled and not self.shared_draws:
             raise ValueError(
@@ -143,8 +153,6 @@ class ForwardProcess:
                 "later ones of which the policy is no longer the one that sampled; expected a role: set old and source.role to "
                 "'old', or one update"
             )
-        self._check_sampler_stays(setup)
-        self._dry_run(setup)
 
     def _check_sampler_stays(self, setup: Setup) -> None:
         """ValueError if a role that must be the one which sampled changes between the updates of a rollout."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from flowalign.image_sets import (
     digest_of,
     load_labeled,
     load_pairs,
+    request_of,
 )
 from flowalign.models.grid import grid
 from flowalign.rollouts.gather import gather_output
@@ -30,6 +31,8 @@ from flowalign.trainers.base import Setup
 from flowalign.trainers.samples import Places, Samples
 from samplers import Deterministic, SampleKeys, generator
 from samplers.noise import visits
+
+_FREE = {f"cost/{name}_per_image": 0.0 for name in ("rollout", "decodes", "reward_calls")}
 
 
 class ImageLatents:
@@ -149,7 +152,7 @@ class FromImages:
         first: dict[object, int] = {}
         sets: dict[int, list[LabeledImage]] = {}
         for row in self._rows:
-            uid = first.setdefault((row.record.prompt, row.record.images), row.record.uid)
+            uid = first.setdefault(request_of(row.record), row.record.uid)
             sets.setdefault(uid, []).append(row)
         return sets
 
@@ -218,11 +221,8 @@ def _check(rows: Sequence[ImagePair | LabeledImage], setup: Setup) -> None:
 
 
 def _places(groups: int, size: int) -> Places:
-    count = groups * size
-    numbers = torch.arange(size).repeat(groups)
-    return Places(
-        torch.arange(groups).repeat_interleave(size), numbers, torch.zeros(count, dtype=torch.int64)
-    )  # source 0: the student
+    group, local = torch.arange(groups).repeat_interleave(size), torch.arange(size).repeat(groups)
+    return Places(group, local, torch.zeros_like(group))  # source 0: the student
 
 
 def _given(
@@ -246,19 +246,17 @@ def _given(
     return GivenSamples(samples, iteration, metrics | seconds)
 
 
-_FREE = {"cost/rollout_per_image": 0.0, "cost/decodes_per_image": 0.0, "cost/reward_calls_per_image": 0.0}
-
-
 def _scored(
     task: Task, records: Sequence[PromptRecord], places: Places, latents: Tensor
 ) -> tuple[Tensor, Tensor, tuple[str, ...], dict[str, float]]:
     """(scores, valid, channels, metrics) by the run's reward; each process scores whole groups, its share."""
-    decodes, calls, share = task.counts.decodes, task.counts.reward_calls, task.processes.share(len(records))
+    before, share = replace(task.counts), task.processes.share(len(records))
     own = ((places.group >= share.start) & (places.group < share.stop)).nonzero().flatten()
     output = judge(task, records, places.group[own], latents[own.to(latents.device)], task.reward)
     forest = places.one_step_each()
     output = gather_output(task.processes, forest.tree, output) if task.processes.count > 1 else output
-    spent = [task.processes.total(n) for n in (task.counts.decodes - decodes, task.counts.reward_calls - calls)]
+    spent = task.counts.since(before)
+    decodes, calls = task.processes.total(spent.decodes), task.processes.total(spent.reward_calls)
     own_samples = torch.ones(len(output.scores), dtype=torch.bool)
-    metrics = reward_metrics(task.reward.name, output, own_samples) | cost_metrics(forest, output, 0.0, *spent)
+    metrics = reward_metrics(task.reward.name, output, own_samples) | cost_metrics(forest, output, 0.0, decodes, calls)
     return output.scores, output.valid, output.channels, metrics

@@ -92,11 +92,7 @@ class PolicyGradient:
         """Combinations that cannot work, named before a model is loaded."""
         rollout = setup.rollout
         check_trained_steps(rollout)
-        if rollout.groups % self.updates_per_rollout:
-            raise ValueError(
-                f"got rollout.groups={rollout.groups} for trainer.updates_per_rollout={self.updates_per_rollout}; expected "
-                "equal parts: choose a divisor"
-            )
+        setup.check_equal_parts(self.updates_per_rollout)
         self._check_names()
         self._check_terms(setup)
         self._check_combinations(rollout)

@@ -1,4 +1,4 @@
-"""One update that pulls velocities at given states to targets, and what it measures; with it the cost that follows a step."""
+"""One update that pulls velocities at given states to targets, and what it measures; and the score-function term beside it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flowalign.objectives import Pull
+from flowalign.objectives.matching import mean_square
 from flowalign.trainers.base import Update
 from flowalign.trainers.update_engine import Measures, Part, States, TrainedRole, UpdateEngine
 from samplers import Forest
@@ -18,8 +19,10 @@ from samplers.kernels.base import spread
 
 @dataclass(frozen=True, eq=False)
 class Future:
-    """Σ_e factor_e · log p(step e), the score-function term of a loss: `edges` [E] of `forest`, `position` [E] of the states that
-    they leave among those of the update, `factor` [E] float64, without gradient. Log-probs are sums over elements."""
+    """Σ_e factor_e · log p(step e): by its gradient a step is blamed for the cost of the states that come after it.
+
+    edges [E]: the stochastic steps of `forest`. position [E]: the state that each leaves, as its place among the states of the
+    update. factor [E] float64: what it is blamed, without gradient (see `visits.future`). Log-probs are sums over elements."""
 
     forest: Forest
     edges: Tensor
@@ -39,9 +42,9 @@ class Future:
 
 @dataclass(frozen=True, eq=False)
 class PullUpdate:
-    """The sum of `pulls` over `states` [S], by the name of each in loss/<name>, and of `future`.
+    """The loss Σ pulls + future at the S `states`. pulls: by name, the metric is loss/<name>; "policy" is one of them.
 
-    masks [S]: states of which the distance to the target of "policy" is measured apart, by name."""
+    masks: by name, [S] bool, a set of states whose mean distance to the target of "policy" is the metric distill/gap_<name>."""
 
     engine: UpdateEngine
     states: States
@@ -67,7 +70,7 @@ class PullUpdate:
         if self.future is not None:
             losses["future"] = self.future.loss(part, velocity)
         target = self.pulls["policy"].velocity[index.to(velocity.device)]
-        gap = (real.detach() - target.to(real)).square().flatten(1).mean(1)
+        gap = mean_square(real.detach(), target)
         measures.add(gap=gap, state=index, **{f"loss/{name}": loss for name, loss in losses.items()})
         return sum(losses.values(), torch.zeros((), device=velocity.device))
 

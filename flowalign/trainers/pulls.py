@@ -49,12 +49,8 @@ def pulls_of_draws(
     """Of an objective of states at n draws. c is that of a member with advantage 1 beside one with −1 and the same errors, so
     that an objective which compares the members of a group has one."""
     count = len(sigma)
-    both = Predictions(
-        found.live.repeat(2, *[1] * (found.live.ndim - 1)),
-        {role: velocity.repeat(2, *[1] * (velocity.ndim - 1)) for role, velocity in found.roles.items()},
-        found.target.repeat(2, *[1] * (found.target.ndim - 1)),
-        found.noise.repeat(2),
-    )
+    roles = {role: _twice(velocity) for role, velocity in found.roles.items()}
+    both = Predictions(_twice(found.live), roles, _twice(found.target), _twice(found.noise))
     advantage, pair = torch.tensor([1.0, -1.0]).repeat_interleave(count), torch.arange(count).repeat(2)
     coupling = torch.ones(2 * count)
     if objective.coupled:
@@ -99,6 +95,10 @@ def pulls_of_edges(
         sigma.double().cpu(), signal.cpu(), {name: values.cpu() for name, values in kappa.items()},
         {name: term.role for name, term in regularizers.items()},
     )  # fmt: skip
+
+
+def _twice(rows: Tensor) -> Tensor:
+    return torch.cat([rows, rows])
 
 
 def _rows(values: Tensor) -> Tensor:

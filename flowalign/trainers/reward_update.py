@@ -15,7 +15,6 @@ from flowalign.objectives import Regularizer, RewardLoss, RoleSteps
 from flowalign.rollouts.gather import gather_scores
 from flowalign.rollouts.judging import decoded
 from flowalign.rollouts.metrics import reward_metrics
-from flowalign.rollouts.task import Counts
 from flowalign.trainers.update_engine import Measures, Part, States, UpdateEngine
 from flowalign.truncations import Chains, Outcome, Truncation, Visit
 from rewards import RewardOutput, channels_of, score
@@ -39,10 +38,12 @@ def divergences(term: Regularizer, kernel: Kernel, visits: Sequence[Visit], othe
 
 @dataclass(eq=False)
 class RewardUpdate:
-    """The loss of the samples of `tree`, independent chains of `prompts`, one group each, over `sigmas`.
+    """The loss of the samples of one iteration, which are made, decoded and scored inside the loss of their micro-batch.
 
-    answers: of the reward so far, on the first look of this process's samples `answered`, under the first words. done: numbers
-    of the micro-batches whose forward is done; what their backward computes again is not counted."""
+    tree: independent chains, a group for each of the `prompts`, over the levels sigmas [T+1]; shape: of one latent.
+    checkpoint: see BackPropagation. What this process has seen of the reward so far, for the metrics: answered, the samples;
+    answers, their scores on the first of the truncation's looks, under the first of its words.
+    done: the numbers of the micro-batches whose forward is done; what their backward computes again is not counted."""
 
     engine: UpdateEngine
     truncation: Truncation
@@ -170,7 +171,7 @@ class RewardUpdate:
         texts = [self.prompts[int(self.tree.group[row])].prompt for row in self.answered]
         check_rate(task.reward.name, output, texts, self.answered, MAX_FAIL_RATE)
         everything = gather_scores(processes, output)
-        spent = _since(self._before, task.counts)
+        spent = task.counts.since(self._before)
         return {
             **reward_metrics(task.reward.name, everything, torch.ones(len(everything.scores), dtype=torch.bool)),
             "cost/decodes_per_image": processes.total(spent.decodes) / images,
@@ -179,9 +180,3 @@ class RewardUpdate:
             "time/decode": spent.decode_seconds,
             **{name: measures.total(name) for name in measures.values if name.startswith("loss/")},
         }
-
-
-def _since(before: Counts, now: Counts) -> Counts:
-    return Counts(
-        now.decodes - before.decodes, now.reward_calls - before.reward_calls, now.decode_seconds - before.decode_seconds
-    )

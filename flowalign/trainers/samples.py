@@ -15,7 +15,7 @@ from flowalign.models.base import Conditions
 from flowalign.rollouts.collect import ScoredRollout, collect
 from flowalign.rollouts.rolling import grow
 from flowalign.rollouts.task import Rollout, Task
-from flowalign.trainers.base import Setup
+from flowalign.trainers.base import Batch, Setup
 from flowalign.trainers.signal import EdgeSignal, Signal
 from samplers import ODE, Forest, SampleKeys, Tree, sampled
 
@@ -38,8 +38,8 @@ class Places:
         return len(self.group)
 
     def one_step_each(self) -> Forest:
-        """A forest without states in which each sample is one stochastic step from a root of its own; edges are in the order of
-        the samples. Parts that are written for the steps of a rollout then compare whole samples."""
+        """The samples as a forest of N trees, each one stochastic step from its root to its sample, without states; edges are in
+        the order of the samples. By it credit, advantages and selectors, which are written for steps, compare whole samples."""
         count = len(self)
         rows, zeros = torch.arange(count), torch.zeros(count, dtype=torch.int64)
         tree = Tree(
@@ -72,22 +72,14 @@ class Samples:
         return signal.edges(self.places.one_step_each(), self.scores, self.valid, self.channels, context)
 
 
-class SampleBatch(Protocol):
-    """A `Batch` of samples."""
+class SampleBatch(Batch, Protocol):
+    """A batch of samples."""
 
     @property
     def samples(self) -> Samples: ...
 
     @property
     def iteration(self) -> int: ...
-
-    @property
-    def metrics(self) -> dict[str, float]: ...
-
-    @property
-    def images(self) -> int: ...
-
-    def picture(self) -> bytes | None: ...
 
 
 class SampleSource(Protocol):

@@ -46,8 +46,7 @@ class Signal:
         credit = self.credit.assign(forest, scores, valid, channels)
         advantages = self.advantage.compare(forest, credit, context)
         own = forest.tree.source[forest.tree.edges] == SOURCES.index("student")
-        mine = replace(
-            advantages, valid=advantages.valid & own[:, None]
-        )  # a selector that keeps n of them keeps n of ours
+        # before the selection, so that a selector that keeps n of them keeps n of ours
+        mine = replace(advantages, valid=advantages.valid & own[:, None])
         chosen = self.select.choose(forest, mine, context) & mine.valid.any(1)
         return EdgeSignal(credit, advantages, chosen)

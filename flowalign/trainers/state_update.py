@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flowalign.objectives import Anchor, Coefficients, DrawIds, Predictions, StateObjective
+from flowalign.objectives.matching import mean_square
 from flowalign.objectives.norm_guard import norm_ratio
 from flowalign.trainers.base import Update
 from flowalign.trainers.update_engine import Measures, Part, States, TrainedRole, UpdateEngine
@@ -48,9 +49,11 @@ class Draws:
 
 @dataclass(eq=False)
 class StateUpdate:
-    """The loss of `draws`: their mean of c·⟨(v − u)²⟩ + Σ κ_a·⟨(v − v_a)²⟩ and of the anchors. Roles are evaluated when it is
-    made, once over all processes, as they are then; rows: network rows without gradient, per sample. role: whose velocities are
-    trained, the "policy" of the objective; of another one metrics begin with its name."""
+    """The loss of `draws`: the mean over them of c·⟨(v − u)²⟩ + Σ κ_a·⟨(v − v_a)²⟩ (see `objective`) and of the anchors.
+
+    When it is made, it evaluates the roles that objective and anchors read, with the weights they have then, each state once
+    over all processes; rows: what that cost, network rows per sample. role: whose velocities are trained; it is what the
+    objective calls "policy". The metrics of any other role than "policy" begin with its name."""
 
     engine: UpdateEngine
     draws: Draws
@@ -99,9 +102,9 @@ class StateUpdate:
         velocity, real = self._velocity(part), part.real
         found, index = self._predictions(part, velocity), part.index
         at = self.objective.coefficients(found, self.draws.ids.advantage[index], self._coupling[index])
-        pulls = {self.role: at.c.to(velocity) * _gap(velocity, found.target)}
+        pulls = {self.role: at.c.to(velocity) * mean_square(velocity, found.target)}
         for role, kappa in at.kappa.items():
-            pulls[self.role] = pulls[self.role] + kappa.to(velocity) * _gap(velocity, found.of(role))
+            pulls[self.role] = pulls[self.role] + kappa.to(velocity) * mean_square(velocity, found.of(role))
         for name, anchor in self.anchors.items():
             pulls[name] = anchor.beta * anchor.pull(velocity, found.of(anchor.role), found.noise)
         weight = torch.ones(len(index)) if self.draws.weight is None else self.draws.weight[index]
@@ -124,7 +127,7 @@ class StateUpdate:
         sample, or more for a worse one; ½ where nothing differs."""
         other = found.of(role)
         ahead = found.error(other) - found.error(found.live)
-        yield "gap", _gap(found.live, other)
+        yield "gap", mean_square(found.live, other)
         yield "norm", norm_ratio(found.live, other)
         yield "accuracy", (ahead.sign() * self.draws.ids.advantage[part.index].to(ahead).sign() + 1) / 2
 
@@ -153,8 +156,3 @@ class StateUpdate:
 def roles_of(objective: StateObjective, anchors: Iterable[Anchor]) -> list[str]:
     """The roles that an objective and its anchors read, each once."""
     return list(dict.fromkeys([*objective.needs, *(anchor.role for anchor in anchors)]))
-
-
-def _gap(velocity: Tensor, other: Tensor) -> Tensor:
-    """[n] ⟨(v − v')²⟩."""
-    return (velocity - other.to(velocity)).square().flatten(1).mean(1)

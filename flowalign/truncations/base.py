@@ -30,9 +30,9 @@ class Visit:
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """What the reward sees. looks: clean latents [n, *], with graph; the loss is the mean over them. visits: all network calls
-    with graph, at which regularizers look. words: what is rewarded is Σ weight · reward of the prompt with a text before it.
-    weight [n]: of each sample in the loss; None: 1."""
+    """What a truncation made of n samples. looks: clean latents [n, *] with graph, which are decoded and scored; the loss of a
+    sample is the mean over its looks. visits: all network calls with graph, at which regularizers are measured. words: pairs
+    (w, text); the reward of an image is Σ w·r(image, text + prompt). weight [n]: of each sample in the loss; None: 1."""
 
     looks: tuple[Tensor, ...]
     visits: tuple[Visit, ...]

@@ -8,8 +8,7 @@ a path is then w·x_T/β minus what depends on its start alone.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -20,6 +19,7 @@ from flowalign.models.base import Conditions, Size
 from flowalign.rollouts.task import Rollout, Task
 from rewards import RewardBatch, RewardOutput, RewardSpec
 from samplers import FlowSDE, Kernel, RectifiedFlow
+from tests.helpers.roles import switch_role
 
 F64 = torch.float64
 
@@ -145,13 +145,7 @@ class AffinePolicy:
         step = (sigma.double()[:, None] - self.law.sigmas[:-1].double()[None]).abs().argmin(1)
         return self.shifts[self.active][step]
 
-    @contextmanager
-    def role(self, name: str) -> Iterator[None]:
-        before, self.active = self.active, name
-        try:
-            yield
-        finally:
-            self.active = before
+    role = switch_role
 
     def parameters_of(self, role: str) -> list[tuple[str, nn.Parameter]]:
         shifts = self.shifts[role]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,6 +15,7 @@ from flowalign.rollouts.task import Rollout, Task
 from flowalign.trainers import Trainer
 from samplers import Chain, FlowSDE, RectifiedFlow
 from tests.helpers.plain_rewards import Plain, brightness
+from tests.helpers.roles import switch_role
 
 MEAN, SPREAD = 0.7, 0.5  # of the Gaussian data of which the exact velocity is
 LABELS = ("a", "b", "")  # the last one: of the negative prompt
@@ -88,13 +88,7 @@ class AffinePolicy:
     def decode(self, latents: Tensor, grad: bool = False) -> Tensor:
         return latents.expand(-1, 3, -1, -1)
 
-    @contextmanager
-    def role(self, name: str) -> Iterator[None]:
-        before, self.active = self.active, name
-        try:
-            yield
-        finally:
-            self.active = before
+    role = switch_role
 
     def parameters_of(self, role: str) -> list[tuple[str, Parameter]]:
         return [("shift", self.shifts[role]), ("slope", self.slopes[role])]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,6 +16,7 @@ from flowalign.models.base import Sampling
 from flowalign.rollouts.task import Rollout, Task
 from rewards import RewardBatch, RewardOutput, RewardSpec
 from samplers import ODE, Deterministic, RectifiedFlow, plain_sigmas
+from tests.helpers.roles import switch_role
 
 SHAPE = (1, 2, 3)
 
@@ -48,13 +48,7 @@ class GaussianRoles:
     def parameters_of(self, role: str) -> list[tuple[str, Parameter]]:
         return [(role, self.laws[role])]
 
-    @contextmanager
-    def role(self, name: str) -> Iterator[None]:
-        before, self.active = self.active, name
-        try:
-            yield
-        finally:
-            self.active = before
+    role = switch_role
 
     def latent_shape(self, size: Size) -> tuple[int, ...]:
         return SHAPE

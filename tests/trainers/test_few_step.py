@@ -11,7 +11,7 @@ from flowalign.config import load_config
 from flowalign.data import as_records
 from flowalign.errors import ConfigError
 from flowalign.loop import train
-from flowalign.objectives.distribution_matching import pull
+from flowalign.objectives.distribution_matching import directional_loss
 from flowalign.storage import checkpoint
 from flowalign.storage.metrics_log import read_rows, without_time
 from flowalign.trainers import AdamWConfig, Directions, FewStep, Surrogate
@@ -176,6 +176,13 @@ def errors(setting: Setting, steps: list[int], role: str) -> Tensor:
     return (velocity - target).square().flatten(1).mean(1)
 
 
+def of_the_surrogate(setting: Setting) -> tuple[list[int], Tensor, Tensor]:
+    """(The late steps of its update, their weights [2, 1, 1], the advantages [2, 3]) of two groups of three samples."""
+    steps, scores = setting.ways.late_steps(2, 0), setting.batch.scores[:, 0].view(2, 3)
+    advantage = (scores - scores.mean(1, keepdim=True)) / (scores.std(correction=0) + 1e-4)
+    return steps, torch.tensor([(step + 1) / 4 for step in steps])[:, None, None], advantage
+
+
 FREE = Surrogate(beta=3.0, kl=0.0, clip=1e6, max_distance=1e6)
 
 
@@ -194,12 +201,10 @@ def test_a_group_of_two_is_diffusion_dpo() -> None:
 
 def test_the_gate_of_a_group_is_over_all_of_it_and_late_steps_weigh_more() -> None:
     setting = Setting(few_step(surrogate=FREE), GaussianRoles.of(**LAWS), groups=2, group_size=3)
-    steps, scores = setting.ways.late_steps(2, 0), setting.batch.scores[:, 0].view(2, 3)
-    advantage = (scores - scores.mean(1, keepdim=True)) / (scores.std(correction=0) + 1e-4)
+    steps, late, advantage = of_the_surrogate(setting)
     now, reference = (errors(setting, steps, role).view(2, 2, 3) for role in ("surrogate", "reference"))
     gate = (FREE.beta / 3 * (advantage * (now - reference)).sum(2)).sigmoid().detach()
-    late = torch.tensor([(step + 1) / 4 for step in steps])
-    loss = (late[:, None, None] * gate[..., None] * advantage * now).mean()
+    loss = (late * gate[..., None] * advantage * now).mean()
     (expected,) = torch.autograd.grad(loss, setting.policy.laws["surrogate"])
     torch.testing.assert_close(setting.gradient("surrogate"), expected, rtol=1e-5, atol=1e-8)
 
@@ -208,9 +213,7 @@ def test_at_the_teacher_every_gate_is_a_half() -> None:
     laws = {**LAWS, "surrogate": (M, S), "surrogate_ema": (M, S)}
     for beta in (1.0, 1000.0):
         setting = Setting(few_step(surrogate=Surrogate(beta=beta)), GaussianRoles.of(**laws))
-        steps, scores = setting.ways.late_steps(2, 0), setting.batch.scores[:, 0].view(2, 3)
-        advantage = (scores - scores.mean(1, keepdim=True)) / (scores.std(correction=0) + 1e-4)
-        late = torch.tensor([(step + 1) / 4 for step in steps])[:, None, None]
+        steps, late, advantage = of_the_surrogate(setting)
         loss = (0.5 * late * advantage * errors(setting, steps, "surrogate").view(2, 2, 3)).mean()
         (expected,) = torch.autograd.grad(loss, setting.policy.laws["surrogate"])
         torch.testing.assert_close(setting.gradient("surrogate"), expected, rtol=1e-5, atol=1e-8)
@@ -224,14 +227,12 @@ def test_a_sample_stops_outside_the_clip_range_and_beyond_the_teacher() -> None:
     near = Setting(few_step(surrogate=Surrogate(3.0, 0.0, 1e6, 1e-9)), policy).gradient("surrogate")
     assert not torch.allclose(free, narrow) and not torch.allclose(free, near)
     both = Setting(few_step(surrogate=Surrogate(3.0, 0.0, 1e-9, 1e-9)), policy)
-    steps, scores = both.ways.late_steps(2, 0), both.batch.scores[:, 0].view(2, 3)
-    advantage = (scores - scores.mean(1, keepdim=True)) / (scores.std(correction=0) + 1e-4)
+    steps, late, advantage = of_the_surrogate(both)
     now, old, reference = (
         errors(both, steps, role).view(2, 2, 3) for role in ("surrogate", "surrogate_ema", "reference")
     )
     stopped = (advantage * (old - now) > 0) | (advantage * (reference - now) > 0)
     gate = (3.0 / 3 * (advantage * (now - reference)).sum(2)).sigmoid().detach()
-    late = torch.tensor([(step + 1) / 4 for step in steps])[:, None, None]
     loss = (late * gate[..., None] * advantage * torch.where(stopped, now.detach(), now)).mean()
     (expected,) = torch.autograd.grad(loss, policy.laws["surrogate"])
     assert 0 < int(stopped.sum()) < stopped.numel()
@@ -255,15 +256,15 @@ def test_the_generator_moves_along_the_three_directions_and_through_its_predicti
     noise = (here.x - (1 - level) * mean) / ((1 - level) * std + level)  # which the straight line came from
     x0 = here.x - level * (noise - mean - std * noise)
     inside = torch.tensor([step < rewarded for step in steps]).repeat_interleave(len(ways))
-    loss = (torch.where(inside, 1.0, 0.3) * pull(x0, real - fake, guided)).mean()
-    loss = loss + 0.3 * pull(x0, 3.5 * (real - without), guided).mean()
+    loss = (torch.where(inside, 1.0, 0.3) * directional_loss(x0, real - fake, guided)).mean()
+    loss = loss + 0.3 * directional_loss(x0, 3.5 * (real - without), guided).mean()
     if some := [step for step in steps if step < rewarded]:
         prompt, plain, reference = (
             setting.clean(role, "reward", some, 0.3, shift, shared=True)
             for role, shift in (("surrogate", 0.0), ("surrogate", -0.4), ("reference", 0.0))
         )
         surrogate = plain + 2.0 * (prompt - plain)
-        rows = pull(x0[inside], surrogate - reference, surrogate)
+        rows = directional_loss(x0[inside], surrogate - reference, surrogate)
         loss = loss + 0.7 * rows.sum() / len(x0)
     (expected,) = torch.autograd.grad(loss, setting.policy.laws["policy"])
     torch.testing.assert_close(setting.gradient("policy"), expected, rtol=1e-5, atol=1e-8)

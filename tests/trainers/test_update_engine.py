@@ -1,7 +1,6 @@
 """The update engine: losses that couple a group, dealt to processes in micro-batches, have the gradient of one graph."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,6 +18,7 @@ from flowalign.rollouts.task import Rollout, Task
 from flowalign.trainers import AdamWConfig, Measures, Part, States, TrainedRole, Update, UpdateEngine
 from samplers import ODE, Chain
 from tests.helpers.plain_rewards import fixed
+from tests.helpers.roles import switch_role
 from tests.helpers.thread_processes import on_processes
 
 F64 = torch.float64
@@ -52,13 +52,7 @@ class TwoNetworks:
         self.calls.append((self.active, len(x)))
         return self.networks[self.active](torch.cat([x, sigma[:, None], conditions.tensors["word"]], 1))
 
-    @contextmanager
-    def role(self, name: str) -> Iterator[None]:
-        before, self.active = self.active, name
-        try:
-            yield
-        finally:
-            self.active = before
+    role = switch_role
 
     def parameters_of(self, role: str) -> list[tuple[str, nn.Parameter]]:
         return [(f"{role}.{name}", parameter) for name, parameter in self.networks[role].named_parameters()]
