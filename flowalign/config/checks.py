@@ -23,6 +23,7 @@ from flowalign.models.load import (
 from flowalign.models.roles import check_roles
 from flowalign.rollouts.rolling import grow, leaves_per_group
 from flowalign.rollouts.sources import check_sources
+from flowalign.rollouts.task import Rollout
 from flowalign.trainers import Setup
 from rewards import channels_of, spec_of
 from samplers import check_schedule, unscored
@@ -100,11 +101,24 @@ def check(config: TrainConfig) -> None:
         {"reference"} if policy.trainable == "lora" or policy.reference_copy else set()
     )
     check_sources(rollout, grow(rollout, 0, 0, [0]), known, prompts)
+    _check_branch_scale(rollout)
     if config.evaluation.count > len(held_out):
         raise ConfigError(
             f"evaluation.count={config.evaluation.count}: {config.evaluation.prompts} holds {len(held_out)} prompts"
         )
     _check_held_out(config, prompts, held_out[: config.evaluation.count])
+
+
+def _check_branch_scale(rollout: Rollout) -> None:
+    """ConfigError for correlated noise of siblings in a plan that has none; where it moves, in eight iterations."""
+    if rollout.branch_scale is None:
+        return
+    trees = (grow(rollout, 0, iteration, [0]) for iteration in range(8))
+    if not any(tree.parent[tree.edges].unique().numel() < len(tree.edges) for tree in trees):
+        raise ConfigError(
+            f"got rollout.branch_scale={rollout.branch_scale} with rollout.plan={rollout.plan}, in which no two stochastic steps leave "
+            "one state: it would silently do nothing; leave it out, or take a plan that branches (samplers.Branch, SplitTree, TreeWindow)"
+        )
 
 
 def _check_trained_roles(config: TrainConfig) -> None:

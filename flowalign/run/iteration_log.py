@@ -81,8 +81,8 @@ class IterationLog:
         expected = self.config.run.gradient_check and "optim/grad_norm" in row and not equal_scores
         if expected and not self.progress.reached:
             raise RunError(
-                "the first gradient is exactly 0: the policy is frozen or the loss does not reach it; run `flowalign doctor` "
-                "on this configuration"
+                "the first gradient is exactly 0: the policy is frozen, the loss does not reach it, or the reward, where it is "
+                "differentiated, has none (rounding and thresholds have not); run `flowalign doctor` on this configuration"
             )
 
     def write(self, iteration: int, row: Mapping[str, float]) -> None:

@@ -178,6 +178,13 @@ class ForwardProcess:
             valid, forest = torch.ones_like(scores, dtype=torch.bool), places.one_step_each()
             found = self.signal.edges(forest, scores, valid, channels, SignalContext(0, iteration))
             if bool(found.chosen.any()):
+                other = self.signal.edges(forest, 1 - scores, valid, channels, SignalContext(0, iteration))
+                if self.source.rolled and torch.equal(found.advantages.values, other.advantages.values):
+                    raise ValueError(
+                        f"got trainer.signal.advantage={self.signal.advantage}, which gives rollout.group_size={rollout.group_size} "
+                        "samples the same weights whatever they score; expected weights that follow the reward, such as fewer best ones "
+                        "than a group has samples"
+                    )
                 self._note = self._curvature(found.advantages.values.sum(1)[found.chosen])
                 self._chosen = int(places.group[found.chosen].bincount().max())
                 return

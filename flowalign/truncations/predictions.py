@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from flowalign.truncations.base import Chains, Outcome, Passes
+from flowalign.truncations.base import Chains, Outcome, Passes, check_steps
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class EquallySpaced:
             raise ValueError(f"got {self}; expected count >= 1 and a share of the steps in (0, 1]")
 
     def passes(self, steps: int) -> Passes:
-        count = min(self.count, steps)
-        return Passes(steps - count, count)
+        check_steps(self, steps, self.count)
+        return Passes(steps - self.count, self.count)
 
     def steps(self, rng: np.random.Generator, steps: int) -> tuple[list[int], int]:
         """(the active steps, the stop) of a chain of `steps`."""

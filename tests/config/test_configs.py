@@ -224,6 +224,12 @@ def test_the_layer_of_stable_diffusion_1_5_before_the_method_is_refused(tiny: di
         load("sd15", [model, method, reward], tiny)
 
 
+def test_a_scale_of_siblings_noise_is_refused_where_no_state_has_two_stochastic_steps(tiny: dict[str, str]) -> None:
+    load("glyphs", files("branchgrpo", "glyphs", "ocr_glyphs"), tiny)
+    with pytest.raises(ConfigError, match=r"branch_scale=2\.0 .*in which no two stochastic steps leave one state"):
+        load("glyphs", files("rvm", "glyphs", "ocr_glyphs"), tiny, "rollout.branch_scale=2.0")
+
+
 @pytest.mark.parametrize(("elements", "clip_range"), [(3456, 4.4e-4), (65_536, 1e-4), (262_144, 5e-5)])
 def test_the_clip_range_of_flow_grpo_is_scaled_by_the_size_of_the_latents(
     elements: int, clip_range: float, tiny: dict[str, str]

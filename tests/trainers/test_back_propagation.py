@@ -329,6 +329,9 @@ REFUSED = {
         r"policy\.roles",
     ),
     "more steps than there are": (["trainer.truncation.count=11"], "num_inference_steps=10"),
+    "more equally spaced steps than there are": (
+        ["trainer.truncation={class_path: flowalign.truncations.EquallySpaced, init_args: {count: 11}}"], "num_inference_steps=10",
+    ),
     "jumps over noise": (
         ["trainer.truncation=flowalign.truncations.TwoLeaps", CHAIN, "rollout.kernel=samplers.FlowSDE"], "jumps",
     ),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowalign.advantage import BestAndWorst, Normalized
+from flowalign.advantage import Best, BestAndWorst, Normalized
 from flowalign.config import load_config
 from flowalign.distributed.processes import Processes
 from flowalign.loop import train
@@ -343,6 +343,7 @@ def test_a_plain_configuration_passes() -> None:
         ({"objective": AdvantageWeighted(residual="old"), "updates_per_rollout": 4}, {}, "and 4 updates per rollout"),
         ({"law": GridSigma(0.6)}, {}, "got 4 draws of the 3 levels .* expected at most as many: draw fewer"),
         ({}, {"detach_uncond": True, "guidance_scale": 4.5}, "detach_uncond=true .* no unconditional half; expected false"),
+        ({"signal": Signal(Best(12), select=NonZeroAdvantage())}, {"group_size": 12}, "group_size=12 samples the same weights whatever"),
         ({}, {"group_size": 1}, "nothing would be trained: .* compares no two samples: take within=prompt"),
     ],
 )  # fmt: skip
