@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,8 @@ def overridden(node: yaml.Node, override: str, kind: Parameter) -> yaml.Node:
 
     A value replaces what the key held, mappings too: `policy.lora={rank: 8}` leaves nothing of the file's policy.lora. Only a
     class of the same name, and `{init_args: …}` without a class, keep something: the former class_path or, of a class alone,
-    its arguments. Dotted keys change one value, and may leave out init_args. ConfigError for what is no key=value."""
+    its arguments. Dotted keys change one value, and may leave out init_args. A text is taken as it is typed, without quotes around
+    the whole of it. ConfigError for what is no key=value."""
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")) or key.startswith("-"):
         raise ConfigError(
@@ -102,7 +104,8 @@ def _replaced(former: yaml.Node | None, value: yaml.Node) -> yaml.Node:
 
 
 def _value(kind: Parameter, text: str, override: str) -> yaml.Node:
-    if str in kind.kinds and text not in ("null", "~"):  # as it is typed: "bad: ugly", [x
+    if str in kind.kinds and text not in ("null", "~"):  # as it is typed: bad: ugly, [x
+        text = text[1:-1] if re.fullmatch(r"'[^']*'" r'|"[^"]*"', text) else text
         node: yaml.Node = yaml.ScalarNode("tag:yaml.org,2002:str", text, style='"')
     else:
         node = compose(text, f"override {override!r}") or yaml.ScalarNode("tag:yaml.org,2002:null", "null")

@@ -173,6 +173,8 @@ def test_a_part_that_is_replaced_leaves_no_argument() -> None:
 def test_text_is_taken_as_it_is_typed(tmp_path: Path) -> None:
     saved = plain("policy.negative_prompt=bad: ugly, [x", "run.name=2024", "policy.lora.targets=null")
     assert saved["policy"]["negative_prompt"] == "bad: ugly, [x"
+    for typed, taken in (('""', ""), ("''", ""), ("'a b'", "a b"), ("'a' or 'b'", "'a' or 'b'"), ('"', '"')):
+        assert plain(f"policy.negative_prompt={typed}")["policy"]["negative_prompt"] == taken
     assert (saved["run"]["name"], saved["policy"]["lora"]["targets"]) == ("2024", None)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(saved))
     assert load_config(str(tmp_path / "config.yaml"))[1] == saved
