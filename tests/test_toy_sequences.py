@@ -2,10 +2,12 @@
 
 import copy
 import itertools
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from flowalign.distributed.processes import Processes
@@ -197,3 +199,23 @@ def test_the_kl_of_relaxed_steps_has_its_whole_gradient() -> None:
         return unmask(linear(matrix), linear(other), start, levels(3), gumbel, relaxed=3, temperature=0.5).kl
 
     assert torch.autograd.gradcheck(kl, weights.requires_grad_())
+
+
+def test_in_pre_training_each_number_of_masks_weighs_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By 1/m, the gradient by log p of the states with k masks is −k·∫ C(L, k)·m^k·(1 − m)^(L − k)/m dm = −1, whatever k. Levels
+    below 0.1, which the script raises, hardly have three masks."""
+
+    class ByMasks(nn.Module):
+        """One log p for all tokens of the states with as many masks."""
+
+        def __init__(self, length: int, tokens: int) -> None:
+            super().__init__()
+            self.log_p = nn.Parameter(torch.zeros(length + 1))
+
+        def forward(self, states: Tensor) -> Tensor:
+            return self.log_p[states[..., -1].sum(1).long()][:, None, None].expand_as(states[..., :-1])
+
+    pretrained = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "drakes.py"))["pretrained"]
+    monkeypatch.setitem(pretrained.__globals__, "SmallDenoiser", ByMasks)
+    found = pretrained(updates=1, count=40_000).log_p.grad  # a standard error is 0.02
+    torch.testing.assert_close(found[3:], torch.full_like(found[3:], -1), rtol=0, atol=0.08)

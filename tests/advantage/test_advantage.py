@@ -111,6 +111,12 @@ def test_the_scale_may_be_that_of_the_set_which_differs_most() -> None:
     np.testing.assert_allclose(column(got), [-1 / 3, 1 / 3, -1, 1], rtol=1e-6)
 
 
+def test_the_scale_may_be_that_of_all_values_less_the_means_of_their_sets() -> None:
+    """±1 and ±3 around means of 1 and 13: √((1 + 9)/2)."""
+    got = Normalized(std="pooled", delta=0).compare(side_by_side(2, 2), given([0.0, 2.0, 10.0, 16.0]), SignalContext())
+    np.testing.assert_allclose(column(got), np.array([-1, 1, -3, 3]) / 5**0.5, rtol=1e-6)
+
+
 def test_depths_are_compared_inside_one_tree() -> None:
     """Two independent chains of a prompt are two trees: a depth of one tree has one step, and nothing to compare."""
     credit = given(np.arange(6.0))

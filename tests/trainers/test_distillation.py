@@ -174,6 +174,17 @@ def test_with_an_anchor_the_optimum_is_the_weighted_average() -> None:
     )
 
 
+def test_an_anchor_has_a_guidance_of_its_own() -> None:
+    """Teacher at 1, anchor at 3.5: the student stops between v_c and u + 3.5·(c − u) of the anchor."""
+    policy = AffinePolicy.of(4, policy=0.0, teacher=(0.2, 0.2, -0.1), looks=(0.4, 0.4, -0.1))
+    anchor = ManifoldAnchor(0.5, "looks", guidance_scale=3.5)
+    trainer = Distillation({"teacher": Teacher()}, match=Match("velocity"), anchor=anchor, score_images=False)
+    prepared(policy, trainer, rollout(1, 3, 4))
+    with torch.no_grad():
+        policy.shifts["policy"].fill_((0.2 + 0.5 * (-0.1 + 3.5 * 0.5)) / 1.5)
+    assert float(gradient(trainer, records("a"))[0].abs().max()) < 1e-6
+
+
 ROUTE = Route("task", {"a": "one", "b": "two"})
 
 

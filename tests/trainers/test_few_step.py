@@ -209,6 +209,19 @@ def test_the_gate_of_a_group_is_over_all_of_it_and_late_steps_weigh_more() -> No
     torch.testing.assert_close(setting.gradient("surrogate"), expected, rtol=1e-5, atol=1e-8)
 
 
+def test_the_kl_of_the_surrogate_has_the_weight_of_its_step() -> None:
+    """What it adds to the gradient: that of kl·(j + 1)/K·⟨(v − v_teacher)²⟩, v = (x − x̂0)/σ."""
+    free, held = (Setting(few_step(surrogate=replace(FREE, kl=kl)), GaussianRoles.of(**LAWS)) for kl in (0.0, 0.5))
+    steps, late, _ = of_the_surrogate(held)
+    levels, laws = held.ways.levels(steps, "surrogate 0", 0.3, shared=True), held.policy.laws
+    states, _ = held.ways.noised(steps, levels, "surrogate 0", shared=True)
+    own, teacher = (clean_mean(states.x, states.sigma, *laws[role]) for role in ("surrogate", "reference"))
+    gap = ((own - teacher) / levels.double().view(-1, 1, 1, 1)).square().flatten(1).mean(1).view(2, 2, 3)
+    (expected,) = torch.autograd.grad(0.5 * (late * gap).mean(), laws["surrogate"])
+    assert float(late.min()) < 1
+    torch.testing.assert_close(held.gradient("surrogate") - free.gradient("surrogate"), expected, rtol=1e-5, atol=1e-8)
+
+
 def test_at_the_teacher_every_gate_is_a_half() -> None:
     laws = {**LAWS, "surrogate": (M, S), "surrogate_ema": (M, S)}
     for beta in (1.0, 1000.0):
