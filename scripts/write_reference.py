@@ -31,7 +31,7 @@ from rewards.listing import cells, entries, first_sentence
 PAGE = Path(__file__).parents[1] / "docs" / "methods.md"
 REWARDS, LIST = PAGE.with_name("rewards.md"), "## The list"
 HEADING = "## Parameters"
-COMPARISONS = ("glyphs_grpo", "glyphs_trainers")  # whose results docs/methods.md tells
+COMPARISONS = ("glyphs_grpo", "glyphs_trainers", "glyphs_tdm_r1")  # whose results docs/methods.md tells
 MEASURED = re.compile(r"(<!-- measured: ([\w ]+) -->\n)(?:.+\n)*")  # the names of methods, and the lines after it
 SECTIONS = {
     "run": RunSettings, "policy": PolicySettings, "policy.lora": LoRA, "policy.roles.<name>": Role, "rollout": Rollout,
@@ -154,15 +154,16 @@ def measured(names: list[str]) -> str:
     return "\n".join([*told, " ".join(curves)]).rstrip() + "\n"
 
 
-def _told(name: str, result: dict[str, Any], denominator: float) -> str:
+def _told(name: str, result: dict[str, Any], denominator: float | None) -> str:
     low, high = result["gain_ci95"]
     seeds, evaluations, reached = result["seeds"], result["evaluations"], result["evaluations_to_target"]
     text = (
         f"Measured (`{name}`, {len(seeds)} seed{'s' * (len(seeds) > 1)}): {result['base']:.3f} → {result['tuned']:.3f}, "
-        f"{result['gain']:+.3f} [{low:+.3f}, {high:+.3f}] with {evaluations:,} evaluations ({evaluations / denominator:.2f}×), "
-        f"{result['decodes']:,} decodes"
+        f"{result['gain']:+.3f} [{low:+.3f}, {high:+.3f}] with {evaluations:,} evaluations"
     )
-    return text + (f"; the target at {reached / denominator:.2f}×.  " if reached else ".  ")
+    share = f" ({evaluations / denominator:.2f}×)" if denominator else ""
+    target = f"; the target at {reached / denominator:.2f}×" if denominator and reached else ""
+    return f"{text}{share}, {result['decodes']:,} decodes{target}.  "
 
 
 def with_reference(page: str) -> str:
