@@ -101,11 +101,6 @@ class FewStep:
             raise ValueError(
                 f"got trainer.boundaries={self.boundaries} for {settings.num_inference_steps} steps; expected at most one for each"
             )
-        if self.directions.steps > settings.num_inference_steps:
-            raise ValueError(
-                f"got trainer.directions.steps={self.directions.steps} of rollout.num_inference_steps={settings.num_inference_steps}; "
-                "expected at most all of them"
-            )
         if settings.guidance_scale != 1:
             raise ValueError(
                 f"got rollout.guidance_scale={settings.guidance_scale}; expected 1: a few-step generator has the guidance in its "

@@ -354,7 +354,6 @@ def test_it_costs_thirteen_forwards_and_three_backwards_of_a_sample_and_step() -
         (["rollout.kernel={class_path: samplers.DPMSolver, init_args: {kernel: samplers.ODE}}"], "Euler's steps"),
         (["rollout.group_size=1"], "compares no two samples"),
         (["trainer.boundaries=5"], "at most one for each"),
-        (["trainer.directions.steps=5"], "expected at most all of them"),
         (["trainer.surrogate.min_sigma=0.999"], "leaves no level"),
         (["policy.reference_copy=false"], "reference_copy"),
         (["trainer.fake_updates=0"], "fake_updates=0"),
