@@ -30,8 +30,9 @@ def brightness(images: Tensor, prompts: Sequence[str]) -> Tensor:
 
 @dataclass(frozen=True)
 class StandIn:
-    """Brightness in the place of a reward with these channels: channel c scores 10·brightness^(c+1), known for certain. The factor
-    gives a group the spread of a real score, for parts with a threshold in its unit (Best.min_gap)."""
+    """Brightness in the place of a reward with these channels: channel c scores 10·(brightness^(c+1) − 1), known for certain. The factor
+    gives a group the spread of a real score, for parts with a threshold in its unit (Best.min_gap); at most 0, so that losses with a
+    margin (Hinge) have a gradient."""
 
     channels: tuple[str, ...]
     name: str = "brightness"
@@ -47,7 +48,7 @@ class StandIn:
     def __call__(self, batch: RewardBatch) -> RewardOutput:
         assert batch.images is not None  # `score` refuses a batch without
         bright = brightness(batch.images, batch.prompts)
-        scores = torch.stack([10 * bright ** (number + 1) for number in range(len(self.channels))], 1)
+        scores = torch.stack([10 * (bright ** (number + 1) - 1) for number in range(len(self.channels))], 1)
         return RewardOutput(scores, torch.ones_like(scores, dtype=torch.bool), uncertainty=torch.zeros_like(scores))
 
 

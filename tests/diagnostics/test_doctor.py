@@ -18,9 +18,11 @@ from flowalign.config import load_config
 from flowalign.data import as_records
 from flowalign.diagnostics.doctor import Finding, cost, diagnose, examine
 from flowalign.diagnostics.doctor.update import drift_margin
+from flowalign.diagnostics.measure import StandIn
 from flowalign.models import Policy
+from flowalign.objectives import Hinge
 from flowalign.rollouts import collect
-from rewards import RewardOutput, RewardSpec
+from rewards import RewardBatch, RewardOutput, RewardSpec
 from samplers import rollout
 
 DATA = Path(__file__).parents[1] / "data"
@@ -433,3 +435,11 @@ def test_a_reward_that_lies(tiny_pipeline: Path, scores: Any, sentence: str) -> 
     assert red(findings) == ["reward planted"] and sentence in found(findings, "reward planted").advice
     assert found(findings, "gradient").ok is True and found(findings, "time").ok is None and reward.closed
     assert sentence == "nope" or "licence ours" in found(findings, "reward planted").figure
+
+
+def test_the_reward_that_stands_in_is_below_the_margin_of_every_hinge() -> None:
+    images = torch.ones(2, 3, 4, 4) * torch.tensor([0.2, 1.0]).view(2, 1, 1, 1)
+    scores = StandIn(("a", "b"))(RewardBatch(prompts=["x"] * 2, images=images.requires_grad_())).scores
+    assert float(scores.detach().max()) == 0
+    (gradient,) = torch.autograd.grad(Hinge(0.7).of(scores).sum(), images)
+    assert bool((gradient != 0).all())
