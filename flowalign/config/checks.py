@@ -32,19 +32,7 @@ from samplers import check_schedule, unscored
 def check(config: TrainConfig) -> None:
     """Everything that can be known before a model is loaded."""
     rollout, policy = config.rollout, config.policy
-    for key in ("groups", "group_size", "num_inference_steps", "micro_batch"):
-        if vars(rollout)[key] < 1:
-            raise ConfigError(f"rollout.{key}={vars(rollout)[key]}: expected at least 1")
-    for key, scale in (("rollout", rollout.guidance_scale), ("evaluation", config.evaluation.guidance_scale)):
-        if not 1 <= scale < math.inf:  # at 0 the prompt would be ignored, where diffusers means no guidance
-            raise ConfigError(f"{key}.guidance_scale={scale}: expected a number from 1 (no guidance)")
-    if rollout.detach_uncond and rollout.guidance_scale == 1:
-        raise ConfigError(
-            "got rollout.detach_uncond=true with rollout.guidance_scale=1, which has no unconditional half: it would "
-            "silently do nothing; set detach_uncond=false, or a guidance_scale above 1"
-        )
-    if rollout.branch_scale is not None and not 0 < rollout.branch_scale < math.inf:
-        raise ConfigError(f"rollout.branch_scale={rollout.branch_scale}: expected a number above 0, or null")
+    _check_numbers(rollout, config.evaluation.guidance_scale)
     for tracker in config.run.trackers:
         if find_spec(tracker) is None:
             raise ConfigError(f"run.trackers names {tracker!r}, which is not installed: install it, or leave it out")
@@ -107,6 +95,23 @@ def check(config: TrainConfig) -> None:
             f"evaluation.count={config.evaluation.count}: {config.evaluation.prompts} holds {len(held_out)} prompts"
         )
     _check_held_out(config, prompts, held_out[: config.evaluation.count])
+
+
+def _check_numbers(rollout: Rollout, evaluation_scale: float) -> None:
+    """ConfigError for numbers of the rollout outside their ranges, or for a guidance scale of the evaluation."""
+    for key in ("groups", "group_size", "num_inference_steps", "micro_batch"):
+        if vars(rollout)[key] < 1:
+            raise ConfigError(f"rollout.{key}={vars(rollout)[key]}: expected at least 1")
+    for key, scale in (("rollout", rollout.guidance_scale), ("evaluation", evaluation_scale)):
+        if not 1 <= scale < math.inf:  # at 0 the prompt would be ignored, where diffusers means no guidance
+            raise ConfigError(f"{key}.guidance_scale={scale}: expected a number from 1 (no guidance)")
+    if rollout.detach_uncond and rollout.guidance_scale == 1:
+        raise ConfigError(
+            "got rollout.detach_uncond=true with rollout.guidance_scale=1, which has no unconditional half: it would "
+            "silently do nothing; set detach_uncond=false, or a guidance_scale above 1"
+        )
+    if rollout.branch_scale is not None and not 0 < rollout.branch_scale < math.inf:
+        raise ConfigError(f"rollout.branch_scale={rollout.branch_scale}: expected a number above 0, or null")
 
 
 def _check_branch_scale(rollout: Rollout) -> None:

@@ -19,7 +19,6 @@ from flowalign.run.held_out_rewards import held_out_rewards
 from flowalign.run.preflight import Prompts
 from flowalign.run.trial_result import Trial
 from flowalign.run.trial_samples import COUNT, NOISE, sample_latents, sample_pictures
-from flowalign.trainers import BackPropagation
 from rewards import Reward, RewardBatch, RewardError, RewardOutput, channels_of, score
 from rewards.guard import load
 from rewards.remote.description import fingerprint
@@ -89,7 +88,7 @@ def try_judges(
 def _candidates(config: TrainConfig, prompts: Prompts) -> list[_Candidate]:
     named, guidance = config.evaluation.rewards, config.rollout.reward_guidance
     guide = None if guidance is None or guidance.spsa is not None else guidance.judge(config.process_rewards)
-    descended = isinstance(config.trainer, BackPropagation)
+    descended = config.trainer.forecast(config.rollout).reward_gradient
     of_rollout = [
         *(("process_rewards", reward) for reward in config.process_rewards),
         *config.guiding_rewards.items(),

@@ -123,7 +123,8 @@ class BackPropagation:
         more = [("decoded", passes.decodes), ("given to the reward", passes.scores)]
         notes = tuple(f"images {verb}: {count} per sample" for verb, count in more if count != 1)
         trained, rolled = samples * passes.graph, samples * passes.without
-        return UpdateForecast(1, trained, trained * len(self._active), notes=notes, rolled=rolled)
+        frozen = trained * len(self._active)
+        return UpdateForecast(1, trained, frozen, notes=notes, rolled=rolled, reward_gradient=True)
 
     def prepare(self, task: Task, state: dict[str, Any] | None) -> None:
         self.task = task

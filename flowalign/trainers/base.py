@@ -84,7 +84,8 @@ class UpdateForecast:
     without gradient (roles, rescoring). Once, in `prepare`: states evaluated before the first iteration, and images that
     are decoded and scored there. rolled: network rows of its rollouts, where they are not those of the plan (an offline
     trainer has none); None: the plan's. guidance_scale: of the updates; None: that of the rollout. notes: what a user should
-    know before the run, such as a regression without a minimum, a line each. inspection: see there."""
+    know before the run, such as a regression without a minimum, a line each. reward_gradient: whether updates go through the
+    reward, whose scores then need a graph. inspection: see there."""
 
     updates: int
     trained: int
@@ -94,6 +95,7 @@ class UpdateForecast:
     guidance_scale: float | None = None
     notes: tuple[str, ...] = ()
     rolled: int | None = None
+    reward_gradient: bool = False
     inspection: Inspection = field(default_factory=lambda: Inspection(), compare=False)
 
 

@@ -24,7 +24,8 @@ class DirectAlign:
 
     Semantic relative preference: the reward is (1+k)·r(x̂0, wanted words + prompt) − r(x̂0, unwanted words + prompt), so what a
     reward model likes in every image cancels but for the share k, which goes from `discount`[0] at data to [1] at noise, read at
-    the cleaner level of the step (denoising), `inversion_discount` (inversion): the code's order, whose levels count from data. Empty words leave the prompt as it is; with both empty the reward is k·r.
+    the cleaner level of the step (denoising), `inversion_discount` (inversion): the code's order, whose levels count from data.
+    Empty words leave the prompt as it is; with both empty the reward is k·r.
 
     Cost: the chain without graph, one graph, one image, scored twice. Of the paper: discounts, high, shift. low keeps 1 − σ off 0
     (the code for Qwen-Image leaves out 5 % too); length is 1 − groundtruth_ratio = .9; inversion in half of the updates is our
@@ -63,13 +64,10 @@ class DirectAlign:
         sample = chains.whole(())[0]
         recovered, visit = self.recovered(chains, sample, chains.x.to(sample), start, stop)
         low, high = self.inversion_discount if inverted else self.discount
-        k, texts = low + (1 - t - self.length) * (high - low), self._texts
+        k = low + (1 - t - self.length) * (high - low)
+        texts = [text and f"{text}. " for text in (self.wanted, self.unwanted)]
         first, second = reversed(texts) if inverted else texts
         return Outcome((recovered,), (visit,), ((1 + k, first), (-1.0, second)))
-
-    @property
-    def _texts(self) -> list[str]:
-        return [text and f"{text}. " for text in (self.wanted, self.unwanted)]
 
     def recovered(
         self, chains: Chains, sample: Tensor, noise: Tensor, start: float, stop: float
