@@ -161,6 +161,10 @@ class SampleKeys:
             seed, iteration, tuple((uids[g], visit[g], sample) for g, sample in zip(groups, local, strict=True))
         )
 
+    def at(self, index: Tensor) -> SampleKeys:
+        """Those of the samples `index` [n]."""
+        return replace(self, rows=tuple(self.rows[row] for row in index.tolist()))
+
     def shared(self) -> SampleKeys:
         """Keys by which all samples of a group draw the same (V-GRPO, DGPO, pairs of Diffusion-DPO)."""
         return replace(self, rows=tuple((uid, visit, SHARED) for uid, visit, _ in self.rows))

@@ -9,28 +9,48 @@ from torch import Tensor
 from samplers.kernels.base import Kernel, Step, TransitionContext
 from samplers.trees import Tree
 
+ELSEWHERE = -2  # in a row map: another process has it
+
 
 @dataclass(frozen=True, eq=False)
-class Velocities:
-    """One role's velocities at some states: `values` [K, *]; row [N]: the row of a node's velocity in it (-1: unknown)."""
+class Rows:
+    """What N nodes (or states, samples, …) have of the size of a latent, such as one role's velocities: `values` [K, *], as far as
+    this process has them. row [N]: the row of each in it; -1: there is none, ELSEWHERE: another process has it."""
 
     row: Tensor
     values: Tensor
 
-    def at(self, nodes: Tensor) -> Tensor:
-        """Velocities of `nodes` [n, *]. ValueError for a node that was not evaluated."""
-        rows = self.row[nodes]
+    @staticmethod
+    def of(values: Tensor, here: Tensor) -> "Rows":
+        """`values` [K, *] of those where `here` [N], in their order; another process has the others."""
+        return Rows(torch.where(here, here.cumsum(0) - 1, ELSEWHERE), values)
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    @property
+    def known(self) -> Tensor:
+        """[N] which have one, on whichever process."""
+        return self.row != -1
+
+    def at(self, index: Tensor) -> Tensor:
+        """Those of `index` [n, *]. ValueError for one that is not here."""
+        rows = self.row[index]
         if bool((rows < 0).any()):
             raise ValueError(
-                f"got nodes {nodes[rows < 0][:8].tolist()}, whose velocities are not known for this role; expected nodes that "
-                "were passed to Forest.with_velocities"
+                f"got nodes {index[rows < 0][:8].tolist()}, whose velocities are not known for this role; expected nodes that "
+                "were passed to Forest.with_velocities, and that this process trains"
             )
         return self.values[rows.to(self.values.device)]
 
-    def of(self, alive: Tensor) -> "Velocities":
+    def pick(self, index: Tensor) -> "Rows":
+        """Those of `index` [n], here or not; nothing is copied."""
+        return Rows(self.row[index], self.values)
+
+    def kept(self, alive: Tensor) -> "Rows":
         """Those at the nodes of the mask `alive` [N], renumbered as Tree.keep does."""
         row, known = self.row[alive], self.row[alive] >= 0
-        return Velocities(torch.where(known, known.cumsum(0) - 1, -1), self.values[row[known].to(self.values.device)])
+        return Rows(torch.where(known, known.cumsum(0) - 1, -1), self.values[row[known].to(self.values.device)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +60,7 @@ class Forest:
     states [K, *]: those that are needed again (roots, both ends of every stochastic step, nodes without children; all
     with `keep="all"`), in the storage dtype; row [N]: the row of a node's state in it (-1: not kept). log_prob [N]: of the step that arrived
     at a node, under the policy that rolled out, taken after the storage cast; nan where the step is deterministic.
+    Of a forest that several processes rolled out, states and velocities stay where they are: see Rows.
     evaluations: network rows of the rollout. previews: states that it completed for a selection. sigmas, kernel: those of
     the rollout, which every replay uses.
     velocities: of other networks (reference, old, teacher, …) at its states, by role. scores: of states (a latent
@@ -54,13 +75,13 @@ class Forest:
     log_prob: Tensor
     evaluations: int
     previews: int = 0
-    velocities: Mapping[str, Velocities] = field(default_factory=dict)
+    velocities: Mapping[str, Rows] = field(default_factory=dict)
     scores: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def kept(self) -> Tensor:
         """[N] which nodes' states were kept."""
-        return self.row >= 0
+        return self.row != -1
 
     def mask(self, nodes: Tensor) -> Tensor:
         """[N] true at `nodes`."""
@@ -80,9 +101,14 @@ class Forest:
     def at(self, nodes: Tensor) -> Tensor:
         """States of `nodes` [n, *], exactly what the rollout gave the network, in at least fp32.
 
-        ValueError for a node that was not kept.
+        ValueError for a node that was not kept, or that another process has.
         """
         rows = self.row[nodes]
+        if bool((rows == ELSEWHERE).any()):
+            raise ValueError(
+                f"got nodes {nodes[rows == ELSEWHERE][:8].tolist()}, whose states are on another process; expected those that this one "
+                "rolled out or trains"
+            )
         if bool((rows < 0).any()):
             missing = nodes[rows < 0][:8].tolist()
             raise ValueError(
@@ -111,9 +137,13 @@ class Forest:
                 f"got velocities {list(values.shape)} for {len(nodes)} nodes ({len(nodes.unique())} distinct) and "
                 f"states {list(self.states.shape[1:])}; expected one row per distinct node"
             )
+        return self.with_role(role, nodes, Rows(torch.arange(len(nodes)), values.detach()))
+
+    def with_role(self, role: str, nodes: Tensor, found: Rows) -> "Forest":
+        """As `with_velocities`, of which this process may have some."""
         row = torch.full((len(self.tree),), -1, dtype=torch.int64)
-        row[nodes] = torch.arange(len(nodes))
-        return replace(self, velocities={**self.velocities, role: Velocities(row, values.detach())})
+        row[nodes] = found.row
+        return replace(self, velocities={**self.velocities, role: Rows(row, found.values)})
 
     def with_scores(self, name: str, values: Tensor) -> "Forest":
         """This forest with `values` [N] (nan = not scored) as the states' scores called `name`; set once."""

@@ -125,7 +125,7 @@ def _pruned(forest: Forest, continued: Tensor) -> Forest:
     """The forest without the states that were dropped, their descendants, and what then leads to no leaf."""
     alive, tree = forest.tree.alive(continued), forest.tree.keep(continued)
     used = forest.row[alive & forest.kept]
-    velocities = {role: velocities.of(alive) for role, velocities in forest.velocities.items()}
+    velocities = {role: velocities.kept(alive) for role, velocities in forest.velocities.items()}
     return replace(
         forest,
         tree=tree,

@@ -1,21 +1,29 @@
 """The processes of a run: which share of the work each does, and how the shares become one batch again.
 
 The rollout is dealt by group, the update by state. Everything in between (credit, advantages, selection) is computed by
-every process on the whole batch, so all agree without communication; gradients are summed once per optimizer step. That
-needs no hooks in the network: processes may run different numbers of forwards and backwards without waiting for each
-other. Where the network's weights are sharded they cannot, and `level` synchronizes them (flowalign.distributed.fsdp2).
+every process on the scores of the whole batch, so all agree without communication. States, and all else of a latent's
+size, stay where they were made; those that another process trains are sent to it. Gradients are summed once per optimizer
+step. That needs no hooks in the network: processes may run different numbers of forwards and backwards without waiting for
+each other. Where the network's weights are sharded they cannot, and `level` synchronizes them (flowalign.distributed.fsdp2).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather, reduce
+from accelerate.utils import gather
 from torch import Tensor
+from torch.distributed import all_reduce
+from torch.distributed import all_to_all_single as all_to_all
 from torch.nn import Parameter
+
+from flowalign.distributed.deal import Deal
+from samplers import Rows
+
+BUCKET = 25 * 2**20  # bytes of small gradients that are summed in one message
 
 
 def _nothing() -> None:
@@ -24,8 +32,8 @@ def _nothing() -> None:
 
 @dataclass(frozen=True)
 class Processes:
-    """`count` processes, of which this is number `rank`; by default the only one. Every method but `shares` and `deal`
-    is collective: all processes must call it, in the same order. Each begins with `level`."""
+    """`count` processes, of which this is number `rank`; by default the only one. Every method but `shares`, `owners`
+    and `deal` is collective: all processes must call it, in the same order. Each begins with `level`."""
 
     rank: int = 0
     count: int = 1
@@ -48,10 +56,14 @@ class Processes:
         """This process's block."""
         return self.shares(n)[self.rank]
 
-    def deal(self, n: int) -> Tensor:
-        """This process's rows of `n`, [ceil(n / count)] on every process; -1 pads: a row to run with weight zero."""
-        rows = torch.arange(-(-n // self.count)) * self.count + self.rank
-        return torch.where(rows < n, rows, -1)
+    def owners(self, items: Tensor, n: int) -> Tensor:
+        """[k] the process whose block has each of `items` [k] of `n`."""
+        ends = torch.tensor([share.stop for share in self.shares(n)])
+        return torch.searchsorted(ends, items, right=True)
+
+    def deal(self, owner: Tensor) -> Deal:
+        """Who works on which of n items that lie on the processes `owner` [n], see Deal."""
+        return Deal.of(owner, self.rank, self.count)
 
     def gather(self, rows: Tensor) -> Tensor:
         """The rows [n, *] of all processes, in the order of their ranks; n may differ."""
@@ -70,22 +82,55 @@ class Processes:
         """The sum over processes."""
         return float(self.gather(torch.tensor([value], dtype=torch.float64)).sum())
 
+    def bring(self, rows: Rows, owner: Tensor, wanted: Sequence[Tensor]) -> Rows:
+        """`rows` with, on each process r, those of wanted[r] too: sent by the process owner [N] that has them. All processes know
+        what each of them wants; nothing is sent where none lacks any."""
+        lacking = [items[owner[items] != rank] for rank, items in enumerate(wanted)]
+        if not any(len(items) for items in lacking):
+            return rows
+        self.level()
+        sent = [items[owner[items] == self.rank] for items in lacking]
+        come = [lacking[self.rank][owner[lacking[self.rank]] == rank] for rank in range(self.count)]
+        outgoing = rows.at(torch.cat(sent)).to(self.device)
+        arriving = outgoing.new_empty((len(lacking[self.rank]), *outgoing.shape[1:]))
+        all_to_all(arriving, outgoing, [len(items) for items in come], [len(items) for items in sent])
+        row = rows.row.index_copy(0, torch.cat(come), len(rows.values) + torch.arange(len(arriving)))
+        return Rows(row, torch.cat([rows.values, arriving.to(rows.values.device)]))
+
     def sum_gradients(self, parameters: Iterable[Parameter]) -> None:
-        """Adds up the gradients, in one message per dtype; a parameter that no process reached keeps None."""
+        """Adds up the gradients, in place; a parameter that no process reached keeps None. Small ones travel together."""
         if self.count == 1:
             return
         all_parameters = list(parameters)
         reached = self.gather(torch.tensor([[p.grad is not None for p in all_parameters]])).any(0)
-        by_dtype: dict[torch.dtype, list[Parameter]] = {}
+        grads = []
         for parameter, used in zip(all_parameters, reached.tolist(), strict=True):
             if used:
-                by_dtype.setdefault(parameter.dtype, []).append(parameter)
-        for members in by_dtype.values():
-            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in members]
-            flat = reduce(torch.cat([grad.flatten() for grad in grads]), reduction="sum")
-            for parameter, grad in zip(members, flat.split([p.numel() for p in members]), strict=True):
-                parameter.grad = grad.view_as(parameter).clone()
+                grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = grad.contiguous()
+                grads.append(parameter.grad)
+        for bucket in _buckets(grads):
+            if len(bucket) == 1:
+                all_reduce(bucket[0])
+                continue
+            flat = torch.cat([grad.flatten() for grad in bucket])
+            all_reduce(flat)
+            for grad, total in zip(bucket, flat.split([grad.numel() for grad in bucket]), strict=True):
+                grad.copy_(total.view_as(grad))
 
     def wait(self) -> None:
         """Barrier."""
         self.total(0.0)
+
+
+def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """The tensors in order, in runs of one dtype and of no more than BUCKET bytes, or one tensor."""
+    bucket, size = list[Tensor](), 0
+    for tensor in tensors:
+        if bucket and (tensor.dtype != bucket[0].dtype or size + tensor.nbytes > BUCKET):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(tensor)
+        size += tensor.nbytes
+    if bucket:
+        yield bucket

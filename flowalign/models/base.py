@@ -18,7 +18,7 @@ import samplers
 from flowalign.data import PromptRecord
 from flowalign.models.images import Images
 from flowalign.models.roles import Role
-from samplers import Schedule
+from samplers import Rows, Schedule
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,15 @@ class Conditions:
     """Encoded records: tensors [P, ...] with one row per record, by name.
 
     Rows have one shape: a family whose embeddings differ in length pads them in `Model.encode` and says the lengths in a
-    tensor of its own. negative: what guidance starts from, one row per record too; None if it was not encoded."""
+    tensor of its own. negative: what guidance starts from, one row per record too; None if it was not encoded.
+    row [P]: the row of each record in the tensors, where this process encoded only some; None: they have all."""
 
     tensors: dict[str, Tensor]
     negative: Conditions | None = None
+    row: Tensor | None = None
 
     def __len__(self) -> int:
-        return len(next(iter(self.tensors.values())))
+        return len(next(iter(self.tensors.values()))) if self.row is None else len(self.row)
 
     @property
     def nbytes(self) -> int:
@@ -69,14 +71,28 @@ class Conditions:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def rows(self, index: Tensor) -> Conditions:
-        """The rows `index` [n], in that order, repeats allowed."""
-        tensors = {name: tensor[index.to(tensor.device)] for name, tensor in self.tensors.items()}
+        """The rows `index` [n], in that order, repeats allowed. ValueError for one that is on another process."""
+        if self.row is not None and bool((self.row[index] < 0).any()):
+            raise ValueError(
+                f"got rows {index[self.row[index] < 0][:8].tolist()}, which another process encoded; expected those of this one, and "
+                "of the states that it trains: deal them by UpdateEngine.deal"
+            )
+        place = index if self.row is None else self.row[index]
+        tensors = {name: tensor[place.to(tensor.device)] for name, tensor in self.tensors.items()}
         return Conditions(tensors, None if self.negative is None else self.negative.rows(index))
+
+    def each(self, change: Callable[[Rows], Rows]) -> Conditions:
+        """With every tensor, those of `negative` among them, changed in the same way."""
+        row = torch.arange(len(self)) if self.row is None else self.row
+        changed = {name: change(Rows(row, tensor)) for name, tensor in self.tensors.items()}
+        negative = None if self.negative is None else self.negative.each(change)
+        tensors = {name: rows.values for name, rows in changed.items()}
+        return Conditions(tensors, negative, next(iter(changed.values())).row)
 
     def to(self, device: str | torch.device) -> Conditions:
         """The same on `device`."""
         tensors = {name: tensor.to(device) for name, tensor in self.tensors.items()}
-        return Conditions(tensors, None if self.negative is None else self.negative.to(device))
+        return Conditions(tensors, None if self.negative is None else self.negative.to(device), self.row)
 
     @staticmethod
     def cat(parts: Sequence[Conditions]) -> Conditions:
@@ -88,7 +104,13 @@ class Conditions:
                 f"got {len(parts)} conditions, {len(negatives)} of them with negative rows; expected all or none: encode "
                 "them with the same `negative`"
             )
-        return Conditions(tensors, Conditions.cat(negatives) if negatives else None)
+        rows, held = [], 0
+        for part in parts:
+            row = torch.arange(len(part)) if part.row is None else part.row
+            rows.append(torch.where(row >= 0, row + held, row))
+            held += len(next(iter(part.tensors.values())))
+        row_of_all = None if all(part.row is None for part in parts) else torch.cat(rows)
+        return Conditions(tensors, Conditions.cat(negatives) if negatives else None, row_of_all)
 
 
 class Policy(Protocol):

@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 from flowalign.objectives.supervision import Targets, check_fade, faded
-from samplers import Forest, Path
+from samplers import Forest, Path, Rows
 from samplers.kernels.base import spread
 from samplers.kernels.guided import GRADIENTS, RATE
 
@@ -63,12 +63,14 @@ class GuidanceDistillation:
                 f"got a forest with the velocities {sorted(forest.velocities)}; expected 'old' and {GRADIENTS!r}: set "
                 "rollout.reward_guidance, and collect with keep_velocities=True"
             )
-        known = forest.velocities[GRADIENTS]
-        nodes = (known.row >= 0).nonzero().flatten()
-        gradient, old = known.at(nodes), forest.velocities["old"].at(nodes)
-        sigma = forest.sigma(nodes).double()
-        factor = forest.scores[RATE][nodes]
+        found, old_rows = forest.velocities[GRADIENTS], forest.velocities["old"]
+        nodes = found.known.nonzero().flatten()
+        here = (found.row[nodes] >= 0) & (old_rows.row[nodes] >= 0)
+        own = nodes[here]
+        gradient, old = found.at(own), old_rows.at(own)
+        sigma = forest.sigma(own).double()
+        factor = forest.scores[RATE][own]
         if self.target == "marginal":
             factor = -(sigma / (1 - sigma)).clamp(max=self.max_odds) / self.beta
         moved = old + spread(factor.to(old), old) * gradient.to(old)
-        return Targets(nodes, moved, sigma.new_ones(len(nodes)))
+        return Targets(nodes, Rows.of(moved, here), sigma.new_ones(len(nodes)))

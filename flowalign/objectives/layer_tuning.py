@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flowalign.objectives.supervision import Targets, check_fade, faded
-from samplers import Forest, Path, sampled
+from samplers import Forest, Path, Rows, sampled
 from samplers.kernels.base import spread
 
 
@@ -75,10 +75,11 @@ class LayerTuning:
                     best_state.append(other)
         states, ends, beside = (torch.tensor(column, dtype=torch.int64) for column in (nodes, best_leaf, best_state))
         if self.target == "best_leaf_fm":
-            here = forest.at(states)
-            velocity = (here - forest.at(ends)) / spread(forest.sigma(states).to(here), here)
+            here = (forest.row[states] >= 0) & (forest.row[ends] >= 0)
+            x = forest.at(states[here])
+            velocity = Rows.of((x - forest.at(ends[here])) / spread(forest.sigma(states[here]).to(x), x), here)
         elif "old" in forest.velocities:
-            velocity = forest.velocities["old"].at(beside)
+            velocity = forest.velocities["old"].pick(beside)
         else:
             raise ValueError(
                 "got a forest without velocities['old'] for LayerTuning(target='best_path_velocity'); expected those of the "

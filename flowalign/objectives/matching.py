@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from samplers import Kernel, Path
+from samplers import Kernel, Path, Rows
 from samplers.kernels.base import spread
 
 Form = Literal["kl", "ode", "mean", "velocity", "x0"]
@@ -89,14 +89,14 @@ class Match:
 
 @dataclass(frozen=True, eq=False)
 class Pull:
-    """A term of a loss over S states: Σ_s weight_s · error(v_s, velocity_s). velocity [S, *] is a constant; weight [S] >= 0,
-    which holds everything else: the form's w, the share of the state, a scale, the division by the count."""
+    """A term of a loss over S states: Σ_s weight_s · error(v_s, velocity_s). velocity [S, *] is a constant, of which this process
+    has some; weight [S] >= 0, which holds everything else: the form's w, the share of the state, a scale, the division by the count."""
 
-    velocity: Tensor
+    velocity: Rows
     weight: Tensor
     match: Match = Match("velocity")
 
     def loss(self, index: Tensor, velocity: Tensor, reduce: str) -> Tensor:
         """The sum over the states `index` [n], under the velocities [n, *]."""
-        target = self.velocity[index.to(self.velocity.device)]
-        return (self.weight[index].to(velocity) * self.match.error(velocity, target, reduce)).sum()
+        error = self.match.error(velocity, self.velocity.at(index), reduce)
+        return (self.weight[index].to(velocity) * error).sum()

@@ -9,25 +9,27 @@ import torch
 from torch import Tensor
 
 from flowalign.objectives.matching import mean_square
-from samplers import Forest, Path
+from samplers import Forest, Path, Rows
 
 
 @dataclass(frozen=True, eq=False)
 class Targets:
-    """Target velocities [S, *] at the states `nodes` [S], each with a `weight` [S] >= 0."""
+    """Target velocities [S, *] at the states `nodes` [S], each with a `weight` [S] >= 0; of the velocities a process has some."""
 
     nodes: Tensor
-    velocity: Tensor
+    velocity: Rows
     weight: Tensor
 
     def loss(self, nodes: Tensor, velocity: Tensor) -> Tensor:
         """[n] weight · ⟨(v − target)²⟩ of `nodes` under `velocity` [n, *], the mean over elements; 0 without a target."""
-        if not len(self.nodes):
-            return velocity.new_zeros(len(nodes))
         match = nodes[:, None] == self.nodes[None]
-        place = match.int().argmax(1)
-        weight = torch.where(match.any(1), self.weight[place], 0.0).to(velocity)
-        return weight * mean_square(velocity, self.velocity[place.to(self.velocity.device)])
+        aimed = match.any(1)
+        if not bool(aimed.any()):
+            return velocity.new_zeros(len(nodes))
+        found = match.int().argmax(1)
+        place = torch.where(aimed, found, found[aimed][0])
+        weight = torch.where(aimed, self.weight[place], 0.0).to(velocity)
+        return weight * mean_square(velocity, self.velocity.at(place))
 
 
 class Supervision(Protocol):

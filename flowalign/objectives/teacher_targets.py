@@ -70,5 +70,5 @@ class TeacherTargets:
             kept = torch.zeros(len(tree), dtype=torch.float64)
             kept[tree.leaves] = self.gate.keeps(scores[:, 0], valid[:, 0]).double()
             weight = weight * mean_below(tree, kept)
-        nodes = ((forest.velocities[self.role].row >= 0) & (weight > 0)).nonzero().flatten()
-        return Targets(nodes, forest.velocities[self.role].at(nodes), weight[nodes])
+        nodes = (forest.velocities[self.role].known & (weight > 0)).nonzero().flatten()
+        return Targets(nodes, forest.velocities[self.role].pick(nodes), weight[nodes])

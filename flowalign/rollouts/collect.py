@@ -85,7 +85,7 @@ def collect(
     forest = _with_uncertainty(forest, output)
     guidance = task.rollout.reward_guidance
     if guidance is not None:
-        forest = guidance.replayed(forest, task.policy.path)
+        forest = guidance.replayed(forest, task.rollout.kernel, task.policy.path)
     metrics = {
         **reward_metrics(task.reward.name, output, own_samples(forest)),
         **cost_metrics(forest, output, rows, decodes, calls),
@@ -94,7 +94,7 @@ def collect(
         "time/reward": output.elapsed - rolling.seconds.get("reward_hidden", 0.0),
         "time/reward_ms_per_image": 1000 * output.elapsed / len(output.scores),
         **process_metrics(task.process_rewards, forest),
-        **({} if guidance is None else measured(forest)),
+        **({} if guidance is None else measured(forest, processes)),
     }
     uids = tuple(record.uid for record in prompts)
     return ScoredRollout(

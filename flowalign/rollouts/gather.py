@@ -1,4 +1,5 @@
-"""The rollouts of all processes as one batch: what every process then computes credit, advantages and selection on."""
+"""The rollouts of all processes as one batch: what every process then computes credit, advantages and selection on. Scores,
+log-probs and the topology are gathered; states and velocities stay with the process that made them."""
 
 from __future__ import annotations
 
@@ -9,9 +10,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from flowalign.data import PromptRecord
 from flowalign.distributed.processes import Processes
+from flowalign.models.base import Conditions
+from flowalign.rollouts.task import Task
 from rewards import RewardOutput
-from samplers import Forest, Tree
+from samplers import Forest, Rows, Tree
+from samplers.forest import ELSEWHERE
 
 
 def gather_tree(processes: Processes, tree: Tree, mine: Tree) -> Tree:
@@ -24,12 +29,36 @@ def gather_tree(processes: Processes, tree: Tree, mine: Tree) -> Tree:
 
 
 def gather_forest(processes: Processes, tree: Tree, forest: Forest) -> Forest:
-    """The forest of `tree`, of which each process rolled out the groups of its share, in the same order of nodes."""
-    columns = _columns(forest, torch.arange(len(forest.tree)))
+    """The forest of `tree`, of which each process rolled out the groups of its share, in the same order of nodes. Its states
+    and velocities are those of this process, see samplers.Rows."""
+    nodes, columns = _by_process(processes, tree), _numbers(forest, torch.arange(len(forest.tree)))
     evaluations, previews = (round(processes.total(count)) for count in (forest.evaluations, forest.previews))
     gathered = {name: processes.gather(values) for name, values in sorted(columns.items())}
-    like = replace(forest, evaluations=evaluations, previews=previews)
-    return _built(tree, _by_process(processes, tree), gathered, like)
+    whole = {name: _placed(nodes, values) for name, values in gathered.items()}
+    mine = (processes.owners(tree.group, tree.num_groups) == processes.rank).nonzero().flatten()
+
+    def rows_of(known: Tensor, own: Tensor) -> Tensor:
+        return torch.where(known, ELSEWHERE, -1).index_copy(0, mine, own)
+
+    return replace(
+        forest, tree=tree, row=rows_of(whole["kept"], forest.row), log_prob=whole["log_prob"],
+        evaluations=evaluations, previews=previews,
+        velocities={
+            role: Rows(rows_of(whole[f"known {role}"], rows.row), rows.values) for role, rows in forest.velocities.items()
+        },
+        scores={name: whole[f"score {name}"] for name in forest.scores},
+    )  # fmt: skip
+
+
+def encoded(task: Task, prompts: Sequence[PromptRecord], *, negative: bool) -> Conditions:
+    """The conditions of the prompts; each process encodes those of its share of them, see Conditions.row."""
+    share, count = task.processes.share(len(prompts)), len(prompts)
+    own = task.policy.encode([prompts[number] for number in share], negative=negative)
+    if len(share) == count:
+        return own
+    here = torch.zeros(count, dtype=torch.bool)
+    here[share.start : share.stop] = True
+    return own.each(lambda rows: Rows.of(rows.values, here))
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,15 +108,21 @@ def joined(tree: Tree, first: int, parts: Sequence[Part]) -> tuple[Forest, Tenso
     return _built(tree, nodes, columns, like), leaves.argsort()
 
 
+def _numbers(forest: Forest, nodes: Tensor) -> dict[str, Tensor]:
+    """What the forest holds of `nodes` but states and velocities, by name; of those, which it holds."""
+    known = {f"known {role}": rows.known[nodes] for role, rows in forest.velocities.items()}
+    scores = {f"score {name}": scores[nodes] for name, scores in forest.scores.items()}
+    log_prob = forest.log_prob[nodes.to(forest.log_prob.device)]
+    return {"kept": forest.kept[nodes], "log_prob": log_prob, **known, **scores}
+
+
 def _columns(forest: Forest, nodes: Tensor) -> dict[str, Tensor]:
     """What the forest holds of `nodes`, by name; see `_built`."""
-    kept = forest.row[nodes] >= 0
-    states = forest.states[forest.row[nodes[kept]].to(forest.states.device)]
-    columns = {"kept": kept, "log_prob": forest.log_prob[nodes.to(forest.log_prob.device)], "states": states}
-    for role, velocities in forest.velocities.items():
-        known = velocities.row[nodes] >= 0
-        columns |= {f"known {role}": known, f"velocity {role}": velocities.at(nodes[known])}
-    return columns | {f"score {name}": scores[nodes] for name, scores in forest.scores.items()}
+    columns = _numbers(forest, nodes)
+    columns["states"] = forest.states[forest.row[nodes[columns["kept"]]].to(forest.states.device)]
+    return columns | {
+        f"velocity {role}": rows.at(nodes[columns[f"known {role}"]]) for role, rows in forest.velocities.items()
+    }
 
 
 def _built(tree: Tree, nodes: Tensor, columns: Mapping[str, Tensor], like: Forest) -> Forest:

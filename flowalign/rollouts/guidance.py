@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from flowalign.distributed.processes import Processes
 from rewards import Reward, RewardBatch, channels_of, score, spec_of
 from samplers import (
     SPSA,
@@ -19,9 +20,9 @@ from samplers import (
     Kernel,
     Path,
     RewardGradient,
+    Rows,
     TransitionContext,
     Tree,
-    Velocities,
 )
 from samplers.kernels.guided import GRADIENTS, RATE, GuidanceForm, MeanOf
 
@@ -147,11 +148,11 @@ class RewardGuidance:
         kept = Kept(ascent)
         return GuidedRollout(self.guided(kernel, kept, path), kernel, kept)
 
-    def replayed(self, forest: Forest, path: Path) -> Forest:
-        """The forest as updates replay it: under the guided mean with the ∇ρ that was kept, else by its own kernel."""
+    def replayed(self, forest: Forest, kernel: Kernel, path: Path) -> Forest:
+        """The forest as updates replay it: by the rollout's `kernel`, under the guided mean with the ∇ρ that was kept or without."""
         if self.log_prob_mean == "unguided":
             return forest
-        return replace(forest, kernel=self.guided(forest.kernel, Known(forest.velocities[GRADIENTS]), path))
+        return replace(forest, kernel=self.guided(kernel, Known(forest.velocities[GRADIENTS]), path))
 
 
 @dataclass(frozen=True, eq=False)
@@ -245,7 +246,7 @@ class Kept:
 class Known:
     """∇ρ as a rollout found it: a replay computes none."""
 
-    gradients: Velocities
+    gradients: Rows
 
     def gradient(self, x: Tensor, v: Tensor, sigma: Tensor, rows: Tensor, nodes: Tensor) -> Tensor:
         return self.gradients.at(nodes)
@@ -259,21 +260,22 @@ class _Nothing:
         return torch.zeros_like(x)
 
 
-def measured(forest: Forest) -> dict[str, float]:
+def measured(forest: Forest, processes: Processes) -> dict[str, float]:
     """gradient_norm: mean |∇ρ| of the guided states. shift_per_noise: mean root mean square of λ·∇ρ over the noise's
-    standard deviation; 1 means that guidance moves a step as far as its noise does."""
-    tree, known = forest.tree, forest.velocities[GRADIENTS]
-    edges = tree.edges[known.row[tree.parent[tree.edges]] >= 0]
+    standard deviation; 1 means that guidance moves a step as far as its noise does. Collective."""
+    tree, found = forest.tree, forest.velocities[GRADIENTS]
+    edges = tree.edges[found.known[tree.parent[tree.edges]]]
     if not len(edges):
         return {}
+    edges = edges[found.row[tree.parent[edges]] >= 0]
     parents, position = tree.distinct_parents(edges)
-    gradient = known.at(parents)
+    gradient = found.at(parents)
     step = forest.edge_steps(edges, torch.zeros_like(gradient), position).policy
     size = gradient.flatten(1).square().mean(1).sqrt()[position.to(gradient.device)]
     shift = forest.scores[RATE][tree.parent[edges]].to(size) * step.velocity_coef * size / step.std
     return {
-        "guidance/gradient_norm": float(gradient.flatten(1).norm(dim=1).mean()),
-        "guidance/shift_per_noise": float(shift.abs().mean()),
+        "guidance/gradient_norm": float(processes.gather(gradient.flatten(1).norm(dim=1)).mean()),
+        "guidance/shift_per_noise": float(processes.gather(shift.abs()).mean()),
     }
 
 

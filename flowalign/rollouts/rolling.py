@@ -15,7 +15,7 @@ from flowalign.data import PromptRecord
 from flowalign.models.base import Conditions
 from flowalign.models.grid import grid
 from flowalign.rollouts.completions import OLD, completed
-from flowalign.rollouts.gather import Part
+from flowalign.rollouts.gather import Part, encoded
 from flowalign.rollouts.guidance import GuidedRollout
 from flowalign.rollouts.judging import decoded, judge
 from flowalign.rollouts.previews import Previews
@@ -61,9 +61,9 @@ class Rolling:
         self._state_answers = defaultdict[str, list[tuple[RewardOutput, list[str]]]](list)  # by process reward
         policy, settings = task.policy, task.rollout
         negative = settings.guidance_scale != 1
-        self.conditions = self._hinted = policy.encode(prompts, negative=negative)
+        self.conditions = self._hinted = encoded(task, prompts, negative=negative)
         if settings.hint_key is not None:  # the rows of the hinted prompts follow those of the prompts
-            hints = policy.encode([hinted(record, settings.hint_key) for record in prompts], negative=negative)
+            hints = encoded(task, [hinted(record, settings.hint_key) for record in prompts], negative=negative)
             self._hinted = Conditions.cat([self.conditions, hints])
         self._shape = policy.latent_shape(task.size)
         self._sigmas = grid(policy, settings.schedule, settings.num_inference_steps, self._shape)

@@ -13,6 +13,7 @@ from flowalign.models.base import Conditions
 from flowalign.models.grid import grid
 from flowalign.models.roles import Role
 from flowalign.objectives import Negative, Regularizer, RewardLoss
+from flowalign.rollouts.gather import encoded
 from flowalign.rollouts.rolling import grow
 from flowalign.rollouts.task import Rollout, Task
 from flowalign.trainers.base import AdamWConfig, Setup, Update, UpdateForecast
@@ -136,7 +137,7 @@ class BackPropagation:
     def collect(self, records: Sequence[PromptRecord], iteration: int) -> Unsampled:
         """Encodes the prompts; the update samples and scores, and has the metrics of both."""
         settings = self.task.rollout
-        conditions = self.task.policy.encode(records, negative=settings.guidance_scale != 1)
+        conditions = encoded(self.task, records, negative=settings.guidance_scale != 1)
         return Unsampled(records, conditions, grow(settings, self.task.seed, iteration, range(len(records))), iteration)
 
     def updates(self, batch: Unsampled) -> Iterable[Update]:
@@ -147,7 +148,8 @@ class BackPropagation:
             engine, self.truncation, self.loss, self._active, batch.prompts, batch.tree, batch.iteration,
             grid(task.policy, task.rollout.schedule, steps, shape), shape, self.checkpoint,
         )  # fmt: skip
-        parts = engine.micro_batches(batch.images, self.micro_batch)
+        deal = engine.deal(batch.tree.group[: batch.images])
+        parts = engine.micro_batches(deal, self.micro_batch)
         yield engine.update(self._policy, parts, update.loss_of, update.metrics)
 
 

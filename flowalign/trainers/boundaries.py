@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flowalign.rollouts.collect import ScoredRollout
 from flowalign.trainers.update_engine import States
-from samplers import Forest, Path, SampleKeys, ShiftedUniform, generator
+from samplers import Forest, Path, Rows, SampleKeys, ShiftedUniform, generator
 from samplers.kernels.base import spread
 
 
@@ -19,7 +19,7 @@ class Boundaries:
     """N trajectories of K steps, those of the samples of a rollout without noise.
 
     Every method takes M steps and returns S = M·N rows: the N trajectories at the first of the steps, then all of them at the
-    second, and so on. nodes [N, K+1]: the forest's states on each trajectory, from noise to data. keys: of the samples, from which
+    second, and so on; of what has a latent's size, those where `here` [S]. nodes [N, K+1]: the forest's states on each trajectory, from noise to data. keys: of the samples, from which
     noise and noise levels are drawn. shift, margin: of the noise levels, see ShiftedUniform."""
 
     forest: Forest
@@ -63,16 +63,18 @@ class Boundaries:
         share = [(step + 1) / total for step in range(self.num_steps)]
         return [int(step) for step in rng.choice(self.num_steps, count, p=share)]
 
-    def states(self, steps: Sequence[int]) -> States:
+    def states(self, steps: Sequence[int], here: Tensor) -> States:
         """What the generator was given in `steps` [S]."""
         nodes = self._nodes(steps, 0)
-        return States(self.forest.at(nodes), self.forest.sigma(nodes), self.forest.tree.group[nodes])
+        x = Rows.of(self.forest.at(nodes[here]), here)
+        return States(x.values, self.forest.sigma(nodes), self.forest.tree.group[nodes], x.row)
 
-    def predictions(self, steps: Sequence[int]) -> Tensor:
-        """x̂0 [S, *] = x − σ·v that the generator predicted there: v = (x − x')/h of Euler's step x' = x − h·v."""
-        here, after = self.states(steps), self._nodes(steps, 1)
-        velocity = (here.x - self.forest.at(after)) / spread((here.sigma - self.forest.sigma(after)).to(here.x), here.x)
-        return self.path.x0_from_velocity(here.x, velocity, here.sigma)
+    def predictions(self, steps: Sequence[int], here: Tensor) -> Tensor:
+        """x̂0 [k, *] = x − σ·v that the generator predicted there: v = (x − x')/h of Euler's step x' = x − h·v."""
+        before, after = self._nodes(steps, 0)[here], self._nodes(steps, 1)[here]
+        x, sigma = self.forest.at(before), self.forest.sigma(before)
+        velocity = (x - self.forest.at(after)) / spread((sigma - self.forest.sigma(after)).to(x), x)
+        return self.path.x0_from_velocity(x, velocity, sigma)
 
     def levels(self, steps: Sequence[int], stream: str, low: float, *, shared: bool) -> Tensor:
         """[S] noise levels above the end of each step, and above `low`; stream "sigma <stream> <place>". shared: one for all
@@ -83,14 +85,20 @@ class Boundaries:
             found.append(keys.sigmas(law, 1, grid, self.path, f"sigma {stream} {place}")[:, 0])
         return torch.cat(found)
 
-    def noised(self, steps: Sequence[int], sigma: Tensor, stream: str, *, shared: bool) -> tuple[States, Tensor]:
+    def noised(
+        self, steps: Sequence[int], sigma: Tensor, stream: str, here: Tensor, *, shared: bool
+    ) -> tuple[States, Rows]:
         """The ends of `steps` noised again up to `sigma` [S] (`Path.bridge`), and the targets [S, *] whose mean is their exact
         velocity; stream "bridge <stream>". shared: by one noise for all samples of a group."""
         keys, nodes = self.keys.shared() if shared else self.keys, self._nodes(steps, 1)
-        x, begin = self.forest.at(nodes), self.forest.sigma(nodes)
-        eps = torch.cat([keys.noise(x.shape[1:], place, f"bridge {stream}") for place in range(len(steps))]).to(x)
-        states = States(self.path.bridge(x, eps, begin, sigma), sigma, self.forest.tree.group[nodes])
-        return states, self.path.bridge_velocity(x, eps, begin, sigma)
+        x, begin, level = self.forest.at(nodes[here]), self.forest.sigma(nodes[here]), sigma[here]
+        eps = torch.cat([
+            keys.at(own.nonzero().flatten()).noise(x.shape[1:], place, f"bridge {stream}")
+            for place, own in enumerate(here.view(len(steps), len(self)))
+        ]).to(x)  # fmt: skip
+        found = Rows.of(self.path.bridge(x, eps, begin, level), here)
+        states = States(found.values, sigma, self.forest.tree.group[nodes], found.row)
+        return states, Rows(found.row, self.path.bridge_velocity(x, eps, begin, level))
 
     def _nodes(self, steps: Sequence[int], ahead: int) -> Tensor:
         return torch.cat([self.nodes[:, step + ahead] for step in steps])

@@ -11,22 +11,25 @@ import torch
 from torch import Tensor
 
 from flowalign.data import PromptRecord
+from flowalign.distributed.deal import Deal
 from flowalign.models.base import Conditions
 from flowalign.models.guidance import classifier_free_rows
 from flowalign.models.roles import Role
 from flowalign.objectives import Gate, Match, Pull
 from flowalign.rollouts.collect import ScoredRollout, collect
+from flowalign.rollouts.gather import encoded
 from flowalign.rollouts.task import Rollout, Task
 from flowalign.rollouts.unscored import BetaStep, Sampler, Stopping, roll_out
 from flowalign.trainers.base import AdamWConfig, Setup, Update, UpdateForecast
 from flowalign.trainers.cold_start import ColdStart
+from flowalign.trainers.dealt import Dealt
 from flowalign.trainers.distillation_checks import check_combinations
 from flowalign.trainers.edge_update import states_of
 from flowalign.trainers.pull_update import PullUpdate
 from flowalign.trainers.teachers import ManifoldAnchor, Route, Teacher, Teachers
 from flowalign.trainers.update_engine import TrainedRole, UpdateEngine
 from flowalign.trainers.visits import Visits, future
-from samplers import Deterministic, Forest, Plan, rollout, sampled
+from samplers import Deterministic, Forest, Plan, Rows, rollout, sampled
 
 
 @dataclass(frozen=True, eq=False)
@@ -218,7 +221,7 @@ class Distillation:
         rollout = self.task.rollout
         scales = [rollout.guidance_scale, *self._scales(rollout).values()]
         scales += [] if self.anchor is None else [self.anchor.teacher.scale(rollout)]
-        conditions = self.task.policy.encode(records, negative=any(scale != 1 for scale in scales))
+        conditions = encoded(self.task, records, negative=any(scale != 1 for scale in scales))
         teachers = tuple(self._teachers.of(record) for record in records)
         uids = tuple(record.uid for record in records)
         return Distilled(forest, conditions, teachers, uids, iteration, metrics, scored, cold)
@@ -244,17 +247,21 @@ class Distillation:
             kept = self.gate.keeps(batch.scored.scores[:, column], batch.scored.valid[:, column])
             batch.metrics["distill/kept"] = float(kept.double().mean())
             visits = visits.gated(batch.forest.tree, kept, drop=self.anchor is None)
-        states = states_of(batch.forest, visits.nodes)
+        tree, shares = batch.forest.tree, list(self._shares(batch))
+        nodes = [visits.of_groups(tree, chosen)[0].nodes for chosen in shares]
+        dealt = Dealt.of(engine, batch.forest, nodes, tree.edges if self.horizon == "full" else tree.edges[:0])
+        states, mine = states_of(dealt.forest, visits.nodes), torch.searchsorted(visits.nodes, dealt.mine)
         roles = [batch.teachers[group] for group in states.rows.tolist()]
-        taught, rows = engine.frozen(states, roles, self._scales(self.task.rollout))
+        taught, rows = engine.frozen(states, roles, self._scales(self.task.rollout), mine)
         anchored = None
         if self.anchor is not None:
             scale = self.anchor.teacher.scale(self.task.rollout)
-            anchored, more = engine.frozen(states, self.anchor.role, {self.anchor.role: scale})
+            anchored, more = engine.frozen(states, self.anchor.role, {self.anchor.role: scale}, mine)
             rows += more
         batch.metrics["cost/frozen_per_image"] = rows
-        for chosen in self._shares(batch):
-            yield self._matching(engine, batch, visits, taught, anchored, chosen).update(self._policy)
+        batch = replace(batch, forest=dealt.forest)
+        for chosen, deal in zip(shares, dealt.deals, strict=True):
+            yield self._matching(engine, batch, visits, taught, anchored, chosen, deal).update(self._policy)
 
     def _shares(self, batch: Distilled) -> Iterator[Tensor]:
         """[G] the groups of each update."""
@@ -267,21 +274,21 @@ class Distillation:
             yield torch.arange(len(batch.teachers)) // share == number
 
     def _matching(
-        self, engine: UpdateEngine, batch: Distilled, visits: Visits, taught: Tensor, anchored: Tensor | None, chosen: Tensor
+        self, engine: UpdateEngine, batch: Distilled, visits: Visits, taught: Rows, anchored: Rows | None, chosen: Tensor,
+        deal: Deal,
     ) -> PullUpdate:  # fmt: skip
         """The update on the groups `chosen` [G]; velocities of teachers and anchor at `visits.nodes`."""
         forest, path = batch.forest, self.task.policy.path
         own, index = visits.of_groups(forest.tree, chosen)
-        on_device = index.to(taught.device)
         least = 1 if self.gate is None else self.gate.least
-        pulls = {"policy": Pull(taught[on_device], own.weight(forest, path, self.match, least), self.match)}
+        pulls = {"policy": Pull(taught.pick(index), own.weight(forest, path, self.match, least), self.match)}
         if self.anchor is not None and anchored is not None:
             weight = self.anchor.scale * own.everywhere().weight(forest, path, self.anchor.match)
-            pulls["anchor"] = Pull(anchored[on_device], weight, self.anchor.match)
-        after = future(forest, own, pulls) if self.horizon == "full" else None
+            pulls["anchor"] = Pull(anchored.pick(index), weight, self.anchor.match)
+        after = future(forest, own, pulls, deal, engine.task.processes) if self.horizon == "full" else None
         step, group = forest.tree.index[own.nodes], forest.tree.group[own.nodes]
         masks = {f"step_{int(k)}": step == k for k in step.unique()}
         if len(self.teachers) > 1:
             taught_by = [batch.teachers[each] for each in group.tolist()]
             masks |= {name: torch.tensor([each == name for each in taught_by]) for name in self.teachers}
-        return PullUpdate(engine, states_of(forest, own.nodes), pulls, self.micro_batch, after, masks=masks)
+        return PullUpdate(engine, states_of(forest, own.nodes), deal, pulls, self.micro_batch, after, masks=masks)

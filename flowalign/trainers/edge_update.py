@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from flowalign.distributed.deal import Deal
 from flowalign.objectives import Objective, Regularizer, RoleSteps, StepWeight, Targets, Transitions
 from flowalign.objectives.norm_guard import norm_ratio
 from flowalign.trainers.drift import check_drift, drift_metrics, velocity_unit
@@ -17,13 +18,14 @@ from samplers import Forest, Step
 
 
 def states_of(forest: Forest, nodes: Tensor) -> States:
-    """The network inputs of `nodes`; a condition row is a group."""
-    return States(forest.at(nodes), forest.sigma(nodes), forest.tree.group[nodes])
+    """The network inputs of `nodes`, as far as this process has them; a condition row is a group."""
+    return States(forest.states, forest.sigma(nodes), forest.tree.group[nodes], forest.row[nodes])
 
 
 @dataclass(eq=False)
 class EdgeUpdate:
-    """The loss of `edges` [E] of a forest with their advantages [E, C] and clip bounds [E, C, 2] (None: the objective's).
+    """The loss of `edges` [E] of a forest with their advantages [E, C] and clip bounds [E, C, 2] (None: the objective's). deal: who
+    trains which of the states that they leave.
 
     targets: of each supervision by name, with its weight. first: whether it is
     the first update of its rollout: the policy is still the one that rolled out. anchored: the ratio of the first update
@@ -32,6 +34,7 @@ class EdgeUpdate:
     engine: UpdateEngine
     forest: Forest
     edges: Tensor
+    deal: Deal
     advantages: Tensor
     bounds: Tensor | None
     objective: Objective
@@ -51,7 +54,7 @@ class EdgeUpdate:
     @cached_property
     def parts(self) -> list[Part]:
         """This process's micro-batches."""
-        return self.engine.micro_batches(len(self.nodes), self.micro_batch)
+        return self.engine.micro_batches(self.deal, self.micro_batch)
 
     @torch.no_grad()
     def rescore(self) -> float:

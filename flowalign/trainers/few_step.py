@@ -14,6 +14,7 @@ from flowalign.data import PromptRecord
 from flowalign.models.base import Conditions
 from flowalign.models.roles import Role
 from flowalign.rollouts.collect import ScoredRollout, collect
+from flowalign.rollouts.gather import encoded
 from flowalign.rollouts.rolling import grow
 from flowalign.rollouts.task import Rollout, Task
 from flowalign.trainers.base import AdamWConfig, Setup, Update, UpdateForecast
@@ -161,9 +162,9 @@ class FewStep:
     def collect(self, records: Sequence[PromptRecord], iteration: int) -> ScoredRollout:
         """Every state is stored; the conditions of the prompts are followed by those of the negative prompts, P rows each."""
         batch = collect(self.task, records, iteration, roll=partial(rollout, keep="all"))
-        both = self.task.policy.encode(records, negative=True)
+        both = encoded(self.task, records, negative=True)
         assert both.negative is not None
-        return replace(batch, conditions=Conditions.cat([Conditions(both.tensors), both.negative]))
+        return replace(batch, conditions=Conditions.cat([replace(both, negative=None), both.negative]))
 
     def updates(self, batch: ScoredRollout) -> Iterable[Update]:
         context = SignalContext(self.task.seed, batch.iteration, batch.uids, self._memory)
@@ -171,10 +172,14 @@ class FewStep:
         found = self.signal.edges(places.one_step_each(), batch.scores, batch.valid, batch.channels, context)
         batch.metrics["group/zero_std_ratio"] = found.advantages.zero_std_ratio
         advantages = found.advantages.values.sum(1) * found.chosen
-        engine = UpdateEngine(self.task, batch.conditions, batch.images)
+        engine = UpdateEngine(self.task, batch.conditions, batch.images, groups=len(batch.uids))
         trajectories = Boundaries.of(batch, self.task.seed, self.task.policy.path, self.shift, self.margin)
+        deal = engine.deal(trajectories.group.repeat(self.boundaries))
+        wanted = deal.wanted(torch.arange(len(trajectories)).repeat(self.boundaries))
+        nodes = [trajectories.nodes[each].flatten() for each in wanted]
+        moved = engine.bring_states(batch.forest, nodes, [each[:0] for each in nodes])
         update = FewStepUpdates(
-            engine, trajectories, advantages, self._real, self.surrogate, self.directions,
+            engine, replace(trajectories, forest=moved), deal, advantages, self._real, self.surrogate, self.directions,
             trajectories.random_steps(self.boundaries), self.fake_kl, self.micro_batch,
         )  # fmt: skip
         for number in range(self.fake_updates):

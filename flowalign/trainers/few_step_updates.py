@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from flowalign.distributed.deal import Deal
 from flowalign.objectives import AdvantageWeighted, DrawIds, GroupPreference, VelocityAnchor
 from flowalign.objectives.distribution_matching import directional_loss
 from flowalign.trainers.base import Update
 from flowalign.trainers.boundaries import Boundaries
 from flowalign.trainers.state_update import Draws, StateUpdate
 from flowalign.trainers.update_engine import Measures, Part, States, TrainedRole, UpdateEngine
+from samplers import Rows
 from samplers.kernels.base import spread
 
 
@@ -84,12 +86,14 @@ class Directions:
 class FewStepUpdates:
     """The updates of one rollout of N trajectories, a method for each of the three networks.
 
-    engine: its conditions are those of the P prompts, then those of their P negative prompts. ways: the trajectories.
-    advantages [N]: of their samples. teacher: the role that is the teacher. steps: at which fake and the generator are trained;
-    the surrogate is at as many, drawn anew. fake_kl: see FewStep. micro_batch: states per forward and backward."""
+    engine: its conditions are those of the P prompts, then those of their P negative prompts. ways: the trajectories, with the
+    states that this process trains. deal: who trains which of the S = M·N states at M steps. advantages [N]: of their samples.
+    teacher: the role that is the teacher. steps: the M at which fake and the generator are trained; the surrogate is at as
+    many, drawn anew. fake_kl: see FewStep. micro_batch: states per forward and backward."""
 
     engine: UpdateEngine
     ways: Boundaries
+    deal: Deal
     advantages: Tensor
     teacher: str
     surrogate: Surrogate
@@ -98,21 +102,27 @@ class FewStepUpdates:
     fake_kl: float
     micro_batch: int
 
+    def __post_init__(self) -> None:
+        self._here, self._mine = (torch.zeros(len(self.deal), dtype=torch.bool) for _ in range(2))
+        self._here[self.deal.padded[self.deal.rank]] = True  # [S] whose latents this process has
+        self._mine[self.deal.mine] = True  # [S] which it trains
+
     def fake(self, trained: TrainedRole, number: int) -> Update:
         """mean ⟨(v − (x_τ − x̂0)/τ)²⟩ + fake_kl·⟨(v − v_teacher)²⟩ at states noised again, x̂0 what the generator predicted."""
         sigma = self.ways.levels(self.steps, f"fake {number}", 0.0, shared=False)
-        states, _ = self.ways.noised(self.steps, sigma, f"fake {number}", shared=False)
-        target = (states.x - self.ways.predictions(self.steps)) / spread(sigma.to(states.x), states.x)
+        states, _ = self.ways.noised(self.steps, sigma, f"fake {number}", self._here, shared=False)
+        x, level = states.x, sigma[self._here]
+        target = (x - self.ways.predictions(self.steps, self._here)) / spread(level.to(x), x)
         anchor = VelocityAnchor(self.fake_kl, self.teacher)
         anchors = {"fake_kl": anchor} if anchor.active else {}
-        draws = self._draws(states, target, self.steps, torch.ones(len(self.ways)))
+        draws = self._draws(states, Rows.of(target, self._here), self.steps, torch.ones(len(self.ways)))
         return StateUpdate(self.engine, draws, AdvantageWeighted(), anchors, self.micro_batch, "fake").update(trained)
 
     def surrogate_reward(self, trained: TrainedRole, number: int) -> Update:
         """See Surrogate."""
         steps, settings = self.ways.late_steps(len(self.steps), number), self.surrogate
         sigma = self.ways.levels(steps, f"surrogate {number}", settings.min_sigma, shared=True)
-        states, target = self.ways.noised(steps, sigma, f"surrogate {number}", shared=True)
+        states, target = self.ways.noised(steps, sigma, f"surrogate {number}", self._here, shared=True)
         late = torch.tensor([(step + 1) / self.ways.num_steps for step in steps]).repeat_interleave(len(self.ways))
         draws = self._draws(states, target, steps, self.advantages, late)
         anchor = settings.anchor(self.teacher)
@@ -121,63 +131,79 @@ class FewStepUpdates:
         return StateUpdate(self.engine, draws, objective, anchors, self.micro_batch, "surrogate").update(trained)
 
     def _draws(
-        self, states: States, target: Tensor, steps: Sequence[int], advantages: Tensor, weight: Tensor | None = None
+        self, states: States, target: Rows, steps: Sequence[int], advantages: Tensor, weight: Tensor | None = None
     ) -> Draws:
         places = torch.arange(len(steps)).repeat_interleave(len(self.ways))
         noise = self.ways.path.mix(states.sigma.double())[1]
-        return Draws(states, target, noise, DrawIds(advantages.repeat(len(steps)), states.rows, places), weight)
+        ids = DrawIds(advantages.repeat(len(steps)), states.rows, places)
+        return Draws(states, target, noise, ids, self.deal, weight)
 
     def generator(self, trained: TrainedRole) -> Update:
         """See Directions. The only path of the gradient is the generator's own prediction of x̂0."""
-        states, (found, rows) = self.ways.states(self.steps), self._targets()
+        states, (found, rows) = self.ways.states(self.steps, self._here), self._targets()
         weights = self.directions.weights(torch.tensor(self.steps).repeat_interleave(len(self.ways)))
 
         def loss(part: Part, measures: Measures) -> Tensor:
             own, here = part.index[: part.real], states.at(part.index)
             x0 = self.ways.path.x0_from_velocity(here.x, self.engine.velocity(here), here.sigma)[: part.real]
             losses = {
-                name: (weights[name][own].to(x0) * directional_loss(x0, direction[own], near[own])).sum() / len(states)
+                name: (weights[name][own].to(x0) * directional_loss(x0, direction.at(own), near.at(own))).sum()
+                / len(states)
                 for name, (direction, near) in found.items()
             }
             measures.add(**losses)
             return sum(losses.values(), torch.zeros((), device=x0.device))
 
         def metrics(measures: Measures) -> dict[str, float]:
-            sizes = {f"direction/{name}": float(d.square().mean().sqrt()) for name, (d, _) in found.items()}
+            sizes = {f"direction/{name}": self._size(direction.values) for name, (direction, _) in found.items()}
             return {
                 **{f"loss/{name}": measures.total(name) for name in found}, **sizes, "cost/frozen_per_image": rows,
             }  # fmt: skip
 
-        return self.engine.update(trained, self.engine.micro_batches(len(states), self.micro_batch), loss, metrics)
+        return self.engine.update(trained, self.engine.micro_batches(self.deal, self.micro_batch), loss, metrics)
 
-    def _targets(self) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:
+    def _size(self, direction: Tensor) -> float:
+        """The root mean square of the elements of all processes."""
+        own = float(direction.square().mean()) * len(direction) if len(direction) else 0.0
+        mean = self.engine.task.processes.total(own) / len(self.deal)
+        return float(torch.tensor(mean, dtype=direction.dtype).sqrt())
+
+    def _targets(self) -> tuple[dict[str, tuple[Rows, Rows]], float]:
         """Directions [S, *] by name, each with the image near which it leads; and network rows per sample."""
-        ways, settings = self.ways, self.directions
+        ways, settings, mine = self.ways, self.directions, self._mine
         states, _ = ways.noised(
-            self.steps, ways.levels(self.steps, "fake 0", 0.0, shared=False), "generator", shared=False
+            self.steps, ways.levels(self.steps, "fake 0", 0.0, shared=False), "generator", mine, shared=False
         )
-        sigma = spread(states.sigma.to(states.x), states.x)
-        fake, rows = self.engine.frozen(states, "fake")
+        sigma = spread(states.sigma[mine].to(states.x), states.x)
+        fake, rows = self._frozen(states, "fake")
         real, guided, more = self._guided(states, self.teacher, settings.guidance_scale)
         near = states.x - sigma * guided
         found = {"kl": (-sigma * (real - fake), near), "cfg": (-sigma * (guided - real), near)}
         rewarded = [step for step in self.steps if step < settings.steps]
-        if not rewarded:
-            return found, rows + more
-        states, _ = ways.noised(
-            rewarded, ways.levels(rewarded, "reward", settings.min_sigma, shared=True), "reward", shared=True
-        )
-        sigma = spread(states.sigma.to(states.x), states.x)
-        _, surrogate, third = self._guided(states, "surrogate", settings.reward_guidance_scale)
-        reference, last = self.engine.frozen(states, self.teacher)
-        mine = torch.tensor([step < settings.steps for step in self.steps]).repeat_interleave(len(ways)).to(near.device)
-        direction, target = torch.zeros_like(near), near.clone()
-        direction[mine], target[mine] = -sigma * (surrogate - reference), states.x - sigma * surrogate
-        return found | {"reward": (direction, target)}, rows + more + third + last
+        if rewarded:
+            is_rewarded = torch.tensor([step < settings.steps for step in self.steps]).repeat_interleave(len(ways))
+            states, _ = ways.noised(
+                rewarded, ways.levels(rewarded, "reward", settings.min_sigma, shared=True), "reward", mine[is_rewarded],
+                shared=True,
+            )  # fmt: skip
+            sigma = spread(states.sigma[mine[is_rewarded]].to(states.x), states.x)
+            _, surrogate, third = self._guided(states, "surrogate", settings.reward_guidance_scale)
+            reference, last = self._frozen(states, self.teacher)
+            own = is_rewarded[mine].to(near.device)
+            direction, target = torch.zeros_like(near), near.clone()
+            direction[own], target[own] = -sigma * (surrogate - reference), states.x - sigma * surrogate
+            found, rows = found | {"reward": (direction, target)}, rows + third + last
+        return {name: (Rows.of(d, mine), Rows.of(n, mine)) for name, (d, n) in found.items()}, rows + more
+
+    def _frozen(self, states: States, role: str) -> tuple[Tensor, float]:
+        """v [k, *] of the states whose x this process has, and network rows per sample."""
+        assert states.row is not None
+        found, rows = self.engine.frozen(states, role, mine=(states.row >= 0).nonzero().flatten())
+        return found.values, rows
 
     def _guided(self, states: States, role: str, scale: float) -> tuple[Tensor, Tensor, float]:
-        """v_c and v_u + scale·(v_c − v_u) [S, *], v_u under the negative prompt; and network rows per sample."""
-        without = States(states.x, states.sigma, states.rows + len(self.engine.conditions) // 2)
-        conditional, first = self.engine.frozen(states, role)
-        negative, second = self.engine.frozen(without, role)
+        """v_c and v_u + scale·(v_c − v_u) [k, *], v_u under the negative prompt; and network rows per sample."""
+        without = replace(states, rows=states.rows + len(self.engine.conditions) // 2)
+        conditional, first = self._frozen(states, role)
+        negative, second = self._frozen(without, role)
         return conditional, negative + scale * (conditional - negative), first + second

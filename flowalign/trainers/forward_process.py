@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -261,29 +261,32 @@ class ForwardProcess:
                 if not len(chosen):
                     yield engine.update(self._policy, [], _nothing)
                     continue
-                draws = self.drawn(samples, chosen, signal.advantages.values.sum(1)[chosen], epoch)
+                draws = self.drawn(engine, samples, chosen, signal.advantages.values.sum(1)[chosen], epoch)
                 yield StateUpdate(engine, draws, self.objective, self._active, self.micro_batch).update(self._policy)
 
-    def drawn(self, samples: Samples, chosen: Tensor, advantage: Tensor, epoch: int = 0) -> Draws:
+    def drawn(self, engine: UpdateEngine, samples: Samples, chosen: Tensor, advantage: Tensor, epoch: int = 0) -> Draws:
         """The draws of the samples `chosen` [n] with their advantages [n]: draw 0 of all, then draw 1, …"""
-        path, latents = self.task.policy.path, samples.latents[chosen.to(samples.latents.device)]
-        keys = replace(samples.keys, rows=tuple(samples.keys.rows[row] for row in chosen.tolist()))
+        path, keys = self.task.policy.path, samples.keys.at(chosen)
         keys = keys.shared() if self.shared_draws else keys
         again = "" if epoch == 0 else f" {epoch}"
         sigma = keys.sigmas(self.law, self.draws, samples.sigmas, path, f"sigma{again}").T
-        return Draws.of(latents, samples.places.group[chosen], advantage, keys, sigma, path, f"renoise{again}")
+        latents, group = samples.latents.pick(chosen), samples.places.group[chosen]
+        return Draws.of(latents, group, advantage, keys, sigma, path, engine, f"renoise{again}")
 
     # ------------------------------------------------------------------------------------------ inspection
 
     def pulls(self, batch: SampleBatch) -> Pulls:
         """At draws of all samples, spread evenly over their levels."""
-        draws = self._unweighted(batch.samples)
+        engine = self._engine(batch)
+        draws = self._unweighted(engine, batch.samples)
         order = draws.states.sigma.argsort(stable=True)
         index = order[torch.linspace(0, len(order) - 1, min(PULLED_DRAWS, len(order))).round().long()]
-        states, engine = draws.states.at(index), self._engine(batch)
-        roles = {role: engine.frozen(states, role)[0] for role in roles_of(self.objective, self._active.values())}
-        live = engine.frozen(states, "policy")[0]
-        target, noise = draws.target[index.to(draws.target.device)], draws.noise[index].to(live.device)
+        states = draws.states.at(index)
+        roles = {
+            role: engine.frozen(states, role)[0].values for role in roles_of(self.objective, self._active.values())
+        }
+        live = engine.frozen(states, "policy")[0].values
+        target, noise = draws.target.at(index), draws.noise[index].to(live.device)
         return pulls_of_draws(self.objective, self._active, states.sigma, Predictions(live, roles, target, noise))
 
     def endpoints(self, batch: SampleBatch) -> EndpointDraws:
@@ -296,11 +299,11 @@ class ForwardProcess:
         context = SignalContext(self.task.seed, batch.iteration, samples.uids, copy.deepcopy(self._memory))
         weights = samples.signal(self.signal, context).advantages.values
         regresses = self.objective.sampled_by is None and not self.objective.coupled
-        trained = self._unweighted(samples).states.sigma.double()
+        trained = self._unweighted(self._engine(batch), samples).states.sigma.double()
         sigma = (
             trained.quantile((torch.arange(LEVELS) + 0.5).double() / LEVELS, interpolation="nearest").unique().float()
         )
-        path, latents, keys = self.task.policy.path, samples.latents, samples.keys
+        path, latents, keys = self.task.policy.path, samples.latents.at(torch.arange(len(samples.places))), samples.keys
         rolled = self.task.rollout.guidance_scale if self.source.rolled else self.guidance_scale
         scales = dict.fromkeys((self.guidance_scale, rolled))
         engines = [UpdateEngine(self.task, samples.conditions, batch.images, scale) for scale in scales]
@@ -309,15 +312,15 @@ class ForwardProcess:
             at = level.expand(len(latents))
             noise = keys.noise(latents.shape[1:], number, "endpoints").to(latents)
             states = States(path.add_noise(latents, noise, at), at, samples.places.group)
-            velocities = [engine.frozen(states, self.source.role or "policy")[0] for engine in engines]
+            velocities = [engine.frozen(states, self.source.role or "policy")[0].values for engine in engines]
             found.append((states.x, path.velocity(latents, noise, at), *velocities))
         state, target, *velocity = (torch.stack(column) for column in zip(*found, strict=True))
         assumed = self.source.role is not None and not (regresses and bool((weights >= 0).all()))
         return EndpointDraws(sigma, state, target, velocity[0], assumed, velocity[1] if velocity[1:] else None)
 
-    def _unweighted(self, samples: Samples) -> Draws:
+    def _unweighted(self, engine: UpdateEngine, samples: Samples) -> Draws:
         """Those of all samples, with advantage 0."""
-        return self.drawn(samples, torch.arange(len(samples.latents)), torch.zeros(len(samples.latents)))
+        return self.drawn(engine, samples, torch.arange(len(samples.places)), torch.zeros(len(samples.places)))
 
     def _engine(self, batch: SampleBatch) -> UpdateEngine:
         return UpdateEngine(self.task, batch.samples.conditions, batch.images, self.guidance_scale)

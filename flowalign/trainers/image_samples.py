@@ -23,21 +23,22 @@ from flowalign.image_sets import (
     request_of,
 )
 from flowalign.models.grid import grid
-from flowalign.rollouts.gather import gather_output
+from flowalign.rollouts.gather import encoded, gather_output
 from flowalign.rollouts.judging import judge
 from flowalign.rollouts.metrics import cost_metrics, reward_metrics
 from flowalign.rollouts.task import Rollout, Task
 from flowalign.trainers.base import Setup
 from flowalign.trainers.samples import Places, Samples
-from samplers import Deterministic, SampleKeys, generator
+from samplers import Deterministic, Rows, SampleKeys, generator
 from samplers.noise import visits
 
 _FREE = {f"cost/{name}_per_image": 0.0 for name in ("rollout", "decodes", "reward_calls")}
 
 
 class ImageLatents:
-    """The latents of image files, fp32 on the CPU: each file is encoded once, and alone, since in a batch its rounding would depend
-    on the others; so a resumed run has the same bits. All are kept: 4 bytes per element, 256 KiB of an SD3 image of 512²."""
+    """The latents of image files, fp32 on the CPU: each file is encoded once by a process that needs it, and alone, since in a batch
+    its rounding would depend on the others; so a resumed run has the same bits. All are kept: 4 bytes per element, 256 KiB of an
+    SD3 image of 512²."""
 
     def __init__(self) -> None:
         self._known: dict[Path, Tensor] = {}
@@ -47,13 +48,10 @@ class ImageLatents:
         self._known.clear()
 
     def of(self, task: Task, files: Sequence[Path]) -> Tensor:
-        """[n, *] of n files. Collective: each process encodes its share of those that are not known."""
-        missing = [path for path in dict.fromkeys(files) if path not in self._known]
-        if missing:
-            own = [missing[number] for number in task.processes.share(len(missing))]
-            none = torch.empty(0, *task.policy.latent_shape(task.size))
-            encoded = torch.cat([none, *(task.policy.encode_images(read_image(path)[None]).cpu() for path in own)])
-            self._known |= dict(zip(missing, task.processes.gather(encoded), strict=True))
+        """[n, *] of n files."""
+        for path in dict.fromkeys(files):
+            if path not in self._known:
+                self._known[path] = task.policy.encode_images(read_image(path)[None])[0].cpu()
         return torch.stack([self._known[path] for path in files])
 
 
@@ -231,9 +229,11 @@ def _given(
 ) -> GivenSamples:  # fmt: skip
     """Groups of equally many files, a group for each record; scores None: those of the run's reward."""
     began, settings, uids = time.perf_counter(), task.rollout, tuple(record.uid for record in records)
-    conditions = task.policy.encode(records, negative=settings.guidance_scale != 1)
-    latents = store.of(task, files).to(next(iter(conditions.tensors.values())).device)
+    conditions = encoded(task, records, negative=settings.guidance_scale != 1)
     places = _places(len(records), len(files) // len(records))
+    here = task.processes.owners(places.group, len(records)) == task.processes.rank
+    own = store.of(task, [files[number] for number in here.nonzero().flatten().tolist()])
+    latents = Rows.of(own.to(next(iter(conditions.tensors.values())).device), here)
     seconds = {"time/encode": time.perf_counter() - began}
     valid, metrics = torch.ones(len(files), 1, dtype=torch.bool), _FREE
     if scores is None:
@@ -241,18 +241,17 @@ def _given(
     visit = visits(uids)
     rows = [(uids[g], visit[g], n) for g, n in zip(places.group.tolist(), places.local.tolist(), strict=True)]
     keys = SampleKeys(task.seed, iteration, tuple(rows))
-    sigmas = grid(task.policy, settings.schedule, settings.num_inference_steps, latents.shape[1:])
+    sigmas = grid(task.policy, settings.schedule, settings.num_inference_steps, latents.values.shape[1:])
     samples = Samples(latents, places, scores, valid, channels, keys, sigmas, uids, conditions)
     return GivenSamples(samples, iteration, metrics | seconds)
 
 
 def _scored(
-    task: Task, records: Sequence[PromptRecord], places: Places, latents: Tensor
+    task: Task, records: Sequence[PromptRecord], places: Places, latents: Rows
 ) -> tuple[Tensor, Tensor, tuple[str, ...], dict[str, float]]:
     """(scores, valid, channels, metrics) by the run's reward; each process scores whole groups, its share."""
-    before, share = replace(task.counts), task.processes.share(len(records))
-    own = ((places.group >= share.start) & (places.group < share.stop)).nonzero().flatten()
-    output = judge(task, records, places.group[own], latents[own.to(latents.device)], task.reward)
+    before, own = replace(task.counts), (latents.row >= 0).nonzero().flatten()
+    output = judge(task, records, places.group[own], latents.values, task.reward)
     forest = places.one_step_each()
     output = gather_output(task.processes, forest.tree, output) if task.processes.count > 1 else output
     spent = task.counts.since(before)

@@ -13,12 +13,22 @@ from torch import Tensor
 from flowalign.advantage import SignalContext
 from flowalign.data import PromptRecord
 from flowalign.models.roles import Role
-from flowalign.objectives import DynamicClip, Objective, Regularizer, StepWeight, Supervision, Transitions, Uniform
+from flowalign.objectives import (
+    DynamicClip,
+    Objective,
+    Regularizer,
+    StepWeight,
+    Supervision,
+    Targets,
+    Transitions,
+    Uniform,
+)
 from flowalign.rollouts.collect import ScoredRollout, collect
 from flowalign.rollouts.task import Rollout, Task
 from flowalign.selectors import Selector
 from flowalign.trainers.base import AdamWConfig, Inspection, Setup, Update, UpdateForecast
 from flowalign.trainers.calibration import Calibration, leveled
+from flowalign.trainers.dealt import Dealt
 from flowalign.trainers.drift import velocity_unit
 from flowalign.trainers.dry_run import dry_run
 from flowalign.trainers.edge_update import EdgeUpdate, states_of
@@ -182,19 +192,21 @@ class PolicyGradient:
         batch.metrics["group/zero_std_ratio"] = signal.advantages.zero_std_ratio
         batch.metrics["group/trained_edges"] = int(signal.chosen.sum())
         engine = UpdateEngine(self.task, batch.conditions, batch.images)
-        forest, frozen_rows = self._with_roles(engine, batch.forest, tree.edges[signal.chosen])
+        share = self.task.rollout.groups // self.updates_per_rollout
+        of_update = [signal.chosen & (tree.group[tree.edges] // share == k) for k in range(self.updates_per_rollout)]
+        nodes = [tree.distinct_parents(tree.edges[mine])[0] for mine in of_update]
+        dealt = Dealt.of(engine, batch.forest, nodes, tree.edges[signal.chosen])
+        forest, frozen_rows = self._with_roles(engine, dealt.forest, tree.edges[signal.chosen], dealt.mine)
         bounds = self.dynamic_clip.bounds(forest, signal.advantages) if self.dynamic_clip else None
         targets = {
-            name: (part.scale_at(batch.iteration), part.targets(forest, batch.scores, batch.valid))
+            name: (part.scale_at(batch.iteration), self._targets(engine, part, batch, forest, dealt.nodes))
             for name, part in self.supervision.items()
         }
-        share = self.task.rollout.groups // self.updates_per_rollout
         updates = []
-        for number in range(self.updates_per_rollout):
-            mine = signal.chosen & (tree.group[tree.edges] // share == number)
+        for number, (mine, deal) in enumerate(zip(of_update, dealt.deals, strict=True)):
             updates.append(
                 EdgeUpdate(
-                    engine, forest, tree.edges[mine], signal.advantages.values[mine], None if bounds is None else bounds[mine],
+                    engine, forest, tree.edges[mine], deal, signal.advantages.values[mine], None if bounds is None else bounds[mine],
                     self.objective, self.step_weight, self._active, targets, self.micro_batch, first=number == 0,
                     anchored=self.anchor != "stored", max_drift=self.max_drift,
                 )
@@ -206,14 +218,26 @@ class PolicyGradient:
         for one in updates:
             yield engine.update(self._policy, one.parts, one.loss, one.metrics)
 
-    def _with_roles(self, engine: UpdateEngine, forest: Forest, edges: Tensor) -> tuple[Forest, float]:
+    def _with_roles(self, engine: UpdateEngine, forest: Forest, edges: Tensor, mine: Tensor) -> tuple[Forest, float]:
         """The forest with the velocities of every role that a regularizer or a supervision names, at the states that `edges`
-        leave; also the network rows per sample."""
+        leave, on the process that trains them (of `mine` this one); also the network rows per sample."""
         nodes, total = forest.tree.distinct_parents(edges)[0], 0.0
+        states, own = states_of(forest, nodes), torch.searchsorted(nodes, mine)
         for role in self.roles():
-            velocities, rows = engine.frozen(states_of(forest, nodes), role)
-            forest, total = forest.with_velocities(role, nodes, velocities), total + rows
+            velocities, rows = engine.frozen(states, role, mine=own)
+            forest, total = forest.with_role(role, nodes, velocities), total + rows
         return forest, total
+
+    def _targets(
+        self, engine: UpdateEngine, part: Supervision, batch: ScoredRollout, forest: Forest, nodes: Sequence[Tensor]
+    ) -> Targets:
+        """The targets of a supervision, on the process that trains their states; `nodes` of each. Those that are not a role's are
+        made where the group was rolled out."""
+        targets = part.targets(forest, batch.scores, batch.valid)
+        if part.role is not None:
+            return targets
+        wanted = [torch.isin(targets.nodes, each).nonzero().flatten() for each in nodes]
+        return replace(targets, velocity=engine.bring(targets.velocity, forest.tree.group[targets.nodes], wanted))
 
     # ------------------------------------------------------------------------------------------ inspection
 

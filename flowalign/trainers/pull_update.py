@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from flowalign.distributed.deal import Deal
 from flowalign.objectives import Pull
 from flowalign.objectives.matching import mean_square
 from flowalign.trainers.base import Update
@@ -42,12 +43,13 @@ class Future:
 
 @dataclass(frozen=True, eq=False)
 class PullUpdate:
-    """The loss Σ pulls + future at the S `states`. pulls: by name, the metric is loss/<name>; "policy" is one of them.
+    """The loss Σ pulls + future at the S `states`. deal: who trains which of them. pulls: by name, the metric is loss/<name>; "policy" is one of them.
 
     masks: by name, [S] bool, a set of states whose mean distance to the target of "policy" is the metric distill/gap_<name>."""
 
     engine: UpdateEngine
     states: States
+    deal: Deal
     pulls: Mapping[str, Pull]
     micro_batch: int
     future: Future | None = None
@@ -56,7 +58,7 @@ class PullUpdate:
     @cached_property
     def parts(self) -> list[Part]:
         """This process's micro-batches."""
-        return self.engine.micro_batches(len(self.states), self.micro_batch)
+        return self.engine.micro_batches(self.deal, self.micro_batch)
 
     def update(self, trained: TrainedRole) -> Update:
         """The optimizer step."""
@@ -69,8 +71,7 @@ class PullUpdate:
         losses = {name: pull.loss(index, real, reduce) for name, pull in self.pulls.items()}
         if self.future is not None:
             losses["future"] = self.future.loss(part, velocity)
-        target = self.pulls["policy"].velocity[index.to(velocity.device)]
-        gap = mean_square(real.detach(), target)
+        gap = mean_square(real.detach(), self.pulls["policy"].velocity.at(index))
         measures.add(gap=gap, state=index, **{f"loss/{name}": loss for name, loss in losses.items()})
         return sum(losses.values(), torch.zeros((), device=velocity.device))
 

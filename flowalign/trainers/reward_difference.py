@@ -19,6 +19,7 @@ from flowalign.rollouts.collect import ScoredRollout, collect
 from flowalign.rollouts.rolling import grow, leaves_per_group
 from flowalign.rollouts.task import Rollout, Task
 from flowalign.trainers.base import AdamWConfig, Setup, Update, UpdateForecast
+from flowalign.trainers.dealt import Dealt
 from flowalign.trainers.edge_update import states_of
 from flowalign.trainers.pair_regression import PairRegression
 from flowalign.trainers.trained_steps import check_guidance, check_previews, check_trained_steps
@@ -150,8 +151,9 @@ class RewardDifference:
         pairs = pairs_of(rewards, batch.valid[:, 0].cpu(), tree.group[tree.leaves])
         engine = UpdateEngine(self.task, batch.conditions, batch.images)
         edges = _edges_above(batch.forest, pairs.samples)
-        forest, frozen = _with_reference(engine, batch.forest, edges)
-        steps = Trajectories(engine, forest, edges, self.micro_batch)
+        dealt = Dealt.of(engine, batch.forest, [tree.distinct_parents(edges)[0]], edges)
+        forest, frozen = _with_reference(engine, dealt, edges)
+        steps = Trajectories(engine, forest, edges, dealt.deals[0], self.micro_batch)
         regression = PairRegression(steps, pairs, rewards, self.beta, self._clip_range(forest), self.over_steps)
         later = self.updates_per_rollout > 1
         limit = regression.clip_range / 10 if later and self.anchor == "detach" else None
@@ -164,7 +166,7 @@ class RewardDifference:
         for number in range(self.updates_per_rollout):
             unchanged = number == 0
             yield engine.coupled_update(
-                self._policy, len(steps.nodes), self.micro_batch,
+                self._policy, steps.deal, self.micro_batch,
                 replay.numbers if unchanged and not rescored else steps.numbers,
                 partial(regression.loss, old), owner=steps.owner, known=old if unchanged else None,
                 weight=self._weight(batch, edges, number),
@@ -196,11 +198,12 @@ def _edges_above(forest: Forest, samples: Tensor) -> Tensor:
     return tree.edges[edge[torch.isin(leaf, samples)].unique()]
 
 
-def _with_reference(engine: UpdateEngine, forest: Forest, edges: Tensor) -> tuple[Forest, float]:
-    """The forest with the reference's velocities at the states that `edges` leave, and the network rows per sample."""
-    nodes = forest.tree.distinct_parents(edges)[0]
-    velocities, rows = engine.frozen(states_of(forest, nodes), REFERENCE)
-    return forest.with_velocities(REFERENCE, nodes, velocities), rows
+def _with_reference(engine: UpdateEngine, dealt: Dealt, edges: Tensor) -> tuple[Forest, float]:
+    """The forest with the reference's velocities at the states that `edges` leave, on the process that trains them, and the network
+    rows per sample."""
+    nodes = dealt.forest.tree.distinct_parents(edges)[0]
+    velocities, rows = engine.frozen(states_of(dealt.forest, nodes), REFERENCE, mine=dealt.deals[0].mine)
+    return dealt.forest.with_role(REFERENCE, nodes, velocities), rows
 
 
 def _trained_steps(rollout: Rollout) -> Tensor:

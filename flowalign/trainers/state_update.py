@@ -9,39 +9,52 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from flowalign.distributed.deal import Deal
 from flowalign.objectives import Anchor, Coefficients, DrawIds, Predictions, StateObjective
 from flowalign.objectives.matching import mean_square
 from flowalign.objectives.norm_guard import norm_ratio
 from flowalign.trainers.base import Update
 from flowalign.trainers.update_engine import Measures, Part, States, TrainedRole, UpdateEngine
-from samplers import Path, SampleKeys
+from samplers import Path, Rows, SampleKeys
 
 
 @dataclass(frozen=True, eq=False)
 class Draws:
     """D network inputs with their targets [D, *], the coefficient noise [D] of ε in each, and what they belong to. weight [D]: of
-    each in the loss; None: 1."""
+    each in the loss; None: 1. deal: who trains which of them; a process has the inputs and targets of its own."""
 
     states: States
-    target: Tensor
+    target: Rows
     noise: Tensor
     ids: DrawIds
+    deal: Deal
     weight: Tensor | None = None
 
     @staticmethod
     def of(
-        latents: Tensor, group: Tensor, advantage: Tensor, keys: SampleKeys, sigma: Tensor, path: Path, stream: str = "renoise"
+        latents: Rows, group: Tensor, advantage: Tensor, keys: SampleKeys, sigma: Tensor, path: Path, engine: UpdateEngine,
+        stream: str = "renoise",
     ) -> Draws:  # fmt: skip
-        """Of n clean latents [n, *], their groups [n] and advantages [n]: draw 0 of all, then draw 1, …; sigma [draws, n]."""
-        states, targets, count = [], [], len(sigma)
-        for number in range(count):
-            noise = keys.noise(latents.shape[1:], number, stream).to(latents)
-            states.append(path.add_noise(latents, noise, sigma[number]))
-            targets.append(path.velocity(latents, noise, sigma[number]))
-        inputs = States(torch.cat(states), sigma.flatten(), group.repeat(count))
-        numbers = torch.arange(count).repeat_interleave(len(latents))
-        ids = DrawIds(advantage.repeat(count), inputs.rows, numbers)
-        return Draws(inputs, torch.cat(targets), path.mix(inputs.sigma.double())[1], ids)
+        """Of n clean latents [n, *], their groups [n] and advantages [n]: draw 0 of all, then draw 1, …; sigma [draws, n].
+        Collective: latents come from the process of their group."""
+        states, targets, (count, n) = [], [], sigma.shape
+        rows, samples = group.repeat(count), torch.arange(n).repeat(count)
+        deal = engine.deal(rows)
+        latents = engine.bring(latents, group, deal.wanted(samples))
+        here = torch.zeros(len(rows), dtype=torch.bool)
+        here[deal.padded[deal.rank]] = True
+        for number, mine in enumerate(here.view(count, n)):
+            own = mine.nonzero().flatten()
+            x0, level = latents.at(own), sigma[number, own]
+            noise = keys.at(own).noise(x0.shape[1:], number, stream).to(x0)
+            states.append(path.add_noise(x0, noise, level))
+            targets.append(path.velocity(x0, noise, level))
+        x = Rows.of(torch.cat(states), here)
+        numbers = torch.arange(count).repeat_interleave(n)
+        ids = DrawIds(advantage.repeat(count), rows, numbers)
+        levels = sigma.flatten()
+        target = Rows(x.row, torch.cat(targets))
+        return Draws(States(x.values, levels, rows, x.row), target, path.mix(levels.double())[1], ids, deal)
 
     def __len__(self) -> int:
         return len(self.states)
@@ -63,14 +76,14 @@ class StateUpdate:
     role: str = "policy"
 
     def __post_init__(self) -> None:
-        self._roles, self.rows = dict[str, Tensor](), 0.0
+        self._roles, self.rows = dict[str, Rows](), 0.0
         for role in roles_of(self.objective, self.anchors.values()):
-            self._roles[role], rows = self.engine.frozen(self.draws.states, role)
+            self._roles[role], rows = self.engine.frozen(self.draws.states, role, mine=self.draws.deal.mine)
             self.rows += rows
         self._coupling = torch.ones(len(self.draws))
         if self.objective.coupled:
             before = self.engine.task.policy.evaluations
-            values = self.engine.scalars(len(self.draws), self.parts, self._value)
+            values = self.engine.scalars(self.draws.deal, self.parts, self._value)
             rows = self.engine.task.processes.total(self.engine.task.policy.evaluations - before)
             self.rows += rows / self.engine.images
             self._coupling = self.objective.couple(values, self.draws.ids)
@@ -78,29 +91,29 @@ class StateUpdate:
     @cached_property
     def parts(self) -> list[Part]:
         """This process's micro-batches."""
-        return self.engine.micro_batches(len(self.draws), self.micro_batch)
+        return self.engine.micro_batches(self.draws.deal, self.micro_batch)
 
     def update(self, trained: TrainedRole) -> Update:
         """The optimizer step."""
         return self.engine.update(trained, self.parts, self.loss, self.metrics)
 
     def _value(self, part: Part) -> Tensor:
-        return self.objective.value(self._predictions(part, self._velocity(part)))
+        index = part.index[: part.real]
+        return self.objective.value(self._predictions(index, self._velocity(part)[: part.real]))
 
     def _velocity(self, part: Part) -> Tensor:
         return self.engine.velocity(self.draws.states.at(part.index), self.role)
 
-    def _predictions(self, part: Part, velocity: Tensor) -> Predictions:
-        index = part.index.to(self.draws.target.device)
-        roles = {role: values[index] for role, values in self._roles.items()}
+    def _predictions(self, index: Tensor, velocity: Tensor) -> Predictions:
+        roles = {role: values.at(index) for role, values in self._roles.items()}
         return Predictions(
-            velocity.detach(), roles, self.draws.target[index], self.draws.noise[part.index].to(velocity.device)
+            velocity.detach(), roles, self.draws.target.at(index), self.draws.noise[index].to(velocity.device)
         )
 
     def loss(self, part: Part, measures: Measures) -> Tensor:
-        """The share of one micro-batch."""
-        velocity, real = self._velocity(part), part.real
-        found, index = self._predictions(part, velocity), part.index
+        """The share of one micro-batch; of padding there is the backward alone."""
+        velocity, index = self._velocity(part)[: part.real], part.index[: part.real]
+        found = self._predictions(index, velocity)
         at = self.objective.coefficients(found, self.draws.ids.advantage[index], self._coupling[index])
         pulls = {self.role: at.c.to(velocity) * mean_square(velocity, found.target)}
         for role, kappa in at.kappa.items():
@@ -109,27 +122,23 @@ class StateUpdate:
             pulls[name] = anchor.beta * anchor.pull(velocity, found.of(anchor.role), found.noise)
         weight = torch.ones(len(index)) if self.draws.weight is None else self.draws.weight[index]
         share = (weight / len(self.draws)).to(velocity)
-        losses = {name: (share * pull)[:real].sum() for name, pull in pulls.items()}
+        losses = {name: (share * pull).sum() for name, pull in pulls.items()}
         measures.add(
-            curvature=self._curvature(at, found)[:real],
-            error=found.error(found.live)[:real],
-            **{
-                f"{name}/{role}": values[:real]
-                for role in self._roles
-                for name, values in self._beside(role, part, found)
-            },
+            curvature=self._curvature(at, found),
+            error=found.error(found.live),
+            **{f"{name}/{role}": values for role in self._roles for name, values in self._beside(role, index, found)},
             **{f"loss/{name}": loss for name, loss in losses.items()},
         )
         return sum(losses.values(), torch.zeros((), device=velocity.device))
 
-    def _beside(self, role: str, part: Part, found: Predictions) -> Iterable[tuple[str, Tensor]]:
+    def _beside(self, role: str, index: Tensor, found: Predictions) -> Iterable[tuple[str, Tensor]]:
         """Measures [n] of the velocities beside a role's, by name. accuracy: 1 where the error is less than the role's for a better
         sample, or more for a worse one; ½ where nothing differs."""
         other = found.of(role)
         ahead = found.error(other) - found.error(found.live)
         yield "gap", mean_square(found.live, other)
         yield "norm", norm_ratio(found.live, other)
-        yield "accuracy", (ahead.sign() * self.draws.ids.advantage[part.index].to(ahead).sign() + 1) / 2
+        yield "accuracy", (ahead.sign() * self.draws.ids.advantage[index].to(ahead).sign() + 1) / 2
 
     def _curvature(self, at: Coefficients, found: Predictions) -> Tensor:
         own = at.c + sum(at.kappa.values(), torch.zeros_like(at.c))

@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from flowalign.distributed.deal import Deal
 from flowalign.errors import RunError
 from flowalign.trainers.drift import check_drift, drift_metrics, velocity_unit
 from flowalign.trainers.edge_update import states_of
@@ -19,7 +20,8 @@ REFERENCE, OLD = "reference", "old"
 
 @dataclass(frozen=True, eq=False)
 class Trajectories:
-    """The stochastic steps `edges` [E] of a forest that has the velocities of the rollout ("old") and of the reference.
+    """The stochastic steps `edges` [E] of a forest that has the velocities of the rollout ("old") and of the reference. deal: who
+    trains which of the states that they leave.
 
     One number per step, its log density ratio to the reference, reduced over elements as the kernel's log-probs are; one
     state serves all steps that leave it. They are differences of means, never of two densities."""
@@ -27,6 +29,7 @@ class Trajectories:
     engine: UpdateEngine
     forest: Forest
     edges: Tensor
+    deal: Deal
     micro_batch: int
 
     @cached_property
@@ -55,12 +58,14 @@ class Trajectories:
     @torch.no_grad()
     def _rolled(self) -> Tensor:
         """[3, E] float64 of the rollout's weights: log-ratio, KL divergence to the reference, unit of drift."""
-        found = []
-        for edges in self.edges.split(self.micro_batch):
+        found = torch.zeros(3, len(self.edges), dtype=torch.float64)
+        mine = torch.isin(self.owner, self.deal.mine).nonzero().flatten()
+        for some in mine.split(self.micro_batch) if len(mine) else ():
+            edges = self.edges[some]
             old, reference = (self.forest.role_steps(role, edges) for role in (OLD, REFERENCE))
             columns = old.log_ratio(reference, self.forest.at(edges)), old.kl(reference, "exact"), velocity_unit(old)
-            found.append(torch.stack(columns).double().cpu())
-        return torch.cat(found, 1) if found else torch.zeros(3, 0, dtype=torch.float64)
+            found[:, some] = torch.stack(columns).double().cpu()
+        return self.engine.task.processes.gather(found[None]).sum(0)
 
     @property
     def rolled(self) -> Tensor:
@@ -112,9 +117,9 @@ class Replay:
     def rescored(self) -> tuple[Tensor, float]:
         """([E] float64 the numbers of all steps, without graph, in the micro-batches of an update; network rows per sample);
         collective."""
-        engine, count, before = self.steps.engine, len(self.steps.nodes), self.steps.engine.task.policy.evaluations
-        parts = engine.micro_batches(count, self.steps.micro_batch)
-        numbers = engine.scalars(count, parts, self.numbers, self.steps.owner)
+        engine, deal, before = self.steps.engine, self.steps.deal, self.steps.engine.task.policy.evaluations
+        parts = engine.micro_batches(deal, self.steps.micro_batch)
+        numbers = engine.scalars(deal, parts, self.numbers, self.steps.owner)
         rows = engine.task.policy.evaluations - before
         return numbers, engine.task.processes.total(rows) / engine.images
 

@@ -15,27 +15,33 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from flowalign.distributed.deal import Deal, union
 from flowalign.distributed.processes import Processes
 from flowalign.models.base import Conditions, Policy
 from flowalign.objectives import scalar_adjoint
 from flowalign.rollouts.task import Task
 from flowalign.trainers.base import AdamWConfig, Update
+from samplers import Forest, Rows
 
 
 @dataclass(frozen=True, eq=False)
 class States:
-    """Distinct network inputs: x [S, *], their noise levels sigma [S], and rows [S], which condition row each has."""
+    """Distinct network inputs: x [S, *], their noise levels sigma [S], and rows [S], which condition row each has.
+
+    row [S]: the row of each in x, where this process has only some of them (see samplers.Rows); None: x has all."""
 
     x: Tensor
     sigma: Tensor
     rows: Tensor
+    row: Tensor | None = None
 
     def __len__(self) -> int:
-        return len(self.x)
+        return len(self.sigma)
 
     def at(self, index: Tensor) -> States:
         """The states `index` [n], repeats allowed."""
-        return States(self.x[index.to(self.x.device)], self.sigma[index], self.rows[index])
+        x = self.x[index.to(self.x.device)] if self.row is None else Rows(self.row, self.x).at(index)
+        return States(x, self.sigma[index], self.rows[index])
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,15 +113,17 @@ Loss = Callable[[Part, Measures], Tensor]
 Metrics = Callable[[Measures], dict[str, float]]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class UpdateEngine:
-    """The engine of one batch: its conditions (rows of `States.rows`) and how many samples it has, which costs refer to.
-    guidance_scale: of all velocities; None: that of the rollout."""
+    """The engine of one batch: its conditions (rows of `States.rows`), of which `deal` adds what other processes encoded, and how
+    many samples it has, which costs refer to. guidance_scale: of all velocities; None: that of the rollout. groups: how many
+    the batch has; None: one for each condition row."""
 
     task: Task
     conditions: Conditions
     images: int
     guidance_scale: float | None = None
+    groups: int | None = None
 
     def velocity(self, states: States, role: str = "policy", guidance_scale: float | None = None) -> Tensor:
         """v [n, *] under the weights of `role`, with graph if gradients are on. guidance_scale: None is the engine's; one other
@@ -129,45 +137,77 @@ class UpdateEngine:
                 detach_uncond=rollout.detach_uncond,
             )  # fmt: skip
 
+    def deal(self, group: Tensor) -> Deal:
+        """Who trains which of the states of the groups `group` [S]: see Deal; with the conditions of those that this process gets.
+        Collective. The conditions are a row for each group, or several times that."""
+        processes, groups = self.task.processes, self.groups or len(self.conditions)
+        deal = processes.deal(processes.owners(group, groups))
+        if processes.count > 1:
+            of_row = torch.arange(len(self.conditions)) % groups
+            wanted = [torch.isin(of_row, each).nonzero().flatten() for each in deal.wanted(group)]
+            owner = processes.owners(of_row, groups)
+            self.conditions = self.conditions.each(lambda rows: processes.bring(rows, owner, wanted))
+        return deal
+
+    def bring(self, rows: Rows, group: Tensor, wanted: Sequence[Tensor]) -> Rows:
+        """`rows` [N] with what each process wants of them (see Processes.bring), each from the process of its group [N]."""
+        processes = self.task.processes
+        return processes.bring(rows, processes.owners(group, self.groups or len(self.conditions)), wanted)
+
+    def bring_states(self, forest: Forest, nodes: Sequence[Tensor], edges: Sequence[Tensor]) -> Forest:
+        """The forest with, on each process, the states of its `nodes`, what the rollout found at them (its velocities, the
+        gradients that guided it), and the states that its `edges` arrive at."""
+        group, guidance = forest.tree.group, self.task.rollout.reward_guidance
+        states = self.bring(Rows(forest.row, forest.states), group, union(nodes, edges))
+        velocities = {
+            role: self.bring(rows, group, [each[rows.known[each]] for each in nodes])
+            for role, rows in forest.velocities.items()
+        }
+        forest = replace(forest, states=states.values, row=states.row, velocities=velocities)
+        return (
+            forest if guidance is None else guidance.replayed(forest, self.task.rollout.kernel, self.task.policy.path)
+        )
+
     @torch.no_grad()
     def frozen(
-        self, states: States, role: str | Sequence[str], guidance_scale: Mapping[str, float] | None = None
-    ) -> tuple[Tensor, float]:
-        """(v [S, *] without graph, network rows per sample): each state evaluated once, by one process.
+        self, states: States, role: str | Sequence[str], guidance_scale: Mapping[str, float] | None = None,
+        mine: Tensor | None = None,
+    ) -> tuple[Rows, float]:  # fmt: skip
+        """(v [S, *] without graph, network rows per sample): each state evaluated once, by the process that trains it.
 
         role: one for all states, or one per state (routing: each state to its own teacher). guidance_scale: by role; the
-        engine's for a role that is not named."""
+        engine's for a role that is not named. mine [k], ascending: the states of this process, whose velocities it gets; None: all."""
         processes, before = self.task.processes, self.task.policy.evaluations
         roles = [role] * len(states) if isinstance(role, str) else list(role)
         if len(roles) != len(states):
             raise ValueError(f"got {len(roles)} roles for {len(states)} states; expected one for all, or one for each")
-        share = processes.share(len(states))
-        own = torch.arange(share.start, share.stop)
-        scales = guidance_scale or {}
-        values = torch.empty_like(states.x[own.to(states.x.device)])
+        here = torch.ones(len(states), dtype=torch.bool)
+        if mine is not None:
+            here = torch.zeros_like(here).index_fill(0, mine, True)
+        own, scales = here.nonzero().flatten(), guidance_scale or {}
+        values = states.x.new_empty((len(own), *states.x.shape[1:]))
         for name in dict.fromkeys(roles):  # every process in the same order, also those without a state of this role
             wanted = torch.tensor([roles[row] == name for row in own.tolist()], dtype=torch.bool)
-            for part in own[wanted].split(self.task.rollout.micro_batch) if bool(wanted.any()) else ():
-                found = self.velocity(states.at(part), name, scales.get(name))
+            for part in wanted.nonzero().flatten().split(self.task.rollout.micro_batch) if bool(wanted.any()) else ():
+                found = self.velocity(states.at(own[part]), name, scales.get(name))
                 values = values.to(torch.promote_types(values.dtype, found.dtype))  # of a float64 policy on fp32 states
-                values[(part - share.start).to(values.device)] = found.to(values)
+                values[part.to(values.device)] = found.to(values)
         rows = processes.total(self.task.policy.evaluations - before)
-        return processes.gather(values), rows / self.images
+        return Rows.of(values, here), rows / self.images
 
-    def micro_batches(self, count: int, size: int, among: Tensor | None = None) -> list[Part]:
-        """This process's parts of `count` states, at most `size` each: equally many, equally large on every process. among
-        [count]: the states' numbers; None: 0 to count − 1."""
-        dealt = self.task.processes.deal(count)
-        parts = []
-        for number, rows in enumerate(dealt.split(size) if len(dealt) else ()):
-            index = rows.clamp(min=0)
-            parts.append(Part(number, index if among is None else among[index], int((rows >= 0).sum())))
-        return parts
+    def micro_batches(self, deal: Deal, size: int) -> list[Part]:
+        """This process's parts of the states that are dealt, at most `size` each: equally many, equally large on every process."""
+        index, real = deal.padded[deal.rank], len(deal.rows[deal.rank])
+        return [
+            Part(number, part, min(len(part), max(0, real - number * size)))
+            for number, part in enumerate(index.split(size) if len(index) else ())
+        ]
 
     @torch.no_grad()
-    def scalars(self, count: int, parts: Sequence[Part], value: Value, owner: Tensor | None = None) -> Tensor:
-        """[E] float64 the numbers of `count` states without graph, over all processes. owner [E], value: see `coupled_update`."""
-        owner = torch.arange(count) if owner is None else owner
+    def scalars(self, deal: Deal, parts: Sequence[Part], value: Value, owner: Tensor | None = None) -> Tensor:
+        """[E] float64 the numbers of the states that are dealt, without graph, over all processes. owner [E], value: see
+        `coupled_update`."""
+        owner = torch.arange(len(deal)) if owner is None else owner
         found = torch.zeros(len(owner), dtype=torch.float64)
         for part in parts:
             mine = part.place(owner) >= 0
@@ -175,29 +215,28 @@ class UpdateEngine:
         return self.task.processes.gather(found[None]).sum(0)
 
     def coupled_update(
-        self, trained: TrainedRole, count: int, size: int, value: Value, loss: Callable[[Tensor], Tensor], *,
+        self, trained: TrainedRole, deal: Deal, size: int, value: Value, loss: Callable[[Tensor], Tensor], *,
         owner: Tensor | None = None, known: Tensor | None = None, weight: Tensor | None = None,
         metrics: Callable[[Tensor], dict[str, float]] = lambda numbers: {},
     ) -> Update:  # fmt: skip
-        """One optimizer step of a loss that couples all `count` states (pairs, groups) through numbers of each.
+        """One optimizer step of a loss that couples all the states of a `deal` (pairs, groups) through numbers of each.
 
         value(part) [e]: the numbers (log-probs, errors) of a micro-batch of at most `size` states. loss: of all of them [E],
         float64. Two passes: the numbers without graph, then each micro-batch again with its adjoints; the gradient is that of
         one graph, the memory that of one micro-batch (see `scalar_adjoint`). The second pass leaves out states whose adjoints
-        are all 0.
+        are all 0, and lets each other one stay on its process.
 
         owner [E]: the state that each number belongs to, of which a part gives those with part.place(owner) >= 0, in their
         order; None: one of each state, in the order of part.index. known [E]: the numbers, where the first pass would only
         repeat them. weight [E]: factors of the adjoints; if they are 1 in expectation (a random subset of states), so is the
         gradient the loss's. metrics: of the numbers of the first pass, once the step is taken."""
-        before, owner = self.task.policy.evaluations, torch.arange(count) if owner is None else owner
+        before, owner = self.task.policy.evaluations, torch.arange(len(deal)) if owner is None else owner
         if known is None:
-            known = self.scalars(count, self.micro_batches(count, size), value, owner)
+            known = self.scalars(deal, self.micro_batches(deal, size), value, owner)
         total, adjoint = scalar_adjoint(known, loss)
         adjoint = adjoint if weight is None else adjoint * weight
         rows = self.task.processes.total(self.task.policy.evaluations - before) / self.images
-        states = owner[adjoint != 0].unique()
-        parts = self.micro_batches(len(states), size, states)
+        parts = self.micro_batches(deal.only(owner[adjoint != 0].unique()), size)
 
         def share(part: Part, measures: Measures) -> Tensor:
             mine = part.place(owner) >= 0

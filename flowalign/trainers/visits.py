@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from flowalign.distributed.deal import Deal
+from flowalign.distributed.processes import Processes
 from flowalign.objectives import Match, Pull, Steps
 from flowalign.trainers.pull_update import Future
 from samplers import Forest, Path, Tree, cost_to_go, mean_below, trajectory_share
@@ -78,16 +80,21 @@ class Visits:
         return Visits(nodes, steps, position, self.share[mask], self.unit, kept)
 
 
-def future(forest: Forest, visits: Visits, pulls: Mapping[str, Pull]) -> Future:
+def future(
+    forest: Forest, visits: Visits, pulls: Mapping[str, Pull], deal: Deal, processes: Processes
+) -> Future:  # fmt: skip
     """The score-function term of Σ pulls: each stochastic step that arrives at one of `visits.nodes` gets the cost of that state
     and of what follows it, under the rollout's own velocities, less the mean over the other samples of the group there.
-    ValueError as `check_arrivals`: a window that moves may have passed before the run."""
+    deal: who has the velocities at which of `visits.nodes`. Collective. ValueError as `check_arrivals`: a window that moves may
+    have passed before the run."""
     tree, nodes, reduce = forest.tree, visits.nodes, forest.kernel.reduce
     check_arrivals(tree, nodes)
-    share, old = trajectory_share(tree), forest.velocities["old"].at(nodes)
-    costs = [pull.weight * pull.match.error(old, pull.velocity, reduce).double().cpu() for pull in pulls.values()]
-    cost = torch.zeros(len(tree), dtype=torch.float64)
-    cost[nodes] = torch.stack(costs).sum(0) / share[nodes]
+    share, mine, cost = trajectory_share(tree), deal.mine, torch.zeros(len(tree), dtype=torch.float64)
+    old = forest.velocities["old"].at(nodes[mine])
+    cost[nodes[mine]] = torch.stack([
+        pull.weight[mine] * pull.match.error(old, pull.velocity.at(mine), reduce).double().cpu() for pull in pulls.values()
+    ]).sum(0) / share[nodes[mine]]  # fmt: skip
+    cost = processes.gather(cost[None]).sum(0)
     edges = tree.edges[torch.isin(tree.edges, nodes)]
     follows = cost_to_go(tree, cost)[edges]
     sets = torch.stack([tree.group[edges], tree.index[edges]], 1).unique(dim=0, return_inverse=True)[1]

@@ -17,9 +17,14 @@ from flowalign.distributed.processes import Processes
 def test_shares_and_deals_cover_everything_once(count: int, n: int) -> None:
     everyone = [Processes(rank, count) for rank in range(count)]
     assert [i for each in everyone for i in each.share(n)] == list(range(n))
-    dealt = [each.deal(n).tolist() for each in everyone]
-    assert sorted(i for rows in dealt for i in rows if i >= 0) == list(range(n))
-    assert {len(rows) for rows in dealt} == {-(-n // count)}  # every process runs as many
+    for owner in (torch.arange(n) % count, torch.zeros(n, dtype=torch.int64), (torch.arange(n) ** 2) % count):
+        deals = [each.deal(owner) for each in everyone]
+        assert sorted(i for deal in deals for i in deal.mine.tolist()) == list(range(n))
+        assert {len(deal.mine) for deal in deals} <= {n // count, -(-n // count)}
+        assert {len(deal.padded[deal.rank]) for deal in deals} == {-(-n // count)}  # every process runs as many
+        for rank, deal in enumerate(deals):
+            held = int((owner == rank).sum())
+            assert int((owner[deal.mine] == rank).sum()) >= min(held, n // count)  # what it has stays
 
 
 def launch(
@@ -56,6 +61,8 @@ def test_two_processes_equal_one(
     assert first["rows"][0] != second["rows"][0]  # the trees are unequal …
     assert first["rows"][0] + second["rows"][0] == one["rows"][0]  # … and each state is evaluated by one process
     assert first["rows"][1] == second["rows"][1]
+    held, kept = first["held"][0] + second["held"][0], first["held"][1]
+    assert held == kept == one["held"][0] and 0 < first["held"][0] < kept  # each process has the states it rolled out
     assert not one["valid"].all() and one["valid"].sum() > 0 and one["state_scores"].isfinite().sum() > 10
     assert first_metrics == second_metrics
     assert first_metrics.keys() == metrics.keys()
@@ -75,7 +82,7 @@ def test_two_processes_equal_one(
             assert (own[name] - one[name]).norm() <= 1e-5 * one[name].norm()
             assert one[name].norm() > 0
     for name in first:
-        if name != "rows":
+        if name not in ("rows", "held"):
             torch.testing.assert_close(
                 first[name], second[name], rtol=0, atol=0, equal_nan=True
             )  # one batch, one gradient

@@ -15,6 +15,7 @@ from flowalign.models.roles import Role
 from flowalign.rollouts.collect import ScoredRollout, collect
 from flowalign.rollouts.task import Rollout, Task
 from flowalign.trainers import AdamWConfig, Measures, Part, Setup, TrainedRole, Update, UpdateEngine, UpdateForecast
+from flowalign.trainers.dealt import Dealt
 from flowalign.trainers.edge_update import states_of
 
 
@@ -61,7 +62,10 @@ class FakeTrainer:
     def updates(self, batch: ScoredRollout) -> Iterable[Update]:
         forest, engine = batch.forest, UpdateEngine(self.task, batch.conditions, batch.images)
         edges = forest.tree.edges
-        states = states_of(forest, forest.tree.parent[edges])
+        nodes = forest.tree.parent[edges]
+        dealt = Dealt.of(engine, forest, [nodes], edges)
+        forest, (deal,) = dealt.forest, dealt.deals
+        states = states_of(forest, nodes)
         old = forest.log_prob[edges]
 
         def log_prob(part: Part) -> Tensor:
@@ -70,13 +74,14 @@ class FakeTrainer:
             return forest.edge_steps(here, velocity, torch.arange(len(here))).log_prob(forest.at(here))
 
         def regress(part: Part, measures: Measures) -> Tensor:
-            error = engine.velocity(states.at(part.index), "fake") - target[part.index]
-            return error[: part.real].square().mean((1, 2, 3)).sum() / len(edges)
+            velocity = engine.velocity(states.at(part.index), "fake")[: part.real]
+            error = velocity - (target.at(part.index[: part.real]) + 0.1)
+            return error.square().mean((1, 2, 3)).sum() / len(edges)
 
         for _ in range(self.epochs):
-            yield engine.coupled_update(self._policy, len(edges), 2, log_prob, partial(self._pairs, batch, old))
-            target = engine.frozen(states, "sampling")[0] + 0.1
-            yield engine.update(self._fake, engine.micro_batches(len(edges), 2), regress)
+            yield engine.coupled_update(self._policy, deal, 2, log_prob, partial(self._pairs, batch, old))
+            target = engine.frozen(states, "sampling", mine=deal.mine)[0]
+            yield engine.update(self._fake, engine.micro_batches(deal, 2), regress)
 
     def _pairs(self, batch: ScoredRollout, old: Tensor, log_prob: Tensor) -> Tensor:
         tree = batch.forest.tree

@@ -116,15 +116,22 @@ def run(pipeline: str, output: Path, plan: str, weights: str) -> None:
         metrics = {**batch.metrics, **update.after()}
     found = {name: p.grad for name, p in policy.trainable_parameters() if p.grad is not None}
     forest = batch.forest
+
+    def everyones(nodes: torch.Tensor) -> torch.Tensor:
+        """The states of `nodes`, each from the process that rolled it out."""
+        own = nodes[forest.row[nodes] >= 0]
+        return processes.gather(forest.at(own))[processes.gather(own).argsort()]
+
     save_file(
         {
             **found,
-            "roots": forest.at(torch.arange(forest.tree.num_roots)),
-            "leaves": forest.at(forest.tree.leaves),
+            "roots": everyones(torch.arange(forest.tree.num_roots)),
+            "leaves": everyones(forest.tree.leaves),
             "scores": batch.scores,
             "valid": batch.valid,
             "state_scores": forest.scores["level"],
             "uncertainty": batch.uncertainty,
+            "held": torch.tensor([len(forest.states), int(forest.kept.sum())]),
             "rows": torch.tensor([rolled, update.micro_batches and len(update.micro_batches)]),
         },
         output / f"{processes.rank}.safetensors",

@@ -12,6 +12,7 @@ from torch import Tensor
 from flowalign.data import PromptRecord
 from flowalign.models.base import Conditions
 from flowalign.models.roles import Role
+from flowalign.rollouts.gather import encoded
 from flowalign.rollouts.task import Rollout, Task
 from flowalign.trainers import (
     AdamWConfig,
@@ -65,7 +66,7 @@ class Treeless:
         return {"policy": self._policy.updates}
 
     def collect(self, records: Sequence[PromptRecord], iteration: int) -> Plain:
-        return Plain(self.task.policy.encode(records), len(records))
+        return Plain(encoded(self.task, records, negative=False), len(records))
 
     def updates(self, batch: Plain) -> Iterable[Update]:
         engine, shape = (
@@ -79,4 +80,4 @@ class Treeless:
             error = engine.velocity(states.at(part.index)) - 1
             return error[: part.real].square().mean((1, 2, 3)).sum() / batch.images
 
-        yield engine.update(self._policy, engine.micro_batches(batch.images, 2), loss)
+        yield engine.update(self._policy, engine.micro_batches(engine.deal(states.rows), 2), loss)

@@ -63,7 +63,7 @@ def rolled(guidance: RewardGuidance, reward: Quadratic, tree: Tree, kernel: Kern
     one = guidance.begin(kernel, FLOW, reward, batch, tree.group[: tree.num_roots], lambda nodes, count: nodes, 4)
     start = noise.start(tree).double()
     forest = rollout(velocity, start, grid, tree, one.kernel, noise.step, store_dtype=F64, keep_velocities=True)
-    return guidance.replayed(one.recorded(tree, forest), FLOW)
+    return guidance.replayed(one.recorded(tree, forest), kernel, FLOW)
 
 
 @pytest.mark.parametrize("mode", ["unguided", "guided"])
@@ -78,7 +78,7 @@ def test_under_the_target_the_kernels_own_mean_is_the_guided_one(options, mode) 
     assert torch.equal(found.nodes, inside) and bool((found.weight == 1).all())
     edges = tree.edges[torch.isin(tree.parent[tree.edges], inside)]
     x, (sigma, then) = forest.at(tree.parent[edges]), forest.step_sigmas(edges)
-    target = found.velocity[torch.searchsorted(inside, tree.parent[edges])]
+    target = found.velocity.at(torch.searchsorted(inside, tree.parent[edges]))
     gradient = 0.7 - 1.3 * x
     if guidance.normalize:
         gradient = gradient / gradient.norm(dim=1, keepdim=True)
@@ -113,7 +113,7 @@ def test_the_student_repeats_the_guided_moments_without_the_reward(kernel: Kerne
     targets = GuidanceDistillation().targets(forest, torch.empty(0), torch.empty(0))
     learned = {}
     sigmas, x = forest.sigma(targets.nodes), forest.at(targets.nodes).flatten(1)
-    extra = targets.velocity - forest.velocities["old"].at(targets.nodes)
+    extra = targets.velocity.values - forest.velocities["old"].at(targets.nodes)
     for sigma in sigmas.unique().tolist():
         here = sigmas == sigma
         design = torch.stack([torch.ones_like(x[here].flatten()), x[here].flatten()], 1)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from flowalign.objectives import LayerTuning, Targets
-from samplers import Forest, Tree, sampled
+from samplers import Forest, Rows, Tree, sampled
 from samplers import probed as add_probes
 from tests.helpers.trees import grown, leaves_under, split_tree
 
@@ -21,13 +21,15 @@ def all_valid(forest: Forest) -> torch.Tensor:
 def test_the_loss_is_the_weighted_mean_square_where_there_is_a_target() -> None:
     generator = torch.Generator().manual_seed(0)
     target, v = torch.randn(2, 2, 3, 4, generator=generator, dtype=torch.float64)
-    targets = Targets(torch.tensor([5, 3]), target, torch.tensor([0.5, 2.0], dtype=torch.float64))
+    targets = Targets(
+        torch.tensor([5, 3]), Rows(torch.arange(2), target), torch.tensor([0.5, 2.0], dtype=torch.float64)
+    )
     nodes = torch.tensor([3, 9])
     got = targets.loss(nodes, v)
     torch.testing.assert_close(got[0], 2.0 * (v[0] - target[1]).square().mean())
     assert float(got[1]) == 0
     assert torch.autograd.gradcheck(lambda v: targets.loss(nodes, v), v.clone().requires_grad_())
-    nothing = Targets(torch.tensor([], dtype=torch.int64), target[:0], torch.tensor([]))
+    nothing = Targets(torch.tensor([], dtype=torch.int64), Rows(torch.arange(0), target[:0]), torch.tensor([]))
     assert nothing.loss(nodes, v).tolist() == [0, 0]
 
 
@@ -38,13 +40,15 @@ def test_layer_tuning_by_hand() -> None:
     scores = torch.tensor([1.0, 4.0, 2.0, 10.0])
     targets = LayerTuning().targets(forest, scores[:, None], all_valid(forest)[:, None])
     assert targets.nodes.tolist() == [1, 3, 4, 5]  # those of the best path are left alone
-    torch.testing.assert_close(targets.velocity, -0.3 * forest.at(torch.tensor([2, 6, 6, 6])))
+    torch.testing.assert_close(targets.velocity.at(torch.arange(4)), -0.3 * forest.at(torch.tensor([2, 6, 6, 6])))
     expected = torch.tensor([10 - 2.5, 10 - 1.0, 10 - 4.0, 10 - 2.0]) / (10 - 1 + 1e-6)
     torch.testing.assert_close(targets.weight.float(), expected)
     straight = LayerTuning("best_leaf_fm").targets(forest, scores[:, None], all_valid(forest)[:, None])
     here, end = forest.at(straight.nodes), forest.at(forest.tree.leaves[3:])
-    torch.testing.assert_close(straight.velocity, (here - end) / forest.sigma(straight.nodes)[:, None])
-    torch.testing.assert_close(here - forest.sigma(straight.nodes)[:, None] * straight.velocity, end.expand_as(here))
+    torch.testing.assert_close(straight.velocity.values, (here - end) / forest.sigma(straight.nodes)[:, None])
+    torch.testing.assert_close(
+        here - forest.sigma(straight.nodes)[:, None] * straight.velocity.values, end.expand_as(here)
+    )
 
 
 def test_no_gradient_on_the_best_path() -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
+from flowalign.distributed.deal import Deal
 from flowalign.distributed.processes import Processes
 from flowalign.models.base import Conditions, Size
 from flowalign.rollouts.task import Rollout, Task
@@ -65,6 +66,11 @@ def engine_of(policy: Any, processes: Processes | None = None, micro_batch: int 
     return UpdateEngine(task, words, images)
 
 
+def dealt(processes: Processes, count: int) -> Deal:
+    """State n lies on process n mod their number."""
+    return processes.deal(torch.arange(count) % processes.count)
+
+
 def states_of(count: int) -> States:
     generator = torch.Generator().manual_seed(1)
     x, sigma = (torch.rand(shape, generator=generator, dtype=F64) for shape in ((count, WIDTH), (count,)))
@@ -90,7 +96,7 @@ LOSSES = {"policy": preference, "critic": contrast}
 
 def errors_of(engine: UpdateEngine, states: States, role: str) -> Callable[[Part], Tensor]:
     """part -> [n]: the errors of the policy to TARGETS, or of the critic to what the policy is now."""
-    targets = TARGETS if role == "policy" else engine.frozen(states, "policy")[0]
+    targets = TARGETS if role == "policy" else engine.frozen(states, "policy")[0].values
     return lambda part: (engine.velocity(states.at(part.index), role) - targets[part.index]).square().mean(1)
 
 
@@ -123,7 +129,7 @@ def in_parts(policy: TwoNetworks, count: int, size: int, processes: Processes) -
     steps = []
     for one in (*trained, *trained):
         value = errors_of(engine, states, one.role)
-        steps.append(take(engine, engine.coupled_update(one, count, size, value, LOSSES[one.role])))
+        steps.append(take(engine, engine.coupled_update(one, dealt(processes, count), size, value, LOSSES[one.role])))
     return steps
 
 
@@ -168,8 +174,9 @@ def test_the_shares_of_several_processes_add_up_to_it(
 ) -> None:
     """Padding weighs nothing, also on a process that has nothing else; all call the networks equally often."""
     policies = [TwoNetworks.drawn() for _ in range(ranks)]
-    dealt = [engine_of(policies[rank], Processes(rank, ranks)).micro_batches(14, size) for rank in range(ranks)]
-    assert sum(len(part.index) - part.real for parts in dealt for part in parts) == padding
+    everyone = [Processes(rank, ranks) for rank in range(ranks)]
+    parts = [engine_of(policies[0], each).micro_batches(dealt(each, 14), size) for each in everyone]
+    assert sum(len(part.index) - part.real for own in parts for part in own) == padding
     results = on_processes(
         ranks, lambda processes: in_parts(policies[processes.rank], 14, size, processes), monkeypatch
     )
@@ -214,9 +221,12 @@ def test_a_state_may_have_several_numbers(monkeypatch: pytest.MonkeyPatch, ranks
             return {"mine/sum": float(numbers.sum())}
 
         first, measured = take(
-            engine, engine.coupled_update(trained, 7, 2, value, contrast, owner=OWNER, metrics=metrics)
+            engine,
+            engine.coupled_update(trained, dealt(processes, 7), 2, value, contrast, owner=OWNER, metrics=metrics),
         )
-        again, known = take(engine, engine.coupled_update(trained, 7, 2, value, contrast, owner=OWNER, known=told[0]))
+        again, known = take(
+            engine, engine.coupled_update(trained, dealt(processes, 7), 2, value, contrast, owner=OWNER, known=told[0])
+        )
         assert known["cost/frozen_per_image"] == 0 and known["loss/policy"] == measured["loss/policy"]
         return first, again, told[0], measured
 
@@ -242,7 +252,7 @@ def test_states_without_an_adjoint_are_left_out_of_the_second_pass() -> None:
     weight = torch.where(torch.isin(OWNER, torch.tensor([0, 5])), 3.0, 0.0).double()
 
     def gradient(loss: Callable[[Tensor], Tensor], weight: Tensor | None = None) -> tuple[list[Tensor], int]:
-        update = engine.coupled_update(trained, 7, 4, value, loss, owner=OWNER, weight=weight)
+        update = engine.coupled_update(trained, dealt(Processes(), 7), 4, value, loss, owner=OWNER, weight=weight)
         before = policy.evaluations
         for micro_batch in update.micro_batches:
             micro_batch().backward()
@@ -281,7 +291,7 @@ def test_an_odd_group_is_padded_and_the_padding_may_be_anything(monkeypatch: pyt
             return torch.where(padding, 1e3 * values, values)
 
         trained = TrainedRole.of(policy, AdamWConfig())
-        return take(engine, engine.coupled_update(trained, 7, 2, value, contrast))[0]
+        return take(engine, engine.coupled_update(trained, dealt(processes, 7), 2, value, contrast))[0]
 
     policy = TwoNetworks.drawn()
     engine, whole = engine_of(policy), Part(0, torch.arange(7), 7)
@@ -300,11 +310,12 @@ def test_an_odd_group_is_padded_and_the_padding_may_be_anything(monkeypatch: pyt
 @pytest.mark.parametrize("count", [0, 1, 4, 11])
 @pytest.mark.parametrize("size", [1, 2, 64])
 def test_micro_batches_hold_each_state_once_and_are_alike_on_all_processes(ranks: int, count: int, size: int) -> None:
-    dealt = [engine_of(TwoNetworks.drawn(), Processes(rank, ranks)).micro_batches(count, size) for rank in range(ranks)]
-    own = [state for parts in dealt for part in parts for state in part.index[: part.real].tolist()]
+    everyone = [Processes(rank, ranks) for rank in range(ranks)]
+    all_parts = [engine_of(TwoNetworks.drawn(), each).micro_batches(dealt(each, count), size) for each in everyone]
+    own = [state for parts in all_parts for part in parts for state in part.index[: part.real].tolist()]
     assert sorted(own) == list(range(count))
-    assert len({tuple(len(part.index) for part in parts) for parts in dealt}) == 1
-    for part in chain.from_iterable(dealt):
+    assert len({tuple(len(part.index) for part in parts) for parts in all_parts}) == 1
+    for part in chain.from_iterable(all_parts):
         assert 0 < len(part.index) <= size
         assert all(0 <= state < count for state in part.index.tolist())  # padding repeats a state that exists
 
@@ -326,14 +337,20 @@ def test_frozen_evaluates_each_state_once_under_its_own_role(monkeypatch: pytest
     policies = [TwoNetworks.drawn() for _ in range(ranks)]
 
     def work(processes: Processes) -> tuple[Tensor, float]:
-        return engine_of(policies[processes.rank], processes, micro_batch=3, images=images).frozen(states, roles)
+        engine, mine = (
+            engine_of(policies[processes.rank], processes, micro_batch=3, images=images),
+            dealt(processes, 11).mine,
+        )
+        found, cost = engine.frozen(states, roles, mine=mine)
+        assert len(found.values) == len(mine)  # those of the others stay with them
+        return processes.gather(found.at(mine))[processes.gather(mine).argsort()], cost
 
     results = on_processes(ranks, work, monkeypatch)
     calls = [call for policy in policies for call in policy.calls]
     assert {role: sum(rows for name, rows in calls if name == role) for role in LOSSES} == {"policy": 8, "critic": 3}
     assert max(rows for _, rows in calls) == 3
     engine = engine_of(TwoNetworks.drawn())
-    each = {role: engine.frozen(states, role)[0] for role in LOSSES}
+    each = {role: engine.frozen(states, role)[0].values for role in LOSSES}
     expected = torch.stack([each[role][state] for state, role in enumerate(roles)])
     for values, cost in results:
         torch.testing.assert_close(values, expected, rtol=1e-14, atol=1e-14)
@@ -363,7 +380,7 @@ def test_the_learning_rate_follows_the_steps_of_its_role_and_no_step_is_counted_
     config = AdamWConfig(lr=0.1, warmup=3)
     trained, other = (TrainedRole.of(policy, config, name) for name in (role, *(LOSSES.keys() - {role})))
     key = "optim/lr" if role == "policy" else "optim/critic_lr"
-    parts, rates = engine.micro_batches(5, 2), []
+    parts, rates = engine.micro_batches(dealt(Processes(), 5), 2), []
     for wanted in (parts, [], parts, [], [], parts, parts, parts):
         before, weights = trained.updates, deepcopy(policy.networks[role].state_dict())
         asked: list[Measures] = []
@@ -397,15 +414,15 @@ def test_a_resumed_role_goes_on_where_its_schedule_was() -> None:
     trained = TrainedRole.of(policy, AdamWConfig(lr=0.1, warmup=3), "critic", updates=1)
     engine, states = engine_of(policy), states_of(3)
     loss = partial(regression, errors_of(engine, states, "critic"), 3)
-    update = engine.update(trained, engine.micro_batches(3, 3), loss)
+    update = engine.update(trained, engine.micro_batches(dealt(Processes(), 3), 3), loss)
     assert take(engine, update)[1]["optim/critic_lr"] == pytest.approx(0.05) and trained.updates == 2
 
 
 def test_the_numbers_of_the_states_are_in_their_order_on_every_process(monkeypatch: pytest.MonkeyPatch) -> None:
     def work(processes: Processes) -> Tensor:
         engine = engine_of(TwoNetworks.drawn(), processes)
-        parts = engine.micro_batches(5, 2)
-        return engine.scalars(5, parts, lambda part: part.index.float().requires_grad_() * 10 + 1)
+        parts = engine.micro_batches(dealt(processes, 5), 2)
+        return engine.scalars(dealt(processes, 5), parts, lambda part: part.index.float().requires_grad_() * 10 + 1)
 
     for values in on_processes(2, work, monkeypatch):
         assert values.tolist() == [1, 11, 21, 31, 41] and values.dtype == F64 and not values.requires_grad
