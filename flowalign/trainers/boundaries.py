@@ -19,7 +19,7 @@ class Boundaries:
     """N trajectories of K steps, those of the samples of a rollout without noise.
 
     Every method takes M steps and returns S = M·N rows: the N trajectories at the first of the steps, then all of them at the
-    second, and so on; of what has a latent's size, those where `here` [S]. nodes [N, K+1]: the forest's states on each trajectory, from noise to data. keys: of the samples, from which
+    second, and so on; of what has a latent's size, the k where `here` [S] (None: all). nodes [N, K+1]: the forest's states on each trajectory, from noise to data. keys: of the samples, from which
     noise and noise levels are drawn. shift, margin: of the noise levels, see ShiftedUniform."""
 
     forest: Forest
@@ -63,14 +63,15 @@ class Boundaries:
         share = [(step + 1) / total for step in range(self.num_steps)]
         return [int(step) for step in rng.choice(self.num_steps, count, p=share)]
 
-    def states(self, steps: Sequence[int], here: Tensor) -> States:
+    def states(self, steps: Sequence[int], here: Tensor | None = None) -> States:
         """What the generator was given in `steps` [S]."""
-        nodes = self._nodes(steps, 0)
+        nodes, here = self._nodes(steps, 0), self._all(steps) if here is None else here
         x = Rows.of(self.forest.at(nodes[here]), here)
         return States(x.values, self.forest.sigma(nodes), self.forest.tree.group[nodes], x.row)
 
-    def predictions(self, steps: Sequence[int], here: Tensor) -> Tensor:
+    def predictions(self, steps: Sequence[int], here: Tensor | None = None) -> Tensor:
         """x̂0 [k, *] = x − σ·v that the generator predicted there: v = (x − x')/h of Euler's step x' = x − h·v."""
+        here = self._all(steps) if here is None else here
         before, after = self._nodes(steps, 0)[here], self._nodes(steps, 1)[here]
         x, sigma = self.forest.at(before), self.forest.sigma(before)
         velocity = (x - self.forest.at(after)) / spread((sigma - self.forest.sigma(after)).to(x), x)
@@ -86,19 +87,23 @@ class Boundaries:
         return torch.cat(found)
 
     def noised(
-        self, steps: Sequence[int], sigma: Tensor, stream: str, here: Tensor, *, shared: bool
-    ) -> tuple[States, Rows]:
-        """The ends of `steps` noised again up to `sigma` [S] (`Path.bridge`), and the targets [S, *] whose mean is their exact
+        self, steps: Sequence[int], sigma: Tensor, stream: str, here: Tensor | None = None, *, shared: bool
+    ) -> tuple[States, Tensor]:
+        """The ends of `steps` noised again up to `sigma` [S] (`Path.bridge`), and the targets [k, *] whose mean is their exact
         velocity; stream "bridge <stream>". shared: by one noise for all samples of a group."""
         keys, nodes = self.keys.shared() if shared else self.keys, self._nodes(steps, 1)
+        here = self._all(steps) if here is None else here
         x, begin, level = self.forest.at(nodes[here]), self.forest.sigma(nodes[here]), sigma[here]
-        eps = torch.cat([
-            keys.at(own.nonzero().flatten()).noise(x.shape[1:], place, f"bridge {stream}")
-            for place, own in enumerate(here.view(len(steps), len(self)))
-        ]).to(x)  # fmt: skip
+        drawn = [own.nonzero().flatten() for own in here.view(len(steps), len(self))]
+        eps = torch.cat(
+            [keys.at(own).noise(x.shape[1:], place, f"bridge {stream}") for place, own in enumerate(drawn)]
+        ).to(x)
         found = Rows.of(self.path.bridge(x, eps, begin, level), here)
         states = States(found.values, sigma, self.forest.tree.group[nodes], found.row)
-        return states, Rows(found.row, self.path.bridge_velocity(x, eps, begin, level))
+        return states, self.path.bridge_velocity(x, eps, begin, level)
+
+    def _all(self, steps: Sequence[int]) -> Tensor:
+        return torch.ones(len(steps) * len(self), dtype=torch.bool)
 
     def _nodes(self, steps: Sequence[int], ahead: int) -> Tensor:
         return torch.cat([self.nodes[:, step + ahead] for step in steps])

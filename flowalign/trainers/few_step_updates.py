@@ -115,7 +115,7 @@ class FewStepUpdates:
         target = (x - self.ways.predictions(self.steps, self._here)) / spread(level.to(x), x)
         anchor = VelocityAnchor(self.fake_kl, self.teacher)
         anchors = {"fake_kl": anchor} if anchor.active else {}
-        draws = self._draws(states, Rows.of(target, self._here), self.steps, torch.ones(len(self.ways)))
+        draws = self._draws(states, target, self.steps, torch.ones(len(self.ways)))
         return StateUpdate(self.engine, draws, AdvantageWeighted(), anchors, self.micro_batch, "fake").update(trained)
 
     def surrogate_reward(self, trained: TrainedRole, number: int) -> Update:
@@ -131,12 +131,12 @@ class FewStepUpdates:
         return StateUpdate(self.engine, draws, objective, anchors, self.micro_batch, "surrogate").update(trained)
 
     def _draws(
-        self, states: States, target: Rows, steps: Sequence[int], advantages: Tensor, weight: Tensor | None = None
+        self, states: States, target: Tensor, steps: Sequence[int], advantages: Tensor, weight: Tensor | None = None
     ) -> Draws:
         places = torch.arange(len(steps)).repeat_interleave(len(self.ways))
         noise = self.ways.path.mix(states.sigma.double())[1]
         ids = DrawIds(advantages.repeat(len(steps)), states.rows, places)
-        return Draws(states, target, noise, ids, self.deal, weight)
+        return Draws(states, Rows.of(target, self._here), noise, ids, self.deal, weight)
 
     def generator(self, trained: TrainedRole) -> Update:
         """See Directions. The only path of the gradient is the generator's own prediction of x̂0."""

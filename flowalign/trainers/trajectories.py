@@ -18,13 +18,13 @@ from samplers import Forest
 REFERENCE, OLD = "reference", "old"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Trajectories:
     """The stochastic steps `edges` [E] of a forest that has the velocities of the rollout ("old") and of the reference. deal: who
     trains which of the states that they leave.
 
     One number per step, its log density ratio to the reference, reduced over elements as the kernel's log-probs are; one
-    state serves all steps that leave it. They are differences of means, never of two densities."""
+    state serves all steps that leave it. They are differences of means, never of two densities. Made by all processes together."""
 
     engine: UpdateEngine
     forest: Forest
@@ -54,10 +54,9 @@ class Trajectories:
         step = self.forest.edge_steps(edges, self.engine.velocity(self.states.at(part.index)), place)
         return step.log_ratio(self.forest.role_steps(REFERENCE, edges), self.forest.at(edges))
 
-    @cached_property
     @torch.no_grad()
-    def _rolled(self) -> Tensor:
-        """[3, E] float64 of the rollout's weights: log-ratio, KL divergence to the reference, unit of drift."""
+    def __post_init__(self) -> None:
+        """Of the rollout's weights, [3, E] float64: log-ratio, KL divergence to the reference, unit of drift."""
         found = torch.zeros(3, len(self.edges), dtype=torch.float64)
         mine = torch.isin(self.owner, self.deal.mine).nonzero().flatten()
         for some in mine.split(self.micro_batch) if len(mine) else ():
@@ -65,7 +64,7 @@ class Trajectories:
             old, reference = (self.forest.role_steps(role, edges) for role in (OLD, REFERENCE))
             columns = old.log_ratio(reference, self.forest.at(edges)), old.kl(reference, "exact"), velocity_unit(old)
             found[:, some] = torch.stack(columns).double().cpu()
-        return self.engine.task.processes.gather(found[None]).sum(0)
+        self._rolled = self.engine.task.processes.gather(found[None]).sum(0)
 
     @property
     def rolled(self) -> Tensor:

@@ -140,7 +140,7 @@ def test_the_marginal_target_is_the_velocity_of_the_tilted_marginal() -> None:
     x, sigma = forest.at(found.nodes), forest.sigma(found.nodes)
     velocity, marginal = bed(FLOW, M, DELTA)
     score = FLOW.score_from_velocity(x, velocity(x, sigma), sigma) + 0.7 / 0.9
-    torch.testing.assert_close(found.velocity, FLOW.velocity_from_score(x, score, sigma))
+    torch.testing.assert_close(found.velocity.values, FLOW.velocity_from_score(x, score, sigma))
     variance = torch.tensor([marginal(float(level)) for level in sigma], dtype=F64)[:, None]
     mean = (1 - sigma[:, None]) * M + variance * 0.7 / 0.9
     torch.testing.assert_close(score, -(x - mean) / variance)
@@ -149,7 +149,7 @@ def test_the_marginal_target_is_the_velocity_of_the_tilted_marginal() -> None:
 def test_the_marginal_target_is_held_near_pure_noise() -> None:
     forest = rolled(RewardGuidance(scale=0.1), Quadratic(), chain(6, 2), DanceSDE(0.3))
     found = GuidanceDistillation("marginal", beta=1.0, max_odds=2.0).targets(forest, torch.empty(0), torch.empty(0))
-    moved = found.velocity - forest.velocities["old"].at(found.nodes)
+    moved = found.velocity.values - forest.velocities["old"].at(found.nodes)
     sigma = forest.sigma(found.nodes)[:, None].expand_as(moved)
     assert bool((sigma == 1).any())
     torch.testing.assert_close(moved, -0.7 * (sigma / (1 - sigma)).clamp(max=2.0))

@@ -28,6 +28,7 @@ from samplers import ODE, Deterministic
 from tests.helpers.bed import Nearness, save_pipeline
 from tests.helpers.bed_run import CONFIG, Bed
 from tests.helpers.policy_gradient import PROMPTS, gradients, run_updates
+from tests.helpers.thread_processes import on_processes
 
 METHODS = ("refl", "draft", "draft_k", "draft_lv", "alignprop", "drtune", "srpo")
 PARTS = {"sparse": "Sparse", "leaps": "TwoLeaps", "independent": "RandomSuffix"}
@@ -160,23 +161,31 @@ def test_micro_batches_and_checkpointing_change_nothing(pipeline: Path, method: 
     assert found[0][1] == found[1][1]  # what a backward computes again is not counted
 
 
-def test_two_processes_share_the_samples_and_pad_without_weight(pipeline: Path) -> None:
-    bed = perturbed(bed_of(pipeline, "draft_k", "rollout.groups=3", "rollout.group_size=3", VELOCITY))
-    _, whole = bed.gradient()
-    total, sizes = torch.zeros_like(whole), []
-    for rank in range(2):
-        task = replace(bed.task, processes=Processes(rank, 2))
+def test_two_processes_share_the_samples_and_pad_without_weight(
+    pipeline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three groups of three: the process with two of them sends one's condition along with a sample of it."""
+    beds = [
+        perturbed(bed_of(pipeline, "draft_k", "rollout.groups=3", "rollout.group_size=3", VELOCITY)) for _ in range(3)
+    ]
+    _, whole = beds[2].gradient()
+
+    def work(processes: Processes) -> tuple[torch.Tensor, list[int]]:
+        bed = beds[processes.rank]
+        task = replace(bed.task, processes=processes)
         bed.trainer.prepare(task, {"updates": 0})
         batch = bed.trainer.collect(list(task.prompts)[:3], 0)
+        assert len(next(iter(batch.conditions.tensors.values()))) == (1, 2)[processes.rank]
         (update,) = bed.trainer.updates(batch)
-        sizes.append(len(update.micro_batches))
         for micro_batch in update.micro_batches:
             micro_batch().backward()
-        for (_, parameter), part in zip(bed.policy.trainable_parameters(), _split(total, bed), strict=True):
-            part += parameter.grad.flatten()
-            parameter.grad = None
-    assert sizes[0] == sizes[1]
+        own = torch.cat([parameter.grad.flatten() for _, parameter in bed.policy.trainable_parameters()])
+        return processes.gather(own[None]).sum(0), [len(update.micro_batches)]
+
+    (total, count), (again, others) = on_processes(2, work, monkeypatch)
+    assert count == others
     same(whole, total)
+    assert torch.equal(total, again)
 
 
 def _split(flat: Tensor, bed: Bed) -> Sequence[Tensor]:

@@ -84,14 +84,15 @@ def samples_of(bed: Bed, iteration: int = 0) -> Samples:
 def drawn(bed: Bed, samples: Samples, rows: list[int] | None = None, epoch: int = 0) -> Draws:
     chosen = torch.arange(len(samples.places)) if rows is None else torch.tensor(rows)
     trainer: Any = bed.trainer
-    found: Draws = trainer.drawn(samples, chosen, torch.zeros(len(chosen)), epoch)
+    engine = UpdateEngine(bed.task, samples.conditions, len(samples.places))
+    found: Draws = trainer.drawn(engine, samples, chosen, torch.zeros(len(chosen)), epoch)
     return found
 
 
 def noise_of(draws: Draws, samples: Samples, rows: list[int] | None = None) -> Tensor:
     """[draws, n, *] ε = u + x0."""
-    latents = samples.latents if rows is None else samples.latents[rows]
-    return draws.target.reshape(-1, *latents.shape) + latents
+    latents = samples.latents.at(torch.arange(len(samples.places)) if rows is None else torch.tensor(rows))
+    return draws.target.values.reshape(-1, *latents.shape) + latents
 
 
 # ------------------------------------------------------------------------------------------ what must not matter
@@ -195,7 +196,7 @@ def test_draws_are_functions_of_their_keys(beds: dict[str, Bed]) -> None:
     for one, other in (
         (first.states.x, again.states.x),
         (first.states.sigma, again.states.sigma),
-        (first.target, again.target),
+        (first.target.values, again.target.values),
     ):
         assert torch.equal(one, other)
     rows = [7, 2, 10]
@@ -216,7 +217,7 @@ def test_a_draw_is_on_its_path_with_the_path_s_own_target(beds: dict[str, Bed]) 
     samples = samples_of(bed)
     draws = drawn(bed, samples)
     noise, sigma = noise_of(draws, samples).flatten(0, 1), draws.states.sigma[:, None, None, None]
-    x0 = samples.latents.repeat(3, 1, 1, 1)
+    x0 = samples.latents.at(torch.arange(12)).repeat(3, 1, 1, 1)
     torch.testing.assert_close(draws.states.x, (1 - sigma) * x0 + sigma * noise, atol=1e-6, rtol=0)
     assert torch.equal(draws.noise, draws.states.sigma.double()) and torch.equal(draws.states.rows, draws.ids.group)
     means = noise.flatten(1).mean(1)
@@ -261,7 +262,9 @@ def test_norms_are_measured_beside_each_anchor_s_role_without_a_hinge_too(beds: 
         micro_batch()
     found, states = update.after(), drawn(bed, batch.samples).states
     engine = UpdateEngine(bed.task, batch.samples.conditions, batch.images, 1.0)
-    length, reference = (engine.frozen(states, role)[0].flatten(1).norm(dim=1) for role in ("policy", "reference"))
+    length, reference = (
+        engine.frozen(states, role)[0].values.flatten(1).norm(dim=1) for role in ("policy", "reference")
+    )
     assert found["loss/norm"] == 0
     assert found["norm/reference"] == pytest.approx(float((length / reference).mean())) != 1
 

@@ -20,7 +20,8 @@ from flowalign.models.sampling import sample
 from flowalign.rollouts.task import Rollout
 from flowalign.run.preflight import forecast
 from flowalign.storage import checkpoint
-from flowalign.trainers import FromImages, FromPairs, SampleSource, Setup
+from flowalign.trainers import FromImages, FromPairs, SampleSource, Setup, UpdateEngine
+from flowalign.trainers.samples import Samples
 from samplers import ODE, Chain, Deterministic, RectifiedFlow, normal
 from tests.helpers.bed import MEANS, NAMES, SPREAD, save_pipeline, target_of
 from tests.helpers.bed_run import CONFIG, Bed
@@ -75,6 +76,10 @@ def bed(pipeline: Path, method: str, file: str, *overrides: str) -> Bed:
     return Bed.of(pipeline, [method], f"trainer.source.init_args.file={file}", "rollout.groups=32", *overrides)
 
 
+def engine_of(found: Bed, samples: Samples) -> UpdateEngine:
+    return UpdateEngine(found.task, samples.conditions, len(samples.places))
+
+
 def weights_after(folder: Path, pipeline: Path, file: str, *overrides: str) -> dict[str, Tensor]:
     """The trained weights of a run's last checkpoint."""
     settings = [
@@ -99,15 +104,15 @@ def test_a_pair_is_two_samples_with_the_draws_of_both_shared(pipeline: Path, tmp
     pairs = found.trainer.source._pairs
     for group, uid in enumerate(samples.uids):
         target = target_of(pairs[uid].record.prompt)
-        near, far = (samples.latents[2 * group + side].flatten() for side in (0, 1))
+        near, far = (samples.latents.values[2 * group + side].flatten() for side in (0, 1))
         assert (near - target).norm() < (far - target).norm() and torch.equal(
             samples.conditions.tensors["target"][group], target
         )
         with Image.open(pairs[uid].chosen) as image:
             pixels = torch.tensor(image.getpixel((0, 0))[:2]) / 255
         torch.testing.assert_close(near, pixels * 4 - 2)
-    draws = found.trainer.drawn(samples, torch.arange(8), torch.tensor([1.0, -1.0] * 4))
-    sigma, noise = draws.states.sigma, draws.target.flatten(1) + samples.latents.flatten(1)
+    draws = found.trainer.drawn(engine_of(found, samples), samples, torch.arange(8), torch.tensor([1.0, -1.0] * 4))
+    sigma, noise = draws.states.sigma, draws.target.values.flatten(1) + samples.latents.values.flatten(1)
     assert torch.equal(sigma[::2], sigma[1::2]) and len(sigma[::2].unique()) == 4
     torch.testing.assert_close(noise[::2], noise[1::2])  # u = ε − x0
 
@@ -125,7 +130,7 @@ def test_every_pair_comes_once_an_epoch_and_is_encoded_once(
         assert sorted(orders[-1]) == list(range(12)) and encoded == [1] * 24
     assert orders[0] != orders[1]
     again = found.trainer.collect(list(found.task.prompts), 4).samples
-    assert again.uids == tuple(orders[1][4:8]) and again.latents.device.type == "cpu"
+    assert again.uids == tuple(orders[1][4:8]) and again.latents.values.device.type == "cpu"
 
 
 def test_offline_dpo_raises_the_reward_that_labeled_the_pairs(pipeline: Path, tmp_path: Path) -> None:
@@ -157,10 +162,14 @@ def test_the_draws_of_fine_tuning_have_their_minimum_at_the_mean_of_the_data(pip
     goal = torch.tensor([0.6, -0.3])
     found = bed(pipeline, SFT, images_file(tmp_path, lambda prompt: goal, 256), "trainer.draws=16")
     samples = found.trainer.collect([found.task.prompts[0]] * 256, 0).samples
-    images = samples.latents.flatten(1).double()
+    images = samples.latents.values.flatten(1).double()
     assert sorted(samples.uids) == list(range(256)) and (images.mean(0) - goal).norm() < 3 * SPREAD / 16 + STEP
-    draws = found.trainer.drawn(samples, torch.arange(256), torch.ones(256))
-    x, sigma, target = draws.states.x.flatten(1).double(), draws.states.sigma[:, None].double(), draws.target.flatten(1)
+    draws = found.trainer.drawn(engine_of(found, samples), samples, torch.arange(256), torch.ones(256))
+    x, sigma, target = (
+        draws.states.x.flatten(1).double(),
+        draws.states.sigma[:, None].double(),
+        draws.target.values.flatten(1),
+    )
     variance = (1 - sigma) ** 2 * SPREAD**2 + sigma**2
     slope = (sigma - (1 - sigma) * SPREAD**2) / variance
     factor, rest = slope * (1 - sigma) + 1, slope * x - target.double()
@@ -201,7 +210,7 @@ def test_offline_raft_keeps_the_best_of_given_images(pipeline: Path, tmp_path: P
     before, first = found.reward(), found.iteration(0)
     samples = first.batch.samples
     near = (
-        samples.latents.flatten(1)
+        samples.latents.at(torch.arange(256)).flatten(1)
         - torch.stack(
             [target_of(found.trainer.source._rows[uid].record.prompt) for uid in samples.uids for _ in range(8)]
         )
@@ -209,7 +218,7 @@ def test_offline_raft_keeps_the_best_of_given_images(pipeline: Path, tmp_path: P
     assert torch.equal(samples.scores.flatten().reshape(-1, 8).argmax(1), near.reshape(-1, 8).argmin(1))
     assert first.reward_calls == 256 and first.batch.metrics["cost/reward_calls_per_image"] == 1
     assert first.batch.metrics["group/trained_samples"] == 32 and first.evaluations == 32 * 8 and first.rolled == 0
-    assert len({tuple(row.tolist()) for row in samples.latents[:8].flatten(1)}) == 8  # different images
+    assert len({tuple(row.tolist()) for row in samples.latents.values[:8].flatten(1)}) == 8  # different images
     for number in range(1, 20):
         found.iteration(number)
     assert found.reward() > before + 0.07
