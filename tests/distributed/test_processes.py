@@ -44,6 +44,38 @@ def launch(
     return results
 
 
+# of a node: group and number, kept, log-prob, state scores, whether a role is known; each guided state's two metrics
+PER_NODE = {"window": 16 + 1 + 4 + 4, "selected": 16 + 1 + 4 + 4 + 4 + 8 + 1 + 1 + 2 * 4}
+PER_LEAF = 4 + 1 + 4 + 4  # score, valid, uncertainty, a component
+PER_STEP = 7 * 8  # drift, ratio, clipping, norm, and numbers of steps
+FIXED = 1024  # sizes of messages, totals, names
+
+
+def check_messages(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor], plan: str) -> None:
+    """The bytes that each process hands to the collective calls, against those of scores, log-probs, topology and surplus states."""
+
+    def share(group: torch.Tensor) -> int:
+        """Of the process that has more: the others pad."""
+        return max(int((group < 2).sum()), int((group >= 2).sum()))
+
+    state, (edges, left, group) = first["leaves"][0].nbytes, first["trained"]
+    scores = PER_NODE[plan] * share(first["group"]) + PER_LEAF * share(first["group_of_leaf"])
+    for own in (first, second):
+        collected, updated, _, reduced = own["messages"].tolist()
+        assert 0.9 * scores < collected < scores + FIXED
+        assert updated < PER_STEP * len(edges) + FIXED
+        assert collected + updated < 0.01 * int(own["held"][1]) * state  # of what all states would be
+        assert reduced == sum(own[name].nbytes for name in own if "lora" in name)
+    assert second["messages"][2] == 0  # the first process has more than its share of what teaches, and sends the rest
+    surplus = left[group < 2].unique()[-(len(left[group < 2].unique()) - -(-len(left.unique()) // 2)) :]
+    arrived = edges[torch.isin(left, surplus)]
+    others = {"window": 0, "selected": 2}[plan]  # the rollout's velocities and the gradients that guided it
+    sent = len(torch.cat([surplus, arrived]).unique()) + others * len(surplus)
+    prompts = len(group[torch.isin(left, surplus)].unique())
+    assert len(surplus) > 0 and first["messages"][2] <= sent * state + prompts * first["condition"]
+    assert first["messages"][2] >= (len(surplus) + 1) * state
+
+
 @pytest.mark.parametrize(
     ("plan", "states", "padded", "weights"),
     [  # nine states: one process runs one more, with weight 0
@@ -81,8 +113,9 @@ def test_two_processes_equal_one(
         for name in trained:
             assert (own[name] - one[name]).norm() <= 1e-5 * one[name].norm()
             assert one[name].norm() > 0
+    check_messages(first, second, plan)
     for name in first:
-        if name not in ("rows", "held"):
+        if name not in ("rows", "held", "messages"):
             torch.testing.assert_close(
                 first[name], second[name], rtol=0, atol=0, equal_nan=True
             )  # one batch, one gradient

@@ -6,8 +6,10 @@ gradients, start states, counts. sharded: the frozen weights are, as under FSDP2
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -15,6 +17,7 @@ from safetensors.torch import save_file
 
 from flowalign.advantage import Normalized
 from flowalign.data import PromptRecord
+from flowalign.distributed import processes as distributed
 from flowalign.distributed.fsdp2 import shard
 from flowalign.distributed.processes import Processes
 from flowalign.models import LoRA, Size, load_policy
@@ -81,6 +84,22 @@ PLANS = {
 GUIDANCE = {"selected": RewardGuidance(Level(), spsa=Probing(), scale=3.0, log_prob_mean="guided")}
 
 
+def count_messages() -> dict[str, int]:
+    """Bytes that this process hands to the collective calls from now on, by their names."""
+    sent = dict.fromkeys(("gather", "all_to_all", "all_reduce"), 0)
+
+    def counted(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*tensors: Any) -> Any:
+            sent[name] += tensors[name == "all_to_all"].nbytes
+            return call(*tensors)
+
+        return wrapped
+
+    for name in sent:
+        setattr(distributed, name, counted(name, getattr(distributed, name)))
+    return sent
+
+
 def run(pipeline: str, output: Path, plan: str, weights: str) -> None:
     accelerator = Accelerator(cpu=True)
     processes = Processes.of(accelerator)
@@ -106,16 +125,18 @@ def run(pipeline: str, output: Path, plan: str, weights: str) -> None:
         PromptRecord(uid, f'the word "{word}" in red on a white background')
         for uid, word in zip(UIDS, WORDS, strict=True)
     ]
-    before = policy.evaluations
+    before, sent = policy.evaluations, count_messages()
     batch = trainer.collect(prompts, 0)
-    rolled = policy.evaluations - before
+    rolled, collected = policy.evaluations - before, sent["gather"]
+    tree = batch.forest.tree
+    trained = tree.edges[trainer.edge_signal(batch).chosen]
     for update in trainer.updates(batch):
         for micro_batch in update.micro_batches:
             accelerator.backward(micro_batch())
         processes.sum_gradients(parameter for _, parameter in policy.trainable_parameters())
         metrics = {**batch.metrics, **update.after()}
     found = {name: p.grad for name, p in policy.trainable_parameters() if p.grad is not None}
-    forest = batch.forest
+    forest, messages = batch.forest, [collected, sent["gather"] - collected, sent["all_to_all"], sent["all_reduce"]]
 
     def everyones(nodes: torch.Tensor) -> torch.Tensor:
         """The states of `nodes`, each from the process that rolled it out."""
@@ -131,6 +152,11 @@ def run(pipeline: str, output: Path, plan: str, weights: str) -> None:
             "valid": batch.valid,
             "state_scores": forest.scores["level"],
             "uncertainty": batch.uncertainty,
+            "messages": torch.tensor(messages),
+            "trained": torch.stack([trained, tree.parent[trained], tree.group[trained]]),
+            "group": tree.group,
+            "group_of_leaf": tree.group[tree.leaves],
+            "condition": torch.tensor(sum(rows[:1].nbytes for rows in batch.conditions.tensors.values())),
             "held": torch.tensor([len(forest.states), int(forest.kept.sum())]),
             "rows": torch.tensor([rolled, update.micro_batches and len(update.micro_batches)]),
         },
