@@ -1,11 +1,13 @@
-"""FSDP2 for the frozen weights of the trained networks.
+"""FSDP2 for the networks of a policy: the frozen weights beside LoRAs, or all weights where they are trained.
 
 Adapters and their optimizer are small: every process holds them in full, and `Processes.sum_gradients` adds their
-gradients, as without sharding.
+gradients, as without sharding. Of weights that are trained, gradients, optimizer state and averages are sharded as they
+are; each backward adds up the gradients of all processes.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,34 +16,56 @@ from typing import Any
 import torch
 import torch.distributed
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from flowalign.distributed.processes import Processes
 from flowalign.errors import ConfigError
 from flowalign.models import Policy
 
 
-def shard(policy: Policy, processes: Processes, reshard_after_forward: bool = True) -> Processes:
-    """Shards the frozen weights of the policy's networks, once, after its roles were added. Returns processes that
-    synchronize their calls. Blocks are moved to the processes' device one by one, so a network may be on the CPU before.
-    ConfigError for a policy that trains weights which would be sharded."""
-    networks = list(policy.modules().values())
+def shard(
+    policy: Policy, processes: Processes, reshard_after_forward: bool = True, compute: torch.dtype | None = None
+) -> Processes:
+    """Shards the weights of the policy's networks, those of its copies too, once, after its roles were added. Returns processes
+    that synchronize their calls. Blocks are moved to the processes' device one by one, so a network may be on the CPU before.
+
+    Adapters stay whole. compute: the dtype in which trained weights are gathered and called, under autocast; their shards and
+    gradients are fp32. None: their own. ConfigError for a policy that trains adapters and other weights."""
+    networks = policy.networks()
     adapters = {parameter for network in networks for name, parameter in network.named_parameters() if ".lora_" in name}
-    trained = [parameter for network in networks for parameter in network.parameters() if parameter.requires_grad]
-    if not adapters.issuperset(trained):
+    trained = {parameter for network in networks for parameter in network.parameters() if parameter.requires_grad}
+    if adapters and not adapters.issuperset(trained):
         raise ConfigError(
             f"got a policy with {len(trained)} trained tensors and {len(adapters)} adapter tensors; expected networks that are "
-            "frozen but for their adapters: launch with configs/accelerate/multi_gpu.yaml"
+            "frozen but for their adapters, or without any: launch with configs/accelerate/multi_gpu.yaml"
         )
-    mesh = init_device_mesh(torch.device(processes.device).type, (processes.count,))
+    full = bool(trained) and not adapters
+    precision = MixedPrecisionPolicy()
+    if full and compute is not None:
+        precision = MixedPrecisionPolicy(compute, torch.float32, cast_forward_inputs=False)
+    mesh = mesh_of(processes)
     for parameter in adapters:
         parameter.data = parameter.data.to(processes.device)
     for network in networks:
         blocks = [block for part in network.children() if isinstance(part, nn.ModuleList) for block in part]
         for module in (*blocks, network):
-            fully_shard(module, mesh=mesh, ignored_params=adapters, reshard_after_forward=reshard_after_forward)
+            sharded = fully_shard(
+                module, mesh=mesh, ignored_params=adapters, mp_policy=precision,
+                reshard_after_forward=reshard_after_forward or full,  # what is stepped is the shards
+            )  # fmt: skip
+            sharded.set_gradient_divide_factor(1.0)  # losses are divided by the global count already
+            sharded.set_force_sum_reduction_for_comms(True)
     return replace(processes, level=Lockstep(networks, processes.device).level)
+
+
+def mesh_of(processes: Processes) -> DeviceMesh:
+    """All processes; of several machines with several processes each [machines, processes of each]: sharded inside a machine,
+    replicated across them, since a machine's own links are the faster ones."""
+    device, local = torch.device(processes.device).type, int(os.environ.get("LOCAL_WORLD_SIZE", processes.count))
+    if 1 < local < processes.count and processes.count % local == 0:
+        return init_device_mesh(device, (processes.count // local, local), mesh_dim_names=("replicate", "shard"))
+    return init_device_mesh(device, (processes.count,))
 
 
 @dataclass

@@ -7,9 +7,11 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from flowalign.distributed.processes import Processes
+from flowalign.storage.sharded import whole
 
 
 class Stepper(Protocol):
@@ -31,7 +33,7 @@ class Stepper(Protocol):
 @dataclass(frozen=True)
 class Summed:
     """Every process holds the full optimizer. Gradients are summed once per step, so processes may run different numbers of
-    backwards."""
+    backwards. Of sharded parameters (see flowalign.distributed.fsdp2) it holds its part, which each backward sums."""
 
     optimizer: Optimizer
     processes: Processes
@@ -41,8 +43,9 @@ class Summed:
 
     def step(self, max_grad_norm: float) -> float:
         trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        self.processes.sum_gradients(trained)
-        norm = float(torch.nn.utils.clip_grad_norm_(trained, max_grad_norm, foreach=False))
+        self.processes.sum_gradients(parameter for parameter in trained if not isinstance(parameter, DTensor))
+        self.processes.level()
+        norm = float(whole(torch.nn.utils.clip_grad_norm_(trained, max_grad_norm, foreach=False)))
         if norm < float("inf"):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -229,9 +229,9 @@ class Policy(Protocol):
         """Writes the adapter for diffusers and for PEFT; ValueError if the policy has none."""
         ...
 
-    def save_networks(self, folder: Path) -> None:
+    def save_networks(self, folder: Path, write: bool = True) -> None:
         """Writes each network as a folder of diffusers (`from_pretrained`), named after its part of the pipeline; ValueError
-        for a policy with a LoRA, whose networks are not trained."""
+        for a policy with a LoRA, whose networks are not trained. Collective where they are sharded: one process writes."""
         ...
 
     def pipeline_setup(self) -> list[str]:

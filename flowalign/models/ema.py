@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from flowalign.storage.named_tensors import check_same_names
+from flowalign.storage.sharded import sharded_as
 
 
 @dataclass
@@ -66,7 +67,7 @@ class EMA:
         """Copies what `tensors()` gave for a checkpoint into the shadows. CheckpointError naming parameters that differ."""
         check_same_names("EMA", self._shadows, tensors)
         for name, shadow in self._shadows.items():
-            shadow.copy_(tensors[name])
+            shadow.copy_(sharded_as(shadow, tensors[name]))
 
     @torch.no_grad()
     def _write(self, values: Mapping[str, Tensor]) -> None:

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from diffusers import ModelMixin
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import Parameter
 
 import samplers
@@ -22,6 +24,7 @@ from flowalign.models.prompt_store import PromptStore
 from flowalign.models.roles import Role
 from flowalign.models.sampling import in_batches, settle
 from flowalign.models.trained_networks import TrainedNetworks
+from flowalign.storage.sharded import whole
 from samplers import Schedule
 
 Offloadable = Literal["encoders", "vae"]
@@ -229,13 +232,15 @@ class PipelinePolicy:
         for file in sorted(folder.rglob("*.safetensors")):
             order_header(file)
 
-    def save_networks(self, folder: Path) -> None:
+    def save_networks(self, folder: Path, write: bool = True) -> None:
         if self._trained.has_lora:
             raise ValueError(
                 "got save_networks of a policy with a LoRA; expected one that trains full weights: save_lora"
             )
         for name, network in self.model.networks.items():
-            network.save_pretrained(folder / name)
+            found = _unsharded(network, write)
+            if write:
+                found.save_pretrained(folder / name)
 
     def pipeline_setup(self) -> list[str]:
         return self.model.pipeline_setup()
@@ -245,6 +250,20 @@ class PipelinePolicy:
 
     def pipeline_sigmas(self, sigmas: Tensor) -> tuple[list[str], dict[str, Any]]:
         return self.model.pipeline_sigmas(sigmas)
+
+
+def _unsharded(network: ModelMixin, keep: bool) -> ModelMixin:
+    """The network, as diffusers saves it; of one that FSDP2 shards a copy on the CPU, for the process that does `keep` it."""
+    if not isinstance(network, FSDPModule):
+        return network
+    sharded: Any = network
+    tensors = {name: whole(tensor, keep) for name, tensor in sharded.state_dict().items()}
+    bases: tuple[Any, ...] = type(network).__mro__
+    with torch.device("meta"):
+        plain: ModelMixin = bases[bases.index(FSDPModule) + 1].from_config(sharded.config)
+    if keep:
+        plain.load_state_dict(tensors, assign=True)
+    return plain
 
 
 def _parts(model: Model, name: Offloadable) -> Sequence[nn.Module]:

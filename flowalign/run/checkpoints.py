@@ -20,6 +20,7 @@ from flowalign.run.preflight import Saved
 from flowalign.storage import checkpoint
 from flowalign.storage.checkpoint import Tensors
 from flowalign.storage.named_tensors import pack_optimizer, pack_parameters, restore_optimizer, restore_parameters
+from flowalign.storage.sharded import whole
 
 
 @dataclass
@@ -92,6 +93,10 @@ class Checkpoints:
         """After `iteration` iterations. Packing is collective; one process writes."""
         tensors, state = pack(self.policy, list(self.config.roles), optimizers, self.ema)
         state |= {**self.progress.state(), "trainer": self.config.trainer.state(), "prompts": self.digests}
+        tensors = {
+            name: {key: whole(tensor, keep=write) for key, tensor in section.items()}
+            for name, section in tensors.items()
+        }
         if write:
             checkpoint.save(self.folder, iteration, tensors, state, keep=self.config.run.keep_checkpoints)
         self.latest = iteration

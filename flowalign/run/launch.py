@@ -45,11 +45,13 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {  # what accelerate makes of deepspeed_
 class Launch:
     """The run's accelerator, and how weights and optimizer steps are shared out over its processes.
 
-    fsdp: the plugin if the frozen weights are sharded, else None. deepspeed: whether ZeRO-2 takes the optimizer steps."""
+    fsdp: the plugin if the networks are sharded, else None. deepspeed: whether ZeRO-2 takes the optimizer steps. compute: the dtype
+    in which sharded weights that are trained are called, where it is not their own."""
 
     accelerator: Accelerator
     fsdp: FullyShardedDataParallelPlugin | None
     deepspeed: bool
+    compute: torch.dtype | None = None
 
     @staticmethod
     def of(config: TrainConfig, folder: Path) -> Launch:
@@ -63,7 +65,8 @@ class Launch:
         if kind == DistributedType.DEEPSPEED:
             check_deepspeed(accelerator.state.deepspeed_plugin.deepspeed_config)
         check_processes(accelerator.num_processes, config.rollout)
-        return Launch(accelerator, fsdp, kind == DistributedType.DEEPSPEED)
+        compute = torch.bfloat16 if config.policy.dtype == "bf16" else None
+        return Launch(accelerator, fsdp, kind == DistributedType.DEEPSPEED, compute)
 
     @property
     def network_device(self) -> str | None:
@@ -77,8 +80,10 @@ class Launch:
         return torch.device("cpu") if self.deepspeed else None
 
     def shard(self, policy: Policy, processes: Processes) -> Processes:
-        """Shards the policy's frozen weights under FSDP2; the processes to use from then on."""
-        return processes if self.fsdp is None else shard(policy, processes, self.fsdp.reshard_after_forward)
+        """Shards the policy's networks under FSDP2; the processes to use from then on."""
+        if self.fsdp is None:
+            return processes
+        return shard(policy, processes, self.fsdp.reshard_after_forward, self.compute)
 
     def steppers(self, optimizers: Iterable[Optimizer], processes: Processes) -> dict[Optimizer, Stepper]:
         """The Stepper of each optimizer. Weights and optimizer state must be final: ZeRO-2 copies them."""
@@ -142,11 +147,6 @@ def check_launch(
         return
     if plugin.fsdp_version != 2:
         raise ConfigError(f"got accelerate's fsdp_version={plugin.fsdp_version}; expected 2 (see fsdp2.yaml)")
-    if policy.trainable != "lora":
-        raise ConfigError(
-            f"got policy.trainable={policy.trainable} with FSDP2, which shards frozen weights only: set "
-            "policy.trainable=lora, or launch with configs/accelerate/deepspeed_zero2.yaml"
-        )
     ignored = {
         "fsdp_cpu_ram_efficient_loading": plugin.cpu_ram_efficient_loading,  # only rank 0 would get its text encoders
         "fsdp_offload_params": isinstance(plugin.cpu_offload, CPUOffloadPolicy),

@@ -29,12 +29,12 @@ Kind = TypeVar("Kind")
 WEIGHTS = {"lora": "lora", "full": "networks"}  # policy.trainable -> the folder, inside a run's, of what is trained
 
 
-def save_weights(policy: Policy, trainable: str, folder: Path) -> None:
-    """What is trained, for plain diffusers."""
-    if trainable == "lora":
+def save_weights(policy: Policy, trainable: str, folder: Path, *, write: bool = True) -> None:
+    """What is trained, for plain diffusers. write: whether this process does; sharded weights are gathered by all."""
+    if trainable != "lora":
+        policy.save_networks(folder, write)
+    elif write:
         policy.save_lora(folder)
-    else:
-        policy.save_networks(folder)
 
 
 @dataclass(frozen=True)

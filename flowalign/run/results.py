@@ -35,8 +35,8 @@ class Results:
         result = summarize(
             self.config, self.policy, base, tuned, iteration, self.progress.totals, self.progress.elapsed
         )
+        self._save_weights()
         if self.write:
-            self._save_weights()
             print(write_results(self.folder, base, tuned, result), flush=True)
         return result
 
@@ -44,9 +44,8 @@ class Results:
         """After `iteration` iterations, without an evaluation. Returns the line to print. An earlier summary, of fewer
         iterations, is replaced: it is not of these weights."""
         result = summarize_stopped(self.config, self.policy, iteration, self.progress.totals, self.progress.elapsed)
-        left = [self.folder / "report.html"]
+        left = [self.folder / "report.html", *self._save_weights()]
         if self.write:
-            left += self._save_weights()
             write_atomic(self.folder / "summary.json", json.dumps(result, indent=1).encode())
             write_report(self.folder)
         return (
@@ -55,9 +54,10 @@ class Results:
         )
 
     def _save_weights(self) -> list[Path]:
-        """lora/, or networks/ of full weights."""
+        """lora/, or networks/ of full weights. Collective."""
         trainable = self.config.policy.trainable
         folder = self.folder / WEIGHTS[trainable]
         with self.evaluations.averaged():
-            save_weights(self.policy, trainable, folder)
+            self.evaluations.processes.level()
+            save_weights(self.policy, trainable, folder, write=self.write)
         return [folder]

@@ -190,6 +190,7 @@ class Run:
 
     def _save(self, step: int) -> None:
         main, optimizers = self.processes.is_main, self.config.trainer.optimizers
+        self.processes.level()
         full = {name: self.steppers[optimizer].full_optimizer(keep=main) for name, optimizer in optimizers.items()}
         self.checkpoints.save(step, full, write=main)
 

@@ -14,6 +14,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from flowalign.storage.checkpoint import CheckpointError, State, Tensors
+from flowalign.storage.sharded import sharded_as
 
 Named = Iterable[tuple[str, Parameter]]
 
@@ -46,7 +47,7 @@ def restore_parameters(named: Named, tensors: Mapping[str, Tensor]) -> None:
     check_same_names("parameters", parameters, tensors)
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(tensors[name])
+            parameter.copy_(sharded_as(parameter, tensors[name]))
 
 
 def pack_optimizer(optimizer: Optimizer, named: Named) -> tuple[Tensors, State]:
@@ -54,7 +55,7 @@ def pack_optimizer(optimizer: Optimizer, named: Named) -> tuple[Tensors, State]:
 
     Tensors are named `exp_avg/<parameter>`; plain numbers of a parameter's state and the hyper-parameters of the
     groups (learning rate included) are JSON. Raises CheckpointError for a parameter without a name, or a state that
-    is neither tensor nor number. Not for sharded optimizers."""
+    is neither tensor nor number. Sharded tensors stay sharded."""
     names = _names_of(optimizer, named)
     tensors: Tensors = {}
     scalars: dict[str, State] = {}
@@ -106,15 +107,21 @@ def restore_optimizer(
         group.update({k: tuple(v) if isinstance(v, list) else v for k, v in saved[member].items()})
         for parameter in group["params"]:
             if names[parameter] in entries:
-                optimizer.state[parameter] = _copied(entries[names[parameter]], device or parameter.device, group)
+                optimizer.state[parameter] = _copied(
+                    entries[names[parameter]], parameter, device or parameter.device, group
+                )
 
 
-def _copied(entries: State, device: torch.device, group: State) -> State:
-    """Own copies on `device`; torch keeps the scalar `step` on the CPU unless fused or capturable."""
+def _copied(entries: State, parameter: Tensor, device: torch.device, group: State) -> State:
+    """Own copies on `device`, sharded as the parameter is; torch keeps the scalar `step` on the CPU unless fused or capturable."""
     step_device = device if group.get("fused") or group.get("capturable") else torch.device("cpu")
-    return {
+    copies = {
         key: value.to(device if value.ndim else step_device, copy=True) if isinstance(value, Tensor) else value
         for key, value in entries.items()
+    }
+    return {
+        key: sharded_as(parameter, value) if isinstance(value, Tensor) and value.shape == parameter.shape else value
+        for key, value in copies.items()
     }
 
 
