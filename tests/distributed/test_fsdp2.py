@@ -1,4 +1,4 @@
-"""FSDP2 shards what is frozen and changes nothing else: two processes on the CPU, each family, fp32 and bf16."""
+"""FSDP2 shards weights and changes nothing else: two processes on the CPU, each family, fp32 and bf16, LoRA and full weights."""
 
 import json
 import re
@@ -6,6 +6,8 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from shutil import copytree
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,10 +22,11 @@ from flowalign.storage.metrics_log import read_rows, without_time
 from tests.helpers.two_networks import save_pipeline, save_prompts
 
 
-def launch(home: Path, module: str, *arguments: str) -> str:
-    """Runs the module in two processes; what they print."""
+def launch(home: Path, module: str, *arguments: str, count: int = 2) -> str:
+    """Runs the module in two processes, or `count`; what they print."""
+    runner = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"] if count > 1 else []
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", module, *arguments],
+        [sys.executable, *runner, "-m", module, *arguments],
         cwd=Path(__file__).parents[2],
         env={"OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HOME": str(home), "ACCELERATE_USE_CPU": "true"},
         timeout=300, capture_output=True, text=True,
@@ -156,10 +159,67 @@ def test_different_networks_with_gradients_are_refused(monkeypatch: pytest.Monke
         lockstep.networks[1](torch.ones(3, 2))
 
 
-def test_trained_weights_are_not_sharded(tiny_pipeline: Path) -> None:
-    policy = load_policy(str(tiny_pipeline), trainable="full")
-    with pytest.raises(ConfigError, match=r"expected networks that are frozen but for their adapters"):
-        shard(policy, Processes())
+@pytest.mark.parametrize(
+    ("dtype", "kind", "limit", "moved"),
+    [
+        ("fp32", "full", 1e-6, 1e-6),
+        pytest.param("bf16", "full", 1e-2, 0.02, marks=pytest.mark.slow),  # of bf16 rounding
+        pytest.param("fp32", "hybrid", 1e-6, 1e-6, marks=pytest.mark.slow),
+    ],
+)
+def test_trained_weights_are_sharded_and_step_as_whole_ones(
+    tiny_pipeline: Path, tmp_path: Path, dtype: str, kind: str, limit: float, moved: float
+) -> None:
+    """Each process has its part of all networks, roles among them, and of optimizer and average; their gradients add up. hybrid:
+    four processes on two machines, of which each has all parts."""
+    count = 4 if kind == "hybrid" else 2
+    launch(tmp_path, "tests.helpers.sharded_network", str(tiny_pipeline), dtype, str(tmp_path), kind, count=count)
+    everyone = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(count)]
+    assert sum(found["held"] for found in everyone) == pytest.approx(count / 2)
+    for found in everyone:
+        assert found["velocity"] <= limit and found["weights"] <= moved < found["moved"] / 5
+        assert found["norms"] == pytest.approx(found["expected"], rel=max(limit, 1e-5))
+    ours, theirs = (load_file(file) for file in sorted(tmp_path.glob("*/transformer/*.safetensors")))
+    assert ours.keys() == theirs.keys()
+    assert all(float((ours[name] - theirs[name]).norm()) <= 2 * moved * float(theirs[name].norm()) for name in ours)
+    configs = [json.loads(file.read_text()) for file in sorted(tmp_path.glob("*/transformer/config.json"))]
+    assert configs[0] == configs[1]
+
+
+@pytest.mark.slow
+def test_a_run_that_trains_all_weights_is_the_same_sharded_and_resumes(tiny_pipeline: Path, tmp_path: Path) -> None:
+    """Three iterations in two processes, in one, and in two that stop after two, of which either goes on."""
+    settings = (
+        "tests/data/tiny.yaml", f"policy.path={tiny_pipeline}", "policy.trainable=full", "policy.reference_copy=true",
+        "run.ema_decay=0.5", "rollout.groups=3", "evaluation.count=3", "evaluation.batch_size=1", "rollout.micro_batch=1",
+    )  # fmt: skip
+
+    def run(weights: str, name: str, *changes: str, count: int = 2) -> dict[str, dict[str, torch.Tensor]]:
+        output = tmp_path / name
+        launch(tmp_path, "tests.helpers.sharded_run", weights, *settings, f"run.output={output}", *changes, count=count)
+        step = output / "tiny" / "checkpoints" / ("step-2" if changes else "step-3")
+        files = {file.stem: load_file(file) for file in step.glob("*.safetensors")}
+        return files | {"networks": load_file(next((output / "tiny" / "networks").rglob("*.safetensors")))}
+
+    sharded, one = run("fsdp2", "two"), run("replicated", "one", count=1)
+    run("fsdp2", "stopped", "run.iterations=2")
+    copytree(tmp_path / "stopped", tmp_path / "stopped too")
+    assert sharded.keys() == one.keys() == {"role_policy", "optimizer_policy", "ema", "networks"}
+    for part, found in run("fsdp2", "stopped").items():
+        assert all(torch.equal(found[name], tensor) for name, tensor in sharded[part].items())
+    for others in (one, run("replicated", "stopped too", count=1)):
+        for part, found in others.items():
+            for name, tensor in found.items():
+                assert float((sharded[part][name] - tensor).norm()) <= 1e-5 * float(tensor.norm())
+
+
+def test_adapters_beside_trained_weights_are_refused() -> None:
+    network = torch.nn.ModuleDict(
+        {"base": torch.nn.Linear(2, 2), "a": torch.nn.ModuleDict({"lora_A": torch.nn.Linear(2, 2)})}
+    )
+    policy = SimpleNamespace(networks=lambda: [network])
+    with pytest.raises(ConfigError, match=r"expected networks that are frozen but for their adapters, or without any"):
+        shard(policy, Processes())  # type: ignore[arg-type]
 
 
 def test_a_network_that_will_be_sharded_is_loaded_on_another_device(tiny_pipeline: Path) -> None:
