@@ -12,7 +12,8 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Deal:
-    """n items, each on one process. rows: of each process, its items; all processes know them all. rank: which one this is."""
+    """n items, each on one process. rows: of each process, its items, ascending; all processes know them all. rank: which one this
+    is."""
 
     rank: int
     rows: tuple[Tensor, ...]
@@ -30,7 +31,7 @@ class Deal:
         rows, begin = [], 0
         for each, items in enumerate(own):
             end = begin + max(0, quota[each] - len(items))
-            rows.append(torch.cat([items[: quota[each]], left[begin:end]]))
+            rows.append(torch.cat([items[: quota[each]], left[begin:end]]).sort().values)
             begin = end
         return Deal(rank, tuple(rows))
 
@@ -38,10 +39,10 @@ class Deal:
         """n."""
         return sum(len(items) for items in self.rows)
 
-    @cached_property
+    @property
     def mine(self) -> Tensor:
-        """The items of this process, ascending."""
-        return self.rows[self.rank].sort().values
+        """The items of this process."""
+        return self.rows[self.rank]
 
     @cached_property
     def padded(self) -> tuple[Tensor, ...]:

@@ -32,8 +32,8 @@ def _nothing() -> None:
 
 @dataclass(frozen=True)
 class Processes:
-    """`count` processes, of which this is number `rank`; by default the only one. Every method but `shares`, `owners`
-    and `deal` is collective: all processes must call it, in the same order. Each begins with `level`."""
+    """`count` processes, of which this is number `rank`; by default the only one. Every method but `shares`,
+    `groups`, `owners` and `deal` is collective: all processes must call it, in the same order. Each begins with `level`."""
 
     rank: int = 0
     count: int = 1
@@ -56,10 +56,14 @@ class Processes:
         """This process's block."""
         return self.shares(n)[self.rank]
 
-    def owners(self, items: Tensor, n: int) -> Tensor:
-        """[k] the process whose block has each of `items` [k] of `n`."""
-        ends = torch.tensor([share.stop for share in self.shares(n)])
-        return torch.searchsorted(ends, items, right=True)
+    def groups(self, n: int) -> range:
+        """This process's groups of the `n` of an iteration, dealt in turn: so each has its part of any run of them, such as those of
+        one update."""
+        return range(self.rank, n, self.count)
+
+    def owners(self, groups: Tensor) -> Tensor:
+        """[k] the process that has each of `groups` [k]."""
+        return groups % self.count
 
     def deal(self, owner: Tensor) -> Deal:
         """Who works on which of n items that lie on the processes `owner` [n], see Deal."""

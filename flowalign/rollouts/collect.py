@@ -72,7 +72,7 @@ def collect(
     itself (a plan that selects, reward guidance). Groups without the score of a leaf are rolled out again, with other noise,
     up to rollout.refill times."""
     processes, rows_before, before = task.processes, task.policy.evaluations, replace(task.counts)
-    share = processes.share(len(prompts))
+    share = processes.groups(len(prompts))
     rolling = Rolling(task, prompts, iteration, roll or rollout, keep_velocities)
     forest, output, refilled = _scored(rolling, task, prompts, iteration, share)
     rows = processes.total(task.policy.evaluations - rows_before)
@@ -121,9 +121,9 @@ def _scored(
     rolling.check_states()
     forest = parts[0].forest
     if len(parts) > 1:
-        forest, order = joined(grow(task.rollout, task.seed, iteration, share), share.start, parts)
+        forest, order = joined(grow(task.rollout, task.seed, iteration, share), share, parts)
         output = at_rows(output, order)
-    texts = [prompts[share.start + group].prompt for group in forest.tree.group[forest.tree.leaves].tolist()]
+    texts = [prompts[share[group]].prompt for group in forest.tree.group[forest.tree.leaves].tolist()]
     check_rate(task.reward.name, output, texts, list(range(len(texts))), MAX_FAIL_RATE)  # of what no refill could mend
     return forest, output, refilled
 

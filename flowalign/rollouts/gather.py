@@ -21,8 +21,8 @@ from samplers.forest import ELSEWHERE
 
 def gather_tree(processes: Processes, tree: Tree, mine: Tree) -> Tree:
     """The nodes of `tree`, the plan of all groups, that selection kept on any process; `mine`: those of this one's share."""
-    begin = processes.share(tree.num_groups).start
-    kept = processes.gather(torch.stack([mine.group + begin, mine.local], 1))
+    number = torch.tensor(processes.groups(tree.num_groups))
+    kept = processes.gather(torch.stack([number[mine.group], mine.local], 1))
     span = int(tree.local.max()) + 1
     stays = torch.isin(tree.group * span + tree.local, kept[:, 0] * span + kept[:, 1])
     return tree if bool(stays.all()) else tree.keep(stays)
@@ -35,7 +35,7 @@ def gather_forest(processes: Processes, tree: Tree, forest: Forest) -> Forest:
     evaluations, previews = (round(processes.total(count)) for count in (forest.evaluations, forest.previews))
     gathered = {name: processes.gather(values) for name, values in sorted(columns.items())}
     whole = {name: _placed(nodes, values) for name, values in gathered.items()}
-    mine = (processes.owners(tree.group, tree.num_groups) == processes.rank).nonzero().flatten()
+    mine = (processes.owners(tree.group) == processes.rank).nonzero().flatten()
 
     def rows_of(known: Tensor, own: Tensor) -> Tensor:
         return torch.where(known, ELSEWHERE, -1).index_copy(0, mine, own)
@@ -52,12 +52,11 @@ def gather_forest(processes: Processes, tree: Tree, forest: Forest) -> Forest:
 
 def encoded(task: Task, prompts: Sequence[PromptRecord], *, negative: bool) -> Conditions:
     """The conditions of the prompts; each process encodes those of its share of them, see Conditions.row."""
-    share, count = task.processes.share(len(prompts)), len(prompts)
-    own = task.policy.encode([prompts[number] for number in share], negative=negative)
-    if len(share) == count:
+    processes = task.processes
+    own = task.policy.encode([prompts[number] for number in processes.groups(len(prompts))], negative=negative)
+    if processes.count == 1:
         return own
-    here = torch.zeros(count, dtype=torch.bool)
-    here[share.start : share.stop] = True
+    here = processes.owners(torch.arange(len(prompts))) == processes.rank
     return own.each(lambda rows: Rows.of(rows.values, here))
 
 
@@ -88,13 +87,13 @@ class Part:
         return replace(self, stays=stays if self.stays is None else stays & self.stays)
 
 
-def joined(tree: Tree, first: int, parts: Sequence[Part]) -> tuple[Forest, Tensor]:
-    """The forest of `tree`, whose groups are the prompts first, first + 1, …, from parts that hold each of them once; and the
+def joined(tree: Tree, numbers: Sequence[int], parts: Sequence[Part]) -> tuple[Forest, Tensor]:
+    """The forest of `tree`, whose groups are the prompts `numbers`, ascending, from parts that hold each of them once; and the
     order [L] in which the leaves of the parts, one after the other, are those of `tree`."""
-    counted = []
+    counted, prompt = [], torch.tensor(list(numbers))[tree.group]
     for part in parts:
         group = part.numbers[part.forest.tree.group[part.nodes]]
-        counted.append((torch.isin(tree.group + first, group)).nonzero().flatten())
+        counted.append(torch.isin(prompt, group).nonzero().flatten())
     nodes = torch.cat(counted)
     all_columns = [_columns(part.forest, part.nodes) for part in parts]
     columns = {name: torch.cat([each[name] for each in all_columns]) for name in all_columns[0]}
@@ -183,5 +182,4 @@ def _all_names(processes: Processes, own: Iterable[str]) -> list[str]:
 
 def _by_process(processes: Processes, tree: Tree) -> Tensor:
     """[N] the nodes of `tree`: those of the first process's groups, then the second's, and so on."""
-    shares = processes.shares(tree.num_groups)
-    return torch.cat([((tree.group >= s.start) & (tree.group < s.stop)).nonzero().flatten() for s in shares])
+    return processes.owners(tree.group).argsort(stable=True)

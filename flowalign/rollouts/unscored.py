@@ -74,7 +74,7 @@ def roll_out(
 
     roll, keep_velocities: as `collect`."""
     processes, before, began = task.processes, task.policy.evaluations, time.perf_counter()
-    share = processes.share(len(prompts))
+    share = processes.groups(len(prompts))
     parts = []
     for sampler in dict.fromkeys(samplers[group] for group in share):
         settings = replace(task.rollout, guidance_scale=sampler.guidance_scale)
@@ -84,7 +84,7 @@ def roll_out(
             parts.append(rolling.part([group for group in share if samplers[group] == sampler]))
     forest = parts[0].forest
     if len(parts) > 1:
-        forest, _ = joined(grow(task.rollout, task.seed, iteration, share), share.start, parts)
+        forest, _ = joined(grow(task.rollout, task.seed, iteration, share), share, parts)
     if processes.count > 1:
         whole = grow(task.rollout, task.seed, iteration, range(len(prompts)))
         forest = gather_forest(processes, whole, forest)

@@ -231,7 +231,7 @@ def _given(
     began, settings, uids = time.perf_counter(), task.rollout, tuple(record.uid for record in records)
     conditions = encoded(task, records, negative=settings.guidance_scale != 1)
     places = _places(len(records), len(files) // len(records))
-    here = task.processes.owners(places.group, len(records)) == task.processes.rank
+    here = task.processes.owners(places.group) == task.processes.rank
     own = store.of(task, [files[number] for number in here.nonzero().flatten().tolist()])
     latents = Rows.of(own.to(next(iter(conditions.tensors.values())).device), here)
     seconds = {"time/encode": time.perf_counter() - began}

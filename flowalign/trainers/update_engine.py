@@ -140,19 +140,18 @@ class UpdateEngine:
     def deal(self, group: Tensor) -> Deal:
         """Who trains which of the states of the groups `group` [S]: see Deal; with the conditions of those that this process gets.
         Collective. The conditions are a row for each group, or several times that."""
-        processes, groups = self.task.processes, self.groups or len(self.conditions)
-        deal = processes.deal(processes.owners(group, groups))
+        processes, deal = self.task.processes, self.task.processes.deal(self.task.processes.owners(group))
         if processes.count > 1:
-            of_row = torch.arange(len(self.conditions)) % groups
+            of_row = torch.arange(len(self.conditions)) % (self.groups or len(self.conditions))
             wanted = [torch.isin(of_row, each).nonzero().flatten() for each in deal.wanted(group)]
-            owner = processes.owners(of_row, groups)
+            owner = processes.owners(of_row)
             self.conditions = self.conditions.each(lambda rows: processes.bring(rows, owner, wanted))
         return deal
 
     def bring(self, rows: Rows, group: Tensor, wanted: Sequence[Tensor]) -> Rows:
         """`rows` [N] with what each process wants of them (see Processes.bring), each from the process of its group [N]."""
         processes = self.task.processes
-        return processes.bring(rows, processes.owners(group, self.groups or len(self.conditions)), wanted)
+        return processes.bring(rows, processes.owners(group), wanted)
 
     def bring_states(self, forest: Forest, nodes: Sequence[Tensor], edges: Sequence[Tensor]) -> Forest:
         """The forest with, on each process, the states of its `nodes`, what the rollout found at them (its velocities, the

@@ -84,7 +84,7 @@ def test_a_sharded_run_is_the_same_run(tiny_pipeline: Path, tmp_path: Path, netw
             "evaluation.batch_size=1", *extra,
         )  # fmt: skip
     dummy_calls = sorted(int(number) for number in re.findall(r"dummy calls: (\d+)", printed["fsdp2"]))
-    assert dummy_calls[1] > 0 and (dummy_calls[0] == 0) == (networks == 1)
+    assert dummy_calls[0] > 0  # the first process has more groups, the second more images to evaluate
     folders = [tmp_path / weights / "tiny" for weights in ("replicated", "fsdp2")]
     rows = [[without_time(row) for row in read_rows(folder / "metrics.jsonl")] for folder in folders]
     assert rows[0] == rows[1]
@@ -209,8 +209,8 @@ def test_a_run_that_trains_all_weights_is_the_same_sharded_and_resumes(tiny_pipe
         assert all(torch.equal(found[name], tensor) for name, tensor in sharded[part].items())
     for others in (one, run("replicated", "stopped too", count=1)):
         for part, found in others.items():
-            for name, tensor in found.items():
-                assert float((sharded[part][name] - tensor).norm()) <= 1e-5 * float(tensor.norm())
+            ours, theirs = (torch.cat([each[name].flatten() for name in found]) for each in (sharded[part], found))
+            assert float((ours - theirs).norm()) <= 1e-5 * float(theirs.norm())
 
 
 def test_adapters_beside_trained_weights_are_refused() -> None:

@@ -23,8 +23,23 @@ def test_shares_and_deals_cover_everything_once(count: int, n: int) -> None:
         assert {len(deal.mine) for deal in deals} <= {n // count, -(-n // count)}
         assert {len(deal.padded[deal.rank]) for deal in deals} == {-(-n // count)}  # every process runs as many
         for rank, deal in enumerate(deals):
+            assert deal.mine.tolist() == sorted(deal.mine.tolist())  # as numbers of states are put together
             held = int((owner == rank).sum())
             assert int((owner[deal.mine] == rank).sum()) >= min(held, n // count)  # what it has stays
+
+
+@pytest.mark.parametrize("updates", [1, 2, 4])
+def test_equal_trees_stay_where_they_are_whatever_an_update_takes(updates: int) -> None:
+    """Eight groups of six states on two processes; an update takes a run of the groups, as trainers do."""
+    group = torch.arange(8).repeat(6)
+    everyone = [Processes(rank, 2) for rank in range(2)]
+    assert sorted(number for each in everyone for number in each.groups(8)) == list(range(8))
+    for update in range(updates):
+        own = group[group // (8 // updates) == update]
+        for each in everyone:
+            owner = each.owners(own)
+            assert bool((owner[each.deal(owner).mine] == each.rank).all())
+            assert set(own[owner == each.rank].tolist()) <= set(each.groups(8))
 
 
 def launch(
@@ -56,7 +71,7 @@ def check_messages(first: dict[str, torch.Tensor], second: dict[str, torch.Tenso
 
     def share(group: torch.Tensor) -> int:
         """Of the process that has more: the others pad."""
-        return max(int((group < 2).sum()), int((group >= 2).sum()))
+        return max(int((group % 2 == 0).sum()), int((group % 2).sum()))
 
     state, (edges, left, group) = first["leaves"][0].nbytes, first["trained"]
     scores = PER_NODE[plan] * share(first["group"]) + PER_LEAF * share(first["group_of_leaf"])
@@ -67,7 +82,8 @@ def check_messages(first: dict[str, torch.Tensor], second: dict[str, torch.Tenso
         assert collected + updated < 0.01 * int(own["held"][1]) * state  # of what all states would be
         assert reduced == sum(own[name].nbytes for name in own if "lora" in name)
     assert second["messages"][2] == 0  # the first process has more than its share of what teaches, and sends the rest
-    surplus = left[group < 2].unique()[-(len(left[group < 2].unique()) - -(-len(left.unique()) // 2)) :]
+    own = left[group % 2 == 0].unique()
+    surplus = own[-(-len(left.unique()) // 2) :]
     arrived = edges[torch.isin(left, surplus)]
     others = {"window": 0, "selected": 2}[plan]  # the rollout's velocities and the gradients that guided it
     sent = len(torch.cat([surplus, arrived]).unique()) + others * len(surplus)

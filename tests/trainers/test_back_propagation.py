@@ -175,7 +175,7 @@ def test_two_processes_share_the_samples_and_pad_without_weight(
         task = replace(bed.task, processes=processes)
         bed.trainer.prepare(task, {"updates": 0})
         batch = bed.trainer.collect(list(task.prompts)[:3], 0)
-        assert len(next(iter(batch.conditions.tensors.values()))) == (1, 2)[processes.rank]
+        assert len(next(iter(batch.conditions.tensors.values()))) == (2, 1)[processes.rank]
         (update,) = bed.trainer.updates(batch)
         for micro_batch in update.micro_batches:
             micro_batch().backward()
