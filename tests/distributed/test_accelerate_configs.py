@@ -22,8 +22,13 @@ TINY = str(Path(__file__).parents[1] / "data" / "tiny.yaml")
 FACTS = {
     "multi_gpu": {"distributed_type": DistributedType.MULTI_GPU, "num_machines": 1, "gpu_ids": "all"},
     "multi_node": {
-        "distributed_type": DistributedType.MULTI_GPU, "num_machines": 2, "num_processes": 16, "main_process_port": 29500,
+        "distributed_type": DistributedType.MULTI_GPU, "num_machines": 8, "num_processes": 64, "main_process_port": 29500,
         "rdzv_backend": "static", "gpu_ids": "all",
+    },
+    "single_gpu": {"distributed_type": DistributedType.NO, "num_machines": 1, "num_processes": 1},
+    "fsdp2_multi_node": {
+        "distributed_type": DistributedType.FSDP, "num_machines": 8, "num_processes": 64, "main_process_port": 29500,
+        "rdzv_backend": "static",
     },
     "fsdp2": {"distributed_type": DistributedType.FSDP, "num_machines": 1},
     "deepspeed_zero2": {"distributed_type": DistributedType.DEEPSPEED, "num_machines": 1},
@@ -73,7 +78,7 @@ def test_accelerate_reads_the_file_as_intended(monkeypatch: pytest.MonkeyPatch, 
     )  # the launcher itself takes any key here
     given = environment(name)
     assert given["ACCELERATE_MIXED_PRECISION"] == "no"
-    assert (given.get("ACCELERATE_USE_FSDP") == "true") == (name == "fsdp2")
+    assert (given.get("ACCELERATE_USE_FSDP") == "true") == name.startswith("fsdp2")
     assert (given.get("ACCELERATE_USE_DEEPSPEED") == "true") == (name == "deepspeed_zero2")
     monkeypatch.setattr(launch, "is_deepspeed_available", lambda: True)
     monkeypatch.setattr(launch, "compare_versions", lambda *asked: False)
