@@ -9,7 +9,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from flowalign.distributed import processes as distributed
 from flowalign.distributed.processes import Processes
+from tests.helpers.thread_processes import on_processes
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
@@ -40,6 +42,43 @@ def test_equal_trees_stay_where_they_are_whatever_an_update_takes(updates: int) 
             owner = each.owners(own)
             assert bool((owner[each.deal(owner).mine] == each.rank).all())
             assert set(own[owner == each.rank].tolist()) <= set(each.groups(8))
+
+
+def test_gradients_are_summed_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In messages of at most 64 bytes, or of one tensor; of several dtypes; of a parameter that one process reached, and of one that
+    none did. Bit for bit the sum of the two."""
+    shapes = [(3, 2), (2,), (40,), (3,), (1,), (5,)]
+    grads = {
+        rank: [torch.randn(shape, generator=torch.Generator().manual_seed(rank)) for shape in shapes] for rank in (0, 1)
+    }
+    monkeypatch.setattr(distributed, "BUCKET", 64)
+    messages: list[int] = []
+
+    def work(processes: Processes) -> list[torch.Tensor | None]:
+        parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
+        parameters[3].data = parameters[3].data.double()
+        for parameter, grad in zip(parameters[:-1], grads[processes.rank], strict=False):
+            parameter.grad = grad.to(parameter.dtype, copy=True)
+        if processes.rank == 0:
+            parameters[4].grad = None
+        places = [None if p.grad is None else p.grad.data_ptr() for p in parameters]
+        reduce = distributed.all_reduce
+        if processes.rank == 0:
+            monkeypatch.setattr(distributed, "all_reduce", lambda sent: messages.append(sent.nbytes) or reduce(sent))
+        processes.wait()
+        processes.sum_gradients(parameters)
+        assert all(
+            place in (None, p.grad.data_ptr())
+            for place, p in zip(places, parameters, strict=True)
+            if p.grad is not None
+        )
+        return [p.grad for p in parameters]
+
+    for *found, one_alone, nobody in on_processes(2, work, monkeypatch):
+        for grad, first, second in zip(found, grads[0], grads[1], strict=False):
+            assert torch.equal(grad, first.to(grad.dtype) + second.to(grad.dtype))
+        assert torch.equal(one_alone, grads[1][4]) and nobody is None
+    assert messages[::2] == [32, 160, 24, 4]
 
 
 def launch(

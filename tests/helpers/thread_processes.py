@@ -35,6 +35,9 @@ def on_processes(count: int, work: Callable[[Processes], T], monkeypatch: pytest
         assert len(parts) == sum(sizes_in)
         into.copy_(parts)
 
+    def all_reduce(rows: Tensor) -> None:
+        rows.copy_(exchanged(rows.clone(), lambda all_rows: torch.stack(all_rows).sum(0)))
+
     def run(rank: int) -> T:
         own.rank = rank
         try:
@@ -45,5 +48,6 @@ def on_processes(count: int, work: Callable[[Processes], T], monkeypatch: pytest
 
     monkeypatch.setattr(distributed, "gather", gather)
     monkeypatch.setattr(distributed, "all_to_all", all_to_all)
+    monkeypatch.setattr(distributed, "all_reduce", all_reduce)
     with ThreadPoolExecutor(count) as pool:
         return list(pool.map(run, range(count)))
