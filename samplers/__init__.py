@@ -18,7 +18,7 @@ from samplers.draws import (
     SquareRootSigma,
     UniformSigma,
 )
-from samplers.forest import Forest, Rows
+from samplers.forest import Forest, Held
 from samplers.forest_file import load_forest, save_forest
 from samplers.kernels import (
     CPS,
@@ -112,6 +112,6 @@ __all__ = [
     "Fixed", "Position", "Random", "Sliding",
     "KeyedNoise", "generator", "normal",
     "GridSigma", "LogitNormalSigma", "SampleKeys", "ShiftedUniform", "SigmaLaw", "SquareRootSigma", "UniformSigma",
-    "Forest", "Rows", "load_forest", "save_forest", "Noise", "Velocity", "rollout",
+    "Forest", "Held", "load_forest", "save_forest", "Noise", "Velocity", "rollout",
     "Unrolled", "straight_through", "unroll",
 ]  # fmt: skip

@@ -13,7 +13,7 @@ ELSEWHERE = -2  # in a row map: another process has it
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
+class Held:
     """What N nodes (or states, samples, …) have of the size of a latent, such as one role's velocities: `values` [K, *], as far as
     this process has them. row [N]: the row of each in it; -1: there is none, ELSEWHERE: another process has it."""
 
@@ -21,9 +21,9 @@ class Rows:
     values: Tensor
 
     @staticmethod
-    def of(values: Tensor, here: Tensor) -> "Rows":
+    def of(values: Tensor, here: Tensor) -> "Held":
         """`values` [K, *] of those where `here` [N], in their order; another process has the others."""
-        return Rows(torch.where(here, here.cumsum(0) - 1, ELSEWHERE), values)
+        return Held(torch.where(here, here.cumsum(0) - 1, ELSEWHERE), values)
 
     def __len__(self) -> int:
         return len(self.row)
@@ -43,14 +43,14 @@ class Rows:
             )
         return self.values[rows.to(self.values.device)]
 
-    def pick(self, index: Tensor) -> "Rows":
+    def pick(self, index: Tensor) -> "Held":
         """Those of `index` [n], here or not; nothing is copied."""
-        return Rows(self.row[index], self.values)
+        return Held(self.row[index], self.values)
 
-    def kept(self, alive: Tensor) -> "Rows":
+    def kept(self, alive: Tensor) -> "Held":
         """Those at the nodes of the mask `alive` [N], renumbered as Tree.keep does."""
         row, known = self.row[alive], self.row[alive] >= 0
-        return Rows(torch.where(known, known.cumsum(0) - 1, -1), self.values[row[known].to(self.values.device)])
+        return Held(torch.where(known, known.cumsum(0) - 1, -1), self.values[row[known].to(self.values.device)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +60,7 @@ class Forest:
     states [K, *]: those that are needed again (roots, both ends of every stochastic step, nodes without children; all
     with `keep="all"`), in the storage dtype; row [N]: the row of a node's state in it (-1: not kept). log_prob [N]: of the step that arrived
     at a node, under the policy that rolled out, taken after the storage cast; nan where the step is deterministic.
-    Of a forest that several processes rolled out, states and velocities stay where they are: see Rows.
+    Of a forest that several processes rolled out, states and velocities stay where they are: see Held.
     evaluations: network rows of the rollout. previews: states that it completed for a selection. sigmas, kernel: those of
     the rollout, which every replay uses.
     velocities: of other networks (reference, old, teacher, …) at its states, by role. scores: of states (a latent
@@ -75,7 +75,7 @@ class Forest:
     log_prob: Tensor
     evaluations: int
     previews: int = 0
-    velocities: Mapping[str, Rows] = field(default_factory=dict)
+    velocities: Mapping[str, Held] = field(default_factory=dict)
     scores: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -137,13 +137,13 @@ class Forest:
                 f"got velocities {list(values.shape)} for {len(nodes)} nodes ({len(nodes.unique())} distinct) and "
                 f"states {list(self.states.shape[1:])}; expected one row per distinct node"
             )
-        return self.with_role(role, nodes, Rows(torch.arange(len(nodes)), values.detach()))
+        return self.with_role(role, nodes, Held(torch.arange(len(nodes)), values.detach()))
 
-    def with_role(self, role: str, nodes: Tensor, found: Rows) -> "Forest":
+    def with_role(self, role: str, nodes: Tensor, found: Held) -> "Forest":
         """As `with_velocities`, of which this process may have some."""
         row = torch.full((len(self.tree),), -1, dtype=torch.int64)
         row[nodes] = found.row
-        return replace(self, velocities={**self.velocities, role: Rows(row, found.values)})
+        return replace(self, velocities={**self.velocities, role: Held(row, found.values)})
 
     def with_scores(self, name: str, values: Tensor) -> "Forest":
         """This forest with `values` [N] (nan = not scored) as the states' scores called `name`; set once."""

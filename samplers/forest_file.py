@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from samplers.forest import Forest, Rows
+from samplers.forest import Forest, Held
 from samplers.kernels.base import Kernel
 from samplers.trees import Tree
 
@@ -60,7 +60,7 @@ def load_forest(path: Path, kernel: Kernel | None = None) -> Forest:
         kernel=_rebuild(header["kernel"], kernel),
         evaluations=header["evaluations"],
         previews=header["previews"],
-        velocities={role: Rows(**_under(f"velocities/{role}/", tensors)) for role in sorted(roles)},
+        velocities={role: Held(**_under(f"velocities/{role}/", tensors)) for role in sorted(roles)},
         scores=_under("scores/", tensors),
         **{name: tensors[name] for name in _COLUMNS},
     )

@@ -21,7 +21,7 @@ from torch.distributed import all_to_all_single as all_to_all
 from torch.nn import Parameter
 
 from flowalign.distributed.deal import Deal
-from samplers import Rows
+from samplers import Held
 
 BUCKET = 25 * 2**20  # bytes of small gradients that are summed in one message
 
@@ -86,7 +86,7 @@ class Processes:
         """The sum over processes."""
         return float(self.gather(torch.tensor([value], dtype=torch.float64)).sum())
 
-    def bring(self, rows: Rows, owner: Tensor, wanted: Sequence[Tensor]) -> Rows:
+    def bring(self, rows: Held, owner: Tensor, wanted: Sequence[Tensor]) -> Held:
         """`rows` with, on each process r, those of wanted[r] too: sent by the process owner [N] that has them. All processes know
         what each of them wants; nothing is sent where none lacks any."""
         lacking = [items[owner[items] != rank] for rank, items in enumerate(wanted)]
@@ -99,7 +99,7 @@ class Processes:
         arriving = outgoing.new_empty((len(lacking[self.rank]), *outgoing.shape[1:]))
         all_to_all(arriving, outgoing, [len(items) for items in come], [len(items) for items in sent])
         row = rows.row.index_copy(0, torch.cat(come), len(rows.values) + torch.arange(len(arriving)))
-        return Rows(row, torch.cat([rows.values, arriving.to(rows.values.device)]))
+        return Held(row, torch.cat([rows.values, arriving.to(rows.values.device)]))
 
     def sum_gradients(self, parameters: Iterable[Parameter]) -> None:
         """Adds up the gradients, in place; a parameter that no process reached keeps None. Small ones travel together."""

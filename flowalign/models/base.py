@@ -18,7 +18,7 @@ import samplers
 from flowalign.data import PromptRecord
 from flowalign.models.images import Images
 from flowalign.models.roles import Role
-from samplers import Rows, Schedule
+from samplers import Held, Schedule
 
 
 @dataclass(frozen=True)
@@ -81,10 +81,10 @@ class Conditions:
         tensors = {name: tensor[place.to(tensor.device)] for name, tensor in self.tensors.items()}
         return Conditions(tensors, None if self.negative is None else self.negative.rows(index))
 
-    def each(self, change: Callable[[Rows], Rows]) -> Conditions:
+    def each(self, change: Callable[[Held], Held]) -> Conditions:
         """With every tensor, those of `negative` among them, changed in the same way."""
         row = torch.arange(len(self)) if self.row is None else self.row
-        changed = {name: change(Rows(row, tensor)) for name, tensor in self.tensors.items()}
+        changed = {name: change(Held(row, tensor)) for name, tensor in self.tensors.items()}
         negative = None if self.negative is None else self.negative.each(change)
         tensors = {name: rows.values for name, rows in changed.items()}
         return Conditions(tensors, negative, next(iter(changed.values())).row)

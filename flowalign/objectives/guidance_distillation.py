@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 from flowalign.objectives.supervision import Targets, check_fade, faded
-from samplers import Forest, Path, Rows
+from samplers import Forest, Path, Held
 from samplers.kernels.base import spread
 from samplers.kernels.guided import GRADIENTS, RATE
 
@@ -73,4 +73,4 @@ class GuidanceDistillation:
         if self.target == "marginal":
             factor = -(sigma / (1 - sigma)).clamp(max=self.max_odds) / self.beta
         moved = old + spread(factor.to(old), old) * gradient.to(old)
-        return Targets(nodes, Rows.of(moved, here), sigma.new_ones(len(nodes)))
+        return Targets(nodes, Held.of(moved, here), sigma.new_ones(len(nodes)))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flowalign.objectives.supervision import Targets, check_fade, faded
-from samplers import Forest, Path, Rows, sampled
+from samplers import Forest, Path, Held, sampled
 from samplers.kernels.base import spread
 
 
@@ -77,7 +77,7 @@ class LayerTuning:
         if self.target == "best_leaf_fm":
             here = (forest.row[states] >= 0) & (forest.row[ends] >= 0)
             x = forest.at(states[here])
-            velocity = Rows.of((x - forest.at(ends[here])) / spread(forest.sigma(states[here]).to(x), x), here)
+            velocity = Held.of((x - forest.at(ends[here])) / spread(forest.sigma(states[here]).to(x), x), here)
         elif "old" in forest.velocities:
             velocity = forest.velocities["old"].pick(beside)
         else:

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from samplers import Kernel, Path, Rows
+from samplers import Kernel, Path, Held
 from samplers.kernels.base import spread
 
 Form = Literal["kl", "ode", "mean", "velocity", "x0"]
@@ -92,7 +92,7 @@ class Pull:
     """A term of a loss over S states: Σ_s weight_s · error(v_s, velocity_s). velocity [S, *] is a constant, of which this process
     has some; weight [S] >= 0, which holds everything else: the form's w, the share of the state, a scale, the division by the count."""
 
-    velocity: Rows
+    velocity: Held
     weight: Tensor
     match: Match = Match("velocity")
 

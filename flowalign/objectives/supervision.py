@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flowalign.objectives.matching import mean_square
-from samplers import Forest, Path, Rows
+from samplers import Forest, Path, Held
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,7 +17,7 @@ class Targets:
     """Target velocities [S, *] at the states `nodes` [S], each with a `weight` [S] >= 0; of the velocities a process has some."""
 
     nodes: Tensor
-    velocity: Rows
+    velocity: Held
     weight: Tensor
 
     def loss(self, nodes: Tensor, velocity: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from flowalign.distributed.processes import Processes
 from flowalign.models.base import Conditions
 from flowalign.rollouts.task import Task
 from rewards import RewardOutput
-from samplers import Forest, Rows, Tree
+from samplers import Forest, Held, Tree
 from samplers.forest import ELSEWHERE
 
 
@@ -30,7 +30,7 @@ def gather_tree(processes: Processes, tree: Tree, mine: Tree) -> Tree:
 
 def gather_forest(processes: Processes, tree: Tree, forest: Forest) -> Forest:
     """The forest of `tree`, of which each process rolled out the groups of its share, in the same order of nodes. Its states
-    and velocities are those of this process, see samplers.Rows."""
+    and velocities are those of this process, see samplers.Held."""
     nodes, columns = _by_process(processes, tree), _numbers(forest, torch.arange(len(forest.tree)))
     evaluations, previews = (round(processes.total(count)) for count in (forest.evaluations, forest.previews))
     gathered = {name: processes.gather(values) for name, values in sorted(columns.items())}
@@ -44,7 +44,7 @@ def gather_forest(processes: Processes, tree: Tree, forest: Forest) -> Forest:
         forest, tree=tree, row=rows_of(whole["kept"], forest.row), log_prob=whole["log_prob"],
         evaluations=evaluations, previews=previews,
         velocities={
-            role: Rows(rows_of(whole[f"known {role}"], rows.row), rows.values) for role, rows in forest.velocities.items()
+            role: Held(rows_of(whole[f"known {role}"], rows.row), rows.values) for role, rows in forest.velocities.items()
         },
         scores={name: whole[f"score {name}"] for name in forest.scores},
     )  # fmt: skip
@@ -57,7 +57,7 @@ def encoded(task: Task, prompts: Sequence[PromptRecord], *, negative: bool) -> C
     if processes.count == 1:
         return own
     here = processes.owners(torch.arange(len(prompts))) == processes.rank
-    return own.each(lambda rows: Rows.of(rows.values, here))
+    return own.each(lambda rows: Held.of(rows.values, here))
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,7 +20,7 @@ from samplers import (
     Kernel,
     Path,
     RewardGradient,
-    Rows,
+    Held,
     TransitionContext,
     Tree,
 )
@@ -246,7 +246,7 @@ class Kept:
 class Known:
     """∇ρ as a rollout found it: a replay computes none."""
 
-    gradients: Rows
+    gradients: Held
 
     def gradient(self, x: Tensor, v: Tensor, sigma: Tensor, rows: Tensor, nodes: Tensor) -> Tensor:
         return self.gradients.at(nodes)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flowalign.rollouts.collect import ScoredRollout
 from flowalign.trainers.update_engine import States
-from samplers import Forest, Path, Rows, SampleKeys, ShiftedUniform, generator
+from samplers import Forest, Path, Held, SampleKeys, ShiftedUniform, generator
 from samplers.kernels.base import spread
 
 
@@ -66,7 +66,7 @@ class Boundaries:
     def states(self, steps: Sequence[int], here: Tensor | None = None) -> States:
         """What the generator was given in `steps` [S]."""
         nodes, here = self._nodes(steps, 0), self._all(steps) if here is None else here
-        x = Rows.of(self.forest.at(nodes[here]), here)
+        x = Held.of(self.forest.at(nodes[here]), here)
         return States(x.values, self.forest.sigma(nodes), self.forest.tree.group[nodes], x.row)
 
     def predictions(self, steps: Sequence[int], here: Tensor | None = None) -> Tensor:
@@ -98,7 +98,7 @@ class Boundaries:
         eps = torch.cat(
             [keys.at(own).noise(x.shape[1:], place, f"bridge {stream}") for place, own in enumerate(drawn)]
         ).to(x)
-        found = Rows.of(self.path.bridge(x, eps, begin, level), here)
+        found = Held.of(self.path.bridge(x, eps, begin, level), here)
         states = States(found.values, sigma, self.forest.tree.group[nodes], found.row)
         return states, self.path.bridge_velocity(x, eps, begin, level)
 

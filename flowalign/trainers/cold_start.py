@@ -10,7 +10,7 @@ from torch import Tensor
 from flowalign.objectives import AdvantageWeighted
 from flowalign.trainers.state_update import Draws, StateUpdate
 from flowalign.trainers.update_engine import UpdateEngine
-from samplers import Forest, LogitNormalSigma, Rows, SampleKeys, SigmaLaw
+from samplers import Forest, LogitNormalSigma, Held, SampleKeys, SigmaLaw
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,6 @@ class ColdStart:
         leaves = tree.leaves[chosen[tree.group[tree.leaves]]]
         keys = SampleKeys.of(engine.task.seed, iteration, tree, leaves, uids)
         sigma = keys.sigmas(self.sigma, self.draws, forest.sigmas.cpu(), path).T
-        latents = Rows(forest.row[leaves], forest.states)
+        latents = Held(forest.row[leaves], forest.states)
         drawn = Draws.of(latents, tree.group[leaves], torch.ones(len(leaves)), keys, sigma, path, engine)
         return StateUpdate(engine, drawn, AdvantageWeighted(), {}, micro_batch)

@@ -29,7 +29,7 @@ from flowalign.trainers.pull_update import PullUpdate
 from flowalign.trainers.teachers import ManifoldAnchor, Route, Teacher, Teachers
 from flowalign.trainers.update_engine import TrainedRole, UpdateEngine
 from flowalign.trainers.visits import Visits, future
-from samplers import Deterministic, Forest, Plan, Rows, rollout, sampled
+from samplers import Deterministic, Forest, Plan, Held, rollout, sampled
 
 
 @dataclass(frozen=True, eq=False)
@@ -274,7 +274,7 @@ class Distillation:
             yield torch.arange(len(batch.teachers)) // share == number
 
     def _matching(
-        self, engine: UpdateEngine, batch: Distilled, visits: Visits, taught: Rows, anchored: Rows | None, chosen: Tensor,
+        self, engine: UpdateEngine, batch: Distilled, visits: Visits, taught: Held, anchored: Held | None, chosen: Tensor,
         deal: Deal,
     ) -> PullUpdate:  # fmt: skip
         """The update on the groups `chosen` [G]; velocities of teachers and anchor at `visits.nodes`."""

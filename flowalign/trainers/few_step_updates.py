@@ -15,7 +15,7 @@ from flowalign.trainers.base import Update
 from flowalign.trainers.boundaries import Boundaries
 from flowalign.trainers.state_update import Draws, StateUpdate
 from flowalign.trainers.update_engine import Measures, Part, States, TrainedRole, UpdateEngine
-from samplers import Rows
+from samplers import Held
 from samplers.kernels.base import spread
 
 
@@ -136,7 +136,7 @@ class FewStepUpdates:
         places = torch.arange(len(steps)).repeat_interleave(len(self.ways))
         noise = self.ways.path.mix(states.sigma.double())[1]
         ids = DrawIds(advantages.repeat(len(steps)), states.rows, places)
-        return Draws(states, Rows.of(target, self._here), noise, ids, self.deal, weight)
+        return Draws(states, Held.of(target, self._here), noise, ids, self.deal, weight)
 
     def generator(self, trained: TrainedRole) -> Update:
         """See Directions. The only path of the gradient is the generator's own prediction of x̂0."""
@@ -168,7 +168,7 @@ class FewStepUpdates:
         mean = self.engine.task.processes.total(own) / len(self.deal)
         return float(torch.tensor(mean, dtype=direction.dtype).sqrt())
 
-    def _targets(self) -> tuple[dict[str, tuple[Rows, Rows]], float]:
+    def _targets(self) -> tuple[dict[str, tuple[Held, Held]], float]:
         """Directions [S, *] by name, each with the image near which it leads; and network rows per sample."""
         ways, settings, mine = self.ways, self.directions, self._mine
         states, _ = ways.noised(
@@ -193,7 +193,7 @@ class FewStepUpdates:
             direction, target = torch.zeros_like(near), near.clone()
             direction[own], target[own] = -sigma * (surrogate - reference), states.x - sigma * surrogate
             found, rows = found | {"reward": (direction, target)}, rows + third + last
-        return {name: (Rows.of(d, mine), Rows.of(n, mine)) for name, (d, n) in found.items()}, rows + more
+        return {name: (Held.of(d, mine), Held.of(n, mine)) for name, (d, n) in found.items()}, rows + more
 
     def _frozen(self, states: States, role: str) -> tuple[Tensor, float]:
         """v [k, *] of the states whose x this process has, and network rows per sample."""

@@ -29,7 +29,7 @@ from flowalign.rollouts.metrics import cost_metrics, reward_metrics
 from flowalign.rollouts.task import Rollout, Task
 from flowalign.trainers.base import Setup
 from flowalign.trainers.samples import Places, Samples
-from samplers import Deterministic, Rows, SampleKeys, generator
+from samplers import Deterministic, Held, SampleKeys, generator
 from samplers.noise import visits
 
 _FREE = {f"cost/{name}_per_image": 0.0 for name in ("rollout", "decodes", "reward_calls")}
@@ -233,7 +233,7 @@ def _given(
     places = _places(len(records), len(files) // len(records))
     here = task.processes.owners(places.group) == task.processes.rank
     own = store.of(task, [files[number] for number in here.nonzero().flatten().tolist()])
-    latents = Rows.of(own.to(next(iter(conditions.tensors.values())).device), here)
+    latents = Held.of(own.to(next(iter(conditions.tensors.values())).device), here)
     seconds = {"time/encode": time.perf_counter() - began}
     valid, metrics = torch.ones(len(files), 1, dtype=torch.bool), _FREE
     if scores is None:
@@ -247,7 +247,7 @@ def _given(
 
 
 def _scored(
-    task: Task, records: Sequence[PromptRecord], places: Places, latents: Rows
+    task: Task, records: Sequence[PromptRecord], places: Places, latents: Held
 ) -> tuple[Tensor, Tensor, tuple[str, ...], dict[str, float]]:
     """(scores, valid, channels, metrics) by the run's reward; each process scores whole groups, its share."""
     before, own = replace(task.counts), (latents.row >= 0).nonzero().flatten()

@@ -17,7 +17,7 @@ from flowalign.rollouts.rolling import grow
 from flowalign.rollouts.task import Rollout, Task
 from flowalign.trainers.base import Batch, Setup
 from flowalign.trainers.signal import EdgeSignal, Signal
-from samplers import ODE, Forest, Rows, SampleKeys, Tree, sampled
+from samplers import ODE, Forest, Held, SampleKeys, Tree, sampled
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +57,7 @@ class Samples:
     """N clean latents [N, *] at their places, of which a process has those of its groups. scores, valid [N, C]: by `channels`. keys: of the draws. sigmas [T+1]: the grid of
     the rollout. uids: the prompt of each group; conditions: a row for each group."""
 
-    latents: Rows
+    latents: Held
     places: Places
     scores: Tensor
     valid: Tensor
@@ -179,7 +179,7 @@ class FromRollout:
         leaves = tree.leaves[own]
         keys = SampleKeys.of(task.seed, iteration, tree, leaves, batch.uids)
         samples = Samples(
-            Rows(batch.forest.row[leaves], batch.forest.states), Places.of(tree), batch.scores[own], batch.valid[own], batch.channels, keys,
+            Held(batch.forest.row[leaves], batch.forest.states), Places.of(tree), batch.scores[own], batch.valid[own], batch.channels, keys,
             batch.forest.sigmas, batch.uids, batch.conditions,
         )  # fmt: skip
         return RolledOut(batch, samples)

@@ -15,7 +15,7 @@ from flowalign.objectives.matching import mean_square
 from flowalign.objectives.norm_guard import norm_ratio
 from flowalign.trainers.base import Update
 from flowalign.trainers.update_engine import Measures, Part, States, TrainedRole, UpdateEngine
-from samplers import Path, Rows, SampleKeys
+from samplers import Path, Held, SampleKeys
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +24,7 @@ class Draws:
     each in the loss; None: 1. deal: who trains which of them; a process has the inputs and targets of its own."""
 
     states: States
-    target: Rows
+    target: Held
     noise: Tensor
     ids: DrawIds
     deal: Deal
@@ -32,7 +32,7 @@ class Draws:
 
     @staticmethod
     def of(
-        latents: Rows, group: Tensor, advantage: Tensor, keys: SampleKeys, sigma: Tensor, path: Path, engine: UpdateEngine,
+        latents: Held, group: Tensor, advantage: Tensor, keys: SampleKeys, sigma: Tensor, path: Path, engine: UpdateEngine,
         stream: str = "renoise",
     ) -> Draws:  # fmt: skip
         """Of n clean latents [n, *], their groups [n] and advantages [n]: draw 0 of all, then draw 1, …; sigma [draws, n].
@@ -49,11 +49,11 @@ class Draws:
             noise = keys.at(own).noise(x0.shape[1:], number, stream).to(x0)
             states.append(path.add_noise(x0, noise, level))
             targets.append(path.velocity(x0, noise, level))
-        x = Rows.of(torch.cat(states), here)
+        x = Held.of(torch.cat(states), here)
         numbers = torch.arange(count).repeat_interleave(n)
         ids = DrawIds(advantage.repeat(count), rows, numbers)
         levels = sigma.flatten()
-        target = Rows(x.row, torch.cat(targets))
+        target = Held(x.row, torch.cat(targets))
         return Draws(States(x.values, levels, rows, x.row), target, path.mix(levels.double())[1], ids, deal)
 
     def __len__(self) -> int:
@@ -76,7 +76,7 @@ class StateUpdate:
     role: str = "policy"
 
     def __post_init__(self) -> None:
-        self._roles, self.rows = dict[str, Rows](), 0.0
+        self._roles, self.rows = dict[str, Held](), 0.0
         for role in roles_of(self.objective, self.anchors.values()):
             self._roles[role], rows = self.engine.frozen(self.draws.states, role, mine=self.draws.deal.mine)
             self.rows += rows

@@ -21,14 +21,14 @@ from flowalign.models.base import Conditions, Policy
 from flowalign.objectives import scalar_adjoint
 from flowalign.rollouts.task import Task
 from flowalign.trainers.base import AdamWConfig, Update
-from samplers import Forest, Rows
+from samplers import Forest, Held
 
 
 @dataclass(frozen=True, eq=False)
 class States:
     """Distinct network inputs: x [S, *], their noise levels sigma [S], and rows [S], which condition row each has.
 
-    row [S]: the row of each in x, where this process has only some of them (see samplers.Rows); None: x has all."""
+    row [S]: the row of each in x, where this process has only some of them (see samplers.Held); None: x has all."""
 
     x: Tensor
     sigma: Tensor
@@ -40,7 +40,7 @@ class States:
 
     def at(self, index: Tensor) -> States:
         """The states `index` [n], repeats allowed."""
-        x = self.x[index.to(self.x.device)] if self.row is None else Rows(self.row, self.x).at(index)
+        x = self.x[index.to(self.x.device)] if self.row is None else Held(self.row, self.x).at(index)
         return States(x, self.sigma[index], self.rows[index])
 
 
@@ -148,7 +148,7 @@ class UpdateEngine:
             self.conditions = self.conditions.each(lambda rows: processes.bring(rows, owner, wanted))
         return deal
 
-    def bring(self, rows: Rows, group: Tensor, wanted: Sequence[Tensor]) -> Rows:
+    def bring(self, rows: Held, group: Tensor, wanted: Sequence[Tensor]) -> Held:
         """`rows` [N] with what each process wants of them (see Processes.bring), each from the process of its group [N]."""
         processes = self.task.processes
         return processes.bring(rows, processes.owners(group), wanted)
@@ -157,7 +157,7 @@ class UpdateEngine:
         """The forest with, on each process, the states of its `nodes`, what the rollout found at them (its velocities, the
         gradients that guided it), and the states that its `edges` arrive at."""
         group, guidance = forest.tree.group, self.task.rollout.reward_guidance
-        states = self.bring(Rows(forest.row, forest.states), group, union(nodes, edges))
+        states = self.bring(Held(forest.row, forest.states), group, union(nodes, edges))
         velocities = {
             role: self.bring(rows, group, [each[rows.known[each]] for each in nodes])
             for role, rows in forest.velocities.items()
@@ -171,7 +171,7 @@ class UpdateEngine:
     def frozen(
         self, states: States, role: str | Sequence[str], guidance_scale: Mapping[str, float] | None = None,
         mine: Tensor | None = None,
-    ) -> tuple[Rows, float]:  # fmt: skip
+    ) -> tuple[Held, float]:  # fmt: skip
         """(v [S, *] without graph, network rows per sample): each state evaluated once, by the process that trains it.
 
         role: one for all states, or one per state (routing: each state to its own teacher). guidance_scale: by role; the
@@ -192,7 +192,7 @@ class UpdateEngine:
                 values = values.to(torch.promote_types(values.dtype, found.dtype))  # of a float64 policy on fp32 states
                 values[part.to(values.device)] = found.to(values)
         rows = processes.total(self.task.policy.evaluations - before)
-        return Rows.of(values, here), rows / self.images
+        return Held.of(values, here), rows / self.images
 
     def micro_batches(self, deal: Deal, size: int) -> list[Part]:
         """This process's parts of the states that are dealt, at most `size` each: equally many, equally large on every process."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from flowalign.objectives import LayerTuning, Targets
-from samplers import Forest, Rows, Tree, sampled
+from samplers import Forest, Held, Tree, sampled
 from samplers import probed as add_probes
 from tests.helpers.trees import grown, leaves_under, split_tree
 
@@ -22,14 +22,14 @@ def test_the_loss_is_the_weighted_mean_square_where_there_is_a_target() -> None:
     generator = torch.Generator().manual_seed(0)
     target, v = torch.randn(2, 2, 3, 4, generator=generator, dtype=torch.float64)
     targets = Targets(
-        torch.tensor([5, 3]), Rows(torch.arange(2), target), torch.tensor([0.5, 2.0], dtype=torch.float64)
+        torch.tensor([5, 3]), Held(torch.arange(2), target), torch.tensor([0.5, 2.0], dtype=torch.float64)
     )
     nodes = torch.tensor([3, 9])
     got = targets.loss(nodes, v)
     torch.testing.assert_close(got[0], 2.0 * (v[0] - target[1]).square().mean())
     assert float(got[1]) == 0
     assert torch.autograd.gradcheck(lambda v: targets.loss(nodes, v), v.clone().requires_grad_())
-    nothing = Targets(torch.tensor([], dtype=torch.int64), Rows(torch.arange(0), target[:0]), torch.tensor([]))
+    nothing = Targets(torch.tensor([], dtype=torch.int64), Held(torch.arange(0), target[:0]), torch.tensor([]))
     assert nothing.loss(nodes, v).tolist() == [0, 0]
 
 
