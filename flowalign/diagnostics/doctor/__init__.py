@@ -19,6 +19,7 @@ from torch import Tensor
 from flowalign.build import policy_of, task_of
 from flowalign.config import TrainConfig, load_config
 from flowalign.data import PromptRecord, load_prompts
+from flowalign.diagnostics.device import elapsed, mark
 from flowalign.diagnostics.doctor.base import Finding, guarded
 from flowalign.diagnostics.doctor.cost import check_cost, check_memory, check_reward, check_time, fixture
 from flowalign.diagnostics.doctor.network import (
@@ -38,7 +39,7 @@ from flowalign.diagnostics.doctor.update import (
     check_reached,
     check_replay,
 )
-from flowalign.diagnostics.measure import StandIn, count_calls, gradients, now
+from flowalign.diagnostics.measure import StandIn, count_calls, gradients
 from flowalign.models import Policy
 from flowalign.rollouts.collect import ScoredRollout, collect
 from flowalign.rollouts.rolling import leaves_per_group
@@ -109,8 +110,8 @@ def examine(config: TrainConfig, policy: Policy) -> Iterator[Finding]:
     def moved() -> tuple[Any, dict[str, Tensor], float]:
         for optimizer in trainer.optimizers.values():
             optimizer.step()
-        batch, began = trainer.collect(prompts, 0), now()
-        return batch, gradients(policy, trainer, batch), (now() - began) / batch.images
+        batch, began = trainer.collect(prompts, 0), mark()
+        return batch, gradients(policy, trainer, batch), elapsed(began, mark()) / batch.images
 
     def after() -> ScoredRollout:
         return rolled()[0] if rolled is own else moved()[0]
@@ -166,9 +167,9 @@ def _time(
 ) -> Finding:
     images = fixture(task, batch, prompts, config.reward)
     images = images.select(range(min(16, len(images))))
-    began = now()
+    began = mark()
     score(config.reward, images)
-    return check_time(config, task, batch, update, (now() - began) / len(images))
+    return check_time(config, task, batch, update, elapsed(began, mark()) / len(images))
 
 
 def prompt_count(config: TrainConfig) -> int:
