@@ -49,6 +49,7 @@ class PipelinePolicy:
         self._trained = trained
         self._device = torch.device(device)
         self._offload = {name: list(_parts(model, name)) for name in offload}
+        self._devices: tuple[torch.device, torch.device] | None = None  # of the first weight, of the network
         self._decode_batch = decode_batch
         self._prompts = PromptStore(lambda record: model.encode([record]), prompt_store)
         for part in (part for parts in self._offload.values() for part in parts):
@@ -177,7 +178,14 @@ class PipelinePolicy:
 
     @property
     def _network_device(self) -> torch.device:
-        return next(iter(self.model.networks.values())).device
+        """Where the networks compute. Asking diffusers walks over all modules (milliseconds), so that is done once, and again when
+        the first weight has moved: a live pipeline by its user, a sharded network by FSDP2. Not noticed: diffusers' group
+        offloading, switched on later, of a network that is on the CPU already."""
+        network = next(iter(self.model.networks.values()))
+        place = next(network.parameters()).device
+        if self._devices is None or self._devices[0] != place:
+            self._devices = place, network.device
+        return self._devices[1]
 
     @contextmanager
     def _at_work(self, name: Offloadable) -> Iterator[None]:
