@@ -75,8 +75,6 @@ def check(config: TrainConfig) -> None:
     config.trainer.check(setup)
     if policy.trainable == "lora":
         check_lora_folders(policy.path, policy.lora, config.roles, policy.family)
-    elif policy.dtype != "fp32":
-        raise ConfigError(f"policy.dtype={policy.dtype} with policy.trainable=full: expected fp32 for the optimizer")
     elif "reference" in config.trainer.roles() and not policy.reference_copy:
         raise ConfigError(
             "got policy.trainable=full and a trainer that needs the reference, of which no copy is kept: set "

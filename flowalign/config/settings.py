@@ -43,6 +43,11 @@ class PolicySettings:
         """What is generated."""
         return Size(self.height, self.width, self.frames)
 
+    @property
+    def master_weights(self) -> bool:
+        """Whether the networks keep fp32 weights and multiply in bf16, under autocast: those that are trained themselves."""
+        return self.trainable == "full" and self.dtype == "bf16"
+
 
 @dataclass(frozen=True)
 class RunSettings:

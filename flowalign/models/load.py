@@ -212,11 +212,15 @@ def _empty_networks(path: str, family: Family) -> dict[str, nn.Module]:
 
 
 def read_pipeline(
-    path: str, family: str | None = None, *, dtype: str = "fp32", vae_dtype: str | None = None, **parts: nn.Module
-) -> DiffusionPipeline:
-    """The diffusers pipeline of a checkpoint. parts: components that are already there, by name; they are not read."""
+    path: str, family: str | None = None, *, dtype: str = "fp32", vae_dtype: str | None = None,
+    master_weights: bool = False, **parts: nn.Module,
+) -> DiffusionPipeline:  # fmt: skip
+    """The diffusers pipeline of a checkpoint. master_weights: the networks that are trained are fp32 whatever `dtype` is. parts:
+    components that are already there, by name; they are not read."""
     index, known = inspect_checkpoint(path, family)
     dtypes = {"default": DTYPES[dtype], "vae": DTYPES[vae_dtype or dtype]}
+    if master_weights:
+        dtypes |= dict.fromkeys(known.networks, torch.float32)
     try:
         pipeline = known.pipeline.from_pretrained(
             resolve(path), dtype=dtypes, **{**known.load_arguments(index), **parts}
@@ -254,8 +258,8 @@ def load_policy(
     """Loads a pipeline, or takes a live one, as a policy.
 
     lora: its settings, or a LoRA to start from, with the settings of that: a run folder, its lora/, a folder of diffusers' save_lora_weights, or a .safetensors file. trainable: "lora" (the default LoRA
-    if none is given), "full" weights (fp32 only), or "none". dtype: of the frozen network, "fp32" by default; adapters are
-    always fp32. vae_dtype: of the VAE if it is another. family: the import path of a `Family` of your own.
+    if none is given), "full" weights, or "none". dtype: of the network, "fp32" by default. What is trained is fp32 in any case: with
+    "bf16" adapters multiply in bf16, and full weights under torch's autocast, copies of them too. vae_dtype: of the VAE if it is another. family: the import path of a `Family` of your own.
     max_sequence_length: see the family's model. seed: of the adapters' initial weights. device: "cpu" by default.
     network_device: the trained networks' device if it is not `device` (see flowalign.distributed.fsdp2). reference_copy: keeps
     a frozen copy of the networks, the reference of a full fine-tuning with a KL. offload, decode_batch, prompt_store: see
@@ -270,8 +274,8 @@ def load_policy(
         check_checkpoint(path, family)
         path_of(path, family)  # refuses a scheduler before the weights are read
         _, known = inspect_checkpoint(path, family)
-        _check_full(trainable, DTYPES[dtype])
-        pipeline = read_pipeline(path, family, dtype=dtype, vae_dtype=vae_dtype)
+        master_weights = trainable == "full" and dtype == "bf16"
+        pipeline = read_pipeline(path, family, dtype=dtype, vae_dtype=vae_dtype, master_weights=master_weights)
         check_finite(path, pipeline.components)
         _place(pipeline, known, device or "cpu", network_device)
     else:
@@ -279,11 +283,11 @@ def load_policy(
         if settings := [name for name, value in given.items() if value is not None]:
             raise ValueError(f"got {', '.join(settings)} with a live pipeline; expected none: use pipe.to(...) before")
         known = family_of("a live pipeline", type(path).__name__, family)
-        pipeline = copy.copy(path)
+        master_weights, pipeline = False, copy.copy(path)
         pipeline.scheduler = copy.deepcopy(path.scheduler)
     model = known.model(pipeline, max_sequence_length)
     for name, network in model.networks.items():
-        _check_full(trainable, network.dtype)
+        _check_full(trainable, name, network.dtype)
         network.eval().requires_grad_(trainable == "full")
         if trainable == "full" and lora_layers(network):
             raise ValueError(
@@ -306,6 +310,7 @@ def load_policy(
     return PipelinePolicy(
         model, known, trained, sampling=sampling or defaults_of(pipeline, configs), negative_prompt=negative_prompt,
         device=device or model.vae.device, offload=offload, decode_batch=decode_batch, prompt_store=prompt_store,
+        autocast=torch.bfloat16 if master_weights else None,
     )  # fmt: skip
 
 
@@ -340,11 +345,11 @@ def _starts(lora: LoRA, name: str, targets: Sequence[str], network: nn.Module) -
     return files
 
 
-def _check_full(trainable: str, dtype: torch.dtype) -> None:
+def _check_full(trainable: str, name: str, dtype: torch.dtype) -> None:
     if trainable == "full" and dtype != torch.float32:
         raise ValueError(
-            f"got policy.trainable=full with policy.dtype={str(dtype).removeprefix('torch.')}; expected fp32 weights for the "
-            "optimizer"
+            f"got trainable='full' for a {name} in {str(dtype).removeprefix('torch.')}; expected fp32 weights for the optimizer: "
+            f"load the pipeline with its {name} in torch.float32, or give its path with dtype='bf16', which multiplies in bf16"
         )
 
 

@@ -34,12 +34,13 @@ class PipelinePolicy:
 
     device: where conditions go, and parts that are offloaded while they work. offload: parts that are on the CPU while they do
     not work (of a VAE that has decoded with a gradient, until it decodes again: its backward comes later). decode_batch:
-    latents or images per call of the VAE; None is all at once on the CPU, 4 elsewhere. prompt_store: bytes of encoded prompts that are kept, on the CPU."""
+    latents or images per call of the VAE; None is all at once on the CPU, 4 elsewhere. prompt_store: bytes of encoded prompts that are kept, on the CPU.
+    autocast: what the networks multiply in, of weights that stay fp32; None: in the dtype of their weights."""
 
     def __init__(
         self, model: Model, family: Family, trained: TrainedNetworks, *, negative_prompt: str = "",
         device: str | torch.device = "cpu", offload: Sequence[Offloadable] = (), decode_batch: int | None = None,
-        prompt_store: int = PROMPT_STORE_BYTES, sampling: Sampling | None = None,
+        prompt_store: int = PROMPT_STORE_BYTES, sampling: Sampling | None = None, autocast: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         self.model = model
         self.negative_prompt = negative_prompt
@@ -49,6 +50,7 @@ class PipelinePolicy:
         self._trained = trained
         self._device = torch.device(device)
         self._offload = {name: list(_parts(model, name)) for name in offload}
+        self._autocast = autocast
         self._devices: tuple[torch.device, torch.device] | None = None  # of the first weight, of the network
         self._decode_batch = decode_batch
         self._prompts = PromptStore(lambda record: model.encode([record]), prompt_store)
@@ -110,9 +112,14 @@ class PipelinePolicy:
     def _counted(self, network: nn.Module) -> Network:
         def call(*args: Any, **kwargs: Any) -> Any:
             self.evaluations += len(args[0] if args else next(iter(kwargs.values())))
-            return network(*args, **kwargs)
+            with self._casting():
+                return network(*args, **kwargs)
 
         return call
+
+    def _casting(self) -> AbstractContextManager[object]:
+        """Of one call: autocast keeps a cast weight until its context ends, and the next update changes the weight."""
+        return nullcontext() if self._autocast is None else torch.autocast(self._network_device.type, self._autocast)
 
     def generate(
         self, prompts: str | Sequence[str | PromptRecord], *, seed: int = 0, num_inference_steps: int | None = None,

@@ -135,8 +135,8 @@ def check_launch(
         raise ConfigError(f"got accelerate's distributed_type={kind.value}; expected one of {', '.join(KINDS)}")
     if mixed_precision != "no":
         raise ConfigError(
-            f"got accelerate's mixed_precision={mixed_precision}; expected 'no': policy.dtype is the dtype of the frozen "
-            "network, adapters and log-probs are fp32"
+            f"got accelerate's mixed_precision={mixed_precision}; expected 'no': policy.dtype says what the network "
+            "multiplies in, and what is trained is fp32"
         )
     if plugin is None:
         return

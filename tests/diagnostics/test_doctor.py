@@ -73,9 +73,15 @@ def examined(
         ["policy.trainable=full", "policy.reference_copy=true"],
         ["policy.trainable=full", "trainer.regularizers.kl.beta=0"],
         ["policy.dtype=bf16", "trainer.objective.clip_range=0.2"],
+        [
+            "policy.trainable=full",
+            "policy.reference_copy=true",
+            "policy.dtype=bf16",
+            "trainer.objective.clip_range=0.2",
+        ],
         ["policy.roles={old: {update: copy}, fake: {update: trained}}"],
     ],
-    ids=["lora", "guided", "chain", "guard", "second-order", "full-reference", "full", "bf16", "roles"],
+    ids=["lora", "guided", "chain", "guard", "second-order", "full-reference", "full", "bf16", "full-bf16", "roles"],
 )
 def test_a_healthy_policy_is_all_green(tiny_pipeline: Path, overrides: list[str]) -> None:
     findings = list(diagnose(CONFIG, [f"policy.path={tiny_pipeline}", *overrides]))

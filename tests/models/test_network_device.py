@@ -12,7 +12,10 @@ from flowalign.models import LoRA, Size, load_policy
 from flowalign.models.load import read_pipeline
 from flowalign.models.roles import Role
 
-CPU, META = torch.device("cpu"), torch.device("meta")  # meta stands for a GPU: it says where tensors are, and holds none
+CPU, META = (
+    torch.device("cpu"),
+    torch.device("meta"),
+)  # meta stands for a GPU: it says where tensors are, and holds none
 
 
 @pytest.mark.parametrize("family", ["sd3", "sd15"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from diffusers import DiffusionPipeline
@@ -135,11 +136,12 @@ def check_parity(task: Task, settings: PolicySettings, prompts: Sequence[PromptR
     for scale in scales:
         start = noise(task, len(records))
         negative = {"negative_prompt": [settings.negative_prompt] * len(records)} if scale > 1 else {}
-        theirs = pipeline(
-            prompt=[record.prompt for record in records], latents=start, num_inference_steps=steps,
-            guidance_scale=scale, height=task.size.height, width=task.size.width, output_type="latent",
-            **{**arguments, **negative},
-        ).images.float()  # fmt: skip
+        with _casting(start, settings):
+            theirs = pipeline(
+                prompt=[record.prompt for record in records], latents=start, num_inference_steps=steps,
+                guidance_scale=scale, height=task.size.height, width=task.size.width, output_type="latent",
+                **{**arguments, **negative},
+            ).images.float()  # fmt: skip
         conditions = task.policy.encode(records, negative=scale > 1, together=True)
         worst = max(worst, relative(sample(task.policy, conditions, start, steps, scale, schedule), theirs))
     limit = rounding(settings, 0.0 if task.policy.path.rectified else 2e-6)
@@ -151,11 +153,17 @@ def check_parity(task: Task, settings: PolicySettings, prompts: Sequence[PromptR
     return Finding("parity", worst <= limit, figure, "" if worst <= limit else advice)
 
 
+def _casting(x: Tensor, settings: PolicySettings) -> AbstractContextManager[object]:
+    """The pipeline's networks are the policy's, which casts inputs and weights in its own calls."""
+    return torch.autocast(x.device.type, torch.bfloat16) if settings.master_weights else nullcontext()
+
+
 def _fresh_pipeline(policy: Policy, settings: PolicySettings, setup: Sequence[str]) -> DiffusionPipeline:
     networks = policy.modules()
     pipeline = read_pipeline(
-        settings.path, settings.family, dtype=settings.dtype, vae_dtype=settings.vae_dtype, **networks
-    )
+        settings.path, settings.family, dtype=settings.dtype, vae_dtype=settings.vae_dtype,
+        master_weights=settings.master_weights, **networks,
+    )  # fmt: skip
     pipeline.to(next(next(iter(networks.values())).parameters()).device)
     exec("\n".join(setup), {"pipe": pipeline})  # as the run's report tells its user
     return pipeline
