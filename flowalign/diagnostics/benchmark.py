@@ -108,8 +108,7 @@ def _iteration(
                 for micro_batch in update.micro_batches:
                     loss = share * micro_batch()
                     forwarded = now()
-                    with task.policy.role(update.role):
-                        loss.backward()
+                    loss.backward()
                     backward += now() - forwarded
         ended = now()
     for _, parameter in task.policy.trainable_parameters():

@@ -63,10 +63,7 @@ def gradients(policy) -> dict[str, torch.Tensor]:
 
 
 def run_updates(trainer, batch) -> None:
-    policy = trainer.task.policy
     for update in trainer.updates(batch):
         for micro_batch in update.micro_batches:
-            loss = micro_batch()
-            with policy.role(update.role):
-                loss.backward()
+            micro_batch().backward()
         update.after()
