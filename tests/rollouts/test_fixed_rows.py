@@ -46,6 +46,7 @@ def test_every_call_of_a_run_has_equal_rows_and_padding_is_counted_apart(
         "rollout.allow_cfg_update=true",
         "run.iterations=2",
         "evaluation.guidance_scale=2",
+        "evaluation.count=3",
     ]
     run_it(tiny_pipeline, tmp_path / "free", *guided)
     policies, seen, load = [], [], build.load_policy
