@@ -13,10 +13,12 @@ from flowalign.data import PromptRecord, load_prompts
 from flowalign.errors import ConfigError
 from flowalign.models.load import (
     check_checkpoint,
+    check_fixed_rows,
     check_image_size,
     check_lora_folders,
     check_lora_targets,
     check_role_pipelines,
+    check_switches,
     count_lora_numbers,
     path_of,
 )
@@ -44,6 +46,8 @@ def check(config: TrainConfig) -> None:
         raise ConfigError(f"policy.decode_batch={policy.decode_batch}: expected at least 1, or null")
     if policy.max_sequence_length is not None and policy.max_sequence_length < 0:
         raise ConfigError(f"policy.max_sequence_length={policy.max_sequence_length}: expected at least 0, or null")
+    check_switches(policy.path, policy.switches, policy.family)
+    check_fixed_rows(policy.path, rollout.rows, policy.family)
     lora_numbers = 0
     if policy.trainable == "lora":
         check_lora_targets(policy.path, policy.lora.targets, policy.family)

@@ -9,6 +9,7 @@ from typing import Literal
 from flowalign.models.base import Size
 from flowalign.models.lora import LoRA
 from flowalign.models.roles import Role
+from flowalign.models.switches import Switches
 from flowalign.rollouts.task import Rollout
 from flowalign.trainers import Trainer
 from rewards import Reward, labels_of
@@ -19,7 +20,7 @@ from samplers import Schedule
 class PolicySettings:
     """Which model, and which of its weights are trained (see `load_policy`). family: the import path of a model family of
     your own, such as my_module.FAMILY; null finds it by the pipeline's class. height, width in pixels, frames of a video, fps: how many of
-    them a second has."""
+    them a second has. attention: one of diffusers' attention back-ends, such as flash; null: the network's own."""
 
     path: str = "glyphs"
     lora: LoRA = field(default_factory=LoRA)
@@ -36,6 +37,9 @@ class PolicySettings:
     reference_copy: bool = False
     offload: list[Literal["encoders", "vae"]] = field(default_factory=list)
     decode_batch: int | None = None
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    attention: str | None = None
     roles: dict[str, Role] = field(default_factory=dict)
 
     @property
@@ -47,6 +51,11 @@ class PolicySettings:
     def master_weights(self) -> bool:
         """Whether the networks keep fp32 weights and multiply in bf16, under autocast: those that are trained themselves."""
         return self.trainable == "full" and self.dtype == "bf16"
+
+    @property
+    def switches(self) -> Switches:
+        """Of the networks."""
+        return Switches(self.gradient_checkpointing, self.compile, self.attention)
 
 
 @dataclass(frozen=True)

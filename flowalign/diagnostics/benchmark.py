@@ -117,8 +117,7 @@ def _iteration(
                     for micro_batch in update.micro_batches:
                         loss = share * micro_batch()
                         forwarded = mark()
-                        with task.policy.role(update.role):
-                            loss.backward()
+                        loss.backward()
                         backwards.append((forwarded, mark()))
         ended = mark()
     for _, parameter in task.policy.trainable_parameters():

@@ -95,9 +95,7 @@ def gradients(policy: Policy, trainer: Trainer, batch: Any) -> dict[str, Tensor]
         parameter.grad = None
     for update in trainer.updates(batch):
         for micro_batch in update.micro_batches:
-            loss = micro_batch()
-            with policy.role(update.role):  # activation checkpointing computes the forward again
-                loss.backward()
+            micro_batch().backward()
     return {name: p.grad.clone() for name, p in policy.trainable_parameters() if p.grad is not None}
 
 

@@ -94,10 +94,12 @@ class Conditions:
 class Policy(Protocol):
     """A pipeline's parts in the convention of `samplers`: velocities, σ from 1 to 0, fp32 states.
 
-    `evaluations` counts network rows, `rows_per_state` of them per state; checkpoint recomputation does not count.
+    `evaluations` counts network rows, `rows_per_state` of them per state; checkpoint recomputation does not count, and
+    rows that only fill up a call are counted by `padded` alone.
     `sampling`: how it generates where a call does not say; None: every call has to."""
 
     evaluations: int
+    padded: int
     sampling: Sampling | None
 
     @property

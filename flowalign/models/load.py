@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import init_empty_weights
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline, ModelMixin
 from torch import nn
 
 from flowalign.models.base import Family, Policy, Sampling, Size
@@ -35,6 +35,7 @@ from flowalign.models.pipeline_policy import PROMPT_STORE_BYTES, Offloadable, Pi
 from flowalign.models.roles import Role
 from flowalign.models.sampling import defaults_of
 from flowalign.models.shipped import SHIPPED, resolve
+from flowalign.models.switches import Switches
 from flowalign.models.trained_networks import TrainedNetworks
 from samplers import Path as NoisingPath
 
@@ -205,7 +206,30 @@ def check_role_pipelines(path: str, roles: Mapping[str, Role], family: str | Non
                 )
 
 
-def _empty_networks(path: str, family: Family) -> dict[str, nn.Module]:
+def check_switches(path: str, switches: Switches, family: str | None = None) -> None:
+    """ValueError for switches that a network or this machine cannot do; from the configurations alone."""
+    if switches != Switches():
+        switches.check(_empty_networks(path, inspect_checkpoint(path, family)[1]))
+
+
+def check_fixed_rows(path: str, rows: int | None, family: str | None = None) -> None:
+    """ValueError for a number of rows that the calls of this model's networks cannot all have."""
+    _check_fixed_rows(rows, inspect_checkpoint(path, family)[1])
+
+
+def _check_fixed_rows(rows: int | None, family: Family) -> None:
+    if rows is None:
+        return
+    if rows < 1:
+        raise ValueError(f"got fixed_rows={rows}; expected at least 1, or None")
+    if len(family.networks) > 1:
+        raise ValueError(
+            f"got rollout.fixed_rows=true for a {family.pipeline.__name__}, which deals the states of a call to {len(family.networks)} "
+            "networks; expected a model of one network: set it to false"
+        )
+
+
+def _empty_networks(path: str, family: Family) -> dict[str, ModelMixin]:
     configs = {name: kind.load_config(resolve(path), subfolder=name) for name, kind in family.networks.items()}
     with init_empty_weights():
         return {name: kind.from_config(configs[name]) for name, kind in family.networks.items()}
@@ -254,6 +278,10 @@ def load_policy(
     prompt_store: int = PROMPT_STORE_BYTES,
     sampling: Sampling | None = None,
     seed: int = 0,
+    gradient_checkpointing: bool = False,
+    compile: bool = False,
+    attention: str | None = None,
+    fixed_rows: int | None = None,
 ) -> Policy:
     """Loads a pipeline, or takes a live one, as a policy. One that is loaded onto a CUDA device lets the process's fp32 products
     there run in TF32.
@@ -265,14 +293,19 @@ def load_policy(
     network_device: the trained networks' device if it is not `device` (see flowalign.distributed.fsdp2). reference_copy: keeps
     a frozen copy of the networks, the reference of a full fine-tuning with a KL. offload, decode_batch, prompt_store: see
     PipelinePolicy. sampling: how the policy generates where a call does not say; by default as the pipeline's own call.
+    gradient_checkpointing: blocks of networks and VAE store no activations, their backward computes them again. compile: each
+    repeated block of the networks is compiled, at its first call. attention: one of diffusers' back-ends, such as "flash".
+    fixed_rows: states of every network call, see PipelinePolicy.
 
     A live pipeline says dtype and device itself. Its networks are shared, not copied: they get the policy's adapters, are
     frozen otherwise and put into eval mode, so the pipeline samples with what is trained. Its scheduler and settings are
     copied. A LoRA that it has loaded stays active as part of the base, also of the reference, and is not saved with the
     policy's. Raises FileNotFoundError or ValueError, as far as possible before any weight is read."""
+    switches = Switches(gradient_checkpointing, compile, attention)
     if isinstance(path, str):
         dtype = dtype or "fp32"
         check_checkpoint(path, family)
+        check_switches(path, switches, family)
         path_of(path, family)  # refuses a scheduler before the weights are read
         _, known = inspect_checkpoint(path, family)
         master_weights = trainable == "full" and dtype == "bf16"
@@ -288,6 +321,8 @@ def load_policy(
         master_weights, pipeline = False, copy.copy(path)
         pipeline.scheduler = copy.deepcopy(path.scheduler)
     model = known.model(pipeline, max_sequence_length)
+    switches.check(model.networks)
+    _check_fixed_rows(fixed_rows, known)
     for name, network in model.networks.items():
         _check_full(trainable, name, network.dtype)
         network.eval().requires_grad_(trainable == "full")
@@ -312,7 +347,7 @@ def load_policy(
     return PipelinePolicy(
         model, known, trained, sampling=sampling or defaults_of(pipeline, configs), negative_prompt=negative_prompt,
         device=device or model.vae.device, offload=offload, decode_batch=decode_batch, prompt_store=prompt_store,
-        autocast=torch.bfloat16 if master_weights else None,
+        autocast=torch.bfloat16 if master_weights else None, switches=switches, fixed_rows=fixed_rows,
     )  # fmt: skip
 
 

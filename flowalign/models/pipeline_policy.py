@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +21,8 @@ from flowalign.models.lora_bytes import order_header, ordered
 from flowalign.models.prompt_store import PromptStore
 from flowalign.models.roles import Role
 from flowalign.models.sampling import in_batches, settle
-from flowalign.models.trained_networks import TrainedNetworks
+from flowalign.models.switches import Switches, graphs_counted
+from flowalign.models.trained_networks import TrainedNetworks, recomputed
 from samplers import Schedule
 
 Offloadable = Literal["encoders", "vae"]
@@ -34,17 +35,20 @@ class PipelinePolicy:
 
     device: where conditions go, and parts that are offloaded while they work. offload: parts that are on the CPU while they do
     not work (of a VAE that has decoded with a gradient, until it decodes again: its backward comes later). decode_batch:
-    latents or images per call of the VAE; None is all at once on the CPU, 4 elsewhere. prompt_store: bytes of encoded prompts that are kept, on the CPU.
-    autocast: what the networks multiply in, of weights that stay fp32; None: in the dtype of their weights."""
+    latents or images per call of the VAE; None is all at once on the CPU, 4 elsewhere. prompt_store: bytes of encoded prompts that
+    are kept, on the CPU. autocast: what the networks multiply in, of weights that stay fp32; None: in the dtype of their weights.
+    switches: of the networks; gradient_checkpointing also of the VAE. fixed_rows: states of every network call: more are
+    split, fewer padded; None: as many as there are."""
 
     def __init__(
         self, model: Model, family: Family, trained: TrainedNetworks, *, negative_prompt: str = "",
         device: str | torch.device = "cpu", offload: Sequence[Offloadable] = (), decode_batch: int | None = None,
         prompt_store: int = PROMPT_STORE_BYTES, sampling: Sampling | None = None, autocast: torch.dtype | None = None,
+        switches: Switches | None = None, fixed_rows: int | None = None,
     ) -> None:  # fmt: skip
         self.model = model
         self.negative_prompt = negative_prompt
-        self.evaluations = 0
+        self.evaluations = self.padded = 0
         self.sampling = sampling
         self._family = family
         self._trained = trained
@@ -54,6 +58,10 @@ class PipelinePolicy:
         self._devices: tuple[torch.device, torch.device] | None = None  # of the first weight, of the network
         self._decode_batch = decode_batch
         self._prompts = PromptStore(lambda record: model.encode([record]), prompt_store)
+        self._switches = switches or Switches()
+        self._fixed_rows = fixed_rows
+        self._recomputed = recomputed(trained)
+        self._switch()
         for part in (part for parts in self._offload.values() for part in parts):
             part.to("cpu")
 
@@ -106,13 +114,31 @@ class PipelinePolicy:
     ) -> Tensor:  # fmt: skip
         networks = {name: self._counted(network) for name, network in self._trained.active.items()}
         x = x.to(self._network_device, torch.float32)
-        own, negative = Conditions(conditions.tensors), conditions.negative
-        return self.model.velocity(networks, x, sigma, own, negative, guidance_scale, detach_uncond)
+
+        def call(x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
+            own, negative = Conditions(conditions.tensors), conditions.negative
+            return self.model.velocity(networks, x, sigma, own, negative, guidance_scale, detach_uncond)
+
+        if self._fixed_rows is None:
+            return call(x, sigma, conditions)
+        return self._in_calls_of(self._fixed_rows, call, x, sigma.to(x.device), conditions)
+
+    def _in_calls_of(
+        self, size: int, call: Callable[[Tensor, Tensor, Conditions], Tensor], x: Tensor, sigma: Tensor, conditions: Conditions
+    ) -> Tensor:  # fmt: skip
+        """v [n, *] of calls with `size` states each; the last one repeats its first state, which has no gradient there."""
+        found = []
+        for own in torch.arange(len(x), device=x.device).split(size):
+            rows, before = torch.cat([own, own[:1].expand(size - len(own))]), self.evaluations
+            found.append(call(x[rows], sigma[rows], conditions.rows(rows))[: len(own)])
+            padded = (self.evaluations - before) * (size - len(own)) // size
+            self.evaluations, self.padded = self.evaluations - padded, self.padded + padded
+        return torch.cat(found)
 
     def _counted(self, network: nn.Module) -> Network:
         def call(*args: Any, **kwargs: Any) -> Any:
             self.evaluations += len(args[0] if args else next(iter(kwargs.values())))
-            with self._casting():
+            with self._casting(), graphs_counted():
                 return network(*args, **kwargs)
 
         return call
@@ -176,7 +202,7 @@ class PipelinePolicy:
     def checkpointed(self) -> Iterator[None]:
         parts = [part for part in (*self.networks(), self.model.vae) if not part.is_gradient_checkpointing]
         for part in parts:
-            part.enable_gradient_checkpointing()
+            part.enable_gradient_checkpointing(self._recomputed)
         try:
             yield
         finally:
@@ -219,6 +245,13 @@ class PipelinePolicy:
 
     def add_roles(self, roles: Mapping[str, Role]) -> None:
         self._trained.add_roles(roles)
+        self._switch()
+
+    def _switch(self) -> None:
+        """Sets the switches of all networks, those of new roles too."""
+        self._switches.set(self.networks(), self._trained.role_count, self._recomputed)
+        if self._switches.gradient_checkpointing:
+            self.model.vae.enable_gradient_checkpointing(self._recomputed)
 
     def parameters_of(self, role: str) -> list[tuple[str, Parameter]]:
         return self._trained.parameters_of(role)

@@ -48,7 +48,8 @@ from rewards import close
 class Run:
     """A run whose folder is open and whose model is loaded; see `open_run`. Its methods are the loop's verbs.
 
-    steppers: the Stepper of each of the trainer's optimizers; filled by `resume`. opened: time.monotonic() then."""
+    steppers: the Stepper of each of the trainer's optimizers; filled by `resume`. opened: time.monotonic() then. padded:
+    policy.padded as the iteration began."""
 
     config: TrainConfig
     folder: Path
@@ -66,6 +67,7 @@ class Run:
     results: Results
     steppers: dict[Optimizer, Stepper] = field(default_factory=dict)
     opened: float = field(default_factory=time.monotonic)
+    padded: int = 0
 
     def resume(self) -> None:
         """Restores the latest checkpoint, if any, then builds a stepper for each of the trainer's optimizers."""
@@ -90,6 +92,7 @@ class Run:
                 if self._is_last(iteration):
                     return
                 self.log.begin()
+                self.padded = self.task.policy.padded
                 yield iteration
                 bar.set_postfix_str(self.log.summary, refresh=False)
                 bar.update()
@@ -103,12 +106,10 @@ class Run:
         return prompts_of_iteration(self.prompt_set, self.config.rollout.groups, self.config.run.seed, iteration)
 
     def backward(self, loss: Tensor, update: Update) -> None:
-        """Adds a micro-batch's gradient to that of its update. Runs under the update's role: activation checkpointing
-        recomputes the forward here, after the trainer has left that context."""
+        """Adds a micro-batch's gradient to that of its update."""
         if not bool(torch.isfinite(loss)):
             raise self._not_finite(f"loss {float(loss.detach())}", update.role)
-        with self.task.policy.role(update.role):
-            self.steppers[update.optimizer].backward(loss)
+        self.steppers[update.optimizer].backward(loss)
 
     def step(self, update: Update) -> None:
         """Takes the optimizer step, if there is anything to learn from; the average follows it. Roles follow every update of the
@@ -133,6 +134,9 @@ class Run:
         step, every = iteration + 1, self.config.evaluation.every
         self._check_weights()
         row = self.log.close(batch.images, batch.metrics)
+        if self.config.rollout.fixed_rows:
+            padded = self.task.policy.padded - self.padded
+            row["cost/padded_per_image"] = self.processes.total(padded) / batch.images
         last = self._is_last(step)
         if every is not None and step % every == 0 and not last:
             tuned = self.evaluations.evaluate_on_the_way(step)

@@ -94,6 +94,7 @@ class BackPropagation:
         """Combinations that cannot work, named before a model is loaded."""
         _check_reward(setup)
         _check_rollout(setup.rollout)
+        setup.check_micro_batch(self.micro_batch)
         setup.check_regularizers(self.regularizers)
         self._dry_run(setup)
 

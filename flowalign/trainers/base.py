@@ -68,8 +68,8 @@ class Update:
     network equally often in each. after: called after the step, or in its place if there are no micro-batches; returns metrics. role: whose weights are stepped,
     see Policy.parameters_of.
 
-    Whoever runs the backward runs it inside `policy.role(role)`: with activation checkpointing it computes the forward
-    again, and under another role's weights the gradient would be wrong without a word."""
+    The backward may run under any role: what policy.gradient_checkpointing computes again is computed under the role of its
+    forward. A recomputation of a trainer's own opens the role inside (`UpdateEngine.velocity` does)."""
 
     optimizer: torch.optim.Optimizer
     max_grad_norm: float
@@ -157,6 +157,15 @@ class Setup:
             raise ValueError(
                 f"got rollout.groups={self.rollout.groups} for trainer.updates_per_rollout={updates_per_rollout}; expected equal "
                 "parts: choose a divisor"
+            )
+
+    def check_micro_batch(self, micro_batch: int) -> None:
+        """ValueError for states per network call of the updates that rollout.fixed_rows would pad or split each time."""
+        rows = self.rollout.rows
+        if rows is not None and micro_batch != rows:
+            raise ValueError(
+                f"got trainer.micro_batch={micro_batch} with rollout.fixed_rows=true and rollout.micro_batch={rows}, to which every "
+                "network call is filled up; expected equal ones: set trainer.micro_batch to that of the rollout"
             )
 
     def check_regularizers(self, regularizers: Mapping[str, Regularizer]) -> None:

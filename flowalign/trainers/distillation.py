@@ -126,6 +126,7 @@ class Distillation:
     def check(self, setup: Setup) -> None:
         """Combinations that cannot work, named before a model is loaded."""
         setup.check_process_rewards_unread("Distillation")
+        setup.check_micro_batch(self.micro_batch)
         self._teachers.check(self._own(setup.rollout), setup.roles, setup.prompts)
         if self.anchor is not None:
             setup.check_role("trainer.anchor.role", self.anchor.role)

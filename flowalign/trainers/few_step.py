@@ -97,6 +97,7 @@ class FewStep:
 
     def check(self, setup: Setup) -> None:
         settings = setup.rollout
+        setup.check_micro_batch(self.micro_batch)
         if self.boundaries > settings.num_inference_steps:
             raise ValueError(
                 f"got trainer.boundaries={self.boundaries} for {settings.num_inference_steps} steps; expected at most one for each"

@@ -100,6 +100,7 @@ class ForwardProcess:
         rollout = setup.rollout
         self.source.check(setup)
         setup.check_process_rewards_unread("ForwardProcess")
+        setup.check_micro_batch(self.micro_batch)
         if rollout.detach_uncond and self.guidance_scale == 1:
             raise ValueError(
                 "got rollout.detach_uncond=true with trainer.guidance_scale=1, which has no unconditional half; expected false"

@@ -93,6 +93,7 @@ class PolicyGradient:
         rollout = setup.rollout
         check_trained_steps(rollout)
         setup.check_equal_parts(self.updates_per_rollout)
+        setup.check_micro_batch(self.micro_batch)
         self._check_names()
         self._check_terms(setup)
         self._check_combinations(rollout)

@@ -93,6 +93,7 @@ class RewardDifference:
 
     def check(self, setup: Setup) -> None:
         rollout = setup.rollout
+        setup.check_micro_batch(self.micro_batch)
         check_trained_steps(rollout)
         check_previews(rollout)
         check_guidance(rollout)

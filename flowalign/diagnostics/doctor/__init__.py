@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -47,6 +47,8 @@ from flowalign.rollouts.task import Task
 from rewards import channels_of, close, score
 
 __all__ = ["Finding", "diagnose", "examine"]
+
+Result = TypeVar("Result")
 
 
 def diagnose(paths: str | Sequence[str], overrides: Sequence[str] = ()) -> Iterator[Finding]:
@@ -86,15 +88,11 @@ def examine(config: TrainConfig, policy: Policy) -> Iterator[Finding]:
     @cache
     def first() -> tuple[Any, int]:
         trainer.prepare(task, None)
-        with count_calls(policy) as calls:
-            batch = trainer.collect(prompts, 0)
-        return batch, sum(call.rows for call in calls)
+        return _counted(policy, lambda: trainer.collect(prompts, 0))
 
     @cache
     def own() -> tuple[ScoredRollout, int]:
-        with count_calls(policy) as calls:
-            batch = collect(task, prompts, 0)
-        return batch, sum(call.rows for call in calls)
+        return _counted(policy, lambda: collect(task, prompts, 0))
 
     # the batch of a trainer that replays no steps need not have a tree: the doctor then rolls out for itself
     rolled = own if inspection.replay is None else first
@@ -102,9 +100,7 @@ def examine(config: TrainConfig, policy: Policy) -> Iterator[Finding]:
     @cache
     def gradient() -> tuple[dict[str, Tensor], int]:
         batch = first()[0]
-        with count_calls(policy) as calls:
-            found = gradients(policy, trainer, batch)
-        return found, sum(call.rows for call in calls)
+        return _counted(policy, lambda: gradients(policy, trainer, batch))
 
     @cache
     def moved() -> tuple[Any, dict[str, Tensor], float]:
@@ -170,6 +166,14 @@ def _time(
     began = mark()
     score(config.reward, images)
     return check_time(config, task, batch, update, elapsed(began, mark()) / len(images))
+
+
+def _counted(policy: Policy, work: Callable[[], Result]) -> tuple[Result, int]:
+    """What `work` returns, and the network rows that it took, without those that only filled up a call."""
+    padded = policy.padded
+    with count_calls(policy) as calls:
+        result = work()
+    return result, sum(call.rows for call in calls) - (policy.padded - padded)
 
 
 def prompt_count(config: TrainConfig) -> int:
