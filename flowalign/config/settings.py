@@ -36,6 +36,10 @@ class PolicySettings:
     reference_copy: bool = False
     offload: list[Literal["encoders", "vae"]] = field(default_factory=list)
     decode_batch: int | None = None
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    attention: str | None = None
+    quantization: Literal["8bit", "4bit"] | None = None
     roles: dict[str, Role] = field(default_factory=dict)
 
     @property

@@ -43,6 +43,8 @@ class Rollout:
     draw: Literal["group", "iteration"] = "group"
     branch_scale: float | None = None
     micro_batch: int = 64
+    fixed_rows: bool = False
+    chunk: int | None = None
     allow_cfg_update: bool = False
     detach_uncond: bool = False
     sources: dict[str, str] = field(default_factory=dict)
