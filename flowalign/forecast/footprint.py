@@ -53,8 +53,7 @@ class Footprint:
     def weights(self, settings: PolicySettings) -> int:
         """Of the networks, without what is trained beside them; full weights are fp32, with a cast to another dtype beside."""
         if not self.has_lora:
-            cast = 0 if settings.dtype == "fp32" else sum(parameter.nbytes for parameter in self._parameters)
-            return FP32 * self.numbers + cast + sum(b.nbytes for net in self._networks for b in net.buffers())
+            return self.copy + (0 if settings.dtype == "fp32" else sum(each.nbytes for each in self._parameters))
         trained = {id(parameter) for parameter in self._parameters}
         total = 0.0
         for network in self._networks:
@@ -67,6 +66,12 @@ class Footprint:
                 else:
                     total += tensor.nbytes
         return int(total)
+
+    @property
+    def copy(self) -> int:
+        """Of another set of what is trained, such as a role: an adapter, or whole networks in fp32."""
+        buffers = [] if self.has_lora else [buffer for network in self._networks for buffer in network.buffers()]
+        return FP32 * self.numbers + sum(buffer.nbytes for buffer in buffers)
 
     @cached_property
     def encode(self) -> int:

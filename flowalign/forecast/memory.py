@@ -50,7 +50,7 @@ class Memory:
         weights = own.weights(settings)
         return {
             "weights": weights / (self.devices if self.sharded else 1),
-            "LoRA" if own.has_lora else "copies": FP32 * own.numbers * (copies + own.has_lora),
+            "LoRA" if own.has_lora else "copies": own.copy * (copies + own.has_lora),
             "optimizer": OPTIMIZED * own.numbers * trained,
             "EMA": 0 if config.run.ema_decay is None else FP32 * own.numbers,
             "text encoders": 0 if "encoders" in settings.offload else own.encoders,
