@@ -16,7 +16,7 @@ from flowalign.models.empty_pipeline import empty_pipeline
 from flowalign.models.live_bytes import forward_bytes, update_bytes
 
 FP32 = 4
-# policy.quantization -> bytes per number of a linear layer: int8; NF4 with an fp32 scale for each 64 numbers (2305.14314, §3)
+# policy.quantization -> bytes per number of a linear layer: int8; NF4 with an fp32 scale for each 64 numbers (2305.14314)
 QUANTIZED = {"8bit": 1.0, "4bit": 0.5 + FP32 / 64}
 
 

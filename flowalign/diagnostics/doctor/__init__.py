@@ -171,7 +171,7 @@ def _time(
     images = images.select(range(min(16, len(images))))
     began = now()
     score(config.reward, images)
-    return check_time(config, task, batch, update, (now() - began) / len(images))
+    return check_time(config, batch, update, (now() - began) / len(images))
 
 
 def prompt_count(config: TrainConfig) -> int:

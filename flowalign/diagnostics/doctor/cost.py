@@ -121,7 +121,7 @@ def check_memory(config: TrainConfig, device: torch.device) -> Finding:
     return Finding("memory", True, said[0].splitlines()[-1])
 
 
-def check_time(config: TrainConfig, task: Task, batch: ScoredRollout, update: float, reward: float) -> Finding:
+def check_time(config: TrainConfig, batch: ScoredRollout, update: float, reward: float) -> Finding:
     """Hours of the whole run, from the doctor's few prompts on one device and the forecast's counts; `update`: seconds per image,
     `reward`: per scored picture. On several devices at best as many times less: what they wait for each other is not known."""
     rows, decodes = (batch.metrics[f"cost/{name}_per_image"] * batch.images for name in ("rollout", "decodes"))
