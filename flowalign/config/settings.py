@@ -40,6 +40,7 @@ class PolicySettings:
     gradient_checkpointing: bool = False
     compile: bool = False
     attention: str | None = None
+    quantization: Literal["8bit", "4bit"] | None = None
     roles: dict[str, Role] = field(default_factory=dict)
 
     @property
@@ -66,7 +67,10 @@ class RunSettings:
 
     max_evaluations, in `summary.evaluation_unit`, and max_seconds of iterations (evaluations on the way are not counted): the
     run ends before an iteration that would go beyond, if it costs what the iterations so far cost on average; the first is
-    always run. null: no limit."""
+    always run. null: no limit.
+
+    device_memory: GiB of one device, and device_count: how many there are, for which memory and hours are forecast, on whatever
+    machine; a configuration that cannot fit is refused. null: those of the launch (a CPU refuses nothing)."""
 
     name: str
     iterations: int = 100
@@ -82,12 +86,14 @@ class RunSettings:
     tags: list[str] = field(default_factory=list)
     resume: Literal["auto", "changed", "never"] = "auto"
     gradient_check: bool = True
+    device_memory: float | None = None
+    device_count: int | None = None
 
     def __post_init__(self) -> None:
         for key in ("iterations", "checkpoint_every", "keep_checkpoints"):
             if vars(self)[key] < 1:
                 raise ValueError(f"run.{key}={vars(self)[key]}: expected at least 1")
-        for key in ("max_evaluations", "max_seconds"):
+        for key in ("max_evaluations", "max_seconds", "device_memory", "device_count"):
             limit = vars(self)[key]
             if limit is not None and not limit > 0:
                 raise ValueError(f"run.{key}={limit}: expected more than 0, or null for no limit")

@@ -38,13 +38,18 @@ def grow(settings: Rollout, seed: int, iteration: int, groups: Iterable[int]) ->
     return Tree.cat(trees)
 
 
-def leaves_per_group(settings: Rollout) -> tuple[int, int]:
-    """(samples, probes) that one group ends in, counted on the first iteration's topology, after the plan's selection."""
+def outline(settings: Rollout) -> Forest:
+    """The forest of one group of the first iteration, after the plan's selection, with one number in the place of a latent."""
     tree, steps = grow(settings, 0, 0, [0]), settings.num_inference_steps
-    forest = rollout(
+    return rollout(
         lambda x, sigma, root: x, torch.zeros(tree.num_roots, 1), torch.linspace(1, 0, steps + 1), tree, FlowSDE(),
         lambda tree, nodes: torch.zeros(len(nodes), 1), select=settings.plan.select(unscored),
     )  # fmt: skip
+
+
+def leaves_per_group(settings: Rollout) -> tuple[int, int]:
+    """(samples, probes) that one group ends in, see `outline`."""
+    forest = outline(settings)
     samples = int(sampled(forest.tree).sum())
     return samples, len(forest.tree.leaves) - samples
 

@@ -22,7 +22,7 @@ from flowalign.storage.metrics_log import MetricsLog
 
 # What a resumed run may change without a word: how long it is, what it keeps and what it shows.
 MAY_CHANGE = re.compile(
-    r"run\.(iterations|max_evaluations|max_seconds|checkpoint_every|keep_checkpoints|resume|output|gradient_check|project)"
+    r"run\.(iterations|max_evaluations|max_seconds|checkpoint_every|keep_checkpoints|resume|output|gradient_check|project|device_\w+)"
     r"|run\.(trackers|tags)(\..*)?|evaluation\.every"
 )
 # What it may change as well, noted: speed and memory; results differ by rounding.

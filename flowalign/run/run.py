@@ -30,7 +30,7 @@ from flowalign.run.folder import describe, open_folder
 from flowalign.run.interrupt import Interrupted, StopRequest
 from flowalign.run.iteration_log import IterationLog
 from flowalign.run.launch import Launch
-from flowalign.run.preflight import Prompts, forecast, read_saved
+from flowalign.run.preflight import Prompts, read_saved, state_forecast
 from flowalign.run.results import Results
 from flowalign.run.trackers import Trackers
 from flowalign.run.trial import try_rewards
@@ -219,8 +219,7 @@ def _enter(config: TrainConfig, plain: dict[str, Any], folder: Path, launch: Lau
         saved = read_saved(config, folder, digests)
     except (CheckpointError, DamagedFile) as error:
         raise ConfigError(str(error)) from error
-    if processes.is_main:
-        print(forecast(config), flush=True)
+    state_forecast(config, launch.accelerator.device, processes, sharded=launch.fsdp is not None)
     for reward in (*config.rollout_rewards, *config.evaluation.rewards):
         leaving.callback(close, reward)
     trials = try_rewards(config, prompts, launch.accelerator.device, announce=processes.is_main)

@@ -85,7 +85,8 @@ class UpdateForecast:
     are decoded and scored there. rolled: network rows of its rollouts, where they are not those of the plan (an offline
     trainer has none); None: the plan's. guidance_scale: of the updates; None: that of the rollout. notes: what a user should
     know before the run, such as a regression without a minimum, a line each. reward_gradient: whether updates go through the
-    reward, whose scores then need a graph. inspection: see there."""
+    reward, whose scores then need a graph. at_once: states whose activations an update holds at the same time, and decoded_at_once: images that it
+    decodes with a graph meanwhile, for the forecast of memory; None: not known, and left out there. inspection: see there."""
 
     updates: int
     trained: int
@@ -96,6 +97,8 @@ class UpdateForecast:
     notes: tuple[str, ...] = ()
     rolled: int | None = None
     reward_gradient: bool = False
+    at_once: int | None = None
+    decoded_at_once: int = 0
     inspection: Inspection = field(default_factory=lambda: Inspection(), compare=False)
 
 

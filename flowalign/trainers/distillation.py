@@ -156,8 +156,9 @@ class Distillation:
         # what is not the rollout's own guidance is told in its rows
         rolled = -(-rolled * classifier_free_rows(own.guidance_scale) // classifier_free_rows(rollout.guidance_scale))
         return UpdateForecast(
-            updates, states, frozen, rolled=rolled, guidance_scale=self.guidance_scale, notes=self._notes(own)
-        )
+            updates, states, frozen, rolled=rolled, guidance_scale=self.guidance_scale, notes=self._notes(own),
+            at_once=self.micro_batch,
+        )  # fmt: skip
 
     def _notes(self, rollout: Rollout) -> tuple[str, ...]:
         scales = [teacher.scale(rollout) for teacher in self.teachers.values()]

@@ -149,8 +149,9 @@ class PolicyGradient:
         before, scored = (0, 0) if self.calibration is None else self.calibration.forecast(rollout)
         inspection = Inspection(replay=self, edges=self, pulls=self.pulls)
         return UpdateForecast(
-            share, states, len(self.roles()) * states + rescored, before, scored, inspection=inspection
-        )
+            share, states, len(self.roles()) * states + rescored, before, scored, inspection=inspection,
+            at_once=self.micro_batch,
+        )  # fmt: skip
 
     def prepare(self, task: Task, state: dict[str, Any] | None) -> None:
         if state is None:

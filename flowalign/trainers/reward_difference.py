@@ -132,7 +132,9 @@ class RewardDifference:
             chosen = min(chosen, self.steps_per_update * cost.leaves)
         passes = count + (count > 1 and self.anchor == "rescore")  # the reference, later first passes, the anchor
         groups = rollout.groups
-        return UpdateForecast(count, groups * count * chosen, groups * passes * every, notes=_notes(rollout))
+        return UpdateForecast(
+            count, groups * count * chosen, groups * passes * every, notes=_notes(rollout), at_once=self.micro_batch
+        )
 
     def prepare(self, task: Task, state: dict[str, Any] | None) -> None:
         self.task = task

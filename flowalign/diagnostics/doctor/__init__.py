@@ -64,6 +64,9 @@ def diagnose(paths: str | Sequence[str], overrides: Sequence[str] = ()) -> Itera
         figure = f"{rollout.groups} prompts × {images} images × {rollout.num_inference_steps} steps"
         return Finding("configuration", True, f"{configs[0].run.name}: {figure}")
 
+    def fit() -> Finding:
+        return check_memory(configs[0], torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
     def load() -> Finding:
         began, device = time.perf_counter(), "cuda" if torch.cuda.is_available() else "cpu"
         policies.append(policy_of(configs[0], device))
@@ -71,7 +74,8 @@ def diagnose(paths: str | Sequence[str], overrides: Sequence[str] = ()) -> Itera
 
     failed: set[str] = set()
     yield guarded("configuration", read, failed)
-    yield guarded("model", load, failed, ("configuration",))
+    yield guarded("memory", fit, failed, ("configuration",))
+    yield guarded("model", load, failed, ("configuration", "memory"))
     if not failed:
         yield from examine(configs[0], policies[0])
 
@@ -130,7 +134,6 @@ def examine(config: TrainConfig, policy: Policy) -> Iterator[Finding]:
     yield ask("cost", lambda: check_cost(task, trainer, rolled()[0], rolled()[1], first(), gradient()[1]), "gradient")
     yield ask("reached", lambda: check_reached(task, rolled()[0], moved()[1]), "gradient")
     yield ask("merged", lambda: check_merged(task, settings, inspection.edges, after), "gradient")
-    yield ask("memory", lambda: check_memory(config, task, rolled()[0]), "dtypes")
     try:
         yield from _rewards(config, task, prompts, lambda: rolled()[0], ask)
         rewarded = f"reward {config.reward.name}"
@@ -165,7 +168,7 @@ def _time(
     images = images.select(range(min(16, len(images))))
     began = mark()
     score(config.reward, images)
-    return check_time(config, task, batch, update, elapsed(began, mark()) / len(images))
+    return check_time(config, batch, update, elapsed(began, mark()) / len(images))
 
 
 def _counted(policy: Policy, work: Callable[[], Result]) -> tuple[Result, int]:
