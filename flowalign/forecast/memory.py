@@ -11,6 +11,7 @@ import torch
 from flowalign.config import TrainConfig
 from flowalign.errors import ConfigError
 from flowalign.forecast.footprint import FP32, Footprint
+from flowalign.models.pipeline_policy import DECODE_BATCH
 from flowalign.rollouts.rolling import outline
 from rewards import Reward
 
@@ -65,8 +66,8 @@ class Memory:
         rollout, settings, own = self.config.rollout, self.config.policy, self.footprint
         evaluation = self.config.evaluation
         in_flight = self.widest * own.latent
-        decoded = min(settings.decode_batch or rollout.micro_batch, rollout.micro_batch)
-        shown = min(settings.decode_batch or evaluation.batch_size, evaluation.batch_size)
+        together = settings.decode_batch or DECODE_BATCH
+        decoded, shown = min(together, rollout.micro_batch), min(together, evaluation.batch_size)
         vae = own.vae if "vae" in settings.offload else 0
         away = own.encoders if "encoders" in settings.offload else 0
         rows, batch, scale = min(rollout.micro_batch, self.widest), evaluation.batch_size, evaluation.guidance_scale
@@ -211,8 +212,7 @@ Changes = Iterator[tuple[str, TrainConfig]]
 
 def _decode_batch(config: TrainConfig) -> Changes:
     """Costs nothing but launches of kernels."""
-    before = config.policy.decode_batch or max(config.rollout.micro_batch, config.evaluation.batch_size)
-    for size in _smaller(before):
+    for size in _smaller(config.policy.decode_batch or DECODE_BATCH):
         yield f"policy.decode_batch={size}", _policy(config, decode_batch=size)
 
 
