@@ -29,13 +29,13 @@ def test_seconds_are_counts_times_timings() -> None:
 
 def test_counts_of_a_configuration() -> None:
     """3 iterations × 2 prompts × 3 samples of 3 steps, one of them branching: 7 rows a prompt. 4 images of 2 steps are evaluated
-    before, after the second iteration, and after the run; guidance doubles their rows."""
+    before, after each iteration but the last, and after the run; guidance doubles their rows."""
     config, _ = load_config(
-        TINY, ["evaluation.every=2", "evaluation.guidance_scale=3", "rollout.plan.init_args.high=1"]
+        TINY, ["evaluation.every=1", "evaluation.guidance_scale=3", "rollout.plan.init_args.high=1"]
     )
     counts = RunCounts.of(config)
     assert (counts.iterations, counts.images, counts.sampled, counts.decodes) == (3, 6, 2 * 7, 6)
     assert (counts.trained, counts.frozen, counts.before) == (2, 2, 0)
-    assert (counts.evaluated, counts.evaluation_rows) == (3 * 4, 3 * 4 * 2 * 2)
+    assert (counts.evaluated, counts.evaluation_rows) == (4 * 4, 4 * 4 * 2 * 2)
     again = RunCounts.of(load_config(TINY, ["rollout.refill=1", "rollout.plan.init_args.high=1"])[0])
     assert (again.sampled, again.decodes, again.trained) == (2 * 14, 12, 2)
