@@ -141,8 +141,8 @@ def state_memory(
 ) -> None:
     """Says what each phase needs of one device; ConfigError if that cannot fit into its `room` bytes (None: not known). A network that
     cannot be measured without numbers is said, and never refused."""
-    memory = Memory(config, Footprint(config), config.run.device_count or devices, sharded)
     try:
+        memory = Memory(config, Footprint(config), config.run.device_count or devices, sharded)
         lines = text(memory, room)
     except Exception as error:  # of a family's own code, which may ask for numbers
         say(f"memory: not known, since the network cannot run on shapes alone ({type(error).__name__}: {error})")

@@ -214,12 +214,11 @@ def check_switches(path: str, switches: Switches, family: str | None = None) -> 
 
 def check_fixed_rows(path: str, rows: int | None, family: str | None = None) -> None:
     """ValueError for a number of rows that the calls of this model's networks cannot all have."""
-    _check_fixed_rows(rows, inspect_checkpoint(path, family)[1])
+    if rows is not None:
+        _check_fixed_rows(rows, inspect_checkpoint(path, family)[1])
 
 
-def _check_fixed_rows(rows: int | None, family: Family) -> None:
-    if rows is None:
-        return
+def _check_fixed_rows(rows: int, family: Family) -> None:
     if rows < 1:
         raise ValueError(f"got fixed_rows={rows}; expected at least 1, or None")
     if len(family.networks) > 1:
@@ -322,7 +321,8 @@ def load_policy(
         pipeline.scheduler = copy.deepcopy(path.scheduler)
     model = known.model(pipeline, max_sequence_length)
     switches.check(model.networks)
-    _check_fixed_rows(fixed_rows, known)
+    if fixed_rows is not None:
+        _check_fixed_rows(fixed_rows, known)
     for name, network in model.networks.items():
         _check_full(trainable, name, network.dtype)
         network.eval().requires_grad_(trainable == "full")

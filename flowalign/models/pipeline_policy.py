@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from diffusers import ModelMixin
 from torch import Tensor, nn
 from torch.nn import Parameter
 
@@ -37,7 +38,7 @@ class PipelinePolicy:
     not work (of a VAE that has decoded with a gradient, until it decodes again: its backward comes later). decode_batch:
     latents or images per call of the VAE; None is all at once on the CPU, 4 elsewhere. prompt_store: bytes of encoded prompts that
     are kept, on the CPU. autocast: what the networks multiply in, of weights that stay fp32; None: in the dtype of their weights.
-    switches: of the networks; gradient_checkpointing also of the VAE. fixed_rows: states of every network call: more are
+    switches: of the networks; gradient_checkpointing also of the VAE, if diffusers can. fixed_rows: states of every network call: more are
     split, fewer padded; None: as many as there are."""
 
     def __init__(
@@ -200,7 +201,7 @@ class PipelinePolicy:
 
     @contextmanager
     def checkpointed(self) -> Iterator[None]:
-        parts = [part for part in (*self.networks(), self.model.vae) if not part.is_gradient_checkpointing]
+        parts = [part for part in (*self.networks(), *self._checkpointed_vae) if not part.is_gradient_checkpointing]
         for part in parts:
             part.enable_gradient_checkpointing(self._recomputed)
         try:
@@ -250,8 +251,13 @@ class PipelinePolicy:
     def _switch(self) -> None:
         """Sets the switches of all networks, those of new roles too."""
         self._switches.set(self.networks(), self._trained.role_count, self._recomputed)
-        if self._switches.gradient_checkpointing:
-            self.model.vae.enable_gradient_checkpointing(self._recomputed)
+        for vae in self._checkpointed_vae if self._switches.gradient_checkpointing else ():
+            vae.enable_gradient_checkpointing(self._recomputed)
+
+    @property
+    def _checkpointed_vae(self) -> list[ModelMixin]:
+        """The VAE, where diffusers can checkpoint it (not those of Wan and Qwen-Image)."""
+        return [self.model.vae] if self.model.vae._supports_gradient_checkpointing else []
 
     def parameters_of(self, role: str) -> list[tuple[str, Parameter]]:
         return self._trained.parameters_of(role)

@@ -161,6 +161,7 @@ def recomputed(trained: TrainedNetworks) -> Callable[..., Any]:
             with nullcontext() if trained.current == role else trained.role(role):
                 return block(*inputs)
 
-        return checkpoint(under_role, *inputs, use_reentrant=False)
+        # networks are in eval mode and draw nothing
+        return checkpoint(under_role, *inputs, use_reentrant=False, preserve_rng_state=False)
 
     return call

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -90,6 +91,16 @@ def test_a_role_read_from_a_pipeline_is_checkpointed(tiny_pipeline: Path) -> Non
     policy: Any = load_policy(str(tiny_pipeline), trainable="full", gradient_checkpointing=True)
     policy.add_roles({"teacher": Role(init=str(tiny_pipeline))})
     assert [network.is_gradient_checkpointing for network in policy.networks()] == [True, True]
+
+
+def test_a_vae_that_cannot_be_checkpointed_keeps_its_activations(
+    tiny_pipeline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(AutoencoderKL, "_supports_gradient_checkpointing", False)
+    policy: Any = load_policy(str(tiny_pipeline), gradient_checkpointing=True)
+    assert policy.networks()[0].is_gradient_checkpointing and not policy.model.vae.is_gradient_checkpointing
+    with policy.checkpointed():
+        policy.decode(torch.zeros(1, 3, 24, 48), grad=True)
 
 
 def test_a_live_pipeline_that_checkpoints_already_keeps_the_role(tiny_pipeline: Path) -> None:
