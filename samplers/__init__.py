@@ -9,6 +9,7 @@ is replayed. A sampler knows no network: the velocity is a callable, randomness 
 `rollout` keeps no graph; `unroll` is differentiable in the start, the noise and the network, by the same steps.
 """
 
+from samplers.ahead import drawn_ahead
 from samplers.draws import (
     GridSigma,
     LogitNormalSigma,
@@ -110,7 +111,7 @@ __all__ = [
     "Bounded", "Plan", "Branch", "Chain", "Compressed", "Deterministic", "Leveled", "Probed", "RandomSteps", "Selected", "Sourced", "SplitTree",
     "TreeWindow", "Window", "branch", "chain", "compressed", "probed", "scattered", "tree", "window",
     "Fixed", "Position", "Random", "Sliding",
-    "KeyedNoise", "generator", "normal",
+    "KeyedNoise", "drawn_ahead", "generator", "normal",
     "GridSigma", "LogitNormalSigma", "SampleKeys", "ShiftedUniform", "SigmaLaw", "SquareRootSigma", "UniformSigma",
     "Forest", "Velocities", "load_forest", "save_forest", "Noise", "Velocity", "rollout",
     "Unrolled", "straight_through", "unroll",

@@ -17,15 +17,16 @@ class Velocities:
     row: Tensor
     values: Tensor
 
-    def at(self, nodes: Tensor) -> Tensor:
-        """Velocities of `nodes` [n, *]. ValueError for a node that was not evaluated."""
+    def at(self, nodes: Tensor, device: torch.device | str | None = None) -> Tensor:
+        """Velocities of `nodes` [n, *], on `device` (None: where they are stored). ValueError for a node that was not evaluated."""
         rows = self.row[nodes]
         if bool((rows < 0).any()):
             raise ValueError(
                 f"got nodes {nodes[rows < 0][:8].tolist()}, whose velocities are not known for this role; expected nodes that "
                 "were passed to Forest.with_velocities"
             )
-        return self.values[rows.to(self.values.device)]
+        found = self.values[rows.to(self.values.device)]
+        return found if device is None else found.to(device)
 
     def of(self, alive: Tensor) -> "Velocities":
         """Those at the nodes of the mask `alive` [N], renumbered as Tree.keep does."""
@@ -39,7 +40,8 @@ class Forest:
 
     states [K, *]: those that are needed again (roots, both ends of every stochastic step, nodes without children; all
     with `keep="all"`), in the storage dtype; row [N]: the row of a node's state in it (-1: not kept). log_prob [N]: of the step that arrived
-    at a node, under the policy that rolled out, taken after the storage cast; nan where the step is deterministic.
+    at a node, under the policy that rolled out, taken after the storage cast; nan where the step is deterministic. All are
+    on the host, whatever device rolled out: what a step is scored with goes to the device of the velocities.
     evaluations: network rows of the rollout. previews: states that it completed for a selection. sigmas, kernel: those of
     the rollout, which every replay uses.
     velocities: of other networks (reference, old, teacher, …) at its states, by role. scores: of states (a latent
@@ -77,8 +79,8 @@ class Forest:
             values = torch.where(mask.to(values.device), values, torch.zeros_like(values))
         return self.tree.path_sum(values)
 
-    def at(self, nodes: Tensor) -> Tensor:
-        """States of `nodes` [n, *], exactly what the rollout gave the network, in at least fp32.
+    def at(self, nodes: Tensor, device: torch.device | str = "cpu") -> Tensor:
+        """States of `nodes` [n, *] on `device`, exactly what the rollout gave the network, in at least fp32.
 
         ValueError for a node that was not kept.
         """
@@ -89,7 +91,7 @@ class Forest:
                 f"got nodes {missing}, whose states were not kept; expected roots, nodes without children or ends of a "
                 'stochastic step: give the step a level, or take rollout(..., keep="all")'
             )
-        return self.states[rows.to(self.states.device)].to(compute_dtype(self.states.dtype))
+        return self.states[rows].to(device).to(compute_dtype(self.states.dtype))
 
     def sigma(self, nodes: Tensor) -> Tensor:
         """Noise levels at which `nodes` sit [n]: what the network is evaluated at."""
@@ -123,14 +125,15 @@ class Forest:
             raise ValueError(f"got state scores {list(values.shape)}; expected one per node, [{len(self.tree)}]")
         return replace(self, scores={**self.scores, name: values.detach()})
 
-    def role_steps(self, role: str, edges: Tensor) -> Step:
-        """The transitions arriving at `edges`, under the velocities of `role`. ValueError for a role that is not known."""
+    def role_steps(self, role: str, edges: Tensor, device: torch.device | str | None = None) -> Step:
+        """The transitions arriving at `edges`, under the velocities of `role`, on `device` (None: where they are stored).
+        ValueError for a role that is not known."""
         if role not in self.velocities:
             raise ValueError(
                 f"got role {role!r}; known roles are {sorted(self.velocities)}: call with_velocities first"
             )
         parents, position = self.tree.distinct_parents(edges)
-        return self.edge_steps(edges, self.velocities[role].at(parents), position)
+        return self.edge_steps(edges, self.velocities[role].at(parents, device), position)
 
     def edge_steps(self, edges: Tensor, velocity_of_parents: Tensor, parent_pos: Tensor) -> Step:
         """Replay: the transitions that arrived at `edges` [E], under new velocities.
@@ -147,7 +150,7 @@ class Forest:
             step=self.tree.index[parents], replay=True,
         )  # fmt: skip
         velocity = velocity_of_parents[parent_pos.to(velocity_of_parents.device)]
-        return self.kernel(self.at(parents), velocity, sigma, sigma_next, ctx)
+        return self.kernel(self.at(parents, velocity.device), velocity, sigma, sigma_next, ctx)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from samplers.forest import Forest, compute_dtype
+from samplers.host_rows import HostRows
 from samplers.kernels.base import Carry, Kernel, Step, TransitionContext
 from samplers.schedules import check_sigmas, subgrid
 from samplers.selection import Select, candidates, check_frontiers, choose, trained_part
@@ -61,13 +62,13 @@ def rollout(
     continued = torch.zeros(len(tree), dtype=torch.bool)
     log_prob = torch.full((len(tree),), torch.nan, dtype=compute, device=x_start.device)
     x, nodes, carry, evaluations, previews = x_start.to(store_dtype), tree.generations[0], None, 0, 0
-    stored: list[Tensor] = []
-    old_nodes, old_velocities = torch.zeros(len(tree), dtype=torch.bool), [x_start[:0].to(compute)]
+    stored, old_velocities = HostRows(int(needed.sum())), HostRows(len(ends.unique()))
+    old_nodes = torch.zeros(len(tree), dtype=torch.bool)
     for generation in (*tree.generations[1:], torch.empty(0, dtype=torch.int64)):
         frontier = _Frontier(velocity, x.to(compute), sigmas, tree, nodes, micro_batch)
         look = partial(frontier.previews, kernel, carry, tree, store_dtype)
         continued[nodes] = True if select is None else choose(select, tree, nodes, among, look)
-        stored.append(x[(needed & continued)[nodes].to(x.device)])
+        stored.add(x, (needed & continued)[nodes])
         children = generation[continued[tree.parent[generation]]]
         parents, position = tree.distinct_parents(children)
         rows = torch.searchsorted(nodes, parents)
@@ -76,7 +77,7 @@ def rollout(
         if keep_velocities:
             at_end = torch.isin(parents, ends)
             old_nodes[parents[at_end]] = True
-            old_velocities.append(v_parents[at_end.to(v_parents.device)])
+            old_velocities.add(v_parents.to(torch.promote_types(v_parents.dtype, compute)), at_end)
         if not len(children):
             break
         row_of_child = position.to(x.device)
@@ -89,9 +90,10 @@ def rollout(
         _write_log_probs(log_prob, step, x, tree, children)
     kept = needed & continued
     row = torch.where(kept, kept.cumsum(0) - 1, -1)
-    forest = Forest(tree, sigmas, kernel, torch.cat(stored), row, log_prob, evaluations, previews)
+    # on the host too, and with them all rows above: what reads them waits for the device once per rollout
+    forest = Forest(tree, sigmas, kernel, stored.rows, row, log_prob.cpu(), evaluations, previews)
     if keep_velocities:
-        forest = forest.with_velocities("old", old_nodes.nonzero().flatten(), torch.cat(old_velocities))
+        forest = forest.with_velocities("old", old_nodes.nonzero().flatten(), old_velocities.rows)
     return forest if select is None else _pruned(forest, continued)
 
 
@@ -130,9 +132,9 @@ def _pruned(forest: Forest, continued: Tensor) -> Forest:
         forest,
         tree=tree,
         velocities=velocities,
-        states=forest.states[used.to(forest.states.device)],
+        states=forest.states[used],
         row=torch.where(forest.kept[alive], forest.kept[alive].cumsum(0) - 1, -1),
-        log_prob=forest.log_prob[alive.to(forest.log_prob.device)],
+        log_prob=forest.log_prob[alive],
     )
 
 

@@ -102,6 +102,8 @@ def _check_numbers(rollout: Rollout, evaluation_scale: float) -> None:
     for key in ("groups", "group_size", "num_inference_steps", "micro_batch"):
         if vars(rollout)[key] < 1:
             raise ConfigError(f"rollout.{key}={vars(rollout)[key]}: expected at least 1")
+    if rollout.chunk is not None and rollout.chunk < 1:
+        raise ConfigError(f"rollout.chunk={rollout.chunk}: expected at least 1 group, or null for all at once")
     for key, scale in (("rollout", rollout.guidance_scale), ("evaluation", evaluation_scale)):
         if not 1 <= scale < math.inf:  # at 0 the prompt would be ignored, where diffusers means no guidance
             raise ConfigError(f"{key}.guidance_scale={scale}: expected a number from 1 (no guidance)")

@@ -25,6 +25,7 @@ from flowalign.models.trained_networks import TrainedNetworks
 from samplers import Schedule
 
 Offloadable = Literal["encoders", "vae"]
+DECODE_BATCH = 4  # a decoder's activations are large: 64 images of 512² take 24 GiB
 PROMPT_STORE_BYTES = 2 * 2**30  # 500 prompts of 512 tokens of T5-XXL in bf16; those of CLIP all fit
 
 
@@ -33,7 +34,7 @@ class PipelinePolicy:
 
     device: where conditions go, and parts that are offloaded while they work. offload: parts that are on the CPU while they do
     not work (of a VAE that has decoded with a gradient, until it decodes again: its backward comes later). decode_batch:
-    latents or images per call of the VAE; None is all at once. prompt_store: bytes of encoded prompts that are kept, on the CPU."""
+    latents or images per call of the VAE; None is all at once on the CPU, 4 elsewhere. prompt_store: bytes of encoded prompts that are kept, on the CPU."""
 
     def __init__(
         self, model: Model, family: Family, trained: TrainedNetworks, *, negative_prompt: str = "",
@@ -160,7 +161,8 @@ class PipelinePolicy:
         return latents
 
     def _slices(self, rows: Tensor) -> tuple[Tensor, ...]:
-        return rows.split(self._decode_batch or max(1, len(rows)))
+        on_cpu = self.model.vae.device.type == "cpu"
+        return rows.split(self._decode_batch or (max(1, len(rows)) if on_cpu else DECODE_BATCH))
 
     @contextmanager
     def checkpointed(self) -> Iterator[None]:

@@ -17,7 +17,11 @@ from samplers import Forest, Tree
 def gather_tree(processes: Processes, tree: Tree, mine: Tree) -> Tree:
     """The nodes of `tree`, the plan of all groups, that selection kept on any process; `mine`: those of this one's share."""
     begin = processes.share(tree.num_groups).start
-    kept = processes.gather(torch.stack([mine.group + begin, mine.local], 1))
+    return _with_only(tree, processes.gather(torch.stack([mine.group + begin, mine.local], 1)))
+
+
+def _with_only(tree: Tree, kept: Tensor) -> Tree:
+    """The nodes of `tree` whose (group, local) are a row of `kept` [n, 2]."""
     span = int(tree.local.max()) + 1
     stays = torch.isin(tree.group * span + tree.local, kept[:, 0] * span + kept[:, 1])
     return tree if bool(stays.all()) else tree.keep(stays)
@@ -60,13 +64,12 @@ class Part:
 
 
 def joined(tree: Tree, first: int, parts: Sequence[Part]) -> tuple[Forest, Tensor]:
-    """The forest of `tree`, whose groups are the prompts first, first + 1, …, from parts that hold each of them once; and the
-    order [L] in which the leaves of the parts, one after the other, are those of `tree`."""
-    counted = []
-    for part in parts:
-        group = part.numbers[part.forest.tree.group[part.nodes]]
-        counted.append((torch.isin(tree.group + first, group)).nonzero().flatten())
-    nodes = torch.cat(counted)
+    """The forest of what is left of `tree`, the plan of the prompts first, first + 1, …, from parts that hold each of them once;
+    and the order [L] in which the leaves of the parts, one after the other, are its own."""
+    groups = [part.numbers[part.forest.tree.group[part.nodes]] - first for part in parts]
+    local = [part.forest.tree.local[part.nodes] for part in parts]
+    tree = _with_only(tree, torch.stack([torch.cat(groups), torch.cat(local)], 1))
+    nodes = torch.cat([torch.isin(tree.group, group).nonzero().flatten() for group in groups])
     all_columns = [_columns(part.forest, part.nodes) for part in parts]
     columns = {name: torch.cat([each[name] for each in all_columns]) for name in all_columns[0]}
     forests = [part.forest for part in parts]
@@ -82,8 +85,8 @@ def joined(tree: Tree, first: int, parts: Sequence[Part]) -> tuple[Forest, Tenso
 def _columns(forest: Forest, nodes: Tensor) -> dict[str, Tensor]:
     """What the forest holds of `nodes`, by name; see `_built`."""
     kept = forest.row[nodes] >= 0
-    states = forest.states[forest.row[nodes[kept]].to(forest.states.device)]
-    columns = {"kept": kept, "log_prob": forest.log_prob[nodes.to(forest.log_prob.device)], "states": states}
+    states = forest.states[forest.row[nodes[kept]]]
+    columns = {"kept": kept, "log_prob": forest.log_prob[nodes], "states": states}
     for role, velocities in forest.velocities.items():
         known = velocities.row[nodes] >= 0
         columns |= {f"known {role}": known, f"velocity {role}": velocities.at(nodes[known])}
@@ -94,7 +97,7 @@ def _built(tree: Tree, nodes: Tensor, columns: Mapping[str, Tensor], like: Fores
     """The forest of `tree` from the columns of all its nodes, in the order `nodes`."""
     kept = _placed(nodes, columns["kept"])
     row = torch.where(kept, kept.cumsum(0) - 1, -1)
-    order = nodes[columns["kept"]].argsort().to(like.states.device)
+    order = nodes[columns["kept"]].argsort()
     log_prob = _placed(nodes, columns["log_prob"])
     forest = replace(
         like, tree=tree, states=columns["states"][order], row=row, log_prob=log_prob, velocities={}, scores={}

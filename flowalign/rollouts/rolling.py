@@ -24,7 +24,7 @@ from flowalign.rollouts.task import Rollout, Task
 from rewards import RewardBatch, RewardOutput
 from rewards.answers import cat
 from rewards.guard import MAX_FAIL_RATE, check_rate
-from samplers import SOURCES, FlowSDE, Forest, KeyedNoise, Tree, Velocity, rollout, sampled, unscored
+from samplers import SOURCES, FlowSDE, Forest, KeyedNoise, Tree, Velocity, drawn_ahead, rollout, sampled, unscored
 from samplers.noise import generator, visits
 
 
@@ -50,7 +50,8 @@ def leaves_per_group(settings: Rollout) -> tuple[int, int]:
 
 
 class Rolling:
-    """Rolls out the groups of one iteration, a group for each of `prompts`. conditions: a row per group. seconds: by phase."""
+    """Rolls out the groups of one iteration, a group for each of `prompts`. conditions: a row per group. seconds: by phase. device:
+    where states are while the network has them."""
 
     def __init__(
         self, task: Task, prompts: Sequence[PromptRecord], iteration: int, roll: Callable[..., Forest],
@@ -66,6 +67,7 @@ class Rolling:
             hints = policy.encode([hinted(record, settings.hint_key) for record in prompts], negative=negative)
             self._hinted = Conditions.cat([self.conditions, hints])
         self._shape = policy.latent_shape(task.size)
+        self.device = policy.start(torch.empty(0, *self._shape)).device
         self._sigmas = grid(policy, settings.schedule, settings.num_inference_steps, self._shape)
 
     def part(self, groups: Sequence[int], attempt: int = 0) -> Part:
@@ -126,10 +128,12 @@ class Rolling:
         )
         start, select = task.policy.start(noise.start(tree)), settings.plan.select(previews.score)
         guided = self._guided(tree, numbers, noise)
-        forest = self._roll(
-            velocity, start, self._sigmas, tree, settings.kernel if guided is None else guided.kernel, noise.step,
-            micro_batch=settings.micro_batch if len(roles_of(settings, tree)) == 1 else None, select=select, keep_velocities=keep_velocities,
-        )  # fmt: skip
+        with drawn_ahead(noise.step, tree, self.device) as drawn:
+            forest = self._roll(
+                velocity, start, self._sigmas, tree, settings.kernel if guided is None else guided.kernel, drawn,
+                micro_batch=settings.micro_batch if len(roles_of(settings, tree)) == 1 else None, select=select,
+                keep_velocities=keep_velocities,
+            )  # fmt: skip
         if guided is not None:
             forest = guided.recorded(tree, forest)
         return forest if select is None else previews.on(forest)
@@ -160,18 +164,19 @@ class Rolling:
             widest[spec.completion_steps] = max(widest[spec.completion_steps], spec.max_sigma)
         below = {steps: ends[forest.sigma(ends).cpu() <= sigma] for steps, sigma in widest.items()}
         made = {
-            steps: completed(forest, nodes, steps, velocity, task.rollout.micro_batch) for steps, nodes in below.items()
+            steps: completed(forest, nodes, steps, velocity, task.rollout.micro_batch, self.device)
+            for steps, nodes in below.items()
         }
         for reward in task.process_rewards:
             nodes = ends[forest.sigma(ends).cpu() <= reward.spec.max_sigma]
             if reward.spec.scope == "completion":
                 steps = reward.spec.completion_steps
-                states = made[steps][torch.searchsorted(below[steps], nodes).to(made[steps].device)]
+                states = made[steps][torch.searchsorted(below[steps], nodes)]
                 sigma = torch.zeros(len(nodes))
             else:
                 states, sigma = forest.at(nodes), forest.sigma(nodes)
             owner = numbers[forest.tree.group[nodes]]
-            output = judge(task, self._prompts, owner, states, reward, sigma, max_fail_rate=1.0)
+            output = judge(task, self._prompts, owner, states, reward, sigma, 1.0, self.device)
             texts = [self._prompts[number].prompt for number in owner.tolist()]
             self._state_answers[reward.name].append((output, texts))
             for channel, column in zip(output.channels, output.scores.T, strict=True):

@@ -23,7 +23,8 @@ class Rollout:
     calls the network as the update does. schedule: the noise levels; None: the family's own grid. allow_cfg_update: a guided update inside a window of few steps is refused
     without it, since peers report collapse. draw: whether a random plan draws once per group or once per iteration (never
     inside a group). branch_scale: correlated noise of siblings (BranchGRPO's s, 4 there), see KeyedNoise; None makes it
-    independent. micro_batch: states per network call.
+    independent. micro_batch: states per network call. chunk: groups that a process rolls out, decodes and scores at once, so that its
+    device holds no more states than theirs; None: all. Noise is keyed, so results differ by the rounding of other batches only.
 
     sources, hint_key: for a plan with samples that are not the policy's own (samplers.Sourced). sources: "teacher" (or
     "hinted") -> the role that rolls these samples out; hinted ones are the policy's without it. hint_key: key of the
@@ -43,6 +44,7 @@ class Rollout:
     draw: Literal["group", "iteration"] = "group"
     branch_scale: float | None = None
     micro_batch: int = 64
+    chunk: int | None = None
     allow_cfg_update: bool = False
     detach_uncond: bool = False
     sources: dict[str, str] = field(default_factory=dict)

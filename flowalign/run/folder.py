@@ -27,7 +27,7 @@ MAY_CHANGE = re.compile(
 )
 # What it may change as well, noted: speed and memory; results differ by rounding.
 MAY_CHANGE_NOTED = re.compile(
-    r"(rollout|trainer\.init_args)\.micro_batch|evaluation\.batch_size|policy\.(decode_batch|offload(\..*)?)"
+    r"(rollout|trainer\.init_args)\.micro_batch|rollout\.chunk|evaluation\.batch_size|policy\.(decode_batch|offload(\..*)?)"
     r"|(reward|evaluation\.rewards|process_rewards|rollout\.(reward_guidance\.reward|preview_reward))\..*(workers|timeout)"
 )
 # What it may never change beside those: the saved weights, optimizer state and base evaluation belong to it.

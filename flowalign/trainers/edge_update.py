@@ -67,7 +67,7 @@ class EdgeUpdate:
         mine = place >= 0
         edges, place = self.edges[mine], place[mine]
         velocity = self.engine.velocity(self.states.at(part.index))
-        step, arrived = forest.edge_steps(edges, velocity, place), forest.at(edges)
+        step, arrived = forest.edge_steps(edges, velocity, place), forest.at(edges, velocity.device)
         log_prob = step.log_prob(arrived)
         old_step, old = self._anchor(part, edges, place, velocity, log_prob)
         bounds = None if self.bounds is None else self.bounds[mine]
@@ -77,13 +77,15 @@ class EdgeUpdate:
         losses = {"policy": (weight * self.objective.loss(log_prob, old, advantages, transitions)).sum() / count}
         here = RoleSteps(step, velocity[place.to(velocity.device)])
         for name, term in self.regularizers.items():
-            losses[name] = term.beta * term.divergence(here, self._under(term.role, edges)).sum() / count
+            losses[name] = (
+                term.beta * term.divergence(here, self._under(term.role, edges, velocity.device)).sum() / count
+            )
         real = self.nodes[part.index[: part.real]]
         self._measure_norms(velocity[: part.real], real, measures)
         for name, (scale, targets) in self.targets.items():
             aimed = int(torch.isin(self.nodes, targets.nodes).sum())
             losses[name] = scale * targets.loss(real, velocity[: part.real]).sum() / max(aimed, 1)
-        drift = (log_prob.detach() - forest.log_prob[edges]).abs()
+        drift = (log_prob.detach() - forest.log_prob[edges].to(log_prob.device)).abs()
         if self.first:
             check_drift(drift, velocity_unit(step), self.max_drift)
             measures.add(drift=drift, step=forest.tree.index[forest.tree.parent[edges]])
@@ -94,9 +96,9 @@ class EdgeUpdate:
         )
         return sum(losses.values(), torch.zeros((), device=log_prob.device))
 
-    def _under(self, role: str, edges: Tensor) -> RoleSteps:
-        velocities = self.forest.velocities[role].at(self.forest.tree.parent[edges])
-        return RoleSteps(self.forest.role_steps(role, edges), velocities)
+    def _under(self, role: str, edges: Tensor, device: torch.device) -> RoleSteps:
+        velocities = self.forest.velocities[role].at(self.forest.tree.parent[edges], device)
+        return RoleSteps(self.forest.role_steps(role, edges, device), velocities)
 
     @property
     def _roles(self) -> list[str]:
@@ -106,7 +108,7 @@ class EdgeUpdate:
     def _measure_norms(self, velocity: Tensor, nodes: Tensor, measures: Measures) -> None:
         """The length of the velocities at `nodes` over that under each role (2606.27771: it grows when things go wrong)."""
         for role in self._roles:
-            ratio = norm_ratio(velocity.detach(), self.forest.velocities[role].at(nodes))
+            ratio = norm_ratio(velocity.detach(), self.forest.velocities[role].at(nodes, velocity.device))
             measures.add(**{f"norm/{role}": ratio, f"norm_step/{role}": self.forest.tree.index[nodes]})
 
     def _anchor(
@@ -118,8 +120,9 @@ class EdgeUpdate:
             return (forest.edge_steps(edges, velocity.detach(), place) if needed else None), log_prob.detach()
         if self.anchors:
             old = forest.edge_steps(edges, self.anchors[part.number], place)
-            return old, old.log_prob(forest.at(edges))
-        return (forest.role_steps("old", edges) if needed else None), forest.log_prob[edges]
+            return old, old.log_prob(forest.at(edges, velocity.device))
+        old_step = forest.role_steps("old", edges, velocity.device) if needed else None
+        return old_step, forest.log_prob[edges].to(log_prob.device)
 
     def metrics(self, measures: Measures) -> dict[str, float]:
         """Once the step is taken; of the weights before it."""

@@ -48,8 +48,10 @@ class Trajectories:
         """[e] the log-ratios of the policy as it is now, of a micro-batch's own steps; with graph if gradients are on."""
         place = part.place(self.owner)
         edges, place = self.edges[place >= 0], place[place >= 0]
-        step = self.forest.edge_steps(edges, self.engine.velocity(self.states.at(part.index)), place)
-        return step.log_ratio(self.forest.role_steps(REFERENCE, edges), self.forest.at(edges))
+        velocity = self.engine.velocity(self.states.at(part.index))
+        reference = self.forest.role_steps(REFERENCE, edges, velocity.device)
+        step = self.forest.edge_steps(edges, velocity, place)
+        return step.log_ratio(reference, self.forest.at(edges, velocity.device))
 
     @cached_property
     @torch.no_grad()
