@@ -91,6 +91,7 @@ from samplers.schedules import (
 )
 from samplers.selection import Best, Select, candidates, sampled, unscored
 from samplers.trajectories import cost_to_go, mean_below, stopped_at, trajectory_share
+from samplers.transfer import Rows, fetch, send
 from samplers.trees import SOURCES, Cost, Tree
 from samplers.unroll import Unrolled, straight_through, unroll
 from samplers.unshared import UnsharedTree, unshared
@@ -115,4 +116,5 @@ __all__ = [
     "GridSigma", "LogitNormalSigma", "SampleKeys", "ShiftedUniform", "SigmaLaw", "SquareRootSigma", "UniformSigma",
     "Forest", "Velocities", "load_forest", "save_forest", "Noise", "Velocity", "rollout",
     "Unrolled", "straight_through", "unroll",
+    "Rows", "fetch", "send",
 ]  # fmt: skip

@@ -13,6 +13,7 @@ from samplers.host_rows import HostRows
 from samplers.kernels.base import Carry, Kernel, Step, TransitionContext
 from samplers.schedules import check_sigmas, subgrid
 from samplers.selection import Select, candidates, check_frontiers, choose, trained_part
+from samplers.transfer import Rows, fetch, send
 from samplers.trees import Tree
 
 Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -60,38 +61,44 @@ def rollout(
     needed, compute = _needed(tree, keep), compute_dtype(store_dtype)
     ends = torch.cat([tree.edges, tree.parents_of_edges])
     continued = torch.zeros(len(tree), dtype=torch.bool)
-    log_prob = torch.full((len(tree),), torch.nan, dtype=compute, device=x_start.device)
     x, nodes, carry, evaluations, previews = x_start.to(store_dtype), tree.generations[0], None, 0, 0
     stored, old_velocities = HostRows(int(needed.sum())), HostRows(len(ends.unique()))
-    old_nodes = torch.zeros(len(tree), dtype=torch.bool)
+    old_nodes, drawn_nodes, log_probs = torch.zeros(len(tree), dtype=torch.bool), list[Tensor](), list[Tensor]()
     for generation in (*tree.generations[1:], torch.empty(0, dtype=torch.int64)):
         frontier = _Frontier(velocity, x.to(compute), sigmas, tree, nodes, micro_batch)
         look = partial(frontier.previews, kernel, carry, tree, store_dtype)
         continued[nodes] = True if select is None else choose(select, tree, nodes, among, look)
-        stored.add(x, (needed & continued)[nodes])
         children = generation[continued[tree.parent[generation]]]
         parents, position = tree.distinct_parents(children)
-        rows = torch.searchsorted(nodes, parents)
-        x_parents, v_parents = frontier.x[rows.to(x.device)], frontier.velocities(rows)
+        rows, stochastic = torch.searchsorted(nodes, parents), (tree.level[children] > 0).nonzero().flatten()
+        kept, at_end = (needed & continued)[nodes].nonzero().flatten(), rows[torch.isin(parents, ends)]
+        drawn = [noise(tree, children[stochastic])] if len(stochastic) else []
+        # all that this generation needs of the host, before the network is called: nothing below waits for the device
+        on_device = frontier.send(kept, at_end, rows, rows[position], stochastic, *drawn)
+        kept, at_end, rows, left, noisy = map(Rows, (kept, at_end, rows, rows[position], stochastic), on_device)
+        stored.add(kept.of(x))
+        v = frontier.velocities(rows)
         evaluations, previews = evaluations + frontier.evaluations, previews + frontier.looked_at
         if keep_velocities:
-            at_end = torch.isin(parents, ends)
-            old_nodes[parents[at_end]] = True
-            old_velocities.add(v_parents.to(torch.promote_types(v_parents.dtype, compute)), at_end)
+            old_nodes[nodes[at_end.numbers]] = True
+            old_velocities.add(at_end.of(v.to(torch.promote_types(v.dtype, compute))))
         if not len(children):
             break
-        row_of_child = position.to(x.device)
-        history = None if carry is None else carry.rows(rows[position])
-        step = transition(
-            kernel, x_parents[row_of_child], v_parents[row_of_child], sigmas, tree, children, history, tail[children]
-        )
-        x = draw(step, tree, children, noise).to(store_dtype)
+        history = None if carry is None else carry.rows(left)
+        step = transition(kernel, left.of(frontier.x), left.of(v), sigmas, tree, children, history, tail[children])
+        x = draw(step, noisy, *on_device[5:]).to(store_dtype)
+        if len(stochastic):
+            drawn_nodes.append(children[stochastic])
+            log_probs.append(step.policy.rows(noisy).log_prob(noisy.of(x)))
         carry, nodes = step.carry, children
-        _write_log_probs(log_prob, step, x, tree, children)
-    kept = needed & continued
-    row = torch.where(kept, kept.cumsum(0) - 1, -1)
-    # on the host too, and with them all rows above: what reads them waits for the device once per rollout
-    forest = Forest(tree, sigmas, kernel, stored.rows, row, log_prob.cpu(), evaluations, previews)
+    # once per rollout the host waits: with these numbers all rows above are there
+    *log_probs, _ = fetch([*log_probs, x.flatten()[:1]])
+    log_prob = torch.full((len(tree),), torch.nan, dtype=compute)
+    if drawn_nodes:
+        log_prob[torch.cat(drawn_nodes)] = torch.cat(log_probs).to(compute)
+    kept_nodes = needed & continued
+    row = torch.where(kept_nodes, kept_nodes.cumsum(0) - 1, -1)
+    forest = Forest(tree, sigmas, kernel, stored.rows, row, log_prob, evaluations, previews)
     if keep_velocities:
         forest = forest.with_velocities("old", old_nodes.nonzero().flatten(), old_velocities.rows)
     return forest if select is None else _pruned(forest, continued)
@@ -148,19 +155,28 @@ class _Frontier:
     ) -> None:
         self.x, self.evaluations, self.looked_at = x, 0, 0
         self._velocity, self._limit = velocity, micro_batch or max(len(nodes), 1)
-        self._sigmas, self._sigma, self._root = sigmas, sigmas[tree.index[nodes]].to(x.device), tree.root[nodes]
+        self._sigmas, self._sigma, self._root = sigmas, sigmas[tree.index[nodes]], tree.root[nodes]
         self._known = torch.zeros(len(nodes), dtype=torch.bool)
         self._v: Tensor | None = None
 
-    def velocities(self, rows: Tensor) -> Tensor:
-        """[n, *] at `rows` [n] of the generation."""
-        new = rows[~self._known[rows]]
-        for part in new.split(self._limit) if len(new) else ():
-            on_device = part.to(self.x.device)
-            v = self._call(self.x[on_device], self._sigma[on_device], part)
-            self._v = self._v if self._v is not None else torch.empty_like(self.x, dtype=v.dtype)
-            self._v[on_device], self._known[part] = v, True
-        return self.x[:0] if self._v is None else self._v[rows.to(self.x.device)]
+    def send(self, *tensors: Tensor) -> list[Tensor]:
+        """`tensors` beside the states, by one copy; with it go the noise levels of these."""
+        self._sigma, *sent = send(self.x.device, self._sigma, *tensors)
+        return sent
+
+    def velocities(self, rows: Rows) -> Tensor:
+        """Those of the generation, [N, *], known at `rows`; elsewhere anything."""
+        unknown = ~self._known[rows.numbers]
+        new = rows if bool(unknown.all()) else self._rows(rows.numbers[unknown])
+        for part in new.split(self._limit):
+            v = self._call(part.of(self.x), part.of(self._sigma), part.numbers)
+            if part.all_of(self.x):
+                self._v = v
+            else:
+                self._v = self._v if self._v is not None else torch.empty_like(self.x, dtype=v.dtype)
+                self._v[part.there] = v
+            self._known[part.numbers] = True
+        return self.x if self._v is None else self._v
 
     def previews(
         self,
@@ -174,10 +190,11 @@ class _Frontier:
     ) -> Tensor:
         """[n, *] the states `rows` [n] of `nodes`, all at one grid index, completed in `steps` of the kernel's deterministic
         steps on the sub-grid of a probe. The first step takes the velocities of the states themselves."""
-        here, x = int(tree.index[nodes[rows[0]]]), self.x[rows.to(self.x.device)]
-        carry, self.looked_at = None if carry is None else carry.rows(rows), self.looked_at + len(rows)
+        looked_at = self._rows(rows)
+        here, x = int(tree.index[nodes[rows[0]]]), looked_at.of(self.x)
+        carry, self.looked_at = None if carry is None else carry.rows(looked_at), self.looked_at + len(rows)
         for number, there in enumerate(subgrid(here, tree.num_steps, steps)):
-            v = self._completing(x, here, rows) if number else self.velocities(rows)
+            v = self._completing(x, here, rows) if number else looked_at.of(self.velocities(looked_at))
             ctx = TransitionContext(
                 level=0.0, roots=self._root[rows], nodes=nodes[rows], parents=nodes[rows],
                 step=torch.full_like(rows, here), carry=carry, preview=True,
@@ -186,11 +203,14 @@ class _Frontier:
             x, carry, here = step.behavior.mean.to(store_dtype).to(self.x.dtype), step.carry, there
         return x
 
+    def _rows(self, numbers: Tensor) -> Rows:
+        return Rows(numbers, *self.send(numbers))
+
     def _completing(self, x: Tensor, index: int, rows: Tensor) -> Tensor:
         """Velocities [n, *] of x [n, *], at one grid index on the way from the states `rows` [n]."""
-        sigma = self._sigmas[index].to(x.device).expand(len(x))
-        parts = torch.arange(len(rows)).split(self._limit)
-        return torch.cat([self._call(x[part.to(x.device)], sigma[: len(part)], rows[part]) for part in parts])
+        sigma = x.new_full((len(x),), float(self._sigmas[index]), dtype=self._sigmas.dtype)
+        parts = self._rows(torch.arange(len(rows))).split(self._limit)
+        return torch.cat([self._call(part.of(x), sigma[: len(part)], rows[part.numbers]) for part in parts])
 
     def _call(self, x: Tensor, sigma: Tensor, rows: Tensor) -> Tensor:
         self.evaluations += len(x)
@@ -224,21 +244,13 @@ def transition(
     return kernel(x, v, sigmas[tree.index[parents]], sigmas[tree.index[children]], ctx)
 
 
-def draw(step: Step, tree: Tree, children: Tensor, noise: Noise) -> Tensor:
-    """The next states; noise is drawn at stochastic steps only."""
-    stochastic = tree.level[children] > 0
-    if not bool(stochastic.any()):
-        return step.behavior.mean
-    draws = torch.zeros_like(step.behavior.mean)
-    draws[stochastic.to(draws.device)] = noise(tree, children[stochastic]).to(draws)
+def draw(step: Step, noisy: Rows, noise: Tensor | None = None) -> Tensor:
+    """The next states; noise [n, *] of the stochastic steps, the rows `noisy` [n], None if there are none."""
+    mean = step.behavior.mean
+    if noise is None:
+        return mean
+    if noisy.all_of(mean):
+        return step.sample(noise)
+    draws = torch.zeros_like(mean)
+    draws[noisy.there] = noise.to(draws)
     return step.sample(draws)
-
-
-def _write_log_probs(log_prob: Tensor, step: Step, x: Tensor, tree: Tree, children: Tensor) -> None:
-    """Sets `log_prob` [N] at the children of stochastic steps: of their states x as stored, under the policy."""
-    stochastic = (tree.level[children] > 0).to(x.device)
-    if bool(stochastic.any()):
-        policy = step.policy
-        rows = {name: vars(policy)[name][stochastic] for name in ("mean", "std", "velocity_coef", "step_size")}
-        arrived = x[stochastic]
-        log_prob[children.to(x.device)[stochastic]] = replace(policy, **rows).log_prob(arrived).to(log_prob)

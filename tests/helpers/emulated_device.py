@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 DEVICE = torch.device("privateuseone", 0)  # "emulated:0" once there is an EmulatedDevice
 
@@ -114,10 +114,12 @@ class EmulatedDevice(TorchDispatchMode):
 
     def __enter__(self) -> EmulatedDevice:
         EmulatedDevice.current = self
+        self._one_thread = torch.autograd.set_multithreading_enabled(False)
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         EmulatedDevice.current = None
+        self._one_thread.__exit__(*error)
         super().__exit__(*error)
 
     # ------------------------------------------------------------------------------------------ what was seen
@@ -193,9 +195,10 @@ class EmulatedDevice(TorchDispatchMode):
         source = args[1] if name == "copy_" else args[0]
         target = args[0].device if name == "copy_" else torch.device(kwargs.get("device") or source.device)
         here, there = isinstance(source, OnDevice), target.type == DEVICE.type
-        if here != there:
-            pinned = not here and source.untyped_storage() in self._pinned
-            waits = not (pinned and (kwargs.get("non_blocking") or args[2:3] == (True,)))
+        if here != there and source.numel():
+            asked = bool(kwargs.get("non_blocking")) or args[2:3] == (True,)
+            host = source if there else args[0] if name == "copy_" else None
+            waits = not (asked and host is not None and host.untyped_storage() in self._pinned)
             kind = "to device" if there else "to host"
             self._event(kind, name, source.numel() * source.element_size(), waits)
         found = func(*_data(args), **_on_cpu({**_data(kwargs), "non_blocking": False}))
@@ -255,10 +258,19 @@ def _filled_by_tensor(source: Tensor, target: Tensor, non_blocking: bool = False
     return target
 
 
+class _Module(_DummyBackendModule):
+    """What torch asks of torch.<device>; for a checkpoint's recomputation also which autocast it has."""
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16]
+
+
 @cache
 def _backend() -> torch.library.Library:
-    """torch's backend for the device, once per process, since torch cannot take it back."""
-    _setup_privateuseone_for_python_backend("emulated")
+    """torch's backend for the device, once per process, since torch cannot take it back. The first backward of a process starts
+    a thread for each device there is then; this one needs none, since a backward stays in its own thread."""
+    torch.zeros((), requires_grad=True).backward()
+    _setup_privateuseone_for_python_backend("emulated", _Module())
     library = torch.library.Library("aten", "IMPL")
     library.impl("empty_strided", _made_by_tensor, "PrivateUse1")
     library.impl("_copy_from", _filled_by_tensor, "PrivateUse1")
