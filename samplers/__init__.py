@@ -21,6 +21,7 @@ from samplers.draws import (
 )
 from samplers.forest import Forest, Velocities
 from samplers.forest_file import load_forest, save_forest
+from samplers.host_rows import HostRows
 from samplers.kernels import (
     CPS,
     DDIM,
@@ -116,5 +117,5 @@ __all__ = [
     "GridSigma", "LogitNormalSigma", "SampleKeys", "ShiftedUniform", "SigmaLaw", "SquareRootSigma", "UniformSigma",
     "Forest", "Velocities", "load_forest", "save_forest", "Noise", "Velocity", "rollout",
     "Unrolled", "straight_through", "unroll",
-    "Rows", "fetch", "send",
+    "HostRows", "Rows", "fetch", "send",
 ]  # fmt: skip

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from samplers.transfer import fetch
+
 
 class HostRows:
     """At most `most` rows [n, *] on the host, added part by part. Those of a device go into pinned memory without being
@@ -11,6 +13,13 @@ class HostRows:
     def __init__(self, most: int) -> None:
         self._most, self._count = most, 0
         self._buffer: Tensor | None = None
+        self._last: Tensor | None = None
+
+    def read(self) -> Tensor:
+        """`rows`, waited for."""
+        if self._last is not None:
+            fetch([self._last])
+        return self.rows
 
     def add(self, rows: Tensor) -> None:
         """rows [n, *]. All calls: one dtype, one shape of a row."""
@@ -18,7 +27,7 @@ class HostRows:
             shape, pinned = (self._most, *rows.shape[1:]), rows.device.type != "cpu"
             self._buffer = torch.empty(shape, dtype=rows.dtype, pin_memory=pinned)
         self._buffer[self._count : self._count + len(rows)].copy_(rows, non_blocking=True)
-        self._count += len(rows)
+        self._count, self._last = self._count + len(rows), rows.flatten()[:1]
 
     @property
     def rows(self) -> Tensor:

@@ -8,10 +8,10 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from tqdm import tqdm
@@ -48,7 +48,8 @@ from rewards import close
 class Run:
     """A run whose folder is open and whose model is loaded; see `open_run`. Its methods are the loop's verbs.
 
-    steppers: the Stepper of each of the trainer's optimizers; filled by `resume`. opened: time.monotonic() then."""
+    steppers: the Stepper of each of the trainer's optimizers; filled by `resume`. losses: of the micro-batches since the last
+    step, not read yet. opened: time.monotonic() then."""
 
     config: TrainConfig
     folder: Path
@@ -65,6 +66,7 @@ class Run:
     trackers: Trackers
     results: Results
     steppers: dict[Optimizer, Stepper] = field(default_factory=dict)
+    losses: list[Tensor] = field(default_factory=list)
     opened: float = field(default_factory=time.monotonic)
 
     def resume(self) -> None:
@@ -104,9 +106,8 @@ class Run:
 
     def backward(self, loss: Tensor, update: Update) -> None:
         """Adds a micro-batch's gradient to that of its update. Runs under the update's role: activation checkpointing
-        recomputes the forward here, after the trainer has left that context."""
-        if not bool(torch.isfinite(loss)):
-            raise self._not_finite(f"loss {float(loss.detach())}", update.role)
+        recomputes the forward here, after the trainer has left that context. The losses are read by `step`."""
+        self.losses.append(loss.detach())
         with self.task.policy.role(update.role):
             self.steppers[update.optimizer].backward(loss)
 
@@ -114,7 +115,7 @@ class Run:
         """Takes the optimizer step, if there is anything to learn from; the average follows it. Roles follow every update of the
         policy, an empty one too: those of `every` n updates change when all of a rollout are done."""
         if update.micro_batches:
-            norm = self.steppers[update.optimizer].step(update.max_grad_norm)
+            norm = self.steppers[update.optimizer].step(update.max_grad_norm, partial(self._read, update))
             # a loss may reach weights of other roles too: their next step must not see that
             for optimizer in self.steppers:
                 optimizer.zero_grad(set_to_none=True)
@@ -127,6 +128,15 @@ class Run:
             self.progress.updates += 1
             self.task.policy.follow(self.progress.updates)
         self.log.add(update.after())
+
+    def _read(self, update: Update, norm: Tensor) -> float:
+        """The gradient norm of an update, before its step. RunError for a loss that is not finite, or by the update's own checks."""
+        *losses, read = update.read([*self.losses, norm])
+        self.losses.clear()
+        for loss in losses:
+            if not math.isfinite(loss):
+                raise self._not_finite(f"loss {float(loss)}", update.role)
+        return float(read)
 
     def end(self, iteration: int, batch: Batch) -> None:
         """Logs the iteration; saves and evaluates when it is time."""

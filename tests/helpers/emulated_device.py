@@ -167,7 +167,7 @@ class EmulatedDevice(TorchDispatchMode):
             return self._copied(func, name, args, kwargs)
         if name in INDEXED:
             self._check_index(name, args)
-        elif any(tensor.ndim for tensor in tensors if not isinstance(tensor, OnDevice)):
+        elif not name.startswith("new_") and any(t.ndim for t in tensors if not isinstance(t, OnDevice)):
             host = next(t for t in tensors if not isinstance(t, OnDevice) and t.ndim)
             raise RuntimeError(
                 f"Expected all tensors to be on the same device, but found at least two devices, {DEVICE} and cpu! ({name}: "
