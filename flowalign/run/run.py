@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,9 +112,19 @@ class Run:
 
     def step(self, update: Update) -> None:
         """Takes the optimizer step, if there is anything to learn from; the average follows it. Roles follow every update of the
-        policy, an empty one too: those of `every` n updates change when all of a rollout are done."""
+        policy, an empty one too: those of `every` n updates change when all of a rollout are done. RunError, before the step,
+        for a loss that is not finite."""
+
+        def read(norm: Tensor) -> float:
+            *losses, norm = update.read([*self.losses, norm])
+            self.losses.clear()
+            for loss in losses:
+                if not math.isfinite(loss):
+                    raise self._not_finite(f"loss {float(loss)}", update.role)
+            return float(norm)
+
         if update.micro_batches:
-            norm = self.steppers[update.optimizer].step(update.max_grad_norm, partial(self._read, update))
+            norm = self.steppers[update.optimizer].step(update.max_grad_norm, read)
             # a loss may reach weights of other roles too: their next step must not see that
             for optimizer in self.steppers:
                 optimizer.zero_grad(set_to_none=True)
@@ -128,15 +137,6 @@ class Run:
             self.progress.updates += 1
             self.task.policy.follow(self.progress.updates)
         self.log.add(update.after())
-
-    def _read(self, update: Update, norm: Tensor) -> float:
-        """The gradient norm of an update, before its step. RunError for a loss that is not finite, or by the update's own checks."""
-        *losses, read = update.read([*self.losses, norm])
-        self.losses.clear()
-        for loss in losses:
-            if not math.isfinite(loss):
-                raise self._not_finite(f"loss {float(loss)}", update.role)
-        return float(read)
 
     def end(self, iteration: int, batch: Batch) -> None:
         """Logs the iteration; saves and evaluates when it is time."""

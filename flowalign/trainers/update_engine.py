@@ -139,7 +139,9 @@ class UpdateEngine:
         policy, rollout = self.task.policy, self.task.rollout
         own = rollout.guidance_scale if self.guidance_scale is None else self.guidance_scale
         scale = own if guidance_scale is None else guidance_scale
-        x, sigma, rows = send(self.device, states.x, states.sigma, states.rows)
+        x, sigma, rows = states.x, states.sigma, states.rows
+        if x.device != self.device:
+            x, sigma, rows = send(self.device, x, sigma, rows)
         with policy.role(role):
             return policy.velocity(
                 x, sigma, self.conditions.rows(rows), guidance_scale=scale, detach_uncond=rollout.detach_uncond
@@ -195,7 +197,8 @@ class UpdateEngine:
     def coupled_update(
         self, trained: TrainedRole, count: int, size: int, value: Value, loss: Callable[[Tensor], Tensor], *,
         owner: Tensor | None = None, known: Tensor | None = None, weight: Tensor | None = None,
-        metrics: Callable[[Tensor], dict[str, float]] = lambda numbers: {}, check: Callable[[], None] = lambda: None,
+        metrics: Callable[[Tensor], dict[str, float]] = lambda numbers: {}, check: Check = lambda measures: None,
+        measures: Measures | None = None,
     ) -> Update:  # fmt: skip
         """One optimizer step of a loss that couples all `count` states (pairs, groups) through numbers of each.
 
@@ -207,7 +210,7 @@ class UpdateEngine:
         owner [E]: the state that each number belongs to, of which a part gives those with part.place(owner) >= 0, in their
         order; None: one of each state, in the order of part.index. known [E]: the numbers, where the first pass would only
         repeat them. weight [E]: factors of the adjoints; if they are 1 in expectation (a random subset of states), so is the
-        gradient the loss's. metrics: of the numbers of the first pass, once the step is taken. check: see `update`."""
+        gradient the loss's. metrics: of the numbers of the first pass, once the step is taken. check, measures: see `update`."""
         before, owner = self.task.policy.evaluations, torch.arange(count) if owner is None else owner
         if known is None:
             known = self.scalars(count, self.micro_batches(count, size), value, owner)
@@ -223,22 +226,23 @@ class UpdateEngine:
             (own,) = send(values.device, adjoint[mine].to(values.dtype))
             return (own * values).sum()
 
-        update = self.update(trained, parts, share, lambda measures: metrics(known), lambda measures: check())
+        update = self.update(trained, parts, share, lambda measures: metrics(known), check, measures)
         measured = {f"loss/{trained.role}": float(total), "cost/frozen_per_image": rows}
         return replace(update, after=lambda: measured | update.after())
 
     def update(
         self, trained: TrainedRole, parts: Sequence[Part], loss: Loss, metrics: Metrics = lambda measures: {},
-        check: Check = lambda measures: None,
+        check: Check = lambda measures: None, measures: Measures | None = None,
     ) -> Update:  # fmt: skip
         """One optimizer step of `trained` on `parts`, the micro-batches of this process.
 
         loss(part, measures): the part's share of the loss, already divided by the global count; padding must weigh
         nothing. It must not call `frozen` or `scalars`, which wait for all processes, nor read a number of the device, which
         waits for it. check(measures): once all parts are done and before the step is taken; raises where it must not be.
-        metrics(measures): once the step is taken; neither is asked where there was nothing to train. An update is made and stepped before the next one is made: it sets
+        metrics(measures): once the step is taken; neither is asked where there was nothing to train. measures: where else something
+        is measured that is read with it. An update is made and stepped before the next one is made: it sets
         the learning rate."""
-        measures = Measures(self.task.processes)
+        measures = measures or Measures(self.task.processes)
         learning_rate = trained.config.lr_at(trained.updates)
         for group in trained.optimizer.param_groups:
             group["lr"] = learning_rate
