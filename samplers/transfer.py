@@ -16,6 +16,16 @@ class Rows:
     numbers: Tensor
     there: Tensor
 
+    @staticmethod
+    def beside(values: Tensor, numbers: Tensor) -> "Rows":
+        """The rows `numbers` [n] of the host, to be taken of `values`."""
+        rows = Rows(numbers, numbers)
+        return rows if rows.all_of(values) else Rows(numbers, *send(values.device, numbers))
+
+    def then(self, rows: "Rows") -> "Rows":
+        """The rows `rows` [m] of these: what `rows.of(self.of(values))` takes of values."""
+        return Rows(self.numbers[rows.numbers], self.there[rows.there])
+
     def __len__(self) -> int:
         return len(self.numbers)
 

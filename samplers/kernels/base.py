@@ -5,6 +5,7 @@ fp32) and sent to their device by one copy: a step of sigmas on the host does no
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -31,6 +32,16 @@ class Carry:
 
     x0: Tensor
     sigma: Tensor
+
+    @staticmethod
+    def joined(parts: "Sequence[tuple[Rows, Carry]]") -> "Carry | None":
+        """Of parts that hold each row once; None of none."""
+        if len(parts) < 2:
+            return parts[0][1] if parts else None
+        numbers, there = (torch.cat([vars(rows)[name] for rows, _ in parts]) for name in ("numbers", "there"))
+        order = Rows(numbers.argsort(), there.argsort())
+        x0, sigma = torch.cat([carry.x0 for _, carry in parts]), torch.cat([carry.sigma for _, carry in parts])
+        return Carry(x0, sigma).rows(order)
 
     def rows(self, chosen: Rows) -> "Carry":
         """The rows `chosen` [n], repeats allowed: one per child."""
