@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from samplers.kernels.base import Kernel, Step, TransitionContext
+from samplers.transfer import Rows, send
 from samplers.trees import Tree
 
 
@@ -26,7 +27,7 @@ class Velocities:
                 "were passed to Forest.with_velocities"
             )
         found = self.values[rows.to(self.values.device)]
-        return found if device is None else found.to(device)
+        return found if device is None else send(device, found)[0]
 
     def of(self, alive: Tensor) -> "Velocities":
         """Those at the nodes of the mask `alive` [N], renumbered as Tree.keep does."""
@@ -91,7 +92,7 @@ class Forest:
                 f"got nodes {missing}, whose states were not kept; expected roots, nodes without children or ends of a "
                 'stochastic step: give the step a level, or take rollout(..., keep="all")'
             )
-        return self.states[rows].to(device).to(compute_dtype(self.states.dtype))
+        return send(device, self.states[rows])[0].to(compute_dtype(self.states.dtype))
 
     def sigma(self, nodes: Tensor) -> Tensor:
         """Noise levels at which `nodes` sit [n]: what the network is evaluated at."""
@@ -135,22 +136,26 @@ class Forest:
         parents, position = self.tree.distinct_parents(edges)
         return self.edge_steps(edges, self.velocities[role].at(parents, device), position)
 
-    def edge_steps(self, edges: Tensor, velocity_of_parents: Tensor, parent_pos: Tensor) -> Step:
+    def edge_steps(
+        self, edges: Tensor, velocity_of_parents: Tensor, parent_pos: Tensor | Rows, states_of_parents: Tensor | None = None
+    ) -> Step:  # fmt: skip
         """Replay: the transitions that arrived at `edges` [E], under new velocities.
 
         velocity_of_parents [P, *]: one row per distinct state. parent_pos [E]: which row each edge leaves, as
         tree.distinct_parents(edges) gives it, so that siblings share one forward and backward. Same kernel, σ, σ',
         level and arithmetic as the rollout: with unchanged velocities log_prob(self.at(edges)) repeats self.log_prob.
+        states_of_parents [P, *]: self.at of the states of these rows, where it is beside the velocities already.
         """
-        parents = self.tree.parent[edges]
-        _check_positions(edges, parents, len(velocity_of_parents), parent_pos)
+        parents, device = self.tree.parent[edges], velocity_of_parents.device
+        rows = Rows(parent_pos, *send(device, parent_pos)) if isinstance(parent_pos, Tensor) else parent_pos
+        _check_positions(edges, parents, len(velocity_of_parents), rows.numbers)
         sigma, sigma_next = self.step_sigmas(edges)
         ctx = TransitionContext(
             level=self.tree.level[edges], roots=self.tree.root[edges], nodes=edges, parents=parents,
             step=self.tree.index[parents], replay=True,
         )  # fmt: skip
-        velocity = velocity_of_parents[parent_pos.to(velocity_of_parents.device)]
-        return self.kernel(self.at(parents, velocity.device), velocity, sigma, sigma_next, ctx)
+        x = self.at(parents, device) if states_of_parents is None else rows.of(states_of_parents)
+        return self.kernel(x, rows.of(velocity_of_parents), sigma, sigma_next, ctx)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -167,7 +172,7 @@ def _check_positions(edges: Tensor, parents: Tensor, rows: int, parent_pos: Tens
             "one row number per edge: use tree.distinct_parents(edges)"
         )
     owner = torch.full((rows,), -1, dtype=parents.dtype)
-    owner[parent_pos.cpu()] = parents
-    if bool((owner[parent_pos.cpu()] != parents).any()):
+    owner[parent_pos] = parents
+    if bool((owner[parent_pos] != parents).any()):
         raise ValueError("got one velocity row for edges of different parents; expected one row per parent: use "
                          "tree.distinct_parents(edges)")  # fmt: skip

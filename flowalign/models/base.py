@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -59,6 +59,7 @@ class Conditions:
 
     tensors: dict[str, Tensor]
     negative: Conditions | None = None
+    _indices: dict[bytes, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __len__(self) -> int:
         return len(next(iter(self.tensors.values())))
@@ -68,9 +69,23 @@ class Conditions:
         """Bytes of the tensors, without those of `negative`."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
+    @property
+    def device(self) -> torch.device:
+        """Where all of them are."""
+        return next(iter(self.tensors.values())).device
+
+    def _sent(self, index: Tensor) -> Tensor:
+        """`index` beside the tensors; sent once, since a rollout asks for the same rows step by step."""
+        key = index.numpy().tobytes()
+        if key not in self._indices:
+            (self._indices[key],) = samplers.send(self.device, index)
+        return self._indices[key]
+
     def rows(self, index: Tensor) -> Conditions:
         """The rows `index` [n], in that order, repeats allowed."""
-        tensors = {name: tensor[index.to(tensor.device)] for name, tensor in self.tensors.items()}
+        if index.device != self.device:
+            index = self._sent(index) if index.device.type == "cpu" else index.to(self.device)
+        tensors = {name: tensor[index] for name, tensor in self.tensors.items()}
         return Conditions(tensors, None if self.negative is None else self.negative.rows(index))
 
     def to(self, device: str | torch.device) -> Conditions:

@@ -86,7 +86,7 @@ class PipelinePolicy:
         return self._family.rows_per_state(guidance_scale)
 
     def start(self, noise: Tensor) -> Tensor:
-        return noise.to(self._network_device, torch.float32)
+        return samplers.send(self._network_device, noise)[0].to(self._network_device, torch.float32)
 
     @property
     def encoded(self) -> int:
@@ -114,6 +114,7 @@ class PipelinePolicy:
         detach_uncond: bool = False,
     ) -> Tensor:  # fmt: skip
         networks = {name: self._counted(network) for name, network in self._trained.active.items()}
+        x, sigma = samplers.send(self._network_device, x, sigma)
         x = x.to(self._network_device, torch.float32)
 
         def call(x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:

@@ -96,7 +96,10 @@ class Pull:
     weight: Tensor
     match: Match = Match("velocity")
 
-    def loss(self, index: Tensor, velocity: Tensor, reduce: str) -> Tensor:
-        """The sum over the states `index` [n], under the velocities [n, *]."""
-        target = self.velocity[index.to(self.velocity.device)]
-        return (self.weight[index].to(velocity) * self.match.error(velocity, target, reduce)).sum()
+    def at(self, index: Tensor) -> Pull:
+        """At the states `index` [n] alone."""
+        return Pull(self.velocity[index.to(self.velocity.device)], self.weight[index], self.match)
+
+    def loss(self, velocity: Tensor, reduce: str) -> Tensor:
+        """The sum over all its states, under the velocities [S, *]."""
+        return (self.weight.to(velocity) * self.match.error(velocity, self.velocity, reduce)).sum()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flowalign.objectives.matching import mean_square
-from samplers import Forest, Path
+from samplers import Forest, Path, send
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,8 +26,9 @@ class Targets:
             return velocity.new_zeros(len(nodes))
         match = nodes[:, None] == self.nodes[None]
         place = match.int().argmax(1)
-        weight = torch.where(match.any(1), self.weight[place], 0.0).to(velocity)
-        return weight * mean_square(velocity, self.velocity[place.to(self.velocity.device)])
+        weight = torch.where(match.any(1), self.weight[place], 0.0).to(velocity.dtype)
+        weight, target = send(velocity.device, weight, self.velocity[place.to(self.velocity.device)])
+        return weight * mean_square(velocity, target)
 
 
 class Supervision(Protocol):

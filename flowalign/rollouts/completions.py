@@ -37,11 +37,12 @@ def completed(
         here = (tree.index[nodes] == index).nonzero().flatten()
         levels = [index, *subgrid(index, tree.num_steps, steps or tree.num_steps)]
         for rows in here.split(micro_batch):
-            first = forest.velocities[OLD].at(nodes[rows], device)
+            known = [forest.velocities[OLD].at(nodes[rows], device)]  # that of the first step
 
-            def stepped(x: Tensor, sigma: Tensor, row: Tensor, rows: Tensor = rows, first: Tensor = first) -> Tensor:
-                at_start = bool(sigma[0] == forest.sigmas[index])  # noqa: B023
-                return first if at_start else velocity(x, sigma, tree.root[nodes[rows]][row])
+            def stepped(
+                x: Tensor, sigma: Tensor, row: Tensor, rows: Tensor = rows, known: list[Tensor] = known
+            ) -> Tensor:
+                return known.pop() if known else velocity(x, sigma, tree.root[nodes[rows]][row])
 
             states[rows] = unroll(stepped, states[rows].to(device), forest.sigmas[levels], forest.kernel).x.to(states)
     return states

@@ -131,11 +131,11 @@ class Rolling:
                 task, self._prompts, numbers[groups], latents, settings.preview_reward or task.reward
             )
         )
-        start, select = task.policy.start(noise.start(tree)), settings.plan.select(previews.score)
+        select = settings.plan.select(previews.score)
         guided = self._guided(tree, numbers, noise)
         with drawn_ahead(noise.step, tree, self.device) as drawn:
             forest = self._roll(
-                velocity, start, self._sigmas, tree, settings.kernel if guided is None else guided.kernel, drawn,
+                velocity, task.policy.start(noise.start(tree)), self._sigmas, tree, settings.kernel if guided is None else guided.kernel, drawn,
                 micro_batch=settings.micro_batch if len(roles_of(settings, tree)) == 1 else None, select=select,
                 keep_velocities=keep_velocities,
             )  # fmt: skip

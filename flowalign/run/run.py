@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from tqdm import tqdm
@@ -48,8 +47,8 @@ from rewards import close
 class Run:
     """A run whose folder is open and whose model is loaded; see `open_run`. Its methods are the loop's verbs.
 
-    steppers: the Stepper of each of the trainer's optimizers; filled by `resume`. opened: time.monotonic() then. padded:
-    policy.padded as the iteration began."""
+    steppers: the Stepper of each of the trainer's optimizers; filled by `resume`. losses: of the micro-batches since the last
+    step, not read yet. opened: time.monotonic() then. padded: policy.padded as the iteration began."""
 
     config: TrainConfig
     folder: Path
@@ -66,6 +65,7 @@ class Run:
     trackers: Trackers
     results: Results
     steppers: dict[Optimizer, Stepper] = field(default_factory=dict)
+    losses: list[Tensor] = field(default_factory=list)
     opened: float = field(default_factory=time.monotonic)
     padded: int = 0
 
@@ -106,16 +106,25 @@ class Run:
         return prompts_of_iteration(self.prompt_set, self.config.rollout.groups, self.config.run.seed, iteration)
 
     def backward(self, loss: Tensor, update: Update) -> None:
-        """Adds a micro-batch's gradient to that of its update."""
-        if not bool(torch.isfinite(loss)):
-            raise self._not_finite(f"loss {float(loss.detach())}", update.role)
+        """Adds a micro-batch's gradient to that of its update. The losses are read by `step`."""
+        self.losses.append(loss.detach())
         self.steppers[update.optimizer].backward(loss)
 
     def step(self, update: Update) -> None:
         """Takes the optimizer step, if there is anything to learn from; the average follows it. Roles follow every update of the
-        policy, an empty one too: those of `every` n updates change when all of a rollout are done."""
+        policy, an empty one too: those of `every` n updates change when all of a rollout are done. RunError, before the step,
+        for a loss that is not finite."""
+
+        def read(norm: Tensor) -> float:
+            *losses, norm = update.read([*self.losses, norm])
+            self.losses.clear()
+            for loss in losses:
+                if not math.isfinite(loss):
+                    raise self._not_finite(f"loss {float(loss)}", update.role)
+            return float(norm)
+
         if update.micro_batches:
-            norm = self.steppers[update.optimizer].step(update.max_grad_norm)
+            norm = self.steppers[update.optimizer].step(update.max_grad_norm, read)
             # a loss may reach weights of other roles too: their next step must not see that
             for optimizer in self.steppers:
                 optimizer.zero_grad(set_to_none=True)

@@ -21,7 +21,7 @@ from flowalign.selectors import Selector
 from flowalign.trainers.pulls import Pulls
 from flowalign.trainers.signal import EdgeSignal
 from rewards import RewardSpec
-from samplers import Forest, Path, Step
+from samplers import Forest, Path, Step, fetch
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,10 @@ class Update:
 
     micro_batches: each, when called, returns its part of the loss: the parts of all micro-batches and processes add up to
     the loss of the update, so they are already divided by the global count. All processes have equally many, and call the
-    network equally often in each. after: called after the step, or in its place if there are no micro-batches; returns metrics. role: whose weights are stepped,
-    see Policy.parameters_of.
+    network equally often in each. read: called with tensors once the micro-batches are done and before the step; returns them on
+    the host, where what was measured goes with them: only there the host waits for a device. RunError where the step must not
+    be taken. after: called after the step, or in its place if there are no micro-batches; returns metrics. role: whose weights
+    are stepped, see Policy.parameters_of.
 
     The backward may run under any role: what policy.gradient_checkpointing computes again is computed under the role of its
     forward. A recomputation of a trainer's own opens the role inside (`UpdateEngine.velocity` does)."""
@@ -76,6 +78,7 @@ class Update:
     micro_batches: Sequence[Callable[[], Tensor]]
     after: Callable[[], dict[str, float]]
     role: str = "policy"
+    read: Callable[[Sequence[Tensor]], list[Tensor]] = fetch
 
 
 @dataclass(frozen=True)

@@ -206,7 +206,7 @@ class PolicyGradient:
         if frozen_rows:
             batch.metrics["cost/frozen_per_image"] = frozen_rows
         for one in updates:
-            yield engine.update(self._policy, one.parts, one.loss, one.metrics)
+            yield engine.update(self._policy, one.parts, one.loss, one.metrics, one.check)
 
     def _with_roles(self, engine: UpdateEngine, forest: Forest, edges: Tensor) -> tuple[Forest, float]:
         """The forest with the velocities of every role that a regularizer or a supervision names, at the states that `edges`

@@ -172,6 +172,8 @@ class RewardDifference:
                 partial(regression.loss, old), owner=steps.owner, known=old if unchanged else None,
                 weight=self._weight(batch, edges, number),
                 metrics=partial(regression.metrics, old=old, replay=replay if unchanged else None),
+                check=lambda measures, first=unchanged: replay.check() if first else None,
+                measures=replay.measures if unchanged else None,
             )  # fmt: skip
 
     def _clip_range(self, forest: Forest) -> float:

@@ -14,7 +14,7 @@ from flowalign.objectives.matching import mean_square
 from flowalign.objectives.norm_guard import norm_ratio
 from flowalign.trainers.base import Update
 from flowalign.trainers.update_engine import Measures, Part, States, TrainedRole, UpdateEngine
-from samplers import Path, SampleKeys
+from samplers import Path, SampleKeys, send
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +45,24 @@ class Draws:
 
     def __len__(self) -> int:
         return len(self.states)
+
+
+@dataclass(frozen=True, eq=False)
+class _Given:
+    """What one micro-batch of n draws reads, on the device: see `Draws`; `roles`: velocities of others [n, *], coupling [n]: of each
+    with its group."""
+
+    states: States
+    target: Tensor
+    noise: Tensor
+    advantage: Tensor
+    coupling: Tensor
+    roles: Mapping[str, Tensor]
+    weight: Tensor | None
+
+    def beside(self, velocity: Tensor) -> Predictions:
+        """With the velocities [n, *] of the trained role."""
+        return Predictions(velocity.detach(), self.roles, self.target, self.noise)
 
 
 @dataclass(eq=False)
@@ -85,29 +103,33 @@ class StateUpdate:
         return self.engine.update(trained, self.parts, self.loss, self.metrics)
 
     def _value(self, part: Part) -> Tensor:
-        return self.objective.value(self._predictions(part, self._velocity(part)))
+        here = self._given(part)
+        return self.objective.value(here.beside(self.engine.velocity(here.states, self.role)))
 
-    def _velocity(self, part: Part) -> Tensor:
-        return self.engine.velocity(self.draws.states.at(part.index), self.role)
-
-    def _predictions(self, part: Part, velocity: Tensor) -> Predictions:
-        index = part.index.to(self.draws.target.device)
-        roles = {role: values[index] for role, values in self._roles.items()}
-        return Predictions(
-            velocity.detach(), roles, self.draws.target[index], self.draws.noise[part.index].to(velocity.device)
-        )
+    def _given(self, part: Part) -> _Given:
+        """What a micro-batch reads of the draws, sent to the device by one copy."""
+        draws, index = self.draws, part.index
+        states, weight = draws.states.at(index), [] if draws.weight is None else [draws.weight[index]]
+        roles = [values[index] for values in self._roles.values()]
+        x, sigma, rows, target, noise, advantage, coupling, *rest = send(
+            self.engine.device, states.x, states.sigma, states.rows, draws.target[index], draws.noise[index],
+            draws.ids.advantage[index], self._coupling[index], *roles, *weight,
+        )  # fmt: skip
+        by_role = dict(zip(self._roles, rest, strict=False))
+        return _Given(States(x, sigma, rows), target, noise, advantage, coupling, by_role, rest[-1] if weight else None)
 
     def loss(self, part: Part, measures: Measures) -> Tensor:
         """The share of one micro-batch."""
-        velocity, real = self._velocity(part), part.real
-        found, index = self._predictions(part, velocity), part.index
-        at = self.objective.coefficients(found, self.draws.ids.advantage[index], self._coupling[index])
+        here, real = self._given(part), part.real
+        velocity = self.engine.velocity(here.states, self.role)
+        found = here.beside(velocity)
+        at = self.objective.coefficients(found, here.advantage, here.coupling)
         pulls = {self.role: at.c.to(velocity) * mean_square(velocity, found.target)}
         for role, kappa in at.kappa.items():
             pulls[self.role] = pulls[self.role] + kappa.to(velocity) * mean_square(velocity, found.of(role))
         for name, anchor in self.anchors.items():
             pulls[name] = anchor.beta * anchor.pull(velocity, found.of(anchor.role), found.noise)
-        weight = torch.ones(len(index)) if self.draws.weight is None else self.draws.weight[index]
+        weight = velocity.new_ones(len(part.index)) if here.weight is None else here.weight
         share = (weight / len(self.draws)).to(velocity)
         losses = {name: (share * pull)[:real].sum() for name, pull in pulls.items()}
         measures.add(
@@ -116,20 +138,11 @@ class StateUpdate:
             **{
                 f"{name}/{role}": values[:real]
                 for role in self._roles
-                for name, values in self._beside(role, part, found)
+                for name, values in _beside(role, here.advantage, found)
             },
             **{f"loss/{name}": loss for name, loss in losses.items()},
         )
         return sum(losses.values(), torch.zeros((), device=velocity.device))
-
-    def _beside(self, role: str, part: Part, found: Predictions) -> Iterable[tuple[str, Tensor]]:
-        """Measures [n] of the velocities beside a role's, by name. accuracy: 1 where the error is less than the role's for a better
-        sample, or more for a worse one; ½ where nothing differs."""
-        other = found.of(role)
-        ahead = found.error(other) - found.error(found.live)
-        yield "gap", mean_square(found.live, other)
-        yield "norm", norm_ratio(found.live, other)
-        yield "accuracy", (ahead.sign() * self.draws.ids.advantage[part.index].to(ahead).sign() + 1) / 2
 
     def _curvature(self, at: Coefficients, found: Predictions) -> Tensor:
         own = at.c + sum(at.kappa.values(), torch.zeros_like(at.c))
@@ -151,6 +164,16 @@ class StateUpdate:
             **{name: measures.total(name) for name in measures.values if name.startswith("loss/")},
             "cost/frozen_per_image": self.rows,
         }
+
+
+def _beside(role: str, advantage: Tensor, found: Predictions) -> Iterable[tuple[str, Tensor]]:
+    """Measures [n] of the velocities beside a role's, by name. accuracy: 1 where the error is less than the role's for a better
+    sample, or more for a worse one; ½ where nothing differs."""
+    other = found.of(role)
+    ahead = found.error(other) - found.error(found.live)
+    yield "gap", mean_square(found.live, other)
+    yield "norm", norm_ratio(found.live, other)
+    yield "accuracy", (ahead.sign() * advantage.to(ahead).sign() + 1) / 2
 
 
 def roles_of(objective: StateObjective, anchors: Iterable[Anchor]) -> list[str]:

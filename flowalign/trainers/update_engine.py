@@ -20,6 +20,7 @@ from flowalign.models.base import Conditions, Policy
 from flowalign.objectives import scalar_adjoint
 from flowalign.rollouts.task import Task
 from flowalign.trainers.base import AdamWConfig, Update
+from samplers import HostRows, Rows, fetch, send
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +73,8 @@ class TrainedRole:
 
 @dataclass(eq=False)
 class Measures:
-    """What the micro-batches of one update measured: tensors by name, in the order of the calls. Reading is collective.
+    """What the micro-batches of one update measured: tensors by name, in the order of the calls. Reading rows and totals is
+    collective.
 
     counted: network rows by what they were for, "trained" those of a forward and a backward; what a backward computes again
     is not counted."""
@@ -93,6 +95,14 @@ class Measures:
             self.counted[name] = self.counted.get(name, 0) + count
             self.counted["trained"] -= count
 
+    def fetch(self, more: Sequence[Tensor] = ()) -> list[Tensor]:
+        """Moves what was measured to the host, and returns `more` there too; by one copy."""
+        places = [(name, number) for name, values in self.values.items() for number in range(len(values))]
+        found = fetch([*(self.values[name][number] for name, number in places), *more])
+        for (name, number), value in zip(places, found, strict=False):
+            self.values[name][number] = value
+        return found[len(places) :]
+
     def rows(self, name: str) -> Tensor:
         """All rows of all processes, float64."""
         return self.processes.gather(torch.cat(self.values[name])).double()
@@ -104,6 +114,7 @@ class Measures:
 
 Value = Callable[[Part], Tensor]
 Loss = Callable[[Part, Measures], Tensor]
+Check = Callable[[Measures], None]
 Metrics = Callable[[Measures], dict[str, float]]
 
 
@@ -117,23 +128,30 @@ class UpdateEngine:
     images: int
     guidance_scale: float | None = None
 
+    @property
+    def device(self) -> torch.device:
+        """Where the network works."""
+        return self.conditions.device
+
     def velocity(self, states: States, role: str = "policy", guidance_scale: float | None = None) -> Tensor:
         """v [n, *] under the weights of `role`, with graph if gradients are on. guidance_scale: None is the engine's; one other
         than 1 needs conditions with negatives."""
         policy, rollout = self.task.policy, self.task.rollout
         own = rollout.guidance_scale if self.guidance_scale is None else self.guidance_scale
         scale = own if guidance_scale is None else guidance_scale
+        x, sigma, rows = states.x, states.sigma, states.rows
+        if x.device != self.device:
+            x, sigma, rows = send(self.device, x, sigma, rows)
         with policy.role(role):
             return policy.velocity(
-                states.x, states.sigma, self.conditions.rows(states.rows), guidance_scale=scale,
-                detach_uncond=rollout.detach_uncond,
-            )  # fmt: skip
+                x, sigma, self.conditions.rows(rows), guidance_scale=scale, detach_uncond=rollout.detach_uncond
+            )
 
     @torch.no_grad()
     def frozen(
         self, states: States, role: str | Sequence[str], guidance_scale: Mapping[str, float] | None = None
     ) -> tuple[Tensor, float]:
-        """(v [S, *] without graph, network rows per sample): each state evaluated once, by one process.
+        """(v [S, *] on the host without graph, network rows per sample): each state evaluated once, by one process.
 
         role: one for all states, or one per state (routing: each state to its own teacher). guidance_scale: by role; the
         engine's for a role that is not named."""
@@ -144,13 +162,14 @@ class UpdateEngine:
         share = processes.share(len(states))
         own = torch.arange(share.start, share.stop)
         scales = guidance_scale or {}
-        values = torch.empty_like(states.x[own.to(states.x.device)])
+        found, order = HostRows(len(own)), list[Tensor]()
         for name in dict.fromkeys(roles):  # every process in the same order, also those without a state of this role
             wanted = torch.tensor([roles[row] == name for row in own.tolist()], dtype=torch.bool)
             for part in own[wanted].split(self.task.rollout.micro_batch) if bool(wanted.any()) else ():
-                found = self.velocity(states.at(part), name, scales.get(name))
-                values = values.to(torch.promote_types(values.dtype, found.dtype))  # of a float64 policy on fp32 states
-                values[(part - share.start).to(values.device)] = found.to(values)
+                v = self.velocity(states.at(part), name, scales.get(name))
+                found.add(v.to(torch.promote_types(states.x.dtype, v.dtype)))  # of a float64 policy on fp32 states
+                order.append(part)
+        values = _by_row(found.read(), torch.cat(order)) if order else states.x[:0].cpu()
         rows = processes.total(self.task.policy.evaluations - before)
         return processes.gather(values), rows / self.images
 
@@ -169,15 +188,17 @@ class UpdateEngine:
         """[E] float64 the numbers of `count` states without graph, over all processes. owner [E], value: see `coupled_update`."""
         owner = torch.arange(count) if owner is None else owner
         found = torch.zeros(len(owner), dtype=torch.float64)
-        for part in parts:
-            mine = part.place(owner) >= 0
-            found[mine] = value(part)[: int(mine.sum())].double().cpu()
+        places = [part.place(owner) >= 0 for part in parts]
+        values = [value(part)[: int(mine.sum())] for part, mine in zip(parts, places, strict=True)]
+        for mine, numbers in zip(places, fetch(values), strict=True):
+            found[mine] = numbers.double()
         return self.task.processes.gather(found[None]).sum(0)
 
     def coupled_update(
         self, trained: TrainedRole, count: int, size: int, value: Value, loss: Callable[[Tensor], Tensor], *,
         owner: Tensor | None = None, known: Tensor | None = None, weight: Tensor | None = None,
-        metrics: Callable[[Tensor], dict[str, float]] = lambda numbers: {},
+        metrics: Callable[[Tensor], dict[str, float]] = lambda numbers: {}, check: Check = lambda measures: None,
+        measures: Measures | None = None,
     ) -> Update:  # fmt: skip
         """One optimizer step of a loss that couples all `count` states (pairs, groups) through numbers of each.
 
@@ -189,7 +210,7 @@ class UpdateEngine:
         owner [E]: the state that each number belongs to, of which a part gives those with part.place(owner) >= 0, in their
         order; None: one of each state, in the order of part.index. known [E]: the numbers, where the first pass would only
         repeat them. weight [E]: factors of the adjoints; if they are 1 in expectation (a random subset of states), so is the
-        gradient the loss's. metrics: of the numbers of the first pass, once the step is taken."""
+        gradient the loss's. metrics: of the numbers of the first pass, once the step is taken. check, measures: see `update`."""
         before, owner = self.task.policy.evaluations, torch.arange(count) if owner is None else owner
         if known is None:
             known = self.scalars(count, self.micro_batches(count, size), value, owner)
@@ -202,28 +223,39 @@ class UpdateEngine:
         def share(part: Part, measures: Measures) -> Tensor:
             mine = part.place(owner) >= 0
             values = value(part)[: int(mine.sum())]
-            return (adjoint[mine].to(values) * values).sum()
+            (own,) = send(values.device, adjoint[mine].to(values.dtype))
+            return (own * values).sum()
 
-        update = self.update(trained, parts, share, lambda measures: metrics(known))
+        update = self.update(trained, parts, share, lambda measures: metrics(known), check, measures)
         measured = {f"loss/{trained.role}": float(total), "cost/frozen_per_image": rows}
         return replace(update, after=lambda: measured | update.after())
 
     def update(
-        self, trained: TrainedRole, parts: Sequence[Part], loss: Loss, metrics: Metrics = lambda measures: {}
-    ) -> Update:
+        self, trained: TrainedRole, parts: Sequence[Part], loss: Loss, metrics: Metrics = lambda measures: {},
+        check: Check = lambda measures: None, measures: Measures | None = None,
+    ) -> Update:  # fmt: skip
         """One optimizer step of `trained` on `parts`, the micro-batches of this process.
 
         loss(part, measures): the part's share of the loss, already divided by the global count; padding must weigh
-        nothing. It must not call `frozen` or `scalars`, which wait for all processes. metrics(measures): once the step is
-        taken; not asked where there was nothing to train. An update is made and stepped before the next one is made: it sets
+        nothing. It must not call `frozen` or `scalars`, which wait for all processes, nor read a number of the device, which
+        waits for it. check(measures): once all parts are done and before the step is taken; raises where it must not be.
+        metrics(measures): once the step is taken; neither is asked where there was nothing to train. measures: where else something
+        is measured that is read with it. An update is made and stepped before the next one is made: it sets
         the learning rate."""
-        measures = Measures(self.task.processes)
+        measures = measures or Measures(self.task.processes)
         learning_rate = trained.config.lr_at(trained.updates)
         for group in trained.optimizer.param_groups:
             group["lr"] = learning_rate
-        began = time.perf_counter()
+        began, unread = time.perf_counter(), [bool(parts)]
+
+        def read(more: Sequence[Tensor] = ()) -> list[Tensor]:
+            found, unread[0] = measures.fetch(more), False
+            check(measures)
+            return found
 
         def after() -> dict[str, float]:
+            if unread[0]:  # whoever takes no step need not read
+                read()
             measured = {
                 "time/update": time.perf_counter() - began,
                 **{
@@ -238,7 +270,7 @@ class UpdateEngine:
             return measured | metrics(measures)
 
         losses = [partial(self._counted, loss, part, measures) for part in parts]
-        return Update(trained.optimizer, trained.config.max_grad_norm, losses, after, trained.role)
+        return Update(trained.optimizer, trained.config.max_grad_norm, losses, after, trained.role, read)
 
     def _counted(self, loss: Loss, part: Part, measures: Measures) -> Tensor:
         """The loss, its network rows counted."""
@@ -246,3 +278,9 @@ class UpdateEngine:
         value = loss(part, measures)
         measures.counted["trained"] += self.task.policy.evaluations - before
         return value
+
+
+def _by_row(values: Tensor, rows: Tensor) -> Tensor:
+    """`values` [n, *] of the `rows` [n], all different, in ascending order of these."""
+    order = rows.argsort()
+    return Rows(order, order).of(values)
