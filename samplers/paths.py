@@ -102,7 +102,7 @@ def _bridge_velocity(
 ) -> Tensor:
     """See Path: the derivative of the bridge in the path's own normalization, from the score -ε/β of its transition."""
     mix = _bridge_mix(self, x, sigma_from, sigma_to)
-    _, beta, of_x, of_eps = _beside(x, *mix)
+    _, _, of_x, of_eps = _beside(x, *mix)
     if _on_host(mix[1]) and not bool((mix[1].to(x.dtype) > 0).all()):
         raise ValueError(f"got sigma_from={sigma_from}, sigma_to={sigma_to}; expected sigma_to > sigma_from in every row: "
                          "without fresh noise there is no target")  # fmt: skip
