@@ -16,7 +16,9 @@ from flowalign.models.load import read_pipeline
 from flowalign.models.load_call import load_call
 from flowalign.models.lora import lora_layers
 from flowalign.models.roles import Role
+from flowalign.run.places import find_places
 from tests.helpers.multiplications import Multiplications
+from tests.helpers.tiny_run import run_it
 
 CONFIG = str(Path(__file__).parents[1] / "data" / "tiny.yaml")
 QUANTIZERS = {"8bit": BnB8BitDiffusersQuantizer, "4bit": BnB4BitDiffusersQuantizer}
@@ -133,3 +135,22 @@ def test_adapters_on_a_quantized_base_have_gradients(
     policy.add_roles({"teacher": Role(init=str(tmp_path / "lora"))})  # exported and read again, it is the policy
     with torch.no_grad(), policy.role("teacher"):
         assert torch.equal(policy.velocity(x, torch.tensor([0.9, 0.4]), conditions), found[1][0])
+
+
+def test_the_base_of_a_quantized_run_is_quantized_too(
+    tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And so is a pipeline beside it; their images are kept apart from those of other weights."""
+    run_it(tiny_pipeline, tmp_path, "run.iterations=1", "evaluation.count=1")
+    texts = {"base": "base", "run": str(tmp_path / "tiny"), "other": str(tiny_pipeline)}
+    plain = find_places(texts)
+    config = tmp_path / "tiny" / "config.yaml"
+    config.write_text(config.read_text().replace("quantization: null", "quantization: 4bit"))
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr("flowalign.run.places.load_policy", lambda path, **arguments: asked.append(arguments))
+    places = find_places(texts)
+    for name in ("base", "other"):
+        places[name].load(None, "cuda")
+        assert plain[name].weights != places[name].weights
+    assert [arguments["quantization"] for arguments in asked] == ["4bit", "4bit"]
+    assert places["run"].policy.quantization == "4bit"
