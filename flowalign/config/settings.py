@@ -8,6 +8,7 @@ from typing import Literal
 
 from flowalign.models.base import Size
 from flowalign.models.lora import LoRA
+from flowalign.models.quantization import Quantization
 from flowalign.models.roles import Role
 from flowalign.models.switches import Switches
 from flowalign.rollouts.task import Rollout
@@ -40,7 +41,7 @@ class PolicySettings:
     gradient_checkpointing: bool = False
     compile: bool = False
     attention: str | None = None
-    quantization: Literal["8bit", "4bit"] | None = None
+    quantization: Quantization | None = None
     roles: dict[str, Role] = field(default_factory=dict)
 
     @property

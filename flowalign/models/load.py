@@ -32,6 +32,7 @@ from flowalign.models.lora import (
 from flowalign.models.lora_file import LoRAFile, read_lora
 from flowalign.models.lora_merge import merge_loras
 from flowalign.models.pipeline_policy import PROMPT_STORE_BYTES, Offloadable, PipelinePolicy
+from flowalign.models.quantization import Quantization, check_quantization, quantization_config
 from flowalign.models.roles import Role
 from flowalign.models.sampling import defaults_of
 from flowalign.models.shipped import SHIPPED, resolve
@@ -236,18 +237,20 @@ def _empty_networks(path: str, family: Family) -> dict[str, ModelMixin]:
 
 def read_pipeline(
     path: str, family: str | None = None, *, dtype: str = "fp32", vae_dtype: str | None = None,
-    master_weights: bool = False, **parts: nn.Module,
+    master_weights: bool = False, quantization: Quantization | None = None, **parts: nn.Module,
 ) -> DiffusionPipeline:  # fmt: skip
-    """The diffusers pipeline of a checkpoint. master_weights: the networks that are trained are fp32 whatever `dtype` is. parts:
-    components that are already there, by name; they are not read."""
+    """The diffusers pipeline of a checkpoint. master_weights: the networks that are trained are fp32 whatever `dtype` is.
+    quantization: of these networks, which are then on the current GPU. parts: components that are already there, by name; they
+    are not read."""
     index, known = inspect_checkpoint(path, family)
     dtypes = {"default": DTYPES[dtype], "vae": DTYPES[vae_dtype or dtype]}
     if master_weights:
         dtypes |= dict.fromkeys(known.networks, torch.float32)
+    arguments: dict[str, Any] = {**known.load_arguments(index), **parts}
+    if quantization is not None:
+        arguments["quantization_config"] = quantization_config(quantization, known.networks, DTYPES[dtype])
     try:
-        pipeline = known.pipeline.from_pretrained(
-            resolve(path), dtype=dtypes, **{**known.load_arguments(index), **parts}
-        )
+        pipeline = known.pipeline.from_pretrained(resolve(path), dtype=dtypes, **arguments)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # of the disk, not of what is on it
             raise
@@ -281,6 +284,7 @@ def load_policy(
     compile: bool = False,
     attention: str | None = None,
     fixed_rows: int | None = None,
+    quantization: Quantization | None = None,
 ) -> Policy:
     """Loads a pipeline, or takes a live one, as a policy. One that is loaded onto a CUDA device lets the process's fp32 products
     there run in TF32.
@@ -294,7 +298,8 @@ def load_policy(
     PipelinePolicy. sampling: how the policy generates where a call does not say; by default as the pipeline's own call.
     gradient_checkpointing: blocks of networks and VAE store no activations, their backward computes them again. compile: each
     repeated block of the networks is compiled, at its first call. attention: one of diffusers' back-ends, such as "flash".
-    fixed_rows: states of every network call, see PipelinePolicy.
+    fixed_rows: states of every network call, see PipelinePolicy. quantization: of the networks' frozen linear layers, "8bit" or "4bit"
+    (extra `quantization`), on a GPU, the current one.
 
     A live pipeline says dtype and device itself. Its networks are shared, not copied: they get the policy's adapters, are
     frozen otherwise and put into eval mode, so the pipeline samples with what is trained. Its scheduler and settings are
@@ -302,20 +307,29 @@ def load_policy(
     policy's. Raises FileNotFoundError or ValueError, as far as possible before any weight is read."""
     switches = Switches(gradient_checkpointing, compile, attention)
     if isinstance(path, str):
-        dtype = dtype or "fp32"
+        dtype, cuda = dtype or "fp32", torch.device(device or "cpu").type == "cuda"
+        check_quantization(quantization, trainable, cuda)
         check_checkpoint(path, family)
         check_switches(path, switches, family)
         path_of(path, family)  # refuses a scheduler before the weights are read
         _, known = inspect_checkpoint(path, family)
         master_weights = trainable == "full" and dtype == "bf16"
-        pipeline = read_pipeline(path, family, dtype=dtype, vae_dtype=vae_dtype, master_weights=master_weights)
+        pipeline = read_pipeline(
+            path, family, dtype=dtype, vae_dtype=vae_dtype, master_weights=master_weights, quantization=quantization
+        )
         check_finite(path, pipeline.components)
-        _place(pipeline, known, device or "cpu", network_device)
+        there = None if quantization else network_device or device or "cpu"  # quantized ones are on the GPU already
+        _place(pipeline, device or "cpu", dict.fromkeys(known.networks, there))
         _allow_tf32(device or "cpu")
     else:
-        given = {"dtype": dtype, "vae_dtype": vae_dtype, "device": device, "network_device": network_device}
+        given = {
+            "dtype": dtype, "vae_dtype": vae_dtype, "device": device, "network_device": network_device,
+            "quantization": quantization,
+        }  # fmt: skip
         if settings := [name for name, value in given.items() if value is not None]:
-            raise ValueError(f"got {', '.join(settings)} with a live pipeline; expected none: use pipe.to(...) before")
+            raise ValueError(
+                f"got {', '.join(settings)} with a live pipeline; expected none: load it so, or use pipe.to(...) before"
+            )
         known = family_of("a live pipeline", type(path).__name__, family)
         master_weights, pipeline = False, copy.copy(path)
         pipeline.scheduler = copy.deepcopy(path.scheduler)
@@ -391,12 +405,13 @@ def _check_full(trainable: str, name: str, dtype: torch.dtype) -> None:
 
 
 def _place(
-    pipeline: DiffusionPipeline, family: Family, device: str | torch.device, network_device: str | torch.device | None
+    pipeline: DiffusionPipeline, device: str | torch.device, elsewhere: Mapping[str, str | torch.device | None]
 ) -> None:
+    """Moves the parts to `device`, or to a place of their own; None: they stay where they are."""
     for name, part in pipeline.components.items():
-        if isinstance(part, nn.Module):
-            elsewhere = name in family.networks and network_device is not None
-            part.to(network_device if elsewhere else device)
+        place = elsewhere.get(name, device)
+        if isinstance(part, nn.Module) and place is not None:
+            part.to(place)
 
 
 def _allow_tf32(device: str | torch.device) -> None:

@@ -147,6 +147,11 @@ def check_launch(
             f"got policy.trainable={policy.trainable} with FSDP2, which shards frozen weights only: set "
             "policy.trainable=lora, or launch with configs/accelerate/deepspeed_zero2.yaml"
         )
+    if policy.quantization is not None:
+        raise ConfigError(
+            f"got policy.quantization={policy.quantization} with FSDP2, which shards weights of floats; expected null, or a launch with "
+            "configs/accelerate/multi_gpu.yaml, where each GPU holds the quantized network"
+        )
     ignored = {
         "fsdp_cpu_ram_efficient_loading": plugin.cpu_ram_efficient_loading,  # only rank 0 would get its text encoders
         "fsdp_offload_params": isinstance(plugin.cpu_offload, CPUOffloadPolicy),

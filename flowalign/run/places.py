@@ -86,6 +86,8 @@ class Place:
         }  # fmt: skip
         if policy.master_weights:
             found["products"] = "autocast"
+        if policy.quantization is not None:
+            found["quantization"] = policy.quantization
         if self.saved is not None:
             path = self.saved.folder / "checkpoints" / f"step-{self.saved.step}"
             found["checkpoint"] = checkpoint.sha256_of(path, self.saved.section)
@@ -116,7 +118,8 @@ class Place:
         policy = self.policy
         try:
             return load_policy(
-                policy.path, trainable="full" if policy.master_weights else "none", dtype=policy.dtype, vae_dtype=policy.vae_dtype, family=policy.family,
+                policy.path, trainable="full" if policy.master_weights else "none", dtype=policy.dtype, vae_dtype=policy.vae_dtype,
+                family=policy.family, quantization=policy.quantization,
                 max_sequence_length=policy.max_sequence_length, negative_prompt=policy.negative_prompt, device=device,
                 offload=policy.offload, decode_batch=policy.decode_batch, sampling=settings,
             )  # fmt: skip
@@ -141,7 +144,9 @@ def _beside(place: Place, run: Place) -> Place:
     if place.saved is not None:
         return place
     own = run.policy
-    policy = replace(place.policy, trainable=own.trainable, dtype=own.dtype, vae_dtype=own.vae_dtype)
+    policy = replace(
+        place.policy, trainable=own.trainable, dtype=own.dtype, vae_dtype=own.vae_dtype, quantization=own.quantization
+    )
     return replace(place, policy=policy)
 
 

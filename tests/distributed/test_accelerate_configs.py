@@ -86,6 +86,8 @@ def test_the_fsdp2_file_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert made.fsdp_version == 2
     assert made.reshard_after_forward is True
     check_launch(DistributedType.FSDP, "no", made, PolicySettings())
+    with pytest.raises(ConfigError, match=r"policy\.quantization=4bit with FSDP2"):
+        check_launch(DistributedType.FSDP, "no", made, PolicySettings(quantization="4bit"))
     with pytest.raises(ConfigError, match=r"policy\.trainable=full .* set policy\.trainable=lora"):
         check_launch(DistributedType.FSDP, "no", made, replace(PolicySettings(), trainable="full"))
 

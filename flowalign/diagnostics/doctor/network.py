@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -161,11 +162,10 @@ def _casting(x: Tensor, settings: PolicySettings) -> AbstractContextManager[obje
 
 
 def _fresh_pipeline(policy: Policy, settings: PolicySettings, setup: Sequence[str]) -> DiffusionPipeline:
-    networks = policy.modules()
+    networks: dict[str, Any] = policy.modules()
     pipeline = read_pipeline(
-        settings.path, settings.family, dtype=settings.dtype, vae_dtype=settings.vae_dtype,
-        master_weights=settings.master_weights, **networks,
-    )  # fmt: skip
+        settings.path, settings.family, dtype=settings.dtype, vae_dtype=settings.vae_dtype, **networks
+    )
     pipeline.to(next(next(iter(networks.values())).parameters()).device)
     exec("\n".join(setup), {"pipe": pipeline})  # as the run's report tells its user
     return pipeline
