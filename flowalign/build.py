@@ -28,7 +28,9 @@ def policy_of(
         settings.fps,
     )
     try:
-        policy = from_settings(settings, sampling, device, network_device, seed=config.run.seed)
+        policy = from_settings(
+            settings, sampling, device, network_device, seed=config.run.seed, fixed_rows=config.rollout.rows
+        )
         policy.latent_shape(settings.size)
         policy.add_roles(config.roles)
     except ValueError as error:  # what only the weights can tell
@@ -40,25 +42,26 @@ def policy_of(
 
 def from_settings(
     settings: PolicySettings, sampling: Sampling, device: str | torch.device,
-    network_device: str | torch.device | None = None, *, seed: int = 0,
+    network_device: str | torch.device | None = None, *, seed: int = 0, fixed_rows: int | None = None,
 ) -> Policy:  # fmt: skip
     """The policy without roles beside its own and the reference; see load_policy. ConfigError for what cannot be loaded."""
     try:
-        return _load(settings, sampling, device, network_device, seed)
+        return _load(settings, sampling, device, network_device, seed, fixed_rows)
     except (ValueError, OSError) as error:
         raise ConfigError(f"the pipeline policy.path={settings.path} cannot be loaded: {error}") from error
 
 
 def _load(
     settings: PolicySettings, sampling: Sampling, device: str | torch.device, network_device: str | torch.device | None,
-    seed: int,
+    seed: int, fixed_rows: int | None,
 ) -> Policy:  # fmt: skip
     return load_policy(
         settings.path, lora=settings.lora, trainable=settings.trainable, dtype=settings.dtype,
         vae_dtype=settings.vae_dtype, family=settings.family, max_sequence_length=settings.max_sequence_length,
         negative_prompt=settings.negative_prompt, reference_copy=settings.reference_copy, device=device,
         network_device=network_device, offload=settings.offload, decode_batch=settings.decode_batch, sampling=sampling,
-        seed=seed,
+        seed=seed, gradient_checkpointing=settings.gradient_checkpointing, compile=settings.compile, attention=settings.attention,
+        fixed_rows=fixed_rows, quantization=settings.quantization,
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The command line: `flowalign train | evaluate | optimize-noise | compare | doctor | benchmark | report | export | …`."""
+"""The command line: `flowalign train | evaluate | optimize-noise | compare | forecast | doctor | benchmark | report | export | …`."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ USAGE = """usage: flowalign train CONFIG.yaml [CONFIG.yaml ...] [key=value ...]
                           [--held-out REWARD ...] [--method NAME] [--steps N] [--learning-rate X] [--seed N]
                           [--start FOLDER] [--sampling-steps N] [--guidance X] [--patience N] [--batch-size N]
                           [--checkpoint] [--device NAME] [--output FOLDER]
+       flowalign forecast CONFIG.yaml [CONFIG.yaml ...] [key=value ...]
        flowalign doctor CONFIG.yaml [CONFIG.yaml ...] [key=value ...]
        flowalign benchmark CONFIG.yaml [CONFIG.yaml ...] [--iterations N] [--variants NAME,NAME] [--output FOLDER]
                            [key=value ...]
@@ -33,7 +34,8 @@ USAGE = """usage: flowalign train CONFIG.yaml [CONFIG.yaml ...] [key=value ...]
 Trains as the files say, later files over earlier ones (configs/methods/… configs/models/… configs/rewards/…); dotted keys
 override them, for example rollout.group_size=24 run.name=wide. Evaluate measures models on the same prompts and seeds, a
 run folder, runs/a@40 for a checkpoint, a pipeline, and writes scores, images and a page (docs/evaluate.md). Optimize-noise
-keeps a model as it is and finds start noise whose image the rewards like better (docs/noise.md). The doctor measures in about
+keeps a model as it is and finds start noise whose image the rewards like better (docs/noise.md). Forecast says what a run will
+cost and need of a device, and loads no model (docs/gpu.md). The doctor measures in about
 a minute whether a configuration can train: one line per check, exit code 1 if one fails. The benchmark times an iteration
 beside the same iteration with less sharing. Compare runs configurations × seeds on equal budgets and writes a table, curves
 and a page (docs/compare.md); the same command goes on where it stopped. The report of a run folder is written anew from what
@@ -122,6 +124,26 @@ def _optimize_noise(arguments: Sequence[str]) -> int:
 
     _hide_loading_bars()
     run(arguments)
+    return 0
+
+
+def forecast(arguments: Sequence[str]) -> int:
+    """Prints what a run costs and how much memory it needs. Exit code 0: it can fit; 2: it cannot."""
+    return _run(_forecast, arguments)
+
+
+def _forecast(arguments: Sequence[str]) -> int:
+    import torch
+
+    from flowalign.config import load_config
+    from flowalign.config.layers import split_arguments
+    from flowalign.forecast.memory import device_memory, state_memory
+    from flowalign.run.preflight import forecast as counts
+
+    config, _ = load_config(*split_arguments(arguments))
+    print(counts(config), flush=True)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    state_memory(config, device_memory(config, device), print)
     return 0
 
 
@@ -228,6 +250,7 @@ COMMANDS = {
     "evaluate": evaluate,
     "optimize-noise": optimize_noise,
     "compare": compare,
+    "forecast": forecast,
     "doctor": doctor,
     "benchmark": benchmark,
     "report": report,

@@ -9,6 +9,7 @@ is replayed. A sampler knows no network: the velocity is a callable, randomness 
 `rollout` keeps no graph; `unroll` is differentiable in the start, the noise and the network, by the same steps.
 """
 
+from samplers.ahead import drawn_ahead
 from samplers.draws import (
     GridSigma,
     LogitNormalSigma,
@@ -20,6 +21,7 @@ from samplers.draws import (
 )
 from samplers.forest import Forest, Held
 from samplers.forest_file import load_forest, save_forest
+from samplers.host_rows import HostRows
 from samplers.kernels import (
     CPS,
     DDIM,
@@ -90,6 +92,7 @@ from samplers.schedules import (
 )
 from samplers.selection import Best, Select, candidates, sampled, unscored
 from samplers.trajectories import cost_to_go, mean_below, stopped_at, trajectory_share
+from samplers.transfer import Rows, fetch, send
 from samplers.trees import SOURCES, Cost, Tree
 from samplers.unroll import Unrolled, straight_through, unroll
 from samplers.unshared import UnsharedTree, unshared
@@ -110,8 +113,9 @@ __all__ = [
     "Bounded", "Plan", "Branch", "Chain", "Compressed", "Deterministic", "Leveled", "Probed", "RandomSteps", "Selected", "Sourced", "SplitTree",
     "TreeWindow", "Window", "branch", "chain", "compressed", "probed", "scattered", "tree", "window",
     "Fixed", "Position", "Random", "Sliding",
-    "KeyedNoise", "generator", "normal",
+    "KeyedNoise", "drawn_ahead", "generator", "normal",
     "GridSigma", "LogitNormalSigma", "SampleKeys", "ShiftedUniform", "SigmaLaw", "SquareRootSigma", "UniformSigma",
     "Forest", "Held", "load_forest", "save_forest", "Noise", "Velocity", "rollout",
     "Unrolled", "straight_through", "unroll",
+    "HostRows", "Rows", "fetch", "send",
 ]  # fmt: skip

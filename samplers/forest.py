@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from samplers.kernels.base import Kernel, Step, TransitionContext
+from samplers.transfer import Rows, send
 from samplers.trees import Tree
 
 ELSEWHERE = -2  # in a row map: another process has it
@@ -33,15 +34,16 @@ class Held:
         """[N] which have one, on whichever process."""
         return self.row != -1
 
-    def at(self, index: Tensor) -> Tensor:
-        """Those of `index` [n, *]. ValueError for one that is not here."""
+    def at(self, index: Tensor, device: torch.device | str | None = None) -> Tensor:
+        """Those of `index` [n, *], on `device` (None: where they are stored). ValueError for one that is not here."""
         rows = self.row[index]
         if bool((rows < 0).any()):
             raise ValueError(
                 f"got nodes {index[rows < 0][:8].tolist()}, whose velocities are not known for this role; expected nodes that "
                 "were passed to Forest.with_velocities, and that this process trains"
             )
-        return self.values[rows.to(self.values.device)]
+        found = self.values[rows.to(self.values.device)]
+        return found if device is None else send(device, found)[0]
 
     def pick(self, index: Tensor) -> "Held":
         """Those of `index` [n], here or not; nothing is copied."""
@@ -59,8 +61,9 @@ class Forest:
 
     states [K, *]: those that are needed again (roots, both ends of every stochastic step, nodes without children; all
     with `keep="all"`), in the storage dtype; row [N]: the row of a node's state in it (-1: not kept). log_prob [N]: of the step that arrived
-    at a node, under the policy that rolled out, taken after the storage cast; nan where the step is deterministic.
-    Of a forest that several processes rolled out, states and velocities stay where they are: see Held.
+    at a node, under the policy that rolled out, taken after the storage cast; nan where the step is deterministic. All are
+    on the host, whatever device rolled out: what a step is scored with goes to the device of the velocities. Of a forest that
+    several processes rolled out, states and velocities stay where they are: see Held.
     evaluations: network rows of the rollout. previews: states that it completed for a selection. sigmas, kernel: those of
     the rollout, which every replay uses.
     velocities: of other networks (reference, old, teacher, …) at its states, by role. scores: of states (a latent
@@ -98,8 +101,8 @@ class Forest:
             values = torch.where(mask.to(values.device), values, torch.zeros_like(values))
         return self.tree.path_sum(values)
 
-    def at(self, nodes: Tensor) -> Tensor:
-        """States of `nodes` [n, *], exactly what the rollout gave the network, in at least fp32.
+    def at(self, nodes: Tensor, device: torch.device | str = "cpu") -> Tensor:
+        """States of `nodes` [n, *] on `device`, exactly what the rollout gave the network, in at least fp32.
 
         ValueError for a node that was not kept, or that another process has.
         """
@@ -115,7 +118,7 @@ class Forest:
                 f"got nodes {missing}, whose states were not kept; expected roots, nodes without children or ends of a "
                 'stochastic step: give the step a level, or take rollout(..., keep="all")'
             )
-        return self.states[rows.to(self.states.device)].to(compute_dtype(self.states.dtype))
+        return send(device, self.states[rows])[0].to(compute_dtype(self.states.dtype))
 
     def sigma(self, nodes: Tensor) -> Tensor:
         """Noise levels at which `nodes` sit [n]: what the network is evaluated at."""
@@ -153,31 +156,36 @@ class Forest:
             raise ValueError(f"got state scores {list(values.shape)}; expected one per node, [{len(self.tree)}]")
         return replace(self, scores={**self.scores, name: values.detach()})
 
-    def role_steps(self, role: str, edges: Tensor) -> Step:
-        """The transitions arriving at `edges`, under the velocities of `role`. ValueError for a role that is not known."""
+    def role_steps(self, role: str, edges: Tensor, device: torch.device | str | None = None) -> Step:
+        """The transitions arriving at `edges`, under the velocities of `role`, on `device` (None: where they are stored).
+        ValueError for a role that is not known."""
         if role not in self.velocities:
             raise ValueError(
                 f"got role {role!r}; known roles are {sorted(self.velocities)}: call with_velocities first"
             )
         parents, position = self.tree.distinct_parents(edges)
-        return self.edge_steps(edges, self.velocities[role].at(parents), position)
+        return self.edge_steps(edges, self.velocities[role].at(parents, device), position)
 
-    def edge_steps(self, edges: Tensor, velocity_of_parents: Tensor, parent_pos: Tensor) -> Step:
+    def edge_steps(
+        self, edges: Tensor, velocity_of_parents: Tensor, parent_pos: Tensor | Rows, states_of_parents: Tensor | None = None
+    ) -> Step:  # fmt: skip
         """Replay: the transitions that arrived at `edges` [E], under new velocities.
 
         velocity_of_parents [P, *]: one row per distinct state. parent_pos [E]: which row each edge leaves, as
         tree.distinct_parents(edges) gives it, so that siblings share one forward and backward. Same kernel, σ, σ',
         level and arithmetic as the rollout: with unchanged velocities log_prob(self.at(edges)) repeats self.log_prob.
+        states_of_parents [P, *]: self.at of the states of these rows, where it is beside the velocities already.
         """
-        parents = self.tree.parent[edges]
-        _check_positions(edges, parents, len(velocity_of_parents), parent_pos)
+        parents, device = self.tree.parent[edges], velocity_of_parents.device
+        rows = Rows(parent_pos, *send(device, parent_pos)) if isinstance(parent_pos, Tensor) else parent_pos
+        _check_positions(edges, parents, len(velocity_of_parents), rows.numbers)
         sigma, sigma_next = self.step_sigmas(edges)
         ctx = TransitionContext(
             level=self.tree.level[edges], roots=self.tree.root[edges], nodes=edges, parents=parents,
             step=self.tree.index[parents], replay=True,
         )  # fmt: skip
-        velocity = velocity_of_parents[parent_pos.to(velocity_of_parents.device)]
-        return self.kernel(self.at(parents), velocity, sigma, sigma_next, ctx)
+        x = self.at(parents, device) if states_of_parents is None else rows.of(states_of_parents)
+        return self.kernel(x, rows.of(velocity_of_parents), sigma, sigma_next, ctx)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -194,7 +202,7 @@ def _check_positions(edges: Tensor, parents: Tensor, rows: int, parent_pos: Tens
             "one row number per edge: use tree.distinct_parents(edges)"
         )
     owner = torch.full((rows,), -1, dtype=parents.dtype)
-    owner[parent_pos.cpu()] = parents
-    if bool((owner[parent_pos.cpu()] != parents).any()):
+    owner[parent_pos] = parents
+    if bool((owner[parent_pos] != parents).any()):
         raise ValueError("got one velocity row for edges of different parents; expected one row per parent: use "
                          "tree.distinct_parents(edges)")  # fmt: skip

@@ -10,6 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from samplers.transfer import send
+
 
 class Path(Protocol):
     """A noising law, with σ from 1 (noise) to 0 (data)."""
@@ -51,18 +53,30 @@ class Path(Protocol):
         ...
 
 
-def _mix(
-    path: Path, sigma: Tensor | float, like: Tensor, dtype: torch.dtype | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The four coefficients in `dtype` or that of `like`, shaped to broadcast over its elements."""
+def _mix(path: Path, sigma: Tensor | float, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The four coefficients in the dtype of `like`, shaped to broadcast over its elements."""
+    return _beside(like, *_mix_of_rows(path, sigma, like))
+
+
+def _beside(like: Tensor, *coefficients: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Four coefficients in the dtype of `like`, on its device."""
+    a, b, c, d = send(like.device, *(t.to(like.dtype) for t in coefficients))
+    return a, b, c, d
+
+
+def _mix_of_rows(path: Path, sigma: Tensor | float, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The four coefficients in float64, where sigma is, shaped to broadcast over the elements of `like`."""
     rows = torch.as_tensor(sigma, dtype=torch.float64)
     if rows.ndim > 1 or (rows.ndim == 1 and len(rows) not in (1, len(like))):
         raise ValueError(f"got sigma of shape {tuple(rows.shape)}; expected one number or [{len(like)}], one per row")
-    if not bool(((rows >= 0) & (rows <= 1)).all()):
+    if _on_host(rows) and not bool(((rows >= 0) & (rows <= 1)).all()):
         raise ValueError(f"got sigma {rows.flatten()[:8].tolist()}; expected levels inside [0, 1], not timesteps")
-    rows = rows.reshape(-1, *[1] * (like.ndim - 1)) if rows.ndim else rows
-    a, b, c, d = (t.to(like.device, dtype or like.dtype) for t in path.mix(rows))
-    return a, b, c, d
+    return path.mix(rows.reshape(-1, *[1] * (like.ndim - 1)) if rows.ndim else rows)
+
+
+def _on_host(values: Tensor) -> bool:
+    """Whether numbers can be checked without waiting for a device."""
+    return values.device.type == "cpu"
 
 
 def _add_noise(self: Path, x0: Tensor, eps: Tensor, sigma: Tensor | float) -> Tensor:
@@ -79,7 +93,7 @@ def _velocity(self: Path, x0: Tensor, eps: Tensor, sigma: Tensor | float) -> Ten
 
 def _bridge(self: Path, x: Tensor, eps: Tensor, sigma_from: Tensor | float, sigma_to: Tensor | float) -> Tensor:
     """See Path."""
-    alpha, beta, _, _ = _bridge_mix(self, x, sigma_from, sigma_to)
+    alpha, beta, _, _ = _beside(x, *_bridge_mix(self, x, sigma_from, sigma_to))
     return alpha * x + beta * eps
 
 
@@ -87,8 +101,9 @@ def _bridge_velocity(
     self: Path, x: Tensor, eps: Tensor, sigma_from: Tensor | float, sigma_to: Tensor | float
 ) -> Tensor:
     """See Path: the derivative of the bridge in the path's own normalization, from the score -ε/β of its transition."""
-    _, beta, of_x, of_eps = _bridge_mix(self, x, sigma_from, sigma_to)
-    if not bool((beta > 0).all()):
+    mix = _bridge_mix(self, x, sigma_from, sigma_to)
+    _, _, of_x, of_eps = _beside(x, *mix)
+    if _on_host(mix[1]) and not bool((mix[1].to(x.dtype) > 0).all()):
         raise ValueError(f"got sigma_from={sigma_from}, sigma_to={sigma_to}; expected sigma_to > sigma_from in every row: "
                          "without fresh noise there is no target")  # fmt: skip
     return of_x * x + of_eps * eps
@@ -97,12 +112,12 @@ def _bridge_velocity(
 def _bridge_mix(
     path: Path, x: Tensor, sigma_from: Tensor | float, sigma_to: Tensor | float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(α, β) of the bridge and the coefficients of x and ε in its velocity target, like x. float64, then cast: β² is a
+    """(α, β) of the bridge and the coefficients of x and ε in its velocity target, shaped to broadcast over x. float64: β² is a
     difference of near equals for close levels."""
-    a, b, _, _ = _mix(path, sigma_from, x, torch.float64)
-    a_to, b_to, c_to, d_to = _mix(path, sigma_to, x, torch.float64)
-    low, high = (torch.as_tensor(sigma, dtype=torch.float64).cpu() for sigma in (sigma_from, sigma_to))
-    if not bool((low <= high).all()) or bool((a == 0).any()):
+    a, b, _, _ = _mix_of_rows(path, sigma_from, x)
+    a_to, b_to, c_to, d_to = _mix_of_rows(path, sigma_to, x)
+    low, high = (torch.as_tensor(sigma, dtype=torch.float64) for sigma in (sigma_from, sigma_to))
+    if _on_host(low) and _on_host(high) and (not bool((low <= high).all()) or bool((a == 0).any())):
         raise ValueError(
             f"got sigma_from={sigma_from}, sigma_to={sigma_to}; expected sigma_from <= sigma_to in every row, and data left "
             "at sigma_from (below 1): a bridge only adds noise"
@@ -110,8 +125,7 @@ def _bridge_mix(
     alpha = a_to / a
     beta = (b_to.square() - alpha.square() * b.square()).clamp(min=0).sqrt()
     of_eps = (b_to * d_to - alpha * c_to * b.square() / a) / beta
-    alpha, beta, of_x, of_eps = (t.to(x.dtype) for t in (alpha, beta, c_to / a, of_eps))
-    return alpha, beta, of_x, of_eps
+    return alpha, beta, c_to / a, of_eps
 
 
 def _x0_from_velocity(self: Path, x: Tensor, v: Tensor, sigma: Tensor | float) -> Tensor:
@@ -243,12 +257,14 @@ class VariancePreserving:
         """ᾱ at the levels σ, float64."""
         steps = len(self.alphas_cumprod)
         level = sigma.double() * steps  # t + 1, or 0 for clean data
-        if bool(((level - level.round()).abs() > 1e-3).any()):
+        if _on_host(sigma) and bool(((level - level.round()).abs() > 1e-3).any()):
             raise ValueError(
                 f"got sigma {sigma.flatten()[:8].tolist()}; expected multiples of 1/{steps}: (t+1)/{steps}"
             )
-        table = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod.double().cpu()])
-        return table[level.round().long().cpu()].to(sigma.device)
+        (table,) = send(
+            sigma.device, torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod.double().cpu()])
+        )
+        return table[level.round().long()]
 
     def a(self, sigma: Tensor) -> Tensor:
         """Coefficient of the data."""

@@ -1,7 +1,7 @@
 """The engine: roll a tree out, generation by generation, each distinct state evaluated once."""
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from samplers.forest import Forest, compute_dtype
+from samplers.host_rows import HostRows
 from samplers.kernels.base import Carry, Kernel, Step, TransitionContext
 from samplers.schedules import check_sigmas, subgrid
 from samplers.selection import Select, candidates, check_frontiers, choose, trained_part
+from samplers.transfer import Rows, fetch, send
 from samplers.trees import Tree
 
 Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -19,7 +21,6 @@ Noise = Callable[[Tree, Tensor], Tensor]
 Keep = Literal["edges", "all"]
 
 
-@torch.no_grad()
 def rollout(
     velocity: Velocity,
     x_start: Tensor,
@@ -35,6 +36,10 @@ def rollout(
     keep: Keep = "edges",
 ) -> Forest:
     """Rolls `tree` out from `x_start` [R, *] (one row per root) over `sigmas` [T+1], without gradient.
+
+    On a device a generation is stepped in parts of `micro_batch` of its states, so that beside two generations of states there
+    is what one part takes; no step waits for the device, and each part takes two copies of the host's numbers, its noise
+    among them. On the host all steps of a generation are one part.
 
     velocity(x [n, *], sigma [n], root [n]) -> v [n, *]: called on distinct states of one generation, at most
     `micro_batch` rows at a time; root says which row of `x_start` (hence which condition) a state descends from.
@@ -58,41 +63,120 @@ def rollout(
     among, tail = candidates(tree), ~trained_part(tree)
     needed, compute = _needed(tree, keep), compute_dtype(store_dtype)
     ends = torch.cat([tree.edges, tree.parents_of_edges])
-    continued = torch.zeros(len(tree), dtype=torch.bool)
-    log_prob = torch.full((len(tree),), torch.nan, dtype=compute, device=x_start.device)
+    continued, old_nodes = torch.zeros(2, len(tree), dtype=torch.bool)
+    stored, old_velocities = HostRows(int(needed.sum())), HostRows(len(ends.unique()))
+    drawn_nodes, log_probs = list[Tensor](), list[Tensor]()
     x, nodes, carry, evaluations, previews = x_start.to(store_dtype), tree.generations[0], None, 0, 0
-    stored: list[Tensor] = []
-    old_nodes, old_velocities = torch.zeros(len(tree), dtype=torch.bool), [x_start[:0].to(compute)]
-    for generation in (*tree.generations[1:], torch.empty(0, dtype=torch.int64)):
-        frontier = _Frontier(velocity, x.to(compute), sigmas, tree, nodes, micro_batch)
-        look = partial(frontier.previews, kernel, carry, tree, store_dtype)
-        continued[nodes] = True if select is None else choose(select, tree, nodes, among, look)
-        stored.append(x[(needed & continued)[nodes].to(x.device)])
-        children = generation[continued[tree.parent[generation]]]
-        parents, position = tree.distinct_parents(children)
-        rows = torch.searchsorted(nodes, parents)
-        x_parents, v_parents = frontier.x[rows.to(x.device)], frontier.velocities(rows)
-        evaluations, previews = evaluations + frontier.evaluations, previews + frontier.looked_at
-        if keep_velocities:
-            at_end = torch.isin(parents, ends)
-            old_nodes[parents[at_end]] = True
-            old_velocities.append(v_parents[at_end.to(v_parents.device)])
-        if not len(children):
-            break
-        row_of_child = position.to(x.device)
-        history = None if carry is None else carry.rows(rows[position])
-        step = transition(
-            kernel, x_parents[row_of_child], v_parents[row_of_child], sigmas, tree, children, history, tail[children]
-        )
-        x = draw(step, tree, children, noise).to(store_dtype)
-        carry, nodes = step.carry, children
-        _write_log_probs(log_prob, step, x, tree, children)
-    kept = needed & continued
-    row = torch.where(kept, kept.cumsum(0) - 1, -1)
-    forest = Forest(tree, sigmas, kernel, torch.cat(stored), row, log_prob, evaluations, previews)
+    del x_start  # so that only x holds the first generation
+    with torch.no_grad():
+        for generation in (*tree.generations[1:], torch.empty(0, dtype=torch.int64)):
+            frontier = _Frontier(velocity, x.to(compute), sigmas, tree, nodes, micro_batch)
+            look = partial(frontier.previews, kernel, carry, tree, store_dtype)
+            continued[nodes] = True if select is None else choose(select, tree, nodes, among, look)
+            stored.add(Rows.beside(x, (needed & continued)[nodes].nonzero().flatten()).of(x))
+            children = generation[continued[tree.parent[generation]]]
+            reached, carries = None, list[tuple[Rows, Carry]]()
+            for part in _parts(tree, nodes, children, noise, frontier.together):
+                # what the part needs of the host goes to the device at once, and nothing waits for the device
+                rows, steps = part.beside(x)
+                v = frontier.velocities(rows)
+                if keep_velocities:
+                    at_end = torch.isin(nodes[rows.numbers], ends)
+                    old_nodes[nodes[rows.numbers[at_end]]] = True
+                    kept = Rows.beside(v, at_end.nonzero().flatten()).of(v)
+                    old_velocities.add(kept.to(torch.promote_types(v.dtype, compute)))
+                apart = (
+                    len(steps.mine) > frontier.together and not kernel.uses_roots
+                )  # of siblings a guide is asked once
+                for some in steps.split(frontier.together) if apart else [steps]:
+                    here, own = rows.then(some.left), children[some.mine.numbers]
+                    history = None if carry is None else carry.rows(here)
+                    step = transition(
+                        kernel, here.of(frontier.x), some.left.of(v), sigmas, tree, own, history, tail[own]
+                    )
+                    drawn = draw(step, some.noisy, some.noise).to(store_dtype)
+                    if len(some.noisy):
+                        drawn_nodes.append(own[some.noisy.numbers])
+                        log_probs.append(step.policy.rows(some.noisy).log_prob(some.noisy.of(drawn)))
+                    reached = _put(reached, len(children), some.mine, drawn)
+                    if step.carry is not None:
+                        carries.append((some.mine, step.carry))
+            evaluations, previews = evaluations + frontier.evaluations, previews + frontier.looked_at
+            if reached is None:
+                break
+            x, nodes, carry = reached, children, Carry.joined(carries)
+    # once per rollout the host waits: with these numbers all rows above are there
+    *log_probs, _ = fetch([*log_probs, x.flatten()[:1]])
+    log_prob = torch.full((len(tree),), torch.nan, dtype=compute)
+    if drawn_nodes:
+        log_prob[torch.cat(drawn_nodes)] = torch.cat(log_probs).to(compute)
+    kept_nodes = needed & continued
+    row = torch.where(kept_nodes, kept_nodes.cumsum(0) - 1, -1)
+    forest = Forest(tree, sigmas, kernel, stored.rows, row, log_prob, evaluations, previews)
     if keep_velocities:
-        forest = forest.with_velocities("old", old_nodes.nonzero().flatten(), torch.cat(old_velocities))
+        forest = forest.with_velocities("old", old_nodes.nonzero().flatten(), old_velocities.rows)
     return forest if select is None else _pruned(forest, continued)
+
+
+@dataclass(frozen=True, eq=False)
+class _Steps:
+    """Steps from some states of a generation: the children that they arrive at (`mine` [c], ascending), which of the states each
+    leaves (`left` [c]), which of them are `noisy` [s], and the noise [s, *] of these; None where there is none."""
+
+    left: Rows
+    mine: Rows
+    noisy: Rows
+    noise: Tensor | None
+
+    def split(self, size: int) -> "Iterator[_Steps]":
+        """At most `size` at a time."""
+        for first, (left, mine) in enumerate(zip(self.left.split(size), self.mine.split(size), strict=True)):
+            begin, end = torch.searchsorted(
+                self.noisy.numbers, torch.tensor([first * size, (first + 1) * size])
+            ).tolist()
+            noisy = Rows(self.noisy.numbers[begin:end] - first * size, self.noisy.there[begin:end] - first * size)
+            yield _Steps(left, mine, noisy, None if self.noise is None or begin == end else self.noise[begin:end])
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """Some of a generation's states, its `rows` [p], and all steps that leave them, as in `_Steps`; on the host."""
+
+    rows: Tensor
+    left: Tensor
+    mine: Tensor
+    noisy: Tensor
+    noise: Tensor | None
+
+    def beside(self, x: Tensor) -> tuple[Rows, _Steps]:
+        """The rows and their steps, sent to the device of x by one copy."""
+        numbers, noise = (self.rows, self.left, self.mine, self.noisy), [] if self.noise is None else [self.noise]
+        sent = send(x.device, *numbers, *noise)
+        rows, left, mine, noisy = (Rows(*pair) for pair in zip(numbers, sent, strict=False))
+        return rows, _Steps(left, mine, noisy, sent[4] if noise else None)
+
+
+def _parts(tree: Tree, nodes: Tensor, children: Tensor, noise: Noise, size: int) -> Iterator[_Part]:
+    """The steps from `nodes`, a generation, to `children` [n], those from `size` states at a time; siblings stay together."""
+    parents, position = tree.distinct_parents(children)
+    rows, stochastic = torch.searchsorted(nodes, parents), tree.level[children] > 0
+    drawn = noise(tree, children[stochastic]) if bool(stochastic.any()) else None
+    for first in range(0, len(parents), size):
+        mine = ((position >= first) & (position < first + size)).nonzero().flatten()
+        noisy, eps = stochastic[mine].nonzero().flatten(), None
+        if drawn is not None and len(noisy):
+            place = (stochastic.cumsum(0) - 1)[mine[noisy]]
+            eps = Rows(place, place).of(drawn)
+        yield _Part(rows[first : first + size], position[mine] - first, mine, noisy, eps)
+
+
+def _put(into: Tensor | None, count: int, rows: Rows, values: Tensor) -> Tensor:
+    """`into` [count, *], made if it is None, with `values` [n, *] at `rows` [n]; themselves where they are all of it."""
+    if len(rows) == count:  # ascending, so in order
+        return values
+    into = values.new_empty((count, *values.shape[1:])) if into is None else into
+    into[rows.there] = values
+    return into
 
 
 def _check(x_start: Tensor, sigmas: Tensor, tree: Tree, micro_batch: int | None, keep: Keep) -> None:
@@ -130,35 +214,46 @@ def _pruned(forest: Forest, continued: Tensor) -> Forest:
         forest,
         tree=tree,
         velocities=velocities,
-        states=forest.states[used.to(forest.states.device)],
+        states=forest.states[used],
         row=torch.where(forest.kept[alive], forest.kept[alive].cumsum(0) - 1, -1),
-        log_prob=forest.log_prob[alive.to(forest.log_prob.device)],
+        log_prob=forest.log_prob[alive],
     )
 
 
 class _Frontier:
-    """The states of one generation, their velocities, each evaluated once when it is first read, and their previews.
+    """The states of one generation, their velocities, each evaluated once, and their previews.
 
-    evaluations: network rows so far. looked_at: how many previews were made."""
+    evaluations: network rows so far. looked_at: how many previews were made. together: of how many states the steps are taken
+    at once."""
 
     def __init__(
         self, velocity: Velocity, x: Tensor, sigmas: Tensor, tree: Tree, nodes: Tensor, micro_batch: int | None
     ) -> None:
         self.x, self.evaluations, self.looked_at = x, 0, 0
         self._velocity, self._limit = velocity, micro_batch or max(len(nodes), 1)
-        self._sigmas, self._sigma, self._root = sigmas, sigmas[tree.index[nodes]].to(x.device), tree.root[nodes]
+        self.together = len(tree) if x.device.type == "cpu" else self._limit
+        self._sigmas, self._index, self._root = sigmas, tree.index[nodes], tree.root[nodes]
         self._known = torch.zeros(len(nodes), dtype=torch.bool)
         self._v: Tensor | None = None
 
-    def velocities(self, rows: Tensor) -> Tensor:
-        """[n, *] at `rows` [n] of the generation."""
-        new = rows[~self._known[rows]]
-        for part in new.split(self._limit) if len(new) else ():
-            on_device = part.to(self.x.device)
-            v = self._call(self.x[on_device], self._sigma[on_device], part)
-            self._v = self._v if self._v is not None else torch.empty_like(self.x, dtype=v.dtype)
-            self._v[on_device], self._known[part] = v, True
-        return self.x[:0] if self._v is None else self._v[rows.to(self.x.device)]
+    def velocities(self, rows: Rows) -> Tensor:
+        """[n, *] at the `rows` [n], all different; those of a preview are known."""
+        known = self._known[rows.numbers]
+        if not bool(known.any()):
+            return torch.cat([self._evaluated(part) for part in rows.split(self._limit)])
+        self._remember(Rows.beside(self.x, rows.numbers[~known]))
+        return rows.of(self._v)
+
+    def _remember(self, rows: Rows) -> None:
+        """Evaluates states which are not known."""
+        for part in rows.split(self._limit):
+            v = self._evaluated(part)
+            self._v = torch.empty_like(self.x, dtype=v.dtype) if self._v is None else self._v
+            self._v[part.there] = v
+            self._known[part.numbers] = True
+
+    def _evaluated(self, rows: Rows) -> Tensor:
+        return self._call(rows.of(self.x), self._sigmas[self._index[rows.numbers]], rows.numbers)
 
     def previews(
         self,
@@ -172,10 +267,13 @@ class _Frontier:
     ) -> Tensor:
         """[n, *] the states `rows` [n] of `nodes`, all at one grid index, completed in `steps` of the kernel's deterministic
         steps on the sub-grid of a probe. The first step takes the velocities of the states themselves."""
-        here, x = int(tree.index[nodes[rows[0]]]), self.x[rows.to(self.x.device)]
-        carry, self.looked_at = None if carry is None else carry.rows(rows), self.looked_at + len(rows)
+        looked_at = Rows.beside(self.x, rows)
+        here, x = int(tree.index[nodes[rows[0]]]), looked_at.of(self.x)
+        carry, self.looked_at = None if carry is None else carry.rows(looked_at), self.looked_at + len(rows)
         for number, there in enumerate(subgrid(here, tree.num_steps, steps)):
-            v = self._completing(x, here, rows) if number else self.velocities(rows)
+            if not number:
+                self._remember(Rows.beside(self.x, rows[~self._known[rows]]))
+            v = self._completing(x, here, rows) if number else self.velocities(looked_at)
             ctx = TransitionContext(
                 level=0.0, roots=self._root[rows], nodes=nodes[rows], parents=nodes[rows],
                 step=torch.full_like(rows, here), carry=carry, preview=True,
@@ -186,12 +284,17 @@ class _Frontier:
 
     def _completing(self, x: Tensor, index: int, rows: Tensor) -> Tensor:
         """Velocities [n, *] of x [n, *], at one grid index on the way from the states `rows` [n]."""
-        sigma = self._sigmas[index].to(x.device).expand(len(x))
-        parts = torch.arange(len(rows)).split(self._limit)
-        return torch.cat([self._call(x[part.to(x.device)], sigma[: len(part)], rows[part]) for part in parts])
+        sigma, parts = self._sigmas[index].expand(len(x)), Rows.beside(x, torch.arange(len(rows))).split(self._limit)
+        return torch.cat([self._call(part.of(x), sigma[part.numbers], rows[part.numbers]) for part in parts])
 
     def _call(self, x: Tensor, sigma: Tensor, rows: Tensor) -> Tensor:
+        """sigma [n] of the host."""
         self.evaluations += len(x)
+        sigma = (
+            x.new_full((len(x),), float(sigma[0]), dtype=sigma.dtype)
+            if bool((sigma == sigma[0]).all())
+            else send(x.device, sigma)[0]
+        )
         return checked(self._velocity, x, sigma, self._root[rows])
 
 
@@ -222,21 +325,13 @@ def transition(
     return kernel(x, v, sigmas[tree.index[parents]], sigmas[tree.index[children]], ctx)
 
 
-def draw(step: Step, tree: Tree, children: Tensor, noise: Noise) -> Tensor:
-    """The next states; noise is drawn at stochastic steps only."""
-    stochastic = tree.level[children] > 0
-    if not bool(stochastic.any()):
-        return step.behavior.mean
-    draws = torch.zeros_like(step.behavior.mean)
-    draws[stochastic.to(draws.device)] = noise(tree, children[stochastic]).to(draws)
+def draw(step: Step, noisy: Rows, noise: Tensor | None = None) -> Tensor:
+    """The next states; noise [n, *] of the stochastic steps, the rows `noisy` [n], None if there are none."""
+    mean = step.behavior.mean
+    if noise is None:
+        return mean
+    if noisy.all_of(mean):
+        return step.sample(noise)
+    draws = torch.zeros_like(mean)
+    draws[noisy.there] = noise.to(draws)
     return step.sample(draws)
-
-
-def _write_log_probs(log_prob: Tensor, step: Step, x: Tensor, tree: Tree, children: Tensor) -> None:
-    """Sets `log_prob` [N] at the children of stochastic steps: of their states x as stored, under the policy."""
-    stochastic = (tree.level[children] > 0).to(x.device)
-    if bool(stochastic.any()):
-        policy = step.policy
-        rows = {name: vars(policy)[name][stochastic] for name in ("mean", "std", "velocity_coef", "step_size")}
-        arrived = x[stochastic]
-        log_prob[children.to(x.device)[stochastic]] = replace(policy, **rows).log_prob(arrived).to(log_prob)

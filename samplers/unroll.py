@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from samplers.forest import compute_dtype
 from samplers.kernels.base import Kernel
 from samplers.plans.base import grow
-from samplers.rollout import Velocity, checked, draw, transition
+from samplers.rollout import Velocity, checked, transition
 from samplers.schedules import check_sigmas
 from samplers.selection import trained_part
 
@@ -81,11 +81,12 @@ def unroll(
     for step, children in enumerate(tree.generations[1:]):
         parents = tree.parent[children]
         inputs.append(_scaled(x, cut_scale) if step in cut else x)
-        arguments = velocity, inputs[-1], sigmas[tree.index[parents]].to(x.device), tree.root[parents]
+        sigma = x.new_full((len(x),), float(sigmas[step]), dtype=sigmas.dtype)
+        arguments = velocity, inputs[-1], sigma, tree.root[parents]
         with torch.set_grad_enabled(torch.is_grad_enabled() and step in with_graph):
             v = recomputed(checked, *arguments, use_reentrant=False) if checkpoint else checked(*arguments)
         done = transition(kernel, x, v, sigmas, tree, children, carry, ~part[children])
-        x, carry = draw(done, tree, children, lambda tree, nodes: draws[int(tree.index[nodes[0]]) - 1]), done.carry
+        x, carry = done.sample(draws[step]) if step in draws else done.mean, done.carry
         states.append(x)
         velocities.append(v)
     return Unrolled(tuple(states), tuple(inputs), tuple(velocities))

@@ -59,9 +59,9 @@ class UnsharedTree:
         return replace(
             forest,
             tree=self.shared,
-            states=forest.states[forest.row[chosen[kept]].to(forest.states.device)],
+            states=forest.states[forest.row[chosen[kept]]],
             row=torch.where(kept, kept.cumsum(0) - 1, -1),
-            log_prob=forest.log_prob[chosen.to(forest.log_prob.device)],
+            log_prob=forest.log_prob[chosen],
         )
 
 

@@ -7,19 +7,24 @@ from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 
+import torch
+
 from flowalign.config.settings import TrainConfig, evaluation_schedule
 from flowalign.config.sizes import check_sizes
 from flowalign.data import PromptRecord, load_prompts
 from flowalign.errors import ConfigError
 from flowalign.models.load import (
     check_checkpoint,
+    check_fixed_rows,
     check_image_size,
     check_lora_folders,
     check_lora_targets,
     check_role_pipelines,
+    check_switches,
     count_lora_numbers,
     path_of,
 )
+from flowalign.models.quantization import check_quantization
 from flowalign.models.roles import check_roles
 from flowalign.rollouts.rolling import grow, leaves_per_group
 from flowalign.rollouts.sources import check_sources
@@ -44,6 +49,9 @@ def check(config: TrainConfig) -> None:
         raise ConfigError(f"policy.decode_batch={policy.decode_batch}: expected at least 1, or null")
     if policy.max_sequence_length is not None and policy.max_sequence_length < 0:
         raise ConfigError(f"policy.max_sequence_length={policy.max_sequence_length}: expected at least 0, or null")
+    check_quantization(policy.quantization, policy.trainable, torch.cuda.is_available())
+    check_switches(policy.path, policy.switches, policy.family)
+    check_fixed_rows(policy.path, rollout.rows, policy.family)
     lora_numbers = 0
     if policy.trainable == "lora":
         check_lora_targets(policy.path, policy.lora.targets, policy.family)
@@ -75,8 +83,6 @@ def check(config: TrainConfig) -> None:
     config.trainer.check(setup)
     if policy.trainable == "lora":
         check_lora_folders(policy.path, policy.lora, config.roles, policy.family)
-    elif policy.dtype != "fp32":
-        raise ConfigError(f"policy.dtype={policy.dtype} with policy.trainable=full: expected fp32 for the optimizer")
     elif "reference" in config.trainer.roles() and not policy.reference_copy:
         raise ConfigError(
             "got policy.trainable=full and a trainer that needs the reference, of which no copy is kept: set "
@@ -102,6 +108,8 @@ def _check_numbers(rollout: Rollout, evaluation_scale: float) -> None:
     for key in ("groups", "group_size", "num_inference_steps", "micro_batch"):
         if vars(rollout)[key] < 1:
             raise ConfigError(f"rollout.{key}={vars(rollout)[key]}: expected at least 1")
+    if rollout.chunk is not None and rollout.chunk < 1:
+        raise ConfigError(f"rollout.chunk={rollout.chunk}: expected at least 1 group, or null for all at once")
     for key, scale in (("rollout", rollout.guidance_scale), ("evaluation", evaluation_scale)):
         if not 1 <= scale < math.inf:  # at 0 the prompt would be ignored, where diffusers means no guidance
             raise ConfigError(f"{key}.guidance_scale={scale}: expected a number from 1 (no guidance)")

@@ -8,7 +8,9 @@ from typing import Literal
 
 from flowalign.models.base import Size
 from flowalign.models.lora import LoRA
+from flowalign.models.quantization import Quantization
 from flowalign.models.roles import Role
+from flowalign.models.switches import Switches
 from flowalign.rollouts.task import Rollout
 from flowalign.trainers import Trainer
 from rewards import Reward, labels_of
@@ -19,7 +21,7 @@ from samplers import Schedule
 class PolicySettings:
     """Which model, and which of its weights are trained (see `load_policy`). family: the import path of a model family of
     your own, such as my_module.FAMILY; null finds it by the pipeline's class. height, width in pixels, frames of a video, fps: how many of
-    them a second has."""
+    them a second has. attention: one of diffusers' attention back-ends, such as flash; null: the network's own."""
 
     path: str = "glyphs"
     lora: LoRA = field(default_factory=LoRA)
@@ -36,12 +38,26 @@ class PolicySettings:
     reference_copy: bool = False
     offload: list[Literal["encoders", "vae"]] = field(default_factory=list)
     decode_batch: int | None = None
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    attention: str | None = None
+    quantization: Quantization | None = None
     roles: dict[str, Role] = field(default_factory=dict)
 
     @property
     def size(self) -> Size:
         """What is generated."""
         return Size(self.height, self.width, self.frames)
+
+    @property
+    def master_weights(self) -> bool:
+        """Whether the networks keep fp32 weights and multiply in bf16, under autocast: those that are trained themselves."""
+        return self.trainable == "full" and self.dtype == "bf16"
+
+    @property
+    def switches(self) -> Switches:
+        """Of the networks."""
+        return Switches(self.gradient_checkpointing, self.compile, self.attention)
 
 
 @dataclass(frozen=True)
@@ -52,7 +68,10 @@ class RunSettings:
 
     max_evaluations, in `summary.evaluation_unit`, and max_seconds of iterations (evaluations on the way are not counted): the
     run ends before an iteration that would go beyond, if it costs what the iterations so far cost on average; the first is
-    always run. null: no limit."""
+    always run. null: no limit.
+
+    device_memory: GiB of one device, and device_count: how many there are, for which memory and hours are forecast, on whatever
+    machine; a configuration that cannot fit is refused. null: those of the launch (a CPU refuses nothing)."""
 
     name: str
     iterations: int = 100
@@ -68,12 +87,14 @@ class RunSettings:
     tags: list[str] = field(default_factory=list)
     resume: Literal["auto", "changed", "never"] = "auto"
     gradient_check: bool = True
+    device_memory: float | None = None
+    device_count: int | None = None
 
     def __post_init__(self) -> None:
         for key in ("iterations", "checkpoint_every", "keep_checkpoints"):
             if vars(self)[key] < 1:
                 raise ValueError(f"run.{key}={vars(self)[key]}: expected at least 1")
-        for key in ("max_evaluations", "max_seconds"):
+        for key in ("max_evaluations", "max_seconds", "device_memory", "device_count"):
             limit = vars(self)[key]
             if limit is not None and not limit > 0:
                 raise ValueError(f"run.{key}={limit}: expected more than 0, or null for no limit")

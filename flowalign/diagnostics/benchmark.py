@@ -1,17 +1,20 @@
 """What sharing saves: an iteration as configured, beside the same with less sharing, taking turns in one process.
 
 `merged` is the configuration as it is. `per-edge`: one forward and backward per trained step in place of one per distinct
-state (and as many reference rows). `unshared`: that, and in the rollout every image has its own copy of its prefix.
-Variants take turns (A B C A B C …), so that a busy machine slows all alike; seconds are medians over iterations, counts
-are exact. No optimizer step is taken: all variants see the same weights.
+state (and as many reference rows). `unshared`: that, and in the rollout every image has its own copy of its prefix, as in a
+plain loop over images. Variants take turns (A B C A B C …), so that a busy machine slows all alike; seconds are medians over
+iterations, counts are exact. No optimizer step is taken: all variants see the same weights.
+
+All stand beside the bare network: calls of it without adapters, rollout.micro_batch rows each, one after the other. On a GPU
+times are those of its own events, and the places where the host waited for it are counted.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -19,18 +22,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from flowalign.build import policy_of, task_of
 from flowalign.config import TrainConfig, load_config
 from flowalign.config.layers import split_arguments
 from flowalign.data import PromptRecord, prompts_of_iteration
-from flowalign.diagnostics.measure import count_calls, now, one_pass_per_edge
+from flowalign.diagnostics.device import elapsed, mark, peak, reset_peak, waits
+from flowalign.diagnostics.measure import count_calls, one_pass_per_edge
 from flowalign.errors import ConfigError
 from flowalign.rollouts.task import Task
 from flowalign.storage.files import write_atomic
 from flowalign.trainers import EdgeTrainer
 from rewards import close
-from samplers import Forest, Kernel, Noise, Select, Tree, Velocity, unshared
+from samplers import Forest, Kernel, Noise, Select, Tree, Velocity, normal, unshared
 
 VARIANTS = ("merged", "per-edge", "unshared")
 UNIT = "forward equivalents; a trained row counts 2 (LoRA) or 3 (full weights), a reference row 1, guidance doubles"
@@ -71,6 +76,7 @@ def compare(config: TrainConfig, variants: Sequence[str], iterations: int) -> li
     task = task_of(config, policy)
     prompts, task = list(task.prompts), replace(task, prompts=())  # without what comes before the first iteration
     measured: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
+    bare = bare_network(task, prompts)
     try:
         for iteration in range(-1, iterations):  # the first one warms up
             chosen = prompts_of_iteration(prompts, config.rollout.groups, config.run.seed, max(iteration, 0))
@@ -82,7 +88,7 @@ def compare(config: TrainConfig, variants: Sequence[str], iterations: int) -> li
         for reward in config.rollout_rewards:
             close(reward)
     backward = 2 if config.policy.trainable == "lora" else 3
-    rows = [_row(name, found, backward) for name, found in measured.items()]
+    rows = [_row(name, found, backward, bare) for name, found in measured.items()]
     if any(row["evaluations"]["update"] == 0 for row in rows):
         raise ConfigError(
             "got no trained step in any of the iterations; expected images of a prompt to score differently: take a graded "
@@ -98,20 +104,22 @@ def _iteration(
     trainer.prepare(task, None)
     reset_peak()
     with count_calls(task.policy) as calls:
-        began = now()
-        batch = trainer.collect(prompts, iteration, rollout_unshared if variant == "unshared" else None)
-        collected, sampled = now(), len(calls)
+        began = mark()
+        with waits() as waited_rollout:
+            batch = trainer.collect(prompts, iteration, rollout_unshared if variant == "unshared" else None)
+        collected, sampled, rollout_peak = mark(), len(calls), peak()
         parts = [(trainer, 1.0)] if variant == "merged" else one_pass_per_edge(trainer, task, batch)
-        updating, backward = now(), 0.0
-        for part, share in parts:
-            for update in part.updates(batch):
-                for micro_batch in update.micro_batches:
-                    loss = share * micro_batch()
-                    forwarded = now()
-                    with task.policy.role(update.role):
+        reset_peak()
+        updating, backwards = mark(), []
+        with waits() as waited_update:
+            for part, share in parts:
+                for update in part.updates(batch):
+                    for micro_batch in update.micro_batches:
+                        loss = share * micro_batch()
+                        forwarded = mark()
                         loss.backward()
-                    backward += now() - forwarded
-        ended = now()
+                        backwards.append((forwarded, mark()))
+        ended = mark()
     for _, parameter in task.policy.trainable_parameters():
         parameter.grad = None
     rollout, update_calls = calls[:sampled], calls[sampled:]
@@ -124,33 +132,71 @@ def _iteration(
         "s_rollout": metrics["time/rollout"],
         "s_decode": metrics["time/decode"],
         "s_reward": metrics["time/reward"],
-        "s_update": ended - updating,
-        "s_wall": collected - began + ended - updating,
+        "s_update": elapsed(updating, ended),
+        "s_wall": elapsed(began, collected) + elapsed(updating, ended),
         "s_forward": sum(call.seconds for call in calls),
-        "s_backward": backward,
-        "peak": peak(),
+        "s_backward": sum(elapsed(*pair) for pair in backwards),
+        "peak_rollout": rollout_peak,
+        "peak_update": peak(),
+        "waits_rollout": len(waited_rollout),
+        "waits_update": len(waited_update),
     }
 
 
-def _row(name: str, found: list[dict[str, float]], backward: int) -> dict[str, Any]:
+@torch.no_grad()
+def bare_network(task: Task, prompts: Sequence[PromptRecord], repeats: int = 3) -> tuple[float, float]:
+    """(seconds, floating-point operations) of a row of the network without adapters, in calls of rollout.micro_batch states as the
+    rollout guides them: the fastest of `repeats`. Of a policy that trains full weights: the network itself."""
+    policy, settings = task.policy, task.rollout
+    shape = policy.latent_shape(task.size)
+    conditions = policy.encode(prompts[:1], negative=settings.guidance_scale != 1)
+    rows_per_state = policy.rows_per_state(settings.guidance_scale)
+    adapted = any(".lora_" in name for name, _ in policy.trainable_parameters())
+
+    def called(states: int) -> float:
+        x = policy.start(normal((states, *shape), "benchmark"))
+        rows = conditions.rows(torch.zeros(states, dtype=torch.int64))
+        began = mark()
+        policy.velocity(x, torch.full((states,), 0.5), rows, guidance_scale=settings.guidance_scale)
+        return elapsed(began, mark())
+
+    before = policy.evaluations
+    with policy.role("reference") if adapted else nullcontext():
+        with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+            called(1)
+        least = min(called(settings.micro_batch) for _ in range(repeats + 1))
+    policy.evaluations = before
+    return least / (settings.micro_batch * rows_per_state), counter.get_total_flops() / rows_per_state
+
+
+def _row(name: str, found: list[dict[str, float]], backward: int, bare_row: tuple[float, float]) -> dict[str, Any]:
     """Evaluations per image, seconds per iteration and phase, wall over the bare parts, peak memory in MiB.
 
-    bare: network forwards, backwards, decoding and reward, timed by themselves; overhead = wall / their sum."""
+    bare: network forwards, backwards, decoding and reward, timed by themselves; overhead = wall / their sum. over_network: the
+    rollout over as many rows of the bare network (`bare_row`: seconds and operations of one). tflops: operations of all evaluations
+    in a second of wall time. waits: how often the host waited for a GPU."""
     images = sum(one["images"] for one in found)
     per_image = {kind: sum(one[kind] for one in found) / images for kind in ("rollout", "trained", "reference")}
     update = backward * per_image["trained"] + per_image["reference"]
     seconds = {k: median(one[f"s_{k}"] for one in found) for k in ("rollout", "decode", "reward", "update", "wall")}
     bare = {k: median(one[f"s_{k}"] for one in found) for k in ("forward", "backward", "decode", "reward")}
+    row_seconds, row_operations = bare_row
+    each = images / len(found)
+    total = per_image["rollout"] + update
     return {
         "variant": name,
         "images": images,
-        "evaluations": {**per_image, "update": update, "total": per_image["rollout"] + update},
+        "evaluations": {**per_image, "update": update, "total": total},
         "seconds": seconds,
         "bare": bare,
         "overhead": median(
             one["s_wall"] / sum(one[f"s_{k}"] for k in ("forward", "backward", "decode", "reward")) for one in found
         ),
-        "peak_mib": max(one["peak"] for one in found),
+        "over_network": seconds["rollout"] / (row_seconds * per_image["rollout"] * each),
+        "images_per_second": each / seconds["wall"],
+        "tflops": total * each * row_operations / seconds["wall"] / 1e12,
+        "peak_mib": {phase: max(one[f"peak_{phase}"] for one in found) for phase in ("rollout", "update")},
+        "waits": {phase: max(int(one[f"waits_{phase}"]) for one in found) for phase in ("rollout", "update")},
     }
 
 
@@ -160,52 +206,28 @@ def _ratios(row: dict[str, Any], first: dict[str, Any]) -> dict[str, float]:
         "update_evaluations": row["evaluations"]["update"] / first["evaluations"]["update"],
         "wall": row["seconds"]["wall"] / first["seconds"]["wall"],
         "update_seconds": row["seconds"]["update"] / first["seconds"]["update"],
-        "peak": row["peak_mib"] / first["peak_mib"],
+        "peak": max(row["peak_mib"].values()) / max(first["peak_mib"].values()),
     }
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown."""
     lines = [
-        "| variant | evaluations per image: rollout + update = total | s: rollout, decode, reward, update | wall s | "
-        "wall / bare | peak MiB | × evaluations | × update s | × wall |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| variant | evaluations per image: rollout + update = total | s: rollout, decode, reward, update | wall s | images/s | TFLOP/s | "
+        "wall / bare | rollout / bare network | peak MiB: rollout, update | waits: rollout, update | × evaluations | × update s | × wall |",
+        "|" + "---|" * 13,
     ]
     for row in rows:
         counts, seconds, ratio = row["evaluations"], row["seconds"], row["ratio"]
         phases = ", ".join(f"{seconds[k]:.2f}" for k in ("rollout", "decode", "reward", "update"))
+        peaks, waited = (", ".join(f"{value:,.0f}" for value in row[key].values()) for key in ("peak_mib", "waits"))
         lines.append(
             f"| {row['variant']} | {counts['rollout']:.2f} + {counts['update']:.2f} = {counts['total']:.2f} | {phases} | "
-            f"{seconds['wall']:.2f} | {row['overhead']:.2f} | {row['peak_mib']:,.0f} | {ratio['evaluations']:.2f} | "
-            f"{ratio['update_seconds']:.2f} | {ratio['wall']:.2f} |"
+            f"{seconds['wall']:.2f} | {row['images_per_second']:.2f} | {row['tflops']:.3g} | {row['overhead']:.2f} | "
+            f"{row['over_network']:.2f} | {peaks} | {waited} | {ratio['evaluations']:.2f} | {ratio['update_seconds']:.2f} | "
+            f"{ratio['wall']:.2f} |"
         )
     return "\n".join(lines)
-
-
-# ------------------------------------------------------------------------------------------ memory
-
-
-def reset_peak() -> None:
-    """Restarts what `peak` measures, where the system can (CUDA; Linux)."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        return
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return
-
-
-def peak() -> float:
-    """MiB: allocated on the device, or the process's resident memory (since `reset_peak`, or since its start)."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.is_file() else []
-    for line in lines:
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) / 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -3,7 +3,6 @@ per edge."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from flowalign.advantage import Advantages, SignalContext
+from flowalign.diagnostics.device import Mark, elapsed, mark
 from flowalign.models import Policy
 from flowalign.rollouts.collect import ScoredRollout
 from flowalign.rollouts.task import Task
@@ -54,25 +54,31 @@ class StandIn:
 
 @dataclass(frozen=True)
 class Call:
-    """A call of a network: its rows, whether gradients were on, and its seconds."""
+    """A call of a network: its rows, whether gradients were on, and when."""
 
     rows: int
     trained: bool
-    seconds: float
+    began: Mark
+    ended: Mark
+
+    @property
+    def seconds(self) -> float:
+        """How long it took."""
+        return elapsed(self.began, self.ended)
 
 
 @contextmanager
 def count_calls(policy: Policy) -> Iterator[list[Call]]:
     """A context that lists every call of the policy's networks, whoever makes it: what was really evaluated."""
     calls: list[Call] = []
-    began: list[float] = []
+    began: list[Mark] = []
 
     def before(module: nn.Module, args: tuple[Any, ...]) -> None:
-        began.append(now())
+        began.append(mark())
 
     def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         rows = next(len(value) for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-        calls.append(Call(rows, torch.is_grad_enabled(), now() - began.pop()))
+        calls.append(Call(rows, torch.is_grad_enabled(), began.pop(), mark()))
 
     hooks = [network.register_forward_pre_hook(before) for network in policy.networks()]
     hooks += [network.register_forward_hook(after, with_kwargs=True) for network in policy.networks()]
@@ -83,22 +89,13 @@ def count_calls(policy: Policy) -> Iterator[list[Call]]:
             hook.remove()
 
 
-def now() -> float:
-    """Seconds of a clock, read after the device has finished its work."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 def gradients(policy: Policy, trainer: Trainer, batch: Any) -> dict[str, Tensor]:
     """The gradient of all updates of a batch; no step is taken, and the parameters keep it in .grad."""
     for _, parameter in policy.trainable_parameters():
         parameter.grad = None
     for update in trainer.updates(batch):
         for micro_batch in update.micro_batches:
-            loss = micro_batch()
-            with policy.role(update.role):  # activation checkpointing computes the forward again
-                loss.backward()
+            micro_batch().backward()
     return {name: p.grad.clone() for name, p in policy.trainable_parameters() if p.grad is not None}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,8 +22,9 @@ class Stepper(Protocol):
         """Adds to the gradients; the sum over micro-batches and processes is the loss of the step."""
         ...
 
-    def step(self, max_grad_norm: float) -> float:
-        """Clips and steps; the norm before clipping. If that is not finite, no weight has changed."""
+    def step(self, max_grad_norm: float, read: Callable[[Tensor], float] = float) -> float:
+        """Clips and steps; the norm before clipping. If that is not finite, no weight has changed. read: how a number of the
+        device is read, once, before the step; nothing is stepped if it raises."""
         ...
 
     def full_optimizer(self, keep: bool) -> Optimizer:
@@ -41,11 +43,11 @@ class Summed:
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
-    def step(self, max_grad_norm: float) -> float:
+    def step(self, max_grad_norm: float, read: Callable[[Tensor], float] = float) -> float:
         trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         self.processes.sum_gradients(parameter for parameter in trained if not isinstance(parameter, DTensor))
         self.processes.level()
-        norm = float(whole(torch.nn.utils.clip_grad_norm_(trained, max_grad_norm, foreach=False)))
+        norm = read(whole(torch.nn.utils.clip_grad_norm_(trained, max_grad_norm, foreach=False)))
         if norm < float("inf"):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -6,6 +6,7 @@ DeepSpeed. Each backward sums its gradients over the processes, and each process
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -49,7 +50,8 @@ class Zero2:
         """All processes make equally many calls, which reach the same parameters."""
         self._engine.backward(loss)
 
-    def step(self, max_grad_norm: float) -> float:
+    def step(self, max_grad_norm: float, read: Callable[[Tensor], float] = float) -> float:
+        read(torch.zeros(()))  # the norm is known after the step only
         self._engine.optimizer.clip_grad = max_grad_norm
         self._engine.step()
         return float(self._engine.get_global_grad_norm())

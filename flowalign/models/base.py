@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -61,6 +61,7 @@ class Conditions:
     tensors: dict[str, Tensor]
     negative: Conditions | None = None
     row: Tensor | None = None
+    _indices: dict[bytes, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __len__(self) -> int:
         return len(next(iter(self.tensors.values()))) if self.row is None else len(self.row)
@@ -70,15 +71,42 @@ class Conditions:
         """Bytes of the tensors, without those of `negative`."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
-    def rows(self, index: Tensor) -> Conditions:
-        """The rows `index` [n], in that order, repeats allowed. ValueError for one that is on another process."""
-        if self.row is not None and bool((self.row[index] < 0).any()):
+    @property
+    def device(self) -> torch.device:
+        """Where all of them are."""
+        return next(iter(self.tensors.values())).device
+
+    def _sent(self, index: Tensor) -> Tensor:
+        """`index` beside the tensors; sent once, since a rollout asks for the same rows step by step."""
+        key = index.numpy().tobytes()
+        if key not in self._indices:
+            (self._indices[key],) = samplers.send(self.device, index)
+        return self._indices[key]
+
+    def _here(self, index: Tensor) -> Tensor:
+        """Where the rows `index` [n] lie in the tensors, all on the host."""
+        if self.row is None:
+            return index
+        if bool((self.row[index] < 0).any()):
             raise ValueError(
                 f"got rows {index[self.row[index] < 0][:8].tolist()}, which another process encoded; expected those of this one, and "
                 "of the states that it trains: deal them by UpdateEngine.deal"
             )
-        place = index if self.row is None else self.row[index]
-        tensors = {name: tensor[place.to(tensor.device)] for name, tensor in self.tensors.items()}
+        return self.row[index]
+
+    @property
+    def _places(self) -> Tensor:
+        """Where each row lies; of one that is on another process beyond all of them, where a device refuses to look."""
+        assert self.row is not None
+        return torch.where(self.row < 0, len(next(iter(self.tensors.values()))), self.row)
+
+    def rows(self, index: Tensor) -> Conditions:
+        """The rows `index` [n], in that order, repeats allowed. ValueError for one that is on another process."""
+        if index.device != self.device:
+            index = self._sent(self._here(index.cpu()))
+        elif self.row is not None:
+            index = self._here(index) if index.device.type == "cpu" else self._sent(self._places)[index]
+        tensors = {name: tensor[index] for name, tensor in self.tensors.items()}
         return Conditions(tensors, None if self.negative is None else self.negative.rows(index))
 
     def each(self, change: Callable[[Held], Held]) -> Conditions:
@@ -116,10 +144,12 @@ class Conditions:
 class Policy(Protocol):
     """A pipeline's parts in the convention of `samplers`: velocities, σ from 1 to 0, fp32 states.
 
-    `evaluations` counts network rows, `rows_per_state` of them per state; checkpoint recomputation does not count.
+    `evaluations` counts network rows, `rows_per_state` of them per state; checkpoint recomputation does not count, and
+    rows that only fill up a call are counted by `padded` alone.
     `sampling`: how it generates where a call does not say; None: every call has to."""
 
     evaluations: int
+    padded: int
     sampling: Sampling | None
 
     @property

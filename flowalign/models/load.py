@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import init_empty_weights
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline, ModelMixin
 from torch import nn
 
 from flowalign.models.base import Family, Policy, Sampling, Size
@@ -32,9 +32,11 @@ from flowalign.models.lora import (
 from flowalign.models.lora_file import LoRAFile, read_lora
 from flowalign.models.lora_merge import merge_loras
 from flowalign.models.pipeline_policy import PROMPT_STORE_BYTES, Offloadable, PipelinePolicy
+from flowalign.models.quantization import Quantization, check_quantization, quantization_config
 from flowalign.models.roles import Role
 from flowalign.models.sampling import defaults_of
 from flowalign.models.shipped import SHIPPED, resolve
+from flowalign.models.switches import Switches
 from flowalign.models.trained_networks import TrainedNetworks
 from samplers import Path as NoisingPath
 
@@ -205,22 +207,50 @@ def check_role_pipelines(path: str, roles: Mapping[str, Role], family: str | Non
                 )
 
 
-def _empty_networks(path: str, family: Family) -> dict[str, nn.Module]:
+def check_switches(path: str, switches: Switches, family: str | None = None) -> None:
+    """ValueError for switches that a network or this machine cannot do; from the configurations alone."""
+    if switches != Switches():
+        switches.check(_empty_networks(path, inspect_checkpoint(path, family)[1]))
+
+
+def check_fixed_rows(path: str, rows: int | None, family: str | None = None) -> None:
+    """ValueError for a number of rows that the calls of this model's networks cannot all have."""
+    if rows is not None:
+        _check_fixed_rows(rows, inspect_checkpoint(path, family)[1])
+
+
+def _check_fixed_rows(rows: int, family: Family) -> None:
+    if rows < 1:
+        raise ValueError(f"got fixed_rows={rows}; expected at least 1, or None")
+    if len(family.networks) > 1:
+        raise ValueError(
+            f"got rollout.fixed_rows=true for a {family.pipeline.__name__}, which deals the states of a call to {len(family.networks)} "
+            "networks; expected a model of one network: set it to false"
+        )
+
+
+def _empty_networks(path: str, family: Family) -> dict[str, ModelMixin]:
     configs = {name: kind.load_config(resolve(path), subfolder=name) for name, kind in family.networks.items()}
     with init_empty_weights():
         return {name: kind.from_config(configs[name]) for name, kind in family.networks.items()}
 
 
 def read_pipeline(
-    path: str, family: str | None = None, *, dtype: str = "fp32", vae_dtype: str | None = None, **parts: nn.Module
-) -> DiffusionPipeline:
-    """The diffusers pipeline of a checkpoint. parts: components that are already there, by name; they are not read."""
+    path: str, family: str | None = None, *, dtype: str = "fp32", vae_dtype: str | None = None,
+    master_weights: bool = False, quantization: Quantization | None = None, **parts: nn.Module,
+) -> DiffusionPipeline:  # fmt: skip
+    """The diffusers pipeline of a checkpoint. master_weights: the networks that are trained are fp32 whatever `dtype` is.
+    quantization: of these networks, which are then on the current GPU. parts: components that are already there, by name; they
+    are not read."""
     index, known = inspect_checkpoint(path, family)
     dtypes = {"default": DTYPES[dtype], "vae": DTYPES[vae_dtype or dtype]}
+    if master_weights:
+        dtypes |= dict.fromkeys(known.networks, torch.float32)
+    arguments: dict[str, Any] = {**known.load_arguments(index), **parts}
+    if quantization is not None:
+        arguments["quantization_config"] = quantization_config(quantization, known.networks, DTYPES[dtype])
     try:
-        pipeline = known.pipeline.from_pretrained(
-            resolve(path), dtype=dtypes, **{**known.load_arguments(index), **parts}
-        )
+        pipeline = known.pipeline.from_pretrained(resolve(path), dtype=dtypes, **arguments)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # of the disk, not of what is on it
             raise
@@ -250,40 +280,65 @@ def load_policy(
     prompt_store: int = PROMPT_STORE_BYTES,
     sampling: Sampling | None = None,
     seed: int = 0,
+    gradient_checkpointing: bool = False,
+    compile: bool = False,
+    attention: str | None = None,
+    fixed_rows: int | None = None,
+    quantization: Quantization | None = None,
 ) -> Policy:
-    """Loads a pipeline, or takes a live one, as a policy.
+    """Loads a pipeline, or takes a live one, as a policy. One that is loaded onto a CUDA device lets the process's fp32 products
+    there run in TF32.
 
     lora: its settings, or a LoRA to start from, with the settings of that: a run folder, its lora/, a folder of diffusers' save_lora_weights, or a .safetensors file. trainable: "lora" (the default LoRA
-    if none is given), "full" weights (fp32 only), or "none". dtype: of the frozen network, "fp32" by default; adapters are
-    always fp32. vae_dtype: of the VAE if it is another. family: the import path of a `Family` of your own.
+    if none is given), "full" weights, or "none". dtype: of the network, "fp32" by default. What is trained is fp32 in any case: with
+    "bf16" adapters multiply in bf16, and full weights under torch's autocast, copies of them too. vae_dtype: of the VAE if it is another. family: the import path of a `Family` of your own.
     max_sequence_length: see the family's model. seed: of the adapters' initial weights. device: "cpu" by default.
     network_device: the trained networks' device if it is not `device` (see flowalign.distributed.fsdp2). reference_copy: keeps
     a frozen copy of the networks, the reference of a full fine-tuning with a KL. offload, decode_batch, prompt_store: see
     PipelinePolicy. sampling: how the policy generates where a call does not say; by default as the pipeline's own call.
+    gradient_checkpointing: blocks of networks and VAE store no activations, their backward computes them again. compile: each
+    repeated block of the networks is compiled, at its first call. attention: one of diffusers' back-ends, such as "flash".
+    fixed_rows: states of every network call, see PipelinePolicy. quantization: of the networks' frozen linear layers, "8bit" or "4bit"
+    (extra `quantization`), on a GPU, the current one.
 
     A live pipeline says dtype and device itself. Its networks are shared, not copied: they get the policy's adapters, are
     frozen otherwise and put into eval mode, so the pipeline samples with what is trained. Its scheduler and settings are
     copied. A LoRA that it has loaded stays active as part of the base, also of the reference, and is not saved with the
     policy's. Raises FileNotFoundError or ValueError, as far as possible before any weight is read."""
+    switches = Switches(gradient_checkpointing, compile, attention)
     if isinstance(path, str):
-        dtype = dtype or "fp32"
+        dtype, cuda = dtype or "fp32", torch.device(device or "cpu").type == "cuda"
+        check_quantization(quantization, trainable, cuda)
         check_checkpoint(path, family)
+        check_switches(path, switches, family)
         path_of(path, family)  # refuses a scheduler before the weights are read
         _, known = inspect_checkpoint(path, family)
-        _check_full(trainable, DTYPES[dtype])
-        pipeline = read_pipeline(path, family, dtype=dtype, vae_dtype=vae_dtype)
+        master_weights = trainable == "full" and dtype == "bf16"
+        pipeline = read_pipeline(
+            path, family, dtype=dtype, vae_dtype=vae_dtype, master_weights=master_weights, quantization=quantization
+        )
         check_finite(path, pipeline.components)
-        _place(pipeline, known, device or "cpu", network_device)
+        there = None if quantization else network_device or device or "cpu"  # quantized ones are on the GPU already
+        _place(pipeline, device or "cpu", dict.fromkeys(known.networks, there))
+        _allow_tf32(device or "cpu")
     else:
-        given = {"dtype": dtype, "vae_dtype": vae_dtype, "device": device, "network_device": network_device}
+        given = {
+            "dtype": dtype, "vae_dtype": vae_dtype, "device": device, "network_device": network_device,
+            "quantization": quantization,
+        }  # fmt: skip
         if settings := [name for name, value in given.items() if value is not None]:
-            raise ValueError(f"got {', '.join(settings)} with a live pipeline; expected none: use pipe.to(...) before")
+            raise ValueError(
+                f"got {', '.join(settings)} with a live pipeline; expected none: load it so, or use pipe.to(...) before"
+            )
         known = family_of("a live pipeline", type(path).__name__, family)
-        pipeline = copy.copy(path)
+        master_weights, pipeline = False, copy.copy(path)
         pipeline.scheduler = copy.deepcopy(path.scheduler)
     model = known.model(pipeline, max_sequence_length)
+    switches.check(model.networks)
+    if fixed_rows is not None:
+        _check_fixed_rows(fixed_rows, known)
     for name, network in model.networks.items():
-        _check_full(trainable, network.dtype)
+        _check_full(trainable, name, network.dtype)
         network.eval().requires_grad_(trainable == "full")
         if trainable == "full" and lora_layers(network):
             raise ValueError(
@@ -306,6 +361,7 @@ def load_policy(
     return PipelinePolicy(
         model, known, trained, sampling=sampling or defaults_of(pipeline, configs), negative_prompt=negative_prompt,
         device=device or model.vae.device, offload=offload, decode_batch=decode_batch, prompt_store=prompt_store,
+        autocast=torch.bfloat16 if master_weights else None, switches=switches, fixed_rows=fixed_rows,
     )  # fmt: skip
 
 
@@ -340,18 +396,26 @@ def _starts(lora: LoRA, name: str, targets: Sequence[str], network: nn.Module) -
     return files
 
 
-def _check_full(trainable: str, dtype: torch.dtype) -> None:
+def _check_full(trainable: str, name: str, dtype: torch.dtype) -> None:
     if trainable == "full" and dtype != torch.float32:
         raise ValueError(
-            f"got policy.trainable=full with policy.dtype={str(dtype).removeprefix('torch.')}; expected fp32 weights for the "
-            "optimizer"
+            f"got trainable='full' for a {name} in {str(dtype).removeprefix('torch.')}; expected fp32 weights for the optimizer: "
+            f"load the pipeline with its {name} in torch.float32, or give its path with dtype='bf16', which multiplies in bf16"
         )
 
 
 def _place(
-    pipeline: DiffusionPipeline, family: Family, device: str | torch.device, network_device: str | torch.device | None
+    pipeline: DiffusionPipeline, device: str | torch.device, elsewhere: Mapping[str, str | torch.device | None]
 ) -> None:
+    """Moves the parts to `device`, or to a place of their own; None: they stay where they are."""
     for name, part in pipeline.components.items():
-        if isinstance(part, nn.Module):
-            elsewhere = name in family.networks and network_device is not None
-            part.to(network_device if elsewhere else device)
+        place = elsewhere.get(name, device)
+        if isinstance(part, nn.Module) and place is not None:
+            part.to(place)
+
+
+def _allow_tf32(device: str | torch.device) -> None:
+    """Products of fp32 tensors on a GPU keep 10 bits of each factor, and add in fp32; several times faster. On the CPU nothing is set:
+    its fp32 is exact, and its own switch for this is another."""
+    if torch.device(device).type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = True

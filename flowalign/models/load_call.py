@@ -6,12 +6,21 @@ import os
 from pathlib import Path
 
 from flowalign.models.load import DTYPES, inspect_checkpoint
+from flowalign.models.quantization import Quantization, quantization_arguments
 from flowalign.models.shipped import resolve
 
+IMPORTS = (
+    "DiffusionPipeline",
+    "BitsAndBytesConfig",
+    "PipelineQuantizationConfig",
+)  # of diffusers, as far as a call names them
 
-def load_call(path: str, family: str | None, dtype: str, vae_dtype: str | None) -> str:
-    """Python that makes the pipeline from `DiffusionPipeline` and `torch`, from any working directory: a folder by its absolute
-    path, a hub id as it is, with the parts that the checkpoint lacks and the dtypes said."""
+
+def load_call(
+    path: str, family: str | None, dtype: str, vae_dtype: str | None, quantization: Quantization | None = None
+) -> str:
+    """Python that makes the pipeline from `torch` and names of `diffusers` (IMPORTS), from any working directory: a folder by its
+    absolute path, a hub id as it is, with the parts that the checkpoint lacks, the dtypes and the quantization said."""
     index, known = inspect_checkpoint(path, family)
     name = resolve(path)
     place = os.path.abspath(name) if Path(name).exists() else name
@@ -22,4 +31,10 @@ def load_call(path: str, family: str | None, dtype: str, vae_dtype: str | None) 
         *(f"{part}={value!r}" for part, value in known.load_arguments(index).items()),
         "dtype=" + (f"{{{several}}}" if len(set(kinds.values())) > 1 else kinds["default"]),
     ]
+    if quantization is not None:
+        settings = ", ".join(
+            f"{key}={value!r}" for key, value in quantization_arguments(quantization, DTYPES[dtype]).items()
+        )
+        mapping = ", ".join(f"{name!r}: BitsAndBytesConfig({settings})" for name in known.networks)
+        arguments.append(f"quantization_config=PipelineQuantizationConfig(quant_mapping={{{mapping}}})")
     return "\n".join(["DiffusionPipeline.from_pretrained(", *(f"    {argument}," for argument in arguments), ")"])

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from flowalign.models.lora_dtype import multiply_in_input_dtype
 from flowalign.models.lora_file import LoRAFile
 from flowalign.models.lora_merge import MergedLoRA
 
@@ -137,6 +138,7 @@ def add_lora(network: ModelMixin, lora: LoRA, targets: Sequence[str], seed: int)
     for _, parameter in adapter_parameters(network, ADAPTER):
         parameter.data = parameter.data.float()
         parameter.requires_grad_(True)
+    multiply_in_input_dtype(network)
 
 
 @torch.no_grad()
@@ -183,6 +185,7 @@ def load_adapter(network: ModelMixin, name: str, file: LoRAFile, trained: bool) 
     for key, parameter in adapter_parameters(network, name):
         parameter.data = weights[key.replace(f".{name}.", ".")].to(parameter.device, torch.float32)
         parameter.requires_grad_(trained)
+    multiply_in_input_dtype(network)
 
 
 @contextmanager

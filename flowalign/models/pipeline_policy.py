@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -23,11 +23,13 @@ from flowalign.models.lora_bytes import order_header, ordered
 from flowalign.models.prompt_store import PromptStore
 from flowalign.models.roles import Role
 from flowalign.models.sampling import in_batches, settle
-from flowalign.models.trained_networks import TrainedNetworks
+from flowalign.models.switches import Switches, graphs_counted
+from flowalign.models.trained_networks import TrainedNetworks, recomputed
 from flowalign.storage.sharded import whole
 from samplers import Schedule
 
 Offloadable = Literal["encoders", "vae"]
+DECODE_BATCH = 4  # a decoder's activations are large: 64 images of 512² take 24 GiB
 PROMPT_STORE_BYTES = 2 * 2**30  # 500 prompts of 512 tokens of T5-XXL in bf16; those of CLIP all fit
 
 
@@ -36,23 +38,33 @@ class PipelinePolicy:
 
     device: where conditions go, and parts that are offloaded while they work. offload: parts that are on the CPU while they do
     not work (of a VAE that has decoded with a gradient, until it decodes again: its backward comes later). decode_batch:
-    latents or images per call of the VAE; None is all at once. prompt_store: bytes of encoded prompts that are kept, on the CPU."""
+    latents or images per call of the VAE; None is all at once on the CPU, 4 elsewhere. prompt_store: bytes of encoded prompts that
+    are kept, on the CPU. autocast: what the networks multiply in, of weights that stay fp32; None: in the dtype of their weights.
+    switches: of the networks; gradient_checkpointing also of the VAE, if diffusers can. fixed_rows: states of every network call: more are
+    split, fewer padded; None: as many as there are."""
 
     def __init__(
         self, model: Model, family: Family, trained: TrainedNetworks, *, negative_prompt: str = "",
         device: str | torch.device = "cpu", offload: Sequence[Offloadable] = (), decode_batch: int | None = None,
-        prompt_store: int = PROMPT_STORE_BYTES, sampling: Sampling | None = None,
+        prompt_store: int = PROMPT_STORE_BYTES, sampling: Sampling | None = None, autocast: torch.dtype | None = None,
+        switches: Switches | None = None, fixed_rows: int | None = None,
     ) -> None:  # fmt: skip
         self.model = model
         self.negative_prompt = negative_prompt
-        self.evaluations = 0
+        self.evaluations = self.padded = 0
         self.sampling = sampling
         self._family = family
         self._trained = trained
         self._device = torch.device(device)
         self._offload = {name: list(_parts(model, name)) for name in offload}
+        self._autocast = autocast
+        self._devices: tuple[torch.device, torch.device] | None = None  # of the first weight, of the network
         self._decode_batch = decode_batch
         self._prompts = PromptStore(lambda record: model.encode([record]), prompt_store)
+        self._switches = switches or Switches()
+        self._fixed_rows = fixed_rows
+        self._recomputed = recomputed(trained)
+        self._switch()
         for part in (part for parts in self._offload.values() for part in parts):
             part.to("cpu")
 
@@ -76,7 +88,7 @@ class PipelinePolicy:
         return self._family.rows_per_state(guidance_scale)
 
     def start(self, noise: Tensor) -> Tensor:
-        return noise.to(self._network_device, torch.float32)
+        return samplers.send(self._network_device, noise)[0].to(self._network_device, torch.float32)
 
     @property
     def encoded(self) -> int:
@@ -104,16 +116,40 @@ class PipelinePolicy:
         detach_uncond: bool = False,
     ) -> Tensor:  # fmt: skip
         networks = {name: self._counted(network) for name, network in self._trained.active.items()}
+        x, sigma = samplers.send(self._network_device, x, sigma)
         x = x.to(self._network_device, torch.float32)
-        own, negative = Conditions(conditions.tensors), conditions.negative
-        return self.model.velocity(networks, x, sigma, own, negative, guidance_scale, detach_uncond)
+
+        def call(x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
+            own, negative = Conditions(conditions.tensors), conditions.negative
+            return self.model.velocity(networks, x, sigma, own, negative, guidance_scale, detach_uncond)
+
+        if self._fixed_rows is None:
+            return call(x, sigma, conditions)
+        return self._in_calls_of(self._fixed_rows, call, x, sigma.to(x.device), conditions)
+
+    def _in_calls_of(
+        self, size: int, call: Callable[[Tensor, Tensor, Conditions], Tensor], x: Tensor, sigma: Tensor, conditions: Conditions
+    ) -> Tensor:  # fmt: skip
+        """v [n, *] of calls with `size` states each; the last one repeats its first state, which has no gradient there."""
+        found = []
+        for own in torch.arange(len(x), device=x.device).split(size):
+            rows, before = torch.cat([own, own[:1].expand(size - len(own))]), self.evaluations
+            found.append(call(x[rows], sigma[rows], conditions.rows(rows))[: len(own)])
+            padded = (self.evaluations - before) * (size - len(own)) // size
+            self.evaluations, self.padded = self.evaluations - padded, self.padded + padded
+        return torch.cat(found)
 
     def _counted(self, network: nn.Module) -> Network:
         def call(*args: Any, **kwargs: Any) -> Any:
             self.evaluations += len(args[0] if args else next(iter(kwargs.values())))
-            return network(*args, **kwargs)
+            with self._casting(), graphs_counted():
+                return network(*args, **kwargs)
 
         return call
+
+    def _casting(self) -> AbstractContextManager[object]:
+        """Of one call: autocast keeps a cast weight until its context ends, and the next update changes the weight."""
+        return nullcontext() if self._autocast is None else torch.autocast(self._network_device.type, self._autocast)
 
     def generate(
         self, prompts: str | Sequence[str | PromptRecord], *, seed: int = 0, num_inference_steps: int | None = None,
@@ -163,13 +199,14 @@ class PipelinePolicy:
         return latents
 
     def _slices(self, rows: Tensor) -> tuple[Tensor, ...]:
-        return rows.split(self._decode_batch or max(1, len(rows)))
+        on_cpu = self.model.vae.device.type == "cpu"
+        return rows.split(self._decode_batch or (max(1, len(rows)) if on_cpu else DECODE_BATCH))
 
     @contextmanager
     def checkpointed(self) -> Iterator[None]:
-        parts = [part for part in (*self.networks(), self.model.vae) if not part.is_gradient_checkpointing]
+        parts = [part for part in (*self.networks(), *self._checkpointed_vae) if not part.is_gradient_checkpointing]
         for part in parts:
-            part.enable_gradient_checkpointing()
+            part.enable_gradient_checkpointing(self._recomputed)
         try:
             yield
         finally:
@@ -178,7 +215,14 @@ class PipelinePolicy:
 
     @property
     def _network_device(self) -> torch.device:
-        return next(iter(self.model.networks.values())).device
+        """Where the networks compute. Asking diffusers walks over all modules (milliseconds), so that is done once, and again when
+        the first weight has moved: a live pipeline by its user, a sharded network by FSDP2. Not noticed: diffusers' group
+        offloading, switched on later, of a network that is on the CPU already."""
+        network = next(iter(self.model.networks.values()))
+        place = next(network.parameters()).device
+        if self._devices is None or self._devices[0] != place:
+            self._devices = place, network.device
+        return self._devices[1]
 
     @contextmanager
     def _at_work(self, name: Offloadable) -> Iterator[None]:
@@ -205,6 +249,18 @@ class PipelinePolicy:
 
     def add_roles(self, roles: Mapping[str, Role]) -> None:
         self._trained.add_roles(roles)
+        self._switch()
+
+    def _switch(self) -> None:
+        """Sets the switches of all networks, those of new roles too."""
+        self._switches.set(self.networks(), self._trained.role_count, self._recomputed)
+        for vae in self._checkpointed_vae if self._switches.gradient_checkpointing else ():
+            vae.enable_gradient_checkpointing(self._recomputed)
+
+    @property
+    def _checkpointed_vae(self) -> list[ModelMixin]:
+        """The VAE, where diffusers can checkpoint it (not those of Wan and Qwen-Image)."""
+        return [self.model.vae] if self.model.vae._supports_gradient_checkpointing else []
 
     def parameters_of(self, role: str) -> list[tuple[str, Parameter]]:
         return self._trained.parameters_of(role)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
 
 from diffusers import ModelMixin
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn import Parameter
+from torch.utils.checkpoint import checkpoint
 
 from flowalign.models.lora import ADAPTER, adapter_parameters, add_adapter, load_adapter, lora_layers, using_adapters
 from flowalign.models.lora_file import read_lora
@@ -23,7 +25,7 @@ class TrainedNetworks:
 
     With a LoRA, "reference" is the networks without it and further roles are adapters on the same base. With full weights,
     "reference" is `frozen`, a copy, and further roles are copies too. base: the adapters of each network that belong to its
-    base and are active under every role. `active` are the networks to call now."""
+    base and are active under every role. `active` are the networks to call now, `current` is the role."""
 
     def __init__(
         self, networks: Mapping[str, ModelMixin], *, has_lora: bool, frozen: Mapping[str, nn.Module] | None = None,
@@ -32,6 +34,7 @@ class TrainedNetworks:
         self.networks = networks
         self.has_lora = has_lora
         self.active: Mapping[str, nn.Module] = networks
+        self.current = "policy"
         self._base = base or dict.fromkeys(networks, ())
         self._copies: dict[str, Mapping[str, nn.Module]] = {} if frozen is None else {"reference": frozen}
         self._roles: dict[str, Role] = {}
@@ -40,6 +43,11 @@ class TrainedNetworks:
     def everything(self) -> list[nn.Module]:
         """See Policy.networks."""
         return [*self.networks.values(), *(network for copies in self._copies.values() for network in copies.values())]
+
+    @property
+    def role_count(self) -> int:
+        """How many roles there are, the policy and the reference among them."""
+        return len(BUILT_IN) + len(self._roles)
 
     def add_roles(self, roles: Mapping[str, Role]) -> None:
         """See Policy.add_roles."""
@@ -106,19 +114,19 @@ class TrainedNetworks:
         """See Policy.role."""
         if name not in ("policy", "reference", *self._roles):
             raise self._unknown(name)
-        if self.has_lora:
-            own = {"policy": [ADAPTER], "reference": []}.get(name, [name])
-            with ExitStack() as leaving:
+        before = self.current, self.active
+        with ExitStack() as leaving:
+            if self.has_lora:
+                own = {"policy": [ADAPTER], "reference": []}.get(name, [name])
                 for component, layers in self._adapted_layers().items():
                     leaving.enter_context(using_adapters(layers, [*self._base[component], *own]))
-                yield
-        else:
-            weights = self._reference() if name == "reference" else self._copies.get(name, self.networks)
-            before, self.active = self.active, weights
+            else:
+                self.active = self._reference() if name == "reference" else self._copies.get(name, self.networks)
+            self.current = name
             try:
                 yield
             finally:
-                self.active = before
+                self.current, self.active = before
 
     def _adapted_layers(self) -> dict[str, list[BaseTunerLayer]]:
         """The layers with adapters of each network. Found once: a walk over all modules takes milliseconds."""
@@ -138,3 +146,22 @@ class TrainedNetworks:
         return ValueError(
             f"got role {name!r}; expected one of {', '.join((*BUILT_IN, *self._roles))}: add it under policy.roles"
         )
+
+
+def recomputed(trained: TrainedNetworks) -> Callable[..., Any]:
+    """For `ModelMixin.enable_gradient_checkpointing`: a call of a block that stores no activations. Its backward computes them
+    again under the role of the forward, wherever it runs.
+
+    A function, since a copy of the network shares it where it would copy an object."""
+
+    def call(block: Callable[..., Any], *inputs: Any) -> Any:
+        role = trained.current
+
+        def under_role(*inputs: Any) -> Any:
+            with nullcontext() if trained.current == role else trained.role(role):
+                return block(*inputs)
+
+        # networks are in eval mode and draw nothing
+        return checkpoint(under_role, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+    return call

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flowalign.credit.base import uncertainty_of
 from flowalign.objectives.step_weights import StepWeight, Uniform
-from samplers import Forest, Path, Step
+from samplers import Forest, Path, Step, send
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ class Certainty:
         total.index_add_(0, edge, torch.where(scored, sure, 0.0))
         count.index_add_(0, edge, scored.double())
         own = (self.weight or Uniform()).weigh(step, forest, edges)
-        return own * (total / count.clamp(min=1))[torch.searchsorted(tree.edges, edges)].to(own)
+        sureness = (total / count.clamp(min=1))[torch.searchsorted(tree.edges, edges)].to(own.dtype)
+        return own * send(own.device, sureness)[0]
 
     def _name(self, forest: Forest) -> str:
         stated = sorted(name for name in forest.scores if name.startswith(uncertainty_of("")))
@@ -91,4 +92,4 @@ class Agreement:
         known = forest.scores[self.score].double()
         sure = (-(known[edges] - known[forest.tree.parent[edges]]).abs() / self.scale).exp()
         own = (self.weight or Uniform()).weigh(step, forest, edges)
-        return own * sure.nan_to_num(nan=0.0).to(own)
+        return own * send(own.device, sure.nan_to_num(nan=0.0).to(own.dtype))[0]

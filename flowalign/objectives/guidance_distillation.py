@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 from flowalign.objectives.supervision import Targets, check_fade, faded
-from samplers import Forest, Path, Held
+from samplers import Forest, Held, Path
 from samplers.kernels.base import spread
 from samplers.kernels.guided import GRADIENTS, RATE
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flowalign.objectives.supervision import Targets, check_fade, faded
-from samplers import Forest, Path, Held, sampled
+from samplers import Forest, Held, Path, sampled
 from samplers.kernels.base import spread
 
 

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from samplers import Kernel, Path, Held
+from samplers import Held, Kernel, Path
 from samplers.kernels.base import spread
 
 Form = Literal["kl", "ode", "mean", "velocity", "x0"]
@@ -96,7 +96,10 @@ class Pull:
     weight: Tensor
     match: Match = Match("velocity")
 
-    def loss(self, index: Tensor, velocity: Tensor, reduce: str) -> Tensor:
-        """The sum over the states `index` [n], under the velocities [n, *]."""
-        error = self.match.error(velocity, self.velocity.at(index), reduce)
-        return (self.weight[index].to(velocity) * error).sum()
+    def at(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """(velocity [n, *], weight [n]) of the states `index` [n], which this process has."""
+        return self.velocity.at(index), self.weight[index]
+
+    def loss(self, velocity: Tensor, target: Tensor, weight: Tensor, reduce: str) -> Tensor:
+        """The sum over n states under the velocities [n, *]; target, weight: `at` these states, beside the velocities."""
+        return (weight.to(velocity) * self.match.error(velocity, target, reduce)).sum()

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from samplers import Forest, Gaussian, Path, Step
+from samplers import Forest, Gaussian, Path, Step, send
 from samplers.kernels.flow_sde import near_one
 
 
@@ -107,7 +107,7 @@ class StdOverMean:
             raise ValueError("got a grid of one step for StdOverMean; expected two steps or more: take Uniform")
         level, index = torch.ones_like(sigmas[:-2]), torch.arange(len(sigmas) - 2, device=sigmas.device)
         coefficients = forest.kernel.coefficients(sigmas[:-2], sigmas[1:-1], level, index)
-        return step.std / coefficients.std.mean().to(step.std)
+        return step.std / coefficients.std.mean().to(step.std.dtype)
 
 
 @dataclass(frozen=True)
@@ -129,4 +129,4 @@ class LongCat:
         sigma, sigma_next = (values.double() for values in forest.step_sigmas(edges))
         first = (forest.tree.index[forest.tree.parent[edges]] == 0).to(sigma.device)
         bounded = torch.where(first & near_one(sigma, sigma_next), sigma_next, sigma)
-        return (sigma / (1 - bounded) / (sigma - sigma_next)).sqrt().to(step.std)
+        return send(step.std.device, (sigma / (1 - bounded) / (sigma - sigma_next)).sqrt().to(step.std.dtype))[0]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flowalign.objectives.matching import mean_square
-from samplers import Forest, Path, Held
+from samplers import Forest, Held, Path, send
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,8 +28,9 @@ class Targets:
             return velocity.new_zeros(len(nodes))
         found = match.int().argmax(1)
         place = torch.where(aimed, found, found[aimed][0])
-        weight = torch.where(aimed, self.weight[place], 0.0).to(velocity)
-        return weight * mean_square(velocity, self.velocity.at(place))
+        weight = torch.where(aimed, self.weight[place], 0.0).to(velocity.dtype)
+        weight, target = send(velocity.device, weight, self.velocity.at(place))
+        return weight * mean_square(velocity, target)
 
 
 class Supervision(Protocol):

@@ -18,7 +18,7 @@ class Transitions:
 
     step: the transitions under the current policy, with gradient. arrived [E, *]: the states reached. old: the same
     transitions under the weights of the rollout, without gradient; None unless the objective needs_old_means.
-    bounds [E, C, 2]: how far the ratio of each edge and channel may go below and above 1; None: the objective's own clip
+    bounds [E, C, 2], beside the states: how far the ratio of each edge and channel may go below and above 1; None: the objective's own clip
     range."""
 
     step: Step
@@ -203,19 +203,20 @@ class KLMask:
 
 
 def _surrogate(log_ratio: Tensor, advantages: Tensor, bounds: Tensor) -> Tensor:
-    """max(−A r, −A clip(r, 1−lo, 1+hi)) [E], summed over channels; bounds [E, C, 2] or broadcastable.
+    """max(−A r, −A clip(r, 1−lo, 1+hi)) [E], summed over channels; bounds [E, C, 2] or [2].
 
     That is −A·min(r, 1+hi) for A > 0 and −A·max(r, 1−lo) for A < 0. The logarithms are compared: near 1, fp32 keeps the
     ratio to 1e-7 only, a twentieth of Guard's clip range."""
     per_channel = log_ratio[:, None].expand_as(advantages)
-    below, above = (-bounds[..., 0].clamp(max=1)).log1p().to(per_channel), bounds[..., 1].log1p().to(per_channel)
+    below, above = (-bounds[..., 0].clamp(max=1)).log1p(), bounds[..., 1].log1p()
+    below, above = below.to(per_channel.dtype), above.to(per_channel.dtype)
     clipped = torch.where(advantages > 0, torch.minimum(per_channel, above), torch.maximum(per_channel, below))
     return (-advantages * clipped.exp()).sum(1)
 
 
 def _outside(log_ratio: Tensor, bounds: Tensor) -> Tensor:
-    ratio, limits = log_ratio.double().exp()[:, None], bounds.to(log_ratio.device)
-    return ((ratio < 1 - limits[..., 0]) | (ratio > 1 + limits[..., 1])).any(1)
+    ratio = log_ratio.double().exp()[:, None]
+    return ((ratio < 1 - bounds[..., 0]) | (ratio > 1 + bounds[..., 1])).any(1)
 
 
 def scale_of_clip_range(elements: int | None, states: Tensor, reduce: str) -> float:
@@ -230,10 +231,10 @@ def scale_of_clip_range(elements: int | None, states: Tensor, reduce: str) -> fl
 
 
 def _bounds(objective: ClippedRatio | Guard, transitions: Transitions | None) -> Tensor:
-    """[E, C, 2] or broadcastable, float64."""
+    """[E, C, 2] beside the log-probs, or [2], of the host but usable anywhere; float64."""
     if transitions is not None and transitions.bounds is not None:
         return transitions.bounds
-    limits = torch.tensor(_pair(objective.clip_range), dtype=torch.float64).reshape(1, 1, 2)
+    limits = torch.tensor(_pair(objective.clip_range), dtype=torch.float64)
     if transitions is not None:
         return limits * scale_of_clip_range(objective.elements, transitions.arrived, transitions.step.policy.reduce)
     if objective.elements is not None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from flowalign.evaluation.paired_gain import direction
+from flowalign.models.load_call import IMPORTS
 from flowalign.report.charts import curves, number
 from flowalign.report.doubts import doubts
 from flowalign.report.grids import Pair, by_number, newest_pairs
@@ -74,7 +75,7 @@ def load_snippet(run_folder: Path, pipeline: dict[str, Any]) -> str:
     return "\n".join(
         [
             "import torch",
-            "from diffusers import DiffusionPipeline",
+            f"from diffusers import {', '.join(name for name in IMPORTS if name in pipeline['load'])}",
             "",
             f"pipe = {pipeline['load']}",
             *pipeline["setup"],

@@ -57,7 +57,9 @@ def summarize_stopped(
         "ratio_drift_max": totals["drift"],
         "iterations": iterations,
         "pipeline": {
-            "load": load_call(settings.path, settings.family, settings.dtype, settings.vae_dtype),
+            "load": load_call(
+                settings.path, settings.family, settings.dtype, settings.vae_dtype, settings.quantization
+            ),
             "setup": setup,
             "arguments": {
                 "num_inference_steps": config.evaluation.num_inference_steps,

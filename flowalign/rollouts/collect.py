@@ -129,11 +129,11 @@ def _scored(
 
 
 def _together(settings: Rollout, reward: Reward, groups: Sequence[int]) -> list[Sequence[int]]:
-    """Groups in sets that are rolled out at once: enough samples for rollout.micro_batch each if the reward is elsewhere, which
-    scores one set while the next is rolled out; else all of them."""
-    if not reward.spec.elsewhere or settings.asks_on_its_way:
-        return [groups]
-    size = max(1, settings.micro_batch // sum(leaves_per_group(settings)))
+    """Groups in sets that are rolled out, decoded and scored at once: rollout.chunk each. If the reward is elsewhere, which scores
+    one set while the next is rolled out, no more than make enough samples for rollout.micro_batch."""
+    size = settings.chunk or max(1, len(groups))
+    if reward.spec.elsewhere and not settings.asks_on_its_way:
+        size = min(size, max(1, settings.micro_batch // sum(leaves_per_group(settings))))
     return [groups[first : first + size] for first in range(0, len(groups), size)]
 
 
@@ -142,7 +142,7 @@ def _attempt(
 ) -> tuple[list[Part], RewardOutput]:
     """Sets of groups, rolled out one after the other, and the answer on all their leaves in this order, however many failed."""
     parts = []
-    with Judging(task, prompts, task.reward) as judging:
+    with Judging(task, prompts, task.reward, rolling.device) as judging:
         for groups in together:
             part = rolling.part(groups, attempt)
             decoding = task.counts.decode_seconds

@@ -21,12 +21,15 @@ def cost_of_completions(tree: Tree, steps: int | None) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def completed(forest: Forest, nodes: Tensor, steps: int | None, velocity: Velocity, micro_batch: int) -> Tensor:
+def completed(
+    forest: Forest, nodes: Tensor, steps: int | None, velocity: Velocity, micro_batch: int,
+    device: torch.device | str = "cpu",
+) -> Tensor:  # fmt: skip
     """[n, *] the states `nodes` [n] after `steps` deterministic steps of the forest's kernel to the end of the grid, on the sub-grid
     of a probe; None: all steps that are left. One step to σ = 0 is the x0-prediction of the path, x − σ·v of a flow.
 
     The first step takes the velocity that the rollout found there, so S steps cost S − 1 evaluations of each state. A
-    state at the end is its own. velocity: of the forest's roots, `micro_batch` rows at a time."""
+    state at the end is its own. velocity: of the forest's roots, `micro_batch` rows at a time, on `device`."""
     tree, states = forest.tree, forest.at(nodes)
     for index in tree.index[nodes].unique().tolist():
         if index == tree.num_steps:
@@ -34,12 +37,12 @@ def completed(forest: Forest, nodes: Tensor, steps: int | None, velocity: Veloci
         here = (tree.index[nodes] == index).nonzero().flatten()
         levels = [index, *subgrid(index, tree.num_steps, steps or tree.num_steps)]
         for rows in here.split(micro_batch):
-            first = forest.velocities[OLD].at(nodes[rows])
+            known = [forest.velocities[OLD].at(nodes[rows], device)]  # that of the first step
 
-            def stepped(x: Tensor, sigma: Tensor, row: Tensor, rows: Tensor = rows, first: Tensor = first) -> Tensor:
-                at_start = bool(sigma[0] == forest.sigmas[index])  # noqa: B023
-                return first if at_start else velocity(x, sigma, tree.root[nodes[rows]][row])
+            def stepped(
+                x: Tensor, sigma: Tensor, row: Tensor, rows: Tensor = rows, known: list[Tensor] = known
+            ) -> Tensor:
+                return known.pop() if known else velocity(x, sigma, tree.root[nodes[rows]][row])
 
-            on_device = rows.to(states.device)
-            states[on_device] = unroll(stepped, states[on_device], forest.sigmas[levels], forest.kernel).x
+            states[rows] = unroll(stepped, states[rows].to(device), forest.sigmas[levels], forest.kernel).x.to(states)
     return states

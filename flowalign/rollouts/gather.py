@@ -22,7 +22,11 @@ from samplers.forest import ELSEWHERE
 def gather_tree(processes: Processes, tree: Tree, mine: Tree) -> Tree:
     """The nodes of `tree`, the plan of all groups, that selection kept on any process; `mine`: those of this one's share."""
     number = torch.tensor(processes.groups(tree.num_groups))
-    kept = processes.gather(torch.stack([number[mine.group], mine.local], 1))
+    return _with_only(tree, processes.gather(torch.stack([number[mine.group], mine.local], 1)))
+
+
+def _with_only(tree: Tree, kept: Tensor) -> Tree:
+    """The nodes of `tree` whose (group, local) are a row of `kept` [n, 2]."""
     span = int(tree.local.max()) + 1
     stays = torch.isin(tree.group * span + tree.local, kept[:, 0] * span + kept[:, 1])
     return tree if bool(stays.all()) else tree.keep(stays)
@@ -88,13 +92,13 @@ class Part:
 
 
 def joined(tree: Tree, numbers: Sequence[int], parts: Sequence[Part]) -> tuple[Forest, Tensor]:
-    """The forest of `tree`, whose groups are the prompts `numbers`, ascending, from parts that hold each of them once; and the
-    order [L] in which the leaves of the parts, one after the other, are those of `tree`."""
-    counted, prompt = [], torch.tensor(list(numbers))[tree.group]
-    for part in parts:
-        group = part.numbers[part.forest.tree.group[part.nodes]]
-        counted.append(torch.isin(prompt, group).nonzero().flatten())
-    nodes = torch.cat(counted)
+    """The forest of what is left of `tree`, the plan of the prompts `numbers`, ascending, from parts that hold each of them once;
+    and the order [L] in which the leaves of the parts, one after the other, are its own."""
+    prompts = torch.tensor(list(numbers))
+    groups = [torch.searchsorted(prompts, part.numbers[part.forest.tree.group[part.nodes]]) for part in parts]
+    local = [part.forest.tree.local[part.nodes] for part in parts]
+    tree = _with_only(tree, torch.stack([torch.cat(groups), torch.cat(local)], 1))
+    nodes = torch.cat([torch.isin(tree.group, group).nonzero().flatten() for group in groups])
     all_columns = [_columns(part.forest, part.nodes) for part in parts]
     columns = {name: torch.cat([each[name] for each in all_columns]) for name in all_columns[0]}
     forests = [part.forest for part in parts]
@@ -111,14 +115,14 @@ def _numbers(forest: Forest, nodes: Tensor) -> dict[str, Tensor]:
     """What the forest holds of `nodes` but states and velocities, by name; of those, which it holds."""
     known = {f"known {role}": rows.known[nodes] for role, rows in forest.velocities.items()}
     scores = {f"score {name}": scores[nodes] for name, scores in forest.scores.items()}
-    log_prob = forest.log_prob[nodes.to(forest.log_prob.device)]
+    log_prob = forest.log_prob[nodes]
     return {"kept": forest.kept[nodes], "log_prob": log_prob, **known, **scores}
 
 
 def _columns(forest: Forest, nodes: Tensor) -> dict[str, Tensor]:
     """What the forest holds of `nodes`, by name; see `_built`."""
     columns = _numbers(forest, nodes)
-    columns["states"] = forest.states[forest.row[nodes[columns["kept"]]].to(forest.states.device)]
+    columns["states"] = forest.states[forest.row[nodes[columns["kept"]]]]
     return columns | {
         f"velocity {role}": rows.at(nodes[columns[f"known {role}"]]) for role, rows in forest.velocities.items()
     }
@@ -128,7 +132,7 @@ def _built(tree: Tree, nodes: Tensor, columns: Mapping[str, Tensor], like: Fores
     """The forest of `tree` from the columns of all its nodes, in the order `nodes`."""
     kept = _placed(nodes, columns["kept"])
     row = torch.where(kept, kept.cumsum(0) - 1, -1)
-    order = nodes[columns["kept"]].argsort().to(like.states.device)
+    order = nodes[columns["kept"]].argsort()
     log_prob = _placed(nodes, columns["log_prob"])
     forest = replace(
         like, tree=tree, states=columns["states"][order], row=row, log_prob=log_prob, velocities={}, scores={}

@@ -17,10 +17,10 @@ from samplers import (
     AtPrediction,
     Forest,
     Guided,
+    Held,
     Kernel,
     Path,
     RewardGradient,
-    Held,
     TransitionContext,
     Tree,
 )

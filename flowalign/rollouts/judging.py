@@ -46,10 +46,14 @@ def decoded(
 
 class Judging:
     """Latents scored by one reward, in parts of rollout.micro_batch (of a groupwise one: whole groups): a part is decoded,
-    scored and freed before the next, or scored elsewhere while the next is made. A context, as `rewards.Scoring` is."""
+    scored and freed before the next, or scored elsewhere while the next is made. A context, as `rewards.Scoring` is.
 
-    def __init__(self, task: Task, prompts: Sequence[PromptRecord], reward: Reward) -> None:
-        self._task, self._prompts, self._reward = task, prompts, reward
+    device: where the reward gets latents; None: where they are."""
+
+    def __init__(
+        self, task: Task, prompts: Sequence[PromptRecord], reward: Reward, device: torch.device | str | None = None
+    ) -> None:
+        self._task, self._prompts, self._reward, self._device = task, prompts, reward, device
         self._scoring, self._order = Scoring(reward), list[int]()
 
     def __enter__(self) -> Self:
@@ -65,10 +69,8 @@ class Judging:
         for rows in rows_of_chunks(owner.tolist(), task.rollout.micro_batch, groupwise=spec.groupwise):
             numbers, levels = [first + row for row in rows], None if sigma is None else sigma[rows]
             self._order += numbers
-            on_device = torch.tensor(rows, dtype=torch.long, device=latents.device)
-            self._scoring.add(
-                decoded(task, self._prompts, owner[rows], latents[on_device], spec.inputs, levels, numbers)
-            )
+            part = latents[rows].to(self._device or latents.device)
+            self._scoring.add(decoded(task, self._prompts, owner[rows], part, spec.inputs, levels, numbers))
 
     def result(self, max_fail_rate: float = 0.5) -> RewardOutput:
         """The answer on all that was added, in its order; see `rewards.Scoring.result`."""
@@ -83,9 +85,9 @@ class Judging:
 
 def judge(
     task: Task, prompts: Sequence[PromptRecord], owner: Tensor, latents: Tensor, reward: Reward,
-    sigma: Tensor | None = None, max_fail_rate: float = 0.5,
+    sigma: Tensor | None = None, max_fail_rate: float = 0.5, device: torch.device | str | None = None,
 ) -> RewardOutput:  # fmt: skip
     """The scores of latents [n, *] of the groups `owner` [n], see `Judging`."""
-    with Judging(task, prompts, reward) as judging:
+    with Judging(task, prompts, reward, device) as judging:
         judging.add(owner, latents, sigma)
         return judging.result(max_fail_rate)

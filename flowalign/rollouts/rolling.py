@@ -24,7 +24,7 @@ from flowalign.rollouts.task import Rollout, Task
 from rewards import RewardBatch, RewardOutput
 from rewards.answers import cat
 from rewards.guard import MAX_FAIL_RATE, check_rate
-from samplers import SOURCES, FlowSDE, Forest, KeyedNoise, Tree, Velocity, rollout, sampled, unscored
+from samplers import SOURCES, FlowSDE, Forest, KeyedNoise, Tree, Velocity, drawn_ahead, rollout, sampled, unscored
 from samplers.noise import generator, visits
 
 
@@ -38,19 +38,25 @@ def grow(settings: Rollout, seed: int, iteration: int, groups: Iterable[int]) ->
     return Tree.cat(trees)
 
 
-def leaves_per_group(settings: Rollout) -> tuple[int, int]:
-    """(samples, probes) that one group ends in, counted on the first iteration's topology, after the plan's selection."""
+def outline(settings: Rollout) -> Forest:
+    """The forest of one group of the first iteration, after the plan's selection, with one number in the place of a latent."""
     tree, steps = grow(settings, 0, 0, [0]), settings.num_inference_steps
-    forest = rollout(
+    return rollout(
         lambda x, sigma, root: x, torch.zeros(tree.num_roots, 1), torch.linspace(1, 0, steps + 1), tree, FlowSDE(),
         lambda tree, nodes: torch.zeros(len(nodes), 1), select=settings.plan.select(unscored),
     )  # fmt: skip
+
+
+def leaves_per_group(settings: Rollout) -> tuple[int, int]:
+    """(samples, probes) that one group ends in, see `outline`."""
+    forest = outline(settings)
     samples = int(sampled(forest.tree).sum())
     return samples, len(forest.tree.leaves) - samples
 
 
 class Rolling:
-    """Rolls out the groups of one iteration, a group for each of `prompts`. conditions: a row per group. seconds: by phase."""
+    """Rolls out the groups of one iteration, a group for each of `prompts`. conditions: a row per group. seconds: by phase. device:
+    where states are while the network has them."""
 
     def __init__(
         self, task: Task, prompts: Sequence[PromptRecord], iteration: int, roll: Callable[..., Forest],
@@ -66,6 +72,7 @@ class Rolling:
             hints = encoded(task, [hinted(record, settings.hint_key) for record in prompts], negative=negative)
             self._hinted = Conditions.cat([self.conditions, hints])
         self._shape = policy.latent_shape(task.size)
+        self.device = policy.start(torch.empty(0, *self._shape)).device
         self._sigmas = grid(policy, settings.schedule, settings.num_inference_steps, self._shape)
 
     def part(self, groups: Sequence[int], attempt: int = 0) -> Part:
@@ -124,12 +131,14 @@ class Rolling:
                 task, self._prompts, numbers[groups], latents, settings.preview_reward or task.reward
             )
         )
-        start, select = task.policy.start(noise.start(tree)), settings.plan.select(previews.score)
+        select = settings.plan.select(previews.score)
         guided = self._guided(tree, numbers, noise)
-        forest = self._roll(
-            velocity, start, self._sigmas, tree, settings.kernel if guided is None else guided.kernel, noise.step,
-            micro_batch=settings.micro_batch if len(roles_of(settings, tree)) == 1 else None, select=select, keep_velocities=keep_velocities,
-        )  # fmt: skip
+        with drawn_ahead(noise.step, tree, self.device) as drawn:
+            forest = self._roll(
+                velocity, task.policy.start(noise.start(tree)), self._sigmas, tree, settings.kernel if guided is None else guided.kernel, drawn,
+                micro_batch=settings.micro_batch if len(roles_of(settings, tree)) == 1 else None, select=select,
+                keep_velocities=keep_velocities,
+            )  # fmt: skip
         if guided is not None:
             forest = guided.recorded(tree, forest)
         return forest if select is None else previews.on(forest)
@@ -160,18 +169,19 @@ class Rolling:
             widest[spec.completion_steps] = max(widest[spec.completion_steps], spec.max_sigma)
         below = {steps: ends[forest.sigma(ends).cpu() <= sigma] for steps, sigma in widest.items()}
         made = {
-            steps: completed(forest, nodes, steps, velocity, task.rollout.micro_batch) for steps, nodes in below.items()
+            steps: completed(forest, nodes, steps, velocity, task.rollout.micro_batch, self.device)
+            for steps, nodes in below.items()
         }
         for reward in task.process_rewards:
             nodes = ends[forest.sigma(ends).cpu() <= reward.spec.max_sigma]
             if reward.spec.scope == "completion":
                 steps = reward.spec.completion_steps
-                states = made[steps][torch.searchsorted(below[steps], nodes).to(made[steps].device)]
+                states = made[steps][torch.searchsorted(below[steps], nodes)]
                 sigma = torch.zeros(len(nodes))
             else:
                 states, sigma = forest.at(nodes), forest.sigma(nodes)
             owner = numbers[forest.tree.group[nodes]]
-            output = judge(task, self._prompts, owner, states, reward, sigma, max_fail_rate=1.0)
+            output = judge(task, self._prompts, owner, states, reward, sigma, 1.0, self.device)
             texts = [self._prompts[number].prompt for number in owner.tolist()]
             self._state_answers[reward.name].append((output, texts))
             for channel, column in zip(output.channels, output.scores.T, strict=True):

@@ -11,7 +11,7 @@ from torch import Tensor
 from flowalign.data import PromptRecord
 from flowalign.models.base import Policy
 from flowalign.rollouts.task import Rollout
-from samplers import SOURCES, Tree, Velocity
+from samplers import SOURCES, Rows, Tree, Velocity, send
 
 
 def roles_of(settings: Rollout, tree: Tree) -> dict[int, str]:
@@ -70,9 +70,8 @@ def by_source(velocity: Velocity, policy: Policy, tree: Tree, roles: Mapping[int
         for number, role in sorted(roles.items()):
             mine = (source == number).nonzero().flatten()
             with policy.role(role):
-                for rows in mine.split(micro_batch) if len(mine) else ():
-                    on_device = rows.to(x.device)
-                    out[on_device] = velocity(x[on_device], sigma[on_device], root[rows]).to(out)
+                for rows in Rows(mine, *send(x.device, mine)).split(micro_batch):
+                    out[rows.there] = velocity(rows.of(x), rows.of(sigma), root[rows.numbers]).to(out)
         return out
 
     return routed

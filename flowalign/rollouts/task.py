@@ -23,7 +23,10 @@ class Rollout:
     calls the network as the update does. schedule: the noise levels; None: the family's own grid. allow_cfg_update: a guided update inside a window of few steps is refused
     without it, since peers report collapse. draw: whether a random plan draws once per group or once per iteration (never
     inside a group). branch_scale: correlated noise of siblings (BranchGRPO's s, 4 there), see KeyedNoise; None makes it
-    independent. micro_batch: states per network call.
+    independent. micro_batch: states per network call. fixed_rows: exactly so many in every call of a run, of its updates and
+    evaluations too; the last one of several is padded. Equal calls round alike: a bf16 update then finds the very log-probs of
+    its rollout, and compiled blocks see one shape. chunk: groups that a process rolls out, decodes and scores at once, so that its
+    device holds no more states than theirs; None: all. Noise is keyed, so results differ by the rounding of other batches only.
 
     sources, hint_key: for a plan with samples that are not the policy's own (samplers.Sourced). sources: "teacher" (or
     "hinted") -> the role that rolls these samples out; hinted ones are the policy's without it. hint_key: key of the
@@ -43,6 +46,7 @@ class Rollout:
     draw: Literal["group", "iteration"] = "group"
     branch_scale: float | None = None
     micro_batch: int = 64
+    chunk: int | None = None
     allow_cfg_update: bool = False
     detach_uncond: bool = False
     sources: dict[str, str] = field(default_factory=dict)
@@ -50,6 +54,12 @@ class Rollout:
     reward_guidance: RewardGuidance | None = None
     preview_reward: Reward | None = None
     refill: int = 0
+    fixed_rows: bool = False
+
+    @property
+    def rows(self) -> int | None:
+        """States of every network call; None: as many as there are."""
+        return self.micro_batch if self.fixed_rows else None
 
     @property
     def asks_on_its_way(self) -> bool:

@@ -22,12 +22,13 @@ from flowalign.storage.metrics_log import MetricsLog
 
 # What a resumed run may change without a word: how long it is, what it keeps and what it shows.
 MAY_CHANGE = re.compile(
-    r"run\.(iterations|max_evaluations|max_seconds|checkpoint_every|keep_checkpoints|resume|output|gradient_check|project)"
+    r"run\.(iterations|max_evaluations|max_seconds|checkpoint_every|keep_checkpoints|resume|output|gradient_check|project|device_\w+)"
     r"|run\.(trackers|tags)(\..*)?|evaluation\.every"
 )
 # What it may change as well, noted: speed and memory; results differ by rounding.
 MAY_CHANGE_NOTED = re.compile(
-    r"(rollout|trainer\.init_args)\.micro_batch|evaluation\.batch_size|policy\.(decode_batch|offload(\..*)?)"
+    r"(rollout|trainer\.init_args)\.micro_batch|rollout\.(fixed_rows|chunk)|evaluation\.batch_size"
+    r"|policy\.(decode_batch|offload(\..*)?|gradient_checkpointing|compile|attention)"
     r"|(reward|evaluation\.rewards|process_rewards|rollout\.(reward_guidance\.reward|preview_reward))\..*(workers|timeout)"
 )
 # What it may never change beside those: the saved weights, optimizer state and base evaluation belong to it.

@@ -140,13 +140,18 @@ def check_launch(
         raise ConfigError(f"got accelerate's distributed_type={kind.value}; expected one of {', '.join(KINDS)}")
     if mixed_precision != "no":
         raise ConfigError(
-            f"got accelerate's mixed_precision={mixed_precision}; expected 'no': policy.dtype is the dtype of the frozen "
-            "network, adapters and log-probs are fp32"
+            f"got accelerate's mixed_precision={mixed_precision}; expected 'no': policy.dtype says what the network "
+            "multiplies in, and what is trained is fp32"
         )
     if plugin is None:
         return
     if plugin.fsdp_version != 2:
         raise ConfigError(f"got accelerate's fsdp_version={plugin.fsdp_version}; expected 2 (see fsdp2.yaml)")
+    if policy.quantization is not None:
+        raise ConfigError(
+            f"got policy.quantization={policy.quantization} with FSDP2, which shards weights of floats; expected null, or a launch with "
+            "configs/accelerate/multi_gpu.yaml, where each GPU holds the quantized network"
+        )
     ignored = {
         "fsdp_cpu_ram_efficient_loading": plugin.cpu_ram_efficient_loading,  # only rank 0 would get its text encoders
         "fsdp_offload_params": isinstance(plugin.cpu_offload, CPUOffloadPolicy),

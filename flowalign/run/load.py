@@ -72,7 +72,10 @@ class SavedRun:
             raise ConfigError(f"got step {step} of {folder}; expected one of those that it keeps: {steps}")
         if ema and not averaged:
             raise ConfigError(f"got ema=true for {folder}, which keeps no average (run.ema_decay=null); leave it out")
-        policy = replace(generation.policy, roles={}, lora=replace(generation.policy.lora, init=None))
+        policy = replace(
+            generation.policy, roles={}, lora=replace(generation.policy.lora, init=None), gradient_checkpointing=False,
+            compile=False, attention=None,
+        )  # fmt: skip
         sampling = Sampling(
             generation.num_inference_steps, generation.guidance_scale, policy.size, generation.schedule, policy.fps
         )

@@ -84,6 +84,10 @@ class Place:
             "pipeline": _identity(policy.path, policy.family), "dtype": policy.dtype, "vae_dtype": policy.vae_dtype,
             "negative_prompt": policy.negative_prompt, "max_sequence_length": policy.max_sequence_length,
         }  # fmt: skip
+        if policy.master_weights:
+            found["products"] = "autocast"
+        if policy.quantization is not None:
+            found["quantization"] = policy.quantization
         if self.saved is not None:
             path = self.saved.folder / "checkpoints" / f"step-{self.saved.step}"
             found["checkpoint"] = checkpoint.sha256_of(path, self.saved.section)
@@ -114,7 +118,8 @@ class Place:
         policy = self.policy
         try:
             return load_policy(
-                policy.path, trainable="none", dtype=policy.dtype, vae_dtype=policy.vae_dtype, family=policy.family,
+                policy.path, trainable="full" if policy.master_weights else "none", dtype=policy.dtype, vae_dtype=policy.vae_dtype,
+                family=policy.family, quantization=policy.quantization,
                 max_sequence_length=policy.max_sequence_length, negative_prompt=policy.negative_prompt, device=device,
                 offload=policy.offload, decode_batch=policy.decode_batch, sampling=settings,
             )  # fmt: skip
@@ -123,7 +128,7 @@ class Place:
 
 
 def find_places(texts: Mapping[str, str]) -> dict[str, Place]:
-    """The places by column; `base` is the pipeline of the first run. A pipeline beside runs has the dtype of the first one."""
+    """The places by column; `base` is the pipeline of the first run. A pipeline beside runs multiplies as the first one does."""
     found = {name: Place.of(text) for name, text in texts.items() if text != BASE}
     run = next((place for place in found.values() if place.saved is not None), None)
     if run is None and BASE in texts.values():
@@ -138,7 +143,11 @@ def find_places(texts: Mapping[str, str]) -> dict[str, Place]:
 def _beside(place: Place, run: Place) -> Place:
     if place.saved is not None:
         return place
-    return replace(place, policy=replace(place.policy, dtype=run.policy.dtype, vae_dtype=run.policy.vae_dtype))
+    own = run.policy
+    policy = replace(
+        place.policy, trainable=own.trainable, dtype=own.dtype, vae_dtype=own.vae_dtype, quantization=own.quantization
+    )
+    return replace(place, policy=policy)
 
 
 def column_name(text: str) -> str:

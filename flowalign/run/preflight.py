@@ -6,12 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from flowalign.config import TrainConfig
 from flowalign.data import PromptRecord, check_images, digest, load_prompts
+from flowalign.distributed.processes import Processes
 from flowalign.errors import ConfigError
 from flowalign.evaluation.evaluate import EvaluationResult
 from flowalign.evaluation.result_file import load_result
-from flowalign.models.load import path_of, rows_per_state
+from flowalign.forecast.counts import RunCounts
+from flowalign.forecast.memory import device_memory, state_memory
+from flowalign.models.load import path_of
 from flowalign.rollouts.completions import cost_of_completions
 from flowalign.rollouts.rolling import grow, leaves_per_group
 from flowalign.run.held_out_rewards import held_out_rewards
@@ -21,25 +26,30 @@ from rewards import labels_of
 from samplers import Cost
 
 
+def state_forecast(config: TrainConfig, device: torch.device, processes: Processes, *, sharded: bool = False) -> None:
+    """Prints counts and memory, on the main process. ConfigError if a phase cannot fit into the device; a CPU has room for what the
+    machine has, and nothing is measured for it unless run.device_memory asks. sharded: see Memory."""
+
+    def say(text: str) -> None:
+        if processes.is_main:
+            print(text, flush=True)
+
+    say(forecast(config))
+    room = device_memory(config, device)
+    if room is not None:
+        state_memory(config, room, say, processes.count, sharded=sharded)
+
+
 def forecast(config: TrainConfig) -> str:
     """The batch arithmetic and the network evaluations of one iteration and of the run, in the most expensive case."""
-    rollout, run = config.rollout, config.run
+    rollout, run, counts = config.rollout, config.run, RunCounts.of(config)
     cost = rollout.plan.forecast(rollout.num_inference_steps, rollout.group_size)
-    guided = rows_per_state(config.policy.path, rollout.guidance_scale, config.policy.family)
     samples, probes = leaves_per_group(rollout)
-    images = rollout.groups * samples
-    tree, specs = grow(rollout, 0, 0, [0]), [reward.spec for reward in config.process_rewards]
-    steps = [spec.completion_steps for spec in specs if spec.scope == "completion"]
-    update = config.trainer.forecast(rollout)
-    rolled = update.rolled
-    if rolled is None:
-        rolled = rollout.groups * (cost.rollout + sum(cost_of_completions(tree, each)[1] for each in set(steps)))
-    scale = rollout.guidance_scale if update.guidance_scale is None else update.guidance_scale
-    per_state = rows_per_state(config.policy.path, scale, config.policy.family)
-    sample, before = guided * rolled, guided * update.before
-    train, frozen = per_state * update.trained, per_state * update.frozen
+    update, images, before = config.trainer.forecast(rollout), counts.images, counts.before
     notes = [*update.notes, *_notes(config, cost, samples, probes)]
-    if steps:
+    specs = [reward.spec for reward in config.process_rewards]
+    if steps := [spec.completion_steps for spec in specs if spec.scope == "completion"]:
+        tree = grow(rollout, 0, 0, [0])
         states = sum(cost_of_completions(tree, each)[0] for each in steps)
         notes.append(
             f"completions: at most {states / samples:.2f} per image, decoded and scored, of states of the rollout"
@@ -53,10 +63,11 @@ def forecast(config: TrainConfig) -> str:
             f"run {run.name}: {run.iterations} iterations × {rollout.groups} prompts × {samples} images = "
             f"{run.iterations * images:,} images",
             f"per iteration: {images} images, at most {update.trained} trained states, {update.updates} update(s)",
-            f"network evaluations per image: rollout {sample / images:.2f}, update at most {train / images:.2f} "
-            "forward and backward" + (f", without gradient at most {frozen / images:.2f}" if frozen else ""),
-            f"whole run: at most {before + run.iterations * (sample * (1 + rollout.refill) + frozen):,} forwards, {run.iterations * train:,} with "
-            "backward",
+            f"network evaluations per image: rollout {counts.sampled / (1 + rollout.refill) / images:.2f}, update at most "
+            f"{counts.trained / images:.2f} forward and backward"
+            + (f", without gradient at most {counts.frozen / images:.2f}" if counts.frozen else ""),
+            f"whole run: at most {before + run.iterations * (counts.sampled + counts.frozen):,} forwards, "
+            f"{run.iterations * counts.trained:,} with backward",
             *notes,
         ]
     )

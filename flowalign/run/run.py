@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from tqdm import tqdm
@@ -30,7 +29,7 @@ from flowalign.run.folder import describe, open_folder
 from flowalign.run.interrupt import Interrupted, StopRequest
 from flowalign.run.iteration_log import IterationLog
 from flowalign.run.launch import Launch
-from flowalign.run.preflight import Prompts, forecast, read_saved
+from flowalign.run.preflight import Prompts, read_saved, state_forecast
 from flowalign.run.results import Results
 from flowalign.run.trackers import Trackers
 from flowalign.run.trial import try_rewards
@@ -48,7 +47,8 @@ from rewards import close
 class Run:
     """A run whose folder is open and whose model is loaded; see `open_run`. Its methods are the loop's verbs.
 
-    steppers: the Stepper of each of the trainer's optimizers; filled by `resume`. opened: time.monotonic() then."""
+    steppers: the Stepper of each of the trainer's optimizers; filled by `resume`. losses: of the micro-batches since the last
+    step, not read yet. opened: time.monotonic() then. padded: policy.padded as the iteration began."""
 
     config: TrainConfig
     folder: Path
@@ -65,7 +65,9 @@ class Run:
     trackers: Trackers
     results: Results
     steppers: dict[Optimizer, Stepper] = field(default_factory=dict)
+    losses: list[Tensor] = field(default_factory=list)
     opened: float = field(default_factory=time.monotonic)
+    padded: int = 0
 
     def resume(self) -> None:
         """Restores the latest checkpoint, if any, then builds a stepper for each of the trainer's optimizers."""
@@ -90,6 +92,7 @@ class Run:
                 if self._is_last(iteration):
                     return
                 self.log.begin()
+                self.padded = self.task.policy.padded
                 yield iteration
                 bar.set_postfix_str(self.log.summary, refresh=False)
                 bar.update()
@@ -103,18 +106,25 @@ class Run:
         return prompts_of_iteration(self.prompt_set, self.config.rollout.groups, self.config.run.seed, iteration)
 
     def backward(self, loss: Tensor, update: Update) -> None:
-        """Adds a micro-batch's gradient to that of its update. Runs under the update's role: activation checkpointing
-        recomputes the forward here, after the trainer has left that context."""
-        if not bool(torch.isfinite(loss)):
-            raise self._not_finite(f"loss {float(loss.detach())}", update.role)
-        with self.task.policy.role(update.role):
-            self.steppers[update.optimizer].backward(loss)
+        """Adds a micro-batch's gradient to that of its update. The losses are read by `step`."""
+        self.losses.append(loss.detach())
+        self.steppers[update.optimizer].backward(loss)
 
     def step(self, update: Update) -> None:
         """Takes the optimizer step, if there is anything to learn from; the average follows it. Roles follow every update of the
-        policy, an empty one too: those of `every` n updates change when all of a rollout are done."""
+        policy, an empty one too: those of `every` n updates change when all of a rollout are done. RunError, before the step,
+        for a loss that is not finite."""
+
+        def read(norm: Tensor) -> float:
+            *losses, norm = update.read([*self.losses, norm])
+            self.losses.clear()
+            for loss in losses:
+                if not math.isfinite(loss):
+                    raise self._not_finite(f"loss {float(loss)}", update.role)
+            return float(norm)
+
         if update.micro_batches:
-            norm = self.steppers[update.optimizer].step(update.max_grad_norm)
+            norm = self.steppers[update.optimizer].step(update.max_grad_norm, read)
             # a loss may reach weights of other roles too: their next step must not see that
             for optimizer in self.steppers:
                 optimizer.zero_grad(set_to_none=True)
@@ -133,6 +143,9 @@ class Run:
         step, every = iteration + 1, self.config.evaluation.every
         self._check_weights()
         row = self.log.close(batch.images, batch.metrics)
+        if self.config.rollout.fixed_rows:
+            padded = self.task.policy.padded - self.padded
+            row["cost/padded_per_image"] = self.processes.total(padded) / batch.images
         last = self._is_last(step)
         if every is not None and step % every == 0 and not last:
             tuned = self.evaluations.evaluate_on_the_way(step)
@@ -216,8 +229,7 @@ def _enter(config: TrainConfig, plain: dict[str, Any], folder: Path, launch: Lau
         saved = read_saved(config, folder, digests)
     except (CheckpointError, DamagedFile) as error:
         raise ConfigError(str(error)) from error
-    if processes.is_main:
-        print(forecast(config), flush=True)
+    state_forecast(config, launch.accelerator.device, processes, sharded=launch.fsdp is not None)
     for reward in (*config.rollout_rewards, *config.evaluation.rewards):
         leaving.callback(close, reward)
     trials = try_rewards(config, prompts, launch.accelerator.device, announce=processes.is_main)

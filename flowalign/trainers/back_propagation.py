@@ -95,6 +95,7 @@ class BackPropagation:
         """Combinations that cannot work, named before a model is loaded."""
         _check_reward(setup)
         _check_rollout(setup.rollout)
+        setup.check_micro_batch(self.micro_batch)
         setup.check_regularizers(self.regularizers)
         self._dry_run(setup)
 
@@ -125,7 +126,11 @@ class BackPropagation:
         notes = tuple(f"images {verb}: {count} per sample" for verb, count in more if count != 1)
         trained, rolled = samples * passes.graph, samples * passes.without
         frozen = trained * len(self._active)
-        return UpdateForecast(1, trained, frozen, notes=notes, rolled=rolled, reward_gradient=True)
+        return UpdateForecast(
+            1, trained, frozen, notes=notes, rolled=rolled, reward_gradient=True,
+            at_once=self.micro_batch * (1 if self.checkpoint else passes.graph),
+            decoded_at_once=self.micro_batch * passes.decodes,
+        )  # fmt: skip
 
     def prepare(self, task: Task, state: dict[str, Any] | None) -> None:
         self.task = task

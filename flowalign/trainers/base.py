@@ -21,7 +21,7 @@ from flowalign.selectors import Selector
 from flowalign.trainers.pulls import Pulls
 from flowalign.trainers.signal import EdgeSignal
 from rewards import RewardSpec
-from samplers import Forest, Path, Step
+from samplers import Forest, Path, Step, fetch
 
 
 @dataclass(frozen=True)
@@ -65,17 +65,20 @@ class Update:
 
     micro_batches: each, when called, returns its part of the loss: the parts of all micro-batches and processes add up to
     the loss of the update, so they are already divided by the global count. All processes have equally many, and call the
-    network equally often in each. after: called after the step, or in its place if there are no micro-batches; returns metrics. role: whose weights are stepped,
-    see Policy.parameters_of.
+    network equally often in each. read: called with tensors once the micro-batches are done and before the step; returns them on
+    the host, where what was measured goes with them: only there the host waits for a device. RunError where the step must not
+    be taken. after: called after the step, or in its place if there are no micro-batches; returns metrics. role: whose weights
+    are stepped, see Policy.parameters_of.
 
-    Whoever runs the backward runs it inside `policy.role(role)`: with activation checkpointing it computes the forward
-    again, and under another role's weights the gradient would be wrong without a word."""
+    The backward may run under any role: what policy.gradient_checkpointing computes again is computed under the role of its
+    forward. A recomputation of a trainer's own opens the role inside (`UpdateEngine.velocity` does)."""
 
     optimizer: torch.optim.Optimizer
     max_grad_norm: float
     micro_batches: Sequence[Callable[[], Tensor]]
     after: Callable[[], dict[str, float]]
     role: str = "policy"
+    read: Callable[[Sequence[Tensor]], list[Tensor]] = fetch
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,8 @@ class UpdateForecast:
     are decoded and scored there. rolled: network rows of its rollouts, where they are not those of the plan (an offline
     trainer has none); None: the plan's. guidance_scale: of the updates; None: that of the rollout. notes: what a user should
     know before the run, such as a regression without a minimum, a line each. reward_gradient: whether updates go through the
-    reward, whose scores then need a graph. inspection: see there."""
+    reward, whose scores then need a graph. at_once: states whose activations an update holds at the same time, and decoded_at_once: images that it
+    decodes with a graph meanwhile, for the forecast of memory; None: not known, and left out there. inspection: see there."""
 
     updates: int
     trained: int
@@ -96,6 +100,8 @@ class UpdateForecast:
     notes: tuple[str, ...] = ()
     rolled: int | None = None
     reward_gradient: bool = False
+    at_once: int | None = None
+    decoded_at_once: int = 0
     inspection: Inspection = field(default_factory=lambda: Inspection(), compare=False)
 
 
@@ -157,6 +163,15 @@ class Setup:
             raise ValueError(
                 f"got rollout.groups={self.rollout.groups} for trainer.updates_per_rollout={updates_per_rollout}; expected equal "
                 "parts: choose a divisor"
+            )
+
+    def check_micro_batch(self, micro_batch: int) -> None:
+        """ValueError for states per network call of the updates that rollout.fixed_rows would pad or split each time."""
+        rows = self.rollout.rows
+        if rows is not None and micro_batch != rows:
+            raise ValueError(
+                f"got trainer.micro_batch={micro_batch} with rollout.fixed_rows=true and rollout.micro_batch={rows}, to which every "
+                "network call is filled up; expected equal ones: set trainer.micro_batch to that of the rollout"
             )
 
     def check_regularizers(self, regularizers: Mapping[str, Regularizer]) -> None:

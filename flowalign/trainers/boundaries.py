@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flowalign.rollouts.collect import ScoredRollout
 from flowalign.trainers.update_engine import States
-from samplers import Forest, Path, Held, SampleKeys, ShiftedUniform, generator
+from samplers import Forest, Held, Path, SampleKeys, ShiftedUniform, generator
 from samplers.kernels.base import spread
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from flowalign.objectives import AdvantageWeighted
 from flowalign.trainers.state_update import Draws, StateUpdate
 from flowalign.trainers.update_engine import UpdateEngine
-from samplers import Forest, LogitNormalSigma, Held, SampleKeys, SigmaLaw
+from samplers import Forest, Held, LogitNormalSigma, SampleKeys, SigmaLaw
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from flowalign.trainers.pull_update import PullUpdate
 from flowalign.trainers.teachers import ManifoldAnchor, Route, Teacher, Teachers
 from flowalign.trainers.update_engine import TrainedRole, UpdateEngine
 from flowalign.trainers.visits import Visits, future
-from samplers import Deterministic, Forest, Plan, Held, rollout, sampled
+from samplers import Deterministic, Forest, Held, Plan, rollout, sampled
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,6 +129,7 @@ class Distillation:
     def check(self, setup: Setup) -> None:
         """Combinations that cannot work, named before a model is loaded."""
         setup.check_process_rewards_unread("Distillation")
+        setup.check_micro_batch(self.micro_batch)
         self._teachers.check(self._own(setup.rollout), setup.roles, setup.prompts)
         if self.anchor is not None:
             setup.check_role("trainer.anchor.role", self.anchor.role)
@@ -158,8 +159,9 @@ class Distillation:
         # what is not the rollout's own guidance is told in its rows
         rolled = -(-rolled * classifier_free_rows(own.guidance_scale) // classifier_free_rows(rollout.guidance_scale))
         return UpdateForecast(
-            updates, states, frozen, rolled=rolled, guidance_scale=self.guidance_scale, notes=self._notes(own)
-        )
+            updates, states, frozen, rolled=rolled, guidance_scale=self.guidance_scale, notes=self._notes(own),
+            at_once=self.micro_batch,
+        )  # fmt: skip
 
     def _notes(self, rollout: Rollout) -> tuple[str, ...]:
         scales = [teacher.scale(rollout) for teacher in self.teachers.values()]

@@ -14,12 +14,35 @@ from flowalign.objectives import Objective, Regularizer, RoleSteps, StepWeight, 
 from flowalign.objectives.norm_guard import norm_ratio
 from flowalign.trainers.drift import check_drift, drift_metrics, velocity_unit
 from flowalign.trainers.update_engine import Measures, Part, States, UpdateEngine
-from samplers import Forest, Step
+from samplers import Forest, HostRows, Rows, Step, send
 
 
 def states_of(forest: Forest, nodes: Tensor) -> States:
     """The network inputs of `nodes`, as far as this process has them; a condition row is a group."""
     return States(forest.states, forest.sigma(nodes), forest.tree.group[nodes], forest.row[nodes])
+
+
+@dataclass(frozen=True, eq=False)
+class _Given:
+    """What one micro-batch reads of a rollout, all but `edges` [E] on the device: its states, which of them each step leaves (place),
+    the states where the steps arrived, log-probs and advantages, velocities of roles at its own states, clip bounds."""
+
+    states: States
+    edges: Tensor
+    place: Rows
+    arrived: Tensor
+    log_prob: Tensor
+    advantages: Tensor
+    roles: Mapping[str, Tensor]
+    bounds: Tensor | None
+
+    def under(self, forest: Forest, role: str) -> RoleSteps:
+        """The transitions under a role."""
+        return self.under_velocity(forest, self.roles[role])
+
+    def under_velocity(self, forest: Forest, velocity: Tensor) -> RoleSteps:
+        """The transitions under the velocities [n, *] of its own states."""
+        return RoleSteps(forest.edge_steps(self.edges, velocity, self.place, self.states.x), self.place.of(velocity))
 
 
 @dataclass(eq=False)
@@ -59,37 +82,38 @@ class EdgeUpdate:
     @torch.no_grad()
     def rescore(self) -> float:
         """Keeps this process's velocities, computed in the update's own micro-batches. Returns network rows per sample."""
-        before = self.engine.task.policy.evaluations
-        self.anchors = [self.engine.velocity(self.states.at(part.index)) for part in self.parts]
+        before, kept = self.engine.task.policy.evaluations, HostRows(sum(len(part.index) for part in self.parts))
+        for part in self.parts:
+            kept.add(self.engine.velocity(self.states.at(part.index)))
+        self.anchors = list(kept.read().split([len(part.index) for part in self.parts])) if self.parts else []
         rows = self.engine.task.policy.evaluations - before
         return self.engine.task.processes.total(rows) / self.engine.images
 
     def loss(self, part: Part, measures: Measures) -> Tensor:
         """The share of one micro-batch."""
-        forest, place = self.forest, part.place(self.position)
-        mine = place >= 0
-        edges, place = self.edges[mine], place[mine]
-        velocity = self.engine.velocity(self.states.at(part.index))
-        step, arrived = forest.edge_steps(edges, velocity, place), forest.at(edges)
+        forest, here = self.forest, self._given(part)
+        edges, place, count = here.edges, here.place, len(self.edges)
+        velocity = self.engine.velocity(here.states)
+        step, arrived = forest.edge_steps(edges, velocity, place, here.states.x), here.arrived
         log_prob = step.log_prob(arrived)
-        old_step, old = self._anchor(part, edges, place, velocity, log_prob)
-        bounds = None if self.bounds is None else self.bounds[mine]
-        transitions = Transitions(step, arrived, old_step, bounds)
-        advantages, count = self.advantages[mine].to(log_prob), len(self.edges)
+        old_step, old = self._anchor(here, velocity, log_prob)
+        transitions = Transitions(step, arrived, old_step, here.bounds)
+        advantages = here.advantages.to(log_prob)
         weight = self.step_weight.weigh(step, forest, edges)
         losses = {"policy": (weight * self.objective.loss(log_prob, old, advantages, transitions)).sum() / count}
-        here = RoleSteps(step, velocity[place.to(velocity.device)])
+        policy = RoleSteps(step, place.of(velocity))
         for name, term in self.regularizers.items():
-            losses[name] = term.beta * term.divergence(here, self._under(term.role, edges)).sum() / count
+            losses[name] = term.beta * term.divergence(policy, here.under(forest, term.role)).sum() / count
         real = self.nodes[part.index[: part.real]]
-        self._measure_norms(velocity[: part.real], real, measures)
+        for role in self._roles:  # it grows when things go wrong (2606.27771)
+            ratio = norm_ratio(velocity[: part.real].detach(), here.roles[role])
+            measures.add(**{f"norm/{role}": ratio, f"norm_step/{role}": forest.tree.index[real]})
         for name, (scale, targets) in self.targets.items():
             aimed = int(torch.isin(self.nodes, targets.nodes).sum())
             losses[name] = scale * targets.loss(real, velocity[: part.real]).sum() / max(aimed, 1)
-        drift = (log_prob.detach() - forest.log_prob[edges]).abs()
         if self.first:
-            check_drift(drift, velocity_unit(step), self.max_drift)
-            measures.add(drift=drift, step=forest.tree.index[forest.tree.parent[edges]])
+            drift = (log_prob.detach() - here.log_prob.to(log_prob)).abs()
+            measures.add(drift=drift, drift_unit=velocity_unit(step), step=forest.tree.index[forest.tree.parent[edges]])
         measures.add(
             log_ratio=self.objective.log_ratio(log_prob, old, transitions),
             clipped=self.objective.clipped(log_prob.detach(), old, advantages, transitions),
@@ -97,32 +121,59 @@ class EdgeUpdate:
         )
         return sum(losses.values(), torch.zeros((), device=log_prob.device))
 
-    def _under(self, role: str, edges: Tensor) -> RoleSteps:
-        velocities = self.forest.velocities[role].at(self.forest.tree.parent[edges])
-        return RoleSteps(self.forest.role_steps(role, edges), velocities)
+    def check(self, measures: Measures) -> None:
+        """RunError for a drift that is more than rounding, in the first update."""
+        if self.first:
+            drift, unit = (torch.cat(measures.values[name]) for name in ("drift", "drift_unit"))
+            check_drift(drift, unit, self.max_drift)
+
+    def _given(self, part: Part) -> _Given:
+        """What a micro-batch reads of the rollout, sent to the device by one copy."""
+        forest, all_places = self.forest, part.place(self.position)
+        mine = all_places >= 0
+        edges, place, real = self.edges[mine], all_places[mine], self.nodes[part.index[: part.real]]
+        states, bounds = self.states.at(part.index), [] if self.bounds is None else [self.bounds[mine]]
+        needed = {role: forest.velocities[role].at(real) for role in self._needed_roles}
+        if self.anchors:
+            needed["anchor"] = self.anchors[part.number]
+        x, sigma, rows, there, arrived, log_prob, advantages, *rest = send(
+            self.engine.device, states.x, states.sigma, states.rows, place, forest.at(edges), forest.log_prob[edges],
+            self.advantages[mine], *needed.values(), *bounds,
+        )  # fmt: skip
+        roles = dict(zip(needed, rest, strict=False))
+        return _Given(
+            States(x, sigma, rows),
+            edges,
+            Rows(place, there),
+            arrived,
+            log_prob,
+            advantages,
+            roles,
+            rest[-1] if bounds else None,
+        )
 
     @property
     def _roles(self) -> list[str]:
         """Those that regularizers name."""
         return sorted({term.role for term in self.regularizers.values()})
 
-    def _measure_norms(self, velocity: Tensor, nodes: Tensor, measures: Measures) -> None:
-        """The length of the velocities at `nodes` over that under each role (2606.27771: it grows when things go wrong)."""
-        for role in self._roles:
-            ratio = norm_ratio(velocity.detach(), self.forest.velocities[role].at(nodes))
-            measures.add(**{f"norm/{role}": ratio, f"norm_step/{role}": self.forest.tree.index[nodes]})
+    @property
+    def _needed_roles(self) -> list[str]:
+        """Those whose velocities a micro-batch reads."""
+        own = self.first and self.anchored
+        old = ["old"] if self.objective.needs_old_means and not own and not self.anchors else []
+        return list(dict.fromkeys([*self._roles, *old]))
 
-    def _anchor(
-        self, part: Part, edges: Tensor, place: Tensor, velocity: Tensor, log_prob: Tensor
-    ) -> tuple[Step | None, Tensor]:
+    def _anchor(self, here: _Given, velocity: Tensor, log_prob: Tensor) -> tuple[Step | None, Tensor]:
         """The transitions (None where the objective does not need them) and log-probs that the ratio is taken against."""
         forest, needed = self.forest, self.objective.needs_old_means
         if self.first and self.anchored:
-            return (forest.edge_steps(edges, velocity.detach(), place) if needed else None), log_prob.detach()
+            old = here.under_velocity(forest, velocity.detach()).step if needed else None
+            return old, log_prob.detach()
         if self.anchors:
-            old = forest.edge_steps(edges, self.anchors[part.number], place)
-            return old, old.log_prob(forest.at(edges))
-        return (forest.role_steps("old", edges) if needed else None), forest.log_prob[edges]
+            rescored = here.under(forest, "anchor").step
+            return rescored, rescored.log_prob(here.arrived)
+        return (here.under(forest, "old").step if needed else None), here.log_prob.to(log_prob)
 
     def metrics(self, measures: Measures) -> dict[str, float]:
         """Once the step is taken; of the weights before it."""

@@ -15,7 +15,7 @@ from flowalign.trainers.base import Update
 from flowalign.trainers.boundaries import Boundaries
 from flowalign.trainers.state_update import Draws, StateUpdate
 from flowalign.trainers.update_engine import Measures, Part, States, TrainedRole, UpdateEngine
-from samplers import Held
+from samplers import Held, send
 from samplers.kernels.base import spread
 
 
@@ -145,11 +145,17 @@ class FewStepUpdates:
 
         def loss(part: Part, measures: Measures) -> Tensor:
             own, here = part.index[: part.real], states.at(part.index)
+            rows = [
+                values
+                for name, (direction, near) in found.items()
+                for values in (weights[name][own], direction.at(own), near.at(own))
+            ]
+            x, sigma, condition, *sent = send(self.engine.device, here.x, here.sigma, here.rows, *rows)
+            here, aims = States(x, sigma, condition), zip(found, sent[::3], sent[1::3], sent[2::3], strict=True)
             x0 = self.ways.path.x0_from_velocity(here.x, self.engine.velocity(here), here.sigma)[: part.real]
             losses = {
-                name: (weights[name][own].to(x0) * directional_loss(x0, direction.at(own), near.at(own))).sum()
-                / len(states)
-                for name, (direction, near) in found.items()
+                name: (weight.to(x0) * directional_loss(x0, direction, near)).sum() / len(states)
+                for name, weight, direction, near in aims
             }
             measures.add(**losses)
             return sum(losses.values(), torch.zeros((), device=x0.device))

@@ -100,6 +100,7 @@ class ForwardProcess:
         rollout = setup.rollout
         self.source.check(setup)
         setup.check_process_rewards_unread("ForwardProcess")
+        setup.check_micro_batch(self.micro_batch)
         if rollout.detach_uncond and self.guidance_scale == 1:
             raise ValueError(
                 "got rollout.detach_uncond=true with trainer.guidance_scale=1, which has no unconditional half; expected false"
@@ -215,7 +216,7 @@ class ForwardProcess:
         updates, rolled = self.updates_per_rollout * self.epochs, None if self.source.rolled else 0
         return UpdateForecast(
             updates, count, frozen, rolled=rolled, guidance_scale=self.guidance_scale, notes=notes,
-            inspection=Inspection(pulls=self.pulls, endpoints=self.endpoints),
+            inspection=Inspection(pulls=self.pulls, endpoints=self.endpoints), at_once=self.micro_batch,
         )  # fmt: skip
 
     def _guided(self, rollout: Rollout) -> tuple[str, ...]:

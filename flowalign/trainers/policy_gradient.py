@@ -103,6 +103,7 @@ class PolicyGradient:
         rollout = setup.rollout
         check_trained_steps(rollout)
         setup.check_equal_parts(self.updates_per_rollout)
+        setup.check_micro_batch(self.micro_batch)
         self._check_names()
         self._check_terms(setup)
         self._check_combinations(rollout)
@@ -158,8 +159,9 @@ class PolicyGradient:
         before, scored = (0, 0) if self.calibration is None else self.calibration.forecast(rollout)
         inspection = Inspection(replay=self, edges=self, pulls=self.pulls)
         return UpdateForecast(
-            share, states, len(self.roles()) * states + rescored, before, scored, inspection=inspection
-        )
+            share, states, len(self.roles()) * states + rescored, before, scored, inspection=inspection,
+            at_once=self.micro_batch,
+        )  # fmt: skip
 
     def prepare(self, task: Task, state: dict[str, Any] | None) -> None:
         if state is None:
@@ -216,7 +218,7 @@ class PolicyGradient:
         if frozen_rows:
             batch.metrics["cost/frozen_per_image"] = frozen_rows
         for one in updates:
-            yield engine.update(self._policy, one.parts, one.loss, one.metrics)
+            yield engine.update(self._policy, one.parts, one.loss, one.metrics, one.check)
 
     def _with_roles(self, engine: UpdateEngine, forest: Forest, edges: Tensor, mine: Tensor) -> tuple[Forest, float]:
         """The forest with the velocities of every role that a regularizer or a supervision names, at the states that `edges`

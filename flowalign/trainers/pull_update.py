@@ -14,7 +14,7 @@ from flowalign.objectives import Pull
 from flowalign.objectives.matching import mean_square
 from flowalign.trainers.base import Update
 from flowalign.trainers.update_engine import Measures, Part, States, TrainedRole, UpdateEngine
-from samplers import Forest
+from samplers import Forest, Rows, send
 from samplers.kernels.base import spread
 
 
@@ -30,15 +30,16 @@ class Future:
     position: Tensor
     factor: Tensor
 
-    def loss(self, part: Part, velocity: Tensor) -> Tensor:
-        """The sum over the steps that leave the states of `part`."""
+    def loss(self, part: Part, x: Tensor, velocity: Tensor) -> Tensor:
+        """The sum over the steps that leave the states x [n, *] of `part`, under their velocities [n, *]."""
         place = part.place(self.position)
         mine = place >= 0
         edges, place = self.edges[mine], place[mine]
-        step = self.forest.edge_steps(edges, velocity, place).policy
-        z = (self.forest.at(edges) - step.mean) / spread(step.std, step.mean)
+        there, arrived, factor = send(velocity.device, place, self.forest.at(edges), self.factor[mine])
+        step = self.forest.edge_steps(edges, velocity, Rows(place, there), x).policy
+        z = (arrived - step.mean) / spread(step.std, step.mean)
         log_prob = -z.square().flatten(1).sum(1) / 2  # less what does not depend on the policy
-        return (self.factor[mine].to(log_prob) * log_prob).sum()
+        return (factor.to(log_prob) * log_prob).sum()
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,14 +67,23 @@ class PullUpdate:
 
     def loss(self, part: Part, measures: Measures) -> Tensor:
         """The share of one micro-batch."""
-        velocity, reduce = self.engine.velocity(self.states.at(part.index)), self.engine.task.rollout.kernel.reduce
-        index, real = part.index[: part.real], velocity[: part.real]
-        losses = {name: pull.loss(index, real, reduce) for name, pull in self.pulls.items()}
+        index, reduce = part.index[: part.real], self.engine.task.rollout.kernel.reduce
+        states, given = self._given(part, index)
+        velocity = self.engine.velocity(states)
+        real = velocity[: part.real]
+        losses = {name: pull.loss(real, *given[name], reduce) for name, pull in self.pulls.items()}
         if self.future is not None:
-            losses["future"] = self.future.loss(part, velocity)
-        gap = mean_square(real.detach(), self.pulls["policy"].velocity.at(index))
+            losses["future"] = self.future.loss(part, states.x, velocity)
+        gap = mean_square(real.detach(), given["policy"][0])
         measures.add(gap=gap, state=index, **{f"loss/{name}": loss for name, loss in losses.items()})
         return sum(losses.values(), torch.zeros((), device=velocity.device))
+
+    def _given(self, part: Part, index: Tensor) -> tuple[States, dict[str, tuple[Tensor, Tensor]]]:
+        """The states of a micro-batch, and of each pull the targets and weights at its own ones; sent to the device by one copy."""
+        here, numbers = self.states.at(part.index), [each for pull in self.pulls.values() for each in pull.at(index)]
+        x, sigma, rows, *sent = send(self.engine.device, here.x, here.sigma, here.rows, *numbers)
+        pairs = zip(sent[::2], sent[1::2], strict=True)
+        return States(x, sigma, rows), dict(zip(self.pulls, pairs, strict=True))
 
     def metrics(self, measures: Measures) -> dict[str, float]:
         """Once the step is taken; of the weights before it. gap: mean ⟨(v − target)²⟩ over states and elements."""

@@ -94,6 +94,7 @@ class RewardDifference:
 
     def check(self, setup: Setup) -> None:
         rollout = setup.rollout
+        setup.check_micro_batch(self.micro_batch)
         check_trained_steps(rollout)
         check_previews(rollout)
         check_guidance(rollout)
@@ -132,7 +133,9 @@ class RewardDifference:
             chosen = min(chosen, self.steps_per_update * cost.leaves)
         passes = count + (count > 1 and self.anchor == "rescore")  # the reference, later first passes, the anchor
         groups = rollout.groups
-        return UpdateForecast(count, groups * count * chosen, groups * passes * every, notes=_notes(rollout))
+        return UpdateForecast(
+            count, groups * count * chosen, groups * passes * every, notes=_notes(rollout), at_once=self.micro_batch
+        )
 
     def prepare(self, task: Task, state: dict[str, Any] | None) -> None:
         self.task = task
@@ -171,6 +174,8 @@ class RewardDifference:
                 partial(regression.loss, old), owner=steps.owner, known=old if unchanged else None,
                 weight=self._weight(batch, edges, number),
                 metrics=partial(regression.metrics, old=old, replay=replay if unchanged else None),
+                check=(lambda measures: replay.check()) if unchanged else (lambda measures: None),
+                measures=replay.measures if unchanged else None,
             )  # fmt: skip
 
     def _clip_range(self, forest: Forest) -> float:

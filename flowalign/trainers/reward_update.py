@@ -20,7 +20,7 @@ from flowalign.truncations import Chains, Outcome, Truncation, Visit
 from rewards import RewardOutput, channels_of, score
 from rewards.answers import cat, no_answer
 from rewards.guard import MAX_FAIL_RATE, check_rate
-from samplers import Kernel, KeyedNoise, SampleKeys, TransitionContext, Tree
+from samplers import Kernel, KeyedNoise, SampleKeys, TransitionContext, Tree, send
 from samplers.noise import generator
 
 
@@ -101,19 +101,20 @@ class RewardUpdate:
         groups, policy = tree.group[rows], task.policy
 
         def velocity(x: Tensor, sigma: Tensor, row: Tensor) -> Tensor:
-            v, count = self._velocity(part, States(x, sigma, groups[row.cpu()]))
+            v, count = self._velocity(part, States(x, sigma, groups[row]))
             if not torch.is_grad_enabled():
                 measures.count(rollout=count)
             return v
 
         x = policy.start(self._noise.start(tree, rows))
         stochastic = [step for step, nodes in enumerate(tree.generations[1:]) if float(tree.level[nodes[0]])]
-        noise = {step: self._noise.step(tree, tree.generations[step + 1][rows]).to(x) for step in stochastic}
+        draws = [self._noise.step(tree, tree.generations[step + 1][rows]) for step in stochastic]
+        noise = dict(zip(stochastic, (eps.to(x) for eps in send(x.device, *draws)), strict=True))
         keys = SampleKeys.of(
             task.seed, self.iteration, tree, tree.leaves[rows], [record.uid for record in self.prompts]
         )
         return Chains(
-            velocity, x, self.sigmas, task.rollout.kernel, policy.path, lambda number: keys.noise(self.shape, number).to(x),
+            velocity, x, self.sigmas, task.rollout.kernel, policy.path, lambda number: send(x.device, keys.noise(self.shape, number))[0].to(x),
             noise, self.checkpoint,
         )  # fmt: skip
 
@@ -155,7 +156,7 @@ class RewardUpdate:
         groups = self.tree.group[part.index]
 
         def velocity(x: Tensor) -> Tensor:
-            states = States(x, visit.sigma.to(x.device).expand(len(x)), groups)
+            states = States(x, x.new_full((len(x),), float(visit.sigma), dtype=visit.sigma.dtype), groups)
             v, count = self._velocity(part, states, role)
             measures.count(frozen=count)
             return v

@@ -15,7 +15,7 @@ from flowalign.objectives.matching import mean_square
 from flowalign.objectives.norm_guard import norm_ratio
 from flowalign.trainers.base import Update
 from flowalign.trainers.update_engine import Measures, Part, States, TrainedRole, UpdateEngine
-from samplers import Path, Held, SampleKeys
+from samplers import Held, Path, SampleKeys, send
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +60,24 @@ class Draws:
         return len(self.states)
 
 
+@dataclass(frozen=True, eq=False)
+class _Given:
+    """What one micro-batch of n draws reads, on the device: see `Draws`; `roles`: velocities of others [n, *], coupling [n]: of each
+    with its group."""
+
+    states: States
+    target: Tensor
+    noise: Tensor
+    advantage: Tensor
+    coupling: Tensor
+    roles: Mapping[str, Tensor]
+    weight: Tensor | None
+
+    def beside(self, velocity: Tensor) -> Predictions:
+        """With the velocities [n, *] of the trained role."""
+        return Predictions(velocity.detach(), self.roles, self.target, self.noise)
+
+
 @dataclass(eq=False)
 class StateUpdate:
     """The loss of `draws`: the mean over them of c·⟨(v − u)²⟩ + Σ κ_a·⟨(v − v_a)²⟩ (see `objective`) and of the anchors.
@@ -98,47 +116,46 @@ class StateUpdate:
         return self.engine.update(trained, self.parts, self.loss, self.metrics)
 
     def _value(self, part: Part) -> Tensor:
-        index = part.index[: part.real]
-        return self.objective.value(self._predictions(index, self._velocity(part)[: part.real]))
+        here = self._given(part)
+        return self.objective.value(here.beside(self.engine.velocity(here.states, self.role)[: part.real]))
 
-    def _velocity(self, part: Part) -> Tensor:
-        return self.engine.velocity(self.draws.states.at(part.index), self.role)
-
-    def _predictions(self, index: Tensor, velocity: Tensor) -> Predictions:
-        roles = {role: values.at(index) for role, values in self._roles.items()}
-        return Predictions(
-            velocity.detach(), roles, self.draws.target.at(index), self.draws.noise[index].to(velocity.device)
-        )
+    def _given(self, part: Part) -> _Given:
+        """What a micro-batch reads of the draws, sent to the device by one copy; of padding the states alone."""
+        draws, index = self.draws, part.index[: part.real]
+        states, weight = draws.states.at(part.index), [] if draws.weight is None else [draws.weight[index]]
+        roles = [values.at(index) for values in self._roles.values()]
+        x, sigma, rows, target, noise, advantage, coupling, *rest = send(
+            self.engine.device, states.x, states.sigma, states.rows, draws.target.at(index), draws.noise[index],
+            draws.ids.advantage[index], self._coupling[index], *roles, *weight,
+        )  # fmt: skip
+        by_role = dict(zip(self._roles, rest, strict=False))
+        return _Given(States(x, sigma, rows), target, noise, advantage, coupling, by_role, rest[-1] if weight else None)
 
     def loss(self, part: Part, measures: Measures) -> Tensor:
         """The share of one micro-batch; of padding there is the backward alone."""
-        velocity, index = self._velocity(part)[: part.real], part.index[: part.real]
-        found = self._predictions(index, velocity)
-        at = self.objective.coefficients(found, self.draws.ids.advantage[index], self._coupling[index])
+        here = self._given(part)
+        velocity = self.engine.velocity(here.states, self.role)[: part.real]
+        found = here.beside(velocity)
+        at = self.objective.coefficients(found, here.advantage, here.coupling)
         pulls = {self.role: at.c.to(velocity) * mean_square(velocity, found.target)}
         for role, kappa in at.kappa.items():
             pulls[self.role] = pulls[self.role] + kappa.to(velocity) * mean_square(velocity, found.of(role))
         for name, anchor in self.anchors.items():
             pulls[name] = anchor.beta * anchor.pull(velocity, found.of(anchor.role), found.noise)
-        weight = torch.ones(len(index)) if self.draws.weight is None else self.draws.weight[index]
+        weight = velocity.new_ones(part.real) if here.weight is None else here.weight
         share = (weight / len(self.draws)).to(velocity)
         losses = {name: (share * pull).sum() for name, pull in pulls.items()}
         measures.add(
             curvature=self._curvature(at, found),
             error=found.error(found.live),
-            **{f"{name}/{role}": values for role in self._roles for name, values in self._beside(role, index, found)},
+            **{
+                f"{name}/{role}": values
+                for role in self._roles
+                for name, values in _beside(role, here.advantage, found)
+            },
             **{f"loss/{name}": loss for name, loss in losses.items()},
         )
         return sum(losses.values(), torch.zeros((), device=velocity.device))
-
-    def _beside(self, role: str, index: Tensor, found: Predictions) -> Iterable[tuple[str, Tensor]]:
-        """Measures [n] of the velocities beside a role's, by name. accuracy: 1 where the error is less than the role's for a better
-        sample, or more for a worse one; ½ where nothing differs."""
-        other = found.of(role)
-        ahead = found.error(other) - found.error(found.live)
-        yield "gap", mean_square(found.live, other)
-        yield "norm", norm_ratio(found.live, other)
-        yield "accuracy", (ahead.sign() * self.draws.ids.advantage[index].to(ahead).sign() + 1) / 2
 
     def _curvature(self, at: Coefficients, found: Predictions) -> Tensor:
         own = at.c + sum(at.kappa.values(), torch.zeros_like(at.c))
@@ -160,6 +177,16 @@ class StateUpdate:
             **{name: measures.total(name) for name in measures.values if name.startswith("loss/")},
             "cost/frozen_per_image": self.rows,
         }
+
+
+def _beside(role: str, advantage: Tensor, found: Predictions) -> Iterable[tuple[str, Tensor]]:
+    """Measures [n] of the velocities beside a role's, by name. accuracy: 1 where the error is less than the role's for a better
+    sample, or more for a worse one; ½ where nothing differs."""
+    other = found.of(role)
+    ahead = found.error(other) - found.error(found.live)
+    yield "gap", mean_square(found.live, other)
+    yield "norm", norm_ratio(found.live, other)
+    yield "accuracy", (ahead.sign() * advantage.to(ahead).sign() + 1) / 2
 
 
 def roles_of(objective: StateObjective, anchors: Iterable[Anchor]) -> list[str]:

@@ -13,7 +13,7 @@ from flowalign.errors import RunError
 from flowalign.trainers.drift import check_drift, drift_metrics, velocity_unit
 from flowalign.trainers.edge_update import states_of
 from flowalign.trainers.update_engine import Measures, Part, States, UpdateEngine
-from samplers import Forest
+from samplers import Forest, Rows, send
 
 REFERENCE, OLD = "reference", "old"
 
@@ -49,10 +49,15 @@ class Trajectories:
 
     def numbers(self, part: Part) -> Tensor:
         """[e] the log-ratios of the policy as it is now, of a micro-batch's own steps; with graph if gradients are on."""
-        place = part.place(self.owner)
+        place, states = part.place(self.owner), self.states.at(part.index)
         edges, place = self.edges[place >= 0], place[place >= 0]
-        step = self.forest.edge_steps(edges, self.engine.velocity(self.states.at(part.index)), place)
-        return step.log_ratio(self.forest.role_steps(REFERENCE, edges), self.forest.at(edges))
+        known = self.forest.velocities[REFERENCE].at(self.nodes[part.index[: part.real]])
+        x, sigma, rows, there, arrived, known = send(
+            self.engine.device, states.x, states.sigma, states.rows, place, self.forest.at(edges), known
+        )
+        velocity = self.engine.velocity(States(x, sigma, rows))
+        step, reference = (self.forest.edge_steps(edges, v, Rows(place, there), x) for v in (velocity, known))
+        return step.log_ratio(reference, arrived)
 
     @torch.no_grad()
     def __post_init__(self) -> None:
@@ -98,30 +103,38 @@ class Replay:
     measures: Measures
 
     def numbers(self, part: Part) -> Tensor:
-        """As `steps.numbers`. RunError for a drift beyond a limit."""
-        steps, mine = self.steps, part.place(self.steps.owner) >= 0
-        numbers = steps.numbers(part)
-        drift = (numbers.detach().double().cpu() - steps.rolled[mine]).abs()
-        check_drift(drift, steps.drift_unit[mine], self.max_drift)
+        """As `steps.numbers`, which are measured."""
+        numbers = self.steps.numbers(part)
+        self.measures.add(number=numbers, edge=(part.place(self.steps.owner) >= 0).nonzero().flatten())
+        return numbers
+
+    def check(self) -> None:
+        """RunError for a drift of this process's numbers beyond a limit."""
+        if "number" not in self.measures.values:
+            return
+        steps, edge = self.steps, torch.cat(self.measures.values["edge"])
+        drift = (torch.cat(self.measures.values["number"]).double().cpu() - steps.rolled[edge]).abs()
+        check_drift(drift, steps.drift_unit[edge], self.max_drift)
         if self.limit is not None and not bool((drift <= self.limit).all()):
             raise RunError(
                 f"got log-ratios of an unchanged policy {float(drift.max()):.1e} from the rollout's; expected at most "
                 f"{self.limit:.1e}, a tenth of the clip range, which would act on rounding: take trainer.anchor=rescore, or a "
                 "wider clip_range"
             )
-        tree = steps.forest.tree
-        self.measures.add(drift=drift, step=tree.index[tree.parent[steps.edges[mine]]])
-        return numbers
 
     def rescored(self) -> tuple[Tensor, float]:
         """([E] float64 the numbers of all steps, without graph, in the micro-batches of an update; network rows per sample);
-        collective."""
+        collective. RunError as `check`."""
         engine, deal, before = self.steps.engine, self.steps.deal, self.steps.engine.task.policy.evaluations
         parts = engine.micro_batches(deal, self.steps.micro_batch)
         numbers = engine.scalars(deal, parts, self.numbers, self.steps.owner)
+        self.measures.fetch()
+        self.check()
         rows = engine.task.policy.evaluations - before
         return numbers, engine.task.processes.total(rows) / engine.images
 
     def metrics(self) -> dict[str, float]:
         """Collective."""
-        return drift_metrics(self.measures.rows("drift"), self.measures.rows("step"))
+        tree, edge = self.steps.forest.tree, self.measures.rows("edge").long()
+        drift = (self.measures.rows("number") - self.steps.rolled[edge]).abs()
+        return drift_metrics(drift, tree.index[tree.parent[self.steps.edges[edge]]])

@@ -21,7 +21,7 @@ from flowalign.models.base import Conditions, Policy
 from flowalign.objectives import scalar_adjoint
 from flowalign.rollouts.task import Task
 from flowalign.trainers.base import AdamWConfig, Update
-from samplers import Forest, Held
+from samplers import Forest, Held, HostRows, Rows, fetch, send
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +78,8 @@ class TrainedRole:
 
 @dataclass(eq=False)
 class Measures:
-    """What the micro-batches of one update measured: tensors by name, in the order of the calls. Reading is collective.
+    """What the micro-batches of one update measured: tensors by name, in the order of the calls. Reading rows and totals is
+    collective.
 
     counted: network rows by what they were for, "trained" those of a forward and a backward; what a backward computes again
     is not counted."""
@@ -99,6 +100,14 @@ class Measures:
             self.counted[name] = self.counted.get(name, 0) + count
             self.counted["trained"] -= count
 
+    def fetch(self, more: Sequence[Tensor] = ()) -> list[Tensor]:
+        """Moves what was measured to the host, and returns `more` there too; by one copy."""
+        places = [(name, number) for name, values in self.values.items() for number in range(len(values))]
+        found = fetch([*(self.values[name][number] for name, number in places), *more])
+        for (name, number), value in zip(places, found, strict=False):
+            self.values[name][number] = value
+        return found[len(places) :]
+
     def rows(self, name: str) -> Tensor:
         """All rows of all processes, float64."""
         return self.processes.gather(torch.cat(self.values[name])).double()
@@ -110,6 +119,7 @@ class Measures:
 
 Value = Callable[[Part], Tensor]
 Loss = Callable[[Part, Measures], Tensor]
+Check = Callable[[Measures], None]
 Metrics = Callable[[Measures], dict[str, float]]
 
 
@@ -125,17 +135,24 @@ class UpdateEngine:
     guidance_scale: float | None = None
     groups: int | None = None
 
+    @property
+    def device(self) -> torch.device:
+        """Where the network works."""
+        return self.conditions.device
+
     def velocity(self, states: States, role: str = "policy", guidance_scale: float | None = None) -> Tensor:
         """v [n, *] under the weights of `role`, with graph if gradients are on. guidance_scale: None is the engine's; one other
         than 1 needs conditions with negatives."""
         policy, rollout = self.task.policy, self.task.rollout
         own = rollout.guidance_scale if self.guidance_scale is None else self.guidance_scale
         scale = own if guidance_scale is None else guidance_scale
+        x, sigma, rows = states.x, states.sigma, states.rows
+        if x.device != self.device:
+            x, sigma, rows = send(self.device, x, sigma, rows)
         with policy.role(role):
             return policy.velocity(
-                states.x, states.sigma, self.conditions.rows(states.rows), guidance_scale=scale,
-                detach_uncond=rollout.detach_uncond,
-            )  # fmt: skip
+                x, sigma, self.conditions.rows(rows), guidance_scale=scale, detach_uncond=rollout.detach_uncond
+            )
 
     def deal(self, group: Tensor) -> Deal:
         """Who trains which of the states of the groups `group` [S]: see Deal; with the conditions of those that this process gets.
@@ -172,7 +189,7 @@ class UpdateEngine:
         self, states: States, role: str | Sequence[str], guidance_scale: Mapping[str, float] | None = None,
         mine: Tensor | None = None,
     ) -> tuple[Held, float]:  # fmt: skip
-        """(v [S, *] without graph, network rows per sample): each state evaluated once, by the process that trains it.
+        """(v [S, *] on the host without graph, network rows per sample): each state evaluated once, by the process that trains it.
 
         role: one for all states, or one per state (routing: each state to its own teacher). guidance_scale: by role; the
         engine's for a role that is not named. mine [k], ascending: the states of this process, whose velocities it gets; None: all."""
@@ -184,13 +201,14 @@ class UpdateEngine:
         if mine is not None:
             here = torch.zeros_like(here).index_fill(0, mine, True)
         own, scales = here.nonzero().flatten(), guidance_scale or {}
-        values = states.x.new_empty((len(own), *states.x.shape[1:]))
+        found, order = HostRows(len(own)), list[Tensor]()
         for name in dict.fromkeys(roles):  # every process in the same order, also those without a state of this role
             wanted = torch.tensor([roles[row] == name for row in own.tolist()], dtype=torch.bool)
             for part in wanted.nonzero().flatten().split(self.task.rollout.micro_batch) if bool(wanted.any()) else ():
-                found = self.velocity(states.at(own[part]), name, scales.get(name))
-                values = values.to(torch.promote_types(values.dtype, found.dtype))  # of a float64 policy on fp32 states
-                values[part.to(values.device)] = found.to(values)
+                v = self.velocity(states.at(own[part]), name, scales.get(name))
+                found.add(v.to(torch.promote_types(states.x.dtype, v.dtype)))  # of a float64 policy on fp32 states
+                order.append(part)
+        values = _by_row(found.read(), torch.cat(order)) if order else states.x[:0].cpu()
         rows = processes.total(self.task.policy.evaluations - before)
         return Held.of(values, here), rows / self.images
 
@@ -208,15 +226,17 @@ class UpdateEngine:
         `coupled_update`."""
         owner = torch.arange(len(deal)) if owner is None else owner
         found = torch.zeros(len(owner), dtype=torch.float64)
-        for part in parts:
-            mine = part.place(owner) >= 0
-            found[mine] = value(part)[: int(mine.sum())].double().cpu()
+        places = [part.place(owner) >= 0 for part in parts]
+        values = [value(part)[: int(mine.sum())] for part, mine in zip(parts, places, strict=True)]
+        for mine, numbers in zip(places, fetch(values), strict=True):
+            found[mine] = numbers.double()
         return self.task.processes.gather(found[None]).sum(0)
 
     def coupled_update(
         self, trained: TrainedRole, deal: Deal, size: int, value: Value, loss: Callable[[Tensor], Tensor], *,
         owner: Tensor | None = None, known: Tensor | None = None, weight: Tensor | None = None,
-        metrics: Callable[[Tensor], dict[str, float]] = lambda numbers: {},
+        metrics: Callable[[Tensor], dict[str, float]] = lambda numbers: {}, check: Check = lambda measures: None,
+        measures: Measures | None = None,
     ) -> Update:  # fmt: skip
         """One optimizer step of a loss that couples all the states of a `deal` (pairs, groups) through numbers of each.
 
@@ -228,7 +248,7 @@ class UpdateEngine:
         owner [E]: the state that each number belongs to, of which a part gives those with part.place(owner) >= 0, in their
         order; None: one of each state, in the order of part.index. known [E]: the numbers, where the first pass would only
         repeat them. weight [E]: factors of the adjoints; if they are 1 in expectation (a random subset of states), so is the
-        gradient the loss's. metrics: of the numbers of the first pass, once the step is taken."""
+        gradient the loss's. metrics: of the numbers of the first pass, once the step is taken. check, measures: see `update`."""
         before, owner = self.task.policy.evaluations, torch.arange(len(deal)) if owner is None else owner
         if known is None:
             known = self.scalars(deal, self.micro_batches(deal, size), value, owner)
@@ -240,28 +260,39 @@ class UpdateEngine:
         def share(part: Part, measures: Measures) -> Tensor:
             mine = part.place(owner) >= 0
             values = value(part)[: int(mine.sum())]
-            return (adjoint[mine].to(values) * values).sum()
+            (own,) = send(values.device, adjoint[mine].to(values.dtype))
+            return (own * values).sum()
 
-        update = self.update(trained, parts, share, lambda measures: metrics(known))
+        update = self.update(trained, parts, share, lambda measures: metrics(known), check, measures)
         measured = {f"loss/{trained.role}": float(total), "cost/frozen_per_image": rows}
         return replace(update, after=lambda: measured | update.after())
 
     def update(
-        self, trained: TrainedRole, parts: Sequence[Part], loss: Loss, metrics: Metrics = lambda measures: {}
-    ) -> Update:
+        self, trained: TrainedRole, parts: Sequence[Part], loss: Loss, metrics: Metrics = lambda measures: {},
+        check: Check = lambda measures: None, measures: Measures | None = None,
+    ) -> Update:  # fmt: skip
         """One optimizer step of `trained` on `parts`, the micro-batches of this process.
 
         loss(part, measures): the part's share of the loss, already divided by the global count; padding must weigh
-        nothing. It must not call `frozen` or `scalars`, which wait for all processes. metrics(measures): once the step is
-        taken; not asked where there was nothing to train. An update is made and stepped before the next one is made: it sets
+        nothing. It must not call `frozen` or `scalars`, which wait for all processes, nor read a number of the device, which
+        waits for it. check(measures): once all parts are done and before the step is taken; raises where it must not be.
+        metrics(measures): once the step is taken; neither is asked where there was nothing to train. measures: where else something
+        is measured that is read with it. An update is made and stepped before the next one is made: it sets
         the learning rate."""
-        measures = Measures(self.task.processes)
+        measures = measures or Measures(self.task.processes)
         learning_rate = trained.config.lr_at(trained.updates)
         for group in trained.optimizer.param_groups:
             group["lr"] = learning_rate
-        began = time.perf_counter()
+        began, unread = time.perf_counter(), [bool(parts)]
+
+        def read(more: Sequence[Tensor] = ()) -> list[Tensor]:
+            found, unread[0] = measures.fetch(more), False
+            check(measures)
+            return found
 
         def after() -> dict[str, float]:
+            if unread[0]:  # whoever takes no step need not read
+                read()
             measured = {
                 "time/update": time.perf_counter() - began,
                 **{
@@ -276,7 +307,7 @@ class UpdateEngine:
             return measured | metrics(measures)
 
         losses = [partial(self._counted, loss, part, measures) for part in parts]
-        return Update(trained.optimizer, trained.config.max_grad_norm, losses, after, trained.role)
+        return Update(trained.optimizer, trained.config.max_grad_norm, losses, after, trained.role, read)
 
     def _counted(self, loss: Loss, part: Part, measures: Measures) -> Tensor:
         """The loss, its network rows counted."""
@@ -284,3 +315,9 @@ class UpdateEngine:
         value = loss(part, measures)
         measures.counted["trained"] += self.task.policy.evaluations - before
         return value
+
+
+def _by_row(values: Tensor, rows: Tensor) -> Tensor:
+    """`values` [n, *] of the `rows` [n], all different, in ascending order of these."""
+    order = rows.argsort()
+    return Rows(order, order).of(values)

@@ -1,9 +1,11 @@
 """A denoising transition: what a kernel is given, what it returns, and the arithmetic that all kernels share.
 
-Coefficients are computed in float64 on the device of the sigmas, then cast to the dtype of the states (at least fp32).
+Coefficients are computed in float64 where the sigmas are, usually on the host, then cast to the dtype of the states (at least
+fp32) and sent to their device by one copy: a step of sigmas on the host does not wait for the device.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from samplers.kernels.gaussian import Constants, Gaussian, KLForm, Reduce, check_same_shape, spread
 from samplers.paths import Path
+from samplers.transfer import Rows, send
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,9 +33,20 @@ class Carry:
     x0: Tensor
     sigma: Tensor
 
-    def rows(self, index: Tensor) -> "Carry":
-        """The rows `index` [n], repeats allowed: one per child."""
-        return Carry(self.x0[index.to(self.x0.device)], self.sigma[index.to(self.sigma.device)])
+    @staticmethod
+    def joined(parts: "Sequence[tuple[Rows, Carry]]") -> "Carry | None":
+        """Of parts that hold each row once; None of none."""
+        if len(parts) < 2:
+            return parts[0][1] if parts else None
+        numbers, there = (torch.cat([vars(rows)[name] for rows, _ in parts]) for name in ("numbers", "there"))
+        order = Rows(numbers.argsort(), there.argsort())
+        x0, sigma = torch.cat([carry.x0 for _, carry in parts]), torch.cat([carry.sigma for _, carry in parts])
+        return Carry(x0, sigma).rows(order)
+
+    def rows(self, chosen: Rows) -> "Carry":
+        """The rows `chosen` [n], repeats allowed: one per child."""
+        on_host = self.sigma.device.type == "cpu"
+        return Carry(chosen.of(self.x0), self.sigma[chosen.numbers if on_host else chosen.there])
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,12 +172,12 @@ def affine_step(
     sigma, sigma_next = _per_row("sigma", sigma, len(x)), _per_row("sigma_next", sigma_next, len(x))
     level = _per_row("level", ctx.level, len(x))
     affine = kernel.coefficients(sigma, sigma_next, level, ctx.step)
-    alpha, velocity_coef, std, step_size = (
-        c.to(x.device, dtype) for c in (affine.alpha, affine.velocity_coef, affine.std, sigma - sigma_next)
-    )
+    computed = [c.to(dtype) for c in (affine.alpha, affine.velocity_coef, affine.std, sigma - sigma_next)]
+    alpha, velocity_coef, std, step_size = send(x.device, *computed)
+    std_on_host = computed[2] if sigma.device.type == "cpu" else None
     # α is exactly 1 on deterministic rows, so this is diffusers' x + (σ' - σ)·v bit for bit there.
     mean = spread(alpha, x) * x + spread(velocity_coef, x) * v
-    gaussian = Gaussian(mean, std, velocity_coef, step_size, kernel.reduce, kernel.constants)
+    gaussian = Gaussian(mean, std, velocity_coef, step_size, kernel.reduce, kernel.constants, std_on_host)
     return Step(policy=gaussian, behavior=gaussian)
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from samplers.kernels.base import DEFAULT_CONTEXT, Affine, Carry, Kernel, Step, TransitionContext
 from samplers.kernels.gaussian import Constants, Gaussian, Reduce, spread
 from samplers.paths import Path, RectifiedFlow
+from samplers.transfer import send
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class DPMSolver:
         """The kernel's step, corrected. ValueError for the replay of a deterministic step."""
         step = self.kernel(x, v, sigma, sigma_next, ctx)
         sigma, sigma_next = (torch.as_tensor(s, dtype=torch.float64).expand(len(x)) for s in (sigma, sigma_next))
-        deterministic = (step.std == 0).to(sigma.device)
+        deterministic = step.behavior.noiseless.to(sigma.device)
         if ctx.replay:
             _refuse_replay(deterministic & (sigma_next > 0))
             return step
@@ -83,8 +84,9 @@ class DPMSolver:
         corrected = deterministic & ratio.isfinite()
         if ctx.tail is not None and not self.prefix:
             corrected &= ctx.tail.to(sigma.device)
-        ratio = torch.where(corrected, ratio, 0.0).to(step.mean)
-        correction = spread(gain.to(step.mean) * ratio, x0) * (x0 - ctx.carry.x0.to(x0))
+        ratio, gain = (t.to(step.mean.dtype) for t in (torch.where(corrected, ratio, 0.0), gain))
+        ratio, gain = send(x0.device, ratio, gain)
+        correction = spread(gain * ratio, x0) * (x0 - ctx.carry.x0.to(x0))
         policy = _corrected(step.policy, correction, ratio)
         behavior = policy if step.behavior is step.policy else _corrected(step.behavior, correction, ratio)
         return replace(step, policy=policy, behavior=behavior)

@@ -4,11 +4,13 @@ Drawing and measuring are methods of one object, so rollout and update cannot di
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from samplers.transfer import Rows
 
 Reduce = Literal["mean", "sum"]
 Constants = Literal["full", "none"]
@@ -25,6 +27,7 @@ class Gaussian:
     reduce: log_prob and kl are the "mean" over the D elements of a row (every reference implementation; clip ranges
     of 1e-5..1e-3 assume it) or the "sum" (nats). constants "none": log_prob is -reduce((x' - mean)²), without 1/(2
     std²) and the normalizer (Flow-CPS), which weights a step by 2·std² and is 0 with zero gradient where std is 0.
+    std_on_host [N]: the numbers of std, for checks that do not wait for a device; None: they are read from it.
     """
 
     mean: Tensor
@@ -33,6 +36,23 @@ class Gaussian:
     step_size: Tensor
     reduce: Reduce = "mean"
     constants: Constants = "full"
+    std_on_host: Tensor | None = None
+
+    @property
+    def noiseless(self) -> Tensor:
+        """[N] on the host: whether a row's std is 0."""
+        return self._known_std == 0
+
+    @property
+    def _known_std(self) -> Tensor:
+        return self.std.cpu() if self.std_on_host is None else self.std_on_host
+
+    def rows(self, chosen: Rows) -> "Gaussian":
+        """Those of `chosen` [n] alone."""
+        if chosen.all_of(self.mean):
+            return self
+        values = {name: vars(self)[name][chosen.there] for name in ("mean", "std", "velocity_coef", "step_size")}
+        return replace(self, **values, std_on_host=self._known_std[chosen.numbers])
 
     def sample(self, noise: Tensor) -> Tensor:
         """mean + std·noise [N, *]; where std is 0 the mean, bit for bit."""
@@ -92,7 +112,7 @@ class Gaussian:
 
     def _check_same_step(self, other: "Gaussian") -> None:
         check_same_shape("the other mean", other.mean, self.mean)
-        if not torch.equal(self.std, other.std):
+        if not torch.equal(self._known_std, other._known_std):
             raise ValueError("got two Gaussians of different std; expected one step under two velocities: use the same "
                              "kernel, sigmas and level for both")  # fmt: skip
 
@@ -101,8 +121,8 @@ class Gaussian:
         return flat.mean(1) if self.reduce == "mean" else flat.sum(1)
 
     def _need_density(self, what: str) -> None:
-        if bool((self.std == 0).any()):
-            rows = (self.std == 0).nonzero().flatten().tolist()
+        if bool(self.noiseless.any()):
+            rows = self.noiseless.nonzero().flatten().tolist()
             raise ValueError(
                 f"got {what} of deterministic steps (std 0) in rows {rows[:8]}; expected std > 0, which a density needs: leave "
                 "these steps out of training (level 0 in the plan), or take constants='none'"

@@ -86,7 +86,6 @@ BAD = [
     (["policy.path=./nowhere"], "nowhere"),
     (["policy.trainable=half"], "trainable"),
     (["policy.dtype=fp8"], "dtype"),
-    (["policy.trainable=full", "policy.dtype=bf16"], "bf16"),
     (["policy.trainable=full", "trainer.regularizers.kl.beta=0.01"], "reference_copy"),
     (["policy.height=25"], "25×48"),
     (["policy.width=-48"], "multiples of"),
@@ -245,7 +244,7 @@ def test_a_run_without_a_name_gets_those_of_its_files(tmp_path: Path, tiny_pipel
         ("rollout: {groups: 3}\ntrainer: {init_args: {updates_per_rollout: 2}}",
          r"rollout\.groups: .*layer\.yaml, line 1; trainer\.updates_per_rollout: .*layer\.yaml, line 2\)"),
         ("\nrollout: {plan: {init_args: {hihg: 1}}}", r"unknown key 'rollout.plan.hihg': did you mean 'rollout.plan.high'.* \(rollout\.plan\.hihg: .*layer\.yaml, line 2\)"),
-        ("policy: {dtype: bf16, trainable: full}", r"policy\.dtype: .*layer\.yaml, line 1; policy\.trainable: "),
+        ("policy: {trainable: full}", r"policy\.trainable: .*layer\.yaml, line 1; trainer\.regularizers: .*tiny\.yaml"),
     ],
 )  # fmt: skip
 def test_an_error_names_the_layer(layer: str, named: str, tmp_path: Path, tiny_pipeline: Path) -> None:

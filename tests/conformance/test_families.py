@@ -12,7 +12,9 @@ from torch import Tensor
 
 from flowalign.data import as_records
 from flowalign.models import Family, LoRA, Size, check_lora_targets, families, inspect_checkpoint, load_policy, path_of
+from flowalign.models.empty_pipeline import empty_pipeline
 from flowalign.models.grid import pipeline_call
+from flowalign.models.live_bytes import forward_bytes, update_bytes
 from flowalign.models.load import FAMILIES, check_image_size, read_pipeline, rows_per_state
 from flowalign.models.sampling import sample
 from samplers import Listed, PlainShift, Schedule, check_schedule
@@ -173,3 +175,25 @@ def test_levels_and_path_are_known_from_the_configurations(family: str, folders:
     assert bool((sigmas.diff() < 0).all()) and float(sigmas[-1]) >= 0 and float(sigmas[0]) <= 1
     velocity = policy.velocity(torch.zeros(2, *shape), sigmas[1].expand(2), policy.encode(as_records(PROMPTS[:2])))
     assert velocity.shape == (2, *shape) and velocity.dtype == torch.float32
+
+
+def test_it_runs_on_shapes_alone(family: str, folders: dict[str, str]) -> None:
+    """So that its memory is forecast: encoded as with weights, with a velocity forward and backward, and an image, also with gradient."""
+    loaded, empty = load_policy(folders[family]), load_policy(empty_pipeline(folders[family]))
+    records = as_records(PROMPTS[:1])
+    real, shapes = (policy.encode(records, negative=True) for policy in (loaded, empty))
+    for known, found in ((real, shapes), (real.negative, shapes.negative)):
+        assert known is not None and found is not None
+        expected = {name: (tensor.shape, tensor.dtype) for name, tensor in known.tensors.items()}
+        assert {name: (tensor.shape, tensor.dtype) for name, tensor in found.tensors.items()} == expected
+    x, sigma = torch.empty(1, *empty.latent_shape(SIZE), device="meta"), torch.full((1,), 0.5)
+    trained = [parameter for _, parameter in empty.trainable_parameters()]
+
+    def velocity() -> Tensor:
+        return empty.velocity(x, sigma, shapes, guidance_scale=3.0)
+
+    with empty.checkpointed():
+        checkpointed = update_bytes(velocity, trained)
+    assert 0 < forward_bytes(velocity) < checkpointed < update_bytes(velocity, trained)
+    latent = x.clone().requires_grad_()
+    assert 0 < forward_bytes(lambda: empty.decode(x)) < update_bytes(lambda: empty.decode(latent, grad=True), [])

@@ -1,6 +1,7 @@
 """The benchmark: counts are exact, variants train the same thing, the files hold what they say."""
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from flowalign import cli
 from flowalign.build import policy_of, task_of
 from flowalign.config import load_config
 from flowalign.diagnostics import benchmark
-from flowalign.diagnostics.benchmark import compare, peak, reset_peak, table
+from flowalign.diagnostics.benchmark import bare_network, compare, table
+from flowalign.diagnostics.device import elapsed, mark, peak, reset_peak, waits
 from flowalign.diagnostics.doctor import distinct_prompts
 from flowalign.diagnostics.measure import distance, gradients, one_pass_per_edge
 from flowalign.errors import ConfigError
@@ -58,7 +60,9 @@ def test_the_files_and_the_table(tiny_pipeline: Path, tmp_path: Path, capsys: py
     merged, edges, alone = result["rows"]
     assert [row["variant"] for row in result["rows"]] == list(benchmark.VARIANTS)
     for row in result["rows"]:
-        assert row["images"] == 2 * 2 * 3 and row["peak_mib"] > 100
+        assert row["images"] == 2 * 2 * 3 and min(row["peak_mib"].values()) > 100
+        assert row["images_per_second"] == pytest.approx(6 / row["seconds"]["wall"], rel=0.5)
+        assert row["over_network"] > 1 and row["tflops"] > 0 and row["waits"] == {"rollout": 0, "update": 0}
         assert row["seconds"].keys() == {"rollout", "decode", "reward", "update", "wall"}
         assert row["bare"].keys() == {"forward", "backward", "decode", "reward"}
         assert row["overhead"] > 1 and min(row["seconds"].values()) > 0 and min(row["bare"].values()) > 0
@@ -70,6 +74,64 @@ def test_the_files_and_the_table(tiny_pipeline: Path, tmp_path: Path, capsys: py
     assert (tmp_path / "benchmark.md").read_text() == table(result["rows"]) + "\n"
     assert table(result["rows"]) in capsys.readouterr().out
     assert "| merged | 1.67 + 1.00 = 2.67 |" in table(result["rows"])
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0], ids=["plain", "guided"])
+def test_operations_of_the_bare_network_are_those_of_its_layers(tiny_pipeline: Path, scale: float) -> None:
+    """Without the adapters: twice inputs × outputs × tokens of every linear layer, and more (attention, convolution). A guided
+    state has two rows, each of which costs the same. What it counts is not counted as the run's."""
+    config, _ = load_config(CONFIG, [f"policy.path={tiny_pipeline}", f"rollout.guidance_scale={scale}", "rollout.allow_cfg_update=true"])  # fmt: skip
+    policy = policy_of(config, "cpu")
+    task, seen = task_of(config, policy), []
+    hooks = [
+        layer.register_forward_hook(lambda layer, args, out: seen.append(2 * args[0].numel() * layer.out_features))
+        for name, layer in policy.networks()[0].named_modules()
+        if isinstance(layer, torch.nn.Linear) and ".lora_" not in name
+    ]
+    before = policy.evaluations
+    with policy.role("reference"):
+        conditions = policy.encode(task.prompts[:1])
+        policy.velocity(torch.zeros(1, *policy.latent_shape(task.size)), torch.full((1,), 0.5), conditions)
+    layers, policy.evaluations = sum(seen), before
+    for hook in hooks:
+        hook.remove()
+    seconds, operations = bare_network(task, task.prompts, repeats=1)
+    assert seconds > 0 and policy.evaluations == before
+    assert layers < operations < 1.5 * layers
+
+
+def test_on_a_gpu_a_mark_waits_for_nothing_and_time_is_read_once_it_has_passed(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            done.append("record")
+
+        def synchronize(self) -> None:
+            done.append("synchronize")
+
+        def elapsed_time(self, later: "Event") -> float:
+            return 250.0
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    began, ended = mark(), mark()
+    assert done == ["record", "record"]
+    assert elapsed(began, ended) == 0.25 and done == ["record", "record", "synchronize"]
+
+
+def test_where_the_host_waits_for_a_gpu_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[int | str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    with waits() as found:
+        warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        warnings.warn("another one", stacklevel=1)
+    assert len(found) == 1 and found[0].startswith(__file__) and modes == ["warn", 0]
 
 
 @pytest.mark.parametrize("plan", ["samplers.Chain", "samplers.Window"])

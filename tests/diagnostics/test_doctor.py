@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -73,9 +74,15 @@ def examined(
         ["policy.trainable=full", "policy.reference_copy=true"],
         ["policy.trainable=full", "trainer.regularizers.kl.beta=0"],
         ["policy.dtype=bf16", "trainer.objective.clip_range=0.2"],
+        [
+            "policy.trainable=full",
+            "policy.reference_copy=true",
+            "policy.dtype=bf16",
+            "trainer.objective.clip_range=0.2",
+        ],
         ["policy.roles={old: {update: copy}, fake: {update: trained}}"],
     ],
-    ids=["lora", "guided", "chain", "guard", "second-order", "full-reference", "full", "bf16", "roles"],
+    ids=["lora", "guided", "chain", "guard", "second-order", "full-reference", "full", "bf16", "full-bf16", "roles"],
 )
 def test_a_healthy_policy_is_all_green(tiny_pipeline: Path, overrides: list[str]) -> None:
     findings = list(diagnose(CONFIG, [f"policy.path={tiny_pipeline}", *overrides]))
@@ -136,7 +143,7 @@ def test_the_figures_are_what_was_measured(tiny_pipeline: Path) -> None:
 def test_a_configuration_that_cannot_work(tiny_pipeline: Path, override: str, named: str) -> None:
     findings = list(diagnose(CONFIG, [f"policy.path={tiny_pipeline}", override]))
     assert red(findings) == ["configuration"] and named in findings[0].advice
-    assert [finding.ok for finding in findings[1:]] == [None]  # the model is not loaded, and a line shows it
+    assert [finding.ok for finding in findings[1:]] == [None, None]  # nothing is measured or loaded, and lines show it
 
 
 def test_the_command_prints_every_line_and_its_exit_code(
@@ -381,13 +388,27 @@ def test_log_probs_of_another_policy_do_not_replay(tiny_pipeline: Path, monkeypa
     assert finding.ok is False and "same guidance_scale" in finding.advice
 
 
-def test_memory_that_does_not_fit(tiny_pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cost, "device_memory", lambda device: 1000.0)
-    findings = examined(tiny_pipeline, "policy.trainable=full", "trainer.regularizers.kl.beta=0")
-    finding = found(findings, "memory")
-    assert finding.ok is False and "lower rollout.groups" in finding.advice
-    trained = int(found(findings, "adapters").figure.split()[0].replace(",", ""))  # fp32: a gradient and two moments
-    assert f"gradient + AdamW {3 * 4 * trained / 2**20:.1f}" in finding.figure
+def test_memory_that_does_not_fit_is_told_before_the_model_is_loaded(tiny_pipeline: Path) -> None:
+    findings = list(diagnose(CONFIG, [f"policy.path={tiny_pipeline}", "run.device_memory=0.4"]))
+    assert red(findings) == ["memory"] and findings[-1].name == "model" and findings[-1].ok is None
+    assert "expected at most the 410 MiB of the device" in found(findings, "memory").advice
+
+
+def test_hours_are_timings_times_counts(tiny_pipeline: Path) -> None:
+    """Two of the three prompts: 7 rows each in 2 s, 6 decodes in 3 s. Of the run: 3 iterations × 2 prompts, and 8 evaluated images of 2 rows.
+    A score takes 4 s, an update 5 s per image."""
+    config, _ = load_config(
+        CONFIG, [f"policy.path={tiny_pipeline}", "rollout.plan.init_args.high=1", "run.device_count=4"]
+    )
+    metrics = {
+        "cost/rollout_per_image": 14 / 6, "cost/decodes_per_image": 1.0, "time/rollout": 2.0, "time/decode": 3.0,
+    }  # fmt: skip
+    batch: Any = SimpleNamespace(metrics=metrics, images=6)
+    figure = cost.check_time(config, batch, update=5.0, reward=4.0).figure
+    rollout, reward, update, evaluation = 3 * (2 + 3), 18 * 4, 18 * 5, 16 * 2 / 14 + 8 * (0.5 + 4)
+    total = (rollout + reward + update + evaluation) / 3600
+    assert f"about {2 + 3 + 6 * 4 + 6 * 5:.1f} s of one device per iteration" in figure
+    assert f"whole run {total:.2g} GPU-hours" in figure and f"at best {total / 4:.2g} hours on 4 devices" in figure
 
 
 # ------------------------------------------------------------------------------------------ faults in the reward

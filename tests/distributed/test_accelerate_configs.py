@@ -92,6 +92,8 @@ def test_the_fsdp2_file_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert made.reshard_after_forward is True
     check_launch(DistributedType.FSDP, "no", made, PolicySettings())
     check_launch(DistributedType.FSDP, "no", made, replace(PolicySettings(), trainable="full"))
+    with pytest.raises(ConfigError, match=r"policy\.quantization=4bit with FSDP2"):
+        check_launch(DistributedType.FSDP, "no", made, PolicySettings(quantization="4bit"))
 
 
 @pytest.mark.parametrize("name", ["CPU_RAM_EFFICIENT_LOADING", "OFFLOAD_PARAMS", "ACTIVATION_CHECKPOINTING"])

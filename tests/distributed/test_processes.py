@@ -137,6 +137,7 @@ def check_messages(first: dict[str, torch.Tensor], second: dict[str, torch.Tenso
         ("window", 9, 10, "replicated"),
         ("selected", 24, 24, "replicated"),
         ("window", 9, 10, "sharded"),
+        pytest.param("window", 9, 10, "checkpointed", marks=pytest.mark.slow),  # and sharded
     ],
 )
 def test_two_processes_equal_one(

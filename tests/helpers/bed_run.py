@@ -77,9 +77,7 @@ class Bed:
         steppers = {each: Summed(each, self.task.processes) for each in self.trainer.optimizers.values()}
         for update in self.trainer.updates(batch):
             for micro_batch in update.micro_batches:
-                loss = micro_batch()
-                with self.policy.role(update.role):
-                    steppers[update.optimizer].backward(loss)
+                steppers[update.optimizer].backward(micro_batch())
             norm = steppers[update.optimizer].step(update.max_grad_norm) if update.micro_batches else 0.0
             for optimizer in steppers:
                 optimizer.zero_grad(set_to_none=True)

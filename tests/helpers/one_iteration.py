@@ -1,7 +1,8 @@
 """One iteration of the policy gradient, run by tests/distributed in one process or in several.
 
-`python -m tests.helpers.one_iteration PIPELINE OUTPUT window|selected replicated|sharded` writes OUTPUT/<rank>.safetensors:
-gradients, start states, counts. sharded: the frozen weights are, as under FSDP2.
+`python -m tests.helpers.one_iteration PIPELINE OUTPUT window|selected replicated|sharded|checkpointed` writes
+OUTPUT/<rank>.safetensors: gradients, start states, counts. sharded: the frozen weights are, as under FSDP2; checkpointed: and
+their activations are computed again.
 """
 
 import os
@@ -104,12 +105,12 @@ def run(pipeline: str, output: Path, plan: str, weights: str) -> None:
     accelerator = Accelerator(cpu=True)
     processes = Processes.of(accelerator)
     lora = LoRA(rank=4, alpha=8, targets=("attn.to_q", "attn.to_v", "ff.net.2"))
-    policy = load_policy(pipeline, lora=lora)
+    policy = load_policy(pipeline, lora=lora, gradient_checkpointing=weights == "checkpointed")
     generator = torch.Generator().manual_seed(0)
     for name, parameter in policy.trainable_parameters():
         if "lora_B" in name:
             parameter.data.normal_(std=0.05, generator=generator)
-    if weights == "sharded":
+    if weights != "replicated":
         processes = shard(policy, processes)
     chosen, group_size, objective = PLANS[plan]
     trainer = PolicyGradient(

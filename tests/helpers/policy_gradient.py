@@ -36,20 +36,24 @@ PROMPTS = [PromptRecord(i, f'the word "{w}" in red on a yellow background') for 
 
 def make(
     pipeline: Path, plan, kernel=None, group_size: int = 3, steps: int = 4, guidance: float = 1.0, reward=None,
-    detach_uncond: bool = False, **parts,
+    detach_uncond: bool = False, fixed_rows: int | None = None, load: dict | None = None, **parts,
 ):  # fmt: skip
+    """The policy, and its trainer, prepared. load: of load_policy. fixed_rows: all micro-batches then have this size."""
     torch.manual_seed(0)
-    policy = load_policy(str(pipeline), lora=LoRA(rank=4, alpha=8, targets=("attn.to_q", "attn.to_v", "ff.net.2")))
+    policy = load_policy(
+        str(pipeline), lora=LoRA(rank=4, alpha=8, targets=("attn.to_q", "attn.to_v", "ff.net.2")), fixed_rows=fixed_rows,
+        **(load or {}),
+    )  # fmt: skip
     for name, parameter in policy.trainable_parameters():
         if "lora_B" in name:
             parameter.data.normal_(std=0.05)
     own = {name: parts.pop(name) for name in ("credit", "select") if name in parts}
     signal = Signal(parts.pop("advantage", Normalized()), **own)
-    parts = {"objective": ClippedRatio(1e-2), **parts}
+    parts = {"objective": ClippedRatio(1e-2), **({"micro_batch": fixed_rows} if fixed_rows else {}), **parts}
     trainer = PolicyGradient(signal, **parts)
     settings = Rollout(
         plan, kernel or FlowSDE(), groups=2, group_size=group_size, num_inference_steps=steps, guidance_scale=guidance,
-        detach_uncond=detach_uncond,
+        detach_uncond=detach_uncond, micro_batch=fixed_rows or 64, fixed_rows=fixed_rows is not None,
     )  # fmt: skip
     trainer.prepare(Task(policy, reward or Brightness(), settings, 0, Size(24, 48)), None)
     return policy, trainer
@@ -63,10 +67,7 @@ def gradients(policy) -> dict[str, torch.Tensor]:
 
 
 def run_updates(trainer, batch) -> None:
-    policy = trainer.task.policy
     for update in trainer.updates(batch):
         for micro_batch in update.micro_batches:
-            loss = micro_batch()
-            with policy.role(update.role):
-                loss.backward()
+            micro_batch().backward()
         update.after()

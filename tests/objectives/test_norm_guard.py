@@ -47,8 +47,7 @@ def updated(pipeline: Path, regularizers: dict):
     batch = trainer.collect(PROMPTS, 0)
     (update,) = trainer.updates(batch)
     for micro_batch in update.micro_batches:
-        with policy.role(update.role):
-            micro_batch().backward()
+        micro_batch().backward()
     found = {name: p.grad.clone() for name, p in policy.trainable_parameters() if p.grad is not None}
     return update.after(), found, batch.metrics
 

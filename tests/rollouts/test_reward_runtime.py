@@ -84,6 +84,30 @@ def test_scoring_elsewhere_runs_beside_the_rollout_and_changes_no_score(tiny_pip
     assert beside.metrics["time/reward_hidden"] > 0 and "time/reward_hidden" not in serial.metrics
 
 
+@pytest.mark.parametrize("plan", [Chain(), Branch(3), Selected(Chain(), {2: 2})], ids=["chain", "tree", "selected"])
+def test_chunks_of_groups_change_nothing_but_how_much_is_rolled_out_at_once(tiny_pipeline: Path, plan) -> None:
+    """And a chunk is decoded and scored before the next one is rolled out."""
+    events: list[int | str] = []
+
+    def seen(batch: RewardBatch) -> RewardOutput:
+        events.append("scored")
+        return brightness(batch)
+
+    def roll(*arguments, **options):
+        events.append(arguments[3].num_groups)
+        return rollout(*arguments, **options)
+
+    whole = collect(task_of(tiny_pipeline, plan, Plain(brightness)), FOUR, 0)
+    parts = collect(task_of(tiny_pipeline, plan, Plain(seen), chunk=3), FOUR, 0, roll=roll)
+    assert [event for event in events if event != "scored"] == [3, 1] and events.index(1) > events.index("scored")
+    torch.testing.assert_close(parts.scores, whole.scores, rtol=1e-4, atol=1e-5)
+    for name in ("parent", "group", "local", "index"):
+        assert torch.equal(vars(parts.forest.tree)[name], vars(whole.forest.tree)[name])
+    nodes = whole.forest.kept.nonzero().flatten()
+    torch.testing.assert_close(parts.forest.at(nodes), whole.forest.at(nodes), rtol=1e-4, atol=1e-5)
+    assert parts.forest.evaluations == whole.forest.evaluations
+
+
 @pytest.mark.slow
 def test_a_reward_as_slow_as_the_rollout_is_hidden_behind_it(capsys: pytest.CaptureFixture[str]) -> None:
     """Glyphs, 16 groups of 8 in sets of 2, a reward that sleeps for as long per image as the rollout takes: overlapped, an

@@ -166,10 +166,12 @@ def test_what_is_only_shown_or_kept_changes_without_a_word(run: Path, capsys: py
 
 
 def test_memory_changes_freely_and_is_noted(run: Path) -> None:
-    plain = changed(run, policy__decode_batch=2, policy__offload=["vae", "encoders"])
+    switches = {"gradient_checkpointing": True, "compile": True, "attention": "native"}
+    memory = {"decode_batch": 2, "offload": ["vae", "encoders"], **switches}
+    plain = changed(run, rollout__fixed_rows=True, **{f"policy__{key}": value for key, value in memory.items()})
     open_folder(run, plain).close()
     describe(run, plain)
-    assert changes(run)[0]["settings"].keys() == {"policy.decode_batch", "policy.offload"}
+    assert changes(run)[0]["settings"].keys() == {"rollout.fixed_rows", *(f"policy.{key}" for key in memory)}
 
 
 def prompts_of(pipeline: Path, output: Path, text: str, *overrides: str) -> None:

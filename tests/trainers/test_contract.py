@@ -85,7 +85,7 @@ def test_a_loss_that_reaches_other_weights_leaves_no_gradient_there() -> None:
     policy, fake = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
     optimizers = [torch.optim.SGD([weights], lr=0.1) for weights in (policy, fake)]
     steppers = {optimizer: Summed(optimizer, Processes()) for optimizer in optimizers}
-    run = SimpleNamespace(steppers=steppers, log=IterationLog(None, None, None, False, Progress()))
+    run = SimpleNamespace(steppers=steppers, losses=[], log=IterationLog(None, None, None, False, Progress()))
     (policy * fake).sum().backward()
     Run.step(run, Update(optimizers[1], 1.0, [lambda: torch.zeros(())], dict, "fake"))
     assert float(fake.detach()) == pytest.approx(0.9)

@@ -75,3 +75,35 @@ def test_faults_are_told_from_rounding(tiny_pipeline: Path, kernel: str, fault) 
         RuntimeError, match=r"more than rounding.*trainer.max_drift|trainer.max_drift.*more than rounding"
     ):
         run_updates(config.trainer, fault(policy, batch))
+
+
+@pytest.mark.parametrize(
+    ("anchor", "clipped"), [("detach", (False, True)), ("rescore", (False, False)), ("stored", (True, True))]
+)
+def test_a_rollout_that_rounds_otherwise_clips_nothing_that_is_anchored(
+    tiny_pipeline: Path, anchor: str, clipped: tuple[bool, bool]
+) -> None:
+    """As on a GPU: the rollout's velocities are off by 5e-4 of their size, in log-probs by more than the clip range of 1e-6. Rounding is a function of
+    the batch, so the rescoring, in batches of the update, has none of it. The policy does not move between the updates."""
+    config, _ = load_config(
+        TINY, [f"policy.path={tiny_pipeline}", "trainer.regularizers={}", CLIPPED, "trainer.objective.clip_range=1.0e-6",
+               "trainer.updates_per_rollout=2", "rollout.groups=4", f"trainer.anchor={anchor}"],
+    )  # fmt: skip
+    policy = policy_of(config, "cpu")
+    velocity, generator = policy.velocity, torch.Generator().manual_seed(0)
+
+    def rounded(*given, **more):
+        v = velocity(*given, **more)
+        return v * (1 + 5e-4 * torch.randn(v.shape, generator=generator))
+
+    config.trainer.prepare(task_of(config, policy), None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(policy, "velocity", rounded)
+        batch = config.trainer.collect(load_prompts(config.prompts)[:4], 0)
+    found = []
+    for update in config.trainer.updates(batch):
+        for micro_batch in update.micro_batches:
+            micro_batch()
+        found.append(update.after())
+    assert found[0]["ratio/drift_max"] > 1e-6
+    assert tuple(each["ratio/clip_fraction"] > 0 for each in found) == clipped

@@ -104,9 +104,7 @@ def take(engine: UpdateEngine, update: Update) -> tuple[dict[str, Tensor], dict[
     """The gradients of the step over all processes, and its metrics; the weights are stepped. As in `run.Run`."""
     policy, processes = engine.task.policy, engine.task.processes
     for micro_batch in update.micro_batches:
-        loss = micro_batch()
-        with policy.role(update.role):
-            loss.backward()
+        micro_batch().backward()
     found = {}
     for name, parameter in chain(policy.parameters_of("policy"), policy.parameters_of("critic")):
         assert (parameter.grad is not None) == name.startswith(update.role)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch import Tensor
 from flowalign.build import policy_of, task_of
 from flowalign.config import TrainConfig, load_config
 from flowalign.data import PromptRecord, load_prompts
+from flowalign.diagnostics.device import elapsed, mark
 from flowalign.diagnostics.doctor.base import Finding, guarded
 from flowalign.diagnostics.doctor.cost import check_cost, check_memory, check_reward, check_time, fixture
 from flowalign.diagnostics.doctor.network import (
@@ -38,7 +39,7 @@ from flowalign.diagnostics.doctor.update import (
     check_reached,
     check_replay,
 )
-from flowalign.diagnostics.measure import StandIn, count_calls, gradients, now
+from flowalign.diagnostics.measure import StandIn, count_calls, gradients
 from flowalign.models import Policy
 from flowalign.rollouts.collect import ScoredRollout, collect
 from flowalign.rollouts.rolling import leaves_per_group
@@ -46,6 +47,8 @@ from flowalign.rollouts.task import Task
 from rewards import channels_of, close, score
 
 __all__ = ["Finding", "diagnose", "examine"]
+
+Result = TypeVar("Result")
 
 
 def diagnose(paths: str | Sequence[str], overrides: Sequence[str] = ()) -> Iterator[Finding]:
@@ -61,6 +64,9 @@ def diagnose(paths: str | Sequence[str], overrides: Sequence[str] = ()) -> Itera
         figure = f"{rollout.groups} prompts × {images} images × {rollout.num_inference_steps} steps"
         return Finding("configuration", True, f"{configs[0].run.name}: {figure}")
 
+    def fit() -> Finding:
+        return check_memory(configs[0], torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
     def load() -> Finding:
         began, device = time.perf_counter(), "cuda" if torch.cuda.is_available() else "cpu"
         policies.append(policy_of(configs[0], device))
@@ -68,7 +74,8 @@ def diagnose(paths: str | Sequence[str], overrides: Sequence[str] = ()) -> Itera
 
     failed: set[str] = set()
     yield guarded("configuration", read, failed)
-    yield guarded("model", load, failed, ("configuration",))
+    yield guarded("memory", fit, failed, ("configuration",))
+    yield guarded("model", load, failed, ("configuration", "memory"))
     if not failed:
         yield from examine(configs[0], policies[0])
 
@@ -85,15 +92,11 @@ def examine(config: TrainConfig, policy: Policy) -> Iterator[Finding]:
     @cache
     def first() -> tuple[Any, int]:
         trainer.prepare(task, None)
-        with count_calls(policy) as calls:
-            batch = trainer.collect(prompts, 0)
-        return batch, sum(call.rows for call in calls)
+        return _counted(policy, lambda: trainer.collect(prompts, 0))
 
     @cache
     def own() -> tuple[ScoredRollout, int]:
-        with count_calls(policy) as calls:
-            batch = collect(task, prompts, 0)
-        return batch, sum(call.rows for call in calls)
+        return _counted(policy, lambda: collect(task, prompts, 0))
 
     # the batch of a trainer that replays no steps need not have a tree: the doctor then rolls out for itself
     rolled = own if inspection.replay is None else first
@@ -101,16 +104,14 @@ def examine(config: TrainConfig, policy: Policy) -> Iterator[Finding]:
     @cache
     def gradient() -> tuple[dict[str, Tensor], int]:
         batch = first()[0]
-        with count_calls(policy) as calls:
-            found = gradients(policy, trainer, batch)
-        return found, sum(call.rows for call in calls)
+        return _counted(policy, lambda: gradients(policy, trainer, batch))
 
     @cache
     def moved() -> tuple[Any, dict[str, Tensor], float]:
         for optimizer in trainer.optimizers.values():
             optimizer.step()
-        batch, began = trainer.collect(prompts, 0), now()
-        return batch, gradients(policy, trainer, batch), (now() - began) / batch.images
+        batch, began = trainer.collect(prompts, 0), mark()
+        return batch, gradients(policy, trainer, batch), elapsed(began, mark()) / batch.images
 
     def after() -> ScoredRollout:
         return rolled()[0] if rolled is own else moved()[0]
@@ -133,7 +134,6 @@ def examine(config: TrainConfig, policy: Policy) -> Iterator[Finding]:
     yield ask("cost", lambda: check_cost(task, trainer, rolled()[0], rolled()[1], first(), gradient()[1]), "gradient")
     yield ask("reached", lambda: check_reached(task, rolled()[0], moved()[1]), "gradient")
     yield ask("merged", lambda: check_merged(task, settings, inspection.edges, after), "gradient")
-    yield ask("memory", lambda: check_memory(config, task, rolled()[0]), "dtypes")
     try:
         yield from _rewards(config, task, prompts, lambda: rolled()[0], ask)
         rewarded = f"reward {config.reward.name}"
@@ -166,9 +166,17 @@ def _time(
 ) -> Finding:
     images = fixture(task, batch, prompts, config.reward)
     images = images.select(range(min(16, len(images))))
-    began = now()
+    began = mark()
     score(config.reward, images)
-    return check_time(config, task, batch, update, (now() - began) / len(images))
+    return check_time(config, batch, update, elapsed(began, mark()) / len(images))
+
+
+def _counted(policy: Policy, work: Callable[[], Result]) -> tuple[Result, int]:
+    """What `work` returns, and the network rows that it took, without those that only filled up a call."""
+    padded = policy.padded
+    with count_calls(policy) as calls:
+        result = work()
+    return result, sum(call.rows for call in calls) - (policy.padded - padded)
 
 
 def prompt_count(config: TrainConfig) -> int:

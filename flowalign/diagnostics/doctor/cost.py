@@ -1,11 +1,9 @@
-"""Checks of rewards, counted cost, memory and time."""
+"""Checks of rewards, counted cost, forecast memory and hours."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
-from math import prod
 from typing import Any
 
 import torch
@@ -13,14 +11,16 @@ import torch
 from flowalign.config import TrainConfig
 from flowalign.data import PromptRecord
 from flowalign.diagnostics.doctor.base import Finding
+from flowalign.errors import ConfigError
+from flowalign.forecast.counts import RunCounts
+from flowalign.forecast.hours import Timing, device_seconds
+from flowalign.forecast.memory import device_memory, state_memory
 from flowalign.rollouts.collect import ScoredRollout
 from flowalign.rollouts.judging import decoded
 from flowalign.rollouts.task import Task
 from flowalign.trainers import Batch, Trainer
 from rewards import Reward, RewardBatch, score
 from samplers import unscored
-
-MIB = 2**20
 
 
 def fixture(task: Task, batch: ScoredRollout, prompts: Sequence[PromptRecord], reward: Reward) -> RewardBatch:
@@ -111,43 +111,35 @@ def check_cost(
     return Finding("cost", not advice, figure, advice)
 
 
-def check_memory(config: TrainConfig, task: Task, batch: ScoredRollout, available: float | None = None) -> Finding:
-    """Forecast in MiB, less activations and the pipeline's other parts, against the memory of the device."""
-    trained = [p for _, p in task.policy.trainable_parameters()]
-    weights = sum(p.numel() * p.element_size() for net in task.policy.modules().values() for p in net.parameters())
-    own = sum(p.numel() * p.element_size() for p in trained)
-    roles = config.roles.values()
-    copies = len(roles) + config.policy.reference_copy if config.policy.trainable == "full" else 0
-    frozen = weights - own + copies * own
-    optimized = 1 + sum(role.update == "trained" for role in roles)
-    states = batch.forest.states.numel() * batch.forest.states.element_size() * config.rollout.groups
-    parts = {
-        "trainable": own,
-        "frozen": frozen,
-        "gradient + AdamW": 3 * own * optimized,
-        "EMA": own if config.run.ema_decay is not None else 0,
-        "states": states / task.rollout.groups,
-    }
-    total, room = sum(parts.values()), available or device_memory(trained[0].device)
-    figure = ", ".join(f"{name} {size / MIB:.1f}" for name, size in parts.items())
-    advice = "that does not fit: lower rollout.groups or group_size, train a LoRA, or take policy.dtype=bf16"
-    return Finding("memory", total <= room, f"{figure} MiB of {room / MIB:,.0f}", "" if total <= room else advice)
+def check_memory(config: TrainConfig, device: torch.device) -> Finding:
+    """The forecast of a phase of the run against the memory of the device (on a CPU against nothing)."""
+    said: list[str] = []
+    try:
+        state_memory(config, device_memory(config, device), said.append)
+    except ConfigError as error:
+        return Finding("memory", False, said[0].splitlines()[-1], str(error))
+    return Finding("memory", True, said[0].splitlines()[-1])
 
 
-def device_memory(device: torch.device) -> float:
-    """Bytes of the device's memory: the GPU's, or the machine's."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return prod(os.sysconf(name) for name in ("SC_PAGE_SIZE", "SC_PHYS_PAGES"))
+def check_time(config: TrainConfig, batch: ScoredRollout, update: float, reward: float) -> Finding:
+    """Hours of the whole run, from the doctor's few prompts on one device and the forecast's counts; `update`: seconds per image,
+    `reward`: per scored picture. On several devices at best as many times less: what they wait for each other is not known."""
+    rows, decodes = (batch.metrics[f"cost/{name}_per_image"] * batch.images for name in ("rollout", "decodes"))
+    timing = Timing(
+        batch.metrics["time/rollout"] / max(1.0, rows), batch.metrics["time/decode"] / max(1.0, decodes), reward, update
+    )
+    counts, devices = RunCounts.of(config), config.run.device_count or 1
+    parts = device_seconds(counts, timing)
+    iteration = device_seconds(
+        replace(counts, iterations=1, before=0, before_scored=0, evaluation_rows=0, evaluated=0), timing
+    )
+    hours = sum(parts.values()) / 3600
+    shares = ", ".join(f"{name} {_hours(seconds / 3600)}" for name, seconds in parts.items() if seconds)
+    return Finding(
+        "time", True, f"about {sum(iteration.values()):.1f} s of one device per iteration; whole run {_hours(hours)} GPU-hours ({shares}), "
+        f"at best {_hours(hours / devices)} hours on {devices} device{'s' * (devices > 1)}",
+    )  # fmt: skip
 
 
-def check_time(config: TrainConfig, task: Task, batch: ScoredRollout, update: float, reward: float) -> Finding:
-    """Seconds of one iteration, scaled from the doctor's few prompts; `update`: seconds per image,
-    `reward`: per scored picture."""
-    images = config.rollout.groups * batch.images / task.rollout.groups
-    rollout = (batch.metrics["time/rollout"] + batch.metrics["time/decode"]) / batch.images
-    scored = images * len(batch.scores) / batch.images  # probes too
-    parts = {"rollout": images * rollout, "reward": scored * reward, "update": images * update}
-    total = sum(parts.values())
-    figure = f"about {total:.1f} s per iteration (" + ", ".join(f"{k} {v:.1f}" for k, v in parts.items()) + ")"
-    return Finding("time", True, f"{figure}, {total * config.run.iterations / 60:.1f} min for {config.run.iterations}")
+def _hours(hours: float) -> str:
+    return f"{hours:.2g}" if hours < 1 else f"{hours:,.1f}"

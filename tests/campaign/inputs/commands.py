@@ -103,7 +103,6 @@ CASES = [
     setting(HELD + "none.txt", says="none.txt"),
     setting(HELD + "held_out.txt", "evaluation.count=3", says="evaluation.count"),
     setting("policy.trainable=none", says="trainable"),
-    setting("policy.trainable=full", "policy.dtype=bf16", says="fp32"),
     setting("policy.trainable=full", says="reference"),
     setting("policy.dtype=fp8", says="dtype"),
     setting("policy.frames=2", says="frames"),

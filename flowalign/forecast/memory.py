@@ -1,0 +1,299 @@
+"""Memory of one device, phase by phase, before a model is loaded; and the switch that makes a configuration fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cached_property
+
+import torch
+
+from flowalign.config import TrainConfig
+from flowalign.errors import ConfigError
+from flowalign.forecast.footprint import FP32, Footprint
+from flowalign.models.pipeline_policy import DECODE_BATCH
+from flowalign.rollouts.rolling import outline
+from rewards import Reward
+
+GIB = 2**30
+CONTEXT = GIB // 2  # of CUDA and its libraries, which no tensor shows
+IN_FLIGHT = 10  # latents of one generation that a step of the rollout holds: states, velocities, means, noise, fp32
+OPTIMIZED = 3 * FP32  # a gradient and AdamW's two moments
+REWARDS = {"cpu": 0, "S": 0, "M": 2, "L": 8, "XL": 20}  # RewardSpec.memory -> the least GiB of its class
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What a phase of an iteration holds at its peak beside what is always there: bytes, and what they are."""
+
+    name: str
+    needed: float
+    figure: str
+
+
+@dataclass(frozen=True, eq=False)
+class Memory:
+    """Of one of `devices` devices, in bytes, for a configuration. A lower bound: the activations of rewards, fragmentation and the
+    buckets of several processes come on top. sharded: the networks lie in equal parts on all devices (FSDP2)."""
+
+    config: TrainConfig
+    footprint: Footprint
+    devices: int = 1
+    sharded: bool = False
+
+    @cached_property
+    def always(self) -> dict[str, float]:
+        """What is on the device in every phase, from the first update on."""
+        config, own, settings = self.config, self.footprint, self.config.policy
+        roles = config.roles.values()
+        trained = 1 + sum(role.update == "trained" for role in roles)
+        copies = len(roles) + (0 if own.has_lora else settings.reference_copy)
+        weights = own.weights(settings)
+        return {
+            "weights": weights / (self.devices if self.sharded else 1),
+            "LoRA" if own.has_lora else "copies": own.copy * (copies + own.has_lora),
+            "optimizer": OPTIMIZED * own.numbers * trained,
+            "EMA": 0 if config.run.ema_decay is None else FP32 * own.numbers,
+            "text encoders": 0 if "encoders" in settings.offload else own.encoders,
+            "VAE": 0 if "vae" in settings.offload else own.vae,
+            "rewards": GIB * sum(REWARDS[reward.spec.memory] for reward in _rewards(config)),
+            "CUDA": CONTEXT,
+        }
+
+    @cached_property
+    def phases(self) -> list[Phase]:
+        """In their order: encode, rollout, decode, update, evaluation."""
+        rollout, settings, own = self.config.rollout, self.config.policy, self.footprint
+        evaluation = self.config.evaluation
+        in_flight = self.widest * own.latent
+        together = settings.decode_batch or DECODE_BATCH
+        decoded, shown = min(together, rollout.micro_batch), min(together, evaluation.batch_size)
+        vae = own.vae if "vae" in settings.offload else 0
+        away = own.encoders if "encoders" in settings.offload else 0
+        rows, batch, scale = min(rollout.micro_batch, self.widest), evaluation.batch_size, evaluation.guidance_scale
+        state, measured = own.state(rollout.guidance_scale), own.state(scale)
+        return [
+            Phase("encode", away + own.encode, "one prompt"),
+            Phase("rollout", rows * state + IN_FLIGHT * in_flight + self.conditions,
+                  f"{rows} states × {_size(state)}, latents {_size(IN_FLIGHT * in_flight)}"),
+            Phase("decode", vae + decoded * own.decode + 2 * rollout.micro_batch * own.pixels + self.conditions,
+                  f"{decoded} images × {_size(own.decode)}"),
+            self._update(vae),
+            Phase("evaluation", max(batch * measured + IN_FLIGHT * batch * own.latent,
+                                    vae + shown * own.decode + 2 * batch * own.pixels),
+                  f"{batch} states × {_size(measured)}, then {shown} images"),
+        ]  # fmt: skip
+
+    def _update(self, vae: int) -> Phase:
+        config, own = self.config, self.footprint
+        update = config.trainer.forecast(config.rollout)
+        if update.at_once is None:
+            return Phase("update", self.conditions, "activations not known")
+        scale = config.rollout.guidance_scale if update.guidance_scale is None else update.guidance_scale
+        checkpointing = config.policy.gradient_checkpointing
+        state = own.trained_state(scale, checkpointing)
+        figure = f"{update.at_once} states × {_size(state)}" + (", checkpointed" if checkpointing else "")
+        needed = update.at_once * state + self.conditions
+        if update.decoded_at_once:
+            needed += vae + update.decoded_at_once * own.decode_with_gradient
+            figure += f", {update.decoded_at_once} images × {_size(own.decode_with_gradient)}"
+        return Phase("update", needed, figure)
+
+    @property
+    def groups(self) -> int:
+        """That one device rolls out in an iteration."""
+        return -(-self.config.rollout.groups // self.devices)
+
+    @cached_property
+    def widest(self) -> int:
+        """States of the widest generation that one device has in flight."""
+        rollout = self.config.rollout
+        generation = max(len(nodes) for nodes in outline(rollout).tree.generations)
+        return min(self.groups, rollout.chunk or self.groups) * generation
+
+    @property
+    def conditions(self) -> float:
+        return self.groups * self.footprint.row
+
+    @property
+    def host(self) -> float:
+        """In main memory: the states of an iteration that its update reads, and what is offloaded."""
+        own, offload = self.footprint, self.config.policy.offload
+        states = self.groups * len(outline(self.config.rollout).states) * own.latent
+        return states + own.encoders * ("encoders" in offload) + own.vae * ("vae" in offload)
+
+    @property
+    def peaks(self) -> dict[str, float]:
+        """Phase -> bytes in all."""
+        return {phase.name: sum(self.always.values()) + phase.needed for phase in self.phases}
+
+    def beyond(self, room: float) -> float:
+        """Bytes that are lacking, over all phases."""
+        return sum(max(0.0, peak - room) for peak in self.peaks.values())
+
+    def changed(self, config: TrainConfig) -> Memory:
+        """The same policy under other settings."""
+        return replace(self, config=config)
+
+
+def state_memory(
+    config: TrainConfig, room: float | None, say: Callable[[str], None], devices: int = 1, *, sharded: bool = False
+) -> None:
+    """Says what each phase needs of one device; ConfigError if that cannot fit into its `room` bytes (None: not known). A network that
+    cannot be measured without numbers is said, and never refused."""
+    try:
+        memory = Memory(config, Footprint(config), config.run.device_count or devices, sharded)
+        lines = text(memory, room)
+    except Exception as error:  # of a family's own code, which may ask for numbers
+        say(f"memory: not known, since the network cannot run on shapes alone ({type(error).__name__}: {error})")
+        return
+    say(lines)
+    if room is not None:
+        check(memory, room)
+
+
+def text(memory: Memory, room: float | None) -> str:
+    """The lines of the forecast. room: bytes of the device, None if it is not known."""
+    parts = ", ".join(f"{name} {_size(size)}" for name, size in memory.always.items() if size)
+    phases = "; ".join(f"{each.name} {_size(memory.peaks[each.name])} ({each.figure})" for each in memory.phases)
+    beside = "" if room is None else f" of {_size(room)}"
+    return "\n".join(
+        [
+            f"memory of one device{beside}, at least: {parts}",
+            f"at the peak of a phase: {phases}; main memory {_size(memory.host)}",
+        ]
+    )
+
+
+def check(memory: Memory, room: float) -> None:
+    """ConfigError if a phase cannot fit into `room` bytes, with the first switch, or the fewest, that would make it fit."""
+    if not memory.beyond(room):
+        return
+    name, peak = max(memory.peaks.items(), key=lambda item: item[1])
+    figure = next(phase.figure for phase in memory.phases if phase.name == name)
+    found = fitting(memory, room)
+    advice = f"set {' '.join(found)}" if found else (
+        "none of decode_batch, offload, gradient_checkpointing, smaller batches, chunk and quantization is enough: take a larger device or "
+        "a smaller size, or shard the network (configs/accelerate/fsdp2.yaml)"
+    )  # fmt: skip
+    raise ConfigError(
+        f"got a configuration whose {name} needs at least {_size(peak)} ({figure}; {_size(sum(memory.always.values()))} are always there); "
+        f"expected at most the {_size(room)} of the device: {advice}"
+    )
+
+
+def fitting(memory: Memory, room: float) -> list[str]:
+    """The overrides with which it fits: the first switch that is enough alone, the cheapest first and each as little as needed; else
+    switches on top of each other, in this order, without those that help nothing. [] if all together are not enough."""
+    for switch in SWITCHES:
+        for override, config in switch(memory.config):
+            if not memory.changed(config).beyond(room):
+                return [override]
+    chosen, best = list[str](), memory
+    for switch in SWITCHES:
+        last: tuple[str, Memory] | None = None
+        for override, config in switch(best.config):
+            tried = best.changed(config)
+            if tried.beyond(room) < (best if last is None else last[1]).beyond(room):
+                last = override, tried
+            if not tried.beyond(room):
+                break
+        if last is not None:
+            chosen, best = [*chosen, last[0]], last[1]
+            if not best.beyond(room):
+                return chosen
+    return []
+
+
+# ------------------------------------------------------------------------------------------ switches
+
+Changes = Iterator[tuple[str, TrainConfig]]
+
+
+def _decode_batch(config: TrainConfig) -> Changes:
+    """Costs nothing but launches of kernels."""
+    for size in _smaller(config.policy.decode_batch or DECODE_BATCH):
+        yield f"policy.decode_batch={size}", _policy(config, decode_batch=size)
+
+
+def _offload(config: TrainConfig) -> Changes:
+    """Costs a copy per iteration and new prompt."""
+    if "encoders" not in config.policy.offload:
+        parts = [*config.policy.offload, "encoders"]
+        yield f"policy.offload=[{','.join(parts)}]", _policy(config, offload=parts)
+
+
+def _checkpointing(config: TrainConfig) -> Changes:
+    """Costs one more forward per trained state."""
+    if not config.policy.gradient_checkpointing:
+        yield "policy.gradient_checkpointing=true", _policy(config, gradient_checkpointing=True)
+
+
+def _trained_at_once(config: TrainConfig) -> Changes:
+    """Costs speed below some tens of thousands of tokens."""
+    trainer = config.trainer
+    if is_dataclass(trainer) and "micro_batch" in {each.name for each in fields(trainer)}:
+        for size in _smaller(vars(trainer)["micro_batch"]):
+            yield f"trainer.micro_batch={size}", replace(config, trainer=replace(trainer, micro_batch=size))
+
+
+def _rolled_at_once(config: TrainConfig) -> Changes:
+    for size in _smaller(config.rollout.micro_batch):
+        yield f"rollout.micro_batch={size}", replace(config, rollout=replace(config.rollout, micro_batch=size))
+
+
+def _evaluated_at_once(config: TrainConfig) -> Changes:
+    for size in _smaller(config.evaluation.batch_size):
+        yield f"evaluation.batch_size={size}", replace(config, evaluation=replace(config.evaluation, batch_size=size))
+
+
+def _chunk(config: TrainConfig) -> Changes:
+    for groups in _smaller(config.rollout.chunk or config.rollout.groups):
+        yield f"rollout.chunk={groups}", replace(config, rollout=replace(config.rollout, chunk=groups))
+
+
+def _quantization(config: TrainConfig) -> Changes:
+    """Costs accuracy and speed."""
+    if config.policy.trainable == "lora" and config.policy.quantization is None:
+        for kind in ("8bit", "4bit"):
+            yield f"policy.quantization={kind}", _policy(config, quantization=kind)
+
+
+# from the cheapest: what each costs is said there and in docs/gpu.md
+SWITCHES: tuple[Callable[[TrainConfig], Changes], ...] = (
+    _decode_batch, _offload, _checkpointing, _trained_at_once, _rolled_at_once, _evaluated_at_once, _chunk, _quantization,
+)  # fmt: skip
+
+
+def _policy(config: TrainConfig, **changes: object) -> TrainConfig:
+    return replace(config, policy=replace(config.policy, **changes))  # type: ignore[arg-type]
+
+
+def _smaller(size: int) -> list[int]:
+    """Halves, down to 1."""
+    return [size >> number for number in range(1, size.bit_length())]
+
+
+def _rewards(config: TrainConfig) -> list[Reward]:
+    """That this process loads."""
+    return [each for each in (*config.rollout_rewards, *config.evaluation.rewards) if not each.spec.elsewhere]
+
+
+def _size(size: float) -> str:
+    return (
+        f"{size / 2**20:,.0f} MiB"
+        if size < GIB
+        else f"{size / GIB:,.2f} GiB"
+        if size < 10 * GIB
+        else f"{size / GIB:,.1f} GiB"
+    )
+
+
+# ------------------------------------------------------------------------------------------ of a device
+
+
+def device_memory(config: TrainConfig, device: torch.device) -> float | None:
+    """Bytes of the device that the forecast is for: run.device_memory, or that of the GPU; None on a CPU."""
+    if config.run.device_memory is not None:
+        return config.run.device_memory * GIB
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None

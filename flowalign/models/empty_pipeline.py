@@ -1,0 +1,62 @@
+"""A checkpoint's pipeline without weights: every network on the meta device, from the configurations alone."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.utils._pytree import tree_map
+
+from flowalign.models.load import DTYPES, inspect_checkpoint
+from flowalign.models.shipped import resolve
+
+
+def empty_pipeline(
+    path: str, family: str | None = None, *, dtype: str = "fp32", vae_dtype: str | None = None
+) -> DiffusionPipeline:
+    """As `read_pipeline`, but no weight is read or allocated. Tokenizers and scheduler are real, and so are the texts' embeddings,
+    all 0: what a family makes of token ids and masks may depend on their values."""
+    index, known = inspect_checkpoint(path, family)
+    parts: dict[str, Any] = {}
+    for name, entry in index.items():
+        if isinstance(entry, list) and len(entry) == 2 and entry[0] is not None:
+            parts[name] = None if name in known.load_arguments(index) else _part(path, name, *entry)
+    for name, part in parts.items():
+        if isinstance(part, nn.Module):
+            nn.Module.to(part, DTYPES[(vae_dtype or dtype) if name == "vae" else dtype])  # that of diffusers warns
+            if name != "vae" and name not in known.networks:
+                _answer_on_the_cpu(part)
+    pipeline = known.pipeline(**{**parts, **known.load_arguments(index)})
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _part(path: str, name: str, library: str, kind: str) -> Any:
+    """A component by its library and class in model_index.json; a network without weights."""
+    cls = getattr(importlib.import_module(library), kind)
+    if not issubclass(cls, nn.Module):
+        return cls.from_pretrained(resolve(path), subfolder=name)
+    with torch.device("meta"):
+        if issubclass(cls, ModelMixin):
+            return cls.from_config(cls.load_config(resolve(path), subfolder=name))
+        return cls(cls.config_class.from_pretrained(resolve(path), subfolder=name))
+
+
+def _answer_on_the_cpu(encoder: nn.Module) -> None:
+    """From now on the encoder says that it is on the CPU, runs on the meta device, and answers zeros on the CPU."""
+    dtype = next(encoder.parameters()).dtype
+    encoder.register_parameter("place", Parameter(torch.empty(0, dtype=dtype)))  # the first tells the device
+    encoder.register_forward_pre_hook(lambda module, args, kwargs: tree_map(_emptied, (args, kwargs)), with_kwargs=True)
+    encoder.register_forward_hook(lambda module, args, output: tree_map(_zeros, output))
+
+
+def _emptied(value: Any) -> Any:
+    return value.to("meta") if isinstance(value, Tensor) else value
+
+
+def _zeros(value: Any) -> Any:
+    return torch.zeros(value.shape, dtype=value.dtype) if isinstance(value, Tensor) else value
