@@ -102,11 +102,12 @@ class Conditions:
 
     def rows(self, index: Tensor) -> Conditions:
         """The rows `index` [n], in that order, repeats allowed. ValueError for one that is on another process."""
+        place = index
         if index.device != self.device:
-            index = self._sent(self._here(index.cpu()))
+            place = self._sent(self._here(index.cpu()))
         elif self.row is not None:
-            index = self._here(index) if index.device.type == "cpu" else self._sent(self._places)[index]
-        tensors = {name: tensor[index] for name, tensor in self.tensors.items()}
+            place = self._here(index) if index.device.type == "cpu" else self._sent(self._places)[index]
+        tensors = {name: tensor[place] for name, tensor in self.tensors.items()}
         return Conditions(tensors, None if self.negative is None else self.negative.rows(index))
 
     def each(self, change: Callable[[Held], Held]) -> Conditions:
