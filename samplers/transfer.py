@@ -64,7 +64,7 @@ def send(device: torch.device | str, *tensors: Tensor) -> list[Tensor]:
     found = [each.to(device) if each.requires_grad else each for each in found]
     if not waiting:
         return found
-    packed = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    packed = torch.empty(size, dtype=torch.uint8, pin_memory=device.type != "meta")  # meta needs no accelerator
     for number, start in zip(waiting, starts, strict=True):
         _at(packed, start, tensors[number]).copy_(tensors[number])
     sent = packed.to(device, non_blocking=True)
