@@ -102,7 +102,7 @@ def _bridge_velocity(
 ) -> Tensor:
     """See Path: the derivative of the bridge in the path's own normalization, from the score -ε/β of its transition."""
     mix = _bridge_mix(self, x, sigma_from, sigma_to)
-    _, beta, of_x, of_eps = _beside(x, *mix)
+    _, _, of_x, of_eps = _beside(x, *mix)
     if _on_host(mix[1]) and not bool((mix[1].to(x.dtype) > 0).all()):
         raise ValueError(f"got sigma_from={sigma_from}, sigma_to={sigma_to}; expected sigma_to > sigma_from in every row: "
                          "without fresh noise there is no target")  # fmt: skip
@@ -261,7 +261,9 @@ class VariancePreserving:
             raise ValueError(
                 f"got sigma {sigma.flatten()[:8].tolist()}; expected multiples of 1/{steps}: (t+1)/{steps}"
             )
-        (table,) = send(sigma.device, torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod.double().cpu()]))
+        (table,) = send(
+            sigma.device, torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod.double().cpu()])
+        )
         return table[level.round().long()]
 
     def a(self, sigma: Tensor) -> Tensor:

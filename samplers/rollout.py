@@ -80,18 +80,22 @@ def rollout(
                 # what the part needs of the host goes to the device at once, and nothing waits for the device
                 leaving, level = nodes[part.rows], sigmas[tree.index[nodes[part.rows]]]
                 at_end = torch.isin(leaving, ends).nonzero().flatten() if keep_velocities else kept[:0]
-                rows, steps, sigma, *there = part.beside(x, level, at_end, kept)
-                stored.add(Rows(kept, there[1]).of(x))
+                rows, steps, (sigma, ends_there, kept_there) = part.beside(x, level, at_end, kept)
+                stored.add(Rows(kept, kept_there).of(x))
                 kept = kept[:0]  # with the first part
                 v = frontier.velocities(rows, sigma)
                 if keep_velocities:
                     old_nodes[leaving[at_end]] = True
-                    old_velocities.add(Rows(at_end, there[0]).of(v.to(torch.promote_types(v.dtype, compute))))
-                apart = len(steps.mine) > frontier.together and not kernel.uses_roots  # of siblings a guide is asked once
+                    old_velocities.add(Rows(at_end, ends_there).of(v.to(torch.promote_types(v.dtype, compute))))
+                apart = (
+                    len(steps.mine) > frontier.together and not kernel.uses_roots
+                )  # of siblings a guide is asked once
                 for some in steps.split(frontier.together) if apart else [steps]:
                     here, own = rows.then(some.left), children[some.mine.numbers]
                     history = None if carry is None else carry.rows(here)
-                    step = transition(kernel, here.of(frontier.x), some.left.of(v), sigmas, tree, own, history, tail[own])
+                    step = transition(
+                        kernel, here.of(frontier.x), some.left.of(v), sigmas, tree, own, history, tail[own]
+                    )
                     drawn, log_prob = _drawn(step, some, store_dtype)
                     reached = _put(reached, len(children), some.mine, drawn)
                     if log_prob is not None:
@@ -100,7 +104,7 @@ def rollout(
                     if step.carry is not None:
                         carries.append((some.mine, step.carry))
                     del step, drawn
-                del steps, some, v, there, sigma  # before the next part takes as much
+                del steps, some, v, sigma  # before the next part takes as much
             evaluations, previews = evaluations + frontier.evaluations, previews + frontier.looked_at
             if reached is None:
                 stored.add(Rows.beside(x, kept).of(x))
@@ -132,7 +136,9 @@ class _Steps:
     def split(self, size: int) -> "Iterator[_Steps]":
         """At most `size` at a time."""
         for first, (left, mine) in enumerate(zip(self.left.split(size), self.mine.split(size), strict=True)):
-            begin, end = torch.searchsorted(self.noisy.numbers, torch.tensor([first * size, (first + 1) * size])).tolist()
+            begin, end = torch.searchsorted(
+                self.noisy.numbers, torch.tensor([first * size, (first + 1) * size])
+            ).tolist()
             noisy = Rows(self.noisy.numbers[begin:end] - first * size, self.noisy.there[begin:end] - first * size)
             yield _Steps(left, mine, noisy, None if self.noise is None or begin == end else self.noise[begin:end])
 
@@ -147,12 +153,12 @@ class _Part:
     noisy: Tensor
     noise: Tensor | None
 
-    def beside(self, x: Tensor, *more: Tensor) -> tuple[Rows, _Steps, *tuple[Tensor, ...]]:
+    def beside(self, x: Tensor, *more: Tensor) -> tuple[Rows, _Steps, list[Tensor]]:
         """The rows, their steps and `more`, sent to the device of x by one copy."""
         numbers, noise = (self.rows, self.left, self.mine, self.noisy), [] if self.noise is None else [self.noise]
         sent = send(x.device, *numbers, *more, *noise)
         rows, left, mine, noisy = (Rows(*pair) for pair in zip(numbers, sent, strict=False))
-        return rows, _Steps(left, mine, noisy, sent[-1] if noise else None), *sent[4 : 4 + len(more)]
+        return rows, _Steps(left, mine, noisy, sent[-1] if noise else None), sent[4 : 4 + len(more)]
 
 
 def _parts(tree: Tree, nodes: Tensor, children: Tensor, noise: Noise, size: int) -> Iterator[_Part]:
@@ -243,6 +249,7 @@ class _Frontier:
             found = [self._call(part.of(self.x), level, part.numbers) for part, level in parts]
             return found[0] if len(found) == 1 else torch.cat(found)
         self._remember(Rows.beside(self.x, rows.numbers[~known]))
+        assert self._v is not None
         return rows.of(self._v)
 
     def _remember(self, rows: Rows) -> None:
@@ -269,10 +276,11 @@ class _Frontier:
         looked_at = Rows.beside(self.x, rows)
         here, x = int(tree.index[nodes[rows[0]]]), looked_at.of(self.x)
         carry, self.looked_at = None if carry is None else carry.rows(looked_at), self.looked_at + len(rows)
-        for number, there in enumerate(subgrid(here, tree.num_steps, steps)):
-            if not number:
-                self._remember(Rows.beside(self.x, rows[~self._known[rows]]))
-            v = self._completing(x, here, rows) if number else looked_at.of(self._v)
+        levels = subgrid(here, tree.num_steps, steps)
+        if levels:
+            self._remember(Rows.beside(self.x, rows[~self._known[rows]]))
+        for number, there in enumerate(levels):
+            v = self._completing(x, here, rows) if number or self._v is None else looked_at.of(self._v)
             ctx = TransitionContext(
                 level=0.0, roots=self._root[rows], nodes=nodes[rows], parents=nodes[rows],
                 step=torch.full_like(rows, here), carry=carry, preview=True,

@@ -50,12 +50,17 @@ def send(device: torch.device | str, *tensors: Tensor) -> list[Tensor]:
     device = torch.device(device)
     if device.type == "cpu":
         return list(tensors)
-    waiting = [n for n, each in enumerate(tensors) if each.device.type == "cpu" and each.numel() and not each.requires_grad]
+    waiting = [
+        n for n, each in enumerate(tensors) if each.device.type == "cpu" and each.numel() and not each.requires_grad
+    ]
     starts, size = [], 0
     for number in waiting:
         starts.append(size)
         size += -(-tensors[number].nbytes // _ALIGNED) * _ALIGNED
-    found = [each if n in waiting or each.numel() else each.new_empty(each.shape, device=device) for n, each in enumerate(tensors)]
+    found = [
+        each if n in waiting or each.numel() else each.new_empty(each.shape, device=device)
+        for n, each in enumerate(tensors)
+    ]
     found = [each.to(device) if each.requires_grad else each for each in found]
     if not waiting:
         return found

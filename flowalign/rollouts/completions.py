@@ -39,7 +39,9 @@ def completed(
         for rows in here.split(micro_batch):
             known = [forest.velocities[OLD].at(nodes[rows], device)]  # that of the first step
 
-            def stepped(x: Tensor, sigma: Tensor, row: Tensor, rows: Tensor = rows, known: list[Tensor] = known) -> Tensor:
+            def stepped(
+                x: Tensor, sigma: Tensor, row: Tensor, rows: Tensor = rows, known: list[Tensor] = known
+            ) -> Tensor:
                 return known.pop() if known else velocity(x, sigma, tree.root[nodes[rows]][row])
 
             states[rows] = unroll(stepped, states[rows].to(device), forest.sigmas[levels], forest.kernel).x.to(states)

@@ -139,7 +139,14 @@ class EdgeUpdate:
         )  # fmt: skip
         roles = dict(zip(needed, rest, strict=False))
         return _Given(
-            States(x, sigma, rows), edges, Rows(place, there), arrived, log_prob, advantages, roles, rest[-1] if bounds else None
+            States(x, sigma, rows),
+            edges,
+            Rows(place, there),
+            arrived,
+            log_prob,
+            advantages,
+            roles,
+            rest[-1] if bounds else None,
         )
 
     @property

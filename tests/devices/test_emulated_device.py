@@ -19,9 +19,9 @@ from flowalign.run.iteration_log import IterationLog
 from flowalign.run.run import Run
 from rewards import RewardBatch, RewardOutput, RewardSpec
 from samplers import (
+    DDIM,
     Branch,
     Chain,
-    DDIM,
     Deterministic,
     FlowSDE,
     KeyedNoise,
@@ -165,11 +165,11 @@ def test_a_rollout_is_that_of_the_cpu_bit_for_bit(plan: Plan, keep_velocities: b
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_a_rollout_holds_two_generations_of_states_and_a_part(plan: Plan) -> None:
-    tree, noise = grown(plan, 32), KeyedNoise(0, 0, [0], (4, 16, 16))
+    tree, noise = grown(plan, 16), KeyedNoise(0, 0, [0], (4, 16, 16))
     with EmulatedDevice() as device:
         rollout(
             lambda x, sigma, root: -0.3 * x, send(DEVICE, noise.start(tree))[0], diffusers_sigmas(6), tree, FlowSDE(),
-            noise.step, micro_batch=2,
+            noise.step, micro_batch=1,
         )  # fmt: skip
     generation = max(map(len, tree.generations)) * 4 * 4 * 16 * 16
     assert device.peak <= 3 * generation
@@ -235,7 +235,10 @@ CASES: dict[str, tuple[tuple[str, ...], Limits]] = {
     "dance_grpo": ((STEPS,), Limits()),
     "mixgrpo": (("rollout.num_inference_steps=6", ONE_UPDATE), Limits()),
     "tempflow_grpo": ((STEPS, "rollout.plan.init_args.branches=2"), FOUR),  # trunks with branches
-    "branchgrpo": (("rollout.group_size=4", "rollout.num_inference_steps=4", "rollout.plan.init_args.splits=[0,2]", ONE_UPDATE), Limits()),
+    "branchgrpo": (
+        ("rollout.group_size=4", "rollout.num_inference_steps=4", "rollout.plan.init_args.splits=[0,2]", ONE_UPDATE),
+        Limits(),
+    ),
     "densegrpo": ((STEPS, "trainer.calibration=null"), FOUR),  # probes
     "nft": ((), Limits()),
     "nft guided": (("rollout.guidance_scale=2",), Limits()),
@@ -251,7 +254,10 @@ CASES: dict[str, tuple[tuple[str, ...], Limits]] = {
     # the solver needs the path's levels and its own ratio in each generation
     "mixgrpo_flash": ((ONE_UPDATE,), Limits(copies=5)),
     # previews are scored on the way, and what is continued is then sent anew
-    "preview_select": (("rollout.plan.init_args.counts={2: 2}", "rollout.group_size=4"), Limits(rollout_waits=20, copies=5, micro_batch_copies=4)),
+    "preview_select": (
+        ("rollout.plan.init_args.counts={2: 2}", "rollout.group_size=4"),
+        Limits(rollout_waits=20, copies=5, micro_batch_copies=4),
+    ),
     # each guided step asks a reward
     "euphonium": ((), Limits(rollout_waits=180, copies=10)),
     # the update samples, with a step's coefficients and condition rows each, and asks the reward, whose scores are checked
