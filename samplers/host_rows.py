@@ -27,7 +27,8 @@ class HostRows:
             shape, pinned = (self._most, *rows.shape[1:]), rows.device.type != "cpu"
             self._buffer = torch.empty(shape, dtype=rows.dtype, pin_memory=pinned)
         self._buffer[self._count : self._count + len(rows)].copy_(rows, non_blocking=True)
-        self._count, self._last = self._count + len(rows), rows.flatten()[:1]
+        self._count += len(rows)
+        self._last = rows.flatten()[:1].clone() if rows.numel() else self._last
 
     @property
     def rows(self) -> Tensor:

@@ -73,18 +73,20 @@ def rollout(
             frontier = _Frontier(velocity, x.to(compute), sigmas, tree, nodes, micro_batch)
             look = partial(frontier.previews, kernel, carry, tree, store_dtype)
             continued[nodes] = True if select is None else choose(select, tree, nodes, among, look)
-            stored.add(Rows.beside(x, (needed & continued)[nodes].nonzero().flatten()).of(x))
             children = generation[continued[tree.parent[generation]]]
+            kept = (needed & continued)[nodes].nonzero().flatten()
             reached, carries = None, list[tuple[Rows, Carry]]()
             for part in _parts(tree, nodes, children, noise, frontier.together):
                 # what the part needs of the host goes to the device at once, and nothing waits for the device
-                rows, steps = part.beside(x)
-                v = frontier.velocities(rows)
+                leaving, level = nodes[part.rows], sigmas[tree.index[nodes[part.rows]]]
+                at_end = torch.isin(leaving, ends).nonzero().flatten() if keep_velocities else kept[:0]
+                rows, steps, (sigma, ends_there, kept_there) = part.beside(x, level, at_end, kept)
+                stored.add(Rows(kept, kept_there).of(x))
+                kept = kept[:0]  # with the first part
+                v = frontier.velocities(rows, sigma)
                 if keep_velocities:
-                    at_end = torch.isin(nodes[rows.numbers], ends)
-                    old_nodes[nodes[rows.numbers[at_end]]] = True
-                    kept = Rows.beside(v, at_end.nonzero().flatten()).of(v)
-                    old_velocities.add(kept.to(torch.promote_types(v.dtype, compute)))
+                    old_nodes[leaving[at_end]] = True
+                    old_velocities.add(Rows(at_end, ends_there).of(v.to(torch.promote_types(v.dtype, compute))))
                 apart = (
                     len(steps.mine) > frontier.together and not kernel.uses_roots
                 )  # of siblings a guide is asked once
@@ -94,25 +96,28 @@ def rollout(
                     step = transition(
                         kernel, here.of(frontier.x), some.left.of(v), sigmas, tree, own, history, tail[own]
                     )
-                    drawn = draw(step, some.noisy, some.noise).to(store_dtype)
-                    if len(some.noisy):
-                        drawn_nodes.append(own[some.noisy.numbers])
-                        log_probs.append(step.policy.rows(some.noisy).log_prob(some.noisy.of(drawn)))
+                    drawn, log_prob = _drawn(step, some, store_dtype)
                     reached = _put(reached, len(children), some.mine, drawn)
+                    if log_prob is not None:
+                        drawn_nodes.append(own[some.noisy.numbers])
+                        log_probs.append(log_prob)
                     if step.carry is not None:
                         carries.append((some.mine, step.carry))
+                    del step, drawn
+                del steps, some, v, sigma  # before the next part takes as much
             evaluations, previews = evaluations + frontier.evaluations, previews + frontier.looked_at
             if reached is None:
+                stored.add(Rows.beside(x, kept).of(x))
                 break
             x, nodes, carry = reached, children, Carry.joined(carries)
     # once per rollout the host waits: with these numbers all rows above are there
     *log_probs, _ = fetch([*log_probs, x.flatten()[:1]])
-    log_prob = torch.full((len(tree),), torch.nan, dtype=compute)
+    all_log_probs = torch.full((len(tree),), torch.nan, dtype=compute)
     if drawn_nodes:
-        log_prob[torch.cat(drawn_nodes)] = torch.cat(log_probs).to(compute)
+        all_log_probs[torch.cat(drawn_nodes)] = torch.cat(log_probs).to(compute)
     kept_nodes = needed & continued
     row = torch.where(kept_nodes, kept_nodes.cumsum(0) - 1, -1)
-    forest = Forest(tree, sigmas, kernel, stored.rows, row, log_prob, evaluations, previews)
+    forest = Forest(tree, sigmas, kernel, stored.rows, row, all_log_probs, evaluations, previews)
     if keep_velocities:
         forest = forest.with_velocities("old", old_nodes.nonzero().flatten(), old_velocities.rows)
     return forest if select is None else _pruned(forest, continued)
@@ -148,12 +153,12 @@ class _Part:
     noisy: Tensor
     noise: Tensor | None
 
-    def beside(self, x: Tensor) -> tuple[Rows, _Steps]:
-        """The rows and their steps, sent to the device of x by one copy."""
+    def beside(self, x: Tensor, *more: Tensor) -> tuple[Rows, _Steps, list[Tensor]]:
+        """The rows, their steps and `more`, sent to the device of x by one copy."""
         numbers, noise = (self.rows, self.left, self.mine, self.noisy), [] if self.noise is None else [self.noise]
-        sent = send(x.device, *numbers, *noise)
+        sent = send(x.device, *numbers, *more, *noise)
         rows, left, mine, noisy = (Rows(*pair) for pair in zip(numbers, sent, strict=False))
-        return rows, _Steps(left, mine, noisy, sent[4] if noise else None)
+        return rows, _Steps(left, mine, noisy, sent[-1] if noise else None), sent[4 : 4 + len(more)]
 
 
 def _parts(tree: Tree, nodes: Tensor, children: Tensor, noise: Noise, size: int) -> Iterator[_Part]:
@@ -236,24 +241,25 @@ class _Frontier:
         self._known = torch.zeros(len(nodes), dtype=torch.bool)
         self._v: Tensor | None = None
 
-    def velocities(self, rows: Rows) -> Tensor:
-        """[n, *] at the `rows` [n], all different; those of a preview are known."""
+    def velocities(self, rows: Rows, sigma: Tensor) -> Tensor:
+        """[n, *] at the `rows` [n], all different, of levels sigma [n]; those of a preview are known."""
         known = self._known[rows.numbers]
         if not bool(known.any()):
-            return torch.cat([self._evaluated(part) for part in rows.split(self._limit)])
+            parts = zip(rows.split(self._limit), sigma.split(self._limit), strict=True)
+            found = [self._call(part.of(self.x), level, part.numbers) for part, level in parts]
+            return found[0] if len(found) == 1 else torch.cat(found)
         self._remember(Rows.beside(self.x, rows.numbers[~known]))
+        assert self._v is not None
         return rows.of(self._v)
 
     def _remember(self, rows: Rows) -> None:
-        """Evaluates states which are not known."""
-        for part in rows.split(self._limit):
-            v = self._evaluated(part)
+        """Evaluates states that are not known."""
+        (sigma,) = send(self.x.device, self._sigmas[self._index[rows.numbers]])
+        for part, level in zip(rows.split(self._limit), sigma.split(self._limit), strict=False):
+            v = self._call(part.of(self.x), level, part.numbers)
             self._v = torch.empty_like(self.x, dtype=v.dtype) if self._v is None else self._v
             self._v[part.there] = v
             self._known[part.numbers] = True
-
-    def _evaluated(self, rows: Rows) -> Tensor:
-        return self._call(rows.of(self.x), self._sigmas[self._index[rows.numbers]], rows.numbers)
 
     def previews(
         self,
@@ -270,10 +276,11 @@ class _Frontier:
         looked_at = Rows.beside(self.x, rows)
         here, x = int(tree.index[nodes[rows[0]]]), looked_at.of(self.x)
         carry, self.looked_at = None if carry is None else carry.rows(looked_at), self.looked_at + len(rows)
-        for number, there in enumerate(subgrid(here, tree.num_steps, steps)):
-            if not number:
-                self._remember(Rows.beside(self.x, rows[~self._known[rows]]))
-            v = self._completing(x, here, rows) if number else self.velocities(looked_at)
+        levels = subgrid(here, tree.num_steps, steps)
+        if levels:
+            self._remember(Rows.beside(self.x, rows[~self._known[rows]]))
+        for number, there in enumerate(levels):
+            v = self._completing(x, here, rows) if number or self._v is None else looked_at.of(self._v)
             ctx = TransitionContext(
                 level=0.0, roots=self._root[rows], nodes=nodes[rows], parents=nodes[rows],
                 step=torch.full_like(rows, here), carry=carry, preview=True,
@@ -284,17 +291,12 @@ class _Frontier:
 
     def _completing(self, x: Tensor, index: int, rows: Tensor) -> Tensor:
         """Velocities [n, *] of x [n, *], at one grid index on the way from the states `rows` [n]."""
-        sigma, parts = self._sigmas[index].expand(len(x)), Rows.beside(x, torch.arange(len(rows))).split(self._limit)
-        return torch.cat([self._call(part.of(x), sigma[part.numbers], rows[part.numbers]) for part in parts])
+        sigma = x.new_full((len(x),), float(self._sigmas[index]), dtype=self._sigmas.dtype)
+        parts = zip(*(values.split(self._limit) for values in (x, sigma, rows)), strict=True)
+        return torch.cat([self._call(*part) for part in parts])
 
     def _call(self, x: Tensor, sigma: Tensor, rows: Tensor) -> Tensor:
-        """sigma [n] of the host."""
         self.evaluations += len(x)
-        sigma = (
-            x.new_full((len(x),), float(sigma[0]), dtype=sigma.dtype)
-            if bool((sigma == sigma[0]).all())
-            else send(x.device, sigma)[0]
-        )
         return checked(self._velocity, x, sigma, self._root[rows])
 
 
@@ -325,13 +327,12 @@ def transition(
     return kernel(x, v, sigmas[tree.index[parents]], sigmas[tree.index[children]], ctx)
 
 
-def draw(step: Step, noisy: Rows, noise: Tensor | None = None) -> Tensor:
-    """The next states; noise [n, *] of the stochastic steps, the rows `noisy` [n], None if there are none."""
-    mean = step.behavior.mean
+def _drawn(step: Step, steps: _Steps, store_dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """The states that `steps` arrive at, as they are stored, and the log-probs of the noisy ones under the policy; None without."""
+    noisy, noise, mean = steps.noisy, steps.noise, step.behavior.mean
     if noise is None:
-        return mean
-    if noisy.all_of(mean):
-        return step.sample(noise)
-    draws = torch.zeros_like(mean)
-    draws[noisy.there] = noise.to(draws)
-    return step.sample(draws)
+        return mean.to(store_dtype), None
+    if not noisy.all_of(mean):
+        noise = torch.zeros_like(mean).index_copy_(0, noisy.there, noise.to(mean))
+    x = step.sample(noise).to(store_dtype)
+    return x, step.policy.rows(noisy).log_prob(noisy.of(x))

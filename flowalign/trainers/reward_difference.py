@@ -174,7 +174,7 @@ class RewardDifference:
                 partial(regression.loss, old), owner=steps.owner, known=old if unchanged else None,
                 weight=self._weight(batch, edges, number),
                 metrics=partial(regression.metrics, old=old, replay=replay if unchanged else None),
-                check=(lambda measures: replay.check()) if unchanged else (lambda measures: None),
+                check=replay.check,
                 measures=replay.measures if unchanged else None,
             )  # fmt: skip
 

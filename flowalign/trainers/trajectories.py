@@ -108,12 +108,12 @@ class Replay:
         self.measures.add(number=numbers, edge=(part.place(self.steps.owner) >= 0).nonzero().flatten())
         return numbers
 
-    def check(self) -> None:
-        """RunError for a drift of this process's numbers beyond a limit."""
-        if "number" not in self.measures.values:
+    def check(self, measures: Measures) -> None:
+        """RunError for a drift beyond a limit of the numbers in `measures`, if it has any, of this process."""
+        if "number" not in measures.values:
             return
-        steps, edge = self.steps, torch.cat(self.measures.values["edge"])
-        drift = (torch.cat(self.measures.values["number"]).double().cpu() - steps.rolled[edge]).abs()
+        steps, edge = self.steps, torch.cat(measures.values["edge"])
+        drift = (torch.cat(measures.values["number"]).double().cpu() - steps.rolled[edge]).abs()
         check_drift(drift, steps.drift_unit[edge], self.max_drift)
         if self.limit is not None and not bool((drift <= self.limit).all()):
             raise RunError(
@@ -129,7 +129,7 @@ class Replay:
         parts = engine.micro_batches(deal, self.steps.micro_batch)
         numbers = engine.scalars(deal, parts, self.numbers, self.steps.owner)
         self.measures.fetch()
-        self.check()
+        self.check(self.measures)
         rows = engine.task.policy.evaluations - before
         return numbers, engine.task.processes.total(rows) / engine.images
 

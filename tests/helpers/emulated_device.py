@@ -25,7 +25,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 DEVICE = torch.device("privateuseone", 0)  # "emulated:0" once there is an EmulatedDevice
@@ -35,6 +34,7 @@ READS = {"_local_scalar_dense", "equal", "is_nonzero"}  # a value of the host's 
 SIZED_BY_VALUES = {
     "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "bincount", "repeat_interleave",
 }  # fmt: skip
+WAITING = READS | SIZED_BY_VALUES
 INDEXED = {"index", "index_put", "index_put_", "_unsafe_index", "_index_put_impl_"}
 COPIES = {"_to_copy", "copy_"}
 
@@ -111,7 +111,7 @@ class EmulatedDevice(TorchDispatchMode):
         self.events: list[Event] = []
         self.live = self.peak = 0
         self._phase = ""
-        self._storages: set[int] = set()
+        self._storages: dict[int, Any] = {}
         self._pinned = weakref.WeakSet[Any]()
 
     def __enter__(self) -> EmulatedDevice:
@@ -159,30 +159,32 @@ class EmulatedDevice(TorchDispatchMode):
 
     def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """One operation of torch."""
-        name = func.overloadpacket.__name__
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        ours = [tensor for tensor in tensors if isinstance(tensor, OnDevice)]
+        name, in_place = _name(func)
+        tensors: list[Tensor] = []
+        _list_tensors(args, tensors)
+        _list_tensors(kwargs, tensors)
+        host = [tensor for tensor in tensors if type(tensor) is not OnDevice]
         asked = kwargs.get("device")
-        if not ours and (asked is None or torch.device(asked).type != DEVICE.type):
+        if len(host) == len(tensors) and (asked is None or torch.device(asked).type != DEVICE.type):
             return self._on_host(func, args, kwargs)
         if name in COPIES:
             return self._copied(func, name, args, kwargs)
         if name in INDEXED:
             self._check_index(name, args)
-        elif not name.startswith("new_") and any(t.ndim for t in tensors if not isinstance(t, OnDevice)):
-            host = next(t for t in tensors if not isinstance(t, OnDevice) and t.ndim)
+        elif host and not name.startswith("new_") and any(tensor.ndim for tensor in host):
+            shape = next(list(tensor.shape) for tensor in host if tensor.ndim)
             raise RuntimeError(
-                f"Expected all tensors to be on the same device, but found at least two devices, {DEVICE} and cpu! ({name}: "
-                f"{list(host.shape)} of the host)"
+                f"Expected all tensors to be on the same device, but found at least two devices, {DEVICE} and cpu! ({name}: {shape} "
+                "of the host)"
             )
-        if name in READS | SIZED_BY_VALUES:
+        if name in WAITING:
             self._event("wait", name, 0, True)
         found = func(*_data(args), **_on_cpu(_data(kwargs)))
         if name in READS:
             return found
-        if func._schema.is_mutable and name.endswith("_"):
+        if in_place:
             return args[0]
-        return kwargs["out"] if "out" in kwargs else tree_map(self._wrapped, found)
+        return kwargs["out"] if "out" in kwargs else self._wrapped(found)
 
     def _on_host(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Without the device; remembers what is pinned, which a CPU alone cannot do."""
@@ -225,7 +227,9 @@ class EmulatedDevice(TorchDispatchMode):
             raise RuntimeError(f"Expected all tensors to be on the same device, but found {DEVICE} and cpu! ({name})")
 
     def _wrapped(self, value: Any) -> Any:
-        if not isinstance(value, Tensor) or isinstance(value, OnDevice):
+        if isinstance(value, (tuple, list)):
+            return type(value)(self._wrapped(each) for each in value)
+        if not isinstance(value, Tensor) or type(value) is OnDevice:
             return value
         self._count(value.untyped_storage())
         return OnDevice(value)
@@ -235,14 +239,14 @@ class EmulatedDevice(TorchDispatchMode):
         key, size = storage._cdata, storage.nbytes()
         if key in self._storages:
             return
-        self._storages.add(key)
+
+        def gone(reference: Any) -> None:
+            del self._storages[key]
+            self.live -= size
+
+        self._storages[key] = weakref.ref(storage, gone)
         self.live += size
         self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._gone, key, size).atexit = False
-
-    def _gone(self, key: int, size: int) -> None:
-        self._storages.discard(key)
-        self.live -= size
 
     def _event(self, kind: str, op: str, nbytes: int, waits: bool) -> None:
         self.events.append(Event(kind, op, nbytes, waits, _lines(), self._phase))
@@ -287,8 +291,29 @@ def _current(func: Any) -> EmulatedDevice:
     return EmulatedDevice.current
 
 
+@cache
+def _name(func: Any) -> tuple[str, bool]:
+    """The name of an operation, and whether it works in place."""
+    name = func.overloadpacket.__name__
+    return name, func._schema.is_mutable and name.endswith("_")
+
+
+def _list_tensors(values: Any, found: list[Tensor]) -> None:
+    """Adds the tensors in nested arguments to `found`."""
+    for value in values.values() if isinstance(values, dict) else values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (tuple, list)):
+            _list_tensors(value, found)
+
+
 def _data(values: Any) -> Any:
-    return tree_map(lambda value: value.data_on_cpu if isinstance(value, OnDevice) else value, values)
+    """Nested arguments with the numbers of tensors of the device in their place."""
+    if type(values) is OnDevice:
+        return values.data_on_cpu
+    if isinstance(values, dict):
+        return {name: _data(value) for name, value in values.items()}
+    return type(values)(_data(value) for value in values) if type(values) in (tuple, list) else values
 
 
 def _on_cpu(kwargs: dict[str, Any]) -> dict[str, Any]:
