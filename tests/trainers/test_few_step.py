@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flowalign.config import load_config
 from flowalign.data import as_records
+from flowalign.distributed.processes import Processes
 from flowalign.errors import ConfigError
 from flowalign.loop import train
 from flowalign.objectives.distribution_matching import directional_loss
@@ -20,6 +21,7 @@ from flowalign.trainers.boundaries import Boundaries
 from samplers import plain_sigmas
 from tests.helpers.bed_run import Bed
 from tests.helpers.gaussian_roles import GaussianRoles, clean_mean, task_of
+from tests.helpers.thread_processes import on_processes
 
 M, S = 0.7, 0.5  # of the teacher
 LAWS = {
@@ -39,9 +41,10 @@ class Setting:
     """A trainer on Gaussians with one batch, and the trajectories that it makes of it."""
 
     def __init__(
-        self, trainer: FewStep, policy: GaussianRoles, groups: int = 2, group_size: int = 3, steps: int = 4
-    ) -> None:
-        task = task_of(policy, groups, group_size, steps)
+        self, trainer: FewStep, policy: GaussianRoles, groups: int = 2, group_size: int = 3, steps: int = 4,
+        processes: Processes | None = None,
+    ) -> None:  # fmt: skip
+        task = replace(task_of(policy, groups, group_size, steps), processes=processes or Processes())
         trainer.prepare(task, None)
         self.policy, self.trainer = policy, trainer
         self.batch = trainer.collect(as_records([f"prompt {number}" for number in range(groups)]), 3)
@@ -78,6 +81,29 @@ def total(update: Update) -> Tensor:
 
 def few_step(**settings) -> FewStep:
     return FewStep(**{"micro_batch": 5, "boundaries": 2, **settings})
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_several_processes_have_the_gradients_of_one(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """Three groups of three trajectories: of two processes one has two, and sends states of one; one step is not rewarded."""
+
+    def work(processes: Processes) -> list[Tensor]:
+        trainer = few_step(directions=Directions(steps=2), boundaries=3)
+        setting, found = Setting(trainer, GaussianRoles.of(**LAWS), groups=3, processes=processes), []
+        for update in trainer.updates(setting.batch):
+            (own,) = torch.autograd.grad(total(update), setting.policy.laws[update.role])
+            found.append(processes.gather(own[None]).sum(0))
+            metrics = update.after()
+            found.append(
+                torch.tensor([value for name, value in sorted(metrics.items()) if name.startswith(("loss", "dir"))])
+            )
+        return found
+
+    expected = work(Processes())
+    assert len(expected) == 6 and all(bool(gradient.any()) for gradient in expected[::2])
+    for found in on_processes(count, work, monkeypatch):
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-8)
 
 
 # ------------------------------------------------------------------------------------------ states

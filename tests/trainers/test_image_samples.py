@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flowalign.config import load_config
 from flowalign.data import as_records
+from flowalign.distributed.processes import Processes
 from flowalign.errors import ConfigError
 from flowalign.loop import train
 from flowalign.models import Size
@@ -25,6 +26,7 @@ from flowalign.trainers.samples import Samples
 from samplers import ODE, Chain, Deterministic, RectifiedFlow, normal
 from tests.helpers.bed import MEANS, NAMES, SPREAD, save_pipeline, target_of
 from tests.helpers.bed_run import CONFIG, Bed
+from tests.helpers.thread_processes import on_processes
 
 DPO, SFT = "configs/methods/diffusion_dpo_offline.yaml", "configs/methods/fm_sft.yaml"
 STEP = 4 / 255  # of a latent in an image of 8 bits
@@ -131,6 +133,32 @@ def test_every_pair_comes_once_an_epoch_and_is_encoded_once(
     assert orders[0] != orders[1]
     again = found.trainer.collect(list(found.task.prompts), 4).samples
     assert again.uids == tuple(orders[1][4:8]) and again.latents.values.device.type == "cpu"
+
+
+def test_two_processes_encode_their_own_pairs_and_have_the_gradient_of_one(
+    pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three pairs: the process with two of them sends a latent with its prompt's condition."""
+    file = pairs_file(tmp_path, 3)
+    beds = [bed(pipeline, DPO, file, "rollout.groups=3", "trainer.draws=3") for _ in range(3)]
+
+    def work(processes: Processes) -> tuple[Tensor, int]:
+        found = beds.pop()
+        task = replace(found.task, processes=processes)
+        found.trainer.prepare(task, None)
+        batch = found.trainer.collect(list(task.prompts)[:3], 0)
+        for update in found.trainer.updates(batch):
+            for micro_batch in update.micro_batches:
+                micro_batch().backward()
+        own = torch.cat([p.grad.flatten() for _, p in found.policy.trainable_parameters()])
+        return processes.gather(own[None]).sum(0), len(batch.samples.latents.values)
+
+    expected, held = work(Processes())
+    assert held == 6 and bool(expected.any())
+    found = on_processes(2, work, monkeypatch)
+    assert [held for _, held in found] == [4, 2]
+    for gradient, _ in found:
+        assert float((gradient - expected).norm()) < 1e-5 * float(expected.norm())
 
 
 def test_offline_dpo_raises_the_reward_that_labeled_the_pairs(pipeline: Path, tmp_path: Path) -> None:
