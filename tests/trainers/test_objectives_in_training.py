@@ -108,14 +108,14 @@ def test_equal_channels_with_half_the_weight_are_one(tiny_pipeline: Path) -> Non
 
 
 def test_dynamic_bounds_of_a_process_that_only_pads(tiny_pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two states for three processes: the first one has no edge, so no bound to judge its replay by, and is sent
+    """Two states for three processes: the last one has no edge, so no bound to judge its replay by, and is sent
     a state with its children."""
     sent: list[int] = []
     monkeypatch.setattr(distributed, "all_to_all", lambda into, *_: sent.append(len(into.zero_())))
     plan = Window(size=1, low=0, high=3, position=Fixed(0))
     _, trainer = make(tiny_pipeline, plan, dynamic_clip=DynamicClip(1e-3, 1e-2))
     batch = trainer.collect(PROMPTS, 0)
-    trainer.task = replace(trainer.task, processes=Processes(0, 3))
+    trainer.task = replace(trainer.task, processes=Processes(2, 3))
     (update,) = trainer.updates(batch)
     assert sent[-1] == 4
     assert [float(micro_batch().detach()) for micro_batch in update.micro_batches] == [0.0]
