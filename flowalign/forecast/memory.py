@@ -17,7 +17,10 @@ from rewards import Reward
 
 GIB = 2**30
 CONTEXT = GIB // 2  # of CUDA and its libraries, which no tensor shows
-IN_FLIGHT = 10  # latents of one generation that a step of the rollout holds: states, velocities, means, noise, fp32
+GENERATIONS, STEPPED = (
+    2,
+    6,
+)  # latents of a rollout on a device: of two generations, and of the states stepped at once, fp32
 OPTIMIZED = 3 * FP32  # a gradient and AdamW's two moments
 REWARDS = {"cpu": 0, "S": 0, "M": 2, "L": 8, "XL": 20}  # RewardSpec.memory -> the least GiB of its class
 
@@ -65,21 +68,21 @@ class Memory:
         """In their order: encode, rollout, decode, update, evaluation."""
         rollout, settings, own = self.config.rollout, self.config.policy, self.footprint
         evaluation = self.config.evaluation
-        in_flight = self.widest * own.latent
         together = settings.decode_batch or DECODE_BATCH
         decoded, shown = min(together, rollout.micro_batch), min(together, evaluation.batch_size)
         vae = own.vae if "vae" in settings.offload else 0
         away = own.encoders if "encoders" in settings.offload else 0
         rows, batch, scale = min(rollout.micro_batch, self.widest), evaluation.batch_size, evaluation.guidance_scale
         state, measured = own.state(rollout.guidance_scale), own.state(scale)
+        in_flight = (GENERATIONS * self.widest + STEPPED * rows) * own.latent
         return [
             Phase("encode", away + own.encode, "one prompt"),
-            Phase("rollout", rows * state + IN_FLIGHT * in_flight + self.conditions,
-                  f"{rows} states × {_size(state)}, latents {_size(IN_FLIGHT * in_flight)}"),
+            Phase("rollout", rows * state + in_flight + self.conditions,
+                  f"{rows} states × {_size(state)}, latents {_size(in_flight)}"),
             Phase("decode", vae + decoded * own.decode + 2 * rollout.micro_batch * own.pixels + self.conditions,
                   f"{decoded} images × {_size(own.decode)}"),
             self._update(vae),
-            Phase("evaluation", max(batch * measured + IN_FLIGHT * batch * own.latent,
+            Phase("evaluation", max(batch * measured + (GENERATIONS + STEPPED) * batch * own.latent,
                                     vae + shown * own.decode + 2 * batch * own.pixels),
                   f"{batch} states × {_size(measured)}, then {shown} images"),
         ]  # fmt: skip

@@ -12,7 +12,17 @@ from flowalign import cli
 from flowalign.config import TrainConfig, load_config
 from flowalign.errors import ConfigError
 from flowalign.forecast.footprint import FP32, Footprint
-from flowalign.forecast.memory import GIB, IN_FLIGHT, Memory, check, device_memory, fitting, state_memory, text
+from flowalign.forecast.memory import (
+    GENERATIONS,
+    GIB,
+    STEPPED,
+    Memory,
+    check,
+    device_memory,
+    fitting,
+    state_memory,
+    text,
+)
 from flowalign.loop import train
 from flowalign.rollouts.rolling import outline
 from tests.helpers.shapes import sd35_medium
@@ -71,8 +81,8 @@ def test_a_forecast_is_its_parts(medium: Memory) -> None:
     assert own.row == 2 * 2 * (333 * 4096 + 2048) and own.latent == 4 * 16 * 64 * 64
     assert always["LoRA"] + always["optimizer"] == 16 * own.numbers
     assert phases["update"].needed == 8 * own.trained_state(4.5, False) + 48 * own.row
-    latents = 48 * 24 * own.latent
-    assert phases["rollout"].needed == 16 * own.state(4.5) + IN_FLIGHT * latents + 48 * own.row
+    latents = (GENERATIONS * 48 * 24 + STEPPED * 16) * own.latent
+    assert phases["rollout"].needed == 16 * own.state(4.5) + latents + 48 * own.row
     assert phases["decode"].needed == 4 * own.decode + 2 * 16 * own.pixels + 48 * own.row
     assert medium.host == 48 * len(outline(rollout).states) * own.latent
     assert medium.peaks["encode"] == sum(always.values()) + own.encode
@@ -91,7 +101,7 @@ def test_settings_move_what_they_say(medium: Memory) -> None:
     assert always["weights"] - four == pytest.approx(linear * (1 - (0.5 + 4 / 64) / 2))
     config = medium.config
     chunk = medium.changed(replace(config, rollout=replace(config.rollout, chunk=12)))
-    assert peaks["rollout"] - chunk.peaks["rollout"] == IN_FLIGHT * 36 * 24 * medium.footprint.latent
+    assert peaks["rollout"] - chunk.peaks["rollout"] == GENERATIONS * 36 * 24 * medium.footprint.latent
     eighth = replace(medium, devices=8)
     assert eighth.groups == 6 and eighth.host == medium.host / 8
     assert replace(medium, devices=8, sharded=True).always["weights"] == always["weights"] / 8
