@@ -23,12 +23,15 @@ from flowalign.distributed.processes import Processes
 from flowalign.errors import ConfigError
 from flowalign.models import Policy
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32, torch.bool)
+
 
 def shard(
     policy: Policy, processes: Processes, reshard_after_forward: bool = True, compute: torch.dtype | None = None
 ) -> Processes:
     """Shards the weights of the policy's networks, those of its copies too, once, after its roles were added. Returns processes
-    that synchronize their calls. Blocks are moved to the processes' device one by one, so a network may be on the CPU before.
+    that synchronize their calls. Blocks come to the processes' device one by one, with the numbers of the first process: its
+    networks may be on the CPU before, those of the others on the meta device, so that they are read and held once.
 
     Adapters stay whole. compute: the dtype in which trained weights are gathered and called, under autocast; their shards and
     gradients are fp32. None: their own. ConfigError for a policy that trains adapters and other weights."""
@@ -45,18 +48,43 @@ def shard(
     if full and compute is not None:
         precision = MixedPrecisionPolicy(compute, torch.float32, cast_forward_inputs=False)
     mesh = mesh_of(processes)
-    for parameter in adapters:
-        parameter.data = parameter.data.to(processes.device)
     for network in networks:
         blocks = [block for part in network.children() if isinstance(part, nn.ModuleList) for block in part]
+        filled = set[nn.Module]()
         for module in (*blocks, network):
+            _fill([part for part in module.modules() if part not in filled], processes.device)
+            filled |= set(module.modules())
+            whole = {parameter for name, parameter in module.named_parameters() if ".lora_" in name}
             sharded = fully_shard(
-                module, mesh=mesh, ignored_params=adapters, mp_policy=precision,
+                module, mesh=mesh, ignored_params=whole, mp_policy=precision,
                 reshard_after_forward=reshard_after_forward or full,  # what is stepped is the shards
             )  # fmt: skip
             sharded.set_gradient_divide_factor(1.0)  # losses are divided by the global count already
             sharded.set_force_sum_reduction_for_comms(True)
     return replace(processes, level=Lockstep(networks, processes.device).level)
+
+
+def _fill(parts: Sequence[nn.Module], device: torch.device | str) -> None:
+    """Afterwards the parts' own tensors are on the device, with the numbers of the first process. Collective."""
+    own = [
+        (part, name, tensor)
+        for part in parts
+        for name, tensor in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False))
+    ]
+    if not own:
+        return
+    kinds = torch.tensor([DTYPES.index(tensor.dtype) for _, _, tensor in own], device=device)
+    torch.distributed.broadcast(kinds, src=0)  # some weights of a bf16 network are fp32, which only its file knows
+    for (part, name, tensor), kind in zip(own, kinds.tolist(), strict=True):
+        if torch.distributed.get_rank() == 0:
+            sent = tensor.detach().to(device).contiguous()
+        else:
+            sent = torch.empty(tensor.shape, dtype=DTYPES[kind], device=device)
+        torch.distributed.broadcast(sent, src=0)
+        if isinstance(tensor, nn.Parameter):
+            setattr(part, name, nn.Parameter(sent, requires_grad=tensor.requires_grad))
+        else:
+            part.register_buffer(name, sent, persistent=name in part.state_dict(keep_vars=True))
 
 
 def mesh_of(processes: Processes) -> DeviceMesh:

@@ -293,7 +293,7 @@ def load_policy(
     if none is given), "full" weights, or "none". dtype: of the network, "fp32" by default. What is trained is fp32 in any case: with
     "bf16" adapters multiply in bf16, and full weights under torch's autocast, copies of them too. vae_dtype: of the VAE if it is another. family: the import path of a `Family` of your own.
     max_sequence_length: see the family's model. seed: of the adapters' initial weights. device: "cpu" by default.
-    network_device: the trained networks' device if it is not `device` (see flowalign.distributed.fsdp2). reference_copy: keeps
+    network_device: the trained networks' device if it is not `device` (see flowalign.distributed.fsdp2); on "meta" they are not read. reference_copy: keeps
     a frozen copy of the networks, the reference of a full fine-tuning with a KL. offload, decode_batch, prompt_store: see
     PipelinePolicy. sampling: how the policy generates where a call does not say; by default as the pipeline's own call.
     gradient_checkpointing: blocks of networks and VAE store no activations, their backward computes them again. compile: each
@@ -314,10 +314,21 @@ def load_policy(
         path_of(path, family)  # refuses a scheduler before the weights are read
         _, known = inspect_checkpoint(path, family)
         master_weights = trainable == "full" and dtype == "bf16"
+        shapes: dict[str, ModelMixin] = {}
+        if network_device is not None and torch.device(network_device).type == "meta":
+            shapes = _empty_networks(path, known)
+            for network in shapes.values():
+                network.to(DTYPES["fp32" if master_weights else dtype])
         pipeline = read_pipeline(
-            path, family, dtype=dtype, vae_dtype=vae_dtype, master_weights=master_weights, quantization=quantization
+            path,
+            family,
+            dtype=dtype,
+            vae_dtype=vae_dtype,
+            master_weights=master_weights,
+            quantization=quantization,
+            **shapes,
         )
-        check_finite(path, pipeline.components)
+        check_finite(path, {name: part for name, part in pipeline.components.items() if name not in shapes})
         there = None if quantization else network_device or device or "cpu"  # quantized ones are on the GPU already
         _place(pipeline, device or "cpu", dict.fromkeys(known.networks, there))
         _allow_tf32(device or "cpu")

@@ -171,7 +171,8 @@ def add_adapter(network: ModelMixin, name: str, trained: bool, zero: bool) -> No
         network.add_adapter(copy.deepcopy(network.peft_config[ADAPTER]), adapter_name=name)
     own = adapter_parameters(network, name)
     for (_, source), (target_name, target) in zip(adapter_parameters(network, ADAPTER), own, strict=True):
-        target.data = source.detach().clone()
+        if not source.is_meta:  # of a process that gets its numbers from another (flowalign.distributed.fsdp2)
+            target.data = source.detach().clone()
         if zero and ".lora_B." in target_name:
             target.data.zero_()
         target.requires_grad_(trained)

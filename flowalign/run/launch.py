@@ -70,8 +70,11 @@ class Launch:
 
     @property
     def network_device(self) -> str | None:
-        """Where the network is loaded, if not on the accelerator's device: FSDP2 moves it there block by block."""
-        return None if self.fsdp is None else "cpu"
+        """Where the network is loaded, if not on the accelerator's device: FSDP2 moves it there block by block, from the first
+        process; the others have shapes alone before."""
+        if self.fsdp is None:
+            return None
+        return "cpu" if self.accelerator.is_main_process else "meta"
 
     @property
     def optimizer_device(self) -> torch.device | None:

@@ -31,14 +31,14 @@ from flowalign.trainers import AdamWConfig, TrainedRole
 WORDS = ["KITE", "MOON", "LAMP"]
 
 
-def policy_of(pipeline: str, dtype: str) -> Policy:
+def policy_of(pipeline: str, dtype: str, network_device: str | None = None) -> Policy:
     """LoRA that matters, and a role whose weights differ from the policy's."""
-    policy = load_policy(pipeline, lora=LoRA(rank=4, alpha=8), dtype=dtype)
+    policy = load_policy(pipeline, lora=LoRA(rank=4, alpha=8), dtype=dtype, network_device=network_device)
     policy.add_roles({"old": Role("copy")})
     generator = torch.Generator().manual_seed(0)
     for role in ("policy", "old"):
         for name, parameter in policy.parameters_of(role):
-            if "lora_B" in name:
+            if "lora_B" in name and not parameter.is_meta:
                 parameter.data.normal_(std=0.05, generator=generator)
     return policy
 
@@ -72,9 +72,11 @@ def error(ours: Tensor, theirs: Tensor) -> float:
 def run(pipeline: str, dtype: str, output: Path) -> None:
     accelerator = Accelerator(cpu=True)
     everyone = Processes.of(accelerator)
-    twin, policy = policy_of(pipeline, dtype), policy_of(pipeline, dtype)
+    twin = policy_of(pipeline, dtype)
+    policy = policy_of(pipeline, dtype, "cpu" if everyone.is_main else "meta")  # only the first process reads it
     [network] = policy.modules().values()
     num_frozen = sum(p.numel() for name, p in network.named_parameters() if ".lora_" not in name)
+    assert all(p.is_meta != everyone.is_main for name, p in network.named_parameters() if ".lora_" not in name)
     processes = shard(policy, everyone)
     lockstep = processes.level.__self__
     assert isinstance(lockstep, Lockstep)
@@ -96,13 +98,14 @@ def run(pipeline: str, dtype: str, output: Path) -> None:
     accelerator.end_training()
 
 
-def full_policy(pipeline: str) -> Policy:
+def full_policy(pipeline: str, network_device: str | None = None) -> Policy:
     """All weights are trained; with a frozen copy, and a role whose weights differ."""
-    policy = load_policy(pipeline, trainable="full", reference_copy=True)
+    policy = load_policy(pipeline, trainable="full", reference_copy=True, network_device=network_device)
     policy.add_roles({"old": Role("copy")})
     generator = torch.Generator().manual_seed(0)
     for _, parameter in policy.parameters_of("old"):
-        parameter.data += 0.01 * torch.randn(parameter.shape, generator=generator)
+        if not parameter.is_meta:
+            parameter.data += 0.01 * torch.randn(parameter.shape, generator=generator)
     return policy
 
 
@@ -130,7 +133,7 @@ def run_full(pipeline: str, dtype: str, output: Path) -> None:
     """Each process takes one of two batches; the twin, which is not sharded, those of all."""
     accelerator = Accelerator(cpu=True)
     everyone = Processes.of(accelerator)
-    twin, policy = full_policy(pipeline), full_policy(pipeline)
+    twin, policy = full_policy(pipeline), full_policy(pipeline, "cpu" if everyone.is_main else "meta")
     size = sum(p.numel() for network in policy.networks() for p in network.parameters())
     compute = {"fp32": None, "bf16": torch.bfloat16}[dtype]
     processes = shard(policy, everyone, compute=compute)
