@@ -211,9 +211,9 @@ class Prompted:
     def score(self, x: Tensor, sigma: Tensor, rows: Tensor) -> Tensor:
         """[n], with a graph if x has one."""
         groups, scores = self.groups[rows.cpu()], []
-        for part in torch.arange(len(x)).split(self.micro_batch):
-            on_device = part.to(x.device)
-            batch = self.batch(groups[part], x[on_device], sigma[part.to(sigma.device)])
+        parts = (values.split(self.micro_batch) for values in (groups, x, sigma))
+        for part in zip(*parts, strict=True):
+            batch = self.batch(*part)
             output = score(self.reward, batch, grad=x.requires_grad, max_fail_rate=0.0)
             scores.append(output.scores[:, 0])
         return torch.cat(scores)

@@ -233,7 +233,7 @@ def _given(
     places = _places(len(records), len(files) // len(records))
     here = task.processes.owners(places.group) == task.processes.rank
     own = store.of(task, [files[number] for number in here.nonzero().flatten().tolist()])
-    latents = Held.of(own.to(next(iter(conditions.tensors.values())).device), here)
+    latents = Held.of(own.to(conditions.device), here)
     seconds = {"time/encode": time.perf_counter() - began}
     valid, metrics = torch.ones(len(files), 1, dtype=torch.bool), _FREE
     if scores is None:
