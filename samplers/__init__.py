@@ -21,7 +21,6 @@ from samplers.draws import (
 )
 from samplers.forest import Forest, Held
 from samplers.forest_file import load_forest, save_forest
-from samplers.host_rows import HostRows
 from samplers.kernels import (
     CPS,
     DDIM,
@@ -92,7 +91,7 @@ from samplers.schedules import (
 )
 from samplers.selection import Best, Select, candidates, sampled, unscored
 from samplers.trajectories import cost_to_go, mean_below, stopped_at, trajectory_share
-from samplers.transfer import Rows, fetch, send
+from samplers.transfer import HostRows, Rows, fetch, send
 from samplers.trees import SOURCES, Cost, Tree
 from samplers.unroll import Unrolled, straight_through, unroll
 from samplers.unshared import UnsharedTree, unshared

@@ -1,19 +1,17 @@
 """The engine: roll a tree out, generation by generation, each distinct state evaluated once."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from samplers.forest import Forest, compute_dtype
-from samplers.host_rows import HostRows
 from samplers.kernels.base import Carry, Kernel, Step, TransitionContext
 from samplers.schedules import check_sigmas, subgrid
 from samplers.selection import Select, candidates, check_frontiers, choose, trained_part
-from samplers.transfer import Rows, fetch, send
+from samplers.transfer import HostRows, Rows, fetch, send
 from samplers.trees import Tree
 
 Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -60,67 +58,78 @@ def rollout(
     _check(x_start, sigmas, tree, micro_batch, keep)
     if select is not None:
         check_frontiers(tree, select)
-    among, tail = candidates(tree), ~trained_part(tree)
-    needed, compute = _needed(tree, keep), compute_dtype(store_dtype)
-    ends = torch.cat([tree.edges, tree.parents_of_edges])
-    continued, old_nodes = torch.zeros(2, len(tree), dtype=torch.bool)
-    stored, old_velocities = HostRows(int(needed.sum())), HostRows(len(ends.unique()))
-    drawn_nodes, log_probs = list[Tensor](), list[Tensor]()
-    x, nodes, carry, evaluations, previews = x_start.to(store_dtype), tree.generations[0], None, 0, 0
-    del x_start  # so that only x holds the first generation
+    among, needed = candidates(tree), _needed(tree, keep)
+    continued = torch.zeros(len(tree), dtype=torch.bool)
+    engine = _Engine(velocity, sigmas, tree, kernel, noise, micro_batch, store_dtype, ~trained_part(tree))
+    record = _Record.of(tree, int(needed.sum()), keep_velocities)
+    frontier = _Frontier(engine, record, tree.generations[0], x_start.to(store_dtype), None)
+    del x_start  # so that only the frontier holds the first generation
     with torch.no_grad():
         for generation in (*tree.generations[1:], torch.empty(0, dtype=torch.int64)):
-            frontier = _Frontier(velocity, x.to(compute), sigmas, tree, nodes, micro_batch)
-            look = partial(frontier.previews, kernel, carry, tree, store_dtype)
-            continued[nodes] = True if select is None else choose(select, tree, nodes, among, look)
+            nodes = frontier.nodes
+            continued[nodes] = True if select is None else choose(select, tree, nodes, among, frontier.previews)
             children = generation[continued[tree.parent[generation]]]
-            kept = (needed & continued)[nodes].nonzero().flatten()
-            reached, carries = None, list[tuple[Rows, Carry]]()
-            for part in _parts(tree, nodes, children, noise, frontier.together):
-                # what the part needs of the host goes to the device at once, and nothing waits for the device
-                leaving, level = nodes[part.rows], sigmas[tree.index[nodes[part.rows]]]
-                at_end = torch.isin(leaving, ends).nonzero().flatten() if keep_velocities else kept[:0]
-                rows, steps, (sigma, ends_there, kept_there) = part.beside(x, level, at_end, kept)
-                stored.add(Rows(kept, kept_there).of(x))
-                kept = kept[:0]  # with the first part
-                v = frontier.velocities(rows, sigma)
-                if keep_velocities:
-                    old_nodes[leaving[at_end]] = True
-                    old_velocities.add(Rows(at_end, ends_there).of(v.to(torch.promote_types(v.dtype, compute))))
-                apart = (
-                    len(steps.mine) > frontier.together and not kernel.uses_roots
-                )  # of siblings a guide is asked once
-                for some in steps.split(frontier.together) if apart else [steps]:
-                    here, own = rows.then(some.left), children[some.mine.numbers]
-                    history = None if carry is None else carry.rows(here)
-                    step = transition(
-                        kernel, here.of(frontier.x), some.left.of(v), sigmas, tree, own, history, tail[own]
-                    )
-                    drawn, log_prob = _drawn(step, some, store_dtype)
-                    reached = _put(reached, len(children), some.mine, drawn)
-                    if log_prob is not None:
-                        drawn_nodes.append(own[some.noisy.numbers])
-                        log_probs.append(log_prob)
-                    if step.carry is not None:
-                        carries.append((some.mine, step.carry))
-                    del step, drawn
-                del steps, some, v, sigma  # before the next part takes as much
-            evaluations, previews = evaluations + frontier.evaluations, previews + frontier.looked_at
-            if reached is None:
-                stored.add(Rows.beside(x, kept).of(x))
+            following = frontier.advance(children, (needed & continued)[nodes].nonzero().flatten())
+            if following is None:
                 break
-            x, nodes, carry = reached, children, Carry.joined(carries)
-    # once per rollout the host waits: with these numbers all rows above are there
-    *log_probs, _ = fetch([*log_probs, x.flatten()[:1]])
-    all_log_probs = torch.full((len(tree),), torch.nan, dtype=compute)
-    if drawn_nodes:
-        all_log_probs[torch.cat(drawn_nodes)] = torch.cat(log_probs).to(compute)
-    kept_nodes = needed & continued
-    row = torch.where(kept_nodes, kept_nodes.cumsum(0) - 1, -1)
-    forest = Forest(tree, sigmas, kernel, stored.rows, row, all_log_probs, evaluations, previews)
-    if keep_velocities:
-        forest = forest.with_velocities("old", old_nodes.nonzero().flatten(), old_velocities.rows)
+            frontier = following
+    log_prob = record.log_prob(frontier.x)
+    kept = needed & continued
+    row = torch.where(kept, kept.cumsum(0) - 1, -1)
+    forest = Forest(tree, sigmas, kernel, record.states.rows, row, log_prob, record.evaluations, record.previews)
+    if record.velocities is not None:
+        forest = forest.with_velocities("old", record.evaluated.nonzero().flatten(), record.velocities.rows)
     return forest if select is None else _pruned(forest, continued)
+
+
+@dataclass(frozen=True, eq=False)
+class _Engine:
+    """What every generation of a rollout needs, see `rollout`. tail [N]: see TransitionContext."""
+
+    velocity: Velocity
+    sigmas: Tensor
+    tree: Tree
+    kernel: Kernel
+    noise: Noise
+    micro_batch: int | None
+    store_dtype: torch.dtype
+    tail: Tensor
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return compute_dtype(self.store_dtype)
+
+
+@dataclass(eq=False)
+class _Record:
+    """What a rollout leaves of N nodes, as it is made: stored states; velocities (None: they are not kept) at both `ends` [N] of
+    stochastic steps, as far as they were `evaluated` [N]; log-probs of the steps to the nodes `drawn`, still on the device;
+    network rows (evaluations), and how many states were completed (previews)."""
+
+    states: HostRows
+    velocities: HostRows | None
+    ends: Tensor
+    evaluated: Tensor
+    drawn: list[Tensor] = field(default_factory=list)
+    log_probs: list[Tensor] = field(default_factory=list)
+    evaluations: int = 0
+    previews: int = 0
+
+    @staticmethod
+    def of(tree: Tree, states: int, keep_velocities: bool) -> "_Record":
+        """For at most so many stored states."""
+        ends, evaluated = torch.zeros(2, len(tree), dtype=torch.bool)
+        ends[tree.edges] = ends[tree.parents_of_edges] = True
+        return _Record(HostRows(states), HostRows(int(ends.sum())) if keep_velocities else None, ends, evaluated)
+
+    def log_prob(self, last: Tensor) -> Tensor:
+        """[N] in at least fp32, nan where nothing was drawn. Here the host waits, once per rollout: with a number of the `last` states
+        all that was added before is there."""
+        *log_probs, _ = fetch([*self.log_probs, last.flatten()[:1]])
+        found = torch.full((len(self.ends),), torch.nan, dtype=compute_dtype(last.dtype))
+        if log_probs:
+            found[torch.cat(self.drawn)] = torch.cat(log_probs).to(found)
+        return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,13 +184,33 @@ def _parts(tree: Tree, nodes: Tensor, children: Tensor, noise: Noise, size: int)
         yield _Part(rows[first : first + size], position[mine] - first, mine, noisy, eps)
 
 
-def _put(into: Tensor | None, count: int, rows: Rows, values: Tensor) -> Tensor:
-    """`into` [count, *], made if it is None, with `values` [n, *] at `rows` [n]; themselves where they are all of it."""
-    if len(rows) == count:  # ascending, so in order
-        return values
-    into = values.new_empty((count, *values.shape[1:])) if into is None else into
-    into[rows.there] = values
-    return into
+class _Arrivals:
+    """What `count` steps arrive at, put together part by part: the states x [count, *] and what a multistep solver hands on."""
+
+    def __init__(self, count: int) -> None:
+        self._count, self._carries = count, list[tuple[Rows, Carry]]()
+        self._x: Tensor | None = None
+
+    @property
+    def x(self) -> Tensor:
+        assert self._x is not None
+        return self._x
+
+    @property
+    def carry(self) -> Carry | None:
+        """Of all of them; None where the solver hands nothing on."""
+        return Carry.joined(self._carries)
+
+    def add(self, rows: Rows, x: Tensor, carry: Carry | None) -> None:
+        """x [n, *] at `rows` [n], ascending; it is not copied where it is all of them."""
+        if carry is not None:
+            self._carries.append((rows, carry))
+        if len(rows) == self._count:
+            self._x = x
+            return
+        if self._x is None:
+            self._x = x.new_empty((self._count, *x.shape[1:]))
+        self._x[rows.there] = x
 
 
 def _check(x_start: Tensor, sigmas: Tensor, tree: Tree, micro_batch: int | None, keep: Keep) -> None:
@@ -226,78 +255,113 @@ def _pruned(forest: Forest, continued: Tensor) -> Forest:
 
 
 class _Frontier:
-    """The states of one generation, their velocities, each evaluated once, and their previews.
+    """The states x [n, *] of one generation, `nodes` [n], in the storage dtype; their velocities, each evaluated once; and their
+    previews. carry: what the steps that arrived at them hand on."""
 
-    evaluations: network rows so far. looked_at: how many previews were made. together: of how many states the steps are taken
-    at once."""
-
-    def __init__(
-        self, velocity: Velocity, x: Tensor, sigmas: Tensor, tree: Tree, nodes: Tensor, micro_batch: int | None
-    ) -> None:
-        self.x, self.evaluations, self.looked_at = x, 0, 0
-        self._velocity, self._limit = velocity, micro_batch or max(len(nodes), 1)
-        self.together = len(tree) if x.device.type == "cpu" else self._limit
-        self._sigmas, self._index, self._root = sigmas, tree.index[nodes], tree.root[nodes]
+    def __init__(self, engine: _Engine, record: _Record, nodes: Tensor, x: Tensor, carry: Carry | None) -> None:
+        self.nodes, self.x, self._carry = nodes, x, carry
+        self._engine, self._record = engine, record
+        self._limit = engine.micro_batch or max(len(nodes), 1)
+        self._together = len(engine.tree) if x.device.type == "cpu" else self._limit  # states that are stepped at once
         self._known = torch.zeros(len(nodes), dtype=torch.bool)
         self._v: Tensor | None = None
 
-    def velocities(self, rows: Rows, sigma: Tensor) -> Tensor:
+    def advance(self, children: Tensor, kept: Tensor) -> "_Frontier | None":
+        """The generation of `children` [m], rolled out; None without any. kept [k]: rows of the states to be stored."""
+        engine, arrivals = self._engine, _Arrivals(len(children))
+        if not len(children):
+            self._record.states.add(Rows.beside(self.x, kept).of(self.x))
+            return None
+        for part in _parts(engine.tree, self.nodes, children, engine.noise, self._together):
+            self._advance(part, children, kept, arrivals)
+            kept = kept[:0]  # stored with the first part
+        return _Frontier(engine, self._record, children, arrivals.x, arrivals.carry)
+
+    def _advance(self, part: _Part, children: Tensor, kept: Tensor, arrivals: _Arrivals) -> None:
+        """The steps of a part. What it needs of the host goes to the device at once, and nothing waits for the device."""
+        engine, record, nodes = self._engine, self._record, self.nodes[part.rows]
+        level, at_ends = engine.sigmas[engine.tree.index[nodes]], kept[:0]
+        if record.velocities is not None:
+            at_ends = record.ends[nodes].nonzero().flatten()
+        rows, steps, (sigma, ends_there, kept_there) = part.beside(self.x, level, at_ends, kept)
+        record.states.add(Rows(kept, kept_there).of(self.x))
+        v = self._velocities(rows, sigma)
+        if record.velocities is not None:
+            record.evaluated[nodes[at_ends]] = True
+            stored = v.to(torch.promote_types(v.dtype, engine.compute_dtype))
+            record.velocities.add(Rows(at_ends, ends_there).of(stored))
+        # of siblings a guide is asked once
+        apart = len(steps.mine) > self._together and not engine.kernel.uses_roots
+        for some in steps.split(self._together) if apart else [steps]:
+            self._take(some, rows, v, children, arrivals)
+
+    def _take(self, steps: _Steps, rows: Rows, v: Tensor, children: Tensor, arrivals: _Arrivals) -> None:
+        """Takes `steps` from the states `rows` [p], whose velocities are v [p, *]."""
+        engine, here, arrived = self._engine, rows.then(steps.left), children[steps.mine.numbers]
+        step = transition(
+            engine.kernel, here.of(self.x).to(engine.compute_dtype), steps.left.of(v), engine.sigmas, engine.tree, arrived,
+            None if self._carry is None else self._carry.rows(here), engine.tail[arrived],
+        )  # fmt: skip
+        x, log_prob = _drawn(step, steps, engine.store_dtype)
+        arrivals.add(steps.mine, x, step.carry)
+        if log_prob is not None:
+            self._record.drawn.append(arrived[steps.noisy.numbers])
+            self._record.log_probs.append(log_prob)
+
+    def _velocities(self, rows: Rows, sigma: Tensor) -> Tensor:
         """[n, *] at the `rows` [n], all different, of levels sigma [n]; those of a preview are known."""
         known = self._known[rows.numbers]
         if not bool(known.any()):
             parts = zip(rows.split(self._limit), sigma.split(self._limit), strict=True)
             found = [self._call(part.of(self.x), level, part.numbers) for part, level in parts]
             return found[0] if len(found) == 1 else torch.cat(found)
-        self._remember(Rows.beside(self.x, rows.numbers[~known]))
+        self._remember(rows.numbers[~known])
         assert self._v is not None
         return rows.of(self._v)
 
-    def _remember(self, rows: Rows) -> None:
-        """Evaluates states that are not known."""
-        (sigma,) = send(self.x.device, self._sigmas[self._index[rows.numbers]])
+    def _remember(self, numbers: Tensor) -> None:
+        """Evaluates the states at the rows `numbers` [n] of the host, which are not known."""
+        rows, levels = Rows.beside(self.x, numbers), self._engine.sigmas[self._engine.tree.index[self.nodes[numbers]]]
+        (sigma,) = send(self.x.device, levels)
         for part, level in zip(rows.split(self._limit), sigma.split(self._limit), strict=False):
             v = self._call(part.of(self.x), level, part.numbers)
             self._v = torch.empty_like(self.x, dtype=v.dtype) if self._v is None else self._v
             self._v[part.there] = v
             self._known[part.numbers] = True
 
-    def previews(
-        self,
-        kernel: Kernel,
-        carry: Carry | None,
-        tree: Tree,
-        store_dtype: torch.dtype,
-        nodes: Tensor,
-        rows: Tensor,
-        steps: int,
-    ) -> Tensor:
-        """[n, *] the states `rows` [n] of `nodes`, all at one grid index, completed in `steps` of the kernel's deterministic
+    def previews(self, nodes: Tensor, rows: Tensor, steps: int) -> Tensor:
+        """[k, *] the states `rows` [k] of `nodes`, all at one grid index, completed in `steps` of the kernel's deterministic
         steps on the sub-grid of a probe. The first step takes the velocities of the states themselves."""
-        looked_at = Rows.beside(self.x, rows)
-        here, x = int(tree.index[nodes[rows[0]]]), looked_at.of(self.x)
-        carry, self.looked_at = None if carry is None else carry.rows(looked_at), self.looked_at + len(rows)
-        levels = subgrid(here, tree.num_steps, steps)
+        engine, looked_at = self._engine, Rows.beside(self.x, rows)
+        compute, roots = engine.compute_dtype, engine.tree.root[nodes[rows]]
+        here, x = int(engine.tree.index[nodes[rows[0]]]), looked_at.of(self.x).to(compute)
+        carry = None if self._carry is None else self._carry.rows(looked_at)
+        self._record.previews += len(rows)
+        levels = subgrid(here, engine.tree.num_steps, steps)
         if levels:
-            self._remember(Rows.beside(self.x, rows[~self._known[rows]]))
+            self._remember(rows[~self._known[rows]])
         for number, there in enumerate(levels):
             v = self._completing(x, here, rows) if number or self._v is None else looked_at.of(self._v)
             ctx = TransitionContext(
-                level=0.0, roots=self._root[rows], nodes=nodes[rows], parents=nodes[rows],
-                step=torch.full_like(rows, here), carry=carry, preview=True,
+                level=0.0, roots=roots, nodes=nodes[rows], parents=nodes[rows], step=torch.full_like(rows, here), carry=carry,
+                preview=True,
             )  # fmt: skip
-            step = kernel(x, v, self._sigmas[here], self._sigmas[there], ctx)
-            x, carry, here = step.behavior.mean.to(store_dtype).to(self.x.dtype), step.carry, there
+            step = engine.kernel(x, v, engine.sigmas[here], engine.sigmas[there], ctx)
+            x, carry, here = step.behavior.mean.to(engine.store_dtype).to(compute), step.carry, there
         return x
 
     def _completing(self, x: Tensor, index: int, rows: Tensor) -> Tensor:
         """Velocities [n, *] of x [n, *], at one grid index on the way from the states `rows` [n]."""
-        sigma = x.new_full((len(x),), float(self._sigmas[index]), dtype=self._sigmas.dtype)
+        sigmas = self._engine.sigmas
+        sigma = x.new_full((len(x),), float(sigmas[index]), dtype=sigmas.dtype)
         parts = zip(*(values.split(self._limit) for values in (x, sigma, rows)), strict=True)
         return torch.cat([self._call(*part) for part in parts])
 
     def _call(self, x: Tensor, sigma: Tensor, rows: Tensor) -> Tensor:
-        self.evaluations += len(x)
-        return checked(self._velocity, x, sigma, self._root[rows])
+        """Of the states `rows` [n] of the host, or of others that come from them."""
+        self._record.evaluations += len(x)
+        root = self._engine.tree.root[self.nodes[rows]]
+        return checked(self._engine.velocity, x.to(self._engine.compute_dtype), sigma, root)
 
 
 def checked(velocity: Velocity, x: Tensor, sigma: Tensor, root: Tensor) -> Tensor:
