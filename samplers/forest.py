@@ -34,6 +34,11 @@ class Held:
         """[N] which have one, on whichever process."""
         return self.row != -1
 
+    @property
+    def here(self) -> Tensor:
+        """[N] which this process has."""
+        return self.row >= 0
+
     def at(self, index: Tensor, device: torch.device | str | None = None) -> Tensor:
         """Those of `index` [n]: [n, *], on `device` (None: where they are stored). ValueError for one that is not here."""
         rows = self.row[index]

@@ -169,12 +169,13 @@ def check(memory: Memory, room: float) -> None:
     if not memory.beyond(room):
         return
     phase, found = max(memory.phases, key=lambda phase: phase.needed), fitting(memory, room)
+    always = sum(memory.always.values())
     advice = f"set {' '.join(found)}" if found else (
         "none of decode_batch, offload, gradient_checkpointing, smaller batches, chunk and quantization is enough: take a larger device or "
         "a smaller size, or shard the network (configs/accelerate/fsdp2.yaml)"
     )  # fmt: skip
     raise ConfigError(
-        f"got a configuration whose {phase.name} needs at least {_size(memory.peaks[phase.name])} ({phase.figure}; {_size(sum(memory.always.values()))} are always there); "
+        f"got a configuration whose {phase.name} needs at least {_size(always + phase.needed)} ({phase.figure}; {_size(always)} are always there); "
         f"expected at most the {_size(room)} of the device: {advice}"
     )
 

@@ -250,7 +250,7 @@ def _scored(
     task: Task, records: Sequence[PromptRecord], places: Places, latents: Held
 ) -> tuple[Tensor, Tensor, tuple[str, ...], dict[str, float]]:
     """(scores, valid, channels, metrics) by the run's reward; each process scores whole groups, its share."""
-    before, own = replace(task.counts), (latents.row >= 0).nonzero().flatten()
+    before, own = replace(task.counts), latents.here.nonzero().flatten()
     output = judge(task, records, places.group[own], latents.values, task.reward)
     forest = places.one_step_each()
     output = gather_output(task.processes, forest.tree, output) if task.processes.count > 1 else output
