@@ -21,6 +21,7 @@ from samplers.draws import (
 )
 from samplers.forest import Forest, Held
 from samplers.forest_file import load_forest, save_forest
+from samplers.frontier import Noise, Velocity
 from samplers.kernels import (
     CPS,
     DDIM,
@@ -75,7 +76,7 @@ from samplers.plans import (
     tree,
     window,
 )  # fmt: skip
-from samplers.rollout import Noise, Velocity, rollout
+from samplers.rollout import rollout
 from samplers.schedules import (
     FamilyGrid,
     Listed,

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from samplers.rollout import Noise
+from samplers.frontier import Noise
 from samplers.trees import Tree
 
 
