@@ -21,7 +21,7 @@ from samplers.draws import (
 )
 from samplers.forest import Forest, Held
 from samplers.forest_file import load_forest, save_forest
-from samplers.host_rows import HostRows
+from samplers.frontier import Noise, Velocity
 from samplers.kernels import (
     CPS,
     DDIM,
@@ -76,7 +76,7 @@ from samplers.plans import (
     tree,
     window,
 )  # fmt: skip
-from samplers.rollout import Noise, Velocity, rollout
+from samplers.rollout import rollout
 from samplers.schedules import (
     FamilyGrid,
     Listed,
@@ -92,7 +92,7 @@ from samplers.schedules import (
 )
 from samplers.selection import Best, Select, candidates, sampled, unscored
 from samplers.trajectories import cost_to_go, mean_below, stopped_at, trajectory_share
-from samplers.transfer import Rows, fetch, send
+from samplers.transfer import HostRows, Rows, fetch, send
 from samplers.trees import SOURCES, Cost, Tree
 from samplers.unroll import Unrolled, straight_through, unroll
 from samplers.unshared import UnsharedTree, unshared

@@ -34,13 +34,18 @@ class Held:
         """[N] which have one, on whichever process."""
         return self.row != -1
 
+    @property
+    def here(self) -> Tensor:
+        """[N] which this process has."""
+        return self.row >= 0
+
     def at(self, index: Tensor, device: torch.device | str | None = None) -> Tensor:
-        """Those of `index` [n, *], on `device` (None: where they are stored). ValueError for one that is not here."""
+        """Those of `index` [n]: [n, *], on `device` (None: where they are stored). ValueError for one that is not here."""
         rows = self.row[index]
         if bool((rows < 0).any()):
             raise ValueError(
-                f"got nodes {index[rows < 0][:8].tolist()}, whose velocities are not known for this role; expected nodes that "
-                "were passed to Forest.with_velocities, and that this process trains"
+                f"got numbers {index[rows < 0][:8].tolist()}, of which nothing is here; expected nodes, states or samples that have a value, "
+                "such as those passed to Forest.with_velocities, and that this process rolled out or trains"
             )
         found = self.values[rows.to(self.values.device)]
         return found if device is None else send(device, found)[0]

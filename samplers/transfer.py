@@ -1,4 +1,4 @@
-"""Between the host and a device: many tensors by one copy."""
+"""Between the host and a device: many tensors by one copy, and rows that leave the device as they are made."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -64,7 +64,7 @@ def send(device: torch.device | str, *tensors: Tensor) -> list[Tensor]:
     found = [each.to(device) if each.requires_grad else each for each in found]
     if not waiting:
         return found
-    packed = torch.empty(size, dtype=torch.uint8, pin_memory=device.type != "meta")  # meta needs no accelerator
+    packed = _host_memory([size], torch.uint8, device)
     for number, start in zip(waiting, starts, strict=True):
         _at(packed, start, tensors[number]).copy_(tensors[number])
     sent = packed.to(device, non_blocking=True)
@@ -86,6 +86,42 @@ def fetch(tensors: Sequence[Tensor]) -> list[Tensor]:
         tensor = found[number]
         found[number], start = _at(packed, start, tensor), start + tensor.nbytes
     return found
+
+
+class HostRows:
+    """At most `most` rows [n, *] on the host, added part by part. Those of a device go into pinned memory without being
+    waited for: `rows` holds them once the device is done, after any later copy to the host that is waited for, say."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._count = most, 0
+        self._buffer: Tensor | None = None
+        self._last: Tensor | None = None
+
+    def read(self) -> Tensor:
+        """`rows`, waited for."""
+        if self._last is not None:
+            fetch([self._last])
+        return self.rows
+
+    def add(self, rows: Tensor) -> None:
+        """rows [n, *]. All calls: one dtype, one shape of a row."""
+        if self._buffer is None:
+            self._buffer = _host_memory([self._most, *rows.shape[1:]], rows.dtype, rows.device)
+        self._buffer[self._count : self._count + len(rows)].copy_(rows, non_blocking=True)
+        self._count += len(rows)
+        self._last = rows.flatten()[:1].clone() if rows.numel() else self._last
+
+    @property
+    def rows(self) -> Tensor:
+        """[n, *] what was added. ValueError if `add` was never called, so that no shape is known."""
+        if self._buffer is None:
+            raise ValueError("got the rows of a HostRows that nothing was added to; expected at least one call of add")
+        return self._buffer[: self._count]
+
+
+def _host_memory(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Not set; pinned where a copy to or from `device` would wait otherwise (the meta device copies nothing)."""
+    return torch.empty(shape, dtype=dtype, pin_memory=device.type not in ("cpu", "meta"))
 
 
 def _at(packed: Tensor, start: int, like: Tensor) -> Tensor:

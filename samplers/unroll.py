@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from samplers.forest import compute_dtype
+from samplers.frontier import Velocity, checked, transition
 from samplers.kernels.base import Kernel
 from samplers.plans.base import grow
-from samplers.rollout import Velocity, checked, transition
 from samplers.schedules import check_sigmas
 from samplers.selection import trained_part
 

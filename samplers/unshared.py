@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from samplers.forest import Forest
+from samplers.frontier import Noise, Velocity
 from samplers.kernels.base import Kernel
-from samplers.rollout import Noise, Velocity, rollout
+from samplers.rollout import rollout
 from samplers.trees import Tree
 
 

@@ -17,10 +17,8 @@ from rewards import Reward
 
 GIB = 2**30
 CONTEXT = GIB // 2  # of CUDA and its libraries, which no tensor shows
-GENERATIONS, STEPPED = (
-    2,
-    6,
-)  # latents of a rollout on a device: of two generations, and of the states stepped at once, fp32
+# fp32 latents of a rollout on a device: of each state of two generations, and of each that is stepped at once
+GENERATIONS, STEPPED = 2, 6
 OPTIMIZED = 3 * FP32  # a gradient and AdamW's two moments
 REWARDS = {"cpu": 0, "S": 0, "M": 2, "L": 8, "XL": 20}  # RewardSpec.memory -> the least GiB of its class
 
@@ -160,11 +158,9 @@ def text(memory: Memory, room: float | None) -> str:
     parts = ", ".join(f"{name} {_size(size)}" for name, size in memory.always.items() if size)
     phases = "; ".join(f"{each.name} {_size(memory.peaks[each.name])} ({each.figure})" for each in memory.phases)
     beside = "" if room is None else f" of {_size(room)}"
-    return "\n".join(
-        [
-            f"memory of one device{beside}, at least: {parts}",
-            f"at the peak of a phase: {phases}; main memory {_size(memory.host)}",
-        ]
+    return (
+        f"memory of one device{beside}, at least: {parts}\n"
+        f"at the peak of a phase: {phases}; main memory {_size(memory.host)}"
     )
 
 
@@ -172,15 +168,14 @@ def check(memory: Memory, room: float) -> None:
     """ConfigError if a phase cannot fit into `room` bytes, with the first switch, or the fewest, that would make it fit."""
     if not memory.beyond(room):
         return
-    name, peak = max(memory.peaks.items(), key=lambda item: item[1])
-    figure = next(phase.figure for phase in memory.phases if phase.name == name)
-    found = fitting(memory, room)
+    phase, found = max(memory.phases, key=lambda phase: phase.needed), fitting(memory, room)
+    always = sum(memory.always.values())
     advice = f"set {' '.join(found)}" if found else (
         "none of decode_batch, offload, gradient_checkpointing, smaller batches, chunk and quantization is enough: take a larger device or "
         "a smaller size, or shard the network (configs/accelerate/fsdp2.yaml)"
     )  # fmt: skip
     raise ConfigError(
-        f"got a configuration whose {name} needs at least {_size(peak)} ({figure}; {_size(sum(memory.always.values()))} are always there); "
+        f"got a configuration whose {phase.name} needs at least {_size(always + phase.needed)} ({phase.figure}; {_size(always)} are always there); "
         f"expected at most the {_size(room)} of the device: {advice}"
     )
 
@@ -215,66 +210,63 @@ Changes = Iterator[tuple[str, TrainConfig]]
 
 def _decode_batch(config: TrainConfig) -> Changes:
     """Costs nothing but launches of kernels."""
-    for size in _smaller(config.policy.decode_batch or DECODE_BATCH):
-        yield f"policy.decode_batch={size}", _policy(config, decode_batch=size)
+    return _halved(config, "policy", "decode_batch", config.policy.decode_batch or DECODE_BATCH)
 
 
 def _offload(config: TrainConfig) -> Changes:
     """Costs a copy per iteration and new prompt."""
     if "encoders" not in config.policy.offload:
         parts = [*config.policy.offload, "encoders"]
-        yield f"policy.offload=[{','.join(parts)}]", _policy(config, offload=parts)
+        yield f"policy.offload=[{','.join(parts)}]", _with(config, "policy", "offload", parts)
 
 
 def _checkpointing(config: TrainConfig) -> Changes:
     """Costs one more forward per trained state."""
     if not config.policy.gradient_checkpointing:
-        yield "policy.gradient_checkpointing=true", _policy(config, gradient_checkpointing=True)
+        yield "policy.gradient_checkpointing=true", _with(config, "policy", "gradient_checkpointing", True)
 
 
 def _trained_at_once(config: TrainConfig) -> Changes:
-    """Costs speed below some tens of thousands of tokens."""
+    """Costs speed below some tens of thousands of tokens; so do the next two. A trainer need not have it."""
     trainer = config.trainer
     if is_dataclass(trainer) and "micro_batch" in {each.name for each in fields(trainer)}:
-        for size in _smaller(vars(trainer)["micro_batch"]):
-            yield f"trainer.micro_batch={size}", replace(config, trainer=replace(trainer, micro_batch=size))
+        yield from _halved(config, "trainer", "micro_batch", vars(trainer)["micro_batch"])
 
 
 def _rolled_at_once(config: TrainConfig) -> Changes:
-    for size in _smaller(config.rollout.micro_batch):
-        yield f"rollout.micro_batch={size}", replace(config, rollout=replace(config.rollout, micro_batch=size))
+    return _halved(config, "rollout", "micro_batch", config.rollout.micro_batch)
 
 
 def _evaluated_at_once(config: TrainConfig) -> Changes:
-    for size in _smaller(config.evaluation.batch_size):
-        yield f"evaluation.batch_size={size}", replace(config, evaluation=replace(config.evaluation, batch_size=size))
+    return _halved(config, "evaluation", "batch_size", config.evaluation.batch_size)
 
 
 def _chunk(config: TrainConfig) -> Changes:
-    for groups in _smaller(config.rollout.chunk or config.rollout.groups):
-        yield f"rollout.chunk={groups}", replace(config, rollout=replace(config.rollout, chunk=groups))
+    """Costs smaller last calls of each generation."""
+    return _halved(config, "rollout", "chunk", config.rollout.chunk or config.rollout.groups)
 
 
 def _quantization(config: TrainConfig) -> Changes:
     """Costs accuracy and speed."""
     if config.policy.trainable == "lora" and config.policy.quantization is None:
         for kind in ("8bit", "4bit"):
-            yield f"policy.quantization={kind}", _policy(config, quantization=kind)
+            yield f"policy.quantization={kind}", _with(config, "policy", "quantization", kind)
 
 
-# from the cheapest: what each costs is said there and in docs/gpu.md
+# from the cheapest, as in docs/gpu.md
 SWITCHES: tuple[Callable[[TrainConfig], Changes], ...] = (
     _decode_batch, _offload, _checkpointing, _trained_at_once, _rolled_at_once, _evaluated_at_once, _chunk, _quantization,
 )  # fmt: skip
 
 
-def _policy(config: TrainConfig, **changes: object) -> TrainConfig:
-    return replace(config, policy=replace(config.policy, **changes))  # type: ignore[arg-type]
+def _halved(config: TrainConfig, part: str, key: str, size: int) -> Changes:
+    """Smaller ones, down to 1."""
+    for number in range(1, size.bit_length()):
+        yield f"{part}.{key}={size >> number}", _with(config, part, key, size >> number)
 
 
-def _smaller(size: int) -> list[int]:
-    """Halves, down to 1."""
-    return [size >> number for number in range(1, size.bit_length())]
+def _with(config: TrainConfig, part: str, key: str, value: object) -> TrainConfig:
+    return replace(config, **{part: replace(vars(config)[part], **{key: value})})
 
 
 def _rewards(config: TrainConfig) -> list[Reward]:
@@ -283,13 +275,9 @@ def _rewards(config: TrainConfig) -> list[Reward]:
 
 
 def _size(size: float) -> str:
-    return (
-        f"{size / 2**20:,.0f} MiB"
-        if size < GIB
-        else f"{size / GIB:,.2f} GiB"
-        if size < 10 * GIB
-        else f"{size / GIB:,.1f} GiB"
-    )
+    if size < GIB:
+        return f"{size / 2**20:,.0f} MiB"
+    return f"{size / GIB:,.{2 if size < 10 * GIB else 1}f} GiB"
 
 
 # ------------------------------------------------------------------------------------------ of a device

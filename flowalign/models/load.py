@@ -235,6 +235,14 @@ def _empty_networks(path: str, family: Family) -> dict[str, ModelMixin]:
         return {name: kind.from_config(configs[name]) for name, kind in family.networks.items()}
 
 
+def _shapes(path: str, family: Family, dtype: str, master_weights: bool) -> dict[str, ModelMixin]:
+    """The networks without numbers, on the meta device; see `read_pipeline`."""
+    networks = _empty_networks(path, family)
+    for network in networks.values():
+        network.to(DTYPES["fp32" if master_weights else dtype])
+    return networks
+
+
 def read_pipeline(
     path: str, family: str | None = None, *, dtype: str = "fp32", vae_dtype: str | None = None,
     master_weights: bool = False, quantization: Quantization | None = None, **parts: nn.Module,
@@ -289,13 +297,16 @@ def load_policy(
     """Loads a pipeline, or takes a live one, as a policy. One that is loaded onto a CUDA device lets the process's fp32 products
     there run in TF32.
 
-    lora: its settings, or a LoRA to start from, with the settings of that: a run folder, its lora/, a folder of diffusers' save_lora_weights, or a .safetensors file. trainable: "lora" (the default LoRA
-    if none is given), "full" weights, or "none". dtype: of the network, "fp32" by default. What is trained is fp32 in any case: with
-    "bf16" adapters multiply in bf16, and full weights under torch's autocast, copies of them too. vae_dtype: of the VAE if it is another. family: the import path of a `Family` of your own.
-    max_sequence_length: see the family's model. seed: of the adapters' initial weights. device: "cpu" by default.
-    network_device: the trained networks' device if it is not `device` (see flowalign.distributed.fsdp2); on "meta" they are not read. reference_copy: keeps
-    a frozen copy of the networks, the reference of a full fine-tuning with a KL. offload, decode_batch, prompt_store: see
-    PipelinePolicy. sampling: how the policy generates where a call does not say; by default as the pipeline's own call.
+    lora: its settings, or a LoRA to start from, with the settings of that: a run folder, its lora/, a folder of diffusers'
+    save_lora_weights, or a .safetensors file. trainable: "lora" (the default LoRA if none is given), "full" weights, or "none".
+    dtype: of networks and encoders, "fp32" by default. What is trained is fp32 in any case: with "bf16" adapters multiply in
+    bf16, and full weights under torch's autocast, copies of them too. vae_dtype: of the VAE if it is another. family: the
+    import path of a `Family` of your own. max_sequence_length: see the family's model. seed: of the adapters' initial weights.
+    device: "cpu" by default. network_device: the trained networks' device if it is not `device` (see
+    flowalign.distributed.fsdp2); on "meta" they are not read. reference_copy: keeps a frozen copy of the networks, the reference of a full fine-tuning with
+    a KL. offload, decode_batch, prompt_store: see PipelinePolicy. sampling: how the policy generates where a call does not
+    say; by default as the pipeline's own call.
+
     gradient_checkpointing: blocks of networks and VAE store no activations, their backward computes them again. compile: each
     repeated block of the networks is compiled, at its first call. attention: one of diffusers' back-ends, such as "flash".
     fixed_rows: states of every network call, see PipelinePolicy. quantization: of the networks' frozen linear layers, "8bit" or "4bit"
@@ -306,43 +317,28 @@ def load_policy(
     copied. A LoRA that it has loaded stays active as part of the base, also of the reference, and is not saved with the
     policy's. Raises FileNotFoundError or ValueError, as far as possible before any weight is read."""
     switches = Switches(gradient_checkpointing, compile, attention)
+    master_weights = trainable == "full" and dtype == "bf16"
     if isinstance(path, str):
-        dtype, cuda = dtype or "fp32", torch.device(device or "cpu").type == "cuda"
-        check_quantization(quantization, trainable, cuda)
+        dtype, device = dtype or "fp32", device or "cpu"
+        check_quantization(quantization, trainable, torch.device(device).type == "cuda")
         check_checkpoint(path, family)
         check_switches(path, switches, family)
         path_of(path, family)  # refuses a scheduler before the weights are read
         _, known = inspect_checkpoint(path, family)
-        master_weights = trainable == "full" and dtype == "bf16"
-        shapes: dict[str, ModelMixin] = {}
-        if network_device is not None and torch.device(network_device).type == "meta":
-            shapes = _empty_networks(path, known)
-            for network in shapes.values():
-                network.to(DTYPES["fp32" if master_weights else dtype])
+        shapes = _shapes(path, known, dtype, master_weights) if network_device == "meta" else {}
         pipeline = read_pipeline(
-            path,
-            family,
-            dtype=dtype,
-            vae_dtype=vae_dtype,
-            master_weights=master_weights,
-            quantization=quantization,
-            **shapes,
-        )
+            path, family, dtype=dtype, vae_dtype=vae_dtype, master_weights=master_weights, quantization=quantization, **shapes
+        )  # fmt: skip
         check_finite(path, {name: part for name, part in pipeline.components.items() if name not in shapes})
-        there = None if quantization else network_device or device or "cpu"  # quantized ones are on the GPU already
-        _place(pipeline, device or "cpu", dict.fromkeys(known.networks, there))
-        _allow_tf32(device or "cpu")
+        there = None if quantization else network_device or device  # quantized ones are on the GPU already
+        _place(pipeline, device, dict.fromkeys(known.networks, there))
+        _allow_tf32(device)
     else:
-        given = {
-            "dtype": dtype, "vae_dtype": vae_dtype, "device": device, "network_device": network_device,
-            "quantization": quantization,
-        }  # fmt: skip
-        if settings := [name for name, value in given.items() if value is not None]:
-            raise ValueError(
-                f"got {', '.join(settings)} with a live pipeline; expected none: load it so, or use pipe.to(...) before"
-            )
+        _refuse_settings(
+            dtype=dtype, vae_dtype=vae_dtype, device=device, network_device=network_device, quantization=quantization
+        )
         known = family_of("a live pipeline", type(path).__name__, family)
-        master_weights, pipeline = False, copy.copy(path)
+        pipeline = copy.copy(path)
         pipeline.scheduler = copy.deepcopy(path.scheduler)
     model = known.model(pipeline, max_sequence_length)
     switches.check(model.networks)
@@ -374,6 +370,14 @@ def load_policy(
         device=device or model.vae.device, offload=offload, decode_batch=decode_batch, prompt_store=prompt_store,
         autocast=torch.bfloat16 if master_weights else None, switches=switches, fixed_rows=fixed_rows,
     )  # fmt: skip
+
+
+def _refuse_settings(**given: object) -> None:
+    """ValueError for what a live pipeline says itself."""
+    if settings := [name for name, value in given.items() if value is not None]:
+        raise ValueError(
+            f"got {', '.join(settings)} with a live pipeline; expected none: load it so, or use pipe.to(...) before"
+        )
 
 
 def _add_lora(network: nn.Module, name: str, lora: LoRA | str, family: Family, seed: int) -> None:

@@ -9,11 +9,8 @@ from flowalign.models.load import DTYPES, inspect_checkpoint
 from flowalign.models.quantization import Quantization, quantization_arguments
 from flowalign.models.shipped import resolve
 
-IMPORTS = (
-    "DiffusionPipeline",
-    "BitsAndBytesConfig",
-    "PipelineQuantizationConfig",
-)  # of diffusers, as far as a call names them
+# of diffusers, as far as a call names them
+IMPORTS = ("DiffusionPipeline", "BitsAndBytesConfig", "PipelineQuantizationConfig")
 
 
 def load_call(

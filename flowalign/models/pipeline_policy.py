@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -40,8 +40,8 @@ class PipelinePolicy:
     not work (of a VAE that has decoded with a gradient, until it decodes again: its backward comes later). decode_batch:
     latents or images per call of the VAE; None is all at once on the CPU, 4 elsewhere. prompt_store: bytes of encoded prompts that
     are kept, on the CPU. autocast: what the networks multiply in, of weights that stay fp32; None: in the dtype of their weights.
-    switches: of the networks; gradient_checkpointing also of the VAE, if diffusers can. fixed_rows: states of every network call: more are
-    split, fewer padded; None: as many as there are."""
+    switches: of the networks; gradient_checkpointing also of the VAE, if diffusers can. fixed_rows: states of every network
+    call: more are split, fewer padded; None: as many as there are."""
 
     def __init__(
         self, model: Model, family: Family, trained: TrainedNetworks, *, negative_prompt: str = "",
@@ -115,29 +115,26 @@ class PipelinePolicy:
         self, x: Tensor, sigma: Tensor, conditions: Conditions, *, guidance_scale: float = 1.0,
         detach_uncond: bool = False,
     ) -> Tensor:  # fmt: skip
-        networks = {name: self._counted(network) for name, network in self._trained.active.items()}
         x, sigma = samplers.send(self._network_device, x, sigma)
         x = x.to(self._network_device, torch.float32)
-
-        def call(x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
-            own, negative = Conditions(conditions.tensors), conditions.negative
-            return self.model.velocity(networks, x, sigma, own, negative, guidance_scale, detach_uncond)
-
         if self._fixed_rows is None:
-            return call(x, sigma, conditions)
-        return self._in_calls_of(self._fixed_rows, call, x, sigma.to(x.device), conditions)
-
-    def _in_calls_of(
-        self, size: int, call: Callable[[Tensor, Tensor, Conditions], Tensor], x: Tensor, sigma: Tensor, conditions: Conditions
-    ) -> Tensor:  # fmt: skip
-        """v [n, *] of calls with `size` states each; the last one repeats its first state, which has no gradient there."""
-        found = []
-        for own in torch.arange(len(x), device=x.device).split(size):
-            rows, before = torch.cat([own, own[:1].expand(size - len(own))]), self.evaluations
-            found.append(call(x[rows], sigma[rows], conditions.rows(rows))[: len(own)])
-            padded = (self.evaluations - before) * (size - len(own)) // size
+            return self._call(x, sigma, conditions, guidance_scale, detach_uncond)
+        sigma, found = sigma.to(x.device), []
+        for own in torch.arange(len(x), device=x.device).split(self._fixed_rows):
+            # the last call repeats its first state, which has no gradient there
+            rows, before = torch.cat([own, own[:1].expand(self._fixed_rows - len(own))]), self.evaluations
+            v = self._call(x[rows], sigma[rows], conditions.rows(rows), guidance_scale, detach_uncond)
+            found.append(v[: len(own)])
+            padded = (self.evaluations - before) * (self._fixed_rows - len(own)) // self._fixed_rows
             self.evaluations, self.padded = self.evaluations - padded, self.padded + padded
         return torch.cat(found)
+
+    def _call(
+        self, x: Tensor, sigma: Tensor, conditions: Conditions, guidance_scale: float, detach_uncond: bool
+    ) -> Tensor:
+        networks = {name: self._counted(network) for name, network in self._trained.active.items()}
+        own = Conditions(conditions.tensors)
+        return self.model.velocity(networks, x, sigma, own, conditions.negative, guidance_scale, detach_uncond)
 
     def _counted(self, network: nn.Module) -> Network:
         def call(*args: Any, **kwargs: Any) -> Any:

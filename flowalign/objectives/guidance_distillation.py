@@ -65,7 +65,7 @@ class GuidanceDistillation:
             )
         found, old_rows = forest.velocities[GRADIENTS], forest.velocities["old"]
         nodes = found.known.nonzero().flatten()
-        here = (found.row[nodes] >= 0) & (old_rows.row[nodes] >= 0)
+        here = (found.here & old_rows.here)[nodes]
         own = nodes[here]
         gradient, old = found.at(own), old_rows.at(own)
         sigma = forest.sigma(own).double()

@@ -180,7 +180,7 @@ class GuidedRollout:
     def _rates(self, forest: Forest) -> Tensor:
         """[N] λ/b of the guided states, over |∇ρ| if that is normalized; nan elsewhere."""
         tree, known = forest.tree, forest.velocities[GRADIENTS]
-        edges = tree.edges[known.row[tree.parent[tree.edges]] >= 0]
+        edges = tree.edges[known.here[tree.parent[tree.edges]]]
         parents, position = tree.distinct_parents(edges)
         rates = torch.full((len(tree),), torch.nan, dtype=torch.float64)
         if not len(edges):
@@ -211,9 +211,9 @@ class Prompted:
     def score(self, x: Tensor, sigma: Tensor, rows: Tensor) -> Tensor:
         """[n], with a graph if x has one."""
         groups, scores = self.groups[rows.cpu()], []
-        for part in torch.arange(len(x)).split(self.micro_batch):
-            on_device = part.to(x.device)
-            batch = self.batch(groups[part], x[on_device], sigma[part.to(sigma.device)])
+        parts = (values.split(self.micro_batch) for values in (groups, x, sigma))
+        for part in zip(*parts, strict=True):
+            batch = self.batch(*part)
             output = score(self.reward, batch, grad=x.requires_grad, max_fail_rate=0.0)
             scores.append(output.scores[:, 0])
         return torch.cat(scores)
@@ -267,7 +267,7 @@ def measured(forest: Forest, processes: Processes) -> dict[str, float]:
     edges = tree.edges[found.known[tree.parent[tree.edges]]]
     if not len(edges):
         return {}
-    edges = edges[found.row[tree.parent[edges]] >= 0]
+    edges = edges[found.here[tree.parent[edges]]]
     parents, position = tree.distinct_parents(edges)
     gradient = found.at(parents)
     step = forest.edge_steps(edges, torch.zeros_like(gradient), position).policy

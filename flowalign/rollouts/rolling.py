@@ -133,9 +133,10 @@ class Rolling:
         )
         select = settings.plan.select(previews.score)
         guided = self._guided(tree, numbers, noise)
+        kernel = settings.kernel if guided is None else guided.kernel
         with drawn_ahead(noise.step, tree, self.device) as drawn:
             forest = self._roll(
-                velocity, task.policy.start(noise.start(tree)), self._sigmas, tree, settings.kernel if guided is None else guided.kernel, drawn,
+                velocity, task.policy.start(noise.start(tree)), self._sigmas, tree, kernel, drawn,
                 micro_batch=settings.micro_batch if len(roles_of(settings, tree)) == 1 else None, select=select,
                 keep_velocities=keep_velocities,
             )  # fmt: skip

@@ -20,8 +20,8 @@ class Rollout:
 
     guidance_scale: 1 is no guidance (one evaluation per state; above 1 two). detach_uncond: the update sends no gradient
     through the unconditional half (flow_grpo's released code), so the gradient is guidance_scale · ∂v_c; the rollout then
-    calls the network as the update does. schedule: the noise levels; None: the family's own grid. allow_cfg_update: a guided update inside a window of few steps is refused
-    without it, since peers report collapse. draw: whether a random plan draws once per group or once per iteration (never
+    calls the network as the update does. schedule: the noise levels; None: the family's own grid. allow_cfg_update: a guided
+    update inside a window of few steps is refused without it, since peers report collapse. draw: whether a random plan draws once per group or once per iteration (never
     inside a group). branch_scale: correlated noise of siblings (BranchGRPO's s, 4 there), see KeyedNoise; None makes it
     independent. micro_batch: states per network call. fixed_rows: exactly so many in every call of a run, of its updates and
     evaluations too; the last one of several is padded. Equal calls round alike: a bf16 update then finds the very log-probs of

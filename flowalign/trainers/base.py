@@ -88,8 +88,9 @@ class UpdateForecast:
     are decoded and scored there. rolled: network rows of its rollouts, where they are not those of the plan (an offline
     trainer has none); None: the plan's. guidance_scale: of the updates; None: that of the rollout. notes: what a user should
     know before the run, such as a regression without a minimum, a line each. reward_gradient: whether updates go through the
-    reward, whose scores then need a graph. at_once: states whose activations an update holds at the same time, and decoded_at_once: images that it
-    decodes with a graph meanwhile, for the forecast of memory; None: not known, and left out there. inspection: see there."""
+    reward, whose scores then need a graph. For the forecast of memory: at_once: states whose activations an update holds at the
+    same time (None: not known, and left out there); decoded_at_once: images that it decodes with a graph meanwhile. inspection: see
+    there."""
 
     updates: int
     trained: int

@@ -19,8 +19,9 @@ class Boundaries:
     """N trajectories of K steps, those of the samples of a rollout without noise.
 
     Every method takes M steps and returns S = M·N rows: the N trajectories at the first of the steps, then all of them at the
-    second, and so on; of what has a latent's size, the k where `here` [S] (None: all). nodes [N, K+1]: the forest's states on each trajectory, from noise to data. keys: of the samples, from which
-    noise and noise levels are drawn. shift, margin: of the noise levels, see ShiftedUniform."""
+    second, and so on; of what has a latent's size, the k where `here` [S] (None: all). nodes [N, K+1]: the forest's states on
+    each trajectory, from noise to data. keys: of the samples, from which noise and noise levels are drawn. shift, margin: of the
+    noise levels, see ShiftedUniform."""
 
     forest: Forest
     keys: SampleKeys

@@ -50,8 +50,8 @@ class EdgeUpdate:
     """The loss of `edges` [E] of a forest with their advantages [E, C] and clip bounds [E, C, 2] (None: the objective's). deal: who
     trains which of the states that they leave.
 
-    targets: of each supervision by name, with its weight. first: whether it is
-    the first update of its rollout: the policy is still the one that rolled out. anchored: the ratio of the first update
+    targets: of each supervision by name, with its weight. first: whether it is the first update of its rollout: the policy is
+    still the one that rolled out. anchored: the ratio of the first update
     is taken against its own log-prob; of a later one against `rescore`'s, if that was called, else the rollout's."""
 
     engine: UpdateEngine
@@ -142,15 +142,8 @@ class EdgeUpdate:
         )  # fmt: skip
         roles = dict(zip(needed, rest, strict=False))
         return _Given(
-            States(x, sigma, rows),
-            edges,
-            Rows(place, there),
-            arrived,
-            log_prob,
-            advantages,
-            roles,
-            rest[-1] if bounds else None,
-        )
+            States(x, sigma, rows), edges, Rows(place, there), arrived, log_prob, advantages, roles, rest[-1] if bounds else None
+        )  # fmt: skip
 
     @property
     def _roles(self) -> list[str]:

@@ -233,7 +233,7 @@ def _given(
     places = _places(len(records), len(files) // len(records))
     here = task.processes.owners(places.group) == task.processes.rank
     own = store.of(task, [files[number] for number in here.nonzero().flatten().tolist()])
-    latents = Held.of(own.to(next(iter(conditions.tensors.values())).device), here)
+    latents = Held.of(own.to(conditions.device), here)
     seconds = {"time/encode": time.perf_counter() - began}
     valid, metrics = torch.ones(len(files), 1, dtype=torch.bool), _FREE
     if scores is None:
@@ -250,7 +250,7 @@ def _scored(
     task: Task, records: Sequence[PromptRecord], places: Places, latents: Held
 ) -> tuple[Tensor, Tensor, tuple[str, ...], dict[str, float]]:
     """(scores, valid, channels, metrics) by the run's reward; each process scores whole groups, its share."""
-    before, own = replace(task.counts), (latents.row >= 0).nonzero().flatten()
+    before, own = replace(task.counts), latents.here.nonzero().flatten()
     output = judge(task, records, places.group[own], latents.values, task.reward)
     forest = places.one_step_each()
     output = gather_output(task.processes, forest.tree, output) if task.processes.count > 1 else output

@@ -44,7 +44,8 @@ class Future:
 
 @dataclass(frozen=True, eq=False)
 class PullUpdate:
-    """The loss Σ pulls + future at the S `states`. deal: who trains which of them. pulls: by name, the metric is loss/<name>; "policy" is one of them.
+    """The loss Σ pulls + future at the S `states`. deal: who trains which of them. pulls: by name, the metric is loss/<name>;
+    "policy" is one of them.
 
     masks: by name, [S] bool, a set of states whose mean distance to the target of "policy" is the metric distill/gap_<name>."""
 
@@ -91,6 +92,6 @@ class PullUpdate:
         gap, state = measures.rows("gap"), measures.rows("state").long()
         found["distill/gap"] = float(gap.mean())
         for name, mask in self.masks.items():
-            if bool(mask[state.cpu()].any()):
-                found[f"distill/gap_{name}"] = float(gap[mask[state.cpu()].to(gap.device)].mean())
+            if bool(mask[state].any()):
+                found[f"distill/gap_{name}"] = float(gap[mask[state]].mean())
         return found

@@ -54,8 +54,8 @@ class Places:
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """N clean latents [N, *] at their places, of which a process has those of its groups. scores, valid [N, C]: by `channels`. keys: of the draws. sigmas [T+1]: the grid of
-    the rollout. uids: the prompt of each group; conditions: a row for each group."""
+    """N clean latents [N, *] at their places, of which a process has those of its groups. scores, valid [N, C]: by `channels`.
+    keys: of the draws. sigmas [T+1]: the grid of the rollout. uids: the prompt of each group; conditions: a row for each group."""
 
     latents: Held
     places: Places

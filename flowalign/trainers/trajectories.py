@@ -61,14 +61,14 @@ class Trajectories:
 
     @torch.no_grad()
     def __post_init__(self) -> None:
-        """Of the rollout's weights, [3, E] float64: log-ratio, KL divergence to the reference, unit of drift."""
+        """Measures, under the weights of the rollout, [3, E] float64: log-ratio, KL divergence to the reference, unit of drift."""
         found = torch.zeros(3, len(self.edges), dtype=torch.float64)
         mine = torch.isin(self.owner, self.deal.mine).nonzero().flatten()
         for some in mine.split(self.micro_batch) if len(mine) else ():
             edges = self.edges[some]
             old, reference = (self.forest.role_steps(role, edges) for role in (OLD, REFERENCE))
             columns = old.log_ratio(reference, self.forest.at(edges)), old.kl(reference, "exact"), velocity_unit(old)
-            found[:, some] = torch.stack(columns).double().cpu()
+            found[:, some] = torch.stack(columns).double()
         self._rolled = self.engine.task.processes.gather(found[None]).sum(0)
 
     @property
@@ -113,7 +113,7 @@ class Replay:
         if "number" not in measures.values:
             return
         steps, edge = self.steps, torch.cat(measures.values["edge"])
-        drift = (torch.cat(measures.values["number"]).double().cpu() - steps.rolled[edge]).abs()
+        drift = (torch.cat(measures.values["number"]).double() - steps.rolled[edge]).abs()
         check_drift(drift, steps.drift_unit[edge], self.max_drift)
         if self.limit is not None and not bool((drift <= self.limit).all()):
             raise RunError(

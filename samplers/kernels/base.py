@@ -38,7 +38,7 @@ class Carry:
         """Of parts that hold each row once; None of none."""
         if len(parts) < 2:
             return parts[0][1] if parts else None
-        numbers, there = (torch.cat([vars(rows)[name] for rows, _ in parts]) for name in ("numbers", "there"))
+        numbers, there = torch.cat([rows.numbers for rows, _ in parts]), torch.cat([rows.there for rows, _ in parts])
         order = Rows(numbers.argsort(), there.argsort())
         x0, sigma = torch.cat([carry.x0 for _, carry in parts]), torch.cat([carry.sigma for _, carry in parts])
         return Carry(x0, sigma).rows(order)

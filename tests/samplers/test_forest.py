@@ -46,7 +46,7 @@ def test_a_role_is_read_where_it_was_set() -> None:
     assert not forest.velocities  # the forest itself is unchanged
     with pytest.raises(ValueError, match="twice; expected once"):
         with_reference.with_velocities("reference", nodes, values)
-    with pytest.raises(ValueError, match="not known for this role"):
+    with pytest.raises(ValueError, match="of which nothing is here"):
         with_reference.velocities["reference"].at(forest.tree.leaves)
     with pytest.raises(ValueError, match="one row per distinct node"):
         forest.with_velocities("reference", nodes, values[:, :2])
