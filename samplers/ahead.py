@@ -15,14 +15,14 @@ from samplers.trees import Tree
 def drawn_ahead(noise: Noise, tree: Tree, device: torch.device) -> Iterator[Noise]:
     """`noise` of the steps of `tree` for states on `device`: the same values, one generation drawn ahead inside the context.
 
-    noise(tree, nodes) -> [n, *]: a function of each node alone, such as KeyedNoise.step, so that draws may come early. What
-    is drawn for a CUDA device lies in pinned memory. On the CPU, where the thread would take from the network, it is `noise`."""
+    noise(tree, nodes) -> [n, *]: a function of each node alone, such as KeyedNoise.step, so that draws may come early. On the
+    CPU, where the thread would take from the network, it is `noise`."""
     if device.type == "cpu":
         yield noise
         return
     with ThreadPoolExecutor(1, "noise") as thread:
         try:
-            yield _Ahead(noise, tree, thread, pinned=device.type == "cuda")
+            yield _Ahead(noise, tree, thread)
         finally:
             thread.shutdown(wait=False, cancel_futures=True)
 
@@ -30,8 +30,8 @@ def drawn_ahead(noise: Noise, tree: Tree, device: torch.device) -> Iterator[Nois
 class _Ahead:
     """One generation of stochastic steps is with the thread, or done, whenever the engine is at work on the one before."""
 
-    def __init__(self, noise: Noise, tree: Tree, thread: ThreadPoolExecutor, pinned: bool) -> None:
-        self._noise, self._tree, self._thread, self._pinned = noise, tree, thread, pinned
+    def __init__(self, noise: Noise, tree: Tree, thread: ThreadPoolExecutor) -> None:
+        self._noise, self._tree, self._thread = noise, tree, thread
         stochastic = (nodes[tree.level[nodes] > 0] for nodes in tree.generations[1:])
         self._waiting = [nodes for nodes in stochastic if len(nodes)]
         self._begun: list[tuple[Tensor, Future[Tensor]]] = []
@@ -49,8 +49,4 @@ class _Ahead:
     def _begin(self) -> None:
         if self._waiting:
             nodes = self._waiting.pop(0)
-            self._begun.append((nodes, self._thread.submit(self._draw, nodes)))
-
-    def _draw(self, nodes: Tensor) -> Tensor:
-        values = self._noise(self._tree, nodes)
-        return values.pin_memory() if self._pinned else values
+            self._begun.append((nodes, self._thread.submit(self._noise, self._tree, nodes)))
