@@ -13,10 +13,11 @@ from torch import Tensor
 @dataclass(frozen=True, eq=False)
 class Deal:
     """n items, each on one process. rows: of each process, its items, ascending; all processes know them all. rank: which one this
-    is."""
+    is. repeated: what each process repeats where it has no item, [1] or none; None: the first item of another one."""
 
     rank: int
     rows: tuple[Tensor, ...]
+    repeated: tuple[Tensor, ...] | None = None
 
     @staticmethod
     def of(owner: Tensor, rank: int, count: int) -> Deal:
@@ -47,18 +48,20 @@ class Deal:
     @cached_property
     def padded(self) -> tuple[Tensor, ...]:
         """Of each process as many items as the one with most has: its own, and then the first of them again. A process without
-        any repeats one of another."""
+        any has `repeated`."""
         longest = max(len(items) for items in self.rows)
         some = next((items for items in self.rows if len(items)), self.rows[0])
-        firsts = [(items if len(items) else some)[:1] for items in self.rows]
+        other = self.repeated or (some,) * len(self.rows)
+        firsts = [(items if len(items) else spare)[:1] for items, spare in zip(self.rows, other, strict=True)]
         return tuple(
             torch.cat([items, first.expand(longest - len(items))]) if len(first) else items
             for items, first in zip(self.rows, firsts, strict=True)
         )
 
     def only(self, items: Tensor) -> Deal:
-        """Of these items alone, each where it is."""
-        return Deal(self.rank, tuple(own[torch.isin(own, items)] for own in self.rows))
+        """Of these items alone, each where it is. A process that is left without any repeats one of this deal: it has no other."""
+        repeated = tuple(padded[:1] for padded in self.padded)
+        return Deal(self.rank, tuple(own[torch.isin(own, items)] for own in self.rows), repeated)
 
     def wanted(self, of_item: Tensor) -> list[Tensor]:
         """What each process needs for its items, each once, ascending: `of_item` [n] names it for each item."""

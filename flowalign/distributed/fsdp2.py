@@ -101,7 +101,7 @@ class Lockstep:
     """Keeps the collective forwards of sharded networks matched when processes have different numbers of states.
 
     Each call announces itself. A process with nothing left to evaluate (in `level`) answers every announcement with a call
-    on one old row, until no process announces any more. Where processes announce different networks, the first in order has
+    on one old row, under the autocast of that row, until no process announces any more. Where processes announce different networks, the first in order has
     its turn, and the others answer it before they announce theirs again. A call with gradients cannot be answered like this,
     since its backward is collective too: trainers make equal numbers of those on all processes (see Update), and a family of
     several networks then calls the same ones in the same order on all.
@@ -112,13 +112,17 @@ class Lockstep:
     device: torch.device | str
     dummy_calls: int = 0
     _answers: bool = False
-    _rows: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict, repr=False)
+    _rows: dict[int, tuple[tuple[Any, ...], dict[str, Any], bool]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         for number, network in enumerate(self.networks):
             network.register_forward_pre_hook(
                 partial(self._before_call, number), prepend=True, with_kwargs=True
             )  # before FSDP's own hook
+
+    @property
+    def _kind(self) -> str:
+        return torch.device(self.device).type
 
     def level(self) -> None:
         """Returns once every process is in here. Must precede any other collective."""
@@ -131,15 +135,17 @@ class Lockstep:
         while (turn := self._announce(number)) != number:
             self._answer(turn)
         if number not in self._rows:
-            self._rows[number] = tuple(_first(a) for a in args), {name: _first(value) for name, value in kwargs.items()}
+            autocast = torch.is_autocast_enabled(self._kind)
+            named = {name: _first(value) for name, value in kwargs.items()}
+            self._rows[number] = tuple(_first(a) for a in args), named, autocast
 
     def _answer(self, turn: int | None) -> None:
         """Calls the network whose turn it is, for the other processes' sake."""
         if turn is None or turn not in self._rows:
             raise RuntimeError("a process that never called the sharded network cannot answer the others' calls")
-        args, kwargs = self._rows[turn]
+        args, kwargs, autocast = self._rows[turn]
         self._answers = True
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(self._kind, torch.bfloat16, enabled=autocast):
             self.networks[turn](*args, **kwargs)
         self._answers = False
         self.dummy_calls += 1

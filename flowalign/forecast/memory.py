@@ -35,7 +35,7 @@ class Phase:
 @dataclass(frozen=True, eq=False)
 class Memory:
     """Of one of `devices` devices, in bytes, for a configuration. A lower bound: the activations of rewards, fragmentation and the
-    buckets of several processes come on top. sharded: the networks lie in equal parts on all devices (FSDP2)."""
+    buckets of several processes come on top. sharded: the networks lie in equal parts on all devices, and so does what follows from weights that are trained (FSDP2)."""
 
     config: TrainConfig
     footprint: Footprint
@@ -49,12 +49,13 @@ class Memory:
         roles = config.roles.values()
         trained = 1 + sum(role.update == "trained" for role in roles)
         copies = len(roles) + (0 if own.has_lora else settings.reference_copy)
-        weights = own.weights(settings)
+        weights, parts = own.weights(settings), self.devices if self.sharded else 1
+        held = 1 if own.has_lora else parts  # adapters stay whole
         return {
-            "weights": weights / (self.devices if self.sharded else 1),
-            "LoRA" if own.has_lora else "copies": own.copy * (copies + own.has_lora),
-            "optimizer": OPTIMIZED * own.numbers * trained,
-            "EMA": 0 if config.run.ema_decay is None else FP32 * own.numbers,
+            "weights": weights / parts,
+            "LoRA" if own.has_lora else "copies": own.copy * (copies + own.has_lora) / held,
+            "optimizer": OPTIMIZED * own.numbers * trained / held,
+            "EMA": 0 if config.run.ema_decay is None else FP32 * own.numbers / held,
             "text encoders": 0 if "encoders" in settings.offload else own.encoders,
             "VAE": 0 if "vae" in settings.offload else own.vae,
             "rewards": GIB * sum(REWARDS[reward.spec.memory] for reward in _rewards(config)),
@@ -67,17 +68,18 @@ class Memory:
         rollout, settings, own = self.config.rollout, self.config.policy, self.footprint
         evaluation = self.config.evaluation
         together = settings.decode_batch or DECODE_BATCH
-        decoded, shown = min(together, rollout.micro_batch), min(together, evaluation.batch_size)
+        batch = min(evaluation.batch_size, evaluation.count * evaluation.samples_per_prompt)
+        rows, scale = min(rollout.micro_batch, self.widest), evaluation.guidance_scale
+        decoded, shown = min(together, rows), min(together, batch)
         vae = own.vae if "vae" in settings.offload else 0
         away = own.encoders if "encoders" in settings.offload else 0
-        rows, batch, scale = min(rollout.micro_batch, self.widest), evaluation.batch_size, evaluation.guidance_scale
         state, measured = own.state(rollout.guidance_scale), own.state(scale)
         in_flight = (GENERATIONS * self.widest + STEPPED * rows) * own.latent
         return [
             Phase("encode", away + own.encode, "one prompt"),
             Phase("rollout", rows * state + in_flight + self.conditions,
                   f"{rows} states × {_size(state)}, latents {_size(in_flight)}"),
-            Phase("decode", vae + decoded * own.decode + 2 * rollout.micro_batch * own.pixels + self.conditions,
+            Phase("decode", vae + decoded * own.decode + 2 * rows * own.pixels + self.conditions,
                   f"{decoded} images × {_size(own.decode)}"),
             self._update(vae),
             Phase("evaluation", max(batch * measured + (GENERATIONS + STEPPED) * batch * own.latent,
@@ -93,8 +95,9 @@ class Memory:
         scale = config.rollout.guidance_scale if update.guidance_scale is None else update.guidance_scale
         checkpointing = config.policy.gradient_checkpointing
         state = own.trained_state(scale, checkpointing)
-        figure = f"{update.at_once} states × {_size(state)}" + (", checkpointed" if checkpointing else "")
-        needed = update.at_once * state + self.conditions
+        rows = min(update.at_once, -(-update.trained // (update.updates * self.devices)))
+        figure = f"{rows} states × {_size(state)}" + (", checkpointed" if checkpointing else "")
+        needed = rows * state + self.conditions
         if update.decoded_at_once:
             needed += vae + update.decoded_at_once * own.decode_with_gradient
             figure += f", {update.decoded_at_once} images × {_size(own.decode_with_gradient)}"

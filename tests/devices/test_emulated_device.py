@@ -108,6 +108,15 @@ def test_bytes_are_counted_while_they_live() -> None:
         assert device.live == 0 and device.peak == 80
 
 
+def test_a_weight_whose_data_is_set_has_it() -> None:
+    """As the adapter of a role is filled."""
+    with EmulatedDevice():
+        weight = torch.nn.Parameter(torch.zeros(2, device=DEVICE))
+        weight.data = torch.ones(2, device=DEVICE)
+        weight.data.mul_(3)
+        assert (2 * weight).tolist() == [6.0, 6.0] and weight.is_leaf and weight.requires_grad
+
+
 def test_gradients_are_those_of_the_cpu() -> None:
     weight, x = torch.randn(3, 3, generator=torch.Generator().manual_seed(0)), torch.arange(6.0).view(2, 3)
 

@@ -30,6 +30,17 @@ def test_shares_and_deals_cover_everything_once(count: int, n: int) -> None:
             assert int((owner[deal.mine] == rank).sum()) >= min(held, n // count)  # what it has stays
 
 
+def test_a_process_left_without_items_repeats_one_that_it_was_sent() -> None:
+    """A second pass over some of the items: all run as many, and none asks for an item that lies elsewhere only."""
+    deals = [Processes(rank, 3).deal(torch.arange(7) % 3) for rank in range(3)]
+    for items in ([0, 3], [4], [], [1, 2, 5], list(range(7))):
+        some = [deal.only(torch.tensor(items, dtype=torch.int64)) for deal in deals]
+        assert sorted(i for deal in some for i in deal.mine.tolist()) == items
+        assert len({len(deal.padded[deal.rank]) for deal in some}) == 1
+        for deal, whole in zip(some, deals, strict=True):
+            assert set(deal.padded[deal.rank].tolist()) <= set(whole.padded[whole.rank].tolist())
+
+
 @pytest.mark.parametrize("updates", [1, 2, 4])
 def test_equal_trees_stay_where_they_are_whatever_an_update_takes(updates: int) -> None:
     """Eight groups of six states on two processes; an update takes a run of the groups, as trainers do."""

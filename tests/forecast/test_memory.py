@@ -90,6 +90,35 @@ def test_a_forecast_is_its_parts(medium: Memory) -> None:
     assert own.trained_state(4.5, True) < 0.8 * own.trained_state(4.5, False)
 
 
+def test_what_follows_from_sharded_weights_is_sharded_and_adapters_are_not(medium: Memory) -> None:
+    """Full weights, their copies, gradients, moments and average by FSDP2 over eight devices."""
+    config = replace(medium.config, run=replace(medium.config.run, ema_decay=0.9))
+    policy = replace(config.policy, trainable="full", reference_copy=True)
+    full = Memory(replace(config, policy=policy), Footprint(replace(config, policy=policy)))
+    for memory, held in ((full, 8), (medium.changed(config), 1)):
+        sharded = replace(memory, devices=8, sharded=True).always
+        for name in ("optimizer", "EMA", "LoRA" if held == 1 else "copies"):
+            assert sharded[name] == memory.always[name] / held > 0
+        assert sharded["weights"] == memory.always["weights"] / 8
+
+
+def test_no_more_states_are_counted_than_there_are(medium: Memory) -> None:
+    """Two prompts with two samples, on batches for many."""
+    config = medium.config
+    few = medium.changed(
+        replace(
+            config, rollout=replace(config.rollout, groups=2, group_size=2, num_inference_steps=2, micro_batch=64),
+            evaluation=replace(config.evaluation, count=3, samples_per_prompt=1, batch_size=64),
+        )
+    )  # fmt: skip
+    own, phases = few.footprint, {phase.name: phase for phase in few.phases}
+    update = few.config.trainer.forecast(few.config.rollout)
+    assert update.trained == 4 and update.updates == 2
+    assert phases["update"].needed == 2 * own.trained_state(4.5, False) + 2 * own.row
+    assert phases["decode"].needed == 4 * own.decode + 2 * 4 * own.pixels + 2 * own.row
+    assert phases["evaluation"].figure.startswith("3 states")
+
+
 def test_settings_move_what_they_say(medium: Memory) -> None:
     always, peaks = medium.always, medium.peaks
     offloaded = with_policy(medium, offload=["encoders"])

@@ -91,6 +91,15 @@ class OnDevice(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _current(func).run(func, args, kwargs or {})
 
+    @property
+    def data(self) -> Tensor:
+        return self.detach()
+
+    @data.setter
+    def data(self, values: Tensor) -> None:
+        """`weight.data = values`, as roles and adapters are filled: torch would change what it wraps only."""
+        self.data_on_cpu = values.data_on_cpu if isinstance(values, OnDevice) else values
+
     def numpy(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError(
             f"can't convert {DEVICE} device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory first."

@@ -98,9 +98,11 @@ def run(pipeline: str, dtype: str, output: Path) -> None:
     accelerator.end_training()
 
 
-def full_policy(pipeline: str, network_device: str | None = None) -> Policy:
+def full_policy(pipeline: str, dtype: str, network_device: str | None = None) -> Policy:
     """All weights are trained; with a frozen copy, and a role whose weights differ."""
-    policy = load_policy(pipeline, trainable="full", reference_copy=True, network_device=network_device)
+    policy = load_policy(
+        pipeline, trainable="full", dtype=dtype, reference_copy=True, network_device=network_device
+    )  # fmt: skip
     policy.add_roles({"old": Role("copy")})
     generator = torch.Generator().manual_seed(0)
     for _, parameter in policy.parameters_of("old"):
@@ -109,18 +111,14 @@ def full_policy(pipeline: str, network_device: str | None = None) -> Policy:
     return policy
 
 
-def steps(
-    policy: Policy, processes: Processes, rows: Sequence[int], autocast: bool
-) -> tuple[list[float], list[Tensor]]:
+def steps(policy: Policy, processes: Processes, rows: Sequence[int]) -> tuple[list[float], list[Tensor]]:
     """Norms of the gradients of two steps whose loss is the sum over batches of `rows` states, and the weights after them, whole."""
     trained = TrainedRole.of(policy, AdamWConfig(lr=1e-2, max_grad_norm=1.0))
     ema, stepper = EMA(policy.trainable_parameters(), 0.5), Summed(trained.optimizer, processes)
     norms = []
     for _ in range(2):
         for count in rows:
-            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):  # it keeps what it casts until it is left
-                loss = velocity(policy, count).square().mean()
-            stepper.backward(loss)
+            stepper.backward(velocity(policy, count).square().mean())
         assert all(p.grad.dtype == torch.float32 for _, p in policy.trainable_parameters() if p.grad is not None)
         norms.append(stepper.step(1.0))
         ema.update()
@@ -133,20 +131,19 @@ def run_full(pipeline: str, dtype: str, output: Path) -> None:
     """Each process takes one of two batches; the twin, which is not sharded, those of all."""
     accelerator = Accelerator(cpu=True)
     everyone = Processes.of(accelerator)
-    twin, policy = full_policy(pipeline), full_policy(pipeline, "cpu" if everyone.is_main else "meta")
+    twin, policy = full_policy(pipeline, dtype), full_policy(pipeline, dtype, "cpu" if everyone.is_main else "meta")
     size = sum(p.numel() for network in policy.networks() for p in network.parameters())
     compute = {"fp32": None, "bf16": torch.bfloat16}[dtype]
     processes = shard(policy, everyone, compute=compute)
     held = [p for network in policy.networks() for p in network.parameters()]
     found: dict[str, Any] = {"held": sum(p.to_local().numel() for p in held) / size}
-    with torch.autocast("cpu", torch.bfloat16, enabled=compute is not None):
-        pairs = zip(velocities(policy, processes), velocities(twin, everyone), strict=True)
-        found["velocity"] = max(error(ours, theirs) for ours, theirs in pairs)
-    found["norms"], ours = steps(policy, processes, [2 + processes.rank % 2], compute is not None)
-    found["expected"], theirs = steps(twin, Processes(), [2, 3] * (everyone.count // 2), compute is not None)
+    pairs = zip(velocities(policy, processes), velocities(twin, everyone), strict=True)
+    found["velocity"] = max(error(ours, theirs) for ours, theirs in pairs)
+    found["norms"], ours = steps(policy, processes, [2 + processes.rank % 2])
+    found["expected"], theirs = steps(twin, Processes(), [2, 3] * (everyone.count // 2))
     found["weights"] = max(error(*pair) for pair in zip(ours, theirs, strict=True))
     found["moved"] = error(torch.cat([p.flatten() for p in theirs]), torch.cat([
-        p.detach().flatten() for _ in range(2) for _, p in full_policy(pipeline).trainable_parameters()
+        p.detach().flatten() for _ in range(2) for _, p in full_policy(pipeline, dtype).trainable_parameters()
     ]))  # fmt: skip
     policy.save_networks(output / "ours", processes.is_main)
     if processes.is_main:
