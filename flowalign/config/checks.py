@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 
-import torch
-
 from flowalign.config.settings import TrainConfig, evaluation_schedule
 from flowalign.config.sizes import check_sizes
 from flowalign.data import PromptRecord, load_prompts
@@ -49,7 +47,7 @@ def check(config: TrainConfig) -> None:
         raise ConfigError(f"policy.decode_batch={policy.decode_batch}: expected at least 1, or null")
     if policy.max_sequence_length is not None and policy.max_sequence_length < 0:
         raise ConfigError(f"policy.max_sequence_length={policy.max_sequence_length}: expected at least 0, or null")
-    check_quantization(policy.quantization, policy.trainable, torch.cuda.is_available())
+    check_quantization(policy.quantization, policy.trainable)
     check_switches(policy.path, policy.switches, policy.family)
     check_fixed_rows(policy.path, rollout.rows, policy.family)
     lora_numbers = 0

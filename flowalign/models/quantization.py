@@ -13,8 +13,8 @@ from diffusers import BitsAndBytesConfig, PipelineQuantizationConfig
 Quantization = Literal["8bit", "4bit"]
 
 
-def check_quantization(quantization: Quantization | None, trainable: str, cuda: bool) -> None:
-    """ValueError unless weights may be quantized: frozen ones, with bitsandbytes, on a GPU (`cuda`)."""
+def check_quantization(quantization: Quantization | None, trainable: str, cuda: bool = True) -> None:
+    """ValueError unless weights may be quantized: frozen ones, with bitsandbytes, on a GPU (`cuda`: there is one; a forecast needs none)."""
     if quantization is None:
         return
     if trainable == "full":

@@ -88,12 +88,12 @@ class RewardUpdate:
     def _velocity(self, part: Part, states: States, role: str = "policy") -> tuple[Tensor, int]:
         """The velocities [n, *], and the network rows that count."""
         policy = self.engine.task.policy
-        before = policy.evaluations
+        before, padded = policy.evaluations, policy.padded
         try:
             return self.engine.velocity(states, role), policy.evaluations - before
         finally:  # torch leaves a recomputation by an exception, once it has what it needs
             if part.number in self.done:
-                policy.evaluations = before
+                policy.evaluations, policy.padded = before, padded
 
     def _chains(self, part: Part, measures: Measures) -> Chains:
         """The chains of a micro-batch."""

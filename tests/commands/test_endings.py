@@ -60,7 +60,10 @@ def test_another_error_keeps_its_traceback(error: Exception) -> None:
 @pytest.mark.parametrize(
     ("command", "part"),
     [
-        ("frobnicate", "unknown command 'frobnicate': Commands: train, evaluate, optimize-noise, compare, forecast, doctor"),
+        (
+            "frobnicate",
+            "unknown command 'frobnicate': Commands: train, evaluate, optimize-noise, compare, forecast, doctor",
+        ),
         ("trian", "did you mean 'train'?"),
     ],
 )

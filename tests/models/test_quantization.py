@@ -8,6 +8,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from diffusers.quantizers.bitsandbytes import BnB4BitDiffusersQuantizer, BnB8BitDiffusersQuantizer
 
+from flowalign.build import policy_of
 from flowalign.config import load_config
 from flowalign.data import as_records
 from flowalign.errors import ConfigError
@@ -65,10 +66,10 @@ def test_what_is_refused_before_a_weight_is_read(
     full = ["policy.trainable=full", "trainer.regularizers={}"]
     with pytest.raises(ConfigError, match=r"8bit with policy\.trainable=full"):
         load_config(CONFIG, [f"policy.path={path}", "policy.quantization=8bit", *full])
-    load_config(CONFIG, [f"policy.path={path}", "policy.quantization=8bit"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config, _ = load_config(CONFIG, [f"policy.path={path}", "policy.quantization=8bit"])  # a forecast needs no GPU
     with pytest.raises(ConfigError, match="8bit without a CUDA device"):
-        load_config(CONFIG, [f"policy.path={path}", "policy.quantization=8bit"])
+        policy_of(config, "cpu")
     monkeypatch.setattr(quantization, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'flowalign-diffusion\[quantization\]'"):
         load_config(CONFIG, [f"policy.path={path}", "policy.quantization=8bit"])
