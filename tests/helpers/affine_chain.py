@@ -95,6 +95,7 @@ class AffinePolicy:
     law: Affine = field(default_factory=Affine)
     elements: int = 1
     evaluations: int = 0
+    padded: int = 0
     sampling: None = None
     active: str = "policy"
     path: RectifiedFlow = field(default_factory=RectifiedFlow)

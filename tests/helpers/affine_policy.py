@@ -38,6 +38,7 @@ class AffinePolicy:
     shifts: dict[str, Tensor]
     active: str = "policy"
     evaluations: int = 0
+    padded: int = 0
     calls: list[tuple[str, int]] = field(default_factory=list)
     sampling: Sampling | None = None
     path: RectifiedFlow = field(default_factory=RectifiedFlow)

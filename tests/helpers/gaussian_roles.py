@@ -37,6 +37,7 @@ class GaussianRoles:
     laws: dict[str, Parameter]
     negative: float = 0.0
     evaluations: int = 0
+    padded: int = 0
     sampling: Sampling | None = None
     path: RectifiedFlow = field(default_factory=RectifiedFlow)
     active: str = "policy"

@@ -20,6 +20,7 @@ class LinearPolicy:
 
     weight: Tensor
     evaluations: int = 0
+    padded: int = 0
     encoded: int = 0
     sampling: Sampling | None = None
     path: RectifiedFlow = field(default_factory=RectifiedFlow)
