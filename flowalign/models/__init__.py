@@ -1,6 +1,7 @@
 """Models: a diffusers pipeline seen as parts. One file per family."""
 
-from flowalign.models.base import Conditions, Family, Model, Policy, Sampling, Size
+from flowalign.models.base import Family, Model, Policy, Sampling, Size
+from flowalign.models.conditions import Conditions
 from flowalign.models.images import Images
 from flowalign.models.load import check_lora_targets, inspect_checkpoint, load_policy, path_of
 from flowalign.models.lora import LoRA

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from flowalign.models.base import Conditions
+from flowalign.models.conditions import Conditions
 
 
 def classifier_free(

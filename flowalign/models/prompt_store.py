@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 from flowalign.data import PromptRecord
-from flowalign.models.base import Conditions
+from flowalign.models.conditions import Conditions
 
 Key = tuple[object, ...]
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from flowalign.data import PromptRecord, source_images
-from flowalign.models.base import Conditions, Policy, Sampling
+from flowalign.models.base import Policy, Sampling
+from flowalign.models.conditions import Conditions
 from flowalign.models.grid import grid
 from rewards import Reward, RewardBatch, labels_of, pictures, score
 from samplers import unroll

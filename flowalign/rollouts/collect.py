@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flowalign.credit.base import uncertainty_of
 from flowalign.data import PromptRecord
-from flowalign.models.base import Conditions
+from flowalign.models.conditions import Conditions
 from flowalign.rollouts.gather import Part, gather_forest, gather_output, gather_tree, joined
 from flowalign.rollouts.guidance import measured
 from flowalign.rollouts.judging import Judging

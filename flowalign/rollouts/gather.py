@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flowalign.data import PromptRecord
 from flowalign.distributed.processes import Processes
-from flowalign.models.base import Conditions
+from flowalign.models.conditions import Conditions
 from flowalign.rollouts.task import Task
 from rewards import RewardOutput
 from samplers import Forest, Held, Tree

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flowalign.data import PromptRecord
-from flowalign.models.base import Conditions
+from flowalign.models.conditions import Conditions
 from flowalign.models.grid import grid
 from flowalign.rollouts.completions import OLD, completed
 from flowalign.rollouts.gather import Part, encoded

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from flowalign.data import PromptRecord
-from flowalign.models.base import Conditions
+from flowalign.models.conditions import Conditions
 from flowalign.models.grid import grid
 from flowalign.models.roles import Role
 from flowalign.objectives import Negative, Regularizer, RewardLoss

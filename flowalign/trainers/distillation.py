@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flowalign.data import PromptRecord
 from flowalign.distributed.deal import Deal
-from flowalign.models.base import Conditions
+from flowalign.models.conditions import Conditions
 from flowalign.models.guidance import classifier_free_rows
 from flowalign.models.roles import Role
 from flowalign.objectives import Gate, Match, Pull

@@ -11,7 +11,7 @@ import torch
 
 from flowalign.advantage import Normalized, SignalContext
 from flowalign.data import PromptRecord
-from flowalign.models.base import Conditions
+from flowalign.models.conditions import Conditions
 from flowalign.models.roles import Role
 from flowalign.rollouts.collect import ScoredRollout, collect
 from flowalign.rollouts.gather import encoded

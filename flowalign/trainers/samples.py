@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flowalign.advantage import SignalContext
 from flowalign.data import PromptRecord
-from flowalign.models.base import Conditions
+from flowalign.models.conditions import Conditions
 from flowalign.rollouts.collect import ScoredRollout, collect
 from flowalign.rollouts.rolling import grow
 from flowalign.rollouts.task import Rollout, Task

@@ -17,7 +17,8 @@ from torch.optim import Optimizer
 
 from flowalign.distributed.deal import Deal, union
 from flowalign.distributed.processes import Processes
-from flowalign.models.base import Conditions, Policy
+from flowalign.models.base import Policy
+from flowalign.models.conditions import Conditions
 from flowalign.objectives import scalar_adjoint
 from flowalign.rollouts.task import Task
 from flowalign.trainers.base import AdamWConfig, Update

@@ -12,7 +12,8 @@ from flowalign.data import PromptRecord
 from flowalign.evaluation.evaluate import evaluate
 from flowalign.evaluation.paired_gain import paired_gain, paired_gains
 from flowalign.evaluation.result_file import append_result
-from flowalign.models.base import Conditions, Sampling, Size
+from flowalign.models.base import Sampling, Size
+from flowalign.models.conditions import Conditions
 from flowalign.report.grids import captions
 from flowalign.report.summary import gains_table
 from flowalign.storage.metrics_log import MetricsLog, read_rows

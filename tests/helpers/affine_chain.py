@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from flowalign.data import PromptRecord
-from flowalign.models.base import Conditions, Size
+from flowalign.models.base import Size
+from flowalign.models.conditions import Conditions
 from flowalign.rollouts.task import Rollout, Task
 from rewards import RewardBatch, RewardOutput, RewardSpec
 from samplers import FlowSDE, Kernel, RectifiedFlow

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from flowalign.data import PromptRecord
-from flowalign.models.base import Conditions, Sampling, Size
+from flowalign.models.base import Sampling, Size
+from flowalign.models.conditions import Conditions
 from flowalign.rollouts.task import Rollout, Task
 from flowalign.trainers import Trainer
 from samplers import Chain, FlowSDE, RectifiedFlow

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from flowalign.models.base import Conditions, Sampling, Size
+from flowalign.models.base import Sampling, Size
+from flowalign.models.conditions import Conditions
 from rewards import RewardBatch, RewardOutput, RewardSpec
 from samplers import ODE, RectifiedFlow
 

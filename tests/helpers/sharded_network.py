@@ -113,7 +113,9 @@ def full_policy(pipeline: str, dtype: str, network_device: str | None = None) ->
 
 def steps(policy: Policy, processes: Processes, rows: Sequence[int]) -> tuple[list[float], list[Tensor]]:
     """Norms of the gradients of two steps whose loss is the sum over batches of `rows` states, and the weights after them, whole."""
-    trained = TrainedRole.of(policy, AdamWConfig(lr=1e-2, max_grad_norm=1.0))
+    trained = TrainedRole.of(
+        policy, AdamWConfig(lr=1e-2, eps=1e-5, max_grad_norm=1.0)
+    )  # of a gradient that is rounding alone no whole step is taken
     ema, stepper = EMA(policy.trainable_parameters(), 0.5), Summed(trained.optimizer, processes)
     norms = []
     for _ in range(2):

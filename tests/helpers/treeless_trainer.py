@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flowalign.data import PromptRecord
-from flowalign.models.base import Conditions
+from flowalign.models.conditions import Conditions
 from flowalign.models.roles import Role
 from flowalign.rollouts.gather import encoded
 from flowalign.rollouts.task import Rollout, Task

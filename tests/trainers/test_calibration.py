@@ -12,7 +12,7 @@ from flowalign.advantage import Normalized
 from flowalign.credit import Gain
 from flowalign.data import PromptRecord
 from flowalign.models import Size
-from flowalign.models.base import Conditions
+from flowalign.models.conditions import Conditions
 from flowalign.rollouts.guidance import RewardGuidance
 from flowalign.rollouts.task import Rollout, Task
 from flowalign.trainers import GainBalance

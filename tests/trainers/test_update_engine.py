@@ -14,7 +14,8 @@ from torch.nn.functional import logsigmoid
 
 from flowalign.distributed.deal import Deal
 from flowalign.distributed.processes import Processes
-from flowalign.models.base import Conditions, Size
+from flowalign.models.base import Size
+from flowalign.models.conditions import Conditions
 from flowalign.rollouts.task import Rollout, Task
 from flowalign.trainers import AdamWConfig, Measures, Part, States, TrainedRole, Update, UpdateEngine
 from samplers import ODE, Chain

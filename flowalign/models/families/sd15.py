@@ -20,7 +20,8 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionMod
 from torch import Tensor
 
 from flowalign.data import PromptRecord
-from flowalign.models.base import Conditions, Configs, Family, Network, Size, check_image, vae_reduction
+from flowalign.models.base import Configs, Family, Network, Size, check_image, vae_reduction
+from flowalign.models.conditions import Conditions
 from flowalign.models.guidance import classifier_free, classifier_free_rows
 from samplers import ODE, VariancePreserving
 

@@ -18,7 +18,8 @@ from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import c
 from torch import Tensor
 
 from flowalign.data import PromptRecord
-from flowalign.models.base import Conditions, Configs, Family, Network, Size, check_image, vae_reduction
+from flowalign.models.base import Configs, Family, Network, Size, check_image, vae_reduction
+from flowalign.models.conditions import Conditions
 from flowalign.models.guidance import classifier_free, classifier_free_rows
 from samplers import ODE, RectifiedFlow
 
