@@ -11,7 +11,7 @@ from flowalign.config.settings import TrainConfig, evaluation_schedule
 from flowalign.config.sizes import check_sizes
 from flowalign.data import PromptRecord, load_prompts
 from flowalign.errors import ConfigError
-from flowalign.models.load import (
+from flowalign.models.checks import (
     check_checkpoint,
     check_fixed_rows,
     check_image_size,

@@ -19,7 +19,7 @@ from flowalign.evaluation.columns import Evaluation
 from flowalign.evaluation.evaluate import as_rewards, check_request
 from flowalign.evaluation.parts import Column, Measurement, Missing, Store, make_parts, missing_parts, read_column
 from flowalign.models import Policy, Sampling, Size
-from flowalign.models.load import rows_per_state
+from flowalign.models.checks import rows_per_state
 from flowalign.models.lora import adapter_switches
 from flowalign.models.sampling import settle
 from flowalign.report.evaluation_files import write_evaluation

@@ -22,12 +22,8 @@ import torch
 from flowalign.config import PolicySettings
 from flowalign.errors import ConfigError
 from flowalign.models import Policy, Sampling, load_policy
-from flowalign.models.load import (
-    check_checkpoint,
-    check_image_size,
-    inspect_checkpoint,
-    path_of,
-)
+from flowalign.models.checkpoints import inspect_checkpoint
+from flowalign.models.checks import check_checkpoint, check_image_size, path_of
 from flowalign.models.sampling import shipped_sampling
 from flowalign.models.shipped import SHIPPED, resolve
 from flowalign.run.load import SavedRun

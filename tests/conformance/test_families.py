@@ -12,10 +12,12 @@ from torch import Tensor
 
 from flowalign.data import as_records
 from flowalign.models import Family, LoRA, Size, check_lora_targets, families, inspect_checkpoint, load_policy, path_of
+from flowalign.models.checkpoints import FAMILIES
+from flowalign.models.checks import check_image_size, rows_per_state
 from flowalign.models.empty_pipeline import empty_pipeline
 from flowalign.models.grid import pipeline_call
 from flowalign.models.live_bytes import forward_bytes, update_bytes
-from flowalign.models.load import FAMILIES, check_image_size, read_pipeline, rows_per_state
+from flowalign.models.load import read_pipeline
 from flowalign.models.sampling import sample
 from samplers import Listed, PlainShift, Schedule, check_schedule
 from tests.helpers import tiny

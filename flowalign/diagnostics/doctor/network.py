@@ -18,8 +18,9 @@ from flowalign.data import PromptRecord
 from flowalign.diagnostics.doctor.base import Finding
 from flowalign.diagnostics.measure import distance
 from flowalign.models import Policy, check_lora_targets
+from flowalign.models.checkpoints import inspect_checkpoint
 from flowalign.models.grid import grid, pipeline_call
-from flowalign.models.load import inspect_checkpoint, read_pipeline
+from flowalign.models.load import read_pipeline
 from flowalign.models.sampling import sample
 from flowalign.rollouts.task import Task
 from samplers import normal
