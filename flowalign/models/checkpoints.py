@@ -31,7 +31,7 @@ def inspect_checkpoint(path: str, family: str | None = None) -> tuple[dict[str, 
             "diffusers pipeline folder, or a hub id such as 'stabilityai/stable-diffusion-3.5-medium'"
         )
     index = read_index(local) if local.exists() else _hub_index(name)
-    return index, family_of(f"policy.path={path!r}", str(index.get("_class_name")), family)
+    return index, family_of(f"policy.path={path!r}", str(index.get("_class_name")), family).of(index)
 
 
 def _hub_index(name: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from diffusers import DDIMScheduler
 
@@ -127,6 +128,18 @@ def check_switches(path: str, switches: Switches, family: str | None = None) -> 
     """ValueError for switches that a network or this machine cannot do; from the configurations alone."""
     if switches != Switches():
         switches.check(empty_networks(path, inspect_checkpoint(path, family)[1]))
+
+
+def check_options(family: Family, max_sequence_length: int | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of the family's model beside the pipeline; ValueError for options that it does not have."""
+    known = list(inspect.signature(family.model).parameters)[1:]
+    own = [name for name in known if name != "max_sequence_length"]
+    if unknown := [name for name in options if name not in own]:
+        raise ValueError(
+            f"got policy.options with {', '.join(unknown)} for a {family.pipeline.__name__}; expected some of: {', '.join(own) or 'none'}"
+        )
+    length = {} if max_sequence_length is None else {"max_sequence_length": max_sequence_length}
+    return {**options, **length}
 
 
 def check_fixed_rows(path: str, rows: int | None, family: str | None = None) -> None:

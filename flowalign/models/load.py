@@ -13,7 +13,7 @@ from torch import nn
 from flowalign.models.base import Family, Policy, Sampling
 from flowalign.models.checkpoint_files import check_finite
 from flowalign.models.checkpoints import empty_networks, family_of, inspect_checkpoint
-from flowalign.models.checks import check_checkpoint, check_rows_of, check_switches, path_of
+from flowalign.models.checks import check_checkpoint, check_options, check_rows_of, check_switches, path_of
 from flowalign.models.lora import ADAPTER, LoRA, activate, base_adapters, lora_layers
 from flowalign.models.lora_start import add_policy_lora
 from flowalign.models.pipeline_policy import PROMPT_STORE_BYTES, Offloadable, PipelinePolicy
@@ -70,6 +70,7 @@ def load_policy(
     vae_dtype: Literal["fp32", "bf16"] | None = None,
     family: str | None = None,
     max_sequence_length: int | None = None,
+    options: Mapping[str, Any] | None = None,
     negative_prompt: str = "",
     reference_copy: bool = False,
     device: str | torch.device | None = None,
@@ -92,7 +93,7 @@ def load_policy(
     save_lora_weights, or a .safetensors file. trainable: "lora" (the default LoRA if none is given), "full" weights, or "none".
     dtype: of networks and encoders, "fp32" by default. What is trained is fp32 in any case: with "bf16" adapters multiply in
     bf16, and full weights under torch's autocast, copies of them too. vae_dtype: of the VAE if it is another. family: the
-    import path of a `Family` of your own. max_sequence_length: see the family's model. seed: of the adapters' initial weights.
+    import path of a `Family` of your own. max_sequence_length, options: see the family's model; the latter are its own, such as guidance_scale_2 of Wan 2.2. seed: of the adapters' initial weights.
     device: "cpu" by default. network_device: the trained networks' device if it is not `device` (see
     flowalign.distributed.fsdp2); on "meta" they are not read. reference_copy: keeps a frozen copy of the networks, the reference of a full fine-tuning with
     a KL. offload, decode_batch, prompt_store: see PipelinePolicy. sampling: how the policy generates where a call does not
@@ -128,10 +129,11 @@ def load_policy(
         _refuse_settings(
             dtype=dtype, vae_dtype=vae_dtype, device=device, network_device=network_device, quantization=quantization
         )
-        known = family_of("a live pipeline", type(path).__name__, family)
+        known = family_of("a live pipeline", type(path).__name__, family).of(path.config)
         pipeline = copy.copy(path)
         pipeline.scheduler = copy.deepcopy(path.scheduler)
-    model = known.model(pipeline, max_sequence_length)
+    options = check_options(known, max_sequence_length, options or {})
+    model = known.model(pipeline, **options)
     switches.check(model.networks)
     if fixed_rows is not None:
         check_rows_of(fixed_rows, known)

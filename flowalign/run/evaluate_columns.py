@@ -219,7 +219,12 @@ def _own_weights(policy: Policy, settings: Sampling) -> dict[str, Any]:
     """What decides the images of a policy in memory, as JSON. Not kept: its decoder and encoders, and which of several copies of
     fully trained networks its role calls."""
     levels = policy.sigmas(settings.num_inference_steps, policy.latent_shape(settings.size))
-    called = [policy.pipeline_setup(), policy.pipeline_arguments(), policy.solver(), levels.tolist()]
+    called = [
+        policy.pipeline_setup(),
+        policy.pipeline_arguments(settings.guidance_scale, settings.size),
+        policy.solver(),
+        levels.tolist(),
+    ]
     return {"networks": _hash(policy), "call": repr(called)}
 
 

@@ -79,6 +79,7 @@ class Place:
         found = {
             "pipeline": _identity(policy.path, policy.family), "dtype": policy.dtype, "vae_dtype": policy.vae_dtype,
             "negative_prompt": policy.negative_prompt, "max_sequence_length": policy.max_sequence_length,
+            **({"options": policy.options} if policy.options else {}),
         }  # fmt: skip
         if policy.master_weights:
             found["products"] = "autocast"
@@ -116,7 +117,7 @@ class Place:
             return load_policy(
                 policy.path, trainable="full" if policy.master_weights else "none", dtype=policy.dtype, vae_dtype=policy.vae_dtype,
                 family=policy.family, quantization=policy.quantization,
-                max_sequence_length=policy.max_sequence_length, negative_prompt=policy.negative_prompt, device=device,
+                max_sequence_length=policy.max_sequence_length, options=policy.options, negative_prompt=policy.negative_prompt, device=device,
                 offload=policy.offload, decode_batch=policy.decode_batch, sampling=settings,
             )  # fmt: skip
         except (ValueError, OSError) as error:
