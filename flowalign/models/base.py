@@ -310,10 +310,6 @@ class Model(Protocol):
 Configs = Mapping[str, Mapping[str, Any]]
 
 
-# a component of a very small pipeline: its class, and the entries of its configuration that differ from the class's own
-TinyPart = tuple[Any, Mapping[str, Any]]
-
-
 @dataclass(frozen=True, eq=False)
 class Family:
     """What must be known of a model family before its weights are read.
@@ -327,7 +323,7 @@ class Family:
     model cannot make. rows_per_state: see Policy. source_images: the least and the most of them that a record may have.
     load_arguments: extra arguments of `from_pretrained`, from model_index.json. load_lora: Python that loads what `Model.save_lora` wrote
     into a folder, given as Python, into `pipe`. variant: fields of this which a checkpoint's model_index.json changes, such as the rows of a
-    distilled one. tiny: very small pipelines of the family for tests, by name: component -> (class, configuration); the
+    distilled one. tiny: very small pipelines of the family for tests, by name: component -> (class, configuration), or another argument of the pipeline; the
     scheduler is the released one. See `flowalign.testing.tiny_pipeline`."""
 
     pipeline: Any
@@ -341,7 +337,7 @@ class Family:
     load_arguments: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda index: {}
     load_lora: Callable[[str], list[str]] = lambda folder: [f"pipe.load_lora_weights({folder})"]
     variant: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda index: {}
-    tiny: Mapping[str, Mapping[str, TinyPart]] = field(default_factory=dict)
+    tiny: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def of(self, index: Mapping[str, Any]) -> Family:
         """As it is for a checkpoint with this model_index.json, or a live pipeline with this configuration."""
