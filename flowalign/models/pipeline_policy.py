@@ -110,7 +110,7 @@ class PipelinePolicy:
         if size is None and self.sampling is not None:
             size = self.sampling.size
         if together:
-            with self._at_work("encoders"):
+            with self._at_work("encoders"), self._at_work("vae") if records[0].images else nullcontext():
                 parts = [self.model.encode(rows, size).to(self._device) for rows in (list(records), negatives) if rows]
         else:
             new = self._prompts.missing([*records, *negatives], size)
@@ -315,9 +315,12 @@ class PipelinePolicy:
     def pipeline_arguments(self, guidance_scale: float, size: Size) -> dict[str, Any]:
         return self.model.pipeline_arguments(guidance_scale, size, self.negative_prompt)
 
-    def pipeline_inputs(self, records: Sequence[PromptRecord], guidance_scale: float) -> dict[str, Any]:
+    def pipeline_inputs(
+        self, records: Sequence[PromptRecord], guidance_scale: float, size: Size
+    ) -> dict[str, Any]:
         guided = self.rows_per_state(guidance_scale) > 1
-        return self.model.pipeline_inputs(records, [self._negative(record) for record in records] if guided else None)
+        negatives = [self._negative(record) for record in records] if guided else None
+        return self.model.pipeline_inputs(records, negatives, size)
 
     def to_pipeline(self, latents: Tensor) -> Tensor:
         return self.model.to_pipeline(latents)
