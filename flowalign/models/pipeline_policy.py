@@ -110,13 +110,22 @@ class PipelinePolicy:
         if size is None and self.sampling is not None:
             size = self.sampling.size
         if together:
-            with self._at_work("encoders"), self._at_work("vae") if records[0].images else nullcontext():
+            with self._encoding([*records, *negatives]):
                 parts = [self.model.encode(rows, size).to(self._device) for rows in (list(records), negatives) if rows]
         else:
             new = self._prompts.missing([*records, *negatives], size)
-            with self._at_work("encoders") if new else nullcontext():
+            with self._encoding(new):
                 parts = [self._prompts.conditions(rows, size).to(self._device) for rows in (records, negatives) if rows]
         return Conditions(parts[0].tensors, parts[1] if negative else None)
+
+    @contextmanager
+    def _encoding(self, records: Sequence[PromptRecord]) -> Iterator[None]:
+        """Inside, what encodes these is at work; source images go through the VAE."""
+        with (
+            self._at_work("encoders") if records else nullcontext(),
+            self._at_work("vae") if any(record.images for record in records) else nullcontext(),
+        ):
+            yield
 
     def _negative(self, record: PromptRecord) -> PromptRecord:
         own = record.negative_prompt
