@@ -50,11 +50,13 @@ class DPMSolver2M:
             half = torch.where(second, 0.5 * gain, half)
             inverse = torch.where(second, 1.0 / ((log_snr(sigma) - log_snr(ctx.carry.sigma.to(sigma))) / h), inverse)
         slope = sigma * (gain + half * inverse)
-        on_device = send(x.device, sigma, shrink, gain, half, inverse, slope, sigma - sigma_next)
-        level, shrink, gain, half, inverse = (spread(each, x) for each in on_device[:5])
+        velocity_coef, step_size, *coefficients = send(
+            x.device, slope, sigma - sigma_next, sigma, shrink, gain, half, inverse
+        )
+        level, shrink, gain, half, inverse = (spread(each, x) for each in coefficients)
         x0 = x - level * v
         mean = shrink * x - gain * x0
         if ctx.carry is not None:
             (x0_before,) = ctx.carry.states
             mean = mean - half * (inverse * (x0 - x0_before))
-        return solved(self, mean, *on_device[5:], Carry((x0,), sigma))
+        return solved(self, mean, velocity_coef, step_size, Carry((x0,), sigma))

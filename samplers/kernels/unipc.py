@@ -14,7 +14,7 @@ from samplers.transfer import send
 
 @dataclass(frozen=True)
 class UniPC:
-    """UniPC-2 with B₂(h) = e^h - 1 in the x̂0 form (2302.04867, algorithms 5 to 8); every step is deterministic.
+    """UniPC-2 with B₂(h) = e^h - 1, data prediction (2302.04867); every step is deterministic.
 
     With λ = ln((1-σ)/σ), a step from σ to σ' has h = λ' - λ, g = (1-σ')(e^{-h} - 1) and r = (λ₋ - λ)/h < 0:
         predictor  x'  = (σ'/σ)·x - g·x̂0 - g·(x̂0₋ - x̂0)/2r
@@ -24,7 +24,8 @@ class UniPC:
     without x̂0₋ (ρ₁ = 0, ρ₂ = 1/2): the first step, its corrector, and the predictor at σ' = 0, where x' = x̂0.
     In fp32 on the CPU it is, bit for bit, diffusers' scheduler with solver_order=2, solver_type="bh2", predict_x0, flow sigmas
     and flow prediction, lower_order_final, final_sigmas_type="zero".
-    Not kept: replay, since the history of a step is not stored.
+    Not kept: replay, since the history of a step is not stored; the rounding of σ·v to bf16 where Wan runs in bf16. The network's
+    integer timestep is floor(1000·σ) in float64, that of the scheduler at every level of its grids of up to 100 steps.
     """
 
     reduce: Reduce = "mean"
@@ -53,8 +54,10 @@ class UniPC:
         slope = gain - half / ratio
         if past:
             slope = slope + shrink * corrector[1] * corrector[2]
-        there = send(x.device, sigma * slope, sigma - sigma_next, sigma, *predictor, *corrector)
-        level, shrink, gain, half, ratio, *correcting = (spread(each, x) for each in there[2:])
+        velocity_coef, step_size, *coefficients = send(
+            x.device, sigma * slope, sigma - sigma_next, sigma, *predictor, *corrector
+        )
+        level, shrink, gain, half, ratio, *correcting = (spread(each, x) for each in coefficients)
         x0 = x - level * v
         if past:
             x = _corrected(x0, states, correcting)
@@ -62,10 +65,12 @@ class UniPC:
         if past:
             mean = mean - half * ((states[1] - x0) / ratio)
         carry = Carry((x, x0, *states[1:2]), torch.stack([sigma, *past[:1]], 1))
-        return solved(self, mean, *there[:2], carry)
+        return solved(self, mean, velocity_coef, step_size, carry)
 
 
-def _predictor(sigma: Tensor, sigma_next: Tensor, before: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _predictor(
+    sigma: Tensor, sigma_next: Tensor, before: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(σ'/σ, g, g/2, r) [N], with g/2 = 0 and r = 1 in rows of first order; before: σ₋."""
     h = log_snr(sigma_next) - log_snr(sigma)
     gain = (1 - sigma_next) * torch.expm1(-h)
