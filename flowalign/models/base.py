@@ -345,7 +345,7 @@ class Family:
         """As it is for a checkpoint with this model_index.json, or a live pipeline with this configuration."""
         there = {name for name in self.networks if name not in index or index[name][0] is not None}
         networks = {name: kind for name, kind in self.networks.items() if name in there}
-        return replace(self, networks=networks, **self.variant(index))
+        return replace(self, **{"networks": networks, **self.variant(index)})
 
 
 def check_source_images(records: Sequence[PromptRecord], family: Family) -> None:

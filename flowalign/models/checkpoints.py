@@ -19,6 +19,8 @@ FAMILIES = {
     "FluxPipeline": "flowalign.models.families.flux1.FAMILY",
     "FluxKontextPipeline": "flowalign.models.families.flux1.KONTEXT",
     "StableDiffusionPipeline": "flowalign.models.families.sd15.FAMILY",
+    "WanPipeline": "flowalign.models.families.wan.FAMILY",
+    "WanImageToVideoPipeline": "flowalign.models.families.wan.IMAGE_TO_VIDEO",
 }
 
 
