@@ -61,7 +61,7 @@ class PipelinePolicy:
         self._autocast = autocast
         self._devices: tuple[torch.device, torch.device] | None = None  # of the first weight, of the network
         self._decode_batch = decode_batch
-        self._prompts = PromptStore(lambda record, size: model.encode([record], size), prompt_store)
+        self._prompts = PromptStore(lambda record, *how: model.encode([record], *how), prompt_store)
         self._switches = switches or Switches()
         self._fixed_rows = fixed_rows
         self._recomputed = recomputed(trained)
@@ -106,16 +106,18 @@ class PipelinePolicy:
         size: Size | None = None,
     ) -> Conditions:
         check_source_images(records, self._family)
-        negatives = [self._negative(record) for record in records] if negative else []
+        asked = [(list(records), False)]
+        if negative:
+            asked.append(([self._negative(record) for record in records], True))
         if size is None and self.sampling is not None:
             size = self.sampling.size
         if together:
             with self._at_work("encoders"):
-                parts = [self.model.encode(rows, size).to(self._device) for rows in (list(records), negatives) if rows]
+                parts = [self.model.encode(rows, size, kind).to(self._device) for rows, kind in asked]
         else:
-            new = self._prompts.missing([*records, *negatives], size)
+            new = any(self._prompts.missing(rows, size, kind) for rows, kind in asked)
             with self._at_work("encoders") if new else nullcontext():
-                parts = [self._prompts.conditions(rows, size).to(self._device) for rows in (records, negatives) if rows]
+                parts = [self._prompts.conditions(rows, size, kind).to(self._device) for rows, kind in asked]
         return Conditions(parts[0].tensors, parts[1] if negative else None)
 
     def _negative(self, record: PromptRecord) -> PromptRecord:
