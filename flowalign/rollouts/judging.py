@@ -64,7 +64,7 @@ class Judging:
         *, beside: bool = False,
     ) -> None:  # fmt: skip
         self._task, self._prompts, self._reward, self._device = task, prompts, reward, device
-        self._stream = side_stream(device) if beside and device is not None and device.type == "cuda" else None
+        self._stream = side_stream(device) if beside and device is not None else None
         self._beside, self._scoring = beside, Scoring(reward, self._aside if beside else None)
         self._order, self._decoding = list[int](), 0.0
 
@@ -123,9 +123,9 @@ class Judging:
 
 
 @cache
-def side_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all iterations, since the allocator keeps memory for each stream."""
-    return torch.cuda.Stream(device)
+def side_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """One for all iterations, since the allocator keeps memory for each stream; None where it is not CUDA."""
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
 
 
 def judge(

@@ -73,9 +73,7 @@ class Rollout:
 def may_overlap(settings: Rollout, reward: Reward, process_rewards: Sequence[Reward]) -> bool:
     """Whether a thread may decode and score some groups while others are rolled out, which must not decode or ask rewards itself. A
     reward that is elsewhere is asked beside the rollout anyway, and decoding alone would share a GPU that it keeps busy."""
-    return settings.overlap is not False and not (
-        reward.spec.elsewhere or process_rewards or settings.asks_on_its_way
-    )
+    return settings.overlap is not False and not (reward.spec.elsewhere or process_rewards or settings.asks_on_its_way)
 
 
 @dataclass

@@ -3,14 +3,17 @@
 import threading
 import traceback
 import weakref
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from flowalign.rollouts import judging
 from flowalign.rollouts.collect import ScoredRollout, collect
 from flowalign.rollouts.task import Task
 from rewards import GroupDiversity, RewardBatch, RewardError, RewardOutput, RewardSpec
@@ -39,7 +42,8 @@ def assert_same(found: ScoredRollout, expected: ScoredRollout) -> None:
     for name in ("parent", "group", "local", "index", "level"):
         assert torch.equal(vars(found.forest.tree)[name], vars(expected.forest.tree)[name])
     metrics, known = (
-        {name: value for name, value in batch.metrics.items() if not name.startswith("time/")} for batch in (found, expected)
+        {name: value for name, value in batch.metrics.items() if not name.startswith("time/")}
+        for batch in (found, expected)
     )
     assert metrics == pytest.approx(known, rel=0, abs=0, nan_ok=True)
 
@@ -99,12 +103,11 @@ def test_on_a_device_it_is_the_default_and_decodes_in_the_thread(tiny_pipeline: 
             assert len(threads) == 1 and (threading.main_thread() in threads) is (overlap is False)
     assert_same(found[1], found[0])
     serial, beside = ([(event.kind, event.waits) for event in device.seen(name)] for name in ("False", "None"))
-    assert sum(waits for _, waits in beside) <= sum(waits for _, waits in serial) > 0
-    assert len(beside) <= len(serial)
+    assert Counter(beside) == Counter(serial) and serial
 
 
 class Held:
-    """Brightness, held back in its first call until `going`; counts decoded images that live, in the one policy `task` has."""
+    """Brightness, held back until `going`. asked: the groups of each call."""
 
     def __init__(self) -> None:
         self.going, self.asked = threading.Event(), list[set[int]]()
@@ -202,6 +205,56 @@ def test_ctrl_c_leaves_no_thread(tiny_pipeline: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         collect(task_of(tiny_pipeline, Plain(held)), FOUR, 0, roll=roll)
     assert held.asked == [{0}] and not reward_threads()
+
+
+@dataclass(frozen=True, eq=False)
+class Stream:
+    """A stream of CUDA that writes down what it is told."""
+
+    name: str
+    told: list[str]
+
+    def wait_stream(self, other: "Stream") -> None:
+        self.told.append(f"{self.name} waits for {other.name}")
+
+    def synchronize(self) -> None:
+        self.told.append(f"host waits for {self.name}")
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+def test_the_stream_of_the_thread_begins_after_the_rollout_and_is_waited_for(
+    tiny_pipeline: Path, monkeypatch: pytest.MonkeyPatch, breaks: bool
+) -> None:
+    """With streams in place of CUDA's: before the chunk is decoded, before the reward is asked, which may have threads, and after."""
+    told = list[str]()
+    main, side = Stream("main", told), Stream("side", told)
+    entered = list[threading.Thread]()
+
+    def within(stream: Stream) -> AbstractContextManager[None]:
+        assert stream is side
+        entered.append(threading.current_thread())
+        return nullcontext()
+
+    def seen(batch: RewardBatch) -> RewardOutput:
+        told.append("scored")
+        if breaks:
+            raise ArithmeticError
+        return brightness(batch)
+
+    monkeypatch.setattr(judging, "side_stream", lambda device: side)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
+    monkeypatch.setattr(torch.cuda, "stream", within)
+    task = task_of(tiny_pipeline, Plain(seen), micro_batch=3)
+    with pytest.raises(RewardError) if breaks else nullcontext():
+        collect(task, FOUR[:2], 0)
+    assert (
+        threading.main_thread() not in entered
+        and told[0] == "side waits for main"
+        and told[-1] == "main waits for side"
+    )
+    aside = [what for what in told[1:-1] if what != "side waits for main"]
+    assert aside == ["host waits for side", "scored"] * (1 if breaks else 2)
+    assert breaks or told.count("side waits for main") == 2
 
 
 def reward_threads() -> list[threading.Thread]:
