@@ -1,6 +1,7 @@
 """A chunk decoded and scored in a thread while the next one is rolled out: the same results, one at a time, and no thread left."""
 
 import threading
+import time
 import traceback
 import weakref
 from collections import Counter
@@ -144,6 +145,21 @@ def test_the_next_chunk_is_rolled_out_meanwhile_and_one_more_waits(tiny_pipeline
     assert len(held.threads) == 1 and threading.main_thread() not in held.threads
     assert held.asked == [{0}, {0}, {1}, {1}, {2}, {2}, {3}, {3}]
     assert found.metrics["time/reward_hidden"] > 0 and found.metrics["time/reward"] > 0.1
+
+
+def test_times_are_those_of_the_iteration_and_what_it_did_not_wait_for(tiny_pipeline: Path) -> None:
+    """Eight parts sleep; what is waited for is no more than there was time beside the rollout."""
+
+    def sleeping(batch: RewardBatch) -> RewardOutput:
+        time.sleep(0.05)
+        return brightness(batch)
+
+    began = time.perf_counter()
+    metrics = collect(task_of(tiny_pipeline, Plain(sleeping)), FOUR, 0).metrics
+    wall = time.perf_counter() - began
+    assert metrics["time/reward"] + metrics["time/reward_hidden"] > 0.4
+    assert metrics["time/decode"] > 0 and metrics["time/decode_hidden"] > 0 and metrics["time/reward_hidden"] > 0
+    assert metrics["time/rollout"] + metrics["time/decode"] + metrics["time/reward"] <= wall
 
 
 def test_a_part_is_freed_before_the_next_is_decoded(tiny_pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
