@@ -178,6 +178,7 @@ def _check_rewards(config: TrainConfig) -> tuple[str, ...]:
                    "expected a reward of states: name it under reward, or wrap it in rewards.OnCompletion")
             )  # fmt: skip
     _check_groupwise(config)
+    _check_overlap(config)
     if config.policy.fps is not None and not 0 < config.policy.fps < math.inf:
         raise ConfigError(f"policy.fps={config.policy.fps}: expected a number above 0, or null")
     if config.policy.frames > 1 and config.policy.fps is None:
@@ -210,6 +211,16 @@ def _check_selecting(config: TrainConfig) -> None:
         raise ConfigError(
             f"got rollout.refill={rollout.refill}; expected at least 0, and 0 with a plan that selects or with reward_guidance: "
             "their groups are rolled out once"
+        )
+
+
+def _check_overlap(config: TrainConfig) -> None:
+    """ConfigError for chunks that are to overlap where they never do."""
+    rollout = config.rollout
+    if rollout.overlap and (rollout.chunk is None or config.process_rewards or rollout.asks_on_its_way):
+        raise ConfigError(
+            "got rollout.overlap=true; expected a rollout.chunk, no process_rewards, no reward_guidance and no plan that selects, whose rollout "
+            "decodes and asks rewards itself: leave rollout.overlap out"
         )
 
 

@@ -13,6 +13,7 @@ from flowalign.errors import ConfigError
 from flowalign.forecast.footprint import FP32, Footprint
 from flowalign.models.pipeline_policy import DECODE_BATCH
 from flowalign.rollouts.rolling import outline
+from flowalign.rollouts.task import may_overlap
 from rewards import Reward
 
 GIB = 2**30
@@ -75,11 +76,13 @@ class Memory:
         away = own.encoders if "encoders" in settings.offload else 0
         state, measured = own.state(rollout.guidance_scale), own.state(scale)
         in_flight = (GENERATIONS * self.widest + STEPPED * rows) * own.latent
+        decoding = vae + decoded * own.decode + 2 * rows * own.pixels
         return [
             Phase("encode", away + own.encode, "one prompt"),
-            Phase("rollout", rows * state + in_flight + self.conditions,
-                  f"{rows} states × {_size(state)}, latents {_size(in_flight)}"),
-            Phase("decode", vae + decoded * own.decode + 2 * rows * own.pixels + self.conditions,
+            Phase("rollout", rows * state + in_flight + self.conditions + decoding * self.overlaps,
+                  f"{rows} states × {_size(state)}, latents {_size(in_flight)}"
+                  + f", beside them decode {_size(decoding)}" * self.overlaps),
+            Phase("decode", decoding + self.conditions,
                   f"{decoded} images × {_size(own.decode)}"),
             self._update(vae),
             Phase("evaluation", max(batch * measured + (GENERATIONS + STEPPED) * batch * own.latent,
@@ -114,6 +117,16 @@ class Memory:
         rollout = self.config.rollout
         generation = max(len(nodes) for nodes in outline(rollout).tree.generations)
         return min(self.groups, rollout.chunk or self.groups) * generation
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether a chunk is decoded while the next one is rolled out."""
+        config, chunk = self.config, self.config.rollout.chunk
+        return (
+            chunk is not None
+            and chunk < self.groups
+            and may_overlap(config.rollout, config.reward, config.process_rewards)
+        )
 
     @property
     def conditions(self) -> float:
@@ -245,8 +258,12 @@ def _evaluated_at_once(config: TrainConfig) -> Changes:
 
 
 def _chunk(config: TrainConfig) -> Changes:
-    """Costs smaller last calls of each generation."""
-    return _halved(config, "rollout", "chunk", config.rollout.chunk or config.rollout.groups)
+    """Costs smaller last calls of each generation, and that nothing overlaps, which takes the memory of both."""
+    serial = _with(config, "rollout", "overlap", False)
+    if config.rollout.chunk is not None and config.rollout.overlap is not False:
+        yield "rollout.overlap=false", serial
+    for override, smaller in _halved(serial, "rollout", "chunk", config.rollout.chunk or config.rollout.groups):
+        yield f"{override} rollout.overlap=false", smaller
 
 
 def _quantization(config: TrainConfig) -> Changes:

@@ -129,8 +129,14 @@ def test_settings_move_what_they_say(medium: Memory) -> None:
     assert 0.3 * always["weights"] < linear < always["weights"]  # the rest are norms and the table of positions
     assert always["weights"] - four == pytest.approx(linear * (1 - (0.5 + 4 / 64) / 2))
     config = medium.config
-    chunk = medium.changed(replace(config, rollout=replace(config.rollout, chunk=12)))
-    assert peaks["rollout"] - chunk.peaks["rollout"] == GENERATIONS * 36 * 24 * medium.footprint.latent
+    serial = medium.changed(replace(config, rollout=replace(config.rollout, chunk=12, overlap=False)))
+    assert peaks["rollout"] - serial.peaks["rollout"] == GENERATIONS * 36 * 24 * medium.footprint.latent
+    beside = medium.changed(replace(config, rollout=replace(config.rollout, chunk=12)))
+    decode = next(phase for phase in medium.phases if phase.name == "decode").needed - medium.conditions
+    assert beside.peaks["rollout"] - serial.peaks["rollout"] == decode > 0  # both at once
+    alone = beside.changed(replace(beside.config, process_rewards=[beside.config.reward]))
+    for other in (alone, replace(beside, devices=4)):  # which asks on its way; and of one chunk on each device
+        assert not other.overlaps
     eighth = replace(medium, devices=8)
     assert eighth.groups == 6 and eighth.host == medium.host / 8
     assert replace(medium, devices=8, sharded=True).always["weights"] == always["weights"] / 8
