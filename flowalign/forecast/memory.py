@@ -175,7 +175,7 @@ def check(memory: Memory, room: float) -> None:
     always = sum(memory.always.values())
     advice = f"set {' '.join(found)}" if found else (
         "none of decode_batch, offload, gradient_checkpointing, smaller batches, chunk and quantization is enough: take a larger device or "
-        "a smaller size, or shard the network (configs/accelerate/fsdp2.yaml)"
+        "a smaller size, set policy.vae_tiling=true where a decode is too large (its pixels differ), or shard the network (configs/accelerate/fsdp2.yaml)"
     )  # fmt: skip
     raise ConfigError(
         f"got a configuration whose {phase.name} needs at least {_size(always + phase.needed)} ({phase.figure}; {_size(always)} are always there); "

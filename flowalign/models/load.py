@@ -38,6 +38,7 @@ from flowalign.models.sampling import defaults_of
 from flowalign.models.shipped import SHIPPED, resolve
 from flowalign.models.switches import Switches
 from flowalign.models.trained_networks import TrainedNetworks
+from flowalign.models.vae_tiles import check_tiling
 from samplers import Path as NoisingPath
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -213,6 +214,13 @@ def check_switches(path: str, switches: Switches, family: str | None = None) -> 
         switches.check(_empty_networks(path, inspect_checkpoint(path, family)[1]))
 
 
+def check_vae_tiling(path: str, tiling: bool, family: str | None = None) -> None:
+    """ValueError for tiles of a VAE that has none; by its class in model_index.json alone."""
+    if tiling:
+        library, kind = inspect_checkpoint(path, family)[0]["vae"]
+        check_tiling(getattr(importlib.import_module(library), kind))
+
+
 def check_fixed_rows(path: str, rows: int | None, family: str | None = None) -> None:
     """ValueError for a number of rows that the calls of this model's networks cannot all have."""
     if rows is not None:
@@ -293,6 +301,7 @@ def load_policy(
     attention: str | None = None,
     fixed_rows: int | None = None,
     quantization: Quantization | None = None,
+    vae_tiling: bool = False,
 ) -> Policy:
     """Loads a pipeline, or takes a live one, as a policy. One that is loaded onto a CUDA device lets the process's fp32 products
     there run in TF32.
@@ -304,7 +313,7 @@ def load_policy(
     import path of a `Family` of your own. max_sequence_length: see the family's model. seed: of the adapters' initial weights.
     device: "cpu" by default. network_device: the trained networks' device if it is not `device` (see
     flowalign.distributed.fsdp2); on "meta" they are not read. reference_copy: keeps a frozen copy of the networks, the reference of a full fine-tuning with
-    a KL. offload, decode_batch, prompt_store: see PipelinePolicy. sampling: how the policy generates where a call does not
+    a KL. offload, decode_batch, vae_tiling, prompt_store: see PipelinePolicy. sampling: how the policy generates where a call does not
     say; by default as the pipeline's own call.
 
     gradient_checkpointing: blocks of networks and VAE store no activations, their backward computes them again. compile: each
@@ -323,6 +332,7 @@ def load_policy(
         check_quantization(quantization, trainable, torch.device(device).type == "cuda")
         check_checkpoint(path, family)
         check_switches(path, switches, family)
+        check_vae_tiling(path, vae_tiling, family)
         path_of(path, family)  # refuses a scheduler before the weights are read
         _, known = inspect_checkpoint(path, family)
         shapes = _shapes(path, known, dtype, master_weights) if network_device == "meta" else {}
@@ -342,6 +352,8 @@ def load_policy(
         pipeline.scheduler = copy.deepcopy(path.scheduler)
     model = known.model(pipeline, max_sequence_length)
     switches.check(model.networks)
+    if vae_tiling:
+        check_tiling(type(model.vae))
     if fixed_rows is not None:
         _check_fixed_rows(fixed_rows, known)
     for name, network in model.networks.items():
@@ -369,6 +381,7 @@ def load_policy(
         model, known, trained, sampling=sampling or defaults_of(pipeline, configs), negative_prompt=negative_prompt,
         device=device or model.vae.device, offload=offload, decode_batch=decode_batch, prompt_store=prompt_store,
         autocast=torch.bfloat16 if master_weights else None, switches=switches, fixed_rows=fixed_rows,
+        vae_tiling=vae_tiling,
     )  # fmt: skip
 
 
