@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 
 from flowalign.config import TrainConfig
+from flowalign.distributed.stepper import Sharding
 from flowalign.errors import ConfigError
 from flowalign.forecast.footprint import FP32, Footprint
 from flowalign.models.pipeline_policy import DECODE_BATCH
@@ -20,6 +21,7 @@ CONTEXT = GIB // 2  # of CUDA and its libraries, which no tensor shows
 # fp32 latents of a rollout on a device: of each state of two generations, and of each that is stepped at once
 GENERATIONS, STEPPED = 2, 6
 OPTIMIZED = 3 * FP32  # a gradient and AdamW's two moments
+ZERO2 = OPTIMIZED + FP32  # DeepSpeed steps a copy of its part of the weights
 REWARDS = {"cpu": 0, "S": 0, "M": 2, "L": 8, "XL": 20}  # RewardSpec.memory -> the least GiB of its class
 
 
@@ -35,12 +37,12 @@ class Phase:
 @dataclass(frozen=True, eq=False)
 class Memory:
     """Of one of `devices` devices, in bytes, for a configuration. A lower bound: the activations of rewards, fragmentation and the
-    buckets of several processes come on top. sharded: the networks lie in equal parts on all devices, and so does what follows from weights that are trained (FSDP2)."""
+    buckets of several processes come on top."""
 
     config: TrainConfig
     footprint: Footprint
     devices: int = 1
-    sharded: bool = False
+    sharding: Sharding = "none"
 
     @cached_property
     def always(self) -> dict[str, float]:
@@ -49,12 +51,13 @@ class Memory:
         roles = config.roles.values()
         trained = 1 + sum(role.update == "trained" for role in roles)
         copies = len(roles) + (0 if own.has_lora else settings.reference_copy)
-        weights, parts = own.weights(settings), self.devices if self.sharded else 1
+        weights, parts = own.weights(settings), self.devices if self.sharding == "networks" else 1
         held = 1 if own.has_lora else parts  # adapters stay whole
+        stepped = ZERO2 / self.devices if self.sharding == "optimizer" else OPTIMIZED / held
         return {
             "weights": weights / parts,
             "LoRA" if own.has_lora else "copies": own.copy * (copies + own.has_lora) / held,
-            "optimizer": OPTIMIZED * own.numbers * trained / held,
+            "optimizer": stepped * own.numbers * trained,
             "EMA": 0 if config.run.ema_decay is None else FP32 * own.numbers / held,
             "text encoders": 0 if "encoders" in settings.offload else own.encoders,
             "VAE": 0 if "vae" in settings.offload else own.vae,
@@ -141,12 +144,12 @@ class Memory:
 
 
 def state_memory(
-    config: TrainConfig, room: float | None, say: Callable[[str], None], devices: int = 1, *, sharded: bool = False
+    config: TrainConfig, room: float | None, say: Callable[[str], None], devices: int = 1, sharding: Sharding = "none"
 ) -> None:
     """Says what each phase needs of one device; ConfigError if that cannot fit into its `room` bytes (None: not known). A network that
     cannot be measured without numbers is said, and never refused."""
     try:
-        memory = Memory(config, Footprint(config), config.run.device_count or devices, sharded)
+        memory = Memory(config, Footprint(config), config.run.device_count or devices, sharding)
         lines = text(memory, room)
     except Exception as error:  # of a family's own code, which may ask for numbers
         say(f"memory: not known, since the network cannot run on shapes alone ({type(error).__name__}: {error})")
