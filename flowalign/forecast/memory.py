@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -93,17 +93,18 @@ class Memory:
     def _update(self, vae: int) -> Phase:
         config, own = self.config, self.footprint
         update = config.trainer.forecast(config.rollout)
-        if update.at_once is None:
+        if update.micro_batch is None:
             return Phase("update", self.conditions, "activations not known")
         scale = config.rollout.guidance_scale if update.guidance_scale is None else update.guidance_scale
         checkpointing = config.policy.gradient_checkpointing
         state = own.trained_state(scale, checkpointing)
-        rows = min(update.at_once, -(-update.trained // (update.updates * self.devices)))
+        rows = min(update.micro_batch * update.held, -(-update.trained // (update.updates * self.devices)))
         figure = f"{rows} states × {_size(state)}" + (", checkpointed" if checkpointing else "")
         needed = rows * state + self.conditions
-        if update.decoded_at_once:
-            needed += vae + update.decoded_at_once * own.decode_with_gradient
-            figure += f", {update.decoded_at_once} images × {_size(own.decode_with_gradient)}"
+        if update.decoded:
+            images = update.micro_batch * update.decoded
+            needed += vae + images * own.decode_with_gradient
+            figure += f", {images} images × {_size(own.decode_with_gradient)}"
         return Phase("update", needed, figure)
 
     @property
@@ -234,9 +235,8 @@ def _checkpointing(config: TrainConfig) -> Changes:
 
 def _trained_at_once(config: TrainConfig) -> Changes:
     """Costs speed below some tens of thousands of tokens; so do the next two. A trainer need not have it."""
-    trainer = config.trainer
-    if is_dataclass(trainer) and "micro_batch" in {each.name for each in fields(trainer)}:
-        yield from _halved(config, "trainer", "micro_batch", vars(trainer)["micro_batch"])
+    size = config.trainer.forecast(config.rollout).micro_batch
+    return iter(()) if size is None else _halved(config, "trainer", "micro_batch", size)
 
 
 def _rolled_at_once(config: TrainConfig) -> Changes:
