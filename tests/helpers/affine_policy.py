@@ -61,13 +61,23 @@ class AffinePolicy:
     def latent_shape(self, size: Size) -> tuple[int, ...]:
         return (1, 1, 1)
 
-    def encode(self, records: Sequence[PromptRecord], *, negative: bool = False, together: bool = False) -> Conditions:
+    def encode(
+        self,
+        records: Sequence[PromptRecord],
+        *,
+        negative: bool = False,
+        together: bool = False,
+        size: Size | None = None,
+    ) -> Conditions:
         rows = Conditions({"label": torch.tensor([LABELS.index(record.metadata["task"]) for record in records])})
         none = Conditions({"label": torch.full((len(records),), len(LABELS) - 1)})
         return Conditions(rows.tensors, none if negative else None)
 
     def sigmas(self, num_inference_steps: int, latent_shape: Sequence[int]) -> Tensor:
         return self.grid.float()
+
+    def rows_per_state(self, guidance_scale: float) -> int:
+        return 1 if guidance_scale == 1 else 2
 
     def start(self, noise: Tensor) -> Tensor:
         return noise

@@ -14,7 +14,7 @@ from flowalign.errors import ConfigError
 from flowalign.forecast.footprint import Footprint
 from flowalign.glyphs.parts import build_pipeline
 from flowalign.models import load_policy
-from flowalign.models.load import check_vae_tiling
+from flowalign.models.checks import check_vae_tiling
 from flowalign.models.vae_tiles import check_tiling
 from flowalign.run.places import Place
 
