@@ -22,6 +22,7 @@ from flowalign.models.checks import (
     check_options,
     check_role_pipelines,
     check_switches,
+    check_vae_tiling,
     count_lora_numbers,
     path_of,
 )
@@ -54,6 +55,7 @@ def check(config: TrainConfig) -> None:
         raise ConfigError(f"policy.max_sequence_length={policy.max_sequence_length}: expected at least 0, or null")
     check_quantization(policy.quantization, policy.trainable)
     check_switches(policy.path, policy.switches, policy.family)
+    check_vae_tiling(policy.path, policy.vae_tiling, policy.family)
     check_fixed_rows(policy.path, rollout.rows, policy.family)
     lora_numbers = 0
     if policy.trainable == "lora":
