@@ -57,7 +57,7 @@ def _load(
 ) -> Policy:  # fmt: skip
     return load_policy(
         settings.path, lora=settings.lora, trainable=settings.trainable, dtype=settings.dtype,
-        vae_dtype=settings.vae_dtype, family=settings.family, max_sequence_length=settings.max_sequence_length,
+        vae_dtype=settings.vae_dtype, family=settings.family, max_sequence_length=settings.max_sequence_length, options=settings.options,
         negative_prompt=settings.negative_prompt, reference_copy=settings.reference_copy, device=device,
         network_device=network_device, offload=settings.offload, decode_batch=settings.decode_batch, sampling=sampling,
         seed=seed, gradient_checkpointing=settings.gradient_checkpointing, compile=settings.compile, attention=settings.attention,

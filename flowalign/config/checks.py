@@ -11,11 +11,14 @@ from flowalign.config.settings import TrainConfig, evaluation_schedule
 from flowalign.config.sizes import check_sizes
 from flowalign.data import PromptRecord, load_prompts
 from flowalign.errors import ConfigError
-from flowalign.models.load import (
+from flowalign.models.base import check_source_images
+from flowalign.models.checkpoints import inspect_checkpoint
+from flowalign.models.checks import (
     check_checkpoint,
     check_fixed_rows,
     check_image_size,
     check_lora_folders,
+    check_options,
     check_role_pipelines,
     check_switches,
     count_lora_numbers,
@@ -41,6 +44,8 @@ def check(config: TrainConfig) -> None:
     check_roles(config.roles)
     _check_trained_roles(config)
     check_checkpoint(policy.path, policy.family)
+    family = inspect_checkpoint(policy.path, policy.family)[1]
+    check_options(family, policy.max_sequence_length, policy.options)
     latent_shape = check_image_size(policy.path, policy.size, policy.family)
     if policy.decode_batch is not None and policy.decode_batch < 1:
         raise ConfigError(f"policy.decode_batch={policy.decode_batch}: expected at least 1, or null")
@@ -71,6 +76,7 @@ def check(config: TrainConfig) -> None:
     if bound.reward_guidance is not None:
         bound.reward_guidance.check(grow(bound, 0, 0, [0]), bound.kernel, path, config.process_rewards)
     prompts, held_out = load_prompts(config.prompts), load_prompts(config.evaluation.prompts)
+    check_source_images([*prompts, *held_out], family)
     evaluated = [] if evaluation.allow_training_prompts else held_out[: evaluation.count]
     setup = Setup(
         bound, path, channels_of(config.reward), policy.roles, state_channels, reward=spec_of(config.reward), size=policy.size,

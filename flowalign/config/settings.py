@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from flowalign.models.base import Size
 from flowalign.models.lora import LoRA
@@ -20,7 +20,7 @@ from samplers import Schedule
 @dataclass(frozen=True)
 class PolicySettings:
     """Which model, and which of its weights are trained (see `load_policy`). family: the import path of a model family of
-    your own, such as my_module.FAMILY; null finds it by the pipeline's class. height, width in pixels, frames of a video, fps: how many of
+    your own, such as my_module.FAMILY; null finds it by the pipeline's class. options: those of the family's own, such as guidance_scale_2 of Wan 2.2. height, width in pixels, frames of a video, fps: how many of
     them a second has. attention: one of diffusers' attention back-ends, such as flash; null: the network's own."""
 
     path: str = "glyphs"
@@ -33,6 +33,7 @@ class PolicySettings:
     width: int = 512
     frames: int = 1
     max_sequence_length: int | None = None
+    options: dict[str, Any] = field(default_factory=dict)
     negative_prompt: str = ""
     fps: float | None = None
     reference_copy: bool = False

@@ -149,7 +149,7 @@ def bare_network(task: Task, prompts: Sequence[PromptRecord], repeats: int = 3) 
     rollout guides them: the fastest of `repeats`. Of a policy that trains full weights: the network itself."""
     policy, settings = task.policy, task.rollout
     shape = policy.latent_shape(task.size)
-    conditions = policy.encode(prompts[:1], negative=settings.guidance_scale != 1)
+    conditions = policy.encode(prompts[:1], negative=policy.rows_per_state(settings.guidance_scale) > 1)
     rows_per_state = policy.rows_per_state(settings.guidance_scale)
     adapted = any(".lora_" in name for name, _ in policy.trainable_parameters())
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from flowalign.config import TrainConfig
-from flowalign.models.load import rows_per_state
+from flowalign.models.checks import rows_per_state
 from flowalign.rollouts.completions import cost_of_completions
 from flowalign.rollouts.rolling import grow, leaves_per_group
 

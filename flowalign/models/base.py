@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -70,12 +70,21 @@ class Policy(Protocol):
         """Shape of one latent; ValueError for a size that the model cannot make."""
         ...
 
-    def encode(self, records: Sequence[PromptRecord], *, negative: bool = False, together: bool = False) -> Conditions:
+    def encode(
+        self,
+        records: Sequence[PromptRecord],
+        *,
+        negative: bool = False,
+        together: bool = False,
+        size: Size | None = None,
+    ) -> Conditions:
         """One row per record, from its prompt and images. Each record is encoded alone, so its row does not depend on the
         others, and is kept for the next time.
 
+        size: of what is generated from them, which source images are fitted to; None: that of `sampling`.
+
         negative: also the rows that guidance starts from, of the record's own negative prompt or the policy's, with the
-        record's images; needed by `velocity` with a guidance_scale other than 1. together: in one batch, as a pipeline's
+        record's images; needed by `velocity` where `rows_per_state` is more than 1. together: in one batch, as a pipeline's
         call encodes, and not kept; the rounding then depends on the batch."""
         ...
 
@@ -105,16 +114,16 @@ class Policy(Protocol):
         ...
 
     def decode(self, latents: Tensor, grad: bool = False) -> Tensor:
-        """Images [n, 3, H, W] fp32 in [0, 1].
+        """Images [n, 3, H, W], or videos [n, F, 3, H, W], fp32 in [0, 1].
 
         grad: with a gradient to the latents, which passes the clamp to [0, 1] as if it were not there: a pixel beyond the
         range would have none otherwise."""
         ...
 
     def encode_images(self, images: Tensor) -> Tensor:
-        """Latents [n, *latent_shape] fp32 of images [n, 3, H, W] in [0, 1], where `decode` leads back: the mean that the VAE
-        gives, without its noise. No gradient. ValueError for another shape or range, and for a size that the model cannot
-        make."""
+        """Latents [n, *latent_shape] fp32 of images [n, 3, H, W], or videos [n, F, 3, H, W], in [0, 1], where `decode` leads
+        back: the mean that the VAE gives, without its noise. No gradient. ValueError for another shape or range, and for a size
+        that the model cannot make."""
         ...
 
     def generate(
@@ -177,8 +186,22 @@ class Policy(Protocol):
         """Lines of Python that make a freshly loaded `pipe` sample as this policy's deterministic rollout does."""
         ...
 
-    def pipeline_arguments(self) -> dict[str, Any]:
-        """Arguments of the pipeline's own call, beyond prompt, steps, guidance and size, that this policy implies."""
+    def pipeline_arguments(self, guidance_scale: float, size: Size) -> dict[str, Any]:
+        """Arguments of the pipeline's own call, as JSON: all but prompts, source images and steps, under the names that this
+        pipeline has for size, guidance and negative prompt."""
+        ...
+
+    def pipeline_inputs(self, records: Sequence[PromptRecord], guidance_scale: float) -> dict[str, Any]:
+        """Arguments of the pipeline's own call that say the prompts, the negative prompts that guidance needs, and the source
+        images of these records."""
+        ...
+
+    def to_pipeline(self, latents: Tensor) -> Tensor:
+        """Latents [n, *latent_shape] as the pipeline's call takes and gives them, packed say."""
+        ...
+
+    def from_pipeline(self, latents: Tensor, size: Size) -> Tensor:
+        """The way back: [n, *latent_shape] from what the pipeline's call gives for this size with output_type="latent"."""
         ...
 
     def pipeline_sigmas(self, sigmas: Tensor) -> tuple[list[str], dict[str, Any]]:
@@ -223,8 +246,9 @@ class Model(Protocol):
         """See Policy; not bound to a path."""
         ...
 
-    def encode(self, records: Sequence[PromptRecord]) -> Conditions:
-        """One row per record, from its `prompt` and `images` alone, on the encoders' device, which is where they are now."""
+    def encode(self, records: Sequence[PromptRecord], size: Size | None) -> Conditions:
+        """One row per record, from its `prompt` and `images` alone, on the encoders' device, which is where they are now. All
+        rows that there can be have one shape for one size of what is generated, whatever the prompt's length."""
         ...
 
     def velocity(
@@ -240,11 +264,11 @@ class Model(Protocol):
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images [n, 3, H, W] in [-1, 1], or beyond; in the dtype of the VAE."""
+        """Images [n, 3, H, W], or videos [n, F, 3, H, W], in [-1, 1], or beyond; in the dtype of the VAE."""
         ...
 
     def encode_images(self, images: Tensor) -> Tensor:
-        """Latents [n, *] of images [n, 3, H, W] in [-1, 1]: the mean of the VAE's posterior, shifted and scaled as `decode`
+        """Latents [n, *] of images [n, 3, H, W], or videos [n, F, 3, H, W], in [-1, 1]: the mean of the VAE's posterior, shifted and scaled as `decode`
         undoes it; in the dtype of the VAE."""
         ...
 
@@ -259,8 +283,22 @@ class Model(Protocol):
         """See Policy."""
         ...
 
-    def pipeline_arguments(self) -> dict[str, Any]:
-        """See Policy; without the negative prompt."""
+    def pipeline_arguments(self, guidance_scale: float, size: Size, negative_prompt: str) -> dict[str, Any]:
+        """See Policy. negative_prompt: where a record has none of its own."""
+        ...
+
+    def pipeline_inputs(
+        self, records: Sequence[PromptRecord], negatives: Sequence[PromptRecord] | None
+    ) -> dict[str, Any]:
+        """See Policy. negatives: the same records with their negative prompts as `prompt`; None: none are needed."""
+        ...
+
+    def to_pipeline(self, latents: Tensor) -> Tensor:
+        """See Policy."""
+        ...
+
+    def from_pipeline(self, latents: Tensor, size: Size) -> Tensor:
+        """See Policy."""
         ...
 
     def pipeline_sigmas(self, sigmas: Tensor) -> tuple[list[str], dict[str, Any]]:
@@ -276,21 +314,49 @@ Configs = Mapping[str, Mapping[str, Any]]
 class Family:
     """What must be known of a model family before its weights are read.
 
-    pipeline: the pipeline's class, named in model_index.json. model: makes the Model from the loaded pipeline and
-    `max_sequence_length`. networks: name of each trained component -> its diffusers class. targets: LoRA targets by default.
+    pipeline: the pipeline's class, named in model_index.json. model: makes the Model, `model(pipeline, **options)`, where the
+    options are `policy.options` and, if it is given, `max_sequence_length`; those that it takes are the arguments in its signature.
+    networks: name of each trained component -> its diffusers class; one that a checkpoint lacks (null in model_index.json) is left
+    out. targets: LoRA targets by default.
     path: the noising law from the scheduler's configuration (with "_class_name"), ValueError for a scheduler whose steps the
     rollout cannot repeat. latent_shape: of one latent, from the components' configurations; ValueError for a size that the
-    model cannot make. rows_per_state: see Policy. load_arguments: extra arguments of `from_pretrained`, from
-    model_index.json."""
+    model cannot make. rows_per_state: see Policy. source_images: the least and the most of them that a record may have.
+    load_arguments: extra arguments of `from_pretrained`, from model_index.json. load_lora: Python that loads what `Model.save_lora` wrote
+    into a folder, given as Python, into `pipe`. variant: fields of this which a checkpoint's model_index.json changes, such as the rows of a
+    distilled one. tiny: very small pipelines of the family for tests, by name: component -> (class, configuration), or another argument of the pipeline; the
+    scheduler is the released one. See `flowalign.testing.tiny_pipeline`."""
 
     pipeline: Any
-    model: Callable[[Any, int | None], Model]
+    model: Callable[..., Model]
     networks: Mapping[str, Any]
     targets: tuple[str, ...]
     path: Callable[[dict[str, Any]], samplers.Path]
     latent_shape: Callable[[Size, Configs], tuple[int, ...]]
     rows_per_state: Callable[[float], int]
-    load_arguments: Callable[[dict[str, Any]], dict[str, Any]]
+    source_images: tuple[int, int] = (0, 0)
+    load_arguments: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda index: {}
+    load_lora: Callable[[str], list[str]] = lambda folder: [f"pipe.load_lora_weights({folder})"]
+    variant: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda index: {}
+    tiny: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def of(self, index: Mapping[str, Any]) -> Family:
+        """As it is for a checkpoint with this model_index.json, or a live pipeline with this configuration."""
+        there = {name for name in self.networks if name not in index or index[name][0] is not None}
+        networks = {name: kind for name, kind in self.networks.items() if name in there}
+        return replace(self, networks=networks, **self.variant(index))
+
+
+def check_source_images(records: Sequence[PromptRecord], family: Family) -> None:
+    """ValueError for a prompt with fewer or more source images than the model reads; those of a model of text alone would not
+    be seen."""
+    least, most = family.source_images
+    for record in records:
+        if not least <= len(record.images) <= most:
+            wanted = f"{least}" if least == most else f"{least} to {most}"
+            raise ValueError(
+                f"got the prompt {record.prompt!r} with {len(record.images)} source images for a {family.pipeline.__name__}; expected {wanted}: "
+                "give them under 'image' or 'images' in the prompt file, or take a model that reads as many"
+            )
 
 
 def check_image(size: Size, unit: int) -> None:
@@ -307,3 +373,20 @@ def check_image(size: Size, unit: int) -> None:
 def vae_reduction(config: Mapping[str, Any]) -> int:
     """Pixels per latent in each direction, of an AutoencoderKL's configuration."""
     return 2 ** (len(config["block_out_channels"]) - 1)
+
+
+def check_video(size: Size, unit: int, frame_unit: int) -> None:
+    """ValueError unless height and width are positive multiples of `unit`, and the frames 1 or 1 more than a multiple of
+    `frame_unit`."""
+    check_image(Size(size.height, size.width), unit)
+    if size.frames < 1 or (size.frames - 1) % frame_unit:
+        raise ValueError(
+            f"got {size.frames} frames; expected 1 more than a multiple of {frame_unit} for this model, such as {4 * frame_unit + 1}: change "
+            "policy.frames"
+        )
+
+
+def prompts_and_negatives(records: Sequence[PromptRecord], negatives: Sequence[PromptRecord] | None) -> dict[str, Any]:
+    """`Model.pipeline_inputs` of a pipeline that takes `prompt` and `negative_prompt` and no images."""
+    own = {"prompt": [record.prompt for record in records]}
+    return own if negatives is None else own | {"negative_prompt": [record.prompt for record in negatives]}

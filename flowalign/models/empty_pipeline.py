@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.utils._pytree import tree_map
 
-from flowalign.models.load import DTYPES, inspect_checkpoint
+from flowalign.models.checkpoints import inspect_checkpoint
+from flowalign.models.load import DTYPES
 from flowalign.models.shipped import resolve
 
 

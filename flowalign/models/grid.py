@@ -1,4 +1,4 @@
-"""The grid that a policy samples on, and the pipeline call that samples on the same."""
+"""The grid that a policy samples on, and the call of its pipeline that makes the same samples."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from flowalign.models.base import Policy
+from flowalign.data import PromptRecord
+from flowalign.models.base import Policy, Sampling
 from samplers import Schedule, sigmas_of
 
 
@@ -18,14 +20,27 @@ def grid(policy: Policy, schedule: Schedule | None, num_inference_steps: int, la
     return sigmas_of(schedule, num_inference_steps, partial(policy.sigmas, latent_shape=latent_shape))
 
 
-def pipeline_call(
-    policy: Policy, schedule: Schedule | None, num_inference_steps: int, latent_shape: Sequence[int]
-) -> tuple[list[str], dict[str, Any]]:
-    """(setup lines, arguments) of the pipeline for the same deterministic samples: `pipeline_setup` and
+def pipeline_call(policy: Policy, sampling: Sampling) -> tuple[list[str], dict[str, Any]]:
+    """(setup lines, arguments but prompts and images) of the pipeline for the same deterministic samples: `pipeline_setup` and
     `pipeline_arguments`, and where the grid is not the scheduler's own `pipeline_sigmas`."""
-    setup, arguments = policy.pipeline_setup(), policy.pipeline_arguments()
-    sigmas = grid(policy, schedule, num_inference_steps, latent_shape)
-    if not torch.equal(sigmas, policy.sigmas(num_inference_steps, latent_shape)):
+    steps, latent_shape = sampling.num_inference_steps, policy.latent_shape(sampling.size)
+    setup = policy.pipeline_setup()
+    arguments = {"num_inference_steps": steps, **policy.pipeline_arguments(sampling.guidance_scale, sampling.size)}
+    sigmas = grid(policy, sampling.schedule, steps, latent_shape)
+    if not torch.equal(sigmas, policy.sigmas(steps, latent_shape)):
         more_setup, more_arguments = policy.pipeline_sigmas(sigmas)
         setup, arguments = [*setup, *more_setup], {**arguments, **more_arguments}
     return setup, arguments
+
+
+def pipeline_latents(
+    pipeline: DiffusionPipeline, policy: Policy, records: Sequence[PromptRecord], noise: Tensor, sampling: Sampling
+) -> Tensor:
+    """What the call of `pipeline_call` gives from unit noise [n, *latent_shape], a row per record, before it decodes, in fp32; the
+    pipeline is set up already."""
+    _, arguments = pipeline_call(policy, sampling)
+    inputs = policy.pipeline_inputs(records, sampling.guidance_scale)
+    found = pipeline(
+        **{**arguments, **inputs}, latents=policy.to_pipeline(noise), output_type="latent", return_dict=False
+    )[0]
+    return policy.from_pipeline(found, sampling.size).float()

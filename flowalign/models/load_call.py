@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from flowalign.models.load import DTYPES, inspect_checkpoint
+from flowalign.models.checkpoints import inspect_checkpoint
+from flowalign.models.load import DTYPES
 from flowalign.models.quantization import Quantization, quantization_arguments
 from flowalign.models.shipped import resolve
 

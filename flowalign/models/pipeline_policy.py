@@ -16,7 +16,7 @@ from torch.nn import Parameter
 
 import samplers
 from flowalign.data import PromptRecord, as_records
-from flowalign.models.base import Family, Model, Network, Sampling, Size
+from flowalign.models.base import Family, Model, Network, Sampling, Size, check_source_images
 from flowalign.models.conditions import Conditions
 from flowalign.models.images import Images
 from flowalign.models.lora import ADAPTER, adapter_state, save_peft
@@ -61,7 +61,7 @@ class PipelinePolicy:
         self._autocast = autocast
         self._devices: tuple[torch.device, torch.device] | None = None  # of the first weight, of the network
         self._decode_batch = decode_batch
-        self._prompts = PromptStore(lambda record: model.encode([record]), prompt_store)
+        self._prompts = PromptStore(lambda record, size: model.encode([record], size), prompt_store)
         self._switches = switches or Switches()
         self._fixed_rows = fixed_rows
         self._recomputed = recomputed(trained)
@@ -97,15 +97,25 @@ class PipelinePolicy:
         return self._prompts.encoded
 
     @torch.no_grad()
-    def encode(self, records: Sequence[PromptRecord], *, negative: bool = False, together: bool = False) -> Conditions:
+    def encode(
+        self,
+        records: Sequence[PromptRecord],
+        *,
+        negative: bool = False,
+        together: bool = False,
+        size: Size | None = None,
+    ) -> Conditions:
+        check_source_images(records, self._family)
         negatives = [self._negative(record) for record in records] if negative else []
+        if size is None and self.sampling is not None:
+            size = self.sampling.size
         if together:
             with self._at_work("encoders"):
-                parts = [self.model.encode(rows).to(self._device) for rows in (list(records), negatives) if rows]
+                parts = [self.model.encode(rows, size).to(self._device) for rows in (list(records), negatives) if rows]
         else:
-            new = self._prompts.missing([*records, *negatives])
+            new = self._prompts.missing([*records, *negatives], size)
             with self._at_work("encoders") if new else nullcontext():
-                parts = [self._prompts.conditions(rows).to(self._device) for rows in (records, negatives) if rows]
+                parts = [self._prompts.conditions(rows, size).to(self._device) for rows in (records, negatives) if rows]
         return Conditions(parts[0].tensors, parts[1] if negative else None)
 
     def _negative(self, record: PromptRecord) -> PromptRecord:
@@ -180,9 +190,12 @@ class PipelinePolicy:
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
-        if images.ndim != 4 or images.shape[1] != 3 or not len(images):
-            raise ValueError(f"got images of shape {list(images.shape)}; expected [n, 3, H, W] with n >= 1")
-        shape = self.latent_shape(Size(*images.shape[2:]))
+        if images.ndim not in (4, 5) or images.shape[-3] != 3 or not len(images):
+            raise ValueError(
+                f"got images of shape {list(images.shape)}; expected [n, 3, H, W], or videos [n, F, 3, H, W], with n >= 1"
+            )
+        height, width = images.shape[-2:]
+        shape = self.latent_shape(Size(height, width, images.shape[1] if images.ndim == 5 else 1))
         low, high = (float(bound) for bound in images.aminmax())
         if not (low >= 0 and high <= 1):  # also nan
             raise ValueError(f"got pixels in [{low:g}, {high:g}]; expected [0, 1]")
@@ -299,8 +312,18 @@ class PipelinePolicy:
     def pipeline_setup(self) -> list[str]:
         return self.model.pipeline_setup()
 
-    def pipeline_arguments(self) -> dict[str, Any]:
-        return {"negative_prompt": self.negative_prompt, **self.model.pipeline_arguments()}
+    def pipeline_arguments(self, guidance_scale: float, size: Size) -> dict[str, Any]:
+        return self.model.pipeline_arguments(guidance_scale, size, self.negative_prompt)
+
+    def pipeline_inputs(self, records: Sequence[PromptRecord], guidance_scale: float) -> dict[str, Any]:
+        guided = self.rows_per_state(guidance_scale) > 1
+        return self.model.pipeline_inputs(records, [self._negative(record) for record in records] if guided else None)
+
+    def to_pipeline(self, latents: Tensor) -> Tensor:
+        return self.model.to_pipeline(latents)
+
+    def from_pipeline(self, latents: Tensor, size: Size) -> Tensor:
+        return self.model.from_pipeline(latents, size)
 
     def pipeline_sigmas(self, sigmas: Tensor) -> tuple[list[str], dict[str, Any]]:
         return self.model.pipeline_sigmas(sigmas)

@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 from flowalign.data import PromptRecord
+from flowalign.models.base import Size
 from flowalign.models.conditions import Conditions
 
 Key = tuple[object, ...]
@@ -14,32 +15,33 @@ Key = tuple[object, ...]
 class PromptStore:
     """The most recently used encoded records, at most `limit` bytes of them.
 
-    encode: one row for one record. In a batch the rounding of an embedding depends on the other texts; so each record is
-    encoded alone, and one that was dropped and is encoded again gets equal bits. Equal records (prompt and images) are one."""
+    encode: one row for one record, for a size of what is generated. In a batch the rounding of an embedding depends on the other texts; so each record is
+    encoded alone, and one that was dropped and is encoded again gets equal bits. Equal records (prompt, images and size) are one."""
 
-    def __init__(self, encode: Callable[[PromptRecord], Conditions], limit: int) -> None:
+    def __init__(self, encode: Callable[[PromptRecord, Size | None], Conditions], limit: int) -> None:
         self._encode = encode
         self._limit = limit
         self._rows: OrderedDict[Key, Conditions] = OrderedDict()
         self._bytes = 0
         self.encoded = 0
 
-    def missing(self, records: Sequence[PromptRecord]) -> list[PromptRecord]:
+    def missing(self, records: Sequence[PromptRecord], size: Size | None = None) -> list[PromptRecord]:
         """The distinct records that `conditions` would encode."""
-        new = {_key(record): record for record in records if _key(record) not in self._rows}
+        keys = {_key(record, size): record for record in records}
+        new = {key: record for key, record in keys.items() if key not in self._rows}
         return list(new.values())
 
-    def conditions(self, records: Sequence[PromptRecord]) -> Conditions:
+    def conditions(self, records: Sequence[PromptRecord], size: Size | None = None) -> Conditions:
         """One row per record, on the CPU. `encoded` counts what went through the encoders."""
         found: dict[Key, Conditions] = {}
         for record in records:
-            key = _key(record)
+            key = _key(record, size)
             if key in self._rows:
                 self._rows.move_to_end(key)
                 found[key] = self._rows[key]
             elif key not in found:
-                found[key] = self._add(key, self._encode(record).to("cpu"))
-        return Conditions.cat([found[_key(record)] for record in records])
+                found[key] = self._add(key, self._encode(record, size).to("cpu"))
+        return Conditions.cat([found[_key(record, size)] for record in records])
 
     def _add(self, key: Key, row: Conditions) -> Conditions:
         self.encoded += 1
@@ -51,5 +53,5 @@ class PromptStore:
         return row
 
 
-def _key(record: PromptRecord) -> Key:
-    return (record.prompt, *record.images)
+def _key(record: PromptRecord, size: Size | None) -> Key:
+    return (size, record.prompt, *record.images)

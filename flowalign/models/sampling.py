@@ -120,7 +120,11 @@ def in_batches(
             start = torch.stack([start_noise(shape, seed, record, number) for record, number in batch])
         else:
             start = noise[first : first + batch_size]
-        conditions = policy.encode([record for record, _ in batch], negative=settings.guidance_scale != 1)
+        conditions = policy.encode(
+            [record for record, _ in batch],
+            negative=policy.rows_per_state(settings.guidance_scale) > 1,
+            size=settings.size,
+        )
         latents = sample(
             policy, conditions, start, settings.num_inference_steps, settings.guidance_scale, settings.schedule
         )

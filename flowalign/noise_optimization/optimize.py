@@ -79,7 +79,9 @@ def optimize_noise(
         noise, parts, scores, objectives = _start(live, records, settings, seed, start), [], [], list[Objective]()
         for first in range(0, len(records), batch_size):
             chosen = records[first : first + batch_size]
-            conditions = live.encode(chosen, negative=settings.guidance_scale != 1)
+            conditions = live.encode(
+                chosen, negative=live.rows_per_state(settings.guidance_scale) > 1, size=settings.size
+            )
             objective = Objective(live, chosen, conditions, settings, weighted, seed, batch_size, checkpoint)
             parts.append(_search(objective, method, noise[first : first + batch_size], steps, patience, min_gain, bar))
             scores.append(_held_out(replace(objective, rewards=[(reward, 0.0) for reward in others]), parts[-1]))

@@ -21,6 +21,7 @@ from flowalign.report.panels import health_panels, reward_panels
 from flowalign.storage.files import DamagedFile, read_json, reading, write_atomic
 from flowalign.storage.metrics_log import MetricsLog, Row
 
+FOLDER = "LORA_FOLDER"  # in the lines of summary.json that load the LoRA, for the place of lora/
 PHASES = ("rollout", "decode", "reward", "update")
 
 
@@ -62,38 +63,50 @@ def _page(folder: Path, summary: dict[str, Any], rows: Sequence[Row]) -> str:
         rewards=curves({"": rows}, reward_panels(rows)),
         health=curves({"": rows}, health_panels(rows)),
         phases=_phases(rows),
-        snippet=load_snippet(folder, summary["pipeline"]) if summary and _weights(folder) else None,
+        snippet=load_snippet(folder, summary["pipeline"])
+        if summary and _weights(folder, summary["pipeline"])
+        else None,
         provenance=_flatten(read_json(folder / "provenance.json")),
         config=settings,
     )
 
 
 def load_snippet(run_folder: Path, pipeline: dict[str, Any]) -> str:
-    """A Python script that makes an image with the run's weights in plain diffusers, from any working directory; `pipeline` is
-    that of summary.json."""
+    """A Python script that makes an image, or a video, with the run's weights in plain diffusers, from any working directory;
+    `pipeline` is that of summary.json."""
     arguments = {"prompt": "your prompt", **pipeline["arguments"]}
+    lines = [f"    {name}={value!r}," for name, value in arguments.items()]
+    helpers, result = [], ".images[0]"
+    keep = 'image.save("image.png")'
+    if pipeline.get("source_images"):
+        helpers, lines = ["load_image"], ['    image=load_image("source.png"),', *lines]
+    if "num_frames" in arguments:
+        helpers, result = [*helpers, "export_to_video"], ".frames[0]"
+        keep = f'export_to_video(image, "video.mp4", fps={pipeline.get("fps") or 16})'
     return "\n".join(
         [
             "import torch",
             f"from diffusers import {', '.join(name for name in IMPORTS if name in pipeline['load'])}",
+            *([f"from diffusers.utils import {', '.join(helpers)}"] if helpers else []),
             "",
             f"pipe = {pipeline['load']}",
             *pipeline["setup"],
-            *_weights(run_folder.absolute()),
+            *_weights(run_folder.absolute(), pipeline),
             'pipe.to("cuda" if torch.cuda.is_available() else "cpu")',
             "image = pipe(",
-            *(f"    {name}={value!r}," for name, value in arguments.items()),
+            *lines,
             "    generator=torch.Generator().manual_seed(0),",
-            ").images[0]",
-            'image.save("image.png")',
+            f"){result}",
+            keep,
         ]
     )
 
 
-def _weights(run_folder: Path) -> list[str]:
+def _weights(run_folder: Path, pipeline: dict[str, Any]) -> list[str]:
     """Lines that give `pipe` what the run has trained, its lora/ or networks/; none without them."""
     if (run_folder / "lora").is_dir():
-        return [f"pipe.load_lora_weights({str(run_folder / 'lora')!r})"]
+        lines = pipeline.get("load_lora", [f"pipe.load_lora_weights({FOLDER})"])
+        return [line.replace(FOLDER, repr(str(run_folder / "lora"))) for line in lines]
     return [
         f"pipe.{part.name} = type(pipe.{part.name}).from_pretrained({str(part)!r}, torch_dtype=pipe.{part.name}.dtype)"
         for part in sorted(run_folder.glob("networks/*"))

@@ -11,12 +11,12 @@ from typing import Any
 from flowalign.config import TrainConfig, evaluation_schedule
 from flowalign.evaluation.evaluate import EvaluationResult
 from flowalign.evaluation.paired_gain import PairedGain, paired_gains
-from flowalign.models import Policy
+from flowalign.models import Policy, Sampling, inspect_checkpoint
 from flowalign.models.grid import pipeline_call
 from flowalign.models.load_call import load_call
 from flowalign.report.doubts import doubts
 from flowalign.report.grids import pairs_grid
-from flowalign.report.html import write_report
+from flowalign.report.html import FOLDER, write_report
 from flowalign.storage.files import write_atomic
 from flowalign.storage.metrics_log import read_rows
 from rewards import labels_of
@@ -46,10 +46,10 @@ def summarize_stopped(
 ) -> dict[str, Any]:
     """summary.json of a run that was stopped after `iterations` iterations: what needs no evaluation of the tuned model."""
     images, settings = max(1, totals["images"]), config.policy
-    setup, arguments = pipeline_call(
-        policy, evaluation_schedule(config), config.evaluation.num_inference_steps,
-        policy.latent_shape(settings.size),
-    )  # fmt: skip
+    evaluation, (_, family) = config.evaluation, inspect_checkpoint(settings.path, settings.family)
+    setup, arguments = pipeline_call(policy, Sampling(
+        evaluation.num_inference_steps, evaluation.guidance_scale, settings.size, evaluation_schedule(config), settings.fps,
+    ))  # fmt: skip
     return {
         "seconds": seconds,
         "evaluations_per_image": {phase: totals[phase] / images for phase in ("rollout", "update")},
@@ -61,13 +61,10 @@ def summarize_stopped(
                 settings.path, settings.family, settings.dtype, settings.vae_dtype, settings.quantization
             ),
             "setup": setup,
-            "arguments": {
-                "num_inference_steps": config.evaluation.num_inference_steps,
-                "guidance_scale": config.evaluation.guidance_scale,
-                "height": settings.height,
-                "width": settings.width,
-                **arguments,
-            },
+            "arguments": arguments,
+            "load_lora": family.load_lora(FOLDER),
+            "source_images": family.source_images[0],
+            "fps": settings.fps,
         },
     }
 

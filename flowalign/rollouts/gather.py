@@ -57,7 +57,8 @@ def gather_forest(processes: Processes, tree: Tree, forest: Forest) -> Forest:
 def encoded(task: Task, prompts: Sequence[PromptRecord], *, negative: bool) -> Conditions:
     """The conditions of the prompts; each process encodes those of its share of them, see Conditions.row."""
     processes = task.processes
-    own = task.policy.encode([prompts[number] for number in processes.groups(len(prompts))], negative=negative)
+    share = [prompts[number] for number in processes.groups(len(prompts))]
+    own = task.policy.encode(share, negative=negative, size=task.size)
     if processes.count == 1:
         return own
     here = processes.owners(torch.arange(len(prompts))) == processes.rank

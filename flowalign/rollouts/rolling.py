@@ -66,7 +66,7 @@ class Rolling:
         self._keep_velocities, self.seconds = keep_velocities, defaultdict[str, float](float)
         self._state_answers = defaultdict[str, list[tuple[RewardOutput, list[str]]]](list)  # by process reward
         policy, settings = task.policy, task.rollout
-        negative = settings.guidance_scale != 1
+        negative = policy.rows_per_state(settings.guidance_scale) > 1
         self.conditions = self._hinted = encoded(task, prompts, negative=negative)
         if settings.hint_key is not None:  # the rows of the hinted prompts follow those of the prompts
             hints = encoded(task, [hinted(record, settings.hint_key) for record in prompts], negative=negative)

@@ -19,7 +19,7 @@ from flowalign.evaluation.columns import Evaluation
 from flowalign.evaluation.evaluate import as_rewards, check_request
 from flowalign.evaluation.parts import Column, Measurement, Missing, Store, make_parts, missing_parts, read_column
 from flowalign.models import Policy, Sampling, Size
-from flowalign.models.load import rows_per_state
+from flowalign.models.checks import rows_per_state
 from flowalign.models.lora import adapter_switches
 from flowalign.models.sampling import settle
 from flowalign.report.evaluation_files import write_evaluation
@@ -219,7 +219,12 @@ def _own_weights(policy: Policy, settings: Sampling) -> dict[str, Any]:
     """What decides the images of a policy in memory, as JSON. Not kept: its decoder and encoders, and which of several copies of
     fully trained networks its role calls."""
     levels = policy.sigmas(settings.num_inference_steps, policy.latent_shape(settings.size))
-    called = [policy.pipeline_setup(), policy.pipeline_arguments(), policy.solver(), levels.tolist()]
+    called = [
+        policy.pipeline_setup(),
+        policy.pipeline_arguments(settings.guidance_scale, settings.size),
+        policy.solver(),
+        levels.tolist(),
+    ]
     return {"networks": _hash(policy), "call": repr(called)}
 
 

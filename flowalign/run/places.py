@@ -22,12 +22,8 @@ import torch
 from flowalign.config import PolicySettings
 from flowalign.errors import ConfigError
 from flowalign.models import Policy, Sampling, load_policy
-from flowalign.models.load import (
-    check_checkpoint,
-    check_image_size,
-    inspect_checkpoint,
-    path_of,
-)
+from flowalign.models.checkpoints import inspect_checkpoint
+from flowalign.models.checks import check_checkpoint, check_image_size, path_of
 from flowalign.models.sampling import shipped_sampling
 from flowalign.models.shipped import SHIPPED, resolve
 from flowalign.run.load import SavedRun
@@ -83,6 +79,7 @@ class Place:
         found = {
             "pipeline": _identity(policy.path, policy.family), "dtype": policy.dtype, "vae_dtype": policy.vae_dtype,
             "negative_prompt": policy.negative_prompt, "max_sequence_length": policy.max_sequence_length,
+            **({"options": policy.options} if policy.options else {}),
         }  # fmt: skip
         if policy.master_weights:
             found["products"] = "autocast"
@@ -120,7 +117,7 @@ class Place:
             return load_policy(
                 policy.path, trainable="full" if policy.master_weights else "none", dtype=policy.dtype, vae_dtype=policy.vae_dtype,
                 family=policy.family, quantization=policy.quantization,
-                max_sequence_length=policy.max_sequence_length, negative_prompt=policy.negative_prompt, device=device,
+                max_sequence_length=policy.max_sequence_length, options=policy.options, negative_prompt=policy.negative_prompt, device=device,
                 offload=policy.offload, decode_batch=policy.decode_batch, sampling=settings,
             )  # fmt: skip
         except (ValueError, OSError) as error:

@@ -16,7 +16,7 @@ from flowalign.evaluation.evaluate import EvaluationResult
 from flowalign.evaluation.result_file import load_result
 from flowalign.forecast.counts import RunCounts
 from flowalign.forecast.memory import device_memory, state_memory
-from flowalign.models.load import path_of
+from flowalign.models.checks import path_of
 from flowalign.rollouts.completions import cost_of_completions
 from flowalign.rollouts.rolling import grow, leaves_per_group
 from flowalign.run.held_out_rewards import held_out_rewards

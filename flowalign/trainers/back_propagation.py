@@ -142,7 +142,7 @@ class BackPropagation:
     def collect(self, records: Sequence[PromptRecord], iteration: int) -> Unsampled:
         """Encodes the prompts; the update samples and scores, and has the metrics of both."""
         settings = self.task.rollout
-        conditions = encoded(self.task, records, negative=settings.guidance_scale != 1)
+        conditions = encoded(self.task, records, negative=self.task.policy.rows_per_state(settings.guidance_scale) > 1)
         return Unsampled(records, conditions, grow(settings, self.task.seed, iteration, range(len(records))), iteration)
 
     def updates(self, batch: Unsampled) -> Iterable[Update]:

@@ -223,7 +223,9 @@ class Distillation:
         rollout = self.task.rollout
         scales = [rollout.guidance_scale, *self._scales(rollout).values()]
         scales += [] if self.anchor is None else [self.anchor.teacher.scale(rollout)]
-        conditions = encoded(self.task, records, negative=any(scale != 1 for scale in scales))
+        conditions = encoded(
+            self.task, records, negative=any(self.task.policy.rows_per_state(scale) > 1 for scale in scales)
+        )
         teachers = tuple(self._teachers.of(record) for record in records)
         uids = tuple(record.uid for record in records)
         return Distilled(forest, conditions, teachers, uids, iteration, metrics, scored, cold)

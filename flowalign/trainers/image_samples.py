@@ -229,7 +229,7 @@ def _given(
 ) -> GivenSamples:  # fmt: skip
     """Groups of equally many files, a group for each record; scores None: those of the run's reward."""
     began, settings, uids = time.perf_counter(), task.rollout, tuple(record.uid for record in records)
-    conditions = encoded(task, records, negative=settings.guidance_scale != 1)
+    conditions = encoded(task, records, negative=task.policy.rows_per_state(settings.guidance_scale) > 1)
     places = _places(len(records), len(files) // len(records))
     here = task.processes.owners(places.group) == task.processes.rank
     own = store.of(task, [files[number] for number in here.nonzero().flatten().tolist()])

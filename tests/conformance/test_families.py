@@ -1,192 +1,191 @@
-"""Every model family in flowalign/models/families keeps the contract of `Model`, shown by its tiny pipeline."""
+"""Every model family in flowalign/models/families keeps the contract of `Model`, shown by its tiny pipelines."""
 
-import importlib
-import json
 import pkgutil
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from flowalign.data import as_records
-from flowalign.models import Family, LoRA, Size, check_lora_targets, families, inspect_checkpoint, load_policy, path_of
+from flowalign.models import LoRA, Sampling, Size, check_lora_targets, families, load_policy, path_of
+from flowalign.models.checkpoints import FAMILIES
+from flowalign.models.checks import check_image_size, rows_per_state
 from flowalign.models.empty_pipeline import empty_pipeline
-from flowalign.models.grid import pipeline_call
+from flowalign.models.grid import pipeline_call, pipeline_latents
 from flowalign.models.live_bytes import forward_bytes, update_bytes
-from flowalign.models.load import FAMILIES, check_image_size, read_pipeline, rows_per_state
 from flowalign.models.sampling import sample
+from flowalign.testing import tiny_names
 from samplers import Listed, PlainShift, Schedule, check_schedule
-from tests.helpers import tiny
+from tests.helpers.families import Subject, subject
 
-PROMPTS = ['the word "KITE" in red on a yellow background', "a word", "the word"]
-HEIGHT, WIDTH = 24, 48  # of the tiny pipelines
-SIZE = Size(HEIGHT, WIDTH)
-NAMES = sorted(module.name for module in pkgutil.iter_modules(families.__path__))
-
-
-def family_of(name: str) -> Family:
-    return importlib.import_module(f"flowalign.models.families.{name}").FAMILY
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return {name: str(make(tmp_path_factory.mktemp(name) / "pipeline")) for name, make in tiny.PIPELINES.items()}
+NAMES = tiny_names()
 
 
 @pytest.fixture(params=NAMES)
-def family(request: pytest.FixtureRequest) -> str:
-    if request.param not in tiny.PIPELINES:
-        pytest.fail(f"family {request.param} has no tiny pipeline: add one to PIPELINES in {tiny.__file__}")
-    return request.param
+def family(request: pytest.FixtureRequest) -> Subject:
+    return subject(request.param)
 
 
-def pipeline_of(folder: str, setup: list[str]) -> DiffusionPipeline:
-    """Freshly read, then set up as the report tells the user."""
-    pipeline = read_pipeline(folder)
-    exec("\n".join(setup), {"pipe": pipeline})
-    return pipeline
-
-
-def test_every_family_is_known_by_its_pipeline(family: str, folders: dict[str, str]) -> None:
-    index, found = inspect_checkpoint(folders[family])
-    assert found is family_of(family) and found.pipeline.__name__ == index["_class_name"] in FAMILIES
-
-
-@pytest.mark.parametrize("steps", [1, 4])
-@pytest.mark.parametrize(("guidance", "count"), [(1.0, 3), (3.0, 3)], ids=["plain", "guided"])
-def test_the_deterministic_rollout_is_the_pipelines(
-    family: str, folders: dict[str, str], guidance: float, count: int, steps: int
-) -> None:
-    policy = load_policy(folders[family], trainable="none", negative_prompt="a background")
-    shape = policy.latent_shape(SIZE)
-    noise = torch.randn(count, *shape, generator=torch.Generator().manual_seed(0))
-    arguments = policy.pipeline_arguments() | {"negative_prompt": ["a background"] * count}
-    theirs: Tensor = pipeline_of(folders[family], policy.pipeline_setup())(
-        prompt=PROMPTS[:count], latents=noise, num_inference_steps=steps, guidance_scale=guidance, height=HEIGHT,
-        width=WIDTH, output_type="latent", **arguments,
-    ).images  # fmt: skip
-    conditions = policy.encode(as_records(PROMPTS[:count]), negative=guidance != 1, together=True)
-    ours = sample(policy, conditions, noise, steps, guidance)
-    assert policy.evaluations == count * steps * policy.rows_per_state(guidance)
-    assert policy.rows_per_state(guidance) == rows_per_state(folders[family], guidance)
+def compared(family: Subject, sampling: Sampling, noise_seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Clean latents of the policy, and of the pipeline's own call, set up as the run's report tells its user."""
+    policy = family.policy(trainable="none", sampling=sampling)
+    records = family.records(family.together)
+    noise = torch.randn(
+        len(records), *policy.latent_shape(sampling.size), generator=torch.Generator().manual_seed(noise_seed)
+    )
+    pipeline = family.pipeline(pipeline_call(policy, sampling)[0])
+    with torch.no_grad():
+        theirs = pipeline_latents(pipeline, policy, records, noise, sampling)
+    rows = policy.rows_per_state(sampling.guidance_scale)
+    conditions = policy.encode(records, negative=rows > 1, together=True)
+    ours = sample(policy, conditions, noise, sampling.num_inference_steps, sampling.guidance_scale, sampling.schedule)
+    assert policy.evaluations == len(records) * sampling.num_inference_steps * rows
+    assert rows == rows_per_state(family.folder, sampling.guidance_scale)
     assert float((theirs - noise).norm()) > 1e-3 * float(noise.norm())  # it did something
-    if policy.path.rectified:
-        assert torch.equal(ours, theirs)
+    return ours, theirs
+
+
+def assert_parity(family: Subject, ours: Tensor, theirs: Tensor) -> None:
+    if path_of(family.folder).rectified:
+        assert torch.equal(ours, theirs), float((ours - theirs).abs().max())
     else:
         assert float((ours - theirs).norm() / theirs.norm()) <= 1e-6
 
 
-@pytest.mark.parametrize("schedule", [PlainShift(3.0), PlainShift(1.7), Listed((1.0, 0.9, 0.31, 0.123))], ids=str)
-def test_the_exported_call_steps_over_the_levels_of_a_schedule(
-    family: str, folders: dict[str, str], schedule: Schedule
-) -> None:
+def test_every_module_has_a_tiny_pipeline() -> None:
+    modules = {path.split(".")[-2] for path in FAMILIES.values()}
+    assert modules == {module.name for module in pkgutil.iter_modules(families.__path__)}
+    assert {subject(name).family.pipeline.__name__ for name in NAMES} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0], ids=["plain", "guided"])
+@pytest.mark.parametrize("steps", [1, 4])
+def test_the_deterministic_rollout_is_the_pipelines(family: Subject, guidance: float, steps: int) -> None:
+    assert_parity(family, *compared(family, Sampling(steps, guidance, family.size)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [1, 2])
+def test_so_it_is_at_other_sizes_and_numbers_of_frames(family: Subject, number: int) -> None:
+    assert_parity(family, *compared(family, Sampling(3, 2.0, family.sizes[number])))
+
+
+@pytest.mark.parametrize("schedule", [PlainShift(1.7), Listed((1.0, 0.9, 0.31, 0.123))], ids=str)
+def test_the_exported_call_steps_over_the_levels_of_a_schedule(family: Subject, schedule: Schedule) -> None:
     """Difference 0 to our rollout: the pipeline's scheduler would shift the levels again. Or the schedule is refused, here
     and before loading."""
-    policy = load_policy(folders[family], trainable="none", negative_prompt="a background")
-    shape = policy.latent_shape(SIZE)
-    if not policy.path.rectified:
-        with pytest.raises(ValueError, match="schedule"):
-            pipeline_call(policy, schedule, 4, shape)
-        with pytest.raises(ValueError, match="schedule"):
-            check_schedule(schedule, 4, path_of(folders[family]))
+    sampling, policy = Sampling(4, 1.0, family.size, schedule), family.policy(trainable="none")
+    try:
+        setup, _ = pipeline_call(policy, sampling)
+    except ValueError as error:
+        assert "levels" in str(error)
+        if not policy.path.rectified:
+            with pytest.raises(ValueError, match="schedule"):
+                check_schedule(schedule, 4, path_of(family.folder))
         return
-    noise = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
-    setup, arguments = pipeline_call(policy, schedule, 4, shape)
-    pipeline = pipeline_of(folders[family], setup)
-    theirs: Tensor = pipeline(
-        prompt=PROMPTS[:3], latents=noise, num_inference_steps=4, guidance_scale=1.0, height=HEIGHT, width=WIDTH,
-        output_type="latent", **json.loads(json.dumps(arguments | {"negative_prompt": None})),
-    ).images  # fmt: skip
-    conditions = policy.encode(as_records(PROMPTS[:3]), together=True)
-    ours = sample(policy, conditions, noise, 4, 1.0, schedule)
-    assert torch.equal(ours, theirs) and not torch.equal(ours, sample(policy, conditions, noise, 4, 1.0))
-    assert torch.equal(pipeline.scheduler.sigmas, schedule.sigmas(4, lambda steps: noise))
-    assert pipeline_call(policy, None, 4, shape) == (policy.pipeline_setup(), policy.pipeline_arguments())
+    assert_parity(family, *compared(family, sampling))
+    plain = Sampling(4, 1.0, family.size)
+    assert setup != pipeline_call(policy, plain)[0] == policy.pipeline_setup()
 
 
-def test_sizes_are_accepted_before_and_after_loading_alike_and_decode_gives_them(
-    family: str, folders: dict[str, str]
-) -> None:
-    policy, accepted = load_policy(folders[family], trainable="none"), 0
-    for height, width in ((24, 48), (48, 24), (26, 48), (24, 44), (25, 25), (0, 48), (-24, 48)):
+def test_sizes_are_accepted_before_and_after_loading_alike_and_decode_gives_them(family: Subject) -> None:
+    policy, accepted, video = family.policy(trainable="none"), 0, family.size.frames > 1
+    for height, width, frames in (
+        (32, 64, 1),
+        (64, 32, 5),
+        (34, 64, 1),
+        (32, 60, 1),
+        (33, 33, 1),
+        (0, 64, 1),
+        (32, 64, 4),
+    ):
+        size = Size(height, width, frames)
         try:
-            shape = policy.latent_shape(Size(height, width))
+            shape = policy.latent_shape(size)
         except ValueError as error:
-            assert f"got image size {height}×{width}; expected" in str(error)
-            with pytest.raises(ValueError, match=f"got image size {height}×{width}; expected"):
-                check_image_size(folders[family], Size(height, width))
+            said = str(error)
+            assert f"got image size {height}×{width}; expected" in said or f"got {frames} frames" in said
+            with pytest.raises(ValueError, match=said[:20]):
+                check_image_size(family.folder, size)
             continue
-        check_image_size(folders[family], Size(height, width))
+        check_image_size(family.folder, size)
         images = policy.decode(torch.zeros(2, *shape))
-        assert images.shape == (2, 3, height, width) and images.dtype == torch.float32
-        assert float(images.min()) >= 0 and float(images.max()) <= 1
+        assert images.shape == ((2, frames, 3, height, width) if video else (2, 3, height, width))
+        assert images.dtype == torch.float32 and float(images.min()) >= 0 and float(images.max()) <= 1
         accepted += 1
-    assert 2 <= accepted < 5
+    assert accepted == 2 if video else 1 <= accepted < 4
 
 
-def test_encoded_images_are_the_vaes_own_and_decode_leads_back(family: str, folders: dict[str, str]) -> None:
-    """Difference 0 to what the pipeline's VAE gives without noise, shifted and scaled as its image-to-image pipelines do; what
-    decode makes of it is the VAE's own reconstruction."""
-    policy: Any = load_policy(folders[family], trainable="none")
-    vae = policy.model.pipeline.vae  # the same weights in memory: convolutions round by their alignment
-    images = torch.rand(3, 3, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(0))
+def test_images_are_the_pipelines_and_encode_images_leads_back(family: Subject) -> None:
+    """The pipeline's own decoding of the same latents; encoded again, the latents are those of `latent_shape`."""
+    sampling = Sampling(2, 1.0, family.size)
+    policy: Any = family.policy(trainable="none", sampling=sampling)
+    records, size = family.records(1), family.size
+    noise = torch.randn(1, *policy.latent_shape(size), generator=torch.Generator().manual_seed(0))
+    setup, arguments = pipeline_call(policy, sampling)
+    inputs = policy.pipeline_inputs(records, 1.0)
     with torch.no_grad():
-        mean = vae.encode(images * 2 - 1).latent_dist.mode()
-        theirs = (mean - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
-        rebuilt = (vae.decode(mean).sample / 2 + 0.5).clamp(0, 1)
-    latents = policy.encode_images(images)
-    assert torch.equal(latents, theirs) and latents.dtype == torch.float32 and not latents.requires_grad
-    assert latents.shape[1:] == policy.latent_shape(SIZE)
-    torch.testing.assert_close(policy.decode(latents), rebuilt, rtol=0, atol=1e-5)  # x/s·s + c - c rounds
+        theirs = family.pipeline(setup)(
+            **{**arguments, **inputs}, latents=policy.to_pipeline(noise), output_type="pt", return_dict=False
+        )[0]
+    ours = policy.decode(sample(policy, policy.encode(records, together=True), noise, 2, 1.0))
+    torch.testing.assert_close(ours, theirs.float(), rtol=0, atol=2e-6)
+    with torch.no_grad():
+        latents = policy.encode_images(ours)
+        rebuilt = policy.model.decode(latents)
+    assert (
+        latents.shape[1:] == policy.latent_shape(size) and latents.dtype == torch.float32 and not latents.requires_grad
+    )
+    assert rebuilt.shape == ours.shape
     for wrong, said in (
-        (images[:, :1], r"shape \[3, 1, 24, 48\]; expected"), (images[0], "shape"), (images * 2, "pixels in"),
-        (images - 0.5, "pixels in"), (images / 0, "pixels in"), (images[..., :-1, :], "size 23×48"),
+        (ours[..., :1, :, :], "shape"), (ours[0, ..., 0], "shape"), (ours + 2, "pixels in"), (ours / 0, "pixels in"),
+        (ours[..., :-1, :], "size"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=said):
             policy.encode_images(wrong)
 
 
-def test_encode_gives_one_row_per_prompt_in_their_order(family: str, folders: dict[str, str]) -> None:
-    policy = load_policy(folders[family], trainable="none")
-    conditions = policy.encode(as_records([*PROMPTS, PROMPTS[0]]))
-    assert len(conditions) == 4
-    for tensor in conditions.tensors.values():
-        assert len(tensor) == 4 and torch.equal(tensor[0], tensor[3]) and not torch.equal(tensor[0], tensor[1])
-    backwards = policy.encode(as_records(PROMPTS[::-1])).tensors
+def test_encode_gives_one_row_per_prompt_in_their_order(family: Subject) -> None:
+    policy, records = family.policy(trainable="none", sampling=Sampling(4, 1.0, family.size)), family.records(3)
+    conditions = policy.encode([*records, records[0]])
+    assert len(conditions) == 4 and all(len(tensor) == 4 for tensor in conditions.tensors.values())
+    assert all(torch.equal(tensor[0], tensor[3]) for tensor in conditions.tensors.values())
+    assert any(not torch.equal(tensor[0], tensor[1]) for tensor in conditions.tensors.values())
+    backwards = policy.encode(records[::-1]).tensors
     assert all(torch.equal(backwards[name].flip(0), tensor[:3]) for name, tensor in conditions.tensors.items())
 
 
-def test_the_default_lora_targets_match_and_all_of_it_is_trained(family: str, folders: dict[str, str]) -> None:
-    targets = family_of(family).targets
-    modules = check_lora_targets(folders[family], None)
-    assert all(check_lora_targets(folders[family], [target]) for target in targets)
-    names = [name for name, _ in load_policy(folders[family], lora=LoRA(rank=2, alpha=2)).trainable_parameters()]
+def test_the_default_lora_targets_match_and_all_of_it_is_trained(family: Subject) -> None:
+    modules = check_lora_targets(family.folder, None)
+    assert all(check_lora_targets(family.folder, [target]) for target in family.family.targets)
+    names = [name for name, _ in family.policy(lora=LoRA(rank=2, alpha=2)).trainable_parameters()]
     assert len(names) == 2 * len(modules) and all(any(f"{m}.lora_" in name for m in modules) for name in names)
 
 
-def test_levels_and_path_are_known_from_the_configurations(family: str, folders: dict[str, str]) -> None:
-    policy = load_policy(folders[family], trainable="none")
-    assert type(path_of(folders[family])) is type(policy.path)
-    shape = policy.latent_shape(SIZE)
+def test_levels_and_path_are_known_from_the_configurations(family: Subject) -> None:
+    policy = family.policy(trainable="none", sampling=Sampling(4, 1.0, family.size))
+    assert type(path_of(family.folder)) is type(policy.path)
+    shape = policy.latent_shape(family.size)
     sigmas = policy.sigmas(4, shape)
     assert sigmas.dtype == torch.float32 and sigmas.device.type == "cpu" and sigmas.shape == (5,)
     assert bool((sigmas.diff() < 0).all()) and float(sigmas[-1]) >= 0 and float(sigmas[0]) <= 1
-    velocity = policy.velocity(torch.zeros(2, *shape), sigmas[1].expand(2), policy.encode(as_records(PROMPTS[:2])))
+    velocity = policy.velocity(torch.zeros(2, *shape), sigmas[1].expand(2), policy.encode(family.records(2)))
     assert velocity.shape == (2, *shape) and velocity.dtype == torch.float32
 
 
-def test_it_runs_on_shapes_alone(family: str, folders: dict[str, str]) -> None:
+def test_it_runs_on_shapes_alone(family: Subject) -> None:
     """So that its memory is forecast: encoded as with weights, with a velocity forward and backward, and an image, also with gradient."""
-    loaded, empty = load_policy(folders[family]), load_policy(empty_pipeline(folders[family]))
-    records = as_records(PROMPTS[:1])
-    real, shapes = (policy.encode(records, negative=True) for policy in (loaded, empty))
+    sampling = Sampling(4, 3.0, family.size)
+    loaded = load_policy(family.folder, sampling=sampling)
+    empty = load_policy(empty_pipeline(family.folder), sampling=sampling)
+    negative = loaded.rows_per_state(3.0) > 1
+    real, shapes = (policy.encode(family.records(1), negative=negative) for policy in (loaded, empty))
     for known, found in ((real, shapes), (real.negative, shapes.negative)):
-        assert known is not None and found is not None
-        expected = {name: (tensor.shape, tensor.dtype) for name, tensor in known.tensors.items()}
-        assert {name: (tensor.shape, tensor.dtype) for name, tensor in found.tensors.items()} == expected
-    x, sigma = torch.empty(1, *empty.latent_shape(SIZE), device="meta"), torch.full((1,), 0.5)
+        assert (known is None) == (found is None) == (known is real.negative and not negative)
+        if known is not None and found is not None:
+            expected = {name: (tensor.shape, tensor.dtype) for name, tensor in known.tensors.items()}
+            assert {name: (tensor.shape, tensor.dtype) for name, tensor in found.tensors.items()} == expected
+    x, sigma = torch.empty(1, *empty.latent_shape(family.size), device="meta"), torch.full((1,), 0.5)
     trained = [parameter for _, parameter in empty.trainable_parameters()]
 
     def velocity() -> Tensor:

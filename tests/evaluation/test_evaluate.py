@@ -38,7 +38,7 @@ class StraightPolicy:
     def latent_shape(self, size):
         return (3, size.height // 8, size.width // 8)
 
-    def encode(self, records, *, negative=False):
+    def encode(self, records, *, negative=False, size=None):
         drift = [float(record.prompt.split()[1]) + self.shift for record in records]
         return Conditions({"drift": torch.tensor(drift)})
 

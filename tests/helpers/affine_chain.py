@@ -118,7 +118,14 @@ class AffinePolicy:
     def latent_shape(self, size: Size) -> tuple[int, ...]:
         return (self.elements, 1, 1)
 
-    def encode(self, records: Sequence[PromptRecord], *, negative: bool = False, together: bool = False) -> Conditions:
+    def encode(
+        self,
+        records: Sequence[PromptRecord],
+        *,
+        negative: bool = False,
+        together: bool = False,
+        size: Size | None = None,
+    ) -> Conditions:
         return Conditions({"row": torch.zeros(len(records), 1)})
 
     def sigmas(self, num_inference_steps: int, latent_shape: Sequence[int]) -> Tensor:

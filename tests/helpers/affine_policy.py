@@ -61,7 +61,14 @@ class AffinePolicy:
     def latent_shape(self, size: Size) -> tuple[int, ...]:
         return (1, 1, 1)
 
-    def encode(self, records: Sequence[PromptRecord], *, negative: bool = False, together: bool = False) -> Conditions:
+    def encode(
+        self,
+        records: Sequence[PromptRecord],
+        *,
+        negative: bool = False,
+        together: bool = False,
+        size: Size | None = None,
+    ) -> Conditions:
         rows = Conditions({"label": torch.tensor([LABELS.index(record.metadata["task"]) for record in records])})
         none = Conditions({"label": torch.full((len(records),), len(LABELS) - 1)})
         return Conditions(rows.tensors, none if negative else None)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from flowalign.data import PromptRecord
 from flowalign.models import Conditions, Family, Size
-from flowalign.models.base import Configs, Network
+from flowalign.models.base import Configs, Network, prompts_and_negatives
 from flowalign.models.guidance import classifier_free, classifier_free_rows
 from rewards import RewardBatch, RewardOutput, RewardSpec
 from samplers import ODE, RectifiedFlow
@@ -126,7 +126,7 @@ class BedModel:
     def solver(self) -> ODE:
         return ODE()
 
-    def encode(self, records: Sequence[PromptRecord]) -> Conditions:
+    def encode(self, records: Sequence[PromptRecord], size: Size | None) -> Conditions:
         return Conditions({"target": torch.stack([target_of(record.prompt) for record in records])})
 
     def velocity(
@@ -155,8 +155,19 @@ class BedModel:
     def pipeline_setup(self) -> list[str]:
         return []
 
-    def pipeline_arguments(self) -> dict[str, Any]:
+    def pipeline_arguments(self, guidance_scale: float, size: Size, negative_prompt: str) -> dict[str, Any]:
         return {}
+
+    def pipeline_inputs(
+        self, records: Sequence[PromptRecord], negatives: Sequence[PromptRecord] | None
+    ) -> dict[str, Any]:
+        return prompts_and_negatives(records, negatives)
+
+    def to_pipeline(self, latents: Tensor) -> Tensor:
+        return latents
+
+    def from_pipeline(self, latents: Tensor, size: Size) -> Tensor:
+        return latents
 
     def pipeline_sigmas(self, sigmas: Tensor) -> tuple[list[str], dict[str, Any]]:
         return [], {"sigmas": sigmas[:-1].tolist()}
@@ -174,7 +185,6 @@ FAMILY = Family(
     path=lambda scheduler: RectifiedFlow(),
     latent_shape=_latent_shape,
     rows_per_state=classifier_free_rows,
-    load_arguments=lambda index: {},
 )
 
 

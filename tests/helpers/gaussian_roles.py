@@ -54,7 +54,14 @@ class GaussianRoles:
     def latent_shape(self, size: Size) -> tuple[int, ...]:
         return SHAPE
 
-    def encode(self, records: Sequence[PromptRecord], *, negative: bool = False, together: bool = False) -> Conditions:
+    def encode(
+        self,
+        records: Sequence[PromptRecord],
+        *,
+        negative: bool = False,
+        together: bool = False,
+        size: Size | None = None,
+    ) -> Conditions:
         rows = torch.zeros(len(records), 1).double()
         return Conditions({"shift": rows}, Conditions({"shift": rows - self.negative}) if negative else None)
 

@@ -32,7 +32,7 @@ class LinearPolicy:
     def latent_shape(self, size: Size) -> tuple[int, ...]:
         return (1, 1, len(self.weight))
 
-    def encode(self, records, *, negative=False, together=False) -> Conditions:
+    def encode(self, records, *, negative=False, together=False, size=None) -> Conditions:
         self.encoded += len(records)
         return Conditions({"row": torch.zeros(len(records), 1)})
 

@@ -16,7 +16,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 from flowalign.data import PromptRecord
 from flowalign.glyphs import parts
 from flowalign.models import Conditions, Family, Size
-from flowalign.models.base import Configs, Network, check_image, vae_reduction
+from flowalign.models.base import Configs, Network, check_image, prompts_and_negatives, vae_reduction
 from flowalign.models.guidance import classifier_free_rows
 from samplers import ODE, RectifiedFlow
 from tests.helpers.tiny import tiny_transformer
@@ -79,7 +79,7 @@ class EditModel:
     def solver(self) -> ODE:
         return ODE()
 
-    def encode(self, records: Sequence[PromptRecord]) -> Conditions:
+    def encode(self, records: Sequence[PromptRecord], size: Size | None) -> Conditions:
         tokens = self.pipeline.tokenizer(
             [record.prompt for record in records], padding="max_length", truncation=True, return_tensors="pt"
         )
@@ -142,8 +142,19 @@ class EditModel:
     def pipeline_setup(self) -> list[str]:
         return []
 
-    def pipeline_arguments(self) -> dict[str, Any]:
+    def pipeline_arguments(self, guidance_scale: float, size: Size, negative_prompt: str) -> dict[str, Any]:
         return {}
+
+    def pipeline_inputs(
+        self, records: Sequence[PromptRecord], negatives: Sequence[PromptRecord] | None
+    ) -> dict[str, Any]:
+        return prompts_and_negatives(records, negatives)
+
+    def to_pipeline(self, latents: Tensor) -> Tensor:
+        return latents
+
+    def from_pipeline(self, latents: Tensor, size: Size) -> Tensor:
+        return latents
 
     def pipeline_sigmas(self, sigmas: Tensor) -> tuple[list[str], dict[str, Any]]:
         return [], {"sigmas": sigmas[:-1].tolist()}
@@ -163,5 +174,5 @@ FAMILY = Family(
     path=lambda scheduler: RectifiedFlow(),
     latent_shape=_latent_shape,
     rows_per_state=classifier_free_rows,
-    load_arguments=lambda index: {},
+    source_images=(1, 1),
 )

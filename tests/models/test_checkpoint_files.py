@@ -16,7 +16,7 @@ from flowalign.config import load_config
 from flowalign.errors import ConfigError
 from flowalign.models import load_policy
 from flowalign.models.checkpoint_files import check_files
-from flowalign.models.load import check_checkpoint
+from flowalign.models.checks import check_checkpoint
 
 CONFIG = str(Path(__file__).parents[1] / "data" / "tiny.yaml")
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"

@@ -14,7 +14,7 @@ from flowalign.config import load_config
 from flowalign.data import as_records
 from flowalign.errors import ConfigError
 from flowalign.models import LoRA, Policy, Role, load_policy
-from flowalign.models.load import check_lora_folders
+from flowalign.models.checks import check_lora_folders
 from flowalign.models.lora_file import NAME, read_lora
 
 TARGETS = ("attn.to_q", "ff.net.2")

@@ -10,7 +10,7 @@ import yaml
 
 from flowalign.data import as_records
 from flowalign.models import LoRA, Policy, load_policy
-from flowalign.models.load import check_role_pipelines
+from flowalign.models.checks import check_role_pipelines
 from flowalign.models.roles import Role, check_roles
 from tests.helpers.tiny import tiny_sd3
 

@@ -39,7 +39,7 @@ class Bed:
     def sigmas(self, num_inference_steps: int, latent_shape: tuple[int, ...]) -> torch.Tensor:
         return plain_sigmas(num_inference_steps)
 
-    def encode(self, records, *, negative: bool = False) -> Conditions:
+    def encode(self, records, *, negative: bool = False, size: Size | None = None) -> Conditions:
         return Conditions({"rows": torch.zeros(len(records), 1)})
 
     def start(self, noise: torch.Tensor) -> torch.Tensor:

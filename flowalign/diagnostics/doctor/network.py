@@ -17,9 +17,10 @@ from flowalign.config import PolicySettings
 from flowalign.data import PromptRecord
 from flowalign.diagnostics.doctor.base import Finding
 from flowalign.diagnostics.measure import distance
-from flowalign.models import Policy, check_lora_targets
-from flowalign.models.grid import grid, pipeline_call
-from flowalign.models.load import inspect_checkpoint, read_pipeline
+from flowalign.models import Policy, Sampling, check_lora_targets
+from flowalign.models.checkpoints import inspect_checkpoint
+from flowalign.models.grid import grid, pipeline_call, pipeline_latents
+from flowalign.models.load import read_pipeline
 from flowalign.models.sampling import sample
 from flowalign.rollouts.task import Task
 from samplers import normal
@@ -97,7 +98,8 @@ def check_modes(policy: Policy) -> Finding:
 def check_velocity(task: Task, settings: PolicySettings, prompts: Sequence[PromptRecord]) -> Finding:
     """The update's velocity (with gradients) against the rollout's (without), same rows, and twice: no switch between."""
     policy, guidance = task.policy, task.rollout.guidance_scale
-    conditions, x = policy.encode(prompts[:2], negative=guidance != 1), noise(task, 2)
+    negative = policy.rows_per_state(guidance) > 1
+    conditions, x = policy.encode(prompts[:2], negative=negative, size=task.size), noise(task, 2)
     sigma = middle_sigma(task).expand(2)
     with torch.no_grad():
         first = policy.velocity(x, sigma, conditions, guidance_scale=guidance)
@@ -128,31 +130,27 @@ def check_parity(task: Task, settings: PolicySettings, prompts: Sequence[PromptR
     networks are shared, so no memory is doubled.
     Allowed: 0 for SD3 in fp32 on the CPU, 2e-6 of the largest latent for ε- and v-models and with rollout.fixed_rows, whose calls
     are larger than the pipeline's, else see `rounding`."""
-    steps, schedule = task.rollout.num_inference_steps, task.rollout.schedule
-    shape = task.policy.latent_shape(task.size)
-    setup, arguments = pipeline_call(task.policy, schedule, steps, shape)
-    pipeline = _fresh_pipeline(task.policy, settings, setup)
-    guidance = task.rollout.guidance_scale
-    records, worst = list(prompts[:2]), 0.0
-    scales = [1.0] + ([guidance] if guidance > 1 else [])
-    for scale in scales:
+    rollout, records, worst = task.rollout, list(prompts[:2]), 0.0
+    asked = [
+        Sampling(rollout.num_inference_steps, scale, task.size, rollout.schedule)
+        for scale in dict.fromkeys((1.0, rollout.guidance_scale))
+    ]
+    pipeline = _fresh_pipeline(task.policy, settings, pipeline_call(task.policy, asked[0])[0])
+    for each in asked:
         start = noise(task, len(records))
-        negative = {"negative_prompt": [settings.negative_prompt] * len(records)} if scale > 1 else {}
         with _casting(start, settings):
-            theirs = pipeline(
-                prompt=[record.prompt for record in records], latents=start, num_inference_steps=steps,
-                guidance_scale=scale, height=task.size.height, width=task.size.width, output_type="latent",
-                **{**arguments, **negative},
-            ).images.float()  # fmt: skip
-        conditions = task.policy.encode(records, negative=scale > 1, together=True)
-        worst = max(worst, relative(sample(task.policy, conditions, start, steps, scale, schedule), theirs))
+            theirs = pipeline_latents(pipeline, task.policy, records, start, each)
+        negative = task.policy.rows_per_state(each.guidance_scale) > 1
+        conditions = task.policy.encode(records, negative=negative, together=True, size=task.size)
+        ours = sample(task.policy, conditions, start, each.num_inference_steps, each.guidance_scale, each.schedule)
+        worst = max(worst, relative(ours, theirs))
     exact = task.policy.path.rectified and not task.rollout.fixed_rows
     limit = rounding(settings, 0.0 if exact else 2e-6)
     advice = (
         "the deterministic rollout is not the pipeline's: compare policy.sigmas with the checkpoint's scheduler (class, "
         "shift, spacing), then the order of prompts"
     )
-    figure = f"{worst:.1e} from diffusers' own call (allowed {limit:.0e}), {len(scales)} call(s)"
+    figure = f"{worst:.1e} from diffusers' own call (allowed {limit:.0e}), {len(asked)} call(s)"
     return Finding("parity", worst <= limit, figure, "" if worst <= limit else advice)
 
 
@@ -178,7 +176,7 @@ def check_conditions(task: Task, settings: PolicySettings, prompts: Sequence[Pro
     x, sigma = noise(task, 1).expand(2, *([-1] * (noise(task, 1).ndim - 1))), middle_sigma(task)
 
     def velocity_of(*records: PromptRecord) -> Tensor:
-        return policy.velocity(x[: len(records)], sigma.expand(len(records)), policy.encode(records))
+        return policy.velocity(x[: len(records)], sigma.expand(len(records)), policy.encode(records, size=task.size))
 
     a, b = prompts[0], prompts[1]
     alone = torch.cat([velocity_of(a), velocity_of(b)])
@@ -201,7 +199,7 @@ def check_roles(task: Task, settings: PolicySettings, prompts: Sequence[PromptRe
     policy, networks = task.policy, task.policy.modules().values()
     if settings.trainable == "full" and not settings.reference_copy:
         return Finding("roles", True, "full weights without policy.reference_copy: there is no reference")
-    x, sigma, rows = noise(task, 1), middle_sigma(task), policy.encode(prompts[:1])
+    x, sigma, rows = noise(task, 1), middle_sigma(task), policy.encode(prompts[:1], size=task.size)
     flags: list[list[bool]] = []
 
     def gradient(between: Callable[[], None]) -> dict[str, Tensor]:

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from flowalign.data import PromptRecord
-from flowalign.models.base import Configs, Family, Network, Size, check_image, vae_reduction
+from flowalign.models.base import Configs, Family, Network, Size, check_image, prompts_and_negatives, vae_reduction
 from flowalign.models.conditions import Conditions
 from flowalign.models.guidance import classifier_free, classifier_free_rows
 from samplers import ODE, VariancePreserving
@@ -75,7 +76,7 @@ class SD15Model:
         """On this path the ODE's step is DDIM with η = 0."""
         return ODE()
 
-    def encode(self, records: Sequence[PromptRecord]) -> Conditions:
+    def encode(self, records: Sequence[PromptRecord], size: Size | None) -> Conditions:
         embeds, _ = self.pipeline.encode_prompt(
             [record.prompt for record in records], self.encoders[0].device, num_images_per_prompt=1,
             do_classifier_free_guidance=False,
@@ -126,8 +127,22 @@ class SD15Model:
             "pipe.safety_checker = None  # the run had none",
         ]
 
-    def pipeline_arguments(self) -> dict[str, Any]:
-        return {}
+    def pipeline_arguments(self, guidance_scale: float, size: Size, negative_prompt: str) -> dict[str, Any]:
+        return {
+            "height": size.height, "width": size.width, "guidance_scale": guidance_scale,
+            "negative_prompt": negative_prompt,
+        }  # fmt: skip
+
+    def pipeline_inputs(
+        self, records: Sequence[PromptRecord], negatives: Sequence[PromptRecord] | None
+    ) -> dict[str, Any]:
+        return prompts_and_negatives(records, negatives)
+
+    def to_pipeline(self, latents: Tensor) -> Tensor:
+        return latents
+
+    def from_pipeline(self, latents: Tensor, size: Size) -> Tensor:
+        return latents
 
     def pipeline_sigmas(self, sigmas: Tensor) -> tuple[list[str], dict[str, Any]]:
         raise ValueError("got levels for a pipeline with DDIMScheduler; expected its own, since it takes neither sigmas nor "
@@ -165,7 +180,7 @@ def _path(scheduler: dict[str, Any]) -> VariancePreserving:
     return VariancePreserving(ddim(scheduler).alphas_cumprod)
 
 
-def _load_arguments(index: dict[str, Any]) -> dict[str, Any]:
+def _load_arguments(index: Mapping[str, Any]) -> dict[str, Any]:
     return {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
 
@@ -174,6 +189,27 @@ def _latent_shape(size: Size, configs: Configs) -> tuple[int, ...]:
     check_image(size, math.lcm(8, factor))  # the pipeline itself asks for multiples of 8
     return (configs["unet"]["in_channels"], size.height // factor, size.width // factor)
 
+
+TINY = {
+    "unet": (UNet2DConditionModel, {
+        "sample_size": 8, "block_out_channels": (16, 32), "layers_per_block": 1, "cross_attention_dim": 16,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "attention_head_dim": 2, "norm_num_groups": 4,
+    }),
+    "vae": (AutoencoderKL, {
+        "block_out_channels": (8, 8, 8, 8), "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4, "norm_num_groups": 2, "latent_channels": 4, "scaling_factor": 0.18215,
+    }),
+    "text_encoder": (CLIPTextModel, {
+        "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+    }),
+    "tokenizer": (CLIPTokenizer, {}),
+    "scheduler": (PNDMScheduler, {
+        "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000,
+        "set_alpha_to_one": False, "clip_sample": False, "skip_prk_steps": True, "steps_offset": 1,
+    }),
+    "safety_checker": None, "feature_extractor": None, "requires_safety_checker": False,
+}  # fmt: skip
 
 FAMILY = Family(
     pipeline=StableDiffusionPipeline,
@@ -184,4 +220,5 @@ FAMILY = Family(
     latent_shape=_latent_shape,
     rows_per_state=classifier_free_rows,
     load_arguments=_load_arguments,
+    tiny={"sd15": TINY},
 )

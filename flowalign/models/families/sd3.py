@@ -6,38 +6,28 @@ the prompts were encoded in equal batches (text encoders round by batch size). T
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 from torch import Tensor
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 from flowalign.data import PromptRecord
-from flowalign.models.base import Configs, Family, Network, Size, check_image, vae_reduction
+from flowalign.models.base import Configs, Family, Network, Size, check_image, prompts_and_negatives, vae_reduction
 from flowalign.models.conditions import Conditions
+from flowalign.models.flow_match import flow_match_call, flow_match_path, flow_match_sigmas
 from flowalign.models.guidance import classifier_free, classifier_free_rows
 from samplers import ODE, RectifiedFlow
 
-SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 TARGETS = (
     "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
     "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
 )  # fmt: skip
-# option of the scheduler -> what the pipeline would do that the rollout does not
-NOT_FOLLOWED = {
-    "stochastic_sampling": "every step of the pipeline would add fresh noise",
-    "invert_sigmas": "the levels would rise from 0 to 1",
-}
-# options of the scheduler under which its set_timesteps(sigmas=...) keeps the levels bit for bit
-UNCHANGED_LEVELS = {
-    "shift": 1.0, "use_dynamic_shifting": False, "shift_terminal": None, "use_karras_sigmas": False,
-    "use_exponential_sigmas": False, "use_beta_sigmas": False,
-}  # fmt: skip
 
 
 class SD3Model:
@@ -48,7 +38,7 @@ class SD3Model:
     path = RectifiedFlow()
 
     def __init__(self, pipeline: StableDiffusion3Pipeline, max_sequence_length: int | None = None) -> None:
-        _path({**pipeline.scheduler.config, "_class_name": type(pipeline.scheduler).__name__})
+        flow_match_path({**pipeline.scheduler.config, "_class_name": type(pipeline.scheduler).__name__})
         self.pipeline = pipeline
         self.networks = {"transformer": pipeline.transformer}
         self.vae = pipeline.vae
@@ -59,20 +49,17 @@ class SD3Model:
         self.max_sequence_length = length if max_sequence_length is None else max_sequence_length
 
     def sigmas(self, num_inference_steps: int, latent_shape: Sequence[int]) -> Tensor:
-        scheduler, shift = copy.deepcopy(self.pipeline.scheduler), {}
-        if scheduler.config.use_dynamic_shifting:
-            settings, patch = scheduler.config, self.pipeline.transformer.config.patch_size
-            tokens = (latent_shape[-2] // patch) * (latent_shape[-1] // patch)
-            shift["mu"] = calculate_shift(
-                tokens, settings.base_image_seq_len, settings.max_image_seq_len, settings.base_shift, settings.max_shift
-            )
-        scheduler.set_timesteps(num_inference_steps, device="cpu", **shift)
-        return scheduler.sigmas.float().clone()
+        scheduler, patch = self.pipeline.scheduler, self.pipeline.transformer.config.patch_size
+        settings, tokens = scheduler.config, (latent_shape[-2] // patch) * (latent_shape[-1] // patch)
+        mu = calculate_shift(
+            tokens, settings.base_image_seq_len, settings.max_image_seq_len, settings.base_shift, settings.max_shift
+        )
+        return flow_match_sigmas(scheduler, num_inference_steps, mu=mu, linear=False)
 
     def solver(self) -> ODE:
         return ODE()
 
-    def encode(self, records: Sequence[PromptRecord]) -> Conditions:
+    def encode(self, records: Sequence[PromptRecord], size: Size | None) -> Conditions:
         embeds, _, pooled, _ = self.pipeline.encode_prompt(
             prompt=[record.prompt for record in records], prompt_2=None, prompt_3=None, device=self.encoders[0].device,
             do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length,
@@ -118,39 +105,30 @@ class SD3Model:
     def pipeline_setup(self) -> list[str]:
         return []
 
-    def pipeline_arguments(self) -> dict[str, Any]:
-        return {"max_sequence_length": self.max_sequence_length}
+    def pipeline_arguments(self, guidance_scale: float, size: Size, negative_prompt: str) -> dict[str, Any]:
+        return {
+            "height": size.height, "width": size.width, "guidance_scale": guidance_scale,
+            "negative_prompt": negative_prompt, "max_sequence_length": self.max_sequence_length,
+        }  # fmt: skip
+
+    def pipeline_inputs(
+        self, records: Sequence[PromptRecord], negatives: Sequence[PromptRecord] | None
+    ) -> dict[str, Any]:
+        return prompts_and_negatives(records, negatives)
+
+    def to_pipeline(self, latents: Tensor) -> Tensor:
+        return latents
+
+    def from_pipeline(self, latents: Tensor, size: Size) -> Tensor:
+        return latents
 
     def pipeline_sigmas(self, sigmas: Tensor) -> tuple[list[str], dict[str, Any]]:
-        """The scheduler would shift the levels it is given again, so its shift is set to 1."""
-        options = ", ".join(f"{name}={value}" for name, value in UNCHANGED_LEVELS.items())
-        setup = f"pipe.scheduler = pipe.scheduler.from_config(pipe.scheduler.config, {options})  # takes `sigmas` as they are"
-        return [setup], {
-            "sigmas": [float(str(level)) for level in sigmas[:-1].numpy()]
-        }  # str: the shortest exact digits
+        return flow_match_call(sigmas)
 
 
-def _absent(index: dict[str, Any]) -> dict[str, Any]:
+def _absent(index: Mapping[str, Any]) -> dict[str, Any]:
     """T5 may be missing; diffusers wants to be told."""
     return {name: None for name in ("text_encoder_3", "tokenizer_3") if index.get(name, [None])[0] is None}
-
-
-def _path(scheduler: dict[str, Any]) -> RectifiedFlow:
-    """The path of a scheduler's config; ValueError if the scheduler's step is not the Euler step of the rollout. Options
-    that only move the levels (shifts, Karras, exponential) are followed, since `sigmas` asks the scheduler."""
-    name = scheduler.get("_class_name")
-    if name != SCHEDULER:
-        raise ValueError(
-            f"got scheduler {name}; expected {SCHEDULER}, whose step is the Euler step of the rollout: save the "
-            "pipeline with that one"
-        )
-    for option, effect in NOT_FOLLOWED.items():
-        if scheduler.get(option):
-            raise ValueError(
-                f"got a scheduler with {option}=true; expected false, since {effect} and the rollout would not: set it "
-                "to false in the pipeline's scheduler_config.json"
-            )
-    return RectifiedFlow()
 
 
 def _latent_shape(size: Size, configs: Configs) -> tuple[int, ...]:
@@ -159,13 +137,36 @@ def _latent_shape(size: Size, configs: Configs) -> tuple[int, ...]:
     return (transformer["in_channels"], size.height // factor, size.width // factor)
 
 
+CLIP = {
+    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "projection_dim": 16,
+    "hidden_act": "gelu",
+}  # fmt: skip
+TINY = {
+    "transformer": (SD3Transformer2DModel, {
+        "sample_size": 8, "patch_size": 2, "in_channels": 4, "out_channels": 4, "num_layers": 2, "num_attention_heads": 2,
+        "attention_head_dim": 8, "joint_attention_dim": 32, "caption_projection_dim": 16, "pooled_projection_dim": 32,
+        "pos_embed_max_size": 16, "dual_attention_layers": (0,), "qk_norm": "rms_norm",
+    }),
+    "vae": (AutoencoderKL, {
+        "block_out_channels": (8, 8, 8, 8), "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4, "norm_num_groups": 2, "latent_channels": 4, "scaling_factor": 1.5305,
+        "shift_factor": 0.0609, "use_quant_conv": False, "use_post_quant_conv": False,
+    }),
+    "text_encoder": (CLIPTextModelWithProjection, CLIP), "tokenizer": (CLIPTokenizer, {}),
+    "text_encoder_2": (CLIPTextModelWithProjection, CLIP), "tokenizer_2": (CLIPTokenizer, {}),
+    "text_encoder_3": (T5EncoderModel, {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}),
+    "tokenizer_3": (T5Tokenizer, {}),
+    "scheduler": (FlowMatchEulerDiscreteScheduler, {"shift": 3.0}),
+}  # fmt: skip
+
 FAMILY = Family(
     pipeline=StableDiffusion3Pipeline,
     model=SD3Model,
     networks={"transformer": SD3Transformer2DModel},
     targets=TARGETS,
-    path=_path,
+    path=flow_match_path,
     latent_shape=_latent_shape,
     rows_per_state=classifier_free_rows,
     load_arguments=_absent,
+    tiny={"sd3": TINY},
 )
