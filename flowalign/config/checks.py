@@ -18,7 +18,6 @@ from flowalign.models.checks import (
     check_fixed_rows,
     check_image_size,
     check_lora_folders,
-    check_lora_targets,
     check_options,
     check_role_pipelines,
     check_switches,
@@ -59,7 +58,6 @@ def check(config: TrainConfig) -> None:
     check_fixed_rows(policy.path, rollout.rows, policy.family)
     lora_numbers = 0
     if policy.trainable == "lora":
-        check_lora_targets(policy.path, policy.lora.targets, policy.family)
         lora_numbers = count_lora_numbers(policy.path, policy.lora, policy.family)
     evaluation = config.evaluation
     check_sizes(

@@ -72,7 +72,8 @@ def check_lora_targets(path: str, targets: Sequence[str] | None, family: str | N
 
 
 def count_lora_numbers(path: str, lora: LoRA, family: str | None = None) -> int:
-    """How many numbers the LoRA has, from the networks' configs alone: rank · (inputs + outputs) of each layer."""
+    """How many numbers the LoRA has, from the networks' configs alone: rank · (inputs + outputs) of each layer. ValueError if a
+    target matches none."""
     _, known = inspect_checkpoint(path, family)
     layers = [
         network.get_submodule(module)
