@@ -46,7 +46,9 @@ def test_a_batch_larger_than_the_bound_is_served() -> None:
 def test_images_make_another_record_metadata_does_not() -> None:
     store, calls = store_of(1000)
     record = PromptRecord(0, "a", {"target": 1})
-    store.conditions([record, PromptRecord(1, "a", {"target": 2}), PromptRecord(2, "a", images=(Path("x.png"),))], None, False)
+    store.conditions(
+        [record, PromptRecord(1, "a", {"target": 2}), PromptRecord(2, "a", images=(Path("x.png"),))], None, False
+    )
     assert len(calls) == 2
 
 
