@@ -191,9 +191,7 @@ class Policy(Protocol):
         pipeline has for size, guidance and negative prompt."""
         ...
 
-    def pipeline_inputs(
-        self, records: Sequence[PromptRecord], guidance_scale: float, size: Size
-    ) -> dict[str, Any]:
+    def pipeline_inputs(self, records: Sequence[PromptRecord], guidance_scale: float, size: Size) -> dict[str, Any]:
         """Arguments of the pipeline's own call that say the prompts, the negative prompts that guidance needs, and the source
         images of these records, fitted to `size` as `encode` fits them."""
         ...
@@ -248,9 +246,11 @@ class Model(Protocol):
         """See Policy; not bound to a path."""
         ...
 
-    def encode(self, records: Sequence[PromptRecord], size: Size | None) -> Conditions:
+    def encode(self, records: Sequence[PromptRecord], size: Size | None, negative: bool) -> Conditions:
         """One row per record, from its `prompt` and `images` alone, on the encoders' device, which is where they are now. All
-        rows that there can be have one shape for one size of what is generated, whatever the prompt's length."""
+        rows that there can be have one shape for one size of what is generated, whatever the prompt's length.
+
+        negative: the prompts are those that guidance starts from, which some pipelines encode in another way."""
         ...
 
     def velocity(
@@ -325,8 +325,9 @@ class Family:
     model cannot make. rows_per_state: see Policy. source_images: the least and the most of them that a record may have.
     load_arguments: extra arguments of `from_pretrained`, from model_index.json. load_lora: Python that loads what `Model.save_lora` wrote
     into a folder, given as Python, into `pipe`. variant: fields of this which a checkpoint's model_index.json changes, such as the rows of a
-    distilled one. tiny: very small pipelines of the family for tests, by name: component -> (class, configuration), or another argument of the pipeline; the
-    scheduler is the released one. See `flowalign.testing.tiny_pipeline`."""
+    distilled one. takes_levels: whether the call of a pipeline of flows can step over levels that are not its scheduler's own (see
+    `Model.pipeline_sigmas`). tiny: very small pipelines of the family for tests, by name: component -> (class, configuration), or
+    another argument of the pipeline; the scheduler is the released one. See `flowalign.testing.tiny_pipeline`."""
 
     pipeline: Any
     model: Callable[..., Model]
@@ -339,6 +340,7 @@ class Family:
     load_arguments: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda index: {}
     load_lora: Callable[[str], list[str]] = lambda folder: [f"pipe.load_lora_weights({folder})"]
     variant: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda index: {}
+    takes_levels: bool = True
     tiny: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def of(self, index: Mapping[str, Any]) -> Family:

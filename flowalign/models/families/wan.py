@@ -28,14 +28,31 @@ from transformers import CLIPImageProcessor, CLIPVisionModel, T5Tokenizer, UMT5E
 from flowalign.data import PromptRecord
 from flowalign.models.base import Configs, Family, Network, Size, check_video, prompts_and_negatives
 from flowalign.models.conditions import Conditions
+from flowalign.models.flow_multistep import (
+    flow_multistep_path,
+    flow_multistep_sigmas,
+    flow_multistep_timestep,
+    no_levels,
+)
 from flowalign.models.guidance import classifier_free_apart, classifier_free_rows
 from flowalign.models.source_images import fitted_images
-from flowalign.models.unipc import unipc_path, unipc_sigmas, unipc_timesteps
 from samplers import RectifiedFlow, Rows, UniPC, send
 
 NETWORKS = ("transformer", "transformer_2")  # of high noise, of low noise
-TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # of both attentions: finetrainers' default, and flow_grpo's for text to video
+TARGETS = (
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+)  # of both attentions: finetrainers' default, and flow_grpo's for text to video
 IMAGE_TARGETS = ("add_k_proj", "add_v_proj")  # of Wan 2.1's attention to the CLIP image, also flow_grpo's
+UNIPC = {
+    "solver_type": "bh2",
+    "predict_x0": True,
+    "disable_corrector": [],
+    "solver_p": None,
+    "use_dynamic_shifting": False,
+}
 
 
 class WanModel:
@@ -52,7 +69,7 @@ class WanModel:
     def __init__(
         self, pipeline: Any, max_sequence_length: int | None = None, guidance_scale_2: float | None = None
     ) -> None:
-        unipc_path({**pipeline.scheduler.config, "_class_name": type(pipeline.scheduler).__name__})
+        _path({**pipeline.scheduler.config, "_class_name": type(pipeline.scheduler).__name__})
         parts = pipeline.components
         self.pipeline = pipeline
         self.networks = {name: parts[name] for name in NETWORKS if parts[name] is not None}
@@ -74,20 +91,21 @@ class WanModel:
             )
 
     def sigmas(self, num_inference_steps: int, latent_shape: Sequence[int]) -> Tensor:
-        return unipc_sigmas(self.pipeline.scheduler, num_inference_steps)
+        return flow_multistep_sigmas(self.pipeline.scheduler, num_inference_steps)
 
     def solver(self) -> UniPC:
         return UniPC()
 
-    def encode(self, records: Sequence[PromptRecord], size: Size | None) -> Conditions:
-        """embeds [n, max_sequence_length, *], 0 beyond the text. With source images: first_frame [n, 4 + C, F', h, w], a mask and the
-        latents of a video that is gray after it, and with a CLIP encoder image [n, tokens, *]."""
+    def encode(self, records: Sequence[PromptRecord], size: Size | None, negative: bool) -> Conditions:
+        """embeds [n, max_sequence_length, *], 0 beyond the text. With source images also first_frame [n, 4 + C, F', h, w], a mask and the
+        latents of a video that is gray after it, and with a CLIP encoder image [n, tokens, *]; `velocity` takes those of a negative
+        row from the row that it belongs to."""
         embeds, _ = self.pipeline.encode_prompt(
             [record.prompt for record in records], do_classifier_free_guidance=False,
             max_sequence_length=self.max_sequence_length, device=self.encoders[0].device,
         )  # fmt: skip
         tensors = {"embeds": embeds}
-        if records[0].images:
+        if records[0].images and not negative:
             images = fitted_images(records, size)
             tensors["first_frame"] = torch.cat([self._first_frame(image, size) for image in images])
             if len(self.encoders) > 1:
@@ -107,6 +125,8 @@ class WanModel:
         self, networks: Mapping[str, Network], x: Tensor, sigma: Tensor, conditions: Conditions,
         negative: Conditions | None, guidance_scale: float, detach_uncond: bool,
     ) -> Tensor:  # fmt: skip
+        if negative is not None:
+            negative = Conditions({**conditions.tensors, **negative.tensors})
         if len(networks) == 1:
             predict = partial(self._predict, networks["transformer"])
             return classifier_free_apart(predict, x, sigma, conditions, negative, guidance_scale, detach_uncond)
@@ -125,7 +145,7 @@ class WanModel:
 
     def _deal(self, x: Tensor, sigma: Tensor) -> dict[str, Rows]:
         """Which rows of x each network takes, of those that take any. A sigma on a device is waited for."""
-        high = unipc_timesteps(sigma.cpu()) >= self.pipeline.config.boundary_ratio * 1000
+        high = flow_multistep_timestep(sigma.cpu()) >= self.pipeline.config.boundary_ratio * 1000
         rows = {"transformer": high.nonzero().flatten(), "transformer_2": (~high).nonzero().flatten()}
         return {name: Rows.beside(x, numbers) for name, numbers in rows.items() if len(numbers)}
 
@@ -134,8 +154,10 @@ class WanModel:
         states = x.to(self.dtype)
         if "first_frame" in own:
             states = torch.cat([states, own["first_frame"]], 1)
-        (timestep,) = send(x.device, unipc_timesteps(sigma))
-        if self.pipeline.config.expand_timesteps:  # Wan 2.2's 5B takes one for each token; of a text's video they are equal
+        (timestep,) = send(x.device, flow_multistep_timestep(sigma))
+        if (
+            self.pipeline.config.expand_timesteps
+        ):  # Wan 2.2's 5B takes one for each token; of a text's video they are equal
             frames, height, width = states.shape[-3:]
             timestep = timestep[:, None].float().expand(-1, frames * math.ceil(height / 2) * math.ceil(width / 2))
         prediction: Tensor = network(states, timestep, own["embeds"], own.get("image"), return_dict=False)[0]
@@ -203,12 +225,16 @@ class WanModel:
         return latents
 
     def pipeline_sigmas(self, sigmas: Tensor) -> tuple[list[str], dict[str, Any]]:
-        raise ValueError("got levels for a pipeline of Wan; expected its scheduler's own, since its call takes neither sigmas nor "
-                         "timesteps: leave the schedule out")  # fmt: skip
+        return no_levels(sigmas)
 
 
 def _rows(conditions: Conditions, rows: Rows) -> Conditions:
     return conditions if len(rows) == len(conditions) else conditions.rows(rows.numbers)
+
+
+def _path(scheduler: Mapping[str, Any]) -> RectifiedFlow:
+    settings = UniPCMultistepScheduler.from_config(dict(scheduler)).config  # with the defaults of absent options
+    return flow_multistep_path({**settings, "_class_name": scheduler["_class_name"]}, "UniPCMultistepScheduler", UNIPC)
 
 
 def _latent_shape(size: Size, configs: Configs) -> tuple[int, ...]:
@@ -253,7 +279,14 @@ HEADS = {"num_attention_heads": 2, "attention_head_dim": 12}
 TRANSFORMER = {**HEADS, "text_dim": 32, "freq_dim": 16, "ffn_dim": 32, "num_layers": 2}
 VAE = {"base_dim": 8, "num_res_blocks": 1}
 # of Wan 2.2's 5B: 16 pixels per latent in each direction
-WIDE_VAE = {**VAE, "is_residual": True, "patch_size": 2, "in_channels": 12, "out_channels": 12, "scale_factor_spatial": 16}
+WIDE_VAE = {
+    **VAE,
+    "is_residual": True,
+    "patch_size": 2,
+    "in_channels": 12,
+    "out_channels": 12,
+    "scale_factor_spatial": 16,
+}
 CLIP = {
     "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 32,
     "patch_size": 16,
@@ -277,10 +310,11 @@ FAMILY = Family(
     model=WanModel,
     networks=dict.fromkeys(NETWORKS, WanTransformer3DModel),
     targets=TARGETS,
-    path=unipc_path,
+    path=_path,
     latent_shape=_latent_shape,
     rows_per_state=classifier_free_rows,
     variant=_variant,
+    takes_levels=False,
     tiny={
         "wan21": _tiny(),
         "wan22": {**_tiny(True), "boundary_ratio": 0.875},  # as Wan2.2-T2V-A14B
