@@ -35,24 +35,18 @@ from flowalign.models.flow_multistep import (
     no_levels,
 )
 from flowalign.models.guidance import classifier_free_apart, classifier_free_rows
+from flowalign.models.noise_networks import dealt
 from flowalign.models.source_images import fitted_images
-from samplers import RectifiedFlow, Rows, UniPC, send
+from samplers import RectifiedFlow, UniPC, send
 
 NETWORKS = ("transformer", "transformer_2")  # of high noise, of low noise
-TARGETS = (
-    "to_q",
-    "to_k",
-    "to_v",
-    "to_out.0",
-)  # of both attentions: finetrainers' default, and flow_grpo's for text to video
-IMAGE_TARGETS = ("add_k_proj", "add_v_proj")  # of Wan 2.1's attention to the CLIP image, also flow_grpo's
+# of both attentions: finetrainers' default, and what of flow_grpo's list text to video has
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+IMAGE_TARGETS = ("add_k_proj", "add_v_proj")  # Wan 2.1's attention to the CLIP image, in flow_grpo's list too
 UNIPC = {
-    "solver_type": "bh2",
-    "predict_x0": True,
-    "disable_corrector": [],
-    "solver_p": None,
-    "use_dynamic_shifting": False,
-}
+    "solver_type": "bh2", "predict_x0": True, "disable_corrector": [], "solver_p": None, "use_dynamic_shifting": False,
+    "num_train_timesteps": 1000,
+}  # fmt: skip
 
 
 class WanModel:
@@ -127,27 +121,17 @@ class WanModel:
     ) -> Tensor:  # fmt: skip
         if negative is not None:
             negative = Conditions({**conditions.tensors, **negative.tensors})
-        if len(networks) == 1:
-            predict = partial(self._predict, networks["transformer"])
-            return classifier_free_apart(predict, x, sigma, conditions, negative, guidance_scale, detach_uncond)
-        found, dealt = [], self._deal(x, sigma)
-        for name, rows in dealt.items():
-            scale = guidance_scale
-            if name == "transformer_2" and guidance_scale != 1 and self.guidance_scale_2 is not None:
-                scale = self.guidance_scale_2
-            own, none = _rows(conditions, rows), None if negative is None else _rows(negative, rows)
-            predict = partial(self._predict, networks[name])
-            level = sigma[rows.numbers.to(sigma.device)]
-            found.append(classifier_free_apart(predict, rows.of(x), level, own, none, scale, detach_uncond))
-        v = torch.cat(found)
-        order = torch.cat([rows.numbers for rows in dealt.values()]).argsort()
-        return Rows.beside(v, order).of(v)
+        scale = guidance_scale if guidance_scale == 1 or self.guidance_scale_2 is None else self.guidance_scale_2
 
-    def _deal(self, x: Tensor, sigma: Tensor) -> dict[str, Rows]:
-        """Which rows of x each network takes, of those that take any. A sigma on a device is waited for."""
-        high = flow_multistep_timestep(sigma.cpu()) >= self.pipeline.config.boundary_ratio * 1000
-        rows = {"transformer": high.nonzero().flatten(), "transformer_2": (~high).nonzero().flatten()}
-        return {name: Rows.beside(x, numbers) for name, numbers in rows.items() if len(numbers)}
+        def guided(name: str, w: float, x: Tensor, sigma: Tensor, own: Conditions, none: Conditions | None) -> Tensor:
+            return classifier_free_apart(partial(self._predict, networks[name]), x, sigma, own, none, w, detach_uncond)
+
+        high = partial(guided, "transformer", guidance_scale)
+        if len(networks) == 1:
+            return high(x, sigma, conditions, negative)
+        # a sigma that is on a device would be waited for here; PipelinePolicy leaves it where it is
+        is_high = flow_multistep_timestep(sigma.cpu()) >= self.pipeline.config.boundary_ratio * 1000
+        return dealt(is_high, high, partial(guided, "transformer_2", scale), x, sigma, conditions, negative)
 
     def _predict(self, network: Network, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
         own = {name: tensor.to(x.device, self.dtype) for name, tensor in conditions.tensors.items()}
@@ -155,9 +139,7 @@ class WanModel:
         if "first_frame" in own:
             states = torch.cat([states, own["first_frame"]], 1)
         (timestep,) = send(x.device, flow_multistep_timestep(sigma))
-        if (
-            self.pipeline.config.expand_timesteps
-        ):  # Wan 2.2's 5B takes one for each token; of a text's video they are equal
+        if self.pipeline.config.expand_timesteps:  # Wan 2.2's 5B takes one for each token, here all equal
             frames, height, width = states.shape[-3:]
             timestep = timestep[:, None].float().expand(-1, frames * math.ceil(height / 2) * math.ceil(width / 2))
         prediction: Tensor = network(states, timestep, own["embeds"], own.get("image"), return_dict=False)[0]
@@ -228,10 +210,6 @@ class WanModel:
         return no_levels(sigmas)
 
 
-def _rows(conditions: Conditions, rows: Rows) -> Conditions:
-    return conditions if len(rows) == len(conditions) else conditions.rows(rows.numbers)
-
-
 def _path(scheduler: Mapping[str, Any]) -> RectifiedFlow:
     settings = UniPCMultistepScheduler.from_config(dict(scheduler)).config  # with the defaults of absent options
     return flow_multistep_path({**settings, "_class_name": scheduler["_class_name"]}, "UniPCMultistepScheduler", UNIPC)
@@ -261,7 +239,7 @@ def _variant(index: Mapping[str, Any]) -> dict[str, Any]:
 def _load_both(folder: str) -> list[str]:
     return [
         f"pipe.load_lora_weights({folder})",
-        f'pipe.transformer_2.load_lora_adapter({folder}, prefix="transformer_2")',
+        f'pipe.transformer_2.load_lora_adapter({folder}, prefix="transformer_2", use_safetensors=True)',
     ]
 
 
@@ -275,18 +253,14 @@ def _image_variant(index: Mapping[str, Any]) -> dict[str, Any]:
     return {**_variant(index), "targets": targets}
 
 
-HEADS = {"num_attention_heads": 2, "attention_head_dim": 12}
-TRANSFORMER = {**HEADS, "text_dim": 32, "freq_dim": 16, "ffn_dim": 32, "num_layers": 2}
+TRANSFORMER = {
+    "num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 32, "freq_dim": 16, "ffn_dim": 32, "num_layers": 2,
+}  # fmt: skip
 VAE = {"base_dim": 8, "num_res_blocks": 1}
 # of Wan 2.2's 5B: 16 pixels per latent in each direction
 WIDE_VAE = {
-    **VAE,
-    "is_residual": True,
-    "patch_size": 2,
-    "in_channels": 12,
-    "out_channels": 12,
-    "scale_factor_spatial": 16,
-}
+    **VAE, "is_residual": True, "patch_size": 2, "in_channels": 12, "out_channels": 12, "scale_factor_spatial": 16,
+}  # fmt: skip
 CLIP = {
     "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 32,
     "patch_size": 16,
