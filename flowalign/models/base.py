@@ -191,9 +191,11 @@ class Policy(Protocol):
         pipeline has for size, guidance and negative prompt."""
         ...
 
-    def pipeline_inputs(self, records: Sequence[PromptRecord], guidance_scale: float) -> dict[str, Any]:
+    def pipeline_inputs(
+        self, records: Sequence[PromptRecord], guidance_scale: float, size: Size
+    ) -> dict[str, Any]:
         """Arguments of the pipeline's own call that say the prompts, the negative prompts that guidance needs, and the source
-        images of these records."""
+        images of these records, fitted to `size` as `encode` fits them."""
         ...
 
     def to_pipeline(self, latents: Tensor) -> Tensor:
@@ -290,7 +292,7 @@ class Model(Protocol):
         ...
 
     def pipeline_inputs(
-        self, records: Sequence[PromptRecord], negatives: Sequence[PromptRecord] | None
+        self, records: Sequence[PromptRecord], negatives: Sequence[PromptRecord] | None, size: Size
     ) -> dict[str, Any]:
         """See Policy. negatives: the same records with their negative prompts as `prompt`; None: none are needed."""
         ...

@@ -16,6 +16,8 @@ from flowalign.models.shipped import SHIPPED, resolve
 # pipeline class named in model_index.json -> its family, imported when it is used
 FAMILIES = {
     "StableDiffusion3Pipeline": "flowalign.models.families.sd3.FAMILY",
+    "FluxPipeline": "flowalign.models.families.flux1.FAMILY",
+    "FluxKontextPipeline": "flowalign.models.families.flux1.KONTEXT",
     "StableDiffusionPipeline": "flowalign.models.families.sd15.FAMILY",
     "SanaPipeline": "flowalign.models.families.sana.FAMILY",
 }

@@ -19,8 +19,8 @@ from flowalign.models.shipped import resolve
 def empty_pipeline(
     path: str, family: str | None = None, *, dtype: str = "fp32", vae_dtype: str | None = None
 ) -> DiffusionPipeline:
-    """As `read_pipeline`, but no weight is read or allocated. Tokenizers and scheduler are real, and so are the texts' embeddings,
-    all 0: what a family makes of token ids and masks may depend on their values."""
+    """As `read_pipeline`, but no weight is read or allocated. Tokenizers and scheduler are real, and so are the texts' embeddings
+    and the latents of source images, all 0: what a family makes of token ids and masks may depend on their values."""
     index, known = inspect_checkpoint(path, family)
     parts: dict[str, Any] = {}
     for name, entry in index.items():
@@ -29,7 +29,9 @@ def empty_pipeline(
     for name, part in parts.items():
         if isinstance(part, nn.Module):
             nn.Module.to(part, DTYPES[(vae_dtype or dtype) if name == "vae" else dtype])  # that of diffusers warns
-            if name != "vae" and name not in known.networks:
+            if name == "vae":
+                _encode_to_the_cpu(part)
+            elif name not in known.networks:
                 _answer_on_the_cpu(part)
     pipeline = known.pipeline(**{**parts, **known.load_arguments(index)})
     pipeline.set_progress_bar_config(disable=True)
@@ -53,6 +55,18 @@ def _answer_on_the_cpu(encoder: nn.Module) -> None:
     encoder.register_parameter("place", Parameter(torch.empty(0, dtype=dtype)))  # the first tells the device
     encoder.register_forward_pre_hook(lambda module, args, kwargs: tree_map(_emptied, (args, kwargs)), with_kwargs=True)
     encoder.register_forward_hook(lambda module, args, output: tree_map(_zeros, output))
+
+
+def _encode_to_the_cpu(vae: Any) -> None:
+    """From now on `vae.encode` gives a posterior of zeros on the CPU."""
+    encode = vae.encode
+
+    def zeros(x: Tensor) -> Any:
+        found = encode(x)
+        found.latent_dist = type(found.latent_dist)(_zeros(found.latent_dist.parameters))
+        return found
+
+    vae.encode = zeros
 
 
 def _emptied(value: Any) -> Any:

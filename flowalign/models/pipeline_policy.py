@@ -115,13 +115,22 @@ class PipelinePolicy:
         if size is None and self.sampling is not None:
             size = self.sampling.size
         if together:
-            with self._at_work("encoders"):
+            with self._encoding(records):
                 parts = [self.model.encode(rows, size, kind).to(self._device) for rows, kind in asked]
         else:
-            new = any(self._prompts.missing(rows, size, kind) for rows, kind in asked)
-            with self._at_work("encoders") if new else nullcontext():
+            new = [record for rows, kind in asked for record in self._prompts.missing(rows, size, kind)]
+            with self._encoding(new):
                 parts = [self._prompts.conditions(rows, size, kind).to(self._device) for rows, kind in asked]
         return Conditions(parts[0].tensors, parts[1] if negative else None)
+
+    @contextmanager
+    def _encoding(self, records: Sequence[PromptRecord]) -> Iterator[None]:
+        """Inside, what encodes these is at work; source images go through the VAE."""
+        with (
+            self._at_work("encoders") if records else nullcontext(),
+            self._at_work("vae") if any(record.images for record in records) else nullcontext(),
+        ):
+            yield
 
     def _negative(self, record: PromptRecord) -> PromptRecord:
         own = record.negative_prompt
@@ -325,9 +334,12 @@ class PipelinePolicy:
     def pipeline_arguments(self, guidance_scale: float, size: Size) -> dict[str, Any]:
         return self.model.pipeline_arguments(guidance_scale, size, self.negative_prompt)
 
-    def pipeline_inputs(self, records: Sequence[PromptRecord], guidance_scale: float) -> dict[str, Any]:
+    def pipeline_inputs(
+        self, records: Sequence[PromptRecord], guidance_scale: float, size: Size
+    ) -> dict[str, Any]:
         guided = self.rows_per_state(guidance_scale) > 1
-        return self.model.pipeline_inputs(records, [self._negative(record) for record in records] if guided else None)
+        negatives = [self._negative(record) for record in records] if guided else None
+        return self.model.pipeline_inputs(records, negatives, size)
 
     def to_pipeline(self, latents: Tensor) -> Tensor:
         return self.model.to_pipeline(latents)

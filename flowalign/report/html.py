@@ -79,7 +79,9 @@ def load_snippet(run_folder: Path, pipeline: dict[str, Any]) -> str:
     helpers, result = [], ".images[0]"
     keep = 'image.save("image.png")'
     if pipeline.get("source_images"):
-        helpers, lines = ["load_image"], ['    image=load_image("source.png"),', *lines]
+        # Lanczos, as `fitted_images`; a pipeline that is not told its size fits them itself
+        fitted = f".resize(({arguments['width']}, {arguments['height']}), resample=1)" if "width" in arguments else ""
+        helpers, lines = ["load_image"], [f'    image=load_image("source.png"){fitted},', *lines]
     if "num_frames" in arguments:
         helpers, result = [*helpers, "export_to_video"], ".frames[0]"
         keep = f'export_to_video(image, "video.mp4", fps={pipeline.get("fps") or 16})'
