@@ -17,6 +17,7 @@ from flowalign.models.shipped import SHIPPED, resolve
 FAMILIES = {
     "StableDiffusion3Pipeline": "flowalign.models.families.sd3.FAMILY",
     "StableDiffusionPipeline": "flowalign.models.families.sd15.FAMILY",
+    "StableDiffusionXLPipeline": "flowalign.models.families.sdxl.FAMILY",
 }
 
 
