@@ -18,6 +18,7 @@ FAMILIES = {
     "StableDiffusion3Pipeline": "flowalign.models.families.sd3.FAMILY",
     "StableDiffusionPipeline": "flowalign.models.families.sd15.FAMILY",
     "StableDiffusionXLPipeline": "flowalign.models.families.sdxl.FAMILY",
+    "HunyuanVideoPipeline": "flowalign.models.families.hunyuan_video.FAMILY",
 }
 
 

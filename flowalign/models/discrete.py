@@ -1,4 +1,4 @@
-"""UNets that predict ε or v at the discrete timesteps of a noise table, and their VAE: what Stable Diffusion 1, 2 and XL share.
+"""UNets that predict ε or v at the discrete timesteps of a noise table: what Stable Diffusion 1, 2 and XL share.
 
 Timesteps 0…K-1 are used only here and in these families: the level σ = (t+1)/K is timestep t, and σ = 0 is clean data.
 """
@@ -72,18 +72,6 @@ def velocity_of(path: VariancePreserving, x: Tensor, prediction: Tensor, sigma: 
     if scheduler.config.prediction_type == "v_prediction":
         return prediction
     return path.velocity_from_noise(x, prediction, sigma)
-
-
-def decode(vae: ModelMixin, latents: Tensor) -> Tensor:
-    """`Model.decode` of a VAE with a scale and no shift."""
-    image: Tensor = vae.decode(latents.to(vae.device, vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
-    return image
-
-
-def encode_images(vae: ModelMixin, images: Tensor) -> Tensor:
-    """`Model.encode_images`, of which `decode` leads back."""
-    mean: Tensor = vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mode()
-    return mean * vae.config.scaling_factor
 
 
 def latent_shape(size: Size, configs: Configs) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from flowalign.data import PromptRecord
-from flowalign.models import discrete
+from flowalign.models import discrete, scaled_vae
 from flowalign.models.base import Family, Network, Size, prompts_and_negatives
 from flowalign.models.conditions import Conditions
 from flowalign.models.guidance import classifier_free, classifier_free_rows
@@ -91,10 +91,10 @@ class SD15Model:
         return prediction
 
     def decode(self, latents: Tensor) -> Tensor:
-        return discrete.decode(self.vae, latents)
+        return scaled_vae.decode(self.vae, latents)
 
     def encode_images(self, images: Tensor) -> Tensor:
-        return discrete.encode_images(self.vae, images)
+        return scaled_vae.encode(self.vae, images)
 
     def save_lora(
         self, folder: Path, layers: Mapping[str, dict[str, Tensor]], metadata: Mapping[str, dict[str, Any]]

@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from flowalign.data import PromptRecord
-from flowalign.models import discrete
+from flowalign.models import discrete, scaled_vae
 from flowalign.models.base import Family, Network, Size, prompts_and_negatives, vae_reduction
 from flowalign.models.conditions import Conditions
 from flowalign.models.guidance import classifier_free, classifier_free_rows
@@ -65,7 +65,11 @@ class SDXLModel:
         self.scheduler.set_timesteps(num_inference_steps, device="cpu")
         timesteps = self.scheduler.timesteps
         whole = bool((timesteps == timesteps.round()).all())
-        if not whole or bool((timesteps.diff() >= 0).any()) or not 0 <= float(timesteps[-1]) <= float(timesteps[0]) < known:
+        if (
+            not whole
+            or bool((timesteps.diff() >= 0).any())
+            or not 0 <= float(timesteps[-1]) <= float(timesteps[0]) < known
+        ):
             raise ValueError(
                 f"got num_inference_steps={num_inference_steps} with timestep_spacing={settings.timestep_spacing}, "
                 f"steps_offset={settings.steps_offset}, hence timesteps {timesteps[:3].tolist()} … "
@@ -113,10 +117,10 @@ class SDXLModel:
         return prediction
 
     def decode(self, latents: Tensor) -> Tensor:
-        return discrete.decode(self.vae, latents)
+        return scaled_vae.decode(self.vae, latents)
 
     def encode_images(self, images: Tensor) -> Tensor:
-        return discrete.encode_images(self.vae, images)
+        return scaled_vae.encode(self.vae, images)
 
     def save_lora(
         self, folder: Path, layers: Mapping[str, dict[str, Tensor]], metadata: Mapping[str, dict[str, Any]]
@@ -200,7 +204,13 @@ SCHEDULE = {
     "interpolation_type": "linear", "use_karras_sigmas": False, "prediction_type": "epsilon", "trained_betas": None,
     "timestep_spacing": "leading",
 }  # fmt: skip
-CLIP = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "projection_dim": 16}
+CLIP = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "projection_dim": 16,
+}
 TINY = {
     "unet": (UNet2DConditionModel, {
         "sample_size": 8, "block_out_channels": (16, 32), "layers_per_block": 1, "cross_attention_dim": 32,
