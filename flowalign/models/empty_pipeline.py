@@ -46,7 +46,8 @@ def _part(path: str, name: str, library: str, kind: str) -> Any:
     with torch.device("meta"):
         if issubclass(cls, ModelMixin):
             return cls.from_config(cls.load_config(resolve(path), subfolder=name))
-        return cls(cls.config_class.from_pretrained(resolve(path), subfolder=name))
+        # its other kinds of attention look into the mask
+        return cls(cls.config_class.from_pretrained(resolve(path), subfolder=name, attn_implementation="eager"))
 
 
 def _answer_on_the_cpu(encoder: nn.Module) -> None:
