@@ -16,6 +16,8 @@ from flowalign.models.shipped import SHIPPED, resolve
 # pipeline class named in model_index.json -> its family, imported when it is used
 FAMILIES = {
     "QwenImagePipeline": "flowalign.models.families.qwen_image.FAMILY",
+    "QwenImageEditPipeline": "flowalign.models.families.qwen_image_edit.FAMILY",
+    "QwenImageEditPlusPipeline": "flowalign.models.families.qwen_image_edit.PLUS",
     "StableDiffusion3Pipeline": "flowalign.models.families.sd3.FAMILY",
     "StableDiffusionPipeline": "flowalign.models.families.sd15.FAMILY",
 }

@@ -80,13 +80,19 @@ class Conditions:
         return Conditions(tensors, negative, next(iter(changed.values())).row)
 
     def to(self, device: str | torch.device) -> Conditions:
-        """The same on `device`."""
-        tensors = {name: tensor.to(device) for name, tensor in self.tensors.items()}
+        """The same on `device`; what has no numbers (on the meta device) stays."""
+        tensors = {name: tensor if tensor.is_meta else tensor.to(device) for name, tensor in self.tensors.items()}
         return Conditions(tensors, None if self.negative is None else self.negative.to(device), self.row)
 
     @staticmethod
     def cat(parts: Sequence[Conditions]) -> Conditions:
-        """All rows of all parts; ValueError if some have negatives and others have none."""
+        """All rows of all parts; ValueError if some have negatives and others have none, or their rows differ in shape."""
+        shapes = [{name: list(tensor.shape[1:]) for name, tensor in part.tensors.items()} for part in parts]
+        if different := [found for found in shapes if found != shapes[0]]:
+            raise ValueError(
+                f"got conditions of the shapes {shapes[0]} and {different[0]}; expected one shape: give all prompts equally many "
+                "source images of one aspect ratio"
+            )
         tensors = {name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors}
         negatives = [part.negative for part in parts if part.negative is not None]
         if negatives and len(negatives) < len(parts):

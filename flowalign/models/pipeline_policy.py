@@ -110,11 +110,11 @@ class PipelinePolicy:
         if size is None and self.sampling is not None:
             size = self.sampling.size
         if together:
-            with self._at_work("encoders"):
+            with self._encoding():
                 parts = [self.model.encode(rows, size).to(self._device) for rows in (list(records), negatives) if rows]
         else:
             new = self._prompts.missing([*records, *negatives], size)
-            with self._at_work("encoders") if new else nullcontext():
+            with self._encoding() if new else nullcontext():
                 parts = [self._prompts.conditions(rows, size).to(self._device) for rows in (records, negatives) if rows]
         return Conditions(parts[0].tensors, parts[1] if negative else None)
 
@@ -247,6 +247,12 @@ class PipelinePolicy:
             for part in parts:
                 part.to("cpu")
 
+    @contextmanager
+    def _encoding(self) -> Iterator[None]:
+        """Inside, what encodes records is on the device: of some families the VAE too, which has its own place otherwise."""
+        with self._at_work("encoders"), self._at_work("vae") if self.model.vae in self.model.encoders else nullcontext():
+            yield
+
     # ------------------------------------------------------------------------------------------ training
 
     def modules(self) -> dict[str, nn.Module]:
@@ -344,4 +350,4 @@ def _unsharded(network: ModelMixin, keep: bool) -> ModelMixin:
 
 
 def _parts(model: Model, name: Offloadable) -> Sequence[nn.Module]:
-    return [model.vae] if name == "vae" else model.encoders
+    return [model.vae] if name == "vae" else [part for part in model.encoders if part is not model.vae]

@@ -6,18 +6,20 @@ the prompts were encoded in equal batches. Timesteps 0…1000 are used only here
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from diffusers import (
     AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
 )
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
@@ -38,16 +40,20 @@ TARGETS = (
     "img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2",
 )  # fmt: skip
 LONGEST = 1024  # tokens of a prompt that the pipeline takes
+# how an edit pipeline fits source images -> (those that the text encoder sees, pixels [1, 3, h, w] in [-1, 1] for the VAE of each)
+Fit = Callable[[VaeImageProcessor, list[Image.Image]], tuple[list[Image.Image], list[Tensor]]]
 
 
 class QwenImageModel:
     """Satisfies `flowalign.models.base.Model`. The network predicts the velocity itself, of packed latents.
 
-    max_sequence_length: tokens of a prompt, behind the part of the template that is dropped; None = 512."""
+    max_sequence_length: tokens of a prompt, behind the part of the template that is dropped; None = 512. Of an edit those of its images
+    come on top, and a longer prompt is refused, where the pipeline of text alone cuts it.
+    fit: what an edit pipeline makes of source images; None: there are none."""
 
     path = RectifiedFlow()
 
-    def __init__(self, pipeline: QwenImagePipeline, max_sequence_length: int | None = None) -> None:
+    def __init__(self, pipeline: Any, max_sequence_length: int | None = None, fit: Fit | None = None) -> None:
         flow_match_path({**pipeline.scheduler.config, "_class_name": type(pipeline.scheduler).__name__})
         if pipeline.transformer.config.guidance_embeds:
             raise ValueError("got a transformer that takes the guidance scale as an input (guidance_embeds); expected one of "
@@ -55,11 +61,12 @@ class QwenImageModel:
         self.pipeline = pipeline
         self.networks = {"transformer": pipeline.transformer}
         self.vae = pipeline.vae
-        self.encoders = [pipeline.text_encoder]
+        self.encoders = [pipeline.text_encoder] if fit is None else [pipeline.text_encoder, pipeline.vae]
         self.dtype: torch.dtype = pipeline.transformer.dtype
         self.max_sequence_length = 512 if max_sequence_length is None else max_sequence_length
         if not 1 <= self.max_sequence_length <= LONGEST:
             raise ValueError(f"got max_sequence_length={max_sequence_length}; expected 1 to {LONGEST}, as the pipeline takes")
+        self._fit = fit
 
     def sigmas(self, num_inference_steps: int, latent_shape: Sequence[int]) -> Tensor:
         scheduler = self.pipeline.scheduler
@@ -75,6 +82,8 @@ class QwenImageModel:
         return ODE()
 
     def encode(self, records: Sequence[PromptRecord], size: Size | None) -> Conditions:
+        if self._fit is not None:  # the pipeline takes one record
+            return Conditions.cat([self._encode_edit(self._fit, record) for record in records])
         embeds, mask = self.pipeline.encode_prompt(
             [record.prompt for record in records], self.encoders[0].device,
             max_sequence_length=self.max_sequence_length,
@@ -82,31 +91,50 @@ class QwenImageModel:
         lengths = torch.full((len(embeds),), embeds.shape[1], device=embeds.device) if mask is None else mask.sum(1)
         return Conditions({"embeds": padded(embeds, self.max_sequence_length), "lengths": lengths})
 
+    def _encode_edit(self, fit: Fit, record: PromptRecord) -> Conditions:
+        """source_0, …: latents of the images, in the shape into which they are fitted."""
+        seen, pixels = fit(self.pipeline.image_processor, open_images(record))
+        embeds, _ = self.pipeline.encode_prompt([record.prompt], seen, self.encoders[0].device)
+        processor = self.pipeline.processor.image_processor
+        patches = sum(processor.get_number_of_image_patches(image.height, image.width) for image in seen)
+        of_images, length = patches // processor.merge_size**2, embeds.shape[1]
+        if length - of_images > self.max_sequence_length:
+            raise ValueError(
+                f"got a prompt of {length - of_images} tokens beside those of its images, {record.prompt[:40]!r}…; expected at most "
+                f"{self.max_sequence_length}: shorten it, or set policy.max_sequence_length"
+            )
+        sources = {f"source_{number}": self.encode_images(image) for number, image in enumerate(pixels)}
+        embeds, lengths = padded(embeds, of_images + self.max_sequence_length), torch.tensor([length], device=embeds.device)
+        return Conditions({"embeds": embeds, "lengths": lengths, **sources})
+
     def velocity(
         self, networks: Mapping[str, Network], x: Tensor, sigma: Tensor, conditions: Conditions,
         negative: Conditions | None, guidance_scale: float, detach_uncond: bool,
     ) -> Tensor:  # fmt: skip
         height, width = x.shape[-2:]
-        predict = partial(self._predict, networks["transformer"], [(1, height // 2, width // 2)])
+        predict = partial(self._predict, networks["transformer"], (height, width))
         guided = classifier_free_apart(
             predict, pack_2x2(x), sigma, conditions, negative, guidance_scale, detach_uncond, keep_norm=True
         )
         return unpack_2x2(guided, height, width)
 
     def _predict(
-        self, network: Network, shapes: list[tuple[int, int, int]], tokens: Tensor, sigma: Tensor, conditions: Conditions
+        self, network: Network, sides: tuple[int, int], tokens: Tensor, sigma: Tensor, conditions: Conditions
     ) -> Tensor:
-        embeds, mask = unpadded(*conditions.to(tokens.device).tensors.values())
+        own = conditions.to(tokens.device).tensors
+        sources = [tensor for name, tensor in own.items() if name.startswith("source_")]
+        embeds, mask = unpadded(own["embeds"], own["lengths"])
         timestep = sigma.to(tokens.device, torch.float32) * self.pipeline.scheduler.config.num_train_timesteps
+        grids = [(1, height // 2, width // 2) for height, width in (sides, *(source.shape[-2:] for source in sources))]
         velocity: Tensor = network(
-            hidden_states=tokens.to(self.dtype),
+            hidden_states=torch.cat([tokens, *map(pack_2x2, sources)], dim=1).to(self.dtype),
             timestep=timestep.to(self.dtype) / 1000,  # rounds twice, as the pipeline's call
             encoder_hidden_states=embeds.to(self.dtype),
             encoder_hidden_states_mask=mask,
-            img_shapes=[shapes] * len(tokens),
+            img_shapes=[grids] * len(tokens),
             return_dict=False,
         )[0]
-        return velocity
+        return velocity[:, : tokens.shape[1]]
 
     def decode(self, latents: Tensor) -> Tensor:
         mean, deviation = self._statistics()
@@ -147,7 +175,12 @@ class QwenImageModel:
     def pipeline_inputs(
         self, records: Sequence[PromptRecord], negatives: Sequence[PromptRecord] | None
     ) -> dict[str, Any]:
-        return prompts_and_negatives(records, negatives)
+        if self._fit is None:
+            return prompts_and_negatives(records, negatives)
+        if len(records) != 1:
+            raise ValueError(f"got {len(records)} records for a {type(self.pipeline).__name__}; expected one in a call")
+        images = open_images(records[0])
+        return {**prompts_and_negatives(records, negatives), "image": images if len(images) > 1 else images[0]}
 
     def to_pipeline(self, latents: Tensor) -> Tensor:
         return pack_2x2(latents)
@@ -158,6 +191,11 @@ class QwenImageModel:
 
     def pipeline_sigmas(self, sigmas: Tensor) -> tuple[list[str], dict[str, Any]]:
         return flow_match_call(sigmas)
+
+
+def open_images(record: PromptRecord) -> list[Image.Image]:
+    """The source images of a record, RGB."""
+    return [Image.open(path).convert("RGB") for path in record.images]
 
 
 def _latent_shape(size: Size, configs: Configs) -> tuple[int, ...]:
