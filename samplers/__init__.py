@@ -34,6 +34,7 @@ from samplers.kernels import (
     ClippedFlowSDE,
     DanceSDE,
     DPMSolver,
+    DPMSolver2M,
     FlowSDE,
     Gaussian,
     Guided,
@@ -45,6 +46,7 @@ from samplers.kernels import (
     Step,
     StepwiseSDE,
     TransitionContext,
+    UniPC,
     spsa_gradient,
 )
 from samplers.noise import KeyedNoise, generator, normal
@@ -106,7 +108,7 @@ __all__ = [
     "diffusers_sigmas", "dynamic_sigmas", "plain_sigmas", "shift", "stopped",
     "Affine", "Carry", "TransitionContext", "Gaussian", "Kernel", "KLForm", "Step",
     "CPS", "ClippedFlowSDE", "DDIM", "DanceSDE", "FlowSDE", "LinearSDE", "ODE", "StepwiseSDE",
-    "DPMSolver", "Guided", "Ascent", "AtPrediction", "ProcessReward", "RewardGradient", "SPSA", "spsa_gradient",
+    "DPMSolver", "DPMSolver2M", "UniPC", "Guided", "Ascent", "AtPrediction", "ProcessReward", "RewardGradient", "SPSA", "spsa_gradient",
     "SOURCES", "Cost", "Tree", "UnsharedTree", "unshared",
     "cost_to_go", "mean_below", "stopped_at", "trajectory_share",
     "Best", "Select", "candidates", "sampled", "unscored",
