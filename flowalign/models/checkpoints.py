@@ -19,6 +19,8 @@ FAMILIES = {
     "QwenImageEditPipeline": "flowalign.models.families.qwen_image_edit.FAMILY",
     "QwenImageEditPlusPipeline": "flowalign.models.families.qwen_image_edit.PLUS",
     "StableDiffusion3Pipeline": "flowalign.models.families.sd3.FAMILY",
+    "FluxPipeline": "flowalign.models.families.flux1.FAMILY",
+    "FluxKontextPipeline": "flowalign.models.families.flux1.KONTEXT",
     "StableDiffusionPipeline": "flowalign.models.families.sd15.FAMILY",
 }
 

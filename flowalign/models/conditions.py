@@ -80,8 +80,8 @@ class Conditions:
         return Conditions(tensors, negative, next(iter(changed.values())).row)
 
     def to(self, device: str | torch.device) -> Conditions:
-        """The same on `device`; what has no numbers (on the meta device) stays."""
-        tensors = {name: tensor if tensor.is_meta else tensor.to(device) for name, tensor in self.tensors.items()}
+        """The same on `device`."""
+        tensors = {name: tensor.to(device) for name, tensor in self.tensors.items()}
         return Conditions(tensors, None if self.negative is None else self.negative.to(device), self.row)
 
     @staticmethod

@@ -19,8 +19,8 @@ from flowalign.models.shipped import resolve
 def empty_pipeline(
     path: str, family: str | None = None, *, dtype: str = "fp32", vae_dtype: str | None = None
 ) -> DiffusionPipeline:
-    """As `read_pipeline`, but no weight is read or allocated. Tokenizers and scheduler are real, and so are the texts' embeddings,
-    all 0: what a family makes of token ids and masks may depend on their values."""
+    """As `read_pipeline`, but no weight is read or allocated. Tokenizers and scheduler are real, and so are the texts' embeddings
+    and the latents of source images, all 0: what a family makes of token ids and masks may depend on their values."""
     index, known = inspect_checkpoint(path, family)
     parts: dict[str, Any] = {}
     for name, entry in index.items():
@@ -29,7 +29,9 @@ def empty_pipeline(
     for name, part in parts.items():
         if isinstance(part, nn.Module):
             nn.Module.to(part, DTYPES[(vae_dtype or dtype) if name == "vae" else dtype])  # that of diffusers warns
-            if name != "vae" and name not in known.networks:
+            if name == "vae":
+                _encode_to_the_cpu(part)
+            elif name not in known.networks:
                 _answer_on_the_cpu(part)
     pipeline = known.pipeline(**{**parts, **known.load_arguments(index)})
     pipeline.set_progress_bar_config(disable=True)
@@ -44,11 +46,11 @@ def _part(path: str, name: str, library: str, kind: str) -> Any:
     with torch.device("meta"):
         if issubclass(cls, ModelMixin):
             return cls.from_config(cls.load_config(resolve(path), subfolder=name))
-        return cls(cls.config_class.from_pretrained(resolve(path), subfolder=name))
+        # its other kinds of attention look into the mask
+        return cls(cls.config_class.from_pretrained(resolve(path), subfolder=name, attn_implementation="eager"))
 
 
-# what a forward looks into: masks that it may leave out, and images that stand among the token ids already
-LOOKED_INTO = ("attention_mask", "pixel_values", "image_grid_thw")
+IMAGES = ("pixel_values", "image_grid_thw")  # a forward looks into their numbers; their tokens stand among the ids already
 
 
 def _answer_on_the_cpu(encoder: nn.Module) -> None:
@@ -61,8 +63,20 @@ def _answer_on_the_cpu(encoder: nn.Module) -> None:
 
 
 def _blind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    seen = {name: value for name, value in kwargs.items() if name not in LOOKED_INTO}
+    seen = {name: value for name, value in kwargs.items() if name not in IMAGES}
     return tree_map(_emptied, (args, seen))
+
+
+def _encode_to_the_cpu(vae: Any) -> None:
+    """From now on `vae.encode` gives a posterior of zeros on the CPU."""
+    encode = vae.encode
+
+    def zeros(x: Tensor) -> Any:
+        found = encode(x)
+        found.latent_dist = type(found.latent_dist)(_zeros(found.latent_dist.parameters))
+        return found
+
+    vae.encode = zeros
 
 
 def _emptied(value: Any) -> Any:

@@ -110,13 +110,22 @@ class PipelinePolicy:
         if size is None and self.sampling is not None:
             size = self.sampling.size
         if together:
-            with self._encoding():
+            with self._encoding([*records, *negatives]):
                 parts = [self.model.encode(rows, size).to(self._device) for rows in (list(records), negatives) if rows]
         else:
             new = self._prompts.missing([*records, *negatives], size)
-            with self._encoding() if new else nullcontext():
+            with self._encoding(new):
                 parts = [self._prompts.conditions(rows, size).to(self._device) for rows in (records, negatives) if rows]
         return Conditions(parts[0].tensors, parts[1] if negative else None)
+
+    @contextmanager
+    def _encoding(self, records: Sequence[PromptRecord]) -> Iterator[None]:
+        """Inside, what encodes these is at work; source images go through the VAE."""
+        with (
+            self._at_work("encoders") if records else nullcontext(),
+            self._at_work("vae") if any(record.images for record in records) else nullcontext(),
+        ):
+            yield
 
     def _negative(self, record: PromptRecord) -> PromptRecord:
         own = record.negative_prompt
@@ -247,12 +256,6 @@ class PipelinePolicy:
             for part in parts:
                 part.to("cpu")
 
-    @contextmanager
-    def _encoding(self) -> Iterator[None]:
-        """Inside, what encodes records is on the device: of some families the VAE too, which has its own place otherwise."""
-        with self._at_work("encoders"), self._at_work("vae") if self.model.vae in self.model.encoders else nullcontext():
-            yield
-
     # ------------------------------------------------------------------------------------------ training
 
     def modules(self) -> dict[str, nn.Module]:
@@ -321,9 +324,12 @@ class PipelinePolicy:
     def pipeline_arguments(self, guidance_scale: float, size: Size) -> dict[str, Any]:
         return self.model.pipeline_arguments(guidance_scale, size, self.negative_prompt)
 
-    def pipeline_inputs(self, records: Sequence[PromptRecord], guidance_scale: float) -> dict[str, Any]:
+    def pipeline_inputs(
+        self, records: Sequence[PromptRecord], guidance_scale: float, size: Size
+    ) -> dict[str, Any]:
         guided = self.rows_per_state(guidance_scale) > 1
-        return self.model.pipeline_inputs(records, [self._negative(record) for record in records] if guided else None)
+        negatives = [self._negative(record) for record in records] if guided else None
+        return self.model.pipeline_inputs(records, negatives, size)
 
     def to_pipeline(self, latents: Tensor) -> Tensor:
         return self.model.to_pipeline(latents)
@@ -350,4 +356,4 @@ def _unsharded(network: ModelMixin, keep: bool) -> ModelMixin:
 
 
 def _parts(model: Model, name: Offloadable) -> Sequence[nn.Module]:
-    return [model.vae] if name == "vae" else [part for part in model.encoders if part is not model.vae]
+    return [model.vae] if name == "vae" else model.encoders

@@ -129,7 +129,7 @@ def test_images_are_the_pipelines_and_encode_images_leads_back(family: Subject) 
     records, size = family.records(1), family.size
     noise = torch.randn(1, *policy.latent_shape(size), generator=torch.Generator().manual_seed(0))
     setup, arguments = pipeline_call(policy, sampling)
-    inputs = policy.pipeline_inputs(records, 1.0)
+    inputs = policy.pipeline_inputs(records, 1.0, size)
     with torch.no_grad():
         theirs = family.pipeline(setup)(
             **{**arguments, **inputs}, latents=policy.to_pipeline(noise), output_type="pt", return_dict=False

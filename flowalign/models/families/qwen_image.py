@@ -24,7 +24,7 @@ from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
-from flowalign.data import PromptRecord
+from flowalign.data import PromptRecord, open_image
 from flowalign.models.base import Configs, Family, Network, Size, check_image, prompts_and_negatives
 from flowalign.models.conditions import Conditions
 from flowalign.models.flow_match import flow_match_call, flow_match_path, flow_match_sigmas
@@ -61,7 +61,7 @@ class QwenImageModel:
         self.pipeline = pipeline
         self.networks = {"transformer": pipeline.transformer}
         self.vae = pipeline.vae
-        self.encoders = [pipeline.text_encoder] if fit is None else [pipeline.text_encoder, pipeline.vae]
+        self.encoders = [pipeline.text_encoder]
         self.dtype: torch.dtype = pipeline.transformer.dtype
         self.max_sequence_length = 512 if max_sequence_length is None else max_sequence_length
         if not 1 <= self.max_sequence_length <= LONGEST:
@@ -93,7 +93,7 @@ class QwenImageModel:
 
     def _encode_edit(self, fit: Fit, record: PromptRecord) -> Conditions:
         """source_0, …: latents of the images, in the shape into which they are fitted."""
-        seen, pixels = fit(self.pipeline.image_processor, open_images(record))
+        seen, pixels = fit(self.pipeline.image_processor, [open_image(path) for path in record.images])
         embeds, _ = self.pipeline.encode_prompt([record.prompt], seen, self.encoders[0].device)
         processor = self.pipeline.processor.image_processor
         patches = sum(processor.get_number_of_image_patches(image.height, image.width) for image in seen)
@@ -137,22 +137,22 @@ class QwenImageModel:
         return velocity[:, : tokens.shape[1]]
 
     def decode(self, latents: Tensor) -> Tensor:
-        mean, deviation = self._statistics()
-        latents = latents.to(self.vae.device, self.vae.dtype)[:, :, None] / (1 / deviation) + mean
-        image: Tensor = self.vae.decode(latents, return_dict=False)[0][:, :, 0]
+        latents = latents.to(self.vae.device, self.vae.dtype)[:, :, None]
+        mean, deviation = self._statistics(latents)
+        image: Tensor = self.vae.decode(latents / (1 / deviation) + mean, return_dict=False)[0][:, :, 0]
         return image
 
     def encode_images(self, images: Tensor) -> Tensor:
-        mean, deviation = self._statistics()
-        images = images.to(self.vae.device, self.vae.dtype)[:, :, None]
-        found: Tensor = (self.vae.encode(images).latent_dist.mode() - mean) / deviation
-        return found[:, :, 0]
+        found = self.vae.encode(images.to(self.vae.device, self.vae.dtype)[:, :, None]).latent_dist.mode()
+        mean, deviation = self._statistics(found)
+        latents: Tensor = ((found - mean) / deviation)[:, :, 0]
+        return latents
 
-    def _statistics(self) -> tuple[Tensor, Tensor]:
-        """Mean and deviation of the VAE's latents, [1, C, 1, 1, 1]."""
-        config, place = self.vae.config, {"device": self.vae.device, "dtype": self.vae.dtype}
+    def _statistics(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of the VAE's latents, [1, C, 1, 1, 1], beside these."""
+        config = self.vae.config
         mean, deviation = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in (config.latents_mean, config.latents_std))
-        return mean.to(**place), deviation.to(**place)
+        return mean.to(latents), deviation.to(latents)
 
     def save_lora(
         self, folder: Path, layers: Mapping[str, dict[str, Tensor]], metadata: Mapping[str, dict[str, Any]]
@@ -173,13 +173,13 @@ class QwenImageModel:
         }  # fmt: skip
 
     def pipeline_inputs(
-        self, records: Sequence[PromptRecord], negatives: Sequence[PromptRecord] | None
+        self, records: Sequence[PromptRecord], negatives: Sequence[PromptRecord] | None, size: Size
     ) -> dict[str, Any]:
         if self._fit is None:
             return prompts_and_negatives(records, negatives)
         if len(records) != 1:
             raise ValueError(f"got {len(records)} records for a {type(self.pipeline).__name__}; expected one in a call")
-        images = open_images(records[0])
+        images = [open_image(path) for path in records[0].images]
         return {**prompts_and_negatives(records, negatives), "image": images if len(images) > 1 else images[0]}
 
     def to_pipeline(self, latents: Tensor) -> Tensor:
@@ -191,11 +191,6 @@ class QwenImageModel:
 
     def pipeline_sigmas(self, sigmas: Tensor) -> tuple[list[str], dict[str, Any]]:
         return flow_match_call(sigmas)
-
-
-def open_images(record: PromptRecord) -> list[Image.Image]:
-    """The source images of a record, RGB."""
-    return [Image.open(path).convert("RGB") for path in record.images]
 
 
 def _latent_shape(size: Size, configs: Configs) -> tuple[int, ...]:

@@ -74,8 +74,10 @@ TINY = {
 }  # fmt: skip
 
 FAMILY = replace(
-    qwen_image.FAMILY, pipeline=QwenImageEditPipeline, model=edit_model, source_images=(1, 1), tiny={"qwen_image_edit": TINY}
-)
+    qwen_image.FAMILY, pipeline=QwenImageEditPipeline, model=edit_model, source_images=(1, 1), own_fit=True,
+    tiny={"qwen_image_edit": TINY},
+)  # fmt: skip
 PLUS = replace(
-    qwen_image.FAMILY, pipeline=QwenImageEditPlusPipeline, model=edit_plus_model, source_images=(1, 3), tiny={"qwen_image_edit_plus": TINY}
+    qwen_image.FAMILY, pipeline=QwenImageEditPlusPipeline, model=edit_plus_model, source_images=(1, 3), own_fit=True,
+    tiny={"qwen_image_edit_plus": TINY},
 )  # fmt: skip

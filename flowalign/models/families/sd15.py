@@ -134,7 +134,7 @@ class SD15Model:
         }  # fmt: skip
 
     def pipeline_inputs(
-        self, records: Sequence[PromptRecord], negatives: Sequence[PromptRecord] | None
+        self, records: Sequence[PromptRecord], negatives: Sequence[PromptRecord] | None, size: Size
     ) -> dict[str, Any]:
         return prompts_and_negatives(records, negatives)
 
