@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import tempfile
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,6 +35,10 @@ class Subject:
     @cached_property
     def family(self) -> Family:
         return inspect_checkpoint(self.folder)[1]
+
+    @cached_property
+    def scheduler(self) -> dict[str, Any]:
+        return json.loads((Path(self.folder) / "scheduler" / "scheduler_config.json").read_text())
 
     @cached_property
     def sizes(self) -> list[Size]:

@@ -64,7 +64,9 @@ def test_the_source_image_has_the_places_of_the_state_under_number_1(tmp_path: P
     call = told(tiny_pipeline("flux1_kontext"), 2.5, [record])
     assert call["hidden_states"].shape == (1, 16, 16)  # 2 × 4 patches of each
     # channels vary slowest within a token, then rows: of the second patch of the first row
-    assert call["hidden_states"][0, 1].tolist() == [32 * c + 8 * i + 2 + j for c in range(4) for i in (0, 1) for j in (0, 1)]
+    assert call["hidden_states"][0, 1].tolist() == [
+        32 * c + 8 * i + 2 + j for c in range(4) for i in (0, 1) for j in (0, 1)
+    ]
     places = [[number, row, column] for number in (0, 1) for row in range(2) for column in range(4)]
     assert call["img_ids"].tolist() == places and not call["txt_ids"].any()
 
