@@ -323,6 +323,7 @@ class Family:
     path: the noising law from the scheduler's configuration (with "_class_name"), ValueError for a scheduler whose steps the
     rollout cannot repeat. latent_shape: of one latent, from the components' configurations; ValueError for a size that the
     model cannot make. rows_per_state: see Policy. source_images: the least and the most of them that a record may have.
+    own_fit: whether the pipeline fits source images itself, each in its own aspect ratio; if not, they are fitted to what is generated.
     load_arguments: extra arguments of `from_pretrained`, from model_index.json. load_lora: Python that loads what `Model.save_lora` wrote
     into a folder, given as Python, into `pipe`. variant: fields of this which a checkpoint's model_index.json changes, such as the rows of a
     distilled one. takes_levels: whether the call of a pipeline of flows can step over levels that are not its scheduler's own (see
@@ -337,6 +338,7 @@ class Family:
     latent_shape: Callable[[Size, Configs], tuple[int, ...]]
     rows_per_state: Callable[[float], int]
     source_images: tuple[int, int] = (0, 0)
+    own_fit: bool = False
     load_arguments: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda index: {}
     load_lora: Callable[[str], list[str]] = lambda folder: [f"pipe.load_lora_weights({folder})"]
     variant: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda index: {}

@@ -66,6 +66,11 @@ def read_pipeline(
             f"{error}); expected a pipeline that {known.pipeline.__name__}.from_pretrained reads: save or download it anew"
         ) from error
     pipeline.set_progress_bar_config(disable=True)
+    for name, part in pipeline.components.items():
+        if isinstance(part, nn.Module) and name not in parts:
+            part.requires_grad_(
+                False
+            )  # torch's convolutions round otherwise where weights ask for a gradient, even without one
     return pipeline
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -115,20 +115,20 @@ class PipelinePolicy:
         if size is None and self.sampling is not None:
             size = self.sampling.size
         if together:
-            with self._encoding(record for rows, _ in asked for record in rows):
+            with self._encoding(records):
                 parts = [self.model.encode(rows, size, kind).to(self._device) for rows, kind in asked]
         else:
-            with self._encoding(new for rows, kind in asked for new in self._prompts.missing(rows, size, kind)):
+            new = [record for rows, kind in asked for record in self._prompts.missing(rows, size, kind)]
+            with self._encoding(new):
                 parts = [self._prompts.conditions(rows, size, kind).to(self._device) for rows, kind in asked]
         return Conditions(parts[0].tensors, parts[1] if negative else None)
 
     @contextmanager
-    def _encoding(self, records: Iterable[PromptRecord]) -> Iterator[None]:
+    def _encoding(self, records: Sequence[PromptRecord]) -> Iterator[None]:
         """Inside, what encodes these is at work; source images go through the VAE."""
-        sources = [record.images for record in records]
         with (
-            self._at_work("encoders") if sources else nullcontext(),
-            self._at_work("vae") if any(sources) else nullcontext(),
+            self._at_work("encoders") if records else nullcontext(),
+            self._at_work("vae") if any(record.images for record in records) else nullcontext(),
         ):
             yield
 
@@ -142,8 +142,8 @@ class PipelinePolicy:
     ) -> Tensor:  # fmt: skip
         if (
             len(self.model.networks) > 1
-        ):  # a sigma of the host says which network takes a row, without a wait for the device
-            (x,) = samplers.send(self._network_device, x)
+        ):  # a sigma on the host says which of them takes a row without waiting for the device
+            x = samplers.send(self._network_device, x)[0]
         else:
             x, sigma = samplers.send(self._network_device, x, sigma)
         x = x.to(self._network_device, torch.float32)
