@@ -143,7 +143,7 @@ class SDXLModel:
         }  # fmt: skip
 
     def pipeline_inputs(
-        self, records: Sequence[PromptRecord], negatives: Sequence[PromptRecord] | None
+        self, records: Sequence[PromptRecord], negatives: Sequence[PromptRecord] | None, size: Size
     ) -> dict[str, Any]:
         inputs, texts = prompts_and_negatives(records, negatives), {record.prompt for record in negatives or ()}
         if self._empty is None and texts == {""}:
