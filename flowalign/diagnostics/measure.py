@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,30 +24,32 @@ from samplers import Forest
 
 
 def brightness(images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """A reward [N] that needs no model and differs between any two images, so that advantages are never all 0."""
-    return images.mean((1, 2, 3))
+    """A reward [N] that needs no model and differs between any two images, or videos, so that advantages are never all 0."""
+    return images.flatten(1).mean(1)
 
 
 @dataclass(frozen=True)
 class StandIn:
-    """Brightness in the place of a reward with these channels: channel c scores 10·(brightness^(c+1) − 1), known for certain. The factor
+    """Brightness in the place of a reward with these channels, of images or of videos: channel c scores 10·(brightness^(c+1) − 1), known for certain. The factor
     gives a group the spread of a real score, for parts with a threshold in its unit (Best.min_gap); at most 0, so that losses with a
     margin (Hinge) have a gradient."""
 
     channels: tuple[str, ...]
+    pixels: Literal["images", "videos"] = "images"
     name: str = "brightness"
 
     @property
     def spec(self) -> RewardSpec:
-        return RewardSpec(channels=self.channels, differentiable=True)
+        return RewardSpec(channels=self.channels, differentiable=True, inputs=(self.pixels,))
 
     def load(self) -> None: ...
 
     def close(self) -> None: ...
 
     def __call__(self, batch: RewardBatch) -> RewardOutput:
-        assert batch.images is not None  # `score` refuses a batch without
-        bright = brightness(batch.images, batch.prompts)
+        pixels = batch.tensors()[self.pixels]
+        assert pixels is not None  # `score` refuses a batch without
+        bright = brightness(pixels, batch.prompts)
         scores = torch.stack([10 * (bright ** (number + 1) - 1) for number in range(len(self.channels))], 1)
         return RewardOutput(scores, torch.ones_like(scores, dtype=torch.bool), uncertainty=torch.zeros_like(scores))
 

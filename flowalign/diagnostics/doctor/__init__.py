@@ -44,7 +44,7 @@ from flowalign.models import Policy
 from flowalign.rollouts.collect import ScoredRollout, collect
 from flowalign.rollouts.rolling import leaves_per_group
 from flowalign.rollouts.task import Task
-from rewards import channels_of, close, score
+from rewards import channels_of, close, score, spec_of
 
 __all__ = ["Finding", "diagnose", "examine"]
 
@@ -86,7 +86,8 @@ def examine(config: TrainConfig, policy: Policy) -> Iterator[Finding]:
     prompts = distinct_prompts(config, prompt_count(config))
     real = task_of(config, policy, groups=len(prompts))
     # without prompts a trainer leaves out what comes before its first iteration
-    task = replace(real, reward=StandIn(channels_of(config.reward)), prompts=())
+    stand_in = StandIn(channels_of(config.reward), "videos" if "videos" in spec_of(config.reward).inputs else "images")
+    task = replace(real, reward=stand_in, prompts=())
     inspection = trainer.forecast(task.rollout).inspection
 
     @cache
