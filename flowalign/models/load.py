@@ -60,7 +60,9 @@ def read_pipeline(
     pipeline.set_progress_bar_config(disable=True)
     for name, part in pipeline.components.items():
         if isinstance(part, nn.Module) and name not in parts:
-            part.requires_grad_(False)  # torch's convolutions round otherwise where weights ask for a gradient, even without one
+            part.requires_grad_(
+                False
+            )  # torch's convolutions round otherwise where weights ask for a gradient, even without one
     return pipeline
 
 

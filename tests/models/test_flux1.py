@@ -10,7 +10,9 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
+from flowalign.config import load_config
 from flowalign.data import PromptRecord
+from flowalign.errors import ConfigError
 from flowalign.models import Policy, Sampling, Size, load_policy
 from flowalign.models.grid import pipeline_call, pipeline_latents
 from flowalign.models.sampling import sample
@@ -53,6 +55,14 @@ def test_dev_shifts_by_the_size_and_schnell_by_nothing() -> None:
         assert torch.equal(schnell.sigmas(4, (4, side, side)), levels)
 
 
+def test_an_embedded_scale_in_a_window_of_few_steps_is_no_classifier_free_guidance(large_machine: None) -> None:
+    layers = [f"configs/{layer}.yaml" for layer in ("methods/mixgrpo", "models/flux1_dev", "rewards/jpeg")]
+    config, _ = load_config(layers, [f"policy.path={subject('flux1_dev').folder}"])
+    assert config.rollout.guidance_scale == 3.5 and not config.rollout.allow_cfg_update
+    with pytest.raises(ConfigError, match="allow_cfg_update"):
+        load_config(layers, [f"policy.path={subject('sd3').folder}"])
+
+
 def picture(folder: Path, name: str, sides: tuple[int, int]) -> Path:
     pixels = torch.rand(*sides, 3, generator=torch.Generator().manual_seed(sides[0]))
     Image.fromarray((pixels * 255).byte().numpy()).save(folder / name)
@@ -64,7 +74,9 @@ def test_the_source_image_has_the_places_of_the_state_under_number_1(tmp_path: P
     call = told(tiny_pipeline("flux1_kontext"), 2.5, [record])
     assert call["hidden_states"].shape == (1, 16, 16)  # 2 × 4 patches of each
     # channels vary slowest within a token, then rows: of the second patch of the first row
-    assert call["hidden_states"][0, 1].tolist() == [32 * c + 8 * i + 2 + j for c in range(4) for i in (0, 1) for j in (0, 1)]
+    assert call["hidden_states"][0, 1].tolist() == [
+        32 * c + 8 * i + 2 + j for c in range(4) for i in (0, 1) for j in (0, 1)
+    ]
     places = [[number, row, column] for number in (0, 1) for row in range(2) for column in range(4)]
     assert call["img_ids"].tolist() == places and not call["txt_ids"].any()
 
