@@ -33,7 +33,7 @@ class Footprint:
         self._policy = load_policy(  # "none" for full weights: as the network computes, whatever its master weights are
             pipeline, lora=replace(settings.lora, init=None) if self.has_lora else None,
             trainable="lora" if self.has_lora else "none", family=settings.family,
-            max_sequence_length=settings.max_sequence_length, options=settings.options,
+            max_sequence_length=settings.max_sequence_length, options=settings.options, vae_tiling=settings.vae_tiling,
         )  # fmt: skip
         networks = list(self._policy.modules().values())
         if not self.has_lora:

@@ -46,15 +46,28 @@ def _part(path: str, name: str, library: str, kind: str) -> Any:
     with torch.device("meta"):
         if issubclass(cls, ModelMixin):
             return cls.from_config(cls.load_config(resolve(path), subfolder=name))
-        return cls(cls.config_class.from_pretrained(resolve(path), subfolder=name))
+        # its other kinds of attention look into the mask
+        return cls(cls.config_class.from_pretrained(resolve(path), subfolder=name, attn_implementation="eager"))
+
+
+IMAGES = (
+    "pixel_values",
+    "image_grid_thw",
+)  # a forward looks into their numbers; their tokens stand among the ids already
 
 
 def _answer_on_the_cpu(encoder: nn.Module) -> None:
-    """From now on the encoder says that it is on the CPU, runs on the meta device, and answers zeros on the CPU."""
+    """From now on the encoder says that it is on the CPU, runs on the meta device, and answers zeros on the CPU. Not kept: what it makes
+    of images, whose tokens are as texts."""
     dtype = next(encoder.parameters()).dtype
     encoder.register_parameter("place", Parameter(torch.empty(0, dtype=dtype)))  # the first tells the device
-    encoder.register_forward_pre_hook(lambda module, args, kwargs: tree_map(_emptied, (args, kwargs)), with_kwargs=True)
+    encoder.register_forward_pre_hook(_blind, with_kwargs=True)
     encoder.register_forward_hook(lambda module, args, output: tree_map(_zeros, output))
+
+
+def _blind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    seen = {name: value for name, value in kwargs.items() if name not in IMAGES}
+    return tree_map(_emptied, (args, seen))
 
 
 def _encode_to_the_cpu(vae: Any) -> None:
