@@ -95,7 +95,7 @@ def test_v_prediction_is_followed(zero_snr: bool, tmp_path: Path) -> None:
     policy, noise, ours = sampled(family, sampling, "a word")
     with torch.no_grad():
         theirs = pipeline_latents(family.pipeline(policy.pipeline_setup()), policy, family.records(), noise, sampling)
-    assert relative(ours, theirs) <= (1e-3 if zero_snr else 2e-6)  # states of norm 4096 there, in fp32
+    assert relative(ours, theirs) <= (1e-4 if zero_snr else 2e-6)  # Euler's states are 4096 times as large there
 
 
 @pytest.mark.parametrize(
