@@ -39,7 +39,7 @@ def pipeline_latents(
     """What the call of `pipeline_call` gives from unit noise [n, *latent_shape], a row per record, before it decodes, in fp32; the
     pipeline is set up already."""
     _, arguments = pipeline_call(policy, sampling)
-    inputs = policy.pipeline_inputs(records, sampling.guidance_scale)
+    inputs = policy.pipeline_inputs(records, sampling.guidance_scale, sampling.size)
     found = pipeline(
         **{**arguments, **inputs}, latents=policy.to_pipeline(noise), output_type="latent", return_dict=False
     )[0]

@@ -57,7 +57,7 @@ class HunyuanVideoModel:
     def solver(self) -> ODE:
         return ODE()
 
-    def encode(self, records: Sequence[PromptRecord], size: Size | None) -> Conditions:
+    def encode(self, records: Sequence[PromptRecord], size: Size | None, negative: bool) -> Conditions:
         embeds, pooled, mask = self.pipeline.encode_prompt(
             [record.prompt for record in records], device=self.encoders[0].device,
             max_sequence_length=self.max_sequence_length,
@@ -105,7 +105,7 @@ class HunyuanVideoModel:
         }  # fmt: skip
 
     def pipeline_inputs(
-        self, records: Sequence[PromptRecord], negatives: Sequence[PromptRecord] | None
+        self, records: Sequence[PromptRecord], negatives: Sequence[PromptRecord] | None, size: Size
     ) -> dict[str, Any]:
         return {"prompt": [record.prompt for record in records]}
 

@@ -66,7 +66,7 @@ class SD15Model:
         """On this path the ODE's step is DDIM with η = 0."""
         return ODE()
 
-    def encode(self, records: Sequence[PromptRecord], size: Size | None) -> Conditions:
+    def encode(self, records: Sequence[PromptRecord], size: Size | None, negative: bool) -> Conditions:
         embeds, _ = self.pipeline.encode_prompt(
             [record.prompt for record in records], self.encoders[0].device, num_images_per_prompt=1,
             do_classifier_free_guidance=False,
@@ -117,7 +117,7 @@ class SD15Model:
         }  # fmt: skip
 
     def pipeline_inputs(
-        self, records: Sequence[PromptRecord], negatives: Sequence[PromptRecord] | None
+        self, records: Sequence[PromptRecord], negatives: Sequence[PromptRecord] | None, size: Size
     ) -> dict[str, Any]:
         return prompts_and_negatives(records, negatives)
 

@@ -82,21 +82,21 @@ class SDXLModel:
         """On this path the ODE's step is DDIM with η = 0."""
         return ODE()
 
-    def encode(self, records: Sequence[PromptRecord], size: Size | None) -> Conditions:
+    def encode(self, records: Sequence[PromptRecord], size: Size | None, negative: bool) -> Conditions:
         prompts, zeros = [record.prompt for record in records], self.pipeline.config.force_zeros_for_empty_prompt
         embeds, _, pooled, _ = self.pipeline.encode_prompt(
             prompts, device=self.encoders[0].device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
-        # of a record that guidance starts from; as a prompt of its own "" stays what the encoders make of it
-        zeroed = torch.tensor([zeros and not prompt for prompt in prompts], device=embeds.device)
-        return Conditions({"embeds": embeds, "pooled": pooled, "zero_as_negative": zeroed})
+        zero = torch.tensor([negative and zeros and not prompt for prompt in prompts], device=embeds.device)
+        embeds, pooled = embeds.masked_fill(zero[:, None, None], 0), pooled.masked_fill(zero[:, None], 0)
+        return Conditions({"embeds": embeds, "pooled": pooled})
 
     def velocity(
         self, networks: Mapping[str, Network], x: Tensor, sigma: Tensor, conditions: Conditions,
         negative: Conditions | None, guidance_scale: float, detach_uncond: bool,
     ) -> Tensor:  # fmt: skip
-        predict, start = partial(self._predict, networks["unet"]), None if negative is None else _zeroed(negative)
-        prediction = classifier_free(predict, x, sigma, conditions, start, guidance_scale, detach_uncond)
+        predict = partial(self._predict, networks["unet"])
+        prediction = classifier_free(predict, x, sigma, conditions, negative, guidance_scale, detach_uncond)
         return discrete.velocity_of(self.path, x, prediction, sigma, self.scheduler)
 
     def _predict(self, network: Network, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
@@ -143,7 +143,7 @@ class SDXLModel:
         }  # fmt: skip
 
     def pipeline_inputs(
-        self, records: Sequence[PromptRecord], negatives: Sequence[PromptRecord] | None
+        self, records: Sequence[PromptRecord], negatives: Sequence[PromptRecord] | None, size: Size
     ) -> dict[str, Any]:
         inputs, texts = prompts_and_negatives(records, negatives), {record.prompt for record in negatives or ()}
         if self._empty is None and texts == {""}:
@@ -167,16 +167,6 @@ class SDXLModel:
 
     def pipeline_sigmas(self, sigmas: Tensor) -> tuple[list[str], dict[str, Any]]:
         return discrete.no_levels(sigmas)
-
-
-def _zeroed(negative: Conditions) -> Conditions:
-    """What guidance starts from: zeros in the rows that say so."""
-    zero = negative.tensors["zero_as_negative"]
-    embeds, pooled = negative.tensors["embeds"], negative.tensors["pooled"]
-    return Conditions({
-        "embeds": embeds.masked_fill(zero[:, None, None], 0), "pooled": pooled.masked_fill(zero[:, None], 0),
-        "zero_as_negative": zero,
-    })  # fmt: skip
 
 
 def euler(config: dict[str, Any]) -> EulerDiscreteScheduler:
