@@ -191,9 +191,7 @@ class Policy(Protocol):
         pipeline has for size, guidance and negative prompt."""
         ...
 
-    def pipeline_inputs(
-        self, records: Sequence[PromptRecord], guidance_scale: float, size: Size
-    ) -> dict[str, Any]:
+    def pipeline_inputs(self, records: Sequence[PromptRecord], guidance_scale: float, size: Size) -> dict[str, Any]:
         """Arguments of the pipeline's own call that say the prompts, the negative prompts that guidance needs, and the source
         images of these records, fitted to `size` as `encode` fits them."""
         ...

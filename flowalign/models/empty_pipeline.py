@@ -50,7 +50,10 @@ def _part(path: str, name: str, library: str, kind: str) -> Any:
         return cls(cls.config_class.from_pretrained(resolve(path), subfolder=name, attn_implementation="eager"))
 
 
-IMAGES = ("pixel_values", "image_grid_thw")  # a forward looks into their numbers; their tokens stand among the ids already
+IMAGES = (
+    "pixel_values",
+    "image_grid_thw",
+)  # a forward looks into their numbers; their tokens stand among the ids already
 
 
 def _answer_on_the_cpu(encoder: nn.Module) -> None:

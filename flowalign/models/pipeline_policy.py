@@ -324,9 +324,7 @@ class PipelinePolicy:
     def pipeline_arguments(self, guidance_scale: float, size: Size) -> dict[str, Any]:
         return self.model.pipeline_arguments(guidance_scale, size, self.negative_prompt)
 
-    def pipeline_inputs(
-        self, records: Sequence[PromptRecord], guidance_scale: float, size: Size
-    ) -> dict[str, Any]:
+    def pipeline_inputs(self, records: Sequence[PromptRecord], guidance_scale: float, size: Size) -> dict[str, Any]:
         guided = self.rows_per_state(guidance_scale) > 1
         negatives = [self._negative(record) for record in records] if guided else None
         return self.model.pipeline_inputs(records, negatives, size)

@@ -39,7 +39,10 @@ TARGETS = (
     "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
     "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2",
 )  # fmt: skip
-LONGEST_PROMPT = {True: 512, False: 256}  # tokens of T5 that dev and Kontext (guidance_embeds) and schnell were trained with
+LONGEST_PROMPT = {
+    True: 512,
+    False: 256,
+}  # tokens of T5 that dev and Kontext (guidance_embeds) and schnell were trained with
 
 
 class FluxModel:
@@ -50,9 +53,7 @@ class FluxModel:
 
     path = RectifiedFlow()
 
-    def __init__(
-        self, pipeline: FluxPipeline | FluxKontextPipeline, max_sequence_length: int | None = None
-    ) -> None:
+    def __init__(self, pipeline: FluxPipeline | FluxKontextPipeline, max_sequence_length: int | None = None) -> None:
         flow_match_path({**pipeline.scheduler.config, "_class_name": type(pipeline.scheduler).__name__})
         self.guided: bool = pipeline.transformer.config.guidance_embeds
         longest = LONGEST_PROMPT[self.guided]
