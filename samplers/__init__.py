@@ -94,7 +94,7 @@ from samplers.schedules import (
 )
 from samplers.selection import Best, Select, candidates, sampled, unscored
 from samplers.trajectories import cost_to_go, mean_below, stopped_at, trajectory_share
-from samplers.transfer import HostRows, Rows, fetch, send
+from samplers.transfer import HostBuffer, Rows, fetch, send
 from samplers.trees import SOURCES, Cost, Tree
 from samplers.unroll import Unrolled, straight_through, unroll
 from samplers.unshared import UnsharedTree, unshared
@@ -119,5 +119,5 @@ __all__ = [
     "GridSigma", "LogitNormalSigma", "SampleKeys", "ShiftedUniform", "SigmaLaw", "SquareRootSigma", "UniformSigma",
     "Forest", "Held", "load_forest", "save_forest", "Noise", "Velocity", "rollout",
     "Unrolled", "straight_through", "unroll",
-    "HostRows", "Rows", "fetch", "send",
+    "HostBuffer", "Rows", "fetch", "send",
 ]  # fmt: skip

@@ -246,9 +246,11 @@ class Model(Protocol):
         """See Policy; not bound to a path."""
         ...
 
-    def encode(self, records: Sequence[PromptRecord], size: Size | None) -> Conditions:
+    def encode(self, records: Sequence[PromptRecord], size: Size | None, negative: bool) -> Conditions:
         """One row per record, from its `prompt` and `images` alone, on the encoders' device, which is where they are now. All
-        rows that there can be have one shape for one size of what is generated, whatever the prompt's length."""
+        rows that there can be have one shape for one size of what is generated, whatever the prompt's length.
+
+        negative: the prompts are those that guidance starts from, which some pipelines encode in another way."""
         ...
 
     def velocity(

@@ -33,7 +33,7 @@ def compared(family: Subject, sampling: Sampling, noise_seed: int = 0) -> tuple[
     noise = torch.randn(
         len(records), *policy.latent_shape(sampling.size), generator=torch.Generator().manual_seed(noise_seed)
     )
-    pipeline = family.pipeline(pipeline_call(policy, sampling)[0])
+    pipeline = family.pipeline(pipeline_call(policy, sampling)[0], policy)
     with torch.no_grad():
         theirs = pipeline_latents(pipeline, policy, records, noise, sampling)
     rows = policy.rows_per_state(sampling.guidance_scale)
@@ -131,7 +131,7 @@ def test_images_are_the_pipelines_and_encode_images_leads_back(family: Subject) 
     setup, arguments = pipeline_call(policy, sampling)
     inputs = policy.pipeline_inputs(records, 1.0, size)
     with torch.no_grad():
-        theirs = family.pipeline(setup)(
+        theirs = family.pipeline(setup, policy)(
             **{**arguments, **inputs}, latents=policy.to_pipeline(noise), output_type="pt", return_dict=False
         )[0]
     ours = policy.decode(sample(policy, policy.encode(records, together=True), noise, 2, 1.0))

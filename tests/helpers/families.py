@@ -73,9 +73,11 @@ class Subject:
     def policy(self, **arguments: Any) -> Policy:
         return load_policy(self.folder, **{"negative_prompt": NEGATIVE, **arguments})
 
-    def pipeline(self, setup: list[str]) -> DiffusionPipeline:
-        """Freshly read, then set up as the report tells the user."""
-        pipeline = read_pipeline(self.folder)
+    def pipeline(self, setup: list[str], policy: Policy) -> DiffusionPipeline:
+        """Freshly read, but for the policy's networks (convolutions round by where their weights lie in memory), then set up as the
+        report tells the user."""
+        networks: dict[str, Any] = policy.modules()
+        pipeline = read_pipeline(self.folder, **networks)
         exec("\n".join(setup), {"pipe": pipeline})
         return pipeline
 

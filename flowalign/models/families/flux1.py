@@ -80,7 +80,7 @@ class FluxModel:
     def solver(self) -> ODE:
         return ODE()
 
-    def encode(self, records: Sequence[PromptRecord], size: Size | None) -> Conditions:
+    def encode(self, records: Sequence[PromptRecord], size: Size | None, negative: bool) -> Conditions:
         embeds, pooled, _ = self.pipeline.encode_prompt(
             prompt=[record.prompt for record in records], device=self.encoders[0].device,
             max_sequence_length=self.max_sequence_length,

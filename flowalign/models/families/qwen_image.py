@@ -49,6 +49,8 @@ class QwenImageModel:
 
     max_sequence_length: tokens of a prompt, behind the part of the template that is dropped; None = 512. Of an edit those of its images
     come on top, and a longer prompt is refused, where the pipeline of text alone cuts it.
+    fixed_length: texts stay padded, with a mask: one shape whatever the prompts, and no wait for the device. Velocities are then the
+    pipeline's to rounding, and cost more.
     fit: what an edit pipeline makes of source images; None: there are none."""
 
     path = RectifiedFlow()
@@ -91,7 +93,7 @@ class QwenImageModel:
     def solver(self) -> ODE:
         return ODE()
 
-    def encode(self, records: Sequence[PromptRecord], size: Size | None) -> Conditions:
+    def encode(self, records: Sequence[PromptRecord], size: Size | None, negative: bool) -> Conditions:
         if self._fit is not None:  # the pipeline takes one record
             return Conditions.cat([self._encode_edit(self._fit, record) for record in records])
         embeds, mask = self.pipeline.encode_prompt(
@@ -114,11 +116,10 @@ class QwenImageModel:
                 f"{self.max_sequence_length}: shorten it, or set policy.max_sequence_length"
             )
         sources = {f"source_{number}": self.encode_images(image) for number, image in enumerate(pixels)}
-        embeds, lengths = (
-            padded(embeds, of_images + self.max_sequence_length),
-            torch.tensor([length], device=embeds.device),
+        lengths = torch.tensor([length], device=embeds.device)
+        return Conditions(
+            {"embeds": padded(embeds, of_images + self.max_sequence_length), "lengths": lengths, **sources}
         )
-        return Conditions({"embeds": embeds, "lengths": lengths, **sources})
 
     def velocity(
         self, networks: Mapping[str, Network], x: Tensor, sigma: Tensor, conditions: Conditions,
