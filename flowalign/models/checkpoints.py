@@ -17,6 +17,8 @@ from flowalign.models.shipped import SHIPPED, resolve
 FAMILIES = {
     "StableDiffusion3Pipeline": "flowalign.models.families.sd3.FAMILY",
     "StableDiffusionPipeline": "flowalign.models.families.sd15.FAMILY",
+    "Flux2KleinPipeline": "flowalign.models.families.flux2_klein.FAMILY",
+    "ZImagePipeline": "flowalign.models.families.z_image.FAMILY",
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from typing import Any
 
 import torch
@@ -31,7 +32,9 @@ def empty_pipeline(
             nn.Module.to(part, DTYPES[(vae_dtype or dtype) if name == "vae" else dtype])  # that of diffusers warns
             if name != "vae" and name not in known.networks:
                 _answer_on_the_cpu(part)
-    pipeline = known.pipeline(**{**parts, **known.load_arguments(index)})
+    taken = inspect.signature(known.pipeline.__init__).parameters
+    settings = {name: value for name, value in index.items() if name in taken and isinstance(value, bool)}
+    pipeline = known.pipeline(**{**settings, **parts, **known.load_arguments(index)})
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -44,7 +47,8 @@ def _part(path: str, name: str, library: str, kind: str) -> Any:
     with torch.device("meta"):
         if issubclass(cls, ModelMixin):
             return cls.from_config(cls.load_config(resolve(path), subfolder=name))
-        return cls(cls.config_class.from_pretrained(resolve(path), subfolder=name))
+        # its other kinds of attention look into the mask
+        return cls(cls.config_class.from_pretrained(resolve(path), subfolder=name, attn_implementation="eager"))
 
 
 def _answer_on_the_cpu(encoder: nn.Module) -> None:

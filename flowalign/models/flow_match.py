@@ -47,13 +47,17 @@ def flow_match_sigmas(
 ) -> Tensor:
     """[T+1] fp32: the scheduler's own levels. mu: the shift of a latent's size, used where the scheduler shifts by it. linear: it
     is given 1 … 1/T in equal steps, as most pipelines do; else it chooses where to begin, as SD3's."""
-    scheduler = copy.deepcopy(scheduler)
-    given: dict[str, Any] = {"mu": mu} if scheduler.config.use_dynamic_shifting else {}
     if linear:
-        given["sigmas"] = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
-        scheduler.set_timesteps(device="cpu", **given)
-    else:
-        scheduler.set_timesteps(num_inference_steps, device="cpu", **given)
+        return levels_from(scheduler, np.linspace(1.0, 1 / num_inference_steps, num_inference_steps).tolist(), mu)
+    return levels_from(scheduler, num_inference_steps, mu)
+
+
+def levels_from(scheduler: FlowMatchEulerDiscreteScheduler, given: int | list[float], mu: float | None) -> Tensor:
+    """[T+1] fp32: the scheduler's own levels for a number of steps, or from levels [T] that it shifts. mu: see `flow_match_sigmas`."""
+    scheduler = copy.deepcopy(scheduler)
+    name = "num_inference_steps" if isinstance(given, int) else "sigmas"
+    shift = {"mu": mu} if scheduler.config.use_dynamic_shifting else {}
+    scheduler.set_timesteps(device="cpu", **{name: given}, **shift)
     return scheduler.sigmas.float().clone()
 
 

@@ -66,7 +66,7 @@ class Subject:
         return 1 if self.family.source_images[1] else len(PROMPTS)
 
     def policy(self, **arguments: Any) -> Policy:
-        return load_policy(self.folder, **{"negative_prompt": NEGATIVE, **arguments})
+        return load_policy(self.folder, **{"negative_prompt": NEGATIVE * self.family.negative_prompts, **arguments})
 
     def pipeline(self, setup: list[str]) -> DiffusionPipeline:
         """Freshly read, then set up as the report tells the user."""
