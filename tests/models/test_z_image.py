@@ -74,7 +74,9 @@ def test_with_its_options_the_rollout_is_the_pipelines(options: dict[str, float]
     assert policy.evaluations == 3 * rows
 
 
-@pytest.mark.parametrize("options", [{"cfg_truncation": 1.5}, {"cfg_truncation": -0.1}, {"cfg_normalization": -1.0}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"cfg_truncation": 1.5}, {"cfg_truncation": -0.1}, {"cfg_normalization": -1.0}], ids=str
+)
 def test_options_that_cannot_be_are_refused(options: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="expected a truncation from 0 to 1"):
         policy_of(**options)

@@ -184,9 +184,7 @@ def _latent_shape(size: Size, configs: Configs) -> tuple[int, ...]:
 
 
 # released: "chat_template" of Qwen3, which leaves thinking on
-CHAT = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
-)
+CHAT = "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
 TINY = {
     "transformer": (ZImageTransformer2DModel, {
         "in_channels": 4, "dim": 16, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2, "cap_feat_dim": 8,
