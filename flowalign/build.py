@@ -61,7 +61,7 @@ def _load(
         negative_prompt=settings.negative_prompt, reference_copy=settings.reference_copy, device=device,
         network_device=network_device, offload=settings.offload, decode_batch=settings.decode_batch, sampling=sampling,
         seed=seed, gradient_checkpointing=settings.gradient_checkpointing, compile=settings.compile, attention=settings.attention,
-        fixed_rows=fixed_rows, quantization=settings.quantization,
+        fixed_rows=fixed_rows, quantization=settings.quantization, vae_tiling=settings.vae_tiling,
     )  # fmt: skip
 
 

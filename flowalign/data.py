@@ -134,6 +134,8 @@ def _check_text(place: str, text: str) -> None:
             f"{place}: got a text of {len(text):,} characters, which begins {short(text)}; expected at most {LONGEST:,}: write "
             "one prompt a line"
         )
+    if text.isprintable():  # most are, and there are thousands
+        return
     strange = [char for char in text if unicodedata.category(char) in ("Cc", "Cs") and not char.isspace()]
     if strange:
         raise ValueError(
@@ -213,12 +215,16 @@ def check_images(records: Sequence[PromptRecord]) -> None:
 
 def read_image(path: Path) -> Tensor:
     """[3, H, W] in [0, 1]; ValueError for a file that is damaged or no image."""
+    return torch.from_numpy(np.array(open_image(path))).permute(2, 0, 1).float() / 255
+
+
+def open_image(path: Path) -> Image.Image:
+    """Its pixels in RGB (alpha is dropped); ValueError for a file that is damaged or no image."""
     try:
         with Image.open(path) as picture:
-            array = np.array(picture.convert("RGB"))
+            return picture.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: of a broken PNG
         raise ValueError(
             f"got the image {path}, which cannot be read ({error}); expected a whole image file: replace it, or leave its "
             "prompt out"
         ) from error
-    return torch.from_numpy(array).permute(2, 0, 1).float() / 255

@@ -26,7 +26,7 @@ def isolated(name: str) -> Iterator[None]:
     Rewards draw from a random state of their own, of Python, numpy and torch, which goes on from call to call: neither
     seeding nor drawing in a reward changes the caller's. A process that the reward forked ends here, where it would go on as
     a second run; nothing of it is flushed or cleaned up. Calls inside a call (the parts of a mix) are isolated once, together.
-    Not kept: environment variables, and what a thread does that outlives its call."""
+    Not kept: environment variables, what a thread does that outlives its call, and what other threads see during it."""
     process, first = os.getpid(), _outermost.acquire(blocking=False)
     before = _Process.now() if first else None
     if before is not None and _stream:

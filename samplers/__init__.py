@@ -34,6 +34,7 @@ from samplers.kernels import (
     ClippedFlowSDE,
     DanceSDE,
     DPMSolver,
+    DPMSolver2M,
     FlowSDE,
     Gaussian,
     Guided,
@@ -45,6 +46,7 @@ from samplers.kernels import (
     Step,
     StepwiseSDE,
     TransitionContext,
+    UniPC,
     spsa_gradient,
 )
 from samplers.noise import KeyedNoise, generator, normal
@@ -92,7 +94,7 @@ from samplers.schedules import (
 )
 from samplers.selection import Best, Select, candidates, sampled, unscored
 from samplers.trajectories import cost_to_go, mean_below, stopped_at, trajectory_share
-from samplers.transfer import HostRows, Rows, fetch, send
+from samplers.transfer import HostBuffer, Rows, fetch, send
 from samplers.trees import SOURCES, Cost, Tree
 from samplers.unroll import Unrolled, straight_through, unroll
 from samplers.unshared import UnsharedTree, unshared
@@ -106,7 +108,7 @@ __all__ = [
     "diffusers_sigmas", "dynamic_sigmas", "plain_sigmas", "shift", "stopped",
     "Affine", "Carry", "TransitionContext", "Gaussian", "Kernel", "KLForm", "Step",
     "CPS", "ClippedFlowSDE", "DDIM", "DanceSDE", "FlowSDE", "LinearSDE", "ODE", "StepwiseSDE",
-    "DPMSolver", "Guided", "Ascent", "AtPrediction", "ProcessReward", "RewardGradient", "SPSA", "spsa_gradient",
+    "DPMSolver", "DPMSolver2M", "UniPC", "Guided", "Ascent", "AtPrediction", "ProcessReward", "RewardGradient", "SPSA", "spsa_gradient",
     "SOURCES", "Cost", "Tree", "UnsharedTree", "unshared",
     "cost_to_go", "mean_below", "stopped_at", "trajectory_share",
     "Best", "Select", "candidates", "sampled", "unscored",
@@ -117,5 +119,5 @@ __all__ = [
     "GridSigma", "LogitNormalSigma", "SampleKeys", "ShiftedUniform", "SigmaLaw", "SquareRootSigma", "UniformSigma",
     "Forest", "Held", "load_forest", "save_forest", "Noise", "Velocity", "rollout",
     "Unrolled", "straight_through", "unroll",
-    "HostRows", "Rows", "fetch", "send",
+    "HostBuffer", "Rows", "fetch", "send",
 ]  # fmt: skip

@@ -10,7 +10,7 @@ from samplers.forest import compute_dtype
 from samplers.generation_parts import Arrivals, Part, Steps, in_parts
 from samplers.kernels.base import Carry, Kernel, Step, TransitionContext
 from samplers.schedules import subgrid
-from samplers.transfer import HostRows, Rows, fetch, send
+from samplers.transfer import HostBuffer, Rows, fetch, send
 from samplers.trees import Tree
 
 Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -41,8 +41,8 @@ class Record:
     stochastic steps, as far as they were `evaluated` [N]; log-probs of the steps to the nodes `drawn`, still on the device;
     network rows (evaluations), and how many states were completed (previews)."""
 
-    states: HostRows
-    velocities: HostRows | None
+    states: HostBuffer
+    velocities: HostBuffer | None
     ends: Tensor
     evaluated: Tensor
     drawn: list[Tensor] = field(default_factory=list)
@@ -55,7 +55,7 @@ class Record:
         """For at most so many stored states."""
         ends, evaluated = torch.zeros(2, len(tree), dtype=torch.bool)
         ends[tree.edges] = ends[tree.parents_of_edges] = True
-        return Record(HostRows(states), HostRows(int(ends.sum())) if keep_velocities else None, ends, evaluated)
+        return Record(HostBuffer(states), HostBuffer(int(ends.sum())) if keep_velocities else None, ends, evaluated)
 
     def log_prob(self, last: Tensor) -> Tensor:
         """[N] in at least fp32, nan where nothing was drawn. Here the host waits, once per rollout: with a number of the `last` states

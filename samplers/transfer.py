@@ -88,7 +88,7 @@ def fetch(tensors: Sequence[Tensor]) -> list[Tensor]:
     return found
 
 
-class HostRows:
+class HostBuffer:
     """At most `most` rows [n, *] on the host, added part by part. Those of a device go into pinned memory without being
     waited for: `rows` holds them once the device is done, after any later copy to the host that is waited for, say."""
 
@@ -115,7 +115,9 @@ class HostRows:
     def rows(self) -> Tensor:
         """[n, *] what was added. ValueError if `add` was never called, so that no shape is known."""
         if self._buffer is None:
-            raise ValueError("got the rows of a HostRows that nothing was added to; expected at least one call of add")
+            raise ValueError(
+                "got the rows of a HostBuffer that nothing was added to; expected at least one call of add"
+            )
         return self._buffer[: self._count]
 
 

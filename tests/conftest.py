@@ -1,10 +1,12 @@
 """Fixtures shared by all tests."""
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.helpers.forks import Forks
 from tests.helpers.tiny import tiny_sd3, tiny_sd15
 
 
@@ -16,6 +18,14 @@ def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_sd15_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_sd15(tmp_path_factory.mktemp("tiny") / "sd15")
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    """Runs programs, also in several processes, without the seconds that an interpreter needs to import."""
+    forks = Forks()
+    yield forks
+    forks.close()
 
 
 @pytest.fixture

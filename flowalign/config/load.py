@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import reduce
+from functools import cache, reduce
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from rewards import Reward
 from rewards.base import spec_of
 
 
+@cache
 def parser(kind: type = TrainConfig) -> ArgumentParser:
     parser = ArgumentParser(exit_on_error=False, prog="flowalign train", allow_abbrev=False)
     parser.add_argument("--config", action="config")
@@ -128,7 +129,7 @@ def _made(node: yaml.Node, kind: type) -> tuple[dict[str, Any], dict[str, Any]]:
         reader = parser(kind)
         with own_rules():
             namespace = reader.parse_args(["--config", text])
-            plain = yaml.safe_load(reader.dump(namespace, skip_unset=False))
+            plain = yaml.safe_load(reader.dump(namespace, skip_unset=False, skip_validation=True))  # it has just been
             objects = reader.instantiate(namespace)
     except ConfigError as error:
         raise ConfigError(located(str(error), node)) from error

@@ -39,6 +39,7 @@ class PolicySettings:
     reference_copy: bool = False
     offload: list[Literal["encoders", "vae"]] = field(default_factory=list)
     decode_batch: int | None = None
+    vae_tiling: bool = False
     gradient_checkpointing: bool = False
     compile: bool = False
     attention: str | None = None

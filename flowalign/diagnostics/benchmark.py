@@ -149,8 +149,8 @@ def bare_network(task: Task, prompts: Sequence[PromptRecord], repeats: int = 3) 
     rollout guides them: the fastest of `repeats`. Of a policy that trains full weights: the network itself."""
     policy, settings = task.policy, task.rollout
     shape = policy.latent_shape(task.size)
-    conditions = policy.encode(prompts[:1], negative=policy.rows_per_state(settings.guidance_scale) > 1)
     rows_per_state = policy.rows_per_state(settings.guidance_scale)
+    conditions = policy.encode(prompts[:1], negative=rows_per_state > 1, size=task.size)
     adapted = any(".lora_" in name for name, _ in policy.trainable_parameters())
 
     def called(states: int) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from torch.optim import Optimizer
 
 from flowalign.distributed.processes import Processes
 from flowalign.storage.sharded import whole
+
+# what lies in equal parts on the devices: gradients and optimizer state (ZeRO-2), or the networks and all that follows (FSDP2)
+Sharding = Literal["none", "optimizer", "networks"]
 
 
 class Stepper(Protocol):

@@ -33,7 +33,7 @@ class Footprint:
         self._policy = load_policy(  # "none" for full weights: as the network computes, whatever its master weights are
             pipeline, lora=replace(settings.lora, init=None) if self.has_lora else None,
             trainable="lora" if self.has_lora else "none", family=settings.family,
-            max_sequence_length=settings.max_sequence_length, options=settings.options,
+            max_sequence_length=settings.max_sequence_length, options=settings.options, vae_tiling=settings.vae_tiling,
         )  # fmt: skip
         networks = list(self._policy.modules().values())
         if not self.has_lora:
@@ -47,6 +47,7 @@ class Footprint:
         self._latent = torch.empty(1, *self._policy.latent_shape(settings.size), device="meta")
         self.latent = FP32 * self._latent.numel()
         self.pixels = FP32 * 3 * settings.height * settings.width * settings.frames
+        self._size = settings.size
         self._record = load_prompts(config.prompts)[0]
         self._states: dict[tuple[float, bool | None], int] = {}
 
@@ -76,11 +77,11 @@ class Footprint:
     @cached_property
     def encode(self) -> int:
         """While one prompt is encoded."""
-        return forward_bytes(lambda: self._policy.encode([self._record], together=True))
+        return forward_bytes(lambda: self._policy.encode([self._record], together=True, size=self._size))
 
     @cached_property
     def _conditions(self) -> Conditions:
-        return self._policy.encode([self._record], negative=True)
+        return self._policy.encode([self._record], negative=True, size=self._size)
 
     @property
     def row(self) -> int:

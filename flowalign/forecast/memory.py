@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 
 from flowalign.config import TrainConfig
+from flowalign.distributed.stepper import Sharding
 from flowalign.errors import ConfigError
 from flowalign.forecast.footprint import FP32, Footprint
 from flowalign.models.pipeline_policy import DECODE_BATCH
 from flowalign.rollouts.rolling import outline
+from flowalign.rollouts.task import may_overlap
 from rewards import Reward
 
 GIB = 2**30
@@ -20,6 +22,7 @@ CONTEXT = GIB // 2  # of CUDA and its libraries, which no tensor shows
 # fp32 latents of a rollout on a device: of each state of two generations, and of each that is stepped at once
 GENERATIONS, STEPPED = 2, 6
 OPTIMIZED = 3 * FP32  # a gradient and AdamW's two moments
+ZERO2 = OPTIMIZED + FP32  # DeepSpeed steps a copy of its part of the weights
 REWARDS = {"cpu": 0, "S": 0, "M": 2, "L": 8, "XL": 20}  # RewardSpec.memory -> the least GiB of its class
 
 
@@ -35,12 +38,12 @@ class Phase:
 @dataclass(frozen=True, eq=False)
 class Memory:
     """Of one of `devices` devices, in bytes, for a configuration. A lower bound: the activations of rewards, fragmentation and the
-    buckets of several processes come on top. sharded: the networks lie in equal parts on all devices, and so does what follows from weights that are trained (FSDP2)."""
+    buckets of several processes come on top."""
 
     config: TrainConfig
     footprint: Footprint
     devices: int = 1
-    sharded: bool = False
+    sharding: Sharding = "none"
 
     @cached_property
     def always(self) -> dict[str, float]:
@@ -49,12 +52,13 @@ class Memory:
         roles = config.roles.values()
         trained = 1 + sum(role.update == "trained" for role in roles)
         copies = len(roles) + (0 if own.has_lora else settings.reference_copy)
-        weights, parts = own.weights(settings), self.devices if self.sharded else 1
+        weights, parts = own.weights(settings), self.devices if self.sharding == "networks" else 1
         held = 1 if own.has_lora else parts  # adapters stay whole
+        stepped = ZERO2 / self.devices if self.sharding == "optimizer" else OPTIMIZED / held
         return {
             "weights": weights / parts,
             "LoRA" if own.has_lora else "copies": own.copy * (copies + own.has_lora) / held,
-            "optimizer": OPTIMIZED * own.numbers * trained / held,
+            "optimizer": stepped * own.numbers * trained,
             "EMA": 0 if config.run.ema_decay is None else FP32 * own.numbers / held,
             "text encoders": 0 if "encoders" in settings.offload else own.encoders,
             "VAE": 0 if "vae" in settings.offload else own.vae,
@@ -75,11 +79,13 @@ class Memory:
         away = own.encoders if "encoders" in settings.offload else 0
         state, measured = own.state(rollout.guidance_scale), own.state(scale)
         in_flight = (GENERATIONS * self.widest + STEPPED * rows) * own.latent
+        decoding = vae + decoded * own.decode + 2 * rows * own.pixels
         return [
             Phase("encode", away + own.encode, "one prompt"),
-            Phase("rollout", rows * state + in_flight + self.conditions,
-                  f"{rows} states × {_size(state)}, latents {_size(in_flight)}"),
-            Phase("decode", vae + decoded * own.decode + 2 * rows * own.pixels + self.conditions,
+            Phase("rollout", rows * state + in_flight + self.conditions + decoding * self.overlaps,
+                  f"{rows} states × {_size(state)}, latents {_size(in_flight)}"
+                  + f", beside them decode {_size(decoding)}" * self.overlaps),
+            Phase("decode", decoding + self.conditions,
                   f"{decoded} images × {_size(own.decode)}"),
             self._update(vae),
             Phase("evaluation", max(batch * measured + (GENERATIONS + STEPPED) * batch * own.latent,
@@ -90,17 +96,18 @@ class Memory:
     def _update(self, vae: int) -> Phase:
         config, own = self.config, self.footprint
         update = config.trainer.forecast(config.rollout)
-        if update.at_once is None:
+        if update.micro_batch is None:
             return Phase("update", self.conditions, "activations not known")
         scale = config.rollout.guidance_scale if update.guidance_scale is None else update.guidance_scale
         checkpointing = config.policy.gradient_checkpointing
         state = own.trained_state(scale, checkpointing)
-        rows = min(update.at_once, -(-update.trained // (update.updates * self.devices)))
+        rows = min(update.micro_batch * update.held, -(-update.trained // (update.updates * self.devices)))
         figure = f"{rows} states × {_size(state)}" + (", checkpointed" if checkpointing else "")
         needed = rows * state + self.conditions
-        if update.decoded_at_once:
-            needed += vae + update.decoded_at_once * own.decode_with_gradient
-            figure += f", {update.decoded_at_once} images × {_size(own.decode_with_gradient)}"
+        if update.decoded:
+            images = update.micro_batch * update.decoded
+            needed += vae + images * own.decode_with_gradient
+            figure += f", {images} images × {_size(own.decode_with_gradient)}"
         return Phase("update", needed, figure)
 
     @property
@@ -114,6 +121,16 @@ class Memory:
         rollout = self.config.rollout
         generation = max(len(nodes) for nodes in outline(rollout).tree.generations)
         return min(self.groups, rollout.chunk or self.groups) * generation
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether a chunk is decoded while the next one is rolled out."""
+        config, chunk = self.config, self.config.rollout.chunk
+        return (
+            chunk is not None
+            and chunk < self.groups
+            and may_overlap(config.rollout, config.reward, config.process_rewards)
+        )
 
     @property
     def conditions(self) -> float:
@@ -141,12 +158,12 @@ class Memory:
 
 
 def state_memory(
-    config: TrainConfig, room: float | None, say: Callable[[str], None], devices: int = 1, *, sharded: bool = False
+    config: TrainConfig, room: float | None, say: Callable[[str], None], devices: int = 1, sharding: Sharding = "none"
 ) -> None:
     """Says what each phase needs of one device; ConfigError if that cannot fit into its `room` bytes (None: not known). A network that
     cannot be measured without numbers is said, and never refused."""
     try:
-        memory = Memory(config, Footprint(config), config.run.device_count or devices, sharded)
+        memory = Memory(config, Footprint(config), config.run.device_count or devices, sharding)
         lines = text(memory, room)
     except Exception as error:  # of a family's own code, which may ask for numbers
         say(f"memory: not known, since the network cannot run on shapes alone ({type(error).__name__}: {error})")
@@ -175,7 +192,7 @@ def check(memory: Memory, room: float) -> None:
     always = sum(memory.always.values())
     advice = f"set {' '.join(found)}" if found else (
         "none of decode_batch, offload, gradient_checkpointing, smaller batches, chunk and quantization is enough: take a larger device or "
-        "a smaller size, or shard the network (configs/accelerate/fsdp2.yaml)"
+        "a smaller size, set policy.vae_tiling=true where a decode is too large (its pixels differ), or shard the network (configs/accelerate/fsdp2.yaml)"
     )  # fmt: skip
     raise ConfigError(
         f"got a configuration whose {phase.name} needs at least {_size(always + phase.needed)} ({phase.figure}; {_size(always)} are always there); "
@@ -231,9 +248,8 @@ def _checkpointing(config: TrainConfig) -> Changes:
 
 def _trained_at_once(config: TrainConfig) -> Changes:
     """Costs speed below some tens of thousands of tokens; so do the next two. A trainer need not have it."""
-    trainer = config.trainer
-    if is_dataclass(trainer) and "micro_batch" in {each.name for each in fields(trainer)}:
-        yield from _halved(config, "trainer", "micro_batch", vars(trainer)["micro_batch"])
+    size = config.trainer.forecast(config.rollout).micro_batch
+    return iter(()) if size is None else _halved(config, "trainer", "micro_batch", size)
 
 
 def _rolled_at_once(config: TrainConfig) -> Changes:
@@ -245,8 +261,12 @@ def _evaluated_at_once(config: TrainConfig) -> Changes:
 
 
 def _chunk(config: TrainConfig) -> Changes:
-    """Costs smaller last calls of each generation."""
-    return _halved(config, "rollout", "chunk", config.rollout.chunk or config.rollout.groups)
+    """Costs smaller last calls of each generation, and that nothing overlaps, which takes the memory of both."""
+    serial = _with(config, "rollout", "overlap", False)
+    if config.rollout.chunk is not None and config.rollout.overlap is not False:
+        yield "rollout.overlap=false", serial
+    for override, smaller in _halved(serial, "rollout", "chunk", config.rollout.chunk or config.rollout.groups):
+        yield f"{override} rollout.overlap=false", smaller
 
 
 def _quantization(config: TrainConfig) -> Changes:

@@ -7,6 +7,8 @@ prompt, and pre-training draws its quadruples around them.
 
 import hashlib
 import re
+from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple, TypedDict
 
 INKS = {"red": (200, 0, 0), "green": (0, 120, 0), "blue": (0, 0, 220), "black": (0, 0, 0)}
@@ -67,7 +69,8 @@ def held_out_prompts() -> list[GlyphsPrompt]:
     return _records(_words()[:HELD_OUT_WORDS])
 
 
-def _words() -> list[str]:
+@cache
+def _words() -> tuple[str, ...]:
     """Distinct pseudo-random words, held-out words first."""
     words: dict[str, None] = {}
     counter = 0
@@ -76,10 +79,10 @@ def _words() -> list[str]:
         code = int.from_bytes(digest, "big")  # 64 bits: the bias of the remainder is below 1e-13
         words["".join(LETTERS[code // 26**place % 26] for place in range(WORD_LENGTH))] = None
         counter += 1
-    return list(words)
+    return tuple(words)
 
 
-def _records(words: list[str]) -> list[GlyphsPrompt]:
+def _records(words: Sequence[str]) -> list[GlyphsPrompt]:
     """One record per word; color pairs cycle, so every pair is equally frequent."""
     pairs = [(ink, paper) for ink in INKS for paper in PAPERS]
     records: list[GlyphsPrompt] = []

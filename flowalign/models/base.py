@@ -191,9 +191,9 @@ class Policy(Protocol):
         pipeline has for size, guidance and negative prompt."""
         ...
 
-    def pipeline_inputs(self, records: Sequence[PromptRecord], guidance_scale: float) -> dict[str, Any]:
+    def pipeline_inputs(self, records: Sequence[PromptRecord], guidance_scale: float, size: Size) -> dict[str, Any]:
         """Arguments of the pipeline's own call that say the prompts, the negative prompts that guidance needs, and the source
-        images of these records."""
+        images of these records, fitted to `size` as `encode` fits them."""
         ...
 
     def to_pipeline(self, latents: Tensor) -> Tensor:
@@ -246,9 +246,11 @@ class Model(Protocol):
         """See Policy; not bound to a path."""
         ...
 
-    def encode(self, records: Sequence[PromptRecord], size: Size | None) -> Conditions:
+    def encode(self, records: Sequence[PromptRecord], size: Size | None, negative: bool) -> Conditions:
         """One row per record, from its `prompt` and `images` alone, on the encoders' device, which is where they are now. All
-        rows that there can be have one shape for one size of what is generated, whatever the prompt's length."""
+        rows that there can be have one shape for one size of what is generated, whatever the prompt's length.
+
+        negative: the prompts are those that guidance starts from, which some pipelines encode in another way."""
         ...
 
     def velocity(
@@ -288,7 +290,7 @@ class Model(Protocol):
         ...
 
     def pipeline_inputs(
-        self, records: Sequence[PromptRecord], negatives: Sequence[PromptRecord] | None
+        self, records: Sequence[PromptRecord], negatives: Sequence[PromptRecord] | None, size: Size
     ) -> dict[str, Any]:
         """See Policy. negatives: the same records with their negative prompts as `prompt`; None: none are needed."""
         ...
@@ -321,6 +323,7 @@ class Family:
     path: the noising law from the scheduler's configuration (with "_class_name"), ValueError for a scheduler whose steps the
     rollout cannot repeat. latent_shape: of one latent, from the components' configurations; ValueError for a size that the
     model cannot make. rows_per_state: see Policy. source_images: the least and the most of them that a record may have.
+    own_fit: whether the pipeline fits source images itself, each in its own aspect ratio; if not, they are fitted to what is generated.
     negative_prompts: whether the pipeline's call takes a negative prompt; if not, guidance starts from "".
     load_arguments: extra arguments of `from_pretrained`, from model_index.json. load_lora: Python that loads what `Model.save_lora` wrote
     into a folder, given as Python, into `pipe`. variant: fields of this which a checkpoint's model_index.json changes, such as the rows of a
@@ -335,6 +338,7 @@ class Family:
     latent_shape: Callable[[Size, Configs], tuple[int, ...]]
     rows_per_state: Callable[[float], int]
     source_images: tuple[int, int] = (0, 0)
+    own_fit: bool = False
     negative_prompts: bool = True
     load_arguments: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda index: {}
     load_lora: Callable[[str], list[str]] = lambda folder: [f"pipe.load_lora_weights({folder})"]

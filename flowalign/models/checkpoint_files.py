@@ -90,15 +90,21 @@ def check_files(
             )
         if "Tokenizer" in kind:
             _check_tokenizer(place)
+        elif "Processor" in kind:
+            _check_json(place, f"a part of the {name}")
         elif "Scheduler" in kind:
             read_json(place / "scheduler_config.json", f"the configuration of the {name}")
         elif library in WEIGHTS:
             _check_weights(place, name, library, kind)
 
 
-def _check_tokenizer(place: Path) -> None:
+def _check_json(place: Path, what: str) -> None:
     for file in sorted(place.glob("*.json")):
-        read_json(file, "a part of the tokenizer")
+        read_json(file, what)
+
+
+def _check_tokenizer(place: Path) -> None:
+    _check_json(place, "a part of the tokenizer")
     has = {file.name for file in place.iterdir() if file.is_file() and file.stat().st_size}
     if not (has & {"tokenizer.json", "spiece.model", "tokenizer.model"} or {"vocab.json", "merges.txt"} <= has):
         raise ValueError(

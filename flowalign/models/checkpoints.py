@@ -15,10 +15,18 @@ from flowalign.models.shipped import SHIPPED, resolve
 
 # pipeline class named in model_index.json -> its family, imported when it is used
 FAMILIES = {
+    "QwenImagePipeline": "flowalign.models.families.qwen_image.FAMILY",
+    "QwenImageEditPipeline": "flowalign.models.families.qwen_image_edit.FAMILY",
+    "QwenImageEditPlusPipeline": "flowalign.models.families.qwen_image_edit.PLUS",
     "StableDiffusion3Pipeline": "flowalign.models.families.sd3.FAMILY",
+    "FluxPipeline": "flowalign.models.families.flux1.FAMILY",
+    "FluxKontextPipeline": "flowalign.models.families.flux1.KONTEXT",
     "StableDiffusionPipeline": "flowalign.models.families.sd15.FAMILY",
     "Flux2KleinPipeline": "flowalign.models.families.flux2_klein.FAMILY",
     "ZImagePipeline": "flowalign.models.families.z_image.FAMILY",
+    "SanaPipeline": "flowalign.models.families.sana.FAMILY",
+    "StableDiffusionXLPipeline": "flowalign.models.families.sdxl.FAMILY",
+    "HunyuanVideoPipeline": "flowalign.models.families.hunyuan_video.FAMILY",
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from flowalign.models.lora_start import lora_files
 from flowalign.models.roles import Role
 from flowalign.models.shipped import resolve
 from flowalign.models.switches import Switches
+from flowalign.models.vae_tiles import check_tiling
 from samplers import Path as NoisingPath
 
 
@@ -70,7 +72,8 @@ def check_lora_targets(path: str, targets: Sequence[str] | None, family: str | N
 
 
 def count_lora_numbers(path: str, lora: LoRA, family: str | None = None) -> int:
-    """How many numbers the LoRA has, from the networks' configs alone: rank · (inputs + outputs) of each layer."""
+    """How many numbers the LoRA has, from the networks' configs alone: rank · (inputs + outputs) of each layer. ValueError if a
+    target matches none."""
     _, known = inspect_checkpoint(path, family)
     layers = [
         network.get_submodule(module)
@@ -128,6 +131,13 @@ def check_switches(path: str, switches: Switches, family: str | None = None) -> 
     """ValueError for switches that a network or this machine cannot do; from the configurations alone."""
     if switches != Switches():
         switches.check(empty_networks(path, inspect_checkpoint(path, family)[1]))
+
+
+def check_vae_tiling(path: str, tiling: bool, family: str | None = None) -> None:
+    """ValueError for tiles of a VAE that has none; by its class in model_index.json alone."""
+    if tiling:
+        library, kind = inspect_checkpoint(path, family)[0]["vae"]
+        check_tiling(getattr(importlib.import_module(library), kind))
 
 
 def check_options(family: Family, max_sequence_length: int | None, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -86,7 +86,13 @@ class Conditions:
 
     @staticmethod
     def cat(parts: Sequence[Conditions]) -> Conditions:
-        """All rows of all parts; ValueError if some have negatives and others have none."""
+        """All rows of all parts; ValueError if some have negatives and others have none, or their rows differ in shape."""
+        shapes = [{name: list(tensor.shape[1:]) for name, tensor in part.tensors.items()} for part in parts]
+        if different := [found for found in shapes if found != shapes[0]]:
+            raise ValueError(
+                f"got conditions of the shapes {shapes[0]} and {different[0]}; expected one shape: give all prompts equally many "
+                "source images of one aspect ratio"
+            )
         tensors = {name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors}
         negatives = [part.negative for part in parts if part.negative is not None]
         if negatives and len(negatives) < len(parts):

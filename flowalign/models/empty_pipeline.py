@@ -20,8 +20,8 @@ from flowalign.models.shipped import resolve
 def empty_pipeline(
     path: str, family: str | None = None, *, dtype: str = "fp32", vae_dtype: str | None = None
 ) -> DiffusionPipeline:
-    """As `read_pipeline`, but no weight is read or allocated. Tokenizers and scheduler are real, and so are the texts' embeddings,
-    all 0: what a family makes of token ids and masks may depend on their values."""
+    """As `read_pipeline`, but no weight is read or allocated. Tokenizers and scheduler are real, and so are the texts' embeddings
+    and the latents of source images, all 0: what a family makes of token ids and masks may depend on their values."""
     index, known = inspect_checkpoint(path, family)
     parts: dict[str, Any] = {}
     for name, entry in index.items():
@@ -30,7 +30,9 @@ def empty_pipeline(
     for name, part in parts.items():
         if isinstance(part, nn.Module):
             nn.Module.to(part, DTYPES[(vae_dtype or dtype) if name == "vae" else dtype])  # that of diffusers warns
-            if name != "vae" and name not in known.networks:
+            if name == "vae":
+                _encode_to_the_cpu(part)
+            elif name not in known.networks:
                 _answer_on_the_cpu(part)
     taken = inspect.signature(known.pipeline.__init__).parameters
     settings = {name: value for name, value in index.items() if name in taken and isinstance(value, bool)}
@@ -51,12 +53,36 @@ def _part(path: str, name: str, library: str, kind: str) -> Any:
         return cls(cls.config_class.from_pretrained(resolve(path), subfolder=name, attn_implementation="eager"))
 
 
+IMAGES = (
+    "pixel_values",
+    "image_grid_thw",
+)  # a forward looks into their numbers; their tokens stand among the ids already
+
+
 def _answer_on_the_cpu(encoder: nn.Module) -> None:
-    """From now on the encoder says that it is on the CPU, runs on the meta device, and answers zeros on the CPU."""
+    """From now on the encoder says that it is on the CPU, runs on the meta device, and answers zeros on the CPU. Not kept: what it makes
+    of images, whose tokens are as texts."""
     dtype = next(encoder.parameters()).dtype
     encoder.register_parameter("place", Parameter(torch.empty(0, dtype=dtype)))  # the first tells the device
-    encoder.register_forward_pre_hook(lambda module, args, kwargs: tree_map(_emptied, (args, kwargs)), with_kwargs=True)
+    encoder.register_forward_pre_hook(_blind, with_kwargs=True)
     encoder.register_forward_hook(lambda module, args, output: tree_map(_zeros, output))
+
+
+def _blind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    seen = {name: value for name, value in kwargs.items() if name not in IMAGES}
+    return tree_map(_emptied, (args, seen))
+
+
+def _encode_to_the_cpu(vae: Any) -> None:
+    """From now on `vae.encode` gives a posterior of zeros on the CPU."""
+    encode = vae.encode
+
+    def zeros(x: Tensor) -> Any:
+        found = encode(x)
+        found.latent_dist = type(found.latent_dist)(_zeros(found.latent_dist.parameters))
+        return found
+
+    vae.encode = zeros
 
 
 def _emptied(value: Any) -> Any:

@@ -39,7 +39,7 @@ def pipeline_latents(
     """The latents after the last step of the call of `pipeline_call`, from unit noise [n, *latent_shape], a row per record, in
     fp32; the pipeline is set up already. Not what the call gives: some denormalize that, which cannot be undone exactly."""
     _, arguments = pipeline_call(policy, sampling)
-    inputs = policy.pipeline_inputs(records, sampling.guidance_scale)
+    inputs = policy.pipeline_inputs(records, sampling.guidance_scale, sampling.size)
     found: dict[str, Tensor] = {}
 
     def keep(pipeline: DiffusionPipeline, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

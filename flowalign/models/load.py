@@ -13,7 +13,14 @@ from torch import nn
 from flowalign.models.base import Family, Policy, Sampling
 from flowalign.models.checkpoint_files import check_finite
 from flowalign.models.checkpoints import empty_networks, family_of, inspect_checkpoint
-from flowalign.models.checks import check_checkpoint, check_options, check_rows_of, check_switches, path_of
+from flowalign.models.checks import (
+    check_checkpoint,
+    check_options,
+    check_rows_of,
+    check_switches,
+    check_vae_tiling,
+    path_of,
+)
 from flowalign.models.lora import ADAPTER, LoRA, activate, base_adapters, lora_layers
 from flowalign.models.lora_start import add_policy_lora
 from flowalign.models.pipeline_policy import PROMPT_STORE_BYTES, Offloadable, PipelinePolicy
@@ -22,6 +29,7 @@ from flowalign.models.sampling import defaults_of
 from flowalign.models.shipped import resolve
 from flowalign.models.switches import Switches
 from flowalign.models.trained_networks import TrainedNetworks
+from flowalign.models.vae_tiles import check_tiling
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -58,6 +66,11 @@ def read_pipeline(
             f"{error}); expected a pipeline that {known.pipeline.__name__}.from_pretrained reads: save or download it anew"
         ) from error
     pipeline.set_progress_bar_config(disable=True)
+    for name, part in pipeline.components.items():
+        if isinstance(part, nn.Module) and name not in parts:
+            part.requires_grad_(
+                False
+            )  # torch's convolutions round otherwise where weights ask for a gradient, even without one
     return pipeline
 
 
@@ -85,6 +98,7 @@ def load_policy(
     attention: str | None = None,
     fixed_rows: int | None = None,
     quantization: Quantization | None = None,
+    vae_tiling: bool = False,
 ) -> Policy:
     """Loads a pipeline, or takes a live one, as a policy. One that is loaded onto a CUDA device lets the process's fp32 products
     there run in TF32.
@@ -96,7 +110,7 @@ def load_policy(
     import path of a `Family` of your own. max_sequence_length, options: see the family's model; the latter are its own, such as guidance_scale_2 of Wan 2.2. seed: of the adapters' initial weights.
     device: "cpu" by default. network_device: the trained networks' device if it is not `device` (see
     flowalign.distributed.fsdp2); on "meta" they are not read. reference_copy: keeps a frozen copy of the networks, the reference of a full fine-tuning with
-    a KL. offload, decode_batch, prompt_store: see PipelinePolicy. sampling: how the policy generates where a call does not
+    a KL. offload, decode_batch, vae_tiling, prompt_store: see PipelinePolicy. sampling: how the policy generates where a call does not
     say; by default as the pipeline's own call.
 
     gradient_checkpointing: blocks of networks and VAE store no activations, their backward computes them again. compile: each
@@ -115,6 +129,7 @@ def load_policy(
         check_quantization(quantization, trainable, torch.device(device).type == "cuda")
         check_checkpoint(path, family)
         check_switches(path, switches, family)
+        check_vae_tiling(path, vae_tiling, family)
         path_of(path, family)  # refuses a scheduler before the weights are read
         _, known = inspect_checkpoint(path, family)
         shapes = _shapes(path, known, dtype, master_weights) if network_device == "meta" else {}
@@ -135,6 +150,8 @@ def load_policy(
     options = check_options(known, max_sequence_length, options or {})
     model = known.model(pipeline, **options)
     switches.check(model.networks)
+    if vae_tiling:
+        check_tiling(type(model.vae))
     if fixed_rows is not None:
         check_rows_of(fixed_rows, known)
     for name, network in model.networks.items():
@@ -162,6 +179,7 @@ def load_policy(
         model, known, trained, sampling=sampling or defaults_of(pipeline, configs), negative_prompt=negative_prompt,
         device=device or model.vae.device, offload=offload, decode_batch=decode_batch, prompt_store=prompt_store,
         autocast=torch.bfloat16 if master_weights else None, switches=switches, fixed_rows=fixed_rows,
+        vae_tiling=vae_tiling,
     )  # fmt: skip
 
 

@@ -26,6 +26,7 @@ from flowalign.models.roles import Role
 from flowalign.models.sampling import in_batches, settle
 from flowalign.models.switches import Switches, graphs_counted
 from flowalign.models.trained_networks import TrainedNetworks, recomputed
+from flowalign.models.vae_tiles import tiled
 from flowalign.storage.sharded import whole
 from samplers import Schedule
 
@@ -39,7 +40,8 @@ class PipelinePolicy:
 
     device: where conditions go, and parts that are offloaded while they work. offload: parts that are on the CPU while they do
     not work (of a VAE that has decoded with a gradient, until it decodes again: its backward comes later). decode_batch:
-    latents or images per call of the VAE; None is all at once on the CPU, 4 elsewhere. prompt_store: bytes of encoded prompts that
+    latents or images per call of the VAE; None is all at once on the CPU, 4 elsewhere. vae_tiling: the VAE takes what is larger than
+    its tiles in overlapping ones, each alone; the result differs from that without tiles. prompt_store: bytes of encoded prompts that
     are kept, on the CPU. autocast: what the networks multiply in, of weights that stay fp32; None: in the dtype of their weights.
     switches: of the networks; gradient_checkpointing also of the VAE, if diffusers can. fixed_rows: states of every network
     call: more are split, fewer padded; None: as many as there are."""
@@ -48,7 +50,7 @@ class PipelinePolicy:
         self, model: Model, family: Family, trained: TrainedNetworks, *, negative_prompt: str = "",
         device: str | torch.device = "cpu", offload: Sequence[Offloadable] = (), decode_batch: int | None = None,
         prompt_store: int = PROMPT_STORE_BYTES, sampling: Sampling | None = None, autocast: torch.dtype | None = None,
-        switches: Switches | None = None, fixed_rows: int | None = None,
+        switches: Switches | None = None, fixed_rows: int | None = None, vae_tiling: bool = False,
     ) -> None:  # fmt: skip
         check_negative_prompts([negative_prompt], family)
         self.model = model
@@ -62,7 +64,8 @@ class PipelinePolicy:
         self._autocast = autocast
         self._devices: tuple[torch.device, torch.device] | None = None  # of the first weight, of the network
         self._decode_batch = decode_batch
-        self._prompts = PromptStore(lambda record, size: model.encode([record], size), prompt_store)
+        self._prompts = PromptStore(lambda record, *how: model.encode([record], *how), prompt_store)
+        self._vae_tiling = vae_tiling
         self._switches = switches or Switches()
         self._fixed_rows = fixed_rows
         self._recomputed = recomputed(trained)
@@ -108,17 +111,28 @@ class PipelinePolicy:
     ) -> Conditions:
         check_source_images(records, self._family)
         check_negative_prompts([record.negative_prompt for record in records], self._family)
-        negatives = [self._negative(record) for record in records] if negative else []
+        asked = [(list(records), False)]
+        if negative:
+            asked.append(([self._negative(record) for record in records], True))
         if size is None and self.sampling is not None:
             size = self.sampling.size
         if together:
-            with self._at_work("encoders"):
-                parts = [self.model.encode(rows, size).to(self._device) for rows in (list(records), negatives) if rows]
+            with self._encoding(records):
+                parts = [self.model.encode(rows, size, kind).to(self._device) for rows, kind in asked]
         else:
-            new = self._prompts.missing([*records, *negatives], size)
-            with self._at_work("encoders") if new else nullcontext():
-                parts = [self._prompts.conditions(rows, size).to(self._device) for rows in (records, negatives) if rows]
+            new = [record for rows, kind in asked for record in self._prompts.missing(rows, size, kind)]
+            with self._encoding(new):
+                parts = [self._prompts.conditions(rows, size, kind).to(self._device) for rows, kind in asked]
         return Conditions(parts[0].tensors, parts[1] if negative else None)
+
+    @contextmanager
+    def _encoding(self, records: Sequence[PromptRecord]) -> Iterator[None]:
+        """Inside, what encodes these is at work; source images go through the VAE."""
+        with (
+            self._at_work("encoders") if records else nullcontext(),
+            self._at_work("vae") if any(record.images for record in records) else nullcontext(),
+        ):
+            yield
 
     def _negative(self, record: PromptRecord) -> PromptRecord:
         own = record.negative_prompt
@@ -188,7 +202,8 @@ class PipelinePolicy:
             return self._decoded(latents).clamp(0, 1)
 
     def _decoded(self, latents: Tensor) -> Tensor:
-        return torch.cat([self.model.decode(part).float() * 0.5 + 0.5 for part in self._slices(latents)])
+        with self._tiles():
+            return torch.cat([self.model.decode(part).float() * 0.5 + 0.5 for part in self._slices(latents)])
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
@@ -201,7 +216,7 @@ class PipelinePolicy:
         low, high = (float(bound) for bound in images.aminmax())
         if not (low >= 0 and high <= 1):  # also nan
             raise ValueError(f"got pixels in [{low:g}, {high:g}]; expected [0, 1]")
-        with self._at_work("vae"):
+        with self._at_work("vae"), self._tiles():
             parts = [self.model.encode_images(part * 2 - 1).float() for part in self._slices(images.float())]
         latents = torch.cat(parts)
         if latents.shape[1:] != shape:
@@ -210,6 +225,9 @@ class PipelinePolicy:
                 "encode_images and latent_shape must agree"
             )
         return latents
+
+    def _tiles(self) -> AbstractContextManager[None]:
+        return tiled(self.model.vae) if self._vae_tiling else nullcontext()
 
     def _slices(self, rows: Tensor) -> tuple[Tensor, ...]:
         on_cpu = self.model.vae.device.type == "cpu"
@@ -312,14 +330,16 @@ class PipelinePolicy:
                 found.save_pretrained(folder / name)
 
     def pipeline_setup(self) -> list[str]:
-        return self.model.pipeline_setup()
+        tiles = ["pipe.vae.enable_tiling()"] if self._vae_tiling else []
+        return [*self.model.pipeline_setup(), *tiles]
 
     def pipeline_arguments(self, guidance_scale: float, size: Size) -> dict[str, Any]:
         return self.model.pipeline_arguments(guidance_scale, size, self.negative_prompt)
 
-    def pipeline_inputs(self, records: Sequence[PromptRecord], guidance_scale: float) -> dict[str, Any]:
+    def pipeline_inputs(self, records: Sequence[PromptRecord], guidance_scale: float, size: Size) -> dict[str, Any]:
         guided = self.rows_per_state(guidance_scale) > 1
-        return self.model.pipeline_inputs(records, [self._negative(record) for record in records] if guided else None)
+        negatives = [self._negative(record) for record in records] if guided else None
+        return self.model.pipeline_inputs(records, negatives, size)
 
     def to_pipeline(self, latents: Tensor) -> Tensor:
         return self.model.to_pipeline(latents)

@@ -50,7 +50,8 @@ def defaults_of(pipeline: DiffusionPipeline, networks: Configs) -> Sampling | No
         return own
     parameters = inspect.signature(type(pipeline).__call__).parameters
     call: dict[str, Any] = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
-    steps, guidance = call.get("num_inference_steps"), call.get("guidance_scale")
+    steps = call.get("num_inference_steps")
+    guidance = call.get("guidance_scale") or call.get("true_cfg_scale")  # that of Qwen-Image, which ignores the other
     own = vars(pipeline)
     latent = next((config["sample_size"] for config in networks.values() if config.get("sample_size")), None)
     latent, factor = latent or own.get("default_sample_size"), own.get("vae_scale_factor")

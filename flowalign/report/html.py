@@ -79,7 +79,11 @@ def load_snippet(run_folder: Path, pipeline: dict[str, Any]) -> str:
     helpers, result = [], ".images[0]"
     keep = 'image.save("image.png")'
     if pipeline.get("source_images"):
-        helpers, lines = ["load_image"], ['    image=load_image("source.png"),', *lines]
+        # Lanczos, as `fitted_images`, where the pipeline does not fit them itself
+        fitted = (
+            "" if pipeline.get("own_fit") else f".resize(({arguments['width']}, {arguments['height']}), resample=1)"
+        )
+        helpers, lines = ["load_image"], [f'    image=load_image("source.png"){fitted},', *lines]
     if "num_frames" in arguments:
         helpers, result = [*helpers, "export_to_video"], ".frames[0]"
         keep = f'export_to_video(image, "video.mp4", fps={pipeline.get("fps") or 16})'

@@ -64,6 +64,7 @@ def summarize_stopped(
             "arguments": arguments,
             "load_lora": family.load_lora(FOLDER),
             "source_images": family.source_images[0],
+            "own_fit": family.own_fit,
             "fps": settings.fps,
         },
     }

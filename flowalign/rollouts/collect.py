@@ -17,7 +17,7 @@ from flowalign.rollouts.guidance import measured
 from flowalign.rollouts.judging import Judging
 from flowalign.rollouts.metrics import cost_metrics, own_samples, process_metrics, reward_metrics
 from flowalign.rollouts.rolling import Rolling, at_nodes, grow, leaves_per_group
-from flowalign.rollouts.task import Rollout, Task
+from flowalign.rollouts.task import Rollout, Task, may_overlap
 from flowalign.rollouts.tree_plot import plot_tree
 from rewards import Reward, RewardOutput
 from rewards.answers import at_rows, cat
@@ -68,8 +68,8 @@ def collect(
 
     keep_velocities: the forest keeps the rollout's own velocities, as the role "old". roll: another engine with the
     arguments of `rollout`. Each process rolls out whole groups, its share; what is returned is the batch of all.
-    A reward that is elsewhere scores some groups while the next are rolled out, unless the rollout asks rewards on its way
-    itself (a plan that selects, reward guidance). Groups without the score of a leaf are rolled out again, with other noise,
+    A reward that is elsewhere scores some groups while the next are rolled out, and with rollout.chunk any reward may (see
+    rollout.overlap), unless the rollout asks rewards on its way itself (a plan that selects, reward guidance). Groups without the score of a leaf are rolled out again, with other noise,
     up to rollout.refill times."""
     processes, rows_before, before = task.processes, task.policy.evaluations, replace(task.counts)
     share = processes.groups(len(prompts))
@@ -141,17 +141,20 @@ def _attempt(
     rolling: Rolling, task: Task, prompts: Sequence[PromptRecord], together: Sequence[Sequence[int]], attempt: int = 0
 ) -> tuple[list[Part], RewardOutput]:
     """Sets of groups, rolled out one after the other, and the answer on all their leaves in this order, however many failed."""
-    parts = []
-    with Judging(task, prompts, task.reward, rolling.device) as judging:
+    parts, settings = [], task.rollout
+    beside = (
+        len(together) > 1
+        and (settings.overlap or rolling.device.type != "cpu")
+        and may_overlap(settings, task.reward, task.process_rewards)
+    )
+    with Judging(task, prompts, task.reward, rolling.device, beside=beside) as judging:
         for groups in together:
             part = rolling.part(groups, attempt)
-            decoding = task.counts.decode_seconds
             judging.add(part.owner, part.forest.at(part.forest.tree.leaves))
             parts.append(part)
-            rolling.seconds["decode"] += task.counts.decode_seconds - decoding
         output = judging.result(max_fail_rate=1.0)
-    if task.reward.spec.elsewhere:
-        rolling.seconds["reward_hidden"] += max(0.0, output.elapsed - judging.waited)
+    for name, seconds in judging.seconds(output.elapsed).items():
+        rolling.seconds[name] += seconds
     return parts, output
 
 

@@ -27,6 +27,8 @@ class Rollout:
     evaluations too; the last one of several is padded. Equal calls round alike: a bf16 update then finds the very log-probs of
     its rollout, and compiled blocks see one shape. chunk: groups that a process rolls out, decodes and scores at once, so that its
     device holds no more states than theirs; None: all. Noise is keyed, so results differ by the rounding of other batches only.
+    overlap: whether a thread decodes and scores a chunk while the next one is rolled out, with the same results, where it may
+    (see `may_overlap`); None: not on a CPU, whose cores the rollout has already. Takes the memory of both.
 
     sources, hint_key: for a plan with samples that are not the policy's own (samplers.Sourced). sources: "teacher" (or
     "hinted") -> the role that rolls these samples out; hinted ones are the policy's without it. hint_key: key of the
@@ -47,6 +49,7 @@ class Rollout:
     branch_scale: float | None = None
     micro_batch: int = 64
     chunk: int | None = None
+    overlap: bool | None = None
     allow_cfg_update: bool = False
     detach_uncond: bool = False
     sources: dict[str, str] = field(default_factory=dict)
@@ -65,6 +68,12 @@ class Rollout:
     def asks_on_its_way(self) -> bool:
         """Whether it needs scores before its samples are finished."""
         return self.reward_guidance is not None or self.plan.select(unscored) is not None
+
+
+def may_overlap(settings: Rollout, reward: Reward, process_rewards: Sequence[Reward]) -> bool:
+    """Whether a thread may decode and score some groups while others are rolled out, which must not decode or ask rewards itself. A
+    reward that is elsewhere is asked beside the rollout anyway, and decoding alone would share a GPU that it keeps busy."""
+    return settings.overlap is not False and not (reward.spec.elsewhere or process_rewards or settings.asks_on_its_way)
 
 
 @dataclass

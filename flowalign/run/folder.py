@@ -27,7 +27,7 @@ MAY_CHANGE = re.compile(
 )
 # What it may change as well, noted: speed and memory; results differ by rounding.
 MAY_CHANGE_NOTED = re.compile(
-    r"(rollout|trainer\.init_args)\.micro_batch|rollout\.(fixed_rows|chunk)|evaluation\.batch_size"
+    r"(rollout|trainer\.init_args)\.micro_batch|rollout\.(fixed_rows|chunk|overlap)|evaluation\.batch_size"
     r"|policy\.(decode_batch|offload(\..*)?|gradient_checkpointing|compile|attention)"
     r"|(reward|evaluation\.rewards|process_rewards|rollout\.(reward_guidance\.reward|preview_reward))\..*(workers|timeout)"
 )

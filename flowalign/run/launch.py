@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from flowalign.config import PolicySettings, TrainConfig
 from flowalign.distributed.fsdp2 import shard
 from flowalign.distributed.processes import Processes
-from flowalign.distributed.stepper import Stepper, Summed
+from flowalign.distributed.stepper import Sharding, Stepper, Summed
 from flowalign.distributed.zero2 import Zero2
 from flowalign.errors import ConfigError
 from flowalign.models import Policy
@@ -67,6 +67,13 @@ class Launch:
         check_processes(accelerator.num_processes, config.rollout)
         compute = torch.bfloat16 if config.policy.dtype == "bf16" else None
         return Launch(accelerator, fsdp, kind == DistributedType.DEEPSPEED, compute)
+
+    @property
+    def sharding(self) -> Sharding:
+        """What the processes share out."""
+        if self.deepspeed:
+            return "optimizer"
+        return "none" if self.fsdp is None else "networks"
 
     @property
     def network_device(self) -> str | None:

@@ -23,7 +23,7 @@ from flowalign.config import PolicySettings
 from flowalign.errors import ConfigError
 from flowalign.models import Policy, Sampling, load_policy
 from flowalign.models.checkpoints import inspect_checkpoint
-from flowalign.models.checks import check_checkpoint, check_image_size, path_of
+from flowalign.models.checks import check_checkpoint, check_image_size, check_vae_tiling, path_of
 from flowalign.models.sampling import shipped_sampling
 from flowalign.models.shipped import SHIPPED, resolve
 from flowalign.run.load import SavedRun
@@ -85,6 +85,8 @@ class Place:
             found["products"] = "autocast"
         if policy.quantization is not None:
             found["quantization"] = policy.quantization
+        if policy.vae_tiling:
+            found["vae_tiling"] = True
         if self.saved is not None:
             path = self.saved.folder / "checkpoints" / f"step-{self.saved.step}"
             found["checkpoint"] = checkpoint.sha256_of(path, self.saved.section)
@@ -96,6 +98,7 @@ class Place:
         try:
             check_checkpoint(path, family)
             check_image_size(path, settings.size, family)
+            check_vae_tiling(path, self.policy.vae_tiling, family)
             check_schedule(settings.schedule, settings.num_inference_steps, path_of(path, family))
         except (ValueError, OSError) as error:
             raise ConfigError(f"{self.text}: {error}") from error
@@ -118,7 +121,7 @@ class Place:
                 policy.path, trainable="full" if policy.master_weights else "none", dtype=policy.dtype, vae_dtype=policy.vae_dtype,
                 family=policy.family, quantization=policy.quantization,
                 max_sequence_length=policy.max_sequence_length, options=policy.options, negative_prompt=policy.negative_prompt, device=device,
-                offload=policy.offload, decode_batch=policy.decode_batch, sampling=settings,
+                offload=policy.offload, decode_batch=policy.decode_batch, vae_tiling=policy.vae_tiling, sampling=settings,
             )  # fmt: skip
         except (ValueError, OSError) as error:
             raise ConfigError(f"the pipeline {policy.path} cannot be loaded: {error}") from error
@@ -142,7 +145,12 @@ def _beside(place: Place, run: Place) -> Place:
         return place
     own = run.policy
     policy = replace(
-        place.policy, trainable=own.trainable, dtype=own.dtype, vae_dtype=own.vae_dtype, quantization=own.quantization
+        place.policy,
+        trainable=own.trainable,
+        dtype=own.dtype,
+        vae_dtype=own.vae_dtype,
+        quantization=own.quantization,
+        vae_tiling=own.vae_tiling,
     )
     return replace(place, policy=policy)
 

@@ -11,6 +11,7 @@ import torch
 from flowalign.config import TrainConfig
 from flowalign.data import PromptRecord, check_images, digest, load_prompts
 from flowalign.distributed.processes import Processes
+from flowalign.distributed.stepper import Sharding
 from flowalign.errors import ConfigError
 from flowalign.evaluation.evaluate import EvaluationResult
 from flowalign.evaluation.result_file import load_result
@@ -26,9 +27,11 @@ from rewards import labels_of
 from samplers import Cost
 
 
-def state_forecast(config: TrainConfig, device: torch.device, processes: Processes, *, sharded: bool = False) -> None:
+def state_forecast(
+    config: TrainConfig, device: torch.device, processes: Processes, sharding: Sharding = "none"
+) -> None:
     """Prints counts and memory, on the main process. ConfigError if a phase cannot fit into the device; a CPU has room for what the
-    machine has, and nothing is measured for it unless run.device_memory asks. sharded: see Memory."""
+    machine has, and nothing is measured for it unless run.device_memory asks."""
 
     def say(text: str) -> None:
         if processes.is_main:
@@ -37,7 +40,7 @@ def state_forecast(config: TrainConfig, device: torch.device, processes: Process
     say(forecast(config))
     room = device_memory(config, device)
     if room is not None:
-        state_memory(config, room, say, processes.count, sharded=sharded)
+        state_memory(config, room, say, processes.count, sharding)
 
 
 def forecast(config: TrainConfig) -> str:

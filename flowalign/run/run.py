@@ -229,7 +229,7 @@ def _enter(config: TrainConfig, plain: dict[str, Any], folder: Path, launch: Lau
         saved = read_saved(config, folder, digests)
     except (CheckpointError, DamagedFile) as error:
         raise ConfigError(str(error)) from error
-    state_forecast(config, launch.accelerator.device, processes, sharded=launch.fsdp is not None)
+    state_forecast(config, launch.accelerator.device, processes, launch.sharding)
     for reward in (*config.rollout_rewards, *config.evaluation.rewards):
         leaving.callback(close, reward)
     trials = try_rewards(config, prompts, launch.accelerator.device, announce=processes.is_main)

@@ -66,8 +66,12 @@ def _part(name: str, entry: tuple[Any, Mapping[str, Any]], parts: Mapping[str, A
         return _shaken(kind(kind.config_class(**settings)))
     if _is(entry, ModelMixin):
         return _shaken(kind(**settings))
-    if "tokenizer" in settings:  # a processor, which holds a tokenizer and an image processor
-        return kind(**{key: parts.get(value, value) for key, value in settings.items()})
+    if "tokenizer" in settings:  # a processor, which holds the tokenizer of that name, and image processors of its own
+        held = {
+            key: _part(key, value, parts) if isinstance(value, tuple) else parts[value]
+            for key, value in settings.items()
+        }
+        return kind(**held)
     if issubclass(kind, SchedulerMixin):
         return kind.from_config(settings)  # keeps the entries of the released file that the class itself does not know
     return kind(**settings)

@@ -128,8 +128,7 @@ class BackPropagation:
         frozen = trained * len(self._active)
         return UpdateForecast(
             1, trained, frozen, notes=notes, rolled=rolled, reward_gradient=True,
-            at_once=self.micro_batch * (1 if self.checkpoint else passes.graph),
-            decoded_at_once=self.micro_batch * passes.decodes,
+            micro_batch=self.micro_batch, held=1 if self.checkpoint else passes.graph, decoded=passes.decodes,
         )  # fmt: skip
 
     def prepare(self, task: Task, state: dict[str, Any] | None) -> None:

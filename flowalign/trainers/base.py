@@ -88,9 +88,10 @@ class UpdateForecast:
     are decoded and scored there. rolled: network rows of its rollouts, where they are not those of the plan (an offline
     trainer has none); None: the plan's. guidance_scale: of the updates; None: that of the rollout. notes: what a user should
     know before the run, such as a regression without a minimum, a line each. reward_gradient: whether updates go through the
-    reward, whose scores then need a graph. For the forecast of memory: at_once: states whose activations an update holds at the
-    same time (None: not known, and left out there); decoded_at_once: images that it decodes with a graph meanwhile. inspection: see
-    there."""
+    reward, whose scores then need a graph. For the forecast of memory: micro_batch: states or samples per forward
+    and backward, the field of this name of the trainer, a dataclass (None: it has none; what it holds is not known, and left out
+    there); held, decoded: for each of them, states whose activations are there at the same time, and images decoded with a graph.
+    inspection: see there."""
 
     updates: int
     trained: int
@@ -101,8 +102,9 @@ class UpdateForecast:
     notes: tuple[str, ...] = ()
     rolled: int | None = None
     reward_gradient: bool = False
-    at_once: int | None = None
-    decoded_at_once: int = 0
+    micro_batch: int | None = None
+    held: int = 1
+    decoded: int = 0
     inspection: Inspection = field(default_factory=lambda: Inspection(), compare=False)
 
 

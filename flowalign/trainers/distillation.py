@@ -160,7 +160,7 @@ class Distillation:
         rolled = -(-rolled * classifier_free_rows(own.guidance_scale) // classifier_free_rows(rollout.guidance_scale))
         return UpdateForecast(
             updates, states, frozen, rolled=rolled, guidance_scale=self.guidance_scale, notes=self._notes(own),
-            at_once=self.micro_batch,
+            micro_batch=self.micro_batch,
         )  # fmt: skip
 
     def _notes(self, rollout: Rollout) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from flowalign.objectives import Objective, Regularizer, RoleSteps, StepWeight, 
 from flowalign.objectives.norm_guard import norm_ratio
 from flowalign.trainers.drift import check_drift, drift_metrics, velocity_unit
 from flowalign.trainers.update_engine import Measures, Part, States, UpdateEngine
-from samplers import Forest, HostRows, Rows, Step, send
+from samplers import Forest, HostBuffer, Rows, Step, send
 
 
 def states_of(forest: Forest, nodes: Tensor) -> States:
@@ -82,7 +82,7 @@ class EdgeUpdate:
     @torch.no_grad()
     def rescore(self) -> float:
         """Keeps this process's velocities, computed in the update's own micro-batches. Returns network rows per sample."""
-        before, kept = self.engine.task.policy.evaluations, HostRows(sum(len(part.index) for part in self.parts))
+        before, kept = self.engine.task.policy.evaluations, HostBuffer(sum(len(part.index) for part in self.parts))
         for part in self.parts:
             kept.add(self.engine.velocity(self.states.at(part.index)))
         self.anchors = list(kept.read().split([len(part.index) for part in self.parts])) if self.parts else []

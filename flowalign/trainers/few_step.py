@@ -147,7 +147,7 @@ class FewStep:
             f"a generator of {rollout.num_inference_steps} steps is evaluated as it is rolled out only with "
             f"evaluation.num_inference_steps={rollout.num_inference_steps}, evaluation.guidance_scale=1 and the schedule of the rollout"
         )
-        return UpdateForecast(updates, states * updates, frozen, notes=(note,), at_once=self.micro_batch)
+        return UpdateForecast(updates, states * updates, frozen, notes=(note,), micro_batch=self.micro_batch)
 
     def prepare(self, task: Task, state: dict[str, Any] | None) -> None:
         state = state or {"memory": {}, **dict.fromkeys(TRAINED, 0)}

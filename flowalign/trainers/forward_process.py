@@ -216,7 +216,7 @@ class ForwardProcess:
         updates, rolled = self.updates_per_rollout * self.epochs, None if self.source.rolled else 0
         return UpdateForecast(
             updates, count, frozen, rolled=rolled, guidance_scale=self.guidance_scale, notes=notes,
-            inspection=Inspection(pulls=self.pulls, endpoints=self.endpoints), at_once=self.micro_batch,
+            inspection=Inspection(pulls=self.pulls, endpoints=self.endpoints), micro_batch=self.micro_batch,
         )  # fmt: skip
 
     def _guided(self, rollout: Rollout) -> tuple[str, ...]:

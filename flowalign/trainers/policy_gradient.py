@@ -160,7 +160,7 @@ class PolicyGradient:
         inspection = Inspection(replay=self, edges=self, pulls=self.pulls)
         return UpdateForecast(
             share, states, len(self.roles()) * states + rescored, before, scored, inspection=inspection,
-            at_once=self.micro_batch,
+            micro_batch=self.micro_batch,
         )  # fmt: skip
 
     def prepare(self, task: Task, state: dict[str, Any] | None) -> None:

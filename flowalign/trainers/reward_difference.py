@@ -134,7 +134,7 @@ class RewardDifference:
         passes = count + (count > 1 and self.anchor == "rescore")  # the reference, later first passes, the anchor
         groups = rollout.groups
         return UpdateForecast(
-            count, groups * count * chosen, groups * passes * every, notes=_notes(rollout), at_once=self.micro_batch
+            count, groups * count * chosen, groups * passes * every, notes=_notes(rollout), micro_batch=self.micro_batch
         )
 
     def prepare(self, task: Task, state: dict[str, Any] | None) -> None:

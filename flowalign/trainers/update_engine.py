@@ -22,7 +22,7 @@ from flowalign.models.conditions import Conditions
 from flowalign.objectives import scalar_adjoint
 from flowalign.rollouts.task import Task
 from flowalign.trainers.base import AdamWConfig, Update
-from samplers import Forest, Held, HostRows, Rows, fetch, send
+from samplers import Forest, Held, HostBuffer, Rows, fetch, send
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,7 +202,7 @@ class UpdateEngine:
         if mine is not None:
             here = torch.zeros_like(here).index_fill(0, mine, True)
         own, scales = here.nonzero().flatten(), guidance_scale or {}
-        found, order = HostRows(len(own)), list[Tensor]()
+        found, order = HostBuffer(len(own)), list[Tensor]()
         for name in dict.fromkeys(roles):  # every process in the same order, also those without a state of this role
             wanted = torch.tensor([roles[row] == name for row in own.tolist()], dtype=torch.bool)
             for part in wanted.nonzero().flatten().split(self.task.rollout.micro_batch) if bool(wanted.any()) else ():

@@ -28,9 +28,12 @@ class Affine:
 
 @dataclass(frozen=True, eq=False)
 class Carry:
-    """What a multistep solver passes on to the children of a step: x̂0 [N, *] as predicted at σ [N]; σ nan: no history."""
+    """What a multistep solver passes on to the children of a step.
 
-    x0: Tensor
+    states: tensors [N, *], such as x̂0; sigma [N] or [N, k]: the levels they belong to; nan: no history. Which they are is the
+    kernel's own business; all steps of one generation pass on as many."""
+
+    states: tuple[Tensor, ...]
     sigma: Tensor
 
     @staticmethod
@@ -40,13 +43,15 @@ class Carry:
             return parts[0][1] if parts else None
         numbers, there = torch.cat([rows.numbers for rows, _ in parts]), torch.cat([rows.there for rows, _ in parts])
         order = Rows(numbers.argsort(), there.argsort())
-        x0, sigma = torch.cat([carry.x0 for _, carry in parts]), torch.cat([carry.sigma for _, carry in parts])
-        return Carry(x0, sigma).rows(order)
+        carries = [carry for _, carry in parts]
+        states = tuple(torch.cat(same) for same in zip(*(carry.states for carry in carries), strict=True))
+        return Carry(states, torch.cat([carry.sigma for carry in carries])).rows(order)
 
     def rows(self, chosen: Rows) -> "Carry":
         """The rows `chosen` [n], repeats allowed: one per child."""
         on_host = self.sigma.device.type == "cpu"
-        return Carry(chosen.of(self.x0), self.sigma[chosen.numbers if on_host else chosen.there])
+        sigma = self.sigma[chosen.numbers if on_host else chosen.there]
+        return Carry(tuple(chosen.of(each) for each in self.states), sigma)
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,21 +169,26 @@ def affine_step(
 ) -> Step:
     """The step of an unguided one-step kernel: its coefficients applied to x, v [N, *], in at least fp32; σ, σ' one
     number or [N]. ValueError for other shapes."""
-    if x.ndim < 2:
-        raise ValueError(f"got x of shape {tuple(x.shape)}; expected [N, *], rows first: add an axis to flat states")
-    check_same_shape("v", v, x)
-    dtype = torch.promote_types(torch.promote_types(x.dtype, v.dtype), torch.float32)
-    x, v = x.to(dtype), v.to(dtype)
-    sigma, sigma_next = _per_row("sigma", sigma, len(x)), _per_row("sigma_next", sigma_next, len(x))
-    level = _per_row("level", ctx.level, len(x))
+    x, v = states_of(x, v)
+    sigma, sigma_next = per_row("sigma", sigma, len(x)), per_row("sigma_next", sigma_next, len(x))
+    level = per_row("level", ctx.level, len(x))
     affine = kernel.coefficients(sigma, sigma_next, level, ctx.step)
-    computed = [c.to(dtype) for c in (affine.alpha, affine.velocity_coef, affine.std, sigma - sigma_next)]
+    computed = [c.to(x.dtype) for c in (affine.alpha, affine.velocity_coef, affine.std, sigma - sigma_next)]
     alpha, velocity_coef, std, step_size = send(x.device, *computed)
     std_on_host = computed[2] if sigma.device.type == "cpu" else None
     # α is exactly 1 on deterministic rows, so this is diffusers' x + (σ' - σ)·v bit for bit there.
     mean = spread(alpha, x) * x + spread(velocity_coef, x) * v
     gaussian = Gaussian(mean, std, velocity_coef, step_size, kernel.reduce, kernel.constants, std_on_host)
     return Step(policy=gaussian, behavior=gaussian)
+
+
+def states_of(x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """x, v [N, *] in one dtype of at least fp32. ValueError for other shapes."""
+    if x.ndim < 2:
+        raise ValueError(f"got x of shape {tuple(x.shape)}; expected [N, *], rows first: add an axis to flat states")
+    check_same_shape("v", v, x)
+    dtype = torch.promote_types(torch.promote_types(x.dtype, v.dtype), torch.float32)
+    return x.to(dtype), v.to(dtype)
 
 
 def bind_rectified_flow(kernel: Kernel, path: Path) -> Kernel:
@@ -243,7 +253,8 @@ def check_noise_level(noise_level: float, highest: float = math.inf) -> None:
         raise ValueError(f"got noise_level={noise_level}; expected a finite number of at least 0 (the ODE){limit}")
 
 
-def _per_row(name: str, value: Tensor | float, n: int) -> Tensor:
+def per_row(name: str, value: Tensor | float, n: int) -> Tensor:
+    """`value`, one number or [n], as [n] float64. ValueError for another shape."""
     rows = torch.as_tensor(value, dtype=torch.float64)
     if rows.ndim > 1 or (rows.ndim == 1 and len(rows) not in (1, n)):
         raise ValueError(f"got {name} of shape {tuple(rows.shape)}; expected one number or [{n}], one per row of x")

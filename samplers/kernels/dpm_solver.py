@@ -7,6 +7,7 @@ from torch import Tensor
 
 from samplers.kernels.base import DEFAULT_CONTEXT, Affine, Carry, Kernel, Step, TransitionContext
 from samplers.kernels.gaussian import Constants, Gaussian, Reduce, spread
+from samplers.kernels.multistep import refuse_replay
 from samplers.paths import Path, RectifiedFlow
 from samplers.transfer import send
 
@@ -72,12 +73,12 @@ class DPMSolver:
         sigma, sigma_next = (torch.as_tensor(s, dtype=torch.float64).expand(len(x)) for s in (sigma, sigma_next))
         deterministic = step.behavior.noiseless.to(sigma.device)
         if ctx.replay:
-            _refuse_replay(deterministic & (sigma_next > 0))
+            refuse_replay(self, deterministic & (sigma_next > 0))
             return step
         path = self.path or RectifiedFlow()
         x0 = path.x0_from_velocity(x.to(step.mean), v.to(step.mean), sigma)
         known_at = sigma if self.across_noise else torch.where(deterministic, sigma, torch.nan)
-        step = replace(step, carry=Carry(x0, known_at))
+        step = replace(step, carry=Carry((x0,), known_at))
         if ctx.carry is None:
             return step
         ratio, gain = _second_order(path, ctx.carry.sigma.to(sigma), sigma, sigma_next)
@@ -86,7 +87,7 @@ class DPMSolver:
             corrected &= ctx.tail.to(sigma.device)
         ratio, gain = (t.to(step.mean.dtype) for t in (torch.where(corrected, ratio, 0.0), gain))
         ratio, gain = send(x0.device, ratio, gain)
-        correction = spread(gain * ratio, x0) * (x0 - ctx.carry.x0.to(x0))
+        correction = spread(gain * ratio, x0) * (x0 - ctx.carry.states[0].to(x0))
         policy = _corrected(step.policy, correction, ratio)
         behavior = policy if step.behavior is step.policy else _corrected(step.behavior, correction, ratio)
         return replace(step, policy=policy, behavior=behavior)
@@ -106,11 +107,3 @@ def _corrected(gaussian: Gaussian, correction: Tensor, ratio: Tensor) -> Gaussia
     """The mean moved where the ratio is not 0; ∂mean/∂v grows by 1 + r, since x̂0 is affine in v."""
     mean = torch.where(spread(ratio, correction) == 0, gaussian.mean, gaussian.mean + correction)
     return replace(gaussian, mean=mean, velocity_coef=gaussian.velocity_coef * (1.0 + ratio))
-
-
-def _refuse_replay(rows: Tensor) -> None:
-    if bool(rows.any()):
-        raise ValueError(
-            f"got the replay of deterministic DPMSolver steps (rows {rows.nonzero().flatten()[:8].tolist()}); expected "
-            "stochastic ones: a forest does not store the history of multistep rows"
-        )

@@ -10,12 +10,14 @@ from tqdm import tqdm
 from tests.campaign.case import Server, expected
 from tests.campaign.given import make
 from tests.campaign.inputs import CASES
+from tests.helpers.forks import Forks
 
 if __name__ == "__main__":
     kinds = sys.argv[1:] or list(CASES)
     wrong, counts = [], {}
     with tempfile.TemporaryDirectory() as folder:
-        server = Server(make(Path(folder) / "given"))
+        forks = Forks()
+        server = Server(make(Path(folder) / "given", forks), forks)
         for kind in kinds:
             counts[kind] = Counter()
             for number, case in enumerate(tqdm(CASES[kind], desc=kind)):
@@ -23,7 +25,7 @@ if __name__ == "__main__":
                 counts[kind][outcome] += 1
                 if outcome != expected(case):
                     wrong.append(f"\n=== {kind}: {case.name}: {outcome}\n" + "\n".join(text.splitlines()[-12:]))
-        server.close()
+        forks.close()
     print("\n".join(wrong))
     outcomes = ("clear", "fine", "unclear", "silent", "traceback", "hang")
     print(f"{'':10}" + "".join(f"{name:>11}" for name in (*outcomes, "all")))

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-ROOT = Path(__file__).parents[2]
+from tests.helpers.forks import Forks
+
+FLOWALIGN = "import sys; sys.argv[0] = 'flowalign'; import flowalign.cli; flowalign.cli.main()"
 Outcome = Literal["clear", "fine", "unclear", "silent", "traceback", "hang"]
 
 
@@ -33,25 +32,15 @@ class Case:
     seconds: float = 60.0
 
 
+@dataclass(frozen=True)
 class Server:
-    """Runs cases in forks of a process that has imported everything; `given` holds the folders that cases are copies of."""
+    """Runs cases in forks; `given` holds the folders that cases are copies of."""
 
-    def __init__(self, given: Path) -> None:
-        self.given = given
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.campaign.server"],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def close(self) -> None:
-        self._process.communicate()  # closes its input, which ends it, and the pipes
+    given: Path
+    forks: Forks
 
     def run(self, case: Case, folder: Path) -> tuple[Outcome, str]:
         """What came of it, and its output."""
-        assert self._process.stdin is not None and self._process.stdout is not None
         shutil.copytree(self.given, folder, symlinks=True)
         for name, content in case.files.items():
             path = folder / name
@@ -59,11 +48,8 @@ class Server:
             path.write_bytes(content if isinstance(content, bytes) else content.encode())
         if case.damage is not None:
             case.damage(folder)
-        words = [*case.arguments, *case.overrides]
-        self._process.stdin.write(json.dumps([words, str(folder), case.seconds]) + "\n")
-        self._process.stdin.flush()
-        code = json.loads(self._process.stdout.readline())
-        text = (folder / "output.txt").read_text(errors="replace")
+        words = ["-c", FLOWALIGN, *case.arguments, *case.overrides]
+        code, text = self.forks.run(*words, folder=folder, seconds=case.seconds)
         return judge(case, code, text), text
 
 

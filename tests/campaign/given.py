@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import yaml
 
-from tests.campaign.case import ROOT
+from tests.campaign.case import FLOWALIGN
+from tests.helpers.forks import ROOT, Forks
 from tests.helpers.tiny import tiny_sd3
 
 PROMPTS = [f'the word "{word}" in red on a yellow background' for word in ("KITE", "MOON", "FERN", "LAMP")]
 
 
-def make(folder: Path) -> Path:
+def make(folder: Path, forks: Forks) -> Path:
     folder.mkdir(parents=True)
     tiny_sd3(folder / "pipeline")
     config = yaml.safe_load((ROOT / "tests" / "data" / "tiny.yaml").read_text())
@@ -25,7 +23,5 @@ def make(folder: Path) -> Path:
     (folder / "tiny.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     (folder / "train.txt").write_text("\n".join(PROMPTS[:2]))
     (folder / "held_out.txt").write_text("\n".join(PROMPTS[2:]))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "flowalign.cli", "train", "tiny.yaml", "run.name=done", "run.iterations=2"]
-    subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True)
+    forks.check("-c", FLOWALIGN, "train", "tiny.yaml", "run.name=done", "run.iterations=2", folder=folder)
     return folder

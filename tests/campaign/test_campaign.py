@@ -1,6 +1,5 @@
 """Every bad input ends in a clear sentence, and every good one beside them works."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,15 +7,14 @@ import pytest
 from tests.campaign.case import Case, Server, expected
 from tests.campaign.given import make
 from tests.campaign.inputs import CASES
+from tests.helpers.forks import Forks
 
 SHARE = 12  # one in twelve is run by `make test`
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(make(tmp_path_factory.mktemp("campaign") / "given"))
-    yield server
-    server.close()
+def server(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Server:
+    return Server(make(tmp_path_factory.mktemp("campaign") / "given", forks), forks)
 
 
 def cases() -> list:

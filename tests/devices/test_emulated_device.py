@@ -23,10 +23,13 @@ from samplers import (
     Branch,
     Chain,
     Deterministic,
+    DPMSolver2M,
     FlowSDE,
+    Kernel,
     KeyedNoise,
     Plan,
     Tree,
+    UniPC,
     VariancePreserving,
     diffusers_sigmas,
     fetch,
@@ -183,6 +186,28 @@ def test_a_rollout_holds_two_generations_of_states_and_a_part(plan: Plan) -> Non
     generation = max(map(len, tree.generations)) * 4 * 4 * 16 * 16
     assert device.peak <= 3 * generation
     assert device.live == 0
+
+
+@pytest.mark.parametrize("kernel", [UniPC(), DPMSolver2M()], ids=str)
+def test_a_multistep_solver_needs_no_read_and_gathers_its_history_part_by_part(kernel: Kernel) -> None:
+    tree, noise = grown(Deterministic(), 6), KeyedNoise(0, 0, [0], (2, 3))
+
+    def rolled(device: torch.device | str) -> Any:
+        start, grid = send(device, noise.start(tree))[0], diffusers_sigmas(6)
+        return rollout(
+            lambda x, sigma, root: (x * sigma[:, None, None]).sin(),
+            start,
+            grid,
+            tree,
+            kernel,
+            noise.step,
+            micro_batch=4,
+        )
+
+    with EmulatedDevice() as device:
+        there = rolled(DEVICE)
+        assert [event.kind for event in device.events if event.waits] == ["to host"]  # at the end
+        assert torch.equal(there.states, rolled("cpu").states)
 
 
 def test_levels_of_an_epsilon_model_need_no_read() -> None:

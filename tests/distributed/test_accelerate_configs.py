@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from accelerate import DistributedType
+from accelerate import Accelerator, DistributedType
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
@@ -13,7 +13,14 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 from flowalign.config import PolicySettings, load_config
 from flowalign.errors import ConfigError
 from flowalign.run import launch
-from flowalign.run.launch import check_deepspeed, check_devices, check_environment, check_launch, check_processes
+from flowalign.run.launch import (
+    Launch,
+    check_deepspeed,
+    check_devices,
+    check_environment,
+    check_launch,
+    check_processes,
+)
 from flowalign.run.run import open_run
 from samplers import FlowSDE, Guided, RewardGradient
 
@@ -169,6 +176,13 @@ def test_a_rollout_that_processes_cannot_share_is_refused() -> None:
     check_processes(1, guided)
     with pytest.raises(ConfigError, match=r"kernel=Guided.*launch one process"):
         check_processes(2, guided)
+
+
+def test_a_launch_says_what_it_shares_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    accelerator = Accelerator(cpu=True)
+    assert Launch(accelerator, None, deepspeed=False).sharding == "none"
+    assert Launch(accelerator, None, deepspeed=True).sharding == "optimizer"
+    assert Launch(accelerator, plugin(monkeypatch), deepspeed=False).sharding == "networks"
 
 
 def test_more_processes_than_devices_are_refused() -> None:

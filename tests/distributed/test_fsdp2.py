@@ -2,9 +2,9 @@
 
 import json
 import re
-import subprocess
-import sys
 import threading
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from shutil import copytree
 from types import SimpleNamespace
@@ -19,20 +19,16 @@ from flowalign.distributed.processes import Processes
 from flowalign.errors import ConfigError
 from flowalign.models import Size, load_policy
 from flowalign.storage.metrics_log import read_rows, without_time
+from tests.helpers.forks import Forks
 from tests.helpers.two_networks import save_pipeline, save_prompts
 
+Launch = Callable[..., str]
 
-def launch(home: Path, module: str, *arguments: str, count: int = 2) -> str:
-    """Runs the module in two processes, or `count`; what they print."""
-    runner = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"] if count > 1 else []
-    done = subprocess.run(
-        [sys.executable, *runner, "-m", module, *arguments],
-        cwd=Path(__file__).parents[2],
-        env={"OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HOME": str(home), "ACCELERATE_USE_CPU": "true"},
-        timeout=300, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+
+@pytest.fixture
+def launch(forks: Forks) -> Launch:
+    """Runs a module with arguments in two processes, or `count`; what they print."""
+    return partial(forks.check, "-m", environment={"ACCELERATE_USE_CPU": "true"}, count=2)
 
 
 @pytest.mark.parametrize(
@@ -44,10 +40,10 @@ def launch(home: Path, module: str, *arguments: str, count: int = 2) -> str:
     ],
 )
 def test_a_sharded_network_gives_the_same_velocities_and_gradients(
-    tiny_pipeline: Path, tiny_sd15_pipeline: Path, tmp_path: Path, family: str, dtype: str, limit: float
+    launch: Launch, tiny_pipeline: Path, tiny_sd15_pipeline: Path, tmp_path: Path, family: str, dtype: str, limit: float
 ) -> None:
     pipeline = {"sd3": tiny_pipeline, "sd15": tiny_sd15_pipeline}[family]
-    launch(tmp_path, "tests.helpers.sharded_network", str(pipeline), dtype, str(tmp_path))
+    launch("tests.helpers.sharded_network", str(pipeline), dtype, str(tmp_path))
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     for found in (first, second):
         assert found["velocity"] <= limit
@@ -65,7 +61,7 @@ def test_a_sharded_network_gives_the_same_velocities_and_gradients(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("networks", [1, 2])
-def test_a_sharded_run_is_the_same_run(tiny_pipeline: Path, tmp_path: Path, networks: int) -> None:
+def test_a_sharded_run_is_the_same_run(launch: Launch, tiny_pipeline: Path, tmp_path: Path, networks: int) -> None:
     """Three groups for two processes, and images for which one has more to do than the other, states one by one. With two
     networks, which a boundary in σ divides, guided and with source images."""
     printed, pipeline, extra = {}, tiny_pipeline, ["evaluation.count=5"]
@@ -79,7 +75,7 @@ def test_a_sharded_run_is_the_same_run(tiny_pipeline: Path, tmp_path: Path, netw
         ]  # fmt: skip
     for weights in ("replicated", "fsdp2"):
         printed[weights] = launch(
-            tmp_path, "tests.helpers.sharded_run", weights, "tests/data/tiny.yaml", f"policy.path={pipeline}",
+            "tests.helpers.sharded_run", weights, "tests/data/tiny.yaml", f"policy.path={pipeline}",
             f"run.output={tmp_path / weights}", "run.ema_decay=0.5", "rollout.groups=3", "rollout.micro_batch=1",
             "evaluation.batch_size=1", *extra,
         )  # fmt: skip
@@ -180,12 +176,12 @@ def test_different_networks_with_gradients_are_refused(monkeypatch: pytest.Monke
     ],
 )
 def test_trained_weights_are_sharded_and_step_as_whole_ones(
-    tiny_pipeline: Path, tmp_path: Path, dtype: str, kind: str, limit: float, moved: float
+    launch: Launch, tiny_pipeline: Path, tmp_path: Path, dtype: str, kind: str, limit: float, moved: float
 ) -> None:
     """Each process has its part of all networks, roles among them, and of optimizer and average; their gradients add up. hybrid:
     four processes on two machines, of which each has all parts."""
     count = 4 if kind == "hybrid" else 2
-    launch(tmp_path, "tests.helpers.sharded_network", str(tiny_pipeline), dtype, str(tmp_path), kind, count=count)
+    launch("tests.helpers.sharded_network", str(tiny_pipeline), dtype, str(tmp_path), kind, count=count)
     everyone = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(count)]
     assert sum(found["held"] for found in everyone) == pytest.approx(count / 2)
     for found in everyone:
@@ -199,7 +195,9 @@ def test_trained_weights_are_sharded_and_step_as_whole_ones(
 
 
 @pytest.mark.slow
-def test_a_run_that_trains_all_weights_is_the_same_sharded_and_resumes(tiny_pipeline: Path, tmp_path: Path) -> None:
+def test_a_run_that_trains_all_weights_is_the_same_sharded_and_resumes(
+    launch: Launch, tiny_pipeline: Path, tmp_path: Path
+) -> None:
     """Three iterations in two processes, in one, and in two that stop after two, of which either goes on."""
     settings = (
         "tests/data/tiny.yaml", f"policy.path={tiny_pipeline}", "policy.trainable=full", "policy.reference_copy=true",
@@ -209,7 +207,7 @@ def test_a_run_that_trains_all_weights_is_the_same_sharded_and_resumes(tiny_pipe
 
     def run(weights: str, name: str, *changes: str, count: int = 2) -> dict[str, dict[str, torch.Tensor]]:
         output = tmp_path / name
-        launch(tmp_path, "tests.helpers.sharded_run", weights, *settings, f"run.output={output}", *changes, count=count)
+        launch("tests.helpers.sharded_run", weights, *settings, f"run.output={output}", *changes, count=count)
         step = output / "tiny" / "checkpoints" / ("step-2" if changes else "step-3")
         files = {file.stem: load_file(file) for file in step.glob("*.safetensors")}
         return files | {"networks": load_file(next((output / "tiny" / "networks").rglob("*.safetensors")))}

@@ -1,7 +1,5 @@
 """Two processes do what one does: the same noise, the same batch, the same gradient, and no process waits for ever."""
 
-import subprocess
-import sys
 from ast import literal_eval
 from pathlib import Path
 
@@ -11,6 +9,8 @@ from safetensors import safe_open
 
 from flowalign.distributed import processes as distributed
 from flowalign.distributed.processes import Processes
+from tests.helpers.forks import Forks
+from tests.helpers.one_iteration import PLANS
 from tests.helpers.thread_processes import on_processes
 
 
@@ -92,21 +92,23 @@ def test_gradients_are_summed_where_they_are(monkeypatch: pytest.MonkeyPatch) ->
     assert messages[::2] == [32, 160, 24, 4]
 
 
-def launch(
-    count: int, pipeline: Path, output: Path, plan: str, weights: str = "replicated"
-) -> list[tuple[dict[str, torch.Tensor], dict[str, str]]]:
+Results = list[tuple[dict[str, torch.Tensor], dict[str, str]]]
+
+
+def launch(count: int, pipeline: Path, output: Path, forks: Forks, plan: str, weights: str = "replicated") -> Results:
     output.mkdir()
-    runner = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"] if count > 1 else []
-    environment = {"OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HOME": str(output)}
-    subprocess.run(
-        [sys.executable, *runner, "-m", "tests.helpers.one_iteration", str(pipeline), str(output), plan, weights],
-        cwd=Path(__file__).parents[2], env=environment, check=True, timeout=300, capture_output=True,
-    )  # fmt: skip
+    forks.check("-m", "tests.helpers.one_iteration", str(pipeline), str(output), plan, weights, count=count)
     results = []
     for rank in range(count):
         with safe_open(str(output / f"{rank}.safetensors"), framework="pt") as file:
             results.append(({name: file.get_tensor(name) for name in file.keys()}, file.metadata()))  # noqa: SIM118
     return results
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> dict[str, Results]:
+    """By plan, what one process does."""
+    return {plan: launch(1, tiny_pipeline, tmp_path_factory.mktemp("alone") / plan, forks, plan) for plan in PLANS}
 
 
 # of a node: group and number, kept, log-prob, state scores, whether a role is known; each guided state's two metrics
@@ -152,11 +154,18 @@ def check_messages(first: dict[str, torch.Tensor], second: dict[str, torch.Tenso
     ],
 )
 def test_two_processes_equal_one(
-    tiny_pipeline: Path, tmp_path: Path, plan: str, states: int, padded: int, weights: str
+    alone: dict[str, Results],
+    tiny_pipeline: Path,
+    tmp_path: Path,
+    forks: Forks,
+    plan: str,
+    states: int,
+    padded: int,
+    weights: str,
 ) -> None:
     """Unequal trees, a process whose groups teach nothing, best of n, a masked reward, a prompt that comes twice."""
-    [(one, metrics)] = launch(1, tiny_pipeline, tmp_path / "one", plan)
-    (first, first_metrics), (second, second_metrics) = launch(2, tiny_pipeline, tmp_path / "two", plan, weights)
+    [(one, metrics)] = alone[plan]
+    (first, first_metrics), (second, second_metrics) = launch(2, tiny_pipeline, tmp_path / "two", forks, plan, weights)
     assert first["rows"][0] != second["rows"][0]  # the trees are unequal …
     assert first["rows"][0] + second["rows"][0] == one["rows"][0]  # … and each state is evaluated by one process
     assert first["rows"][1] == second["rows"][1]

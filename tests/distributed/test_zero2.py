@@ -16,6 +16,9 @@ from flowalign.storage.metrics_log import read_rows
 pytestmark = pytest.mark.skipif(not is_deepspeed_available(), reason="needs pip install deepspeed")
 
 
+SMOOTH = "tests.helpers.policy_gradient.Brightness"  # a pixel that rounds otherwise changes a JPEG by a byte
+
+
 def launch(module: str, *arguments: str) -> str:
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", module, *arguments],
@@ -74,7 +77,7 @@ def test_a_run_under_zero2_is_the_same_run(tiny_pipeline: Path, tmp_path: Path, 
             "tests.helpers.sharded_run", weights, "tests/data/tiny.yaml", f"policy.path={tiny_pipeline}",
             f"run.output={tmp_path / name}", "run.ema_decay=0.5", "run.keep_checkpoints=3", f"policy.trainable={trained}",
             "trainer.init_args.regularizers.kl.beta=0", "trainer.init_args.optimizer.max_grad_norm=0.001",
-            "trainer.init_args.micro_batch=1", "policy.roles.old.update=copy", "rollout.groups=3",
+            "trainer.init_args.micro_batch=1", "policy.roles.old.update=copy", "rollout.groups=3", f"reward={SMOOTH}",
         )  # fmt: skip
         folder = tmp_path / name / "tiny"
         assert (folder / "lora").exists() == (trained == "lora")
@@ -107,4 +110,5 @@ def close(ours: dict[str, dict], theirs: dict[str, dict]) -> None:
     for part, expected in theirs.items():
         assert ours[part].keys() == expected.keys()
         for name, tensor in expected.items():
-            assert (ours[part][name] - tensor).norm() <= 1e-5 * tensor.norm()
+            # fp32 sums in another order, through advantages; a mean in place of a sum would be 0.5
+            assert (ours[part][name] - tensor).norm() <= 1e-4 * tensor.norm(), (part, name)

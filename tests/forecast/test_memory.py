@@ -96,10 +96,20 @@ def test_what_follows_from_sharded_weights_is_sharded_and_adapters_are_not(mediu
     policy = replace(config.policy, trainable="full", reference_copy=True)
     full = Memory(replace(config, policy=policy), Footprint(replace(config, policy=policy)))
     for memory, held in ((full, 8), (medium.changed(config), 1)):
-        sharded = replace(memory, devices=8, sharded=True).always
+        sharded = replace(memory, devices=8, sharding="networks").always
         for name in ("optimizer", "EMA", "LoRA" if held == 1 else "copies"):
             assert sharded[name] == memory.always[name] / held > 0
         assert sharded["weights"] == memory.always["weights"] / 8
+
+
+@pytest.mark.parametrize("trainable", ["lora", "full"])
+def test_zero2_shares_out_what_its_optimizer_holds_and_nothing_else(medium: Memory, trainable: str) -> None:
+    """Of a number an eighth of 16 bytes, gradient, two moments and a copy of the weight, in place of 12."""
+    config = replace(medium.config, policy=replace(medium.config.policy, trainable=trainable))
+    plain = Memory(config, Footprint(config), devices=8)
+    shared, numbers = replace(plain, sharding="optimizer").always, plain.footprint.numbers
+    assert plain.always["optimizer"] == 12 * numbers and shared["optimizer"] == 2 * numbers
+    assert {**shared, "optimizer": 0} == {**plain.always, "optimizer": 0}
 
 
 def test_no_more_states_are_counted_than_there_are(medium: Memory) -> None:
@@ -129,11 +139,17 @@ def test_settings_move_what_they_say(medium: Memory) -> None:
     assert 0.3 * always["weights"] < linear < always["weights"]  # the rest are norms and the table of positions
     assert always["weights"] - four == pytest.approx(linear * (1 - (0.5 + 4 / 64) / 2))
     config = medium.config
-    chunk = medium.changed(replace(config, rollout=replace(config.rollout, chunk=12)))
-    assert peaks["rollout"] - chunk.peaks["rollout"] == GENERATIONS * 36 * 24 * medium.footprint.latent
+    serial = medium.changed(replace(config, rollout=replace(config.rollout, chunk=12, overlap=False)))
+    assert peaks["rollout"] - serial.peaks["rollout"] == GENERATIONS * 36 * 24 * medium.footprint.latent
+    beside = medium.changed(replace(config, rollout=replace(config.rollout, chunk=12)))
+    decode = next(phase for phase in medium.phases if phase.name == "decode").needed - medium.conditions
+    assert beside.peaks["rollout"] - serial.peaks["rollout"] == decode > 0  # both at once
+    alone = beside.changed(replace(beside.config, process_rewards=[beside.config.reward]))
+    for other in (alone, replace(beside, devices=4)):  # which asks on its way; and of one chunk on each device
+        assert not other.overlaps
     eighth = replace(medium, devices=8)
     assert eighth.groups == 6 and eighth.host == medium.host / 8
-    assert replace(medium, devices=8, sharded=True).always["weights"] == always["weights"] / 8
+    assert replace(medium, devices=8, sharding="networks").always["weights"] == always["weights"] / 8
     averaged = medium.changed(replace(config, run=replace(config.run, ema_decay=0.9)))
     assert averaged.always["EMA"] == FP32 * medium.footprint.numbers
 

@@ -76,6 +76,9 @@ class AffinePolicy:
     def sigmas(self, num_inference_steps: int, latent_shape: Sequence[int]) -> Tensor:
         return self.grid.float()
 
+    def rows_per_state(self, guidance_scale: float) -> int:
+        return 1 if guidance_scale == 1 else 2
+
     def start(self, noise: Tensor) -> Tensor:
         return noise
 

@@ -126,7 +126,7 @@ class BedModel:
     def solver(self) -> ODE:
         return ODE()
 
-    def encode(self, records: Sequence[PromptRecord], size: Size | None) -> Conditions:
+    def encode(self, records: Sequence[PromptRecord], size: Size | None, negative: bool) -> Conditions:
         return Conditions({"target": torch.stack([target_of(record.prompt) for record in records])})
 
     def velocity(
@@ -159,7 +159,7 @@ class BedModel:
         return {}
 
     def pipeline_inputs(
-        self, records: Sequence[PromptRecord], negatives: Sequence[PromptRecord] | None
+        self, records: Sequence[PromptRecord], negatives: Sequence[PromptRecord] | None, size: Size
     ) -> dict[str, Any]:
         return prompts_and_negatives(records, negatives)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import tempfile
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,6 +35,10 @@ class Subject:
     @cached_property
     def family(self) -> Family:
         return inspect_checkpoint(self.folder)[1]
+
+    @cached_property
+    def scheduler(self) -> dict[str, Any]:
+        return json.loads((Path(self.folder) / "scheduler" / "scheduler_config.json").read_text())
 
     @cached_property
     def sizes(self) -> list[Size]:
@@ -68,9 +73,11 @@ class Subject:
     def policy(self, **arguments: Any) -> Policy:
         return load_policy(self.folder, **{"negative_prompt": NEGATIVE * self.family.negative_prompts, **arguments})
 
-    def pipeline(self, setup: list[str]) -> DiffusionPipeline:
-        """Freshly read, then set up as the report tells the user."""
-        pipeline = read_pipeline(self.folder)
+    def pipeline(self, setup: list[str], policy: Policy) -> DiffusionPipeline:
+        """Freshly read, but for the policy's networks (convolutions round by where their weights lie in memory), then set up as the
+        report tells the user."""
+        networks: dict[str, Any] = policy.modules()
+        pipeline = read_pipeline(self.folder, **networks)
         exec("\n".join(setup), {"pipe": pipeline})
         return pipeline
 

@@ -79,7 +79,7 @@ class EditModel:
     def solver(self) -> ODE:
         return ODE()
 
-    def encode(self, records: Sequence[PromptRecord], size: Size | None) -> Conditions:
+    def encode(self, records: Sequence[PromptRecord], size: Size | None, negative: bool) -> Conditions:
         tokens = self.pipeline.tokenizer(
             [record.prompt for record in records], padding="max_length", truncation=True, return_tensors="pt"
         )
@@ -146,7 +146,7 @@ class EditModel:
         return {}
 
     def pipeline_inputs(
-        self, records: Sequence[PromptRecord], negatives: Sequence[PromptRecord] | None
+        self, records: Sequence[PromptRecord], negatives: Sequence[PromptRecord] | None, size: Size
     ) -> dict[str, Any]:
         return prompts_and_negatives(records, negatives)
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from flowalign.data import PromptRecord, as_records, digest
-from flowalign.models import Conditions, load_policy
+from flowalign.models import Conditions, Size, load_policy
 from flowalign.models.prompt_store import PromptStore
 
 WORDS = ["KITE", "MOON", "LAMP", "ROSE"]
@@ -18,7 +18,7 @@ def store_of(limit: int) -> tuple[PromptStore, list[str]]:
     """A store of rows of 8 bytes, and the list of what was encoded."""
     calls: list[str] = []
 
-    def encode(record: PromptRecord) -> Conditions:
+    def encode(record: PromptRecord, size: Size | None, negative: bool) -> Conditions:
         calls.append(record.prompt)
         return Conditions({"length": torch.tensor([[float(len(record.prompt)), len(record.images)]])})
 
@@ -28,25 +28,27 @@ def store_of(limit: int) -> tuple[PromptStore, list[str]]:
 def test_the_least_recently_used_are_dropped_and_encoded_again() -> None:
     store, calls = store_of(16)  # two rows
     a, b, c = as_records(["a", "bb", "ccc"])
-    store.conditions([a, b])
-    store.conditions([a, a])  # a was used last
-    assert store.conditions([c, b, a]).tensors["length"][:, 0].tolist() == [3, 2, 1]
+    store.conditions([a, b], None, False)
+    store.conditions([a, a], None, False)  # a was used last
+    assert store.conditions([c, b, a], None, False).tensors["length"][:, 0].tolist() == [3, 2, 1]
     assert calls == ["a", "bb", "ccc", "bb", "a"] and store.encoded == 5
-    assert [record.prompt for record in store.missing([a, b, c])] == ["ccc"]
+    assert [record.prompt for record in store.missing([a, b, c], None, False)] == ["ccc"]
 
 
 def test_a_batch_larger_than_the_bound_is_served() -> None:
     store, calls = store_of(0)
     records = as_records(["a", "bb", "a"])
-    assert store.conditions(records).tensors["length"][:, 0].tolist() == [1, 2, 1] and calls == ["a", "bb"]
-    store.conditions(records)
+    assert store.conditions(records, None, False).tensors["length"][:, 0].tolist() == [1, 2, 1] and calls == ["a", "bb"]
+    store.conditions(records, None, False)
     assert calls == ["a", "bb"] * 2
 
 
 def test_images_make_another_record_metadata_does_not() -> None:
     store, calls = store_of(1000)
     record = PromptRecord(0, "a", {"target": 1})
-    store.conditions([record, PromptRecord(1, "a", {"target": 2}), PromptRecord(2, "a", images=(Path("x.png"),))])
+    store.conditions(
+        [record, PromptRecord(1, "a", {"target": 2}), PromptRecord(2, "a", images=(Path("x.png"),))], None, False
+    )
     assert len(calls) == 2
 
 
@@ -66,9 +68,9 @@ def test_together_is_one_batch_that_is_not_kept(tiny_pipeline: Path, monkeypatch
     batches: list[int] = []
     encode = policy.model.encode
 
-    def counted(records: Any) -> Conditions:
+    def counted(records: Any, *how: Any) -> Conditions:
         batches.append(len(records))
-        return encode(records)
+        return encode(records, *how)
 
     monkeypatch.setattr(policy.model, "encode", counted)
     policy.encode(as_records(WORDS), negative=True, together=True)

@@ -2,16 +2,22 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    UniPCMultistepScheduler,
+)
 
 import flowalign as fa
 from flowalign.data import PromptRecord
 from flowalign.models.base import Sampling, Size
-from flowalign.models.sampling import defaults_of
-from samplers import normal
+from flowalign.models.sampling import defaults_of, sample
+from samplers import DPMSolver2M, Kernel, UniPC, normal
 
 PROMPT = 'the word "KITE" in red on a yellow background'
 
@@ -36,6 +42,28 @@ def test_a_live_pipeline_has_its_defaults_too() -> None:
 def test_a_pipeline_without_defaults_has_none(tiny_sd15_pipeline: Path) -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd15_pipeline, safety_checker=None)
     assert defaults_of(pipeline, {"unet": {}}) is None
+
+
+@pytest.mark.parametrize(
+    ("kernel", "scheduler"),
+    [(UniPC(), UniPCMultistepScheduler), (DPMSolver2M(), DPMSolverMultistepScheduler)],
+    ids=["unipc", "dpm"],
+)
+def test_a_family_with_a_multistep_solver_samples_as_its_scheduler(
+    tiny_pipeline: Path, monkeypatch: pytest.MonkeyPatch, kernel: Kernel, scheduler: Any
+) -> None:
+    """A family returns the kernel from `solver` and the scheduler's own levels from `sigmas`: difference 0."""
+    steps = scheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
+    steps.set_timesteps(5)
+    policy: Any = fa.load_policy(str(tiny_pipeline), trainable="none")
+    monkeypatch.setattr(policy.model, "solver", lambda: kernel)
+    monkeypatch.setattr(policy.model, "sigmas", lambda count, shape: steps.sigmas)
+    x = noise = normal((2, *policy.latent_shape(Size(24, 48))), 0, "start")
+    conditions = policy.encode([PromptRecord(0, PROMPT), PromptRecord(1, "a word")])
+    with torch.no_grad():
+        for sigma, timestep in zip(steps.sigmas, steps.timesteps, strict=False):
+            x = steps.step(policy.velocity(x, sigma.expand(2), conditions), timestep, x).prev_sample
+    assert torch.equal(sample(policy, conditions, noise, 5, 1.0), x)
 
 
 def test_generate_makes_the_images_that_an_evaluation_scores(tiny_pipeline: Path) -> None:

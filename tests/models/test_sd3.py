@@ -223,8 +223,8 @@ def test_what_is_not_a_pipeline_is_named(tmp_path: Path) -> None:
         inspect_checkpoint(str(tmp_path / "no"))
     with pytest.raises(ValueError, match=r"model_index\.json"):
         inspect_checkpoint(str(tmp_path))
-    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline", "_diffusers_version": "0.42"}')
-    with pytest.raises(ValueError, match="FluxPipeline"):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "PixArtAlphaPipeline", "_diffusers_version": "0.42"}')
+    with pytest.raises(ValueError, match="PixArtAlphaPipeline"):
         inspect_checkpoint(str(tmp_path))
 
 

@@ -68,7 +68,7 @@ def test_with_its_options_the_rollout_is_the_pipelines(options: dict[str, float]
     records = FAMILY.records()
     noise, _ = states(policy)
     with torch.no_grad():
-        theirs = pipeline_latents(FAMILY.pipeline([]), policy, records, noise, sampling)
+        theirs = pipeline_latents(FAMILY.pipeline([], policy), policy, records, noise, sampling)
     ours = sample(policy, policy.encode(records, negative=True, together=True), noise, 4, 3.0)
     assert torch.equal(ours, theirs)
     assert policy.evaluations == 3 * rows

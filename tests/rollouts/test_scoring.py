@@ -124,13 +124,19 @@ def test_videos_come_with_their_frames_per_second(tiny_pipeline: Path, monkeypat
         collect(replace(task, reward=Plain(brightness)), PROMPTS, 0)
 
 
-def test_a_reward_sees_the_source_images_of_its_prompts(tiny_pipeline: Path, tmp_path: Path) -> None:
+def test_a_reward_sees_the_source_images_of_its_prompts(tiny_pipeline: Path, tmp_path: Path, monkeypatch) -> None:
     """Of the second prompt two files, the second with an alpha channel, which is dropped; the first prompt has none."""
     Image.new("RGB", (5, 4), (255, 0, 51)).save(tmp_path / "a.png")
     Image.new("RGBA", (2, 3), (0, 102, 0, 7)).save(tmp_path / "b.png")
     edit = replace(PROMPTS[1], images=(tmp_path / "a.png", tmp_path / "b.png"))
     reward = Plain(brightness)
-    _, task = scored(tiny_pipeline, Chain(), reward)
+    policy, task = scored(tiny_pipeline, Chain(), reward)
+    with pytest.raises(ValueError, match="2 source images for a StableDiffusion3Pipeline; expected 0"):
+        collect(task, [PROMPTS[0], edit], 0)
+    encode = policy.encode  # stands for a model that reads them
+    monkeypatch.setattr(
+        policy, "encode", lambda records, **how: encode([replace(each, images=()) for each in records], **how)
+    )
     collect(task, [PROMPTS[0], edit], 0)
     (batch,) = reward.seen
     assert [len(images) for images in batch.conditions] == [0] * 3 + [2] * 3

@@ -204,6 +204,7 @@ def test_training_prompts_change_if_that_is_said_and_it_is_noted(tiny_pipeline: 
         ("policy__lora__rank", 8),
         ("policy__roles", {"old": {"update": "copy", "every": 1, "decay": 0.9, "rate": None}}),
         ("policy__height", 48),
+        ("policy__vae_tiling", True),
         ("run__ema_decay", 0.9),
         ("trainer__class_path", "mine.Trainer"),
         ("evaluation__num_inference_steps", 3),

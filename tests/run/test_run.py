@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +23,7 @@ from flowalign.storage import checkpoint
 from flowalign.storage.files import DamagedFile
 from flowalign.storage.metrics_log import read_rows, without_time
 from flowalign.trainers import Update
+from tests.helpers.forks import Forks
 from tests.helpers.tiny_run import result, run_it
 
 
@@ -292,12 +291,11 @@ def test_a_machine_without_git_and_a_damaged_provenance(copy: Path, monkeypatch:
 
 # ------------------------------------------------------------------------------------------ SIGKILL
 
-# In a fresh interpreter of one thread: a run in a forked child is killed after ever longer times until one finishes.
+# In a process of one thread: a run in a forked child is killed after ever longer times until one finishes.
 KILLER = """
 import os, signal, sys, time
 from flowalign.config import load_config
 from flowalign.loop import train
-import flowalign.report.html, diffusers.loaders  # what the children would import anew
 
 def child(output):
     pid = os.fork()
@@ -327,11 +325,9 @@ print(killed)
 """
 
 
-def test_a_run_killed_at_any_moment_ends_with_the_same_bits(tiny_pipeline: Path, tmp_path: Path) -> None:
+def test_a_run_killed_at_any_moment_ends_with_the_same_bits(tiny_pipeline: Path, tmp_path: Path, forks: Forks) -> None:
     config = str(Path(__file__).parents[1] / "data" / "tiny.yaml")
-    here = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    script = [sys.executable, "-W", "ignore", "-c", KILLER, config, str(tiny_pipeline), str(tmp_path)]
-    message = subprocess.run(script, check=True, stdout=subprocess.PIPE, text=True, env=here, timeout=300).stdout
+    message = forks.check("-c", KILLER, config, str(tiny_pipeline), str(tmp_path))
     assert int(message.split()[-1]) >= 1  # it was killed at least once
     (tensors, state, rows), (expected, expected_state, expected_rows) = (
         result(tmp_path / name) for name in ("killed", "uninterrupted")

@@ -130,7 +130,7 @@ def test_order_of_convergence(kernel: Kernel, order: int) -> None:
 
 def test_b_is_the_derivative_of_a_second_order_step() -> None:
     v = rows(0.3, -0.8).requires_grad_()
-    ctx = TransitionContext(level=0.0, carry=Carry(rows(0.1, 0.2), torch.tensor([0.8, torch.nan])))
+    ctx = TransitionContext(level=0.0, carry=Carry((rows(0.1, 0.2),), torch.tensor([0.8, torch.nan])))
     step = DPMSolver(FlowSDE())(rows(0.5, 0.6), v, 0.6, 0.4, ctx)
     (velocity_coef,) = torch.autograd.grad(step.mean.sum(), v)
     torch.testing.assert_close(step.policy.velocity_coef, velocity_coef[:, 0])
@@ -145,7 +145,7 @@ def test_on_a_variance_preserving_path_first_order_is_ddim() -> None:
     first, ddim = (k(rows(0.4), rows(-0.7), 0.7, 0.5, DETERMINISTIC) for k in (kernel, DDIM(1.0).bind(VP)))
     assert torch.equal(first.mean, ddim.mean) and first.carry is not None
     second = kernel(
-        rows(0.4), rows(-0.7), 0.7, 0.5, replace(DETERMINISTIC, carry=Carry(rows(0.1), torch.tensor([0.9])))
+        rows(0.4), rows(-0.7), 0.7, 0.5, replace(DETERMINISTIC, carry=Carry((rows(0.1),), torch.tensor([0.9])))
     )
     a, b, _, _ = VP.mix(torch.tensor([0.9, 0.7, 0.5], dtype=F64))
     log_snr = (a / b).log()

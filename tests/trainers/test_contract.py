@@ -1,8 +1,6 @@
 """The trainer contract in full: a fake trainer through the real loop, stopped and taken up, alone and in two processes."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +19,7 @@ from flowalign.run.run import Run
 from flowalign.storage import checkpoint
 from flowalign.storage.metrics_log import read_rows, without_time
 from flowalign.trainers import Update
+from tests.helpers.forks import Forks
 
 CONFIG = str(Path(__file__).parents[1] / "data" / "contract.yaml")
 TINY = str(Path(__file__).parents[1] / "data" / "tiny.yaml")
@@ -135,21 +134,14 @@ def test_the_adjoint_gives_the_gradient_of_the_whole_group() -> None:
         torch.testing.assert_close(parameter.grad, grad, rtol=1e-12, atol=1e-14)
 
 
-def test_a_run_in_two_processes_ends_where_one_does(tiny_pipeline: Path, tmp_path: Path) -> None:
+def test_a_run_in_two_processes_ends_where_one_does(tiny_pipeline: Path, tmp_path: Path, forks: Forks) -> None:
     """Two iterations; then taken up for a third. (`accelerate launch --cpu --num_processes 2` would give one process.)"""
-    root = Path(__file__).parents[2]
     settings = [f"policy.path={tiny_pipeline}", "rollout.groups=3"]
 
     def launch(output: Path, iterations: int) -> None:
-        runner = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(root / "scripts/train.py")]
-        environment = {"PYTHONPATH": str(root), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1",
-                       "ACCELERATE_USE_CPU": "true"}  # fmt: skip
-        done = subprocess.run(
-            [sys.executable, *runner, TINY, *settings, f"run.output={output}", f"run.iterations={iterations}"],
-            env=environment, timeout=300, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-2000:]
-        assert done.stdout.count("held-out jpeg_compressibility") == 1  # one process speaks
+        words = ["scripts/train.py", TINY, *settings, f"run.output={output}", f"run.iterations={iterations}"]
+        printed = forks.check(*words, count=2, environment={"ACCELERATE_USE_CPU": "true"})
+        assert printed.count("held-out jpeg_compressibility") == 1  # one process speaks
 
     train(*load_config(TINY, [*settings, f"run.output={tmp_path / 'one'}", "run.iterations=3"]))
     launch(tmp_path / "two", 2)

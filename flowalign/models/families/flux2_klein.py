@@ -58,7 +58,7 @@ class Flux2KleinModel:
     def solver(self) -> ODE:
         return ODE()
 
-    def encode(self, records: Sequence[PromptRecord], size: Size | None) -> Conditions:
+    def encode(self, records: Sequence[PromptRecord], size: Size | None, negative: bool) -> Conditions:
         embeds, _ = self.pipeline.encode_prompt(
             prompt=[record.prompt for record in records], device=self.encoders[0].device,
             max_sequence_length=self.max_sequence_length,
@@ -126,7 +126,7 @@ class Flux2KleinModel:
         }  # fmt: skip
 
     def pipeline_inputs(
-        self, records: Sequence[PromptRecord], negatives: Sequence[PromptRecord] | None
+        self, records: Sequence[PromptRecord], negatives: Sequence[PromptRecord] | None, size: Size
     ) -> dict[str, Any]:
         return {"prompt": [record.prompt for record in records]}
 

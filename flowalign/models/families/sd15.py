@@ -3,13 +3,11 @@
 The released scheduler, PNDM, is a multistep solver with no density. As in ddpo-pytorch, rollouts and evaluation use
 DDIMScheduler.from_config(pipe.scheduler.config): the same levels and the same spacing. Not kept: the images of the PNDM
 call, and the last bits of the DDIM call (the step is one affine map in place of x̂0 and ε̂: in fp32 latents agree to 1e-6
-of their norm, for v-prediction to 2e-6). Timesteps 0…999 are used only here: the level σ = (t+1)/1000 is timestep t, and
-σ = 0 is clean data.
+of their norm, for v-prediction to 2e-6).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,14 +19,13 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from flowalign.data import PromptRecord
-from flowalign.models.base import Configs, Family, Network, Size, check_image, prompts_and_negatives, vae_reduction
+from flowalign.models import discrete, scaled_vae
+from flowalign.models.base import Family, Network, Size, prompts_and_negatives
 from flowalign.models.conditions import Conditions
 from flowalign.models.guidance import classifier_free, classifier_free_rows
 from samplers import ODE, VariancePreserving
 
-TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 SCHEDULERS = ("DDIMScheduler", "PNDMScheduler")
-PREDICTIONS = ("epsilon", "v_prediction")
 
 
 class SD15Model:
@@ -38,14 +35,7 @@ class SD15Model:
     None: CLIP reads its own number of tokens (77) and cuts longer prompts."""
 
     def __init__(self, pipeline: StableDiffusionPipeline, max_sequence_length: int | None = None) -> None:
-        if max_sequence_length is not None:
-            raise ValueError(
-                f"got max_sequence_length={max_sequence_length}; expected null, since the CLIP text encoder of this "
-                f"family always reads {pipeline.tokenizer.model_max_length} tokens: leave it out"
-            )
-        if pipeline.unet.config.time_cond_proj_dim is not None:
-            raise ValueError("got a UNet that takes the guidance scale as an input (time_cond_proj_dim, LCM); expected one "
-                             "of Stable Diffusion 1.x or 2.x: take a checkpoint that is not distilled")  # fmt: skip
+        discrete.check_unet(pipeline.unet, pipeline.tokenizer.model_max_length, max_sequence_length)
         self.pipeline = pipeline
         self.networks = {"unet": pipeline.unet}
         self.vae = pipeline.vae
@@ -70,13 +60,13 @@ class SD15Model:
                 f"{timesteps[:3]} … {timesteps[-2:]}; expected strictly decreasing ones whose steps are all "
                 f"{known}//{num_inference_steps}: take a divisor of {known} below {known}, and a steps_offset of 1"
             )
-        return (torch.tensor([*timesteps, arrivals[-1]], dtype=torch.float64) + 1).div(known).float()
+        return discrete.levels([*timesteps, arrivals[-1]], known)
 
     def solver(self) -> ODE:
         """On this path the ODE's step is DDIM with η = 0."""
         return ODE()
 
-    def encode(self, records: Sequence[PromptRecord], size: Size | None) -> Conditions:
+    def encode(self, records: Sequence[PromptRecord], size: Size | None, negative: bool) -> Conditions:
         embeds, _ = self.pipeline.encode_prompt(
             [record.prompt for record in records], self.encoders[0].device, num_images_per_prompt=1,
             do_classifier_free_guidance=False,
@@ -89,29 +79,22 @@ class SD15Model:
     ) -> Tensor:  # fmt: skip
         predict = partial(self._predict, networks["unet"])
         prediction = classifier_free(predict, x, sigma, conditions, negative, guidance_scale, detach_uncond)
-        if self.scheduler.config.prediction_type == "v_prediction":
-            return prediction
-        return self.path.velocity_from_noise(x, prediction, sigma)
+        return discrete.velocity_of(self.path, x, prediction, sigma, self.scheduler)
 
     def _predict(self, network: Network, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
-        timestep = (sigma.double() * len(self.path.alphas_cumprod)).round().long() - 1
         prediction: Tensor = network(
             x.to(self.dtype),
-            timestep.to(x.device),
+            discrete.timestep(sigma, len(self.path.alphas_cumprod)).to(x.device),
             encoder_hidden_states=conditions.tensors["embeds"].to(x.device, self.dtype),
             return_dict=False,
         )[0]
         return prediction
 
     def decode(self, latents: Tensor) -> Tensor:
-        vae = self.vae
-        image: Tensor = vae.decode(latents.to(vae.device, vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
-        return image
+        return scaled_vae.decode(self.vae, latents)
 
     def encode_images(self, images: Tensor) -> Tensor:
-        vae = self.vae
-        mean: Tensor = vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mode()
-        return mean * vae.config.scaling_factor
+        return scaled_vae.encode(self.vae, images)
 
     def save_lora(
         self, folder: Path, layers: Mapping[str, dict[str, Tensor]], metadata: Mapping[str, dict[str, Any]]
@@ -134,7 +117,7 @@ class SD15Model:
         }  # fmt: skip
 
     def pipeline_inputs(
-        self, records: Sequence[PromptRecord], negatives: Sequence[PromptRecord] | None
+        self, records: Sequence[PromptRecord], negatives: Sequence[PromptRecord] | None, size: Size
     ) -> dict[str, Any]:
         return prompts_and_negatives(records, negatives)
 
@@ -145,18 +128,12 @@ class SD15Model:
         return latents
 
     def pipeline_sigmas(self, sigmas: Tensor) -> tuple[list[str], dict[str, Any]]:
-        raise ValueError("got levels for a pipeline with DDIMScheduler; expected its own, since it takes neither sigmas nor "
-                         "timesteps: leave the schedule out")  # fmt: skip
+        return discrete.no_levels(sigmas)
 
 
 def ddim(config: dict[str, Any]) -> DDIMScheduler:
     """The DDIM scheduler of a pipeline's scheduler config; ValueError if its step is not affine in the prediction."""
-    name = config.get("_class_name")
-    if name not in SCHEDULERS:
-        raise ValueError(
-            f"got scheduler {name}; expected one of {', '.join(SCHEDULERS)}: save the pipeline with "
-            "DDIMScheduler.from_config(pipe.scheduler.config)"
-        )
+    discrete.check_scheduler(config, SCHEDULERS, "DDIMScheduler")
     scheduler = DDIMScheduler.from_config(config)
     settings = scheduler.config
     if settings.clip_sample or settings.thresholding:
@@ -165,14 +142,7 @@ def ddim(config: dict[str, Any]) -> DDIMScheduler:
             "clip_sample means true to DDIM); expected both false, or the step that is scored is not the step that was "
             "sampled: set them in the pipeline's scheduler_config.json"
         )
-    if settings.prediction_type not in PREDICTIONS:
-        raise ValueError(
-            f"got prediction_type={settings.prediction_type}; expected one of {', '.join(PREDICTIONS)}: take a checkpoint "
-            "that predicts one of them"
-        )
-    if settings.prediction_type == "epsilon" and float(scheduler.alphas_cumprod.min()) == 0:
-        raise ValueError("got ε-prediction with a level of ᾱ = 0 (rescale_betas_zero_snr); expected ᾱ > 0, since at pure "
-                         "noise ε says nothing of the data: set rescale_betas_zero_snr=false, or use a v-prediction model")  # fmt: skip
+    discrete.check_prediction(scheduler)
     return scheduler
 
 
@@ -184,18 +154,17 @@ def _load_arguments(index: Mapping[str, Any]) -> dict[str, Any]:
     return {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
 
-def _latent_shape(size: Size, configs: Configs) -> tuple[int, ...]:
-    factor = vae_reduction(configs["vae"])
-    check_image(size, math.lcm(8, factor))  # the pipeline itself asks for multiples of 8
-    return (configs["unet"]["in_channels"], size.height // factor, size.width // factor)
-
-
+SCHEDULE = {
+    "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000,
+    "set_alpha_to_one": False, "clip_sample": False, "skip_prk_steps": True, "steps_offset": 1,
+}  # fmt: skip
+UNET = {
+    "sample_size": 8, "block_out_channels": (16, 32), "layers_per_block": 1, "cross_attention_dim": 16,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "attention_head_dim": 2, "norm_num_groups": 4,
+}  # fmt: skip
 TINY = {
-    "unet": (UNet2DConditionModel, {
-        "sample_size": 8, "block_out_channels": (16, 32), "layers_per_block": 1, "cross_attention_dim": 16,
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-        "attention_head_dim": 2, "norm_num_groups": 4,
-    }),
+    "unet": (UNet2DConditionModel, UNET),
     "vae": (AutoencoderKL, {
         "block_out_channels": (8, 8, 8, 8), "down_block_types": ("DownEncoderBlock2D",) * 4,
         "up_block_types": ("UpDecoderBlock2D",) * 4, "norm_num_groups": 2, "latent_channels": 4, "scaling_factor": 0.18215,
@@ -204,21 +173,24 @@ TINY = {
         "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
     }),
     "tokenizer": (CLIPTokenizer, {}),
-    "scheduler": (PNDMScheduler, {
-        "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000,
-        "set_alpha_to_one": False, "clip_sample": False, "skip_prk_steps": True, "steps_offset": 1,
-    }),
+    "scheduler": (PNDMScheduler, SCHEDULE),
     "safety_checker": None, "feature_extractor": None, "requires_safety_checker": False,
 }  # fmt: skip
+# stabilityai/stable-diffusion-2-1: v-prediction, heads counted per level, linear projections around the attention
+TINY_21 = {
+    **TINY,
+    "unet": (UNet2DConditionModel, {**UNET, "attention_head_dim": (2, 4), "use_linear_projection": True}),
+    "scheduler": (DDIMScheduler, {**SCHEDULE, "prediction_type": "v_prediction"}),
+}
 
 FAMILY = Family(
     pipeline=StableDiffusionPipeline,
     model=SD15Model,
     networks={"unet": UNet2DConditionModel},
-    targets=TARGETS,
+    targets=discrete.TARGETS,
     path=_path,
-    latent_shape=_latent_shape,
+    latent_shape=discrete.latent_shape,
     rows_per_state=classifier_free_rows,
     load_arguments=_load_arguments,
-    tiny={"sd15": TINY},
+    tiny={"sd15": TINY, "sd21": TINY_21},
 )

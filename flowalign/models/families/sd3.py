@@ -59,7 +59,7 @@ class SD3Model:
     def solver(self) -> ODE:
         return ODE()
 
-    def encode(self, records: Sequence[PromptRecord], size: Size | None) -> Conditions:
+    def encode(self, records: Sequence[PromptRecord], size: Size | None, negative: bool) -> Conditions:
         embeds, _, pooled, _ = self.pipeline.encode_prompt(
             prompt=[record.prompt for record in records], prompt_2=None, prompt_3=None, device=self.encoders[0].device,
             do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length,
@@ -112,7 +112,7 @@ class SD3Model:
         }  # fmt: skip
 
     def pipeline_inputs(
-        self, records: Sequence[PromptRecord], negatives: Sequence[PromptRecord] | None
+        self, records: Sequence[PromptRecord], negatives: Sequence[PromptRecord] | None, size: Size
     ) -> dict[str, Any]:
         return prompts_and_negatives(records, negatives)
 

@@ -70,7 +70,7 @@ class ZImageModel:
     def solver(self) -> ODE:
         return ODE()
 
-    def encode(self, records: Sequence[PromptRecord], size: Size | None) -> Conditions:
+    def encode(self, records: Sequence[PromptRecord], size: Size | None, negative: bool) -> Conditions:
         """embeds [n, max_sequence_length, D], 0 behind the text; length [n]."""
         embeds, _ = self.pipeline.encode_prompt(
             prompt=[record.prompt for record in records], device=self.encoders[0].device,
@@ -158,7 +158,7 @@ class ZImageModel:
         }  # fmt: skip
 
     def pipeline_inputs(
-        self, records: Sequence[PromptRecord], negatives: Sequence[PromptRecord] | None
+        self, records: Sequence[PromptRecord], negatives: Sequence[PromptRecord] | None, size: Size
     ) -> dict[str, Any]:
         return prompts_and_negatives(records, negatives)
 

@@ -107,7 +107,7 @@ CASES = [
     case("index is a list", written("model_index.json", b"[1]"), "model_index.json"),
     case("empty index", written("model_index.json", b"{}"), "model_index.json|pipeline"),
     case("an unknown pipeline", edited("model_index.json", _class_name="MyPipeline"), "MyPipeline"),
-    case("an unsupported pipeline", edited("model_index.json", _class_name="FluxPipeline"), "FluxPipeline"),
+    case("an unsupported pipeline", edited("model_index.json", _class_name="PixArtAlphaPipeline"), "PixArtAlphaPipeline"),
     case("another scheduler", edited("model_index.json", scheduler=["diffusers", "DDPMScheduler"]), "DDPMScheduler|scheduler"),
     case("no scheduler in the index", edited("model_index.json", scheduler=None), "scheduler"),
     case("another transformer", edited("model_index.json", transformer=["diffusers", "FluxTransformer2DModel"]), "transformer"),
