@@ -30,7 +30,7 @@ FEW_STEPS = {
 }  # fmt: skip
 KL_OF_FLOWS = {"flow_grpo", "flow_grpo_fast", "densegrpo", "preview_select"}  # form exact_times_h is that of an SDE
 # model layer of videos -> tiny pipeline in its place; one of texts where prompts would need images
-VIDEOS = {"hunyuan_video": "hunyuan_video"}
+VIDEOS = {"hunyuan_video": "hunyuan_video", "wan21_1_3b": "wan21", "wan21_i2v": "wan21", "wan22": "wan22"}
 DISCRETE = {"sd15", "sd21", "sdxl", "sdxl_turbo"}  # ε- and v-models, whose chain (DDIM) takes the place of the method's
 IN_FOUR_STEPS = {"sdxl_turbo"}  # few plans of the methods fit, so more are taken here
 # (method, model) -> what is said of those that never go together
@@ -44,7 +44,9 @@ REFUSED: dict[tuple[str, str], str] = {
 # (method, model) of other trainers -> {override: what is said without it}, in the order in which they are refused
 NEEDED: dict[tuple[str, str], dict[str, str]] = {
     ("tdm_r1", model): {"rollout.guidance_scale=1": "has the guidance in its weights"}
-    for model in ("sd35_medium", "flux1_dev", "flux1_kontext", "hunyuan_video", "flux2_klein")
+    for model in (
+        "sd35_medium", "flux1_dev", "flux1_kontext", "hunyuan_video", "flux2_klein", "wan21_1_3b", "wan21_i2v", "wan22",
+    )  # fmt: skip
 }
 
 # what the complete files glyphs_flow_grpo, glyphs_flow_grpo_fast and sd15_ddpo said before they became layers
@@ -131,8 +133,9 @@ BEFORE: dict[tuple[str, str, str], dict[str, Any]] = {
 @pytest.fixture
 def tiny(tiny_pipeline: Path, tiny_sd15_pipeline: Path, large_machine: None) -> dict[str, str]:
     """Model layer -> an override that puts a tiny pipeline in its place: of SD3, or of its family where that makes a difference."""
-    own = {**VIDEOS, **{model: model for model in DISCRETE - {"sd15"}}}
-    folders = {"sd15": str(tiny_sd15_pipeline), **{layer: subject(name).folder for layer, name in own.items()}}
+    for model in (
+        "sd35_medium", "flux1_dev", "flux1_kontext", "hunyuan_video", "flux2_klein", "wan21_1_3b", "wan21_i2v", "wan22",
+    )  # fmt: skip
     return {model: f"policy.path={folders.get(model, str(tiny_pipeline))}" for model in MODELS}
 
 
@@ -217,15 +220,16 @@ def content(path: str, *later: str) -> Any:
 
 
 @pytest.mark.parametrize(("method", "model"), product(METHODS, MODELS))
-def test_only_layers_of_discrete_timesteps_depend_on_the_order(method: str, model: str) -> None:
-    """Their chain takes the place of the method's kernel, so they come after the method. All other orders give the same."""
+def test_only_layers_that_replace_kernel_or_schedule_depend_on_the_order(method: str, model: str) -> None:
+    """Its chain takes the place of the method's kernel, and the grid of others that of the method's, so they come after the method.
+    All other orders give the same."""
     for reward in REWARDS:
         layers = files(method, model, reward)
         orders = permutations(layers)
         merged = [
             content(*order)
             for order in orders
-            if model not in DISCRETE or order.index(layers[0]) < order.index(layers[1])
+            if "schedule" not in content(layers[1])["rollout"] or order.index(layers[0]) < order.index(layers[1])
         ]
         assert all(each == merged[0] for each in merged[1:])
         kernel = "samplers.DDIM" if model in DISCRETE else class_of(content(layers[0])["rollout"]["kernel"])
