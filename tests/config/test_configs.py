@@ -45,7 +45,14 @@ REFUSED: dict[tuple[str, str], str] = {
 NEEDED: dict[tuple[str, str], dict[str, str]] = {
     ("tdm_r1", model): {"rollout.guidance_scale=1": "has the guidance in its weights"}
     for model in (
-        "sd35_medium", "flux1_dev", "flux1_kontext", "hunyuan_video", "flux2_klein", "wan21_1_3b", "wan21_i2v", "wan22",
+        "sd35_medium",
+        "flux1_dev",
+        "flux1_kontext",
+        "hunyuan_video",
+        "flux2_klein",
+        "wan21_1_3b",
+        "wan21_i2v",
+        "wan22",
     )  # fmt: skip
 }
 
@@ -133,9 +140,8 @@ BEFORE: dict[tuple[str, str, str], dict[str, Any]] = {
 @pytest.fixture
 def tiny(tiny_pipeline: Path, tiny_sd15_pipeline: Path, large_machine: None) -> dict[str, str]:
     """Model layer -> an override that puts a tiny pipeline in its place: of SD3, or of its family where that makes a difference."""
-    for model in (
-        "sd35_medium", "flux1_dev", "flux1_kontext", "hunyuan_video", "flux2_klein", "wan21_1_3b", "wan21_i2v", "wan22",
-    )  # fmt: skip
+    own = {**VIDEOS, **{model: model for model in DISCRETE - {"sd15"}}}
+    folders = {"sd15": str(tiny_sd15_pipeline), **{layer: subject(name).folder for layer, name in own.items()}}
     return {model: f"policy.path={folders.get(model, str(tiny_pipeline))}" for model in MODELS}
 
 
