@@ -180,6 +180,5 @@ FAMILY = Family(
     latent_shape=_latent_shape,
     rows_per_state=classifier_free_rows,
     takes_levels=False,
-    takes_levels=False,
     tiny={"sana": TINY},
 )
