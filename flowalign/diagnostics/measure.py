@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +20,12 @@ from flowalign.selectors import Selector
 from flowalign.selectors.base import START
 from flowalign.trainers import EdgeTrainer, Trainer
 from rewards import RewardBatch, RewardOutput, RewardSpec
+from rewards.base import Input
 from samplers import Forest
 
 
 def brightness(images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """A reward [N] that needs no model and differs between any two images, or videos, so that advantages are never all 0."""
+    """A reward [N] that needs no model and differs between any two images, so that advantages are never all 0."""
     return images.flatten(1).mean(1)
 
 
@@ -35,21 +36,22 @@ class StandIn:
     margin (Hinge) have a gradient."""
 
     channels: tuple[str, ...]
-    pixels: Literal["images", "videos"] = "images"
     name: str = "brightness"
+    videos: bool = False  # of a policy that makes them
 
     @property
     def spec(self) -> RewardSpec:
-        return RewardSpec(channels=self.channels, differentiable=True, inputs=(self.pixels,))
+        inputs: tuple[Input, ...] = ("videos",) if self.videos else ("images",)
+        return RewardSpec(inputs=inputs, channels=self.channels, differentiable=True)
 
     def load(self) -> None: ...
 
     def close(self) -> None: ...
 
     def __call__(self, batch: RewardBatch) -> RewardOutput:
-        pixels = batch.tensors()[self.pixels]
-        assert pixels is not None  # `score` refuses a batch without
-        bright = brightness(pixels, batch.prompts)
+        pictures = batch.videos if self.videos else batch.images
+        assert pictures is not None  # `score` refuses a batch without
+        bright = brightness(pictures, batch.prompts)
         scores = torch.stack([10 * (bright ** (number + 1) - 1) for number in range(len(self.channels))], 1)
         return RewardOutput(scores, torch.ones_like(scores, dtype=torch.bool), uncertainty=torch.zeros_like(scores))
 

@@ -44,7 +44,7 @@ from flowalign.models import Policy
 from flowalign.rollouts.collect import ScoredRollout, collect
 from flowalign.rollouts.rolling import leaves_per_group
 from flowalign.rollouts.task import Task
-from rewards import channels_of, close, score, spec_of
+from rewards import channels_of, close, score
 
 __all__ = ["Finding", "diagnose", "examine"]
 
@@ -86,8 +86,8 @@ def examine(config: TrainConfig, policy: Policy) -> Iterator[Finding]:
     prompts = distinct_prompts(config, prompt_count(config))
     real = task_of(config, policy, groups=len(prompts))
     # without prompts a trainer leaves out what comes before its first iteration
-    stand_in = StandIn(channels_of(config.reward), "videos" if "videos" in spec_of(config.reward).inputs else "images")
-    task = replace(real, reward=stand_in, prompts=())
+    videos = len(policy.latent_shape(settings.size)) == 4
+    task = replace(real, reward=StandIn(channels_of(config.reward), videos=videos), prompts=())
     inspection = trainer.forecast(task.rollout).inspection
 
     @cache
