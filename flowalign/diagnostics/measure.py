@@ -31,7 +31,7 @@ def brightness(images: Tensor, prompts: Sequence[str]) -> Tensor:
 
 @dataclass(frozen=True)
 class StandIn:
-    """Brightness in the place of a reward with these channels, of images or of videos: channel c scores 10·(brightness^(c+1) − 1), known for certain. The factor
+    """Brightness in the place of a reward with these channels: channel c scores 10·(brightness^(c+1) − 1), known for certain. The factor
     gives a group the spread of a real score, for parts with a threshold in its unit (Best.min_gap); at most 0, so that losses with a
     margin (Hinge) have a gradient."""
 
