@@ -17,7 +17,7 @@ from flowalign.models.sampling import sample
 from flowalign.testing import tiny_pipeline
 from tests.helpers.families import subject
 
-LEVELS = torch.tensor([0.9375, 0.3125, 0.875, 0.8749])  # timesteps 937, 312, 875, 874: high, low, high, low
+LEVELS = torch.tensor([0.3125, 0.9375, 0.875, 0.8749])  # timesteps 312, 937, 875, 874: low, high, high, low
 
 
 def watched(policy: Any) -> list[tuple[str, Tensor]]:
@@ -65,7 +65,7 @@ def test_the_second_scale_reaches_only_the_network_of_low_noise() -> None:
     )
     assert conditions.negative is not None
     plain, uncond = (policy.velocity(x, LEVELS, rows) for rows in (conditions, conditions.negative))
-    scale = torch.tensor([3.0, 6.0, 3.0, 6.0]).reshape(-1, 1, 1, 1, 1)
+    scale = torch.tensor([6.0, 3.0, 3.0, 6.0]).reshape(-1, 1, 1, 1, 1)
     guided = second.velocity(x, LEVELS, conditions, guidance_scale=3.0)
     torch.testing.assert_close(guided, uncond + scale * (plain - uncond), rtol=1e-5, atol=1e-5)
     assert torch.equal(second.velocity(x, LEVELS, conditions), plain)
