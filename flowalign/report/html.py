@@ -80,9 +80,8 @@ def load_snippet(run_folder: Path, pipeline: dict[str, Any]) -> str:
     keep = 'image.save("image.png")'
     if pipeline.get("source_images"):
         # Lanczos, as `fitted_images`, where the pipeline does not fit them itself
-        fitted = (
-            "" if pipeline.get("own_fit") else f".resize(({arguments['width']}, {arguments['height']}), resample=1)"
-        )
+        fits = pipeline.get("own_fit") or "width" not in arguments
+        fitted = "" if fits else f".resize(({arguments['width']}, {arguments['height']}), resample=1)"
         helpers, lines = ["load_image"], [f'    image=load_image("source.png"){fitted},', *lines]
     if "num_frames" in arguments:
         helpers, result = [*helpers, "export_to_video"], ".frames[0]"
