@@ -139,11 +139,13 @@ def check_reached(task: Task, batch: ScoredRollout, found: dict[str, Tensor]) ->
 
 
 def _names_that_can_act(task: Task, batch: ScoredRollout) -> list[str]:
-    """The trained tensors on which the velocity of a start state depends."""
-    forest = batch.forest
+    """The trained tensors on which the velocity of a start state depends, at the first level or at the last: of two networks for
+    different levels each answers one of them."""
+    forest, tree = batch.forest, batch.forest.tree
     root = torch.zeros(1, dtype=torch.int64)
-    rows = batch.conditions.rows(forest.tree.group[root])
-    velocity = task.policy.velocity(forest.at(root), forest.sigma(root), rows)
+    rows, x = batch.conditions.rows(tree.group[root]), forest.at(root)
+    sigmas = (forest.sigma(root), forest.sigma(tree.parent[tree.leaves[:1]]))
+    velocity = torch.cat([task.policy.velocity(x, sigma, rows) for sigma in sigmas])
     names, parameters = zip(*task.policy.trainable_parameters(), strict=True)
     grads = torch.autograd.grad(velocity.square().sum(), parameters, allow_unused=True)
     return [name for name, grad in zip(names, grads, strict=True) if grad is not None and bool(grad.any())]
