@@ -258,7 +258,7 @@ class Model(Protocol):
         negative: Conditions | None, guidance_scale: float, detach_uncond: bool,
     ) -> Tensor:  # fmt: skip
         """v [n, *] fp32 at fp32 states x [n, *] with noise levels sigma [n], under the family's own guidance rule;
-        conditions, negative: one row per state. With several networks sigma is where the caller has it: on the host as a rule.
+        conditions, negative: one row per state. With several networks sigma is left where the caller has it.
 
         networks: what to call in place of `self.networks`: the same or those of a role, and every call is counted by the
         length of its first argument. negative: None if it was not encoded; ValueError then if the guidance needs it.
