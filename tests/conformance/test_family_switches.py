@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model_state_dict
 from torch._dynamo.utils import counters
 
-from flowalign.models import LoRA, load_policy, path_of, switches
+from flowalign.models import load_policy, switches
 from flowalign.models.checks import rows_per_state
 from flowalign.models.grid import pipeline_call, pipeline_latents
 from flowalign.models.load import read_pipeline

@@ -1,6 +1,6 @@
 """Every model family trains: one iteration of each kind of method, a noise optimization, a resumed run, the doctor."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from pathlib import Path
 
 import pytest
@@ -20,8 +20,10 @@ from tests.helpers.family_run import (
     arguments,
     reward_of,
     sampling_of,
+    shaken,
     stochastic,
     trained,
+    velocity,
 )
 
 Note = Callable[..., None]
@@ -34,8 +36,20 @@ def moved(family: Subject, weights: dict[str, Tensor]) -> list[str]:
     return [name for name, start in begin.items() if not torch.equal(weights[name], start)]
 
 
+@torch.no_grad()
+def without_effect(family: Subject, names: Set[str]) -> bool:
+    """Whether these tensors of the LoRA can be anything without a bit of the velocity changing, as those of the last block that lead
+    only to its text, which nothing reads."""
+    policy = shaken(family.policy(lora=SMALL))
+    before = velocity(family, policy, 1.0)
+    for name, parameter in policy.trainable_parameters():
+        if name in names:
+            parameter.normal_()
+    return torch.equal(velocity(family, policy, 1.0), before)
+
+
 def test_an_iteration_of_flow_grpo_moves_every_parameter(family: Subject, note: Note, tmp_path: Path) -> None:
-    """Two updates: the gradient of A is 0 as long as B is. Every state of the rollout is computed once, and once more, with a backward,
+    """But for those without effect. Two updates: the gradient of A is 0 as long as B is. Every state of the rollout is computed once, and once more, with a backward,
     by the update; those of the second update once before the first, for their ratio.
 
     Source images take seconds to encode, so guidance, which encodes them again, is left to the slow tests."""
@@ -48,12 +62,12 @@ def test_an_iteration_of_flow_grpo_moves_every_parameter(family: Subject, note: 
     assert row["cost/update_per_image"] == (2 + 0.5) * stochastic_steps * rows
     assert row["group/trained_edges"] == 2 * 2 * stochastic_steps and row["group/zero_std_ratio"] == 0
     assert row["ratio/drift_max"] <= 1e-6 and row["optim/grad_norm"] > 0
-    unmoved = weights.keys() - set(moved(family, weights))
-    assert not unmoved
+    changed = moved(family, weights)
+    assert len(changed) > 0.8 * len(weights) and without_effect(family, weights.keys() - set(changed))
     note("evaluations per image, rollout", row["cost/rollout_per_image"])
     note("evaluations per image, update", row["cost/update_per_image"])
     note("log ratio of an unchanged policy", row["ratio/drift_max"])
-    note("tensors moved", len(weights))
+    note("tensors moved", f"{len(changed)} of {len(weights)}")
 
 
 @pytest.mark.slow
