@@ -73,14 +73,14 @@ def test_silent_on_the_few_steps_of_a_distilled_model(steps: int) -> None:
 def test_more_steps_than_a_model_was_distilled_for() -> None:
     few = "evaluation.num_inference_steps=4"
     for findings in (
-        flow("flux1_schnell", "rollout.num_inference_steps=9", few),
-        unet("sdxl_turbo", "rollout.num_inference_steps=9", few),
+        flow("flux1_schnell", "rollout.num_inference_steps=10", few),
+        unet("sdxl_turbo", "rollout.num_inference_steps=10", few),
     ):
         assert warned(findings) == ["distilled"]
         assert findings["distilled"].advice.endswith("set rollout.num_inference_steps=4")
         assert "at most 4 (bound 8)" in findings["distilled"].figure
-    assert "distilled" not in warned(flow("flux1_dev", "rollout.num_inference_steps=9", few))
-    assert "distilled" not in warned(unet("sdxl", "rollout.num_inference_steps=9", few))
+    assert "distilled" not in warned(flow("flux1_dev", "rollout.num_inference_steps=10", few))
+    assert "distilled" not in warned(unet("sdxl", "rollout.num_inference_steps=10", few))
 
 
 def test_a_name_is_a_hint_and_no_warning(tmp_path: Path) -> None:

@@ -10,7 +10,9 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
+from flowalign.config import load_config
 from flowalign.data import PromptRecord
+from flowalign.errors import ConfigError
 from flowalign.models import Policy, Sampling, Size, load_policy
 from flowalign.models.grid import pipeline_call, pipeline_latents
 from flowalign.models.sampling import sample
@@ -53,6 +55,14 @@ def test_dev_shifts_by_the_size_and_schnell_by_nothing() -> None:
         assert torch.equal(schnell.sigmas(4, (4, side, side)), levels)
 
 
+def test_an_embedded_scale_in_a_window_of_few_steps_is_no_classifier_free_guidance(large_machine: None) -> None:
+    layers = [f"configs/{layer}.yaml" for layer in ("methods/mixgrpo", "models/flux1_dev", "rewards/jpeg")]
+    config, _ = load_config(layers, [f"policy.path={subject('flux1_dev').folder}"])
+    assert config.rollout.guidance_scale == 3.5 and not config.rollout.allow_cfg_update
+    with pytest.raises(ConfigError, match="allow_cfg_update"):
+        load_config(layers, [f"policy.path={subject('sd3').folder}"])
+
+
 def picture(folder: Path, name: str, sides: tuple[int, int]) -> Path:
     pixels = torch.rand(*sides, 3, generator=torch.Generator().manual_seed(sides[0]))
     Image.fromarray((pixels * 255).byte().numpy()).save(folder / name)
@@ -80,7 +90,7 @@ def test_sources_of_any_size_are_fitted_to_what_is_generated_as_the_exported_cal
         for n, sides in enumerate([(40, 56), (90, 33)])
     ]
     noise = torch.randn(1, 4, 4, 8, generator=torch.Generator().manual_seed(0)).expand(2, -1, -1, -1)
-    pipeline = kontext.pipeline(pipeline_call(policy, sampling)[0])
+    pipeline = kontext.pipeline(pipeline_call(policy, sampling)[0], policy)
     with torch.no_grad():
         theirs = pipeline_latents(pipeline, policy, records, noise, sampling)
     ours = sample(policy, policy.encode(records, together=True), noise, 2, 2.5)
