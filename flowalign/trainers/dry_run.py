@@ -26,7 +26,7 @@ def dry_run(signal: Signal, step_weight: StepWeight, setup: Setup) -> None:
     At most two groups, no network. Where a plan selects, the dry run takes all its states."""
     reason = ""
     for iteration in range(ITERATIONS):
-        forest = _forest(setup.rollout, iteration)
+        forest = _forest(setup, iteration)
         if setup.path.rectified:
             _check_outer_steps(forest)
         for name in setup.state_channels:
@@ -39,16 +39,18 @@ def dry_run(signal: Signal, step_weight: StepWeight, setup: Setup) -> None:
     raise ValueError(f"nothing would be trained: {reason}")
 
 
-def _forest(rollout: Rollout, iteration: int) -> Forest:
+def _forest(setup: Setup, iteration: int) -> Forest:
     """The plan's topology without states. ValueError for samples of a teacher or of a hinted student without a role."""
+    rollout = setup.rollout
     steps, tree = rollout.num_inference_steps, grow(rollout, 0, iteration, range(min(2, rollout.groups)))
     roles_of(rollout, tree)
     level = tree.level[tree.edges].unique()
     half = torch.full_like(level, 0.5)
     rollout.kernel.coefficients(half, half / 2, level)  # some kernels have a highest level
-    count = len(tree)
+    count, sigmas = len(tree), torch.linspace(1, 0, steps + 1)
+    sigmas[:-1] = setup.path.nearest(sigmas[:-1])
     return Forest(
-        tree, torch.linspace(1, 0, steps + 1), rollout.kernel, torch.empty(0, 1), torch.full((count,), -1),
+        tree, sigmas, rollout.kernel, torch.empty(0, 1), torch.full((count,), -1),
         torch.zeros(count), 0,
     )  # fmt: skip
 

@@ -17,7 +17,11 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 SIZE = ["policy.height=32", "policy.width=64"]
 FLOW = (str(DATA / "tiny.yaml"),)
 UNET = (str(DATA / "tiny_sd15.yaml"),)
-SD35 = (str(CONFIGS / "methods/flow_grpo.yaml"), str(CONFIGS / "models/sd35_medium.yaml"), str(CONFIGS / "rewards/jpeg.yaml"))
+SD35 = (
+    str(CONFIGS / "methods/flow_grpo.yaml"),
+    str(CONFIGS / "models/sd35_medium.yaml"),
+    str(CONFIGS / "rewards/jpeg.yaml"),
+)
 
 
 def guards(files: tuple[str, ...], *overrides: str) -> dict[str, Finding]:
@@ -43,7 +47,9 @@ def flow(name: str, *overrides: str) -> dict[str, Finding]:
 
 def unet(name: str, *overrides: str) -> dict[str, Finding]:
     own = ["rollout.plan.train_last=false", "rollout.guidance_scale=1", "evaluation.guidance_scale=1"]
-    return guards(UNET, f"policy.path={subject(name).folder}", *SIZE, "trainer.objective.elements=65536", *own, *overrides)
+    return guards(
+        UNET, f"policy.path={subject(name).folder}", *SIZE, "trainer.objective.elements=65536", *own, *overrides
+    )
 
 
 # ------------------------------------------------------------------------------------------ silent
@@ -79,6 +85,13 @@ def test_more_steps_than_a_model_was_distilled_for() -> None:
         assert warned(findings) == ["distilled"]
         assert findings["distilled"].advice.endswith("set rollout.num_inference_steps=4")
         assert "at most 4 (bound 8)" in findings["distilled"].figure
+    for name, most in (("flux2_klein", 4), ("z_image_turbo", 8)):
+        finding = flow(name, f"rollout.num_inference_steps={2 * most + 1}", few, "policy.lora.targets=null")[
+            "distilled"
+        ]
+        assert finding.advice.endswith(f"set rollout.num_inference_steps={most}")
+    for name in ("flux2_klein_base", "z_image"):
+        assert not flow(name, "rollout.num_inference_steps=17", few, "policy.lora.targets=null")["distilled"].advice
     assert "distilled" not in warned(flow("flux1_dev", "rollout.num_inference_steps=10", few))
     assert "distilled" not in warned(unet("sdxl", "rollout.num_inference_steps=10", few))
 
@@ -104,7 +117,7 @@ def test_guidance_of_a_model_of_few_steps() -> None:
 def test_a_scale_of_one_where_it_is_an_input() -> None:
     finding = flow("flux1_dev", "evaluation.guidance_scale=3.5")["guidance"]
     assert finding.figure.startswith("embedded") and "set rollout.guidance_scale to" in finding.advice
-    both = ["rollout.guidance_scale=3.5", "rollout.allow_cfg_update=true", "evaluation.guidance_scale=3.5"]
+    both = ["rollout.guidance_scale=3.5", "evaluation.guidance_scale=3.5"]
     assert not flow("flux1_dev", *both)["guidance"].advice
     assert flow("flux1_schnell")["guidance"].figure.startswith("none")
 
@@ -112,13 +125,14 @@ def test_a_scale_of_one_where_it_is_an_input() -> None:
 @pytest.mark.parametrize(
     ("name", "overrides", "said"),
     [
-        ("flux1_schnell", ["rollout.guidance_scale=3.5", "rollout.allow_cfg_update=true"], "rollout.guidance_scale=3.5"),
+        ("flux1_schnell", ["rollout.guidance_scale=3.5"], "rollout.guidance_scale=3.5"),
         ("flux1_schnell", ["evaluation.guidance_scale=3.5"], "evaluation.guidance_scale=3.5"),
+        ("flux2_klein", ["evaluation.guidance_scale=4", "policy.lora.targets=null"], "evaluation.guidance_scale=4"),
         ("flux1_schnell", ["policy.negative_prompt=ugly"], "policy.negative_prompt='ugly'"),
         ("flux1_dev", ["policy.negative_prompt=ugly"], "policy.negative_prompt='ugly'"),
         (
             "flux1_dev",
-            ["rollout.guidance_scale=3.5", "rollout.allow_cfg_update=true", "rollout.detach_uncond=true"],
+            ["rollout.guidance_scale=3.5", "rollout.detach_uncond=true"],
             "rollout.detach_uncond=true",
         ),
     ],
