@@ -27,7 +27,9 @@ def offloaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[PipelinePo
     for name, module in (("encoder", model.encoders[0]), ("encoder 2", model.encoders[1]), ("vae", model.vae)):
         monkeypatch.setattr(module, "to", lambda device, name=name: log.append(f"{name} {torch.device(device).type}"))
     for name, method in (("encode", model.encode), ("decode", model.decode)):
-        monkeypatch.setattr(model, name, lambda given, method=method, name=name: log.append(name) or method(given))
+        monkeypatch.setattr(
+            model, name, lambda given, *how, method=method, name=name: log.append(name) or method(given, *how)
+        )
     policy = PipelinePolicy(
         model, FAMILY, TrainedNetworks(model.networks, has_lora=False), device="meta", offload=("encoders", "vae")
     )
