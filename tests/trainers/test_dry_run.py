@@ -130,3 +130,9 @@ def test_a_target_of_another_noising_law_is_named(tiny_sd15_pipeline: Path) -> N
     overrides[1] = "trainer.step_weight=flowalign.objectives.LongCat"
     with pytest.raises(ConfigError, match="take FlatGradient"):
         load_config(str(TINY.with_name("tiny_sd15.yaml")), overrides)
+
+
+def test_steps_that_do_not_divide_the_levels_of_a_discrete_model_are_no_error(tiny_sd15_pipeline: Path) -> None:
+    overrides = [f"policy.path={tiny_sd15_pipeline}", "rollout.num_inference_steps=3", "rollout.plan.train_last=false"]
+    config, _ = load_config(str(TINY.with_name("tiny_sd15.yaml")), overrides)
+    assert config.rollout.num_inference_steps == 3
