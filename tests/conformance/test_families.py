@@ -17,7 +17,7 @@ from flowalign.models.live_bytes import forward_bytes, update_bytes
 from flowalign.models.sampling import sample
 from flowalign.testing import tiny_names
 from samplers import Listed, PlainShift, Schedule, check_schedule
-from tests.helpers.families import Subject, subject
+from tests.helpers.families import Subject, parity, subject
 
 NAMES = tiny_names()
 Note = Callable[..., None]
@@ -40,16 +40,6 @@ def compared(family: Subject, sampling: Sampling, noise_seed: int = 0) -> tuple[
     assert rows == rows_per_state(family.folder, sampling.guidance_scale)
     assert float((theirs - noise).norm()) > 1e-3 * float(noise.norm())  # it did something
     return ours, theirs
-
-
-def parity(family: Subject, ours: Tensor, theirs: Tensor) -> float:
-    """The largest difference, which is 0; of a model on discrete levels relative to the norm, at most 1e-6."""
-    if path_of(family.folder).rectified:
-        found, allowed = float((ours - theirs).abs().max()), 0.0
-    else:
-        found, allowed = float((ours - theirs).norm() / theirs.norm()), 1e-6
-    assert found <= allowed
-    return found
 
 
 def test_every_module_has_a_tiny_pipeline() -> None:
