@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import ModelMixin
 
 from flowalign.models.checkpoint_files import PICKLES
@@ -193,7 +194,8 @@ def shapes_folder(name: str, folder: Path, depth: int | None = None) -> Path:
         settings = {**config, **({} if depth is None else _shallow(config, depth))}
         network = pipeline.components[part]
         if isinstance(network, ModelMixin):
-            (folder / part / "config.json").write_text(json.dumps({"_class_name": type(network).__name__, **settings}))
+            with torch.device("meta"):
+                type(network).from_config(settings).save_config(folder / part)  # with the defaults of its class
         else:
             ids = _token_ids(network.config.to_dict(), settings)
             type(network.config)(**ids).save_pretrained(folder / part)
