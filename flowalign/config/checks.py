@@ -82,7 +82,7 @@ def check(config: TrainConfig) -> None:
     evaluated = [] if evaluation.allow_training_prompts else held_out[: evaluation.count]
     setup = Setup(
         bound, path, channels_of(config.reward), policy.roles, state_channels, reward=spec_of(config.reward), size=policy.size,
-        prompts=prompts, held_out=evaluated,
+        prompts=prompts, held_out=evaluated, rows_per_state=family.rows_per_state,
     )  # fmt: skip
     config.trainer.check(setup)
     if policy.trainable == "lora":

@@ -13,6 +13,7 @@ from torch.nn import Parameter
 
 from flowalign.data import PromptRecord
 from flowalign.models.base import Size
+from flowalign.models.guidance import classifier_free_rows
 from flowalign.models.roles import Role
 from flowalign.objectives import Regularizer
 from flowalign.rollouts.collect import ScoredRollout
@@ -133,7 +134,7 @@ class Setup:
     rollout: with its kernel bound to `path`, the noising law of the policy. channels: of the reward. roles: those that
     the configuration gives the policy (policy.roles), by name. state_channels: of the process rewards, in Forest.scores.
     reward: what the reward says of itself. size: of what the policy makes. prompts: the training set. held_out: what is
-    evaluated and must not be trained on; empty where that is allowed."""
+    evaluated and must not be trained on; empty where that is allowed. rows_per_state: see Policy."""
 
     rollout: Rollout
     path: Path
@@ -144,6 +145,7 @@ class Setup:
     size: Size = field(default_factory=lambda: Size(0, 0))
     held_out: Sequence[PromptRecord] = ()
     prompts: Sequence[PromptRecord] = ()
+    rows_per_state: Callable[[float], int] = classifier_free_rows
 
     def check_role(self, key: str, role: str) -> None:
         """ValueError unless `role`, given as `key`, is the reference or configured."""

@@ -106,7 +106,7 @@ class PolicyGradient:
         setup.check_micro_batch(self.micro_batch)
         self._check_names()
         self._check_terms(setup)
-        self._check_combinations(rollout)
+        self._check_combinations(setup)
         if self.calibration is not None:
             self.calibration.check(setup)
         self.step_weight.check(setup.path)
@@ -143,14 +143,14 @@ class PolicyGradient:
         old = self.anchor != "rescore" and self.objective.needs_old_means
         return old or any(part.needs_old for part in self.supervision.values())
 
-    def _check_combinations(self, rollout: Rollout) -> None:
-        check_previews(rollout)
+    def _check_combinations(self, setup: Setup) -> None:
+        check_previews(setup.rollout)
         if self.dynamic_clip is not None and not self.objective.has_clip_range:
             raise ValueError(
                 f"got trainer.dynamic_clip with {self.objective}, which has no clip range: set dynamic_clip=null, or take "
                 "ClippedRatio or Guard"
             )
-        check_guidance(rollout)
+        check_guidance(setup)
 
     def forecast(self, rollout: Rollout) -> UpdateForecast:
         cost, share = rollout.plan.forecast(rollout.num_inference_steps, rollout.group_size), self.updates_per_rollout

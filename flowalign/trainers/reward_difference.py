@@ -97,7 +97,7 @@ class RewardDifference:
         setup.check_micro_batch(self.micro_batch)
         check_trained_steps(rollout)
         check_previews(rollout)
-        check_guidance(rollout)
+        check_guidance(setup)
         if rollout.kernel.constants != "full":
             raise ValueError(
                 f"got rollout.kernel={rollout.kernel}, whose log-probs have no constants, so that their differences are no log "

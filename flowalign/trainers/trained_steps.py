@@ -6,6 +6,7 @@ import torch
 
 from flowalign.rollouts.rolling import grow, leaves_per_group
 from flowalign.rollouts.task import Rollout
+from flowalign.trainers.base import Setup
 from samplers import unscored
 
 
@@ -42,11 +43,13 @@ def check_previews(rollout: Rollout) -> None:
         )
 
 
-def check_guidance(rollout: Rollout) -> None:
-    """ValueError for a guided update of few steps, unless it is asked for."""
+def check_guidance(setup: Setup) -> None:
+    """ValueError for an update of few steps under classifier-free guidance, unless it is asked for; a scale that is an input of the
+    network is none."""
+    rollout = setup.rollout
     tree = grow(rollout, 0, 0, [0])
     few = len(tree.index[tree.parents_of_edges].unique()) < rollout.num_inference_steps - 1
-    if rollout.guidance_scale != 1 and few and not rollout.allow_cfg_update:
+    if setup.rows_per_state(rollout.guidance_scale) > 1 and few and not rollout.allow_cfg_update:
         raise ValueError(
             f"got rollout.guidance_scale={rollout.guidance_scale} inside a window of few steps, where peers report "
             "collapse: set rollout.guidance_scale=1, or rollout.allow_cfg_update=true to do it all the same"

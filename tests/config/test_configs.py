@@ -35,7 +35,8 @@ REFUSED: dict[tuple[str, str], str] = {
 }
 # (method, model) of other trainers -> {override: what is said without it}, in the order in which they are refused
 NEEDED: dict[tuple[str, str], dict[str, str]] = {
-    ("tdm_r1", "sd35_medium"): {"rollout.guidance_scale=1": "has the guidance in its weights"},
+    ("tdm_r1", model): {"rollout.guidance_scale=1": "has the guidance in its weights"}
+    for model in ("sd35_medium", "flux1_dev", "flux1_kontext")
 }
 
 # what the complete files glyphs_flow_grpo, glyphs_flow_grpo_fast and sd15_ddpo said before they became layers
@@ -171,8 +172,8 @@ def test_all_layers_combine(method: str, model: str, tiny: dict[str, str]) -> No
         needed["trainer.regularizers.kl.form=exact"] = r"regularizers\.kl: .*form=exact"
     if method == "dynamic_treerpo" and model == "sd15":  # the best leaf's velocity is that of a flow
         needed["trainer.supervision.layer_tuning.target=best_path_velocity"] = "take best_path_velocity"
-    if method in FEW_STEPS and model != "glyphs":
-        needed["rollout.allow_cfg_update=true"] = r"allow_cfg_update=true.*sd.*\.yaml, line"
+    if method in FEW_STEPS and content(f"configs/models/{model}.yaml")["rollout"].get("guidance_scale", 1.0) > 1:
+        needed["rollout.allow_cfg_update=true"] = rf"allow_cfg_update=true.*{model}\.yaml, line"
     if method == "dynamic_treerpo" and model == "sd15":  # 1.5 times η = 1 would be more noise than there is
         needed["rollout.kernel.eta=0.6"] = "lower the level"
     if method == "densegrpo" and model == "sd15":  # so would any level above 1 be

@@ -10,7 +10,9 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
+from flowalign.config import load_config
 from flowalign.data import PromptRecord
+from flowalign.errors import ConfigError
 from flowalign.models import Policy, Sampling, Size, load_policy
 from flowalign.models.grid import pipeline_call, pipeline_latents
 from flowalign.models.sampling import sample
@@ -51,6 +53,14 @@ def test_dev_shifts_by_the_size_and_schnell_by_nothing() -> None:
         scale = torch.tensor(mu).exp()
         torch.testing.assert_close(dev.sigmas(4, (4, side, side)), scale * levels / (1 + (scale - 1) * levels))
         assert torch.equal(schnell.sigmas(4, (4, side, side)), levels)
+
+
+def test_an_embedded_scale_in_a_window_of_few_steps_is_no_classifier_free_guidance(large_machine: None) -> None:
+    layers = [f"configs/{layer}.yaml" for layer in ("methods/mixgrpo", "models/flux1_dev", "rewards/jpeg")]
+    config, _ = load_config(layers, [f"policy.path={subject('flux1_dev').folder}"])
+    assert config.rollout.guidance_scale == 3.5 and not config.rollout.allow_cfg_update
+    with pytest.raises(ConfigError, match="allow_cfg_update"):
+        load_config(layers, [f"policy.path={subject('sd3').folder}"])
 
 
 def picture(folder: Path, name: str, sides: tuple[int, int]) -> Path:
