@@ -12,6 +12,7 @@ from flowalign.config import TrainConfig
 from flowalign.distributed.stepper import Sharding
 from flowalign.errors import ConfigError
 from flowalign.forecast.footprint import FP32, Footprint
+from flowalign.forecast.recorded import RecordedFootprint
 from flowalign.models.pipeline_policy import DECODE_BATCH
 from flowalign.rollouts.rolling import outline
 from flowalign.rollouts.task import may_overlap
@@ -41,7 +42,7 @@ class Memory:
     buckets of several processes come on top."""
 
     config: TrainConfig
-    footprint: Footprint
+    footprint: Footprint | RecordedFootprint
     devices: int = 1
     sharding: Sharding = "none"
 
