@@ -11,7 +11,7 @@ from flowalign.config.settings import TrainConfig, evaluation_schedule
 from flowalign.config.sizes import check_sizes
 from flowalign.data import PromptRecord, load_prompts
 from flowalign.errors import ConfigError
-from flowalign.models.base import check_source_images
+from flowalign.models.base import check_negative_prompts, check_source_images
 from flowalign.models.checkpoints import inspect_checkpoint
 from flowalign.models.checks import (
     check_checkpoint,
@@ -79,6 +79,7 @@ def check(config: TrainConfig) -> None:
         bound.reward_guidance.check(grow(bound, 0, 0, [0]), bound.kernel, path, config.process_rewards)
     prompts, held_out = load_prompts(config.prompts), load_prompts(config.evaluation.prompts)
     check_source_images([*prompts, *held_out], family)
+    check_negative_prompts([policy.negative_prompt, *(each.negative_prompt for each in (*prompts, *held_out))], family)
     evaluated = [] if evaluation.allow_training_prompts else held_out[: evaluation.count]
     setup = Setup(
         bound, path, channels_of(config.reward), policy.roles, state_channels, reward=spec_of(config.reward), size=policy.size,

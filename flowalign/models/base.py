@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -197,11 +197,11 @@ class Policy(Protocol):
         ...
 
     def to_pipeline(self, latents: Tensor) -> Tensor:
-        """Latents [n, *latent_shape] as the pipeline's call takes and gives them, packed say."""
+        """Latents [n, *latent_shape] as the pipeline's call takes them, packed say."""
         ...
 
     def from_pipeline(self, latents: Tensor, size: Size) -> Tensor:
-        """The way back: [n, *latent_shape] from what the pipeline's call gives for this size with output_type="latent"."""
+        """The way back: [n, *latent_shape] from the latents that the pipeline's call holds after a step, for this size."""
         ...
 
     def pipeline_sigmas(self, sigmas: Tensor) -> tuple[list[str], dict[str, Any]]:
@@ -324,6 +324,7 @@ class Family:
     rollout cannot repeat. latent_shape: of one latent, from the components' configurations; ValueError for a size that the
     model cannot make. rows_per_state: see Policy. source_images: the least and the most of them that a record may have.
     own_fit: whether the pipeline fits source images itself, each in its own aspect ratio; if not, they are fitted to what is generated.
+    negative_prompts: whether the pipeline's call takes a negative prompt; if not, guidance starts from "".
     load_arguments: extra arguments of `from_pretrained`, from model_index.json. load_lora: Python that loads what `Model.save_lora` wrote
     into a folder, given as Python, into `pipe`. variant: fields of this which a checkpoint's model_index.json changes, such as the rows of a
     distilled one. tiny: very small pipelines of the family for tests, by name: component -> (class, configuration), or another argument of the pipeline; the
@@ -338,6 +339,7 @@ class Family:
     rows_per_state: Callable[[float], int]
     source_images: tuple[int, int] = (0, 0)
     own_fit: bool = False
+    negative_prompts: bool = True
     load_arguments: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda index: {}
     load_lora: Callable[[str], list[str]] = lambda folder: [f"pipe.load_lora_weights({folder})"]
     variant: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda index: {}
@@ -361,6 +363,16 @@ def check_source_images(records: Sequence[PromptRecord], family: Family) -> None
                 f"got the prompt {record.prompt!r} with {len(record.images)} source images for a {family.pipeline.__name__}; expected {wanted}: "
                 "give them under 'image' or 'images' in the prompt file, or take a model that reads as many"
             )
+
+
+def check_negative_prompts(prompts: Iterable[str | None], family: Family) -> None:
+    """ValueError for a negative prompt with a text where the pipeline takes none; None and "" say nothing."""
+    given = [prompt for prompt in prompts if prompt]
+    if given and not family.negative_prompts:
+        raise ValueError(
+            f"got the negative prompt {given[0]!r} for a {family.pipeline.__name__}, whose call takes none; expected none: leave "
+            "policy.negative_prompt and those of the prompt files out"
+        )
 
 
 def check_image(size: Size, unit: int) -> None:

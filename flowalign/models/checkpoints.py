@@ -22,6 +22,8 @@ FAMILIES = {
     "FluxPipeline": "flowalign.models.families.flux1.FAMILY",
     "FluxKontextPipeline": "flowalign.models.families.flux1.KONTEXT",
     "StableDiffusionPipeline": "flowalign.models.families.sd15.FAMILY",
+    "Flux2KleinPipeline": "flowalign.models.families.flux2_klein.FAMILY",
+    "ZImagePipeline": "flowalign.models.families.z_image.FAMILY",
     "SanaPipeline": "flowalign.models.families.sana.FAMILY",
     "StableDiffusionXLPipeline": "flowalign.models.families.sdxl.FAMILY",
     "HunyuanVideoPipeline": "flowalign.models.families.hunyuan_video.FAMILY",

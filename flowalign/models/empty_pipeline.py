@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from typing import Any
 
 import torch
@@ -33,7 +34,9 @@ def empty_pipeline(
                 _encode_to_the_cpu(part)
             elif name not in known.networks:
                 _answer_on_the_cpu(part)
-    pipeline = known.pipeline(**{**parts, **known.load_arguments(index)})
+    taken = inspect.signature(known.pipeline.__init__).parameters
+    settings = {name: value for name, value in index.items() if name in taken and isinstance(value, bool)}
+    pipeline = known.pipeline(**{**settings, **parts, **known.load_arguments(index)})
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -46,20 +46,24 @@ def flow_match_sigmas(
     scheduler: FlowMatchEulerDiscreteScheduler, num_inference_steps: int, *, mu: float | None, linear: bool
 ) -> Tensor:
     """[T+1] fp32: the scheduler's own levels. mu: the shift of a latent's size, used where the scheduler shifts by it. linear: it
-    is given 1 … 1/T in equal steps, as most pipelines do; else it chooses where to begin, as SD3's. ValueError for one step where the
-    scheduler moves the last level (shift_terminal): there the first is the last, and 0/0 comes of it."""
-    if num_inference_steps == 1 and scheduler.config.shift_terminal:
+    is given 1 … 1/T in equal steps, as most pipelines do; else it chooses where to begin, as SD3's. ValueError: see `levels_from`."""
+    if linear:
+        return levels_from(scheduler, np.linspace(1.0, 1 / num_inference_steps, num_inference_steps).tolist(), mu)
+    return levels_from(scheduler, num_inference_steps, mu)
+
+
+def levels_from(scheduler: FlowMatchEulerDiscreteScheduler, given: int | list[float], mu: float | None) -> Tensor:
+    """[T+1] fp32: the scheduler's own levels for a number of steps, or from levels [T] that it shifts. mu: see `flow_match_sigmas`.
+    ValueError for one step where the scheduler moves the last level (shift_terminal): there the first is the last, and 0/0 comes of it."""
+    if scheduler.config.shift_terminal and (given if isinstance(given, int) else len(given)) == 1:
         raise ValueError(
             f"got num_inference_steps=1 with a scheduler that has shift_terminal={scheduler.config.shift_terminal}; expected at least 2 "
             "steps, since its only level would be 1 and the terminal one: take more, or a schedule"
         )
     scheduler = copy.deepcopy(scheduler)
-    given: dict[str, Any] = {"mu": mu} if scheduler.config.use_dynamic_shifting else {}
-    if linear:
-        given["sigmas"] = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
-        scheduler.set_timesteps(device="cpu", **given)
-    else:
-        scheduler.set_timesteps(num_inference_steps, device="cpu", **given)
+    name = "num_inference_steps" if isinstance(given, int) else "sigmas"
+    shift = {"mu": mu} if scheduler.config.use_dynamic_shifting else {}
+    scheduler.set_timesteps(device="cpu", **{name: given}, **shift)
     return scheduler.sigmas.float().clone()
 
 

@@ -36,11 +36,18 @@ def pipeline_call(policy: Policy, sampling: Sampling) -> tuple[list[str], dict[s
 def pipeline_latents(
     pipeline: DiffusionPipeline, policy: Policy, records: Sequence[PromptRecord], noise: Tensor, sampling: Sampling
 ) -> Tensor:
-    """What the call of `pipeline_call` gives from unit noise [n, *latent_shape], a row per record, before it decodes, in fp32; the
-    pipeline is set up already."""
+    """The latents after the last step of the call of `pipeline_call`, from unit noise [n, *latent_shape], a row per record, in
+    fp32; the pipeline is set up already. Not what the call gives: some denormalize that, which cannot be undone exactly."""
     _, arguments = pipeline_call(policy, sampling)
     inputs = policy.pipeline_inputs(records, sampling.guidance_scale, sampling.size)
-    found = pipeline(
-        **{**arguments, **inputs}, latents=policy.to_pipeline(noise), output_type="latent", return_dict=False
-    )[0]
-    return policy.from_pipeline(found, sampling.size).float()
+    found: dict[str, Tensor] = {}
+
+    def keep(pipeline: DiffusionPipeline, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        found.update(tensors)
+        return {}
+
+    pipeline(
+        **{**arguments, **inputs}, latents=policy.to_pipeline(noise), output_type="latent", return_dict=False,
+        callback_on_step_end=keep, callback_on_step_end_tensor_inputs=["latents"],
+    )  # fmt: skip
+    return policy.from_pipeline(found["latents"], sampling.size).float()

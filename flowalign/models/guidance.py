@@ -21,7 +21,7 @@ def classifier_free(
     unconditional one without gradient: the value is the same to rounding, the gradient is guidance_scale · ∂v_c."""
     if guidance_scale == 1.0:
         return predict(x, sigma, conditions).float()
-    negative = _needed(negative, guidance_scale)
+    negative = needed(negative, guidance_scale)
     if detach_uncond:
         with torch.no_grad():
             unconditional = predict(x, sigma, negative).float()
@@ -43,14 +43,14 @@ def classifier_free_apart(
     if guidance_scale == 1.0:
         return conditional
     with torch.set_grad_enabled(torch.is_grad_enabled() and not detach_uncond):
-        unconditional = predict(x, sigma, _needed(negative, guidance_scale)).float()
+        unconditional = predict(x, sigma, needed(negative, guidance_scale)).float()
     guided = unconditional + guidance_scale * (conditional - unconditional)
     if not keep_norm:
         return guided
     return guided * (conditional.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
 
 
-def _needed(negative: Conditions | None, guidance_scale: float) -> Conditions:
+def needed(negative: Conditions | None, guidance_scale: float) -> Conditions:
     if negative is None:
         raise ValueError(
             f"got guidance_scale={guidance_scale} with conditions that have no negative rows; expected those that guidance "

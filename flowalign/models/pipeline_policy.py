@@ -16,7 +16,7 @@ from torch.nn import Parameter
 
 import samplers
 from flowalign.data import PromptRecord, as_records
-from flowalign.models.base import Family, Model, Network, Sampling, Size, check_source_images
+from flowalign.models.base import Family, Model, Network, Sampling, Size, check_negative_prompts, check_source_images
 from flowalign.models.conditions import Conditions
 from flowalign.models.images import Images
 from flowalign.models.lora import ADAPTER, adapter_state, save_peft
@@ -52,6 +52,7 @@ class PipelinePolicy:
         prompt_store: int = PROMPT_STORE_BYTES, sampling: Sampling | None = None, autocast: torch.dtype | None = None,
         switches: Switches | None = None, fixed_rows: int | None = None, vae_tiling: bool = False,
     ) -> None:  # fmt: skip
+        check_negative_prompts([negative_prompt], family)
         self.model = model
         self.negative_prompt = negative_prompt
         self.evaluations = self.padded = 0
@@ -109,6 +110,7 @@ class PipelinePolicy:
         size: Size | None = None,
     ) -> Conditions:
         check_source_images(records, self._family)
+        check_negative_prompts([record.negative_prompt for record in records], self._family)
         asked = [(list(records), False)]
         if negative:
             asked.append(([self._negative(record) for record in records], True))

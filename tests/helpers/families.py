@@ -71,7 +71,7 @@ class Subject:
         return 1 if self.family.source_images[1] else len(PROMPTS)
 
     def policy(self, **arguments: Any) -> Policy:
-        return load_policy(self.folder, **{"negative_prompt": NEGATIVE, **arguments})
+        return load_policy(self.folder, **{"negative_prompt": NEGATIVE * self.family.negative_prompts, **arguments})
 
     def pipeline(self, setup: list[str], policy: Policy) -> DiffusionPipeline:
         """Freshly read, but for the policy's networks (convolutions round by where their weights lie in memory), then set up as the
