@@ -168,14 +168,17 @@ def sigmas_of(schedule: Schedule | None, num_steps: int, own: Own) -> Tensor:
     return sigmas
 
 
-def check_schedule(schedule: Schedule | None, num_steps: int, path: Path) -> None:
-    """What `sigmas_of` refuses, before a model is loaded; and a grid other than its own for a policy on discrete levels."""
+def check_schedule(schedule: Schedule | None, num_steps: int, path: Path, takes_levels: bool = True) -> None:
+    """What `sigmas_of` refuses, before a model is loaded; and a grid other than its own for a policy on discrete levels, or one
+    whose pipeline takes no levels."""
     own = 0.9987 * plain_sigmas(num_steps, math.pi)  # of no family: only a schedule that asks for it returns it
-    if not torch.equal(sigmas_of(schedule, num_steps, lambda steps: own), own) and not path.rectified:
-        raise ValueError(
-            f"got {schedule} for a policy on discrete levels ({type(path).__name__}); expected the family's own grid, since "
-            "its scheduler takes no other: leave the schedule out"
-        )
+    if torch.equal(sigmas_of(schedule, num_steps, lambda steps: own), own) or (path.rectified and takes_levels):
+        return
+    kind = "whose pipeline takes no levels" if path.rectified else f"on discrete levels ({type(path).__name__})"
+    raise ValueError(
+        f"got {schedule} for a policy {kind}; expected the family's own grid, since its scheduler takes no other: leave the schedule "
+        "out"
+    )
 
 
 def _append_zero(sigmas: Tensor) -> Tensor:

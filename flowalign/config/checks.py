@@ -70,7 +70,7 @@ def check(config: TrainConfig) -> None:
         ("evaluation", evaluation_schedule(config), config.evaluation.num_inference_steps),
     ):
         try:
-            check_schedule(schedule, steps, path)
+            check_schedule(schedule, steps, path, family.takes_levels)
         except ValueError as error:
             raise ConfigError(f"{key}.schedule: {error}") from error
     bound = replace(rollout, kernel=rollout.kernel.bind(path))

@@ -258,7 +258,7 @@ class Model(Protocol):
         negative: Conditions | None, guidance_scale: float, detach_uncond: bool,
     ) -> Tensor:  # fmt: skip
         """v [n, *] fp32 at fp32 states x [n, *] with noise levels sigma [n], under the family's own guidance rule;
-        conditions, negative: one row per state.
+        conditions, negative: one row per state. With several networks sigma is where the caller has it: on the host as a rule.
 
         networks: what to call in place of `self.networks`: the same or those of a role, and every call is counted by the
         length of its first argument. negative: None if it was not encoded; ValueError then if the guidance needs it.
@@ -327,8 +327,9 @@ class Family:
     negative_prompts: whether the pipeline's call takes a negative prompt; if not, guidance starts from "".
     load_arguments: extra arguments of `from_pretrained`, from model_index.json. load_lora: Python that loads what `Model.save_lora` wrote
     into a folder, given as Python, into `pipe`. variant: fields of this which a checkpoint's model_index.json changes, such as the rows of a
-    distilled one. tiny: very small pipelines of the family for tests, by name: component -> (class, configuration), or another argument of the pipeline; the
-    scheduler is the released one. See `flowalign.testing.tiny_pipeline`."""
+    distilled one. takes_levels: whether the call of a pipeline of flows can step over levels that are not its scheduler's own (see
+    `Model.pipeline_sigmas`). tiny: very small pipelines of the family for tests, by name: component -> (class, configuration), or
+    another argument of the pipeline; the scheduler is the released one. See `flowalign.testing.tiny_pipeline`."""
 
     pipeline: Any
     model: Callable[..., Model]
@@ -343,13 +344,14 @@ class Family:
     load_arguments: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda index: {}
     load_lora: Callable[[str], list[str]] = lambda folder: [f"pipe.load_lora_weights({folder})"]
     variant: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda index: {}
+    takes_levels: bool = True
     tiny: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def of(self, index: Mapping[str, Any]) -> Family:
         """As it is for a checkpoint with this model_index.json, or a live pipeline with this configuration."""
         there = {name for name in self.networks if name not in index or index[name][0] is not None}
         networks = {name: kind for name, kind in self.networks.items() if name in there}
-        return replace(self, networks=networks, **self.variant(index))
+        return replace(self, **{"networks": networks, **self.variant(index)})
 
 
 def check_source_images(records: Sequence[PromptRecord], family: Family) -> None:

@@ -27,6 +27,8 @@ FAMILIES = {
     "SanaPipeline": "flowalign.models.families.sana.FAMILY",
     "StableDiffusionXLPipeline": "flowalign.models.families.sdxl.FAMILY",
     "HunyuanVideoPipeline": "flowalign.models.families.hunyuan_video.FAMILY",
+    "WanPipeline": "flowalign.models.families.wan.FAMILY",
+    "WanImageToVideoPipeline": "flowalign.models.families.wan.IMAGE_TO_VIDEO",
 }
 
 

@@ -34,8 +34,8 @@ def empty_pipeline(
                 _encode_to_the_cpu(part)
             elif name not in known.networks:
                 _answer_on_the_cpu(part)
-    taken = inspect.signature(known.pipeline.__init__).parameters
-    settings = {name: value for name, value in index.items() if name in taken and isinstance(value, bool)}
+    said = inspect.signature(known.pipeline.__init__).parameters
+    settings = {name: value for name, value in index.items() if name in said and not isinstance(value, list)}
     pipeline = known.pipeline(**{**settings, **parts, **known.load_arguments(index)})
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -69,8 +69,9 @@ def _answer_on_the_cpu(encoder: nn.Module) -> None:
 
 
 def _blind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    seen = {name: value for name, value in kwargs.items() if name not in IMAGES}
-    return tree_map(_emptied, (args, seen))
+    unseen = IMAGES if "input_ids" in kwargs else ()  # an encoder of images alone sees them
+    seen = {name: value for name, value in kwargs.items() if name not in unseen}
+    return tree_map(_emptied, (args[:1], seen))  # the second is the mask, into which UMT5 looks with any attention
 
 
 def _encode_to_the_cpu(vae: Any) -> None:

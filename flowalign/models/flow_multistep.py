@@ -36,10 +36,17 @@ def flow_multistep_path(scheduler: Mapping[str, Any], name: str, own: Mapping[st
 
 
 def flow_multistep_sigmas(scheduler: SchedulerMixin, num_inference_steps: int) -> Tensor:
-    """[T+1] fp32 on the CPU: the scheduler's own levels."""
+    """[T+1] fp32 on the CPU: the scheduler's own levels. ValueError where `flow_multistep_timestep` of one is not the timestep that
+    the pipeline gives the network: the scheduler cuts off 1000·σ before σ is rounded to fp32."""
     scheduler = copy.deepcopy(scheduler)
     scheduler.set_timesteps(num_inference_steps, device="cpu")
     sigmas: Tensor = scheduler.sigmas.float().clone()
+    if bool((wrong := flow_multistep_timestep(sigmas[:-1]) != scheduler.timesteps).any()):
+        raise ValueError(
+            f"got num_inference_steps={num_inference_steps} with flow_shift={scheduler.config.flow_shift}, where "
+            f"σ={float(sigmas[:-1][wrong][0]):.7f} has timestep {int(scheduler.timesteps[wrong][0])}; expected ⌊1000·σ⌋, as with the released "
+            "flow_shift of 3 to 12 up to 100 steps: take another number of steps, or set flow_shift in the pipeline's scheduler_config.json"
+        )
     return sigmas
 
 

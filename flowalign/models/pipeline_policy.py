@@ -142,7 +142,12 @@ class PipelinePolicy:
         self, x: Tensor, sigma: Tensor, conditions: Conditions, *, guidance_scale: float = 1.0,
         detach_uncond: bool = False,
     ) -> Tensor:  # fmt: skip
-        x, sigma = samplers.send(self._network_device, x, sigma)
+        if (
+            len(self.model.networks) > 1
+        ):  # a sigma on the host says which of them takes a row without waiting for the device
+            x = samplers.send(self._network_device, x)[0]
+        else:
+            x, sigma = samplers.send(self._network_device, x, sigma)
         x = x.to(self._network_device, torch.float32)
         if self._fixed_rows is None:
             return self._call(x, sigma, conditions, guidance_scale, detach_uncond)

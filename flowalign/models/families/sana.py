@@ -179,5 +179,6 @@ FAMILY = Family(
     path=_path,
     latent_shape=_latent_shape,
     rows_per_state=classifier_free_rows,
+    takes_levels=False,
     tiny={"sana": TINY},
 )
