@@ -39,11 +39,7 @@ REFUSED: dict[tuple[str, str], str] = {
 # (method, model) of other trainers -> {override: what is said without it}, in the order in which they are refused
 NEEDED: dict[tuple[str, str], dict[str, str]] = {
     ("tdm_r1", model): {"rollout.guidance_scale=1": "has the guidance in its weights"}
-<<<<<<< HEAD
     for model in ("sd35_medium", "flux1_dev", "flux1_kontext", "flux2_klein", "wan21_1_3b", "wan21_i2v", "wan22")
-=======
-    for model in ("sd35_medium", "wan21_1_3b", "wan21_i2v", "wan22")
->>>>>>> w-wan
 }
 
 # what the complete files glyphs_flow_grpo, glyphs_flow_grpo_fast and sd15_ddpo said before they became layers
