@@ -20,12 +20,13 @@ from flowalign.selectors import Selector
 from flowalign.selectors.base import START
 from flowalign.trainers import EdgeTrainer, Trainer
 from rewards import RewardBatch, RewardOutput, RewardSpec
+from rewards.base import Input
 from samplers import Forest
 
 
 def brightness(images: Tensor, prompts: Sequence[str]) -> Tensor:
     """A reward [N] that needs no model and differs between any two images, so that advantages are never all 0."""
-    return images.mean((1, 2, 3))
+    return images.flatten(1).mean(1)
 
 
 @dataclass(frozen=True)
@@ -36,18 +37,21 @@ class StandIn:
 
     channels: tuple[str, ...]
     name: str = "brightness"
+    videos: bool = False  # of a policy that makes them
 
     @property
     def spec(self) -> RewardSpec:
-        return RewardSpec(channels=self.channels, differentiable=True)
+        inputs: tuple[Input, ...] = ("videos",) if self.videos else ("images",)
+        return RewardSpec(inputs=inputs, channels=self.channels, differentiable=True)
 
     def load(self) -> None: ...
 
     def close(self) -> None: ...
 
     def __call__(self, batch: RewardBatch) -> RewardOutput:
-        assert batch.images is not None  # `score` refuses a batch without
-        bright = brightness(batch.images, batch.prompts)
+        pictures = batch.videos if self.videos else batch.images
+        assert pictures is not None  # `score` refuses a batch without
+        bright = brightness(pictures, batch.prompts)
         scores = torch.stack([10 * (bright ** (number + 1) - 1) for number in range(len(self.channels))], 1)
         return RewardOutput(scores, torch.ones_like(scores, dtype=torch.bool), uncertainty=torch.zeros_like(scores))
 

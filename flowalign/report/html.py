@@ -80,9 +80,8 @@ def load_snippet(run_folder: Path, pipeline: dict[str, Any]) -> str:
     keep = 'image.save("image.png")'
     if pipeline.get("source_images"):
         # Lanczos, as `fitted_images`, where the pipeline does not fit them itself
-        fitted = (
-            "" if pipeline.get("own_fit") else f".resize(({arguments['width']}, {arguments['height']}), resample=1)"
-        )
+        stretched = "width" in arguments and not pipeline.get("own_fit")
+        fitted = f".resize(({arguments['width']}, {arguments['height']}), resample=1)" if stretched else ""
         helpers, lines = ["load_image"], [f'    image=load_image("source.png"){fitted},', *lines]
     if "num_frames" in arguments:
         helpers, result = [*helpers, "export_to_video"], ".frames[0]"

@@ -99,8 +99,8 @@ class Place:
             check_checkpoint(path, family)
             check_image_size(path, settings.size, family)
             check_vae_tiling(path, self.policy.vae_tiling, family)
-            levels = inspect_checkpoint(path, family)[1].takes_levels
-            check_schedule(settings.schedule, settings.num_inference_steps, path_of(path, family), levels)
+            takes_levels = inspect_checkpoint(path, family)[1].takes_levels
+            check_schedule(settings.schedule, settings.num_inference_steps, path_of(path, family), takes_levels)
         except (ValueError, OSError) as error:
             raise ConfigError(f"{self.text}: {error}") from error
         own = shipped_sampling(resolve(path))

@@ -31,15 +31,29 @@ FEW_STEPS = {
 KL_OF_FLOWS = {"flow_grpo", "flow_grpo_fast", "densegrpo", "preview_select"}  # form exact_times_h is that of an SDE
 # model layer of videos -> tiny pipeline in its place; one of texts where prompts would need images
 VIDEOS = {"hunyuan_video": "hunyuan_video", "wan21_1_3b": "wan21", "wan21_i2v": "wan21", "wan22": "wan22"}
+DISCRETE = {"sd15", "sd21", "sdxl", "sdxl_turbo"}  # ε- and v-models, whose chain (DDIM) takes the place of the method's
+IN_FOUR_STEPS = {"sdxl_turbo"}  # few plans of the methods fit, so more are taken here
 # (method, model) -> what is said of those that never go together
 REFUSED: dict[tuple[str, str], str] = {
-    ("tdm_r1", "sd15"): "has the guidance in its weights",
-    ("srpo", "sd15"): "expected a rectified flow",
+    **{("srpo", model): "expected a rectified flow" for model in DISCRETE},
+    **{("tdm_r1", model): "has the guidance in its weights" for model in DISCRETE},
+    ("tdm_r1", "sdxl_turbo"): "expected Euler's steps of a rectified flow",
+    # the images of these methods' tests have Glyphs' size
+    **{(method, "hunyuan_video"): "multiples of 16" for method in ("fm_sft", "diffusion_dpo_offline")},
 }
 # (method, model) of other trainers -> {override: what is said without it}, in the order in which they are refused
 NEEDED: dict[tuple[str, str], dict[str, str]] = {
     ("tdm_r1", model): {"rollout.guidance_scale=1": "has the guidance in its weights"}
-    for model in ("sd35_medium", "flux1_dev", "flux1_kontext", "flux2_klein", "wan21_1_3b", "wan21_i2v", "wan22")
+    for model in (
+        "sd35_medium",
+        "flux1_dev",
+        "flux1_kontext",
+        "hunyuan_video",
+        "flux2_klein",
+        "wan21_1_3b",
+        "wan21_i2v",
+        "wan22",
+    )  # fmt: skip
 }
 
 # what the complete files glyphs_flow_grpo, glyphs_flow_grpo_fast and sd15_ddpo said before they became layers
@@ -126,7 +140,8 @@ BEFORE: dict[tuple[str, str, str], dict[str, Any]] = {
 @pytest.fixture
 def tiny(tiny_pipeline: Path, tiny_sd15_pipeline: Path, large_machine: None) -> dict[str, str]:
     """Model layer -> an override that puts a tiny pipeline in its place: of SD3, or of its family where that makes a difference."""
-    folders = {"sd15": str(tiny_sd15_pipeline), **{layer: subject(name).folder for layer, name in VIDEOS.items()}}
+    own = {**VIDEOS, **{model: model for model in DISCRETE - {"sd15"}}}
+    folders = {"sd15": str(tiny_sd15_pipeline), **{layer: subject(name).folder for layer, name in own.items()}}
     return {model: f"policy.path={folders.get(model, str(tiny_pipeline))}" for model in MODELS}
 
 
@@ -167,24 +182,25 @@ def test_layers_say_what_the_complete_files_said(layers: tuple[str, str, str], t
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "model"), product(METHODS, MODELS))
 def test_all_layers_combine(method: str, model: str, tiny: dict[str, str]) -> None:
+    more = ["rollout.num_inference_steps=50"] if model in IN_FOUR_STEPS else []
     if (method, model) in REFUSED:
         with pytest.raises(ConfigError, match=REFUSED[method, model]):
-            load(model, files(method, model, reward_of(method)), tiny)
+            load(model, files(method, model, reward_of(method)), tiny, *ON_GLYPHS.get(method, ()), *more)
         return
     needed = dict(NEEDED.get((method, model), {}))
-    if method in KL_OF_FLOWS and model == "sd15":
+    if method in KL_OF_FLOWS and model in DISCRETE:
         needed["trainer.regularizers.kl.form=exact"] = r"regularizers\.kl: .*form=exact"
-    if method == "dynamic_treerpo" and model == "sd15":  # the best leaf's velocity is that of a flow
+    if method == "dynamic_treerpo" and model in DISCRETE:  # the best leaf's velocity is that of a flow
         needed["trainer.supervision.layer_tuning.target=best_path_velocity"] = "take best_path_velocity"
     if method in FEW_STEPS and content(f"configs/models/{model}.yaml")["rollout"].get("guidance_scale", 1.0) > 1:
         needed["rollout.allow_cfg_update=true"] = rf"allow_cfg_update=true.*{model}\.yaml, line"
-    if method == "dynamic_treerpo" and model == "sd15":  # 1.5 times η = 1 would be more noise than there is
+    if method == "dynamic_treerpo" and model in DISCRETE:  # 1.5 times η = 1 would be more noise than there is
         needed["rollout.kernel.eta=0.6"] = "lower the level"
-    if method == "densegrpo" and model == "sd15":  # so would any level above 1 be
+    if method == "densegrpo" and model in DISCRETE:  # so would any level above 1 be
         needed["trainer.calibration.highest=1.0"] = "Lower highest"
     for reward in REWARDS:
         paths = files(method, model, reward)
-        given = list(ON_GLYPHS.get(method, ()))
+        given = [*ON_GLYPHS.get(method, ()), *more]
         if method in BY_REWARD_GRADIENT and not has_gradient(reward, tiny):
             with pytest.raises(ConfigError, match=r"gradient|differentiable"):
                 load(model, paths, tiny, *given, *needed)
@@ -222,7 +238,7 @@ def test_only_layers_that_replace_kernel_or_schedule_depend_on_the_order(method:
             if "schedule" not in content(layers[1])["rollout"] or order.index(layers[0]) < order.index(layers[1])
         ]
         assert all(each == merged[0] for each in merged[1:])
-        kernel = "samplers.DDIM" if model == "sd15" else class_of(content(layers[0])["rollout"]["kernel"])
+        kernel = "samplers.DDIM" if model in DISCRETE else class_of(content(layers[0])["rollout"]["kernel"])
         assert class_of(merged[0]["rollout"]["kernel"]) == kernel
 
 

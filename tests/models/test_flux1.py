@@ -90,7 +90,7 @@ def test_sources_of_any_size_are_fitted_to_what_is_generated_as_the_exported_cal
         for n, sides in enumerate([(40, 56), (90, 33)])
     ]
     noise = torch.randn(1, 4, 4, 8, generator=torch.Generator().manual_seed(0)).expand(2, -1, -1, -1)
-    pipeline = kontext.pipeline(pipeline_call(policy, sampling)[0])
+    pipeline = kontext.pipeline(pipeline_call(policy, sampling)[0], policy)
     with torch.no_grad():
         theirs = pipeline_latents(pipeline, policy, records, noise, sampling)
     ours = sample(policy, policy.encode(records, together=True), noise, 2, 2.5)

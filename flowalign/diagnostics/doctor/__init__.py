@@ -86,7 +86,8 @@ def examine(config: TrainConfig, policy: Policy) -> Iterator[Finding]:
     prompts = distinct_prompts(config, prompt_count(config))
     real = task_of(config, policy, groups=len(prompts))
     # without prompts a trainer leaves out what comes before its first iteration
-    task = replace(real, reward=StandIn(channels_of(config.reward)), prompts=())
+    videos = len(policy.latent_shape(settings.size)) == 4
+    task = replace(real, reward=StandIn(channels_of(config.reward), videos=videos), prompts=())
     inspection = trainer.forecast(task.rollout).inspection
 
     @cache

@@ -126,11 +126,12 @@ def check_parity(task: Task, settings: PolicySettings, prompts: Sequence[PromptR
     """The deterministic rollout against a pipeline freshly read from the checkpoint, its own scheduler, same latents.
 
     By the solver, whatever the run's kernel: DPMSolver and a guided kernel differ from the pipeline on purpose.
-    Two prompts, encoded in one batch as the pipeline does, without guidance, and if the rollout is guided with it. The
+    Two prompts (of an edit one), encoded in one batch as the pipeline does, without guidance, and if the rollout is guided with it. The
     networks are shared, so no memory is doubled.
     Allowed: 0 for SD3 in fp32 on the CPU, 2e-6 of the largest latent for ε- and v-models and with rollout.fixed_rows, whose calls
     are larger than the pipeline's, else see `rounding`."""
-    rollout, records, worst = task.rollout, list(prompts[:2]), 0.0
+    rollout, worst = task.rollout, 0.0
+    records = list(prompts[: 1 if prompts[0].images else 2])
     asked = [
         Sampling(rollout.num_inference_steps, scale, task.size, rollout.schedule)
         for scale in dict.fromkeys((1.0, rollout.guidance_scale))

@@ -30,7 +30,7 @@ from flowalign.models.conditions import Conditions
 from flowalign.models.flow_match import flow_match_call, flow_match_path, flow_match_sigmas
 from flowalign.models.guidance import classifier_free_apart, classifier_free_rows
 from flowalign.models.packing import pack_2x2, unpack_2x2
-from flowalign.models.padding import padded, unpadded
+from flowalign.models.padding import masked, padded, unpadded
 from samplers import ODE, RectifiedFlow
 
 # those of flow_grpo's scripts/train_qwenimage.py
@@ -49,11 +49,20 @@ class QwenImageModel:
 
     max_sequence_length: tokens of a prompt, behind the part of the template that is dropped; None = 512. Of an edit those of its images
     come on top, and a longer prompt is refused, where the pipeline of text alone cuts it.
+    fixed_length: texts stay padded, with a mask: one shape whatever the prompts, and no wait for the device. Velocities are then the
+    pipeline's to rounding, and cost more.
     fit: what an edit pipeline makes of source images; None: there are none."""
 
     path = RectifiedFlow()
 
-    def __init__(self, pipeline: Any, max_sequence_length: int | None = None, fit: Fit | None = None) -> None:
+    def __init__(
+        self,
+        pipeline: Any,
+        max_sequence_length: int | None = None,
+        *,
+        fixed_length: bool = False,
+        fit: Fit | None = None,
+    ) -> None:
         flow_match_path({**pipeline.scheduler.config, "_class_name": type(pipeline.scheduler).__name__})
         if pipeline.transformer.config.guidance_embeds:
             raise ValueError("got a transformer that takes the guidance scale as an input (guidance_embeds); expected one of "
@@ -68,6 +77,7 @@ class QwenImageModel:
             raise ValueError(
                 f"got max_sequence_length={max_sequence_length}; expected 1 to {LONGEST}, as the pipeline takes"
             )
+        self._texts = masked if fixed_length else unpadded
         self._fit = fit
 
     def sigmas(self, num_inference_steps: int, latent_shape: Sequence[int]) -> Tensor:
@@ -106,11 +116,10 @@ class QwenImageModel:
                 f"{self.max_sequence_length}: shorten it, or set policy.max_sequence_length"
             )
         sources = {f"source_{number}": self.encode_images(image) for number, image in enumerate(pixels)}
-        embeds, lengths = (
-            padded(embeds, of_images + self.max_sequence_length),
-            torch.tensor([length], device=embeds.device),
+        lengths = torch.tensor([length], device=embeds.device)
+        return Conditions(
+            {"embeds": padded(embeds, of_images + self.max_sequence_length), "lengths": lengths, **sources}
         )
-        return Conditions({"embeds": embeds, "lengths": lengths, **sources})
 
     def velocity(
         self, networks: Mapping[str, Network], x: Tensor, sigma: Tensor, conditions: Conditions,
@@ -128,7 +137,7 @@ class QwenImageModel:
     ) -> Tensor:
         own = conditions.to(tokens.device).tensors
         sources = [tensor for name, tensor in own.items() if name.startswith("source_")]
-        embeds, mask = unpadded(own["embeds"], own["lengths"])
+        embeds, mask = self._texts(own["embeds"], own["lengths"])
         timestep = sigma.to(tokens.device, torch.float32) * self.pipeline.scheduler.config.num_train_timesteps
         grids = [(1, height // 2, width // 2) for height, width in (sides, *(source.shape[-2:] for source in sources))]
         velocity: Tensor = network(
@@ -218,7 +227,7 @@ TEXT_ENCODER = {
 }  # fmt: skip
 TINY = {
     "transformer": (QwenImageTransformer2DModel, {
-        "patch_size": 2, "in_channels": 64, "out_channels": 16, "num_layers": 2, "attention_head_dim": 16,
+        "patch_size": 2, "in_channels": 64, "out_channels": 16, "num_layers": 4, "attention_head_dim": 16,
         "num_attention_heads": 2, "joint_attention_dim": 32, "axes_dims_rope": (4, 6, 6),
     }),
     "vae": (AutoencoderKLQwenImage, {"base_dim": 4, "num_res_blocks": 1}),
@@ -232,9 +241,17 @@ TINY = {
     }),
 }  # fmt: skip
 
+
+def model(
+    pipeline: QwenImagePipeline, max_sequence_length: int | None = None, fixed_length: bool = False
+) -> QwenImageModel:
+    """Of text alone."""
+    return QwenImageModel(pipeline, max_sequence_length, fixed_length=fixed_length)
+
+
 FAMILY = Family(
     pipeline=QwenImagePipeline,
-    model=QwenImageModel,
+    model=model,
     networks={"transformer": QwenImageTransformer2DModel},
     targets=TARGETS,
     path=flow_match_path,

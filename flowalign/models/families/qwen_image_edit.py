@@ -29,12 +29,18 @@ from flowalign.models.families.qwen_image import QwenImageModel
 AREA = 1024 * 1024  # pixels of a source image in the call of QwenImageEditPipeline, for text encoder and VAE
 
 
-def edit_model(pipeline: QwenImageEditPipeline, max_sequence_length: int | None = None) -> QwenImageModel:
-    return QwenImageModel(pipeline, max_sequence_length, _fit)
+def edit_model(
+    pipeline: QwenImageEditPipeline, max_sequence_length: int | None = None, fixed_length: bool = False
+) -> QwenImageModel:
+    """One source image, seen by text encoder and VAE alike."""
+    return QwenImageModel(pipeline, max_sequence_length, fixed_length=fixed_length, fit=_fit)
 
 
-def edit_plus_model(pipeline: QwenImageEditPlusPipeline, max_sequence_length: int | None = None) -> QwenImageModel:
-    return QwenImageModel(pipeline, max_sequence_length, _fit_plus)
+def edit_plus_model(
+    pipeline: QwenImageEditPlusPipeline, max_sequence_length: int | None = None, fixed_length: bool = False
+) -> QwenImageModel:
+    """One to three source images, each in its own aspect ratio; the text encoder sees them smaller."""
+    return QwenImageModel(pipeline, max_sequence_length, fixed_length=fixed_length, fit=_fit_plus)
 
 
 def _fit(processor: VaeImageProcessor, images: list[Image.Image]) -> tuple[list[Image.Image], list[Tensor]]:
