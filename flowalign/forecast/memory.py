@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -203,30 +203,42 @@ def check(memory: Memory, room: float) -> None:
 
 def fitting(memory: Memory, room: float) -> list[str]:
     """The overrides with which it fits: the first switch that is enough alone, the cheapest first and each as little as needed; else
-    switches on top of each other, in this order, without those that help nothing. [] if all together are not enough."""
-    for switch in SWITCHES:
+    several, of which the costliest is taken as little as the cheaper ones allow. Accuracy is given up only where all others are not
+    enough. [] if all together are not enough."""
+    return _fewest(memory, room, EXACT) or _fewest(memory, room, (*EXACT, _quantization))
+
+
+def _fewest(memory: Memory, room: float, switches: Sequence[Switch]) -> list[str]:
+    for switch in switches:
         for override, config in switch(memory.config):
             if not memory.changed(config).beyond(room):
                 return [override]
-    chosen, best = list[str](), memory
-    for switch in SWITCHES:
-        last: tuple[str, Memory] | None = None
-        for override, config in switch(best.config):
-            tried = best.changed(config)
-            if tried.beyond(room) < (best if last is None else last[1]).beyond(room):
-                last = override, tried
-            if not tried.beyond(room):
+    steps = [len(list(switch(memory.config))) for switch in switches]
+    taken = list(steps)
+    if _with_all(memory, switches, taken)[1].beyond(room):
+        return []
+    for place in reversed(range(len(switches))):
+        for number in range(steps[place] + 1):
+            taken[place] = number
+            if not _with_all(memory, switches, taken)[1].beyond(room):
                 break
-        if last is not None:
-            chosen, best = [*chosen, last[0]], last[1]
-            if not best.beyond(room):
-                return chosen
-    return []
+    return _with_all(memory, switches, taken)[0]
+
+
+def _with_all(memory: Memory, switches: Sequence[Switch], taken: Sequence[int]) -> tuple[list[str], Memory]:
+    """With each switch as many steps far as `taken` says; 0: not at all."""
+    chosen = []
+    for switch, number in zip(switches, taken, strict=True):
+        if number:
+            override, config = list(switch(memory.config))[number - 1]
+            chosen, memory = [*chosen, override], memory.changed(config)
+    return chosen, memory
 
 
 # ------------------------------------------------------------------------------------------ switches
 
 Changes = Iterator[tuple[str, TrainConfig]]
+Switch = Callable[[TrainConfig], Changes]
 
 
 def _decode_batch(config: TrainConfig) -> Changes:
@@ -277,9 +289,9 @@ def _quantization(config: TrainConfig) -> Changes:
             yield f"policy.quantization={kind}", _with(config, "policy", "quantization", kind)
 
 
-# from the cheapest, as in docs/gpu.md
-SWITCHES: tuple[Callable[[TrainConfig], Changes], ...] = (
-    _decode_batch, _offload, _checkpointing, _trained_at_once, _rolled_at_once, _evaluated_at_once, _chunk, _quantization,
+# from the cheapest, as in docs/gpu.md; results are the same but for rounding
+EXACT: tuple[Switch, ...] = (
+    _decode_batch, _offload, _checkpointing, _trained_at_once, _rolled_at_once, _evaluated_at_once, _chunk,
 )  # fmt: skip
 
 
