@@ -148,7 +148,7 @@ def _forecast(arguments: Sequence[str]) -> int:
 
 
 def doctor(arguments: Sequence[str]) -> int:
-    """Prints each finding once it is known. Exit code: 0 all well, 1 a failure."""
+    """Prints each finding once it is known. Exit code: 0 all well or warnings, 1 a failure."""
     return _run(_doctor, arguments)
 
 

@@ -87,6 +87,7 @@ from samplers.schedules import (
     check_schedule,
     diffusers_sigmas,
     dynamic_sigmas,
+    even_sigmas,
     plain_sigmas,
     shift,
     sigmas_of,
@@ -104,7 +105,7 @@ PART_OF = "flowalign"
 __all__ = [
     "PART_OF",
     "Path", "RectifiedFlow", "VariancePreserving",
-    "FamilyGrid", "Listed", "PlainShift", "Schedule", "check_schedule", "sigmas_of",
+    "FamilyGrid", "Listed", "PlainShift", "Schedule", "check_schedule", "even_sigmas", "sigmas_of",
     "diffusers_sigmas", "dynamic_sigmas", "plain_sigmas", "shift", "stopped",
     "Affine", "Carry", "TransitionContext", "Gaussian", "Kernel", "KLForm", "Step",
     "CPS", "ClippedFlowSDE", "DDIM", "DanceSDE", "FlowSDE", "LinearSDE", "ODE", "StepwiseSDE",

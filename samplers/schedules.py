@@ -181,6 +181,11 @@ def check_schedule(schedule: Schedule | None, num_steps: int, path: Path, takes_
     )
 
 
+def even_sigmas(num_steps: int, path: Path) -> Tensor:
+    """[T+1] in equal steps, each on the nearest level that `path` knows: stands for the grid of a model that is not loaded yet."""
+    return _append_zero(path.nearest(torch.linspace(1, 0, num_steps + 1)[:-1]))
+
+
 def _append_zero(sigmas: Tensor) -> Tensor:
     return torch.cat([sigmas, torch.zeros(1)])
 

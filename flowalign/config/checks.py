@@ -18,11 +18,13 @@ from flowalign.models.checks import (
     check_fixed_rows,
     check_image_size,
     check_lora_folders,
+    check_one_row,
     check_options,
     check_role_pipelines,
     check_switches,
     check_vae_tiling,
     count_lora_numbers,
+    guidance_of,
     path_of,
 )
 from flowalign.models.quantization import check_quantization
@@ -57,6 +59,8 @@ def check(config: TrainConfig) -> None:
     check_switches(policy.path, policy.switches, policy.family)
     check_vae_tiling(policy.path, policy.vae_tiling, policy.family)
     check_fixed_rows(policy.path, rollout.rows, policy.family)
+    guidance = guidance_of(policy.path, policy.family)
+    check_one_row(guidance, policy.negative_prompt, rollout.detach_uncond)
     lora_numbers = 0
     if policy.trainable == "lora":
         lora_numbers = count_lora_numbers(policy.path, policy.lora, policy.family)
@@ -84,8 +88,10 @@ def check(config: TrainConfig) -> None:
     evaluated = [] if evaluation.allow_training_prompts else held_out[: evaluation.count]
     setup = Setup(
         bound, path, channels_of(config.reward), policy.roles, state_channels, reward=spec_of(config.reward), size=policy.size,
-        prompts=prompts, held_out=evaluated, rows_per_state=family.rows_per_state,
+        prompts=prompts, held_out=evaluated, rows_per_state=family.rows_per_state, guidance=guidance,
     )  # fmt: skip
+    setup.check_guidance_scale("rollout.guidance_scale", rollout.guidance_scale)
+    setup.check_guidance_scale("evaluation.guidance_scale", evaluation.guidance_scale)
     config.trainer.check(setup)
     if policy.trainable == "lora":
         check_lora_folders(policy.path, policy.lora, config.roles, policy.family)

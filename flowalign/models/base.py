@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from diffusers import ModelMixin
 from torch import Tensor, nn
@@ -258,7 +258,7 @@ class Model(Protocol):
         negative: Conditions | None, guidance_scale: float, detach_uncond: bool,
     ) -> Tensor:  # fmt: skip
         """v [n, *] fp32 at fp32 states x [n, *] with noise levels sigma [n], under the family's own guidance rule;
-        conditions, negative: one row per state. With several networks sigma is where the caller has it: on the host as a rule.
+        conditions, negative: one row per state. With several networks sigma is left where the caller has it.
 
         networks: what to call in place of `self.networks`: the same or those of a role, and every call is counted by the
         length of its first argument. negative: None if it was not encoded; ValueError then if the guidance needs it.
@@ -312,6 +312,19 @@ class Model(Protocol):
 Configs = Mapping[str, Mapping[str, Any]]
 
 
+# what the guidance scale is: the weight of a second row, an input of the network, or nothing
+Guidance = Literal["classifier_free", "embedded", "none"]
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """What a checkpoint's configuration says of its distillation. steps: the most that it was distilled for; None: it says nothing of
+    few steps. ignores_guidance: whether it has no input for the guidance scale and no second row."""
+
+    steps: int | None = None
+    ignores_guidance: bool = False
+
+
 @dataclass(frozen=True, eq=False)
 class Family:
     """What must be known of a model family before its weights are read.
@@ -323,6 +336,7 @@ class Family:
     path: the noising law from the scheduler's configuration (with "_class_name"), ValueError for a scheduler whose steps the
     rollout cannot repeat. latent_shape: of one latent, from the components' configurations; ValueError for a size that the
     model cannot make. rows_per_state: see Policy. source_images: the least and the most of them that a record may have.
+    distilled: see there; from the components' configurations, the scheduler's too (with "_class_name").
     own_fit: whether the pipeline fits source images itself, each in its own aspect ratio; if not, they are fitted to what is generated.
     negative_prompts: whether the pipeline's call takes a negative prompt; if not, guidance starts from "".
     load_arguments: extra arguments of `from_pretrained`, from model_index.json. load_lora: Python that loads what `Model.save_lora` wrote
@@ -340,6 +354,7 @@ class Family:
     rows_per_state: Callable[[float], int]
     source_images: tuple[int, int] = (0, 0)
     own_fit: bool = False
+    distilled: Callable[[Configs], Distilled] = lambda configs: Distilled()
     negative_prompts: bool = True
     load_arguments: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda index: {}
     load_lora: Callable[[str], list[str]] = lambda folder: [f"pipe.load_lora_weights({folder})"]

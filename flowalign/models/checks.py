@@ -10,7 +10,7 @@ from typing import Any
 
 from diffusers import DDIMScheduler
 
-from flowalign.models.base import Family, Size
+from flowalign.models.base import Distilled, Family, Guidance, Size
 from flowalign.models.checkpoint_files import check_files
 from flowalign.models.checkpoints import empty_networks, inspect_checkpoint
 from flowalign.models.lora import LoRA, linear_modules, matched_modules
@@ -56,6 +56,34 @@ def check_image_size(path: str, size: Size, family: str | None = None) -> tuple[
 def rows_per_state(path: str, guidance_scale: float, family: str | None = None) -> int:
     """See Policy.rows_per_state; before a model is loaded."""
     return inspect_checkpoint(path, family)[1].rows_per_state(guidance_scale)
+
+
+def distilled_of(path: str, family: str | None = None) -> Distilled:
+    """What the checkpoint's configurations say of its distillation."""
+    index, known = inspect_checkpoint(path, family)
+    read = next(iter(known.networks.values())).load_config  # reads the file of any model
+    scheduler = dict(DDIMScheduler.load_config(resolve(path), subfolder="scheduler"))
+    configs = {name: dict(read(resolve(path), subfolder=name)) for name in (*known.networks, "vae")}
+    return known.distilled({**configs, "scheduler": {**scheduler, "_class_name": index["scheduler"][1]}})
+
+
+def guidance_of(path: str, family: str | None = None) -> Guidance:
+    """What the guidance scale is to this checkpoint."""
+    if rows_per_state(path, 2.0, family) > 1:
+        return "classifier_free"
+    return "none" if distilled_of(path, family).ignores_guidance else "embedded"
+
+
+def check_one_row(guidance: Guidance, negative_prompt: str, detach_uncond: bool) -> None:
+    """ValueError for settings of an unconditional half where guidance has none."""
+    given = [f"policy.negative_prompt={negative_prompt!r}"] if negative_prompt else []
+    given += ["rollout.detach_uncond=true"] if detach_uncond else []
+    if guidance != "classifier_free" and given:
+        what = "is an input of its network" if guidance == "embedded" else "is ignored"
+        raise ValueError(
+            f"got {', '.join(given)} for a model whose guidance scale {what}: it has no unconditional half, and they would silently do "
+            "nothing; expected neither: leave them out"
+        )
 
 
 def check_lora_targets(path: str, targets: Sequence[str] | None, family: str | None = None) -> list[str]:

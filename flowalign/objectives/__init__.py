@@ -33,10 +33,10 @@ from flowalign.objectives.step_weights import (
 )
 from flowalign.objectives.supervision import Supervision, Targets
 from flowalign.objectives.teacher_targets import TeacherTargets
-from flowalign.objectives.transitions import ClippedRatio, Guard, KLMask, Objective, Transitions
+from flowalign.objectives.transitions import ClippedRatio, ClipRange, Guard, KLMask, Objective, Transitions
 
 __all__ = [
-    "ClippedRatio", "DynamicClip", "Guard", "KLMask", "Objective", "Transitions", "KLPenalty", "NormGuard", "Regularizer", "RoleSteps",
+    "ClipRange", "ClippedRatio", "DynamicClip", "Guard", "KLMask", "Objective", "Transitions", "KLPenalty", "NormGuard", "Regularizer", "RoleSteps",
     "GuidanceDistillation", "LayerTuning", "Supervision", "Targets", "TeacherTargets", "Gate", "Match", "Pull", "Steps", "Hinge", "Negative",
     "RewardLoss",
     "Agreement", "Certainty", "FlatGradient", "InverseLength", "LongCat", "MeanOne", "StdOverMean", "StepWeight", "Uniform", "without_states",

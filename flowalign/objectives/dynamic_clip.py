@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flowalign.advantage import Advantages
-from flowalign.objectives.transitions import check_elements, scale_of_clip_range
+from flowalign.objectives.transitions import ClipRange, check_elements, scale_of_clip_range
 from samplers import Forest
 
 
@@ -29,6 +29,11 @@ class DynamicClip:
         if not 0 < self.low <= self.high:
             raise ValueError(f"got low={self.low}, high={self.high}; expected 0 < low <= high")
         check_elements(self.elements)
+
+    @property
+    def clip(self) -> ClipRange:
+        """Its narrowest."""
+        return ClipRange(self.low, self.elements)
 
     def bounds(self, forest: Forest, advantages: Advantages) -> Tensor:
         """[E, C, 2] for every edge of the forest, float64. A tree is all that descends from one root."""

@@ -27,6 +27,14 @@ class Transitions:
     bounds: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class ClipRange:
+    """The narrower side of a clip range, and the size of the latents that it is scaled from; None: it stands as it is."""
+
+    low: float
+    elements: int | None
+
+
 class Objective(Protocol):
     """A loss of transitions. Where only log-probs matter, `transitions` may be left out."""
 
@@ -36,8 +44,8 @@ class Objective(Protocol):
         ...
 
     @property
-    def has_clip_range(self) -> bool:
-        """Whether `transitions.bounds` may take the place of its own."""
+    def clip(self) -> ClipRange | None:
+        """Its clip range, whose place `transitions.bounds` may take; None: it has none."""
         ...
 
     def drift_limit(self, transitions: Transitions) -> Tensor:
@@ -73,10 +81,13 @@ class ClippedRatio:
 
     clip_range: float | tuple[float, float] = 1e-4
     elements: int | None = None
-    has_clip_range = True
 
     def __post_init__(self) -> None:
         _check_clip(self.clip_range, self.elements)
+
+    @property
+    def clip(self) -> ClipRange:
+        return ClipRange(min(_pair(self.clip_range)), self.elements)
 
     @property
     def needs_old_means(self) -> bool:
@@ -113,12 +124,15 @@ class Guard:
     clip_range: float | tuple[float, float] = 2e-6
     weight: Literal["none", "inv_h", "beta_over_h", "inv_b"] = "inv_h"
     elements: int | None = None
-    has_clip_range = True
 
     def __post_init__(self) -> None:
         _check_clip(self.clip_range, self.elements)
         if self.weight not in ("none", "inv_h", "beta_over_h", "inv_b"):
             raise ValueError(f"got weight={self.weight!r}; expected 'none', 'inv_h', 'beta_over_h' or 'inv_b'")
+
+    @property
+    def clip(self) -> ClipRange:
+        return ClipRange(min(_pair(self.clip_range)), self.elements)
 
     @property
     def needs_old_means(self) -> bool:
@@ -159,7 +173,7 @@ class KLMask:
     KL is exact, ⟨Δμ²⟩/(2s²), reduced like the log-prob: 1e-5 is for means over elements. Needs the old means."""
 
     max_kl: float = 1e-5
-    has_clip_range = False
+    clip = None
 
     def __post_init__(self) -> None:
         if not self.max_kl > 0:

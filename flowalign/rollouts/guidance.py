@@ -23,6 +23,7 @@ from samplers import (
     RewardGradient,
     TransitionContext,
     Tree,
+    even_sigmas,
 )
 from samplers.kernels.guided import GRADIENTS, RATE, GuidanceForm, MeanOf
 
@@ -123,7 +124,7 @@ class RewardGuidance:
 
     def _states(self, tree: Tree, kernel: Kernel, path: Path) -> int:
         """How many states of `tree` are guided, on an even grid."""
-        nodes, sigmas = tree.parent.ge(0).nonzero().flatten(), torch.linspace(1, 0, tree.num_steps + 1).double()
+        nodes, sigmas = tree.parent.ge(0).nonzero().flatten(), even_sigmas(tree.num_steps, path).double()
         parents = tree.parent[nodes]
         sigma, then, index = sigmas[tree.index[parents]], sigmas[tree.index[nodes]], tree.index[parents]
         sigma = torch.where(sigma == 0, torch.finfo(torch.float64).tiny, sigma)

@@ -20,7 +20,7 @@ from flowalign.trainers.base import AdamWConfig, Setup, Update, UpdateForecast
 from flowalign.trainers.reward_update import RewardUpdate, divergences
 from flowalign.trainers.update_engine import TrainedRole, UpdateEngine
 from flowalign.truncations import Chains, LastSteps, Truncation
-from samplers import Tree, unscored
+from samplers import Tree, even_sigmas, unscored
 from samplers.noise import generator
 
 DRY_RUNS = 8  # draws of a truncation that are tried before a model is loaded
@@ -105,8 +105,7 @@ class BackPropagation:
         steps = rollout.num_inference_steps
         tree = grow(rollout, 0, 0, [0])
         self.truncation.passes(steps)
-        x, levels = torch.zeros(1, 1), torch.linspace(1, 0, steps + 1)
-        sigmas = torch.cat([path.nearest(levels[:-1]), levels[-1:]])
+        x, sigmas = torch.zeros(1, 1), even_sigmas(steps, path)
         noise = {int(tree.index[tree.parent[node]]): x for node in tree.edges.tolist()}
         chains = Chains(lambda x, sigma, row: x, x, sigmas, rollout.kernel, path, lambda number: x, noise)
         for number in range(DRY_RUNS):

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from flowalign.data import PromptRecord
-from flowalign.models.base import Size
+from flowalign.models.base import Guidance, Size
 from flowalign.models.guidance import classifier_free_rows
 from flowalign.models.roles import Role
-from flowalign.objectives import Regularizer
+from flowalign.objectives import ClipRange, Regularizer
 from flowalign.rollouts.collect import ScoredRollout
 from flowalign.rollouts.task import Rollout, Task
 from flowalign.selectors import Selector
@@ -134,7 +134,8 @@ class Setup:
     rollout: with its kernel bound to `path`, the noising law of the policy. channels: of the reward. roles: those that
     the configuration gives the policy (policy.roles), by name. state_channels: of the process rewards, in Forest.scores.
     reward: what the reward says of itself. size: of what the policy makes. prompts: the training set. held_out: what is
-    evaluated and must not be trained on; empty where that is allowed. rows_per_state: see Policy."""
+    evaluated and must not be trained on; empty where that is allowed. rows_per_state: see Policy. guidance: what the guidance
+    scale is to the policy."""
 
     rollout: Rollout
     path: Path
@@ -146,6 +147,15 @@ class Setup:
     held_out: Sequence[PromptRecord] = ()
     prompts: Sequence[PromptRecord] = ()
     rows_per_state: Callable[[float], int] = classifier_free_rows
+    guidance: Guidance = "classifier_free"
+
+    def check_guidance_scale(self, key: str, scale: float | None) -> None:
+        """ValueError for a scale, given as `key`, that the policy's networks ignore; None and 1 ask for none."""
+        if self.guidance == "none" and scale not in (None, 1):
+            raise ValueError(
+                f"got {key}={scale:g} for a model that was distilled without guidance and ignores its scale, so that it would silently do "
+                "nothing; expected 1: set it to 1, or take a model that is not distilled"
+            )
 
     def check_role(self, key: str, role: str) -> None:
         """ValueError unless `role`, given as `key`, is the reference or configured."""
@@ -234,12 +244,14 @@ class Inspection:
     of `collect`, after `prepare`.
 
     replay: of one whose losses read log-probs of the steps of a rollout. edges: of one whose loss is a sum over such steps.
-    pulls: how strong its anchors are beside its signal. endpoints: of one that regresses velocities at noised samples."""
+    pulls: how strong its anchors are beside its signal. endpoints: of one that regresses velocities at noised samples. clip: of
+    the ratios of steps."""
 
     replay: Replayed | None = None
     edges: EdgeTrainer | None = None
     pulls: Callable[[Any], Pulls] | None = None
     endpoints: Callable[[Any], EndpointDraws] | None = None
+    clip: ClipRange | None = None
 
 
 class Replayed(Protocol):

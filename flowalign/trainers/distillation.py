@@ -130,6 +130,12 @@ class Distillation:
         """Combinations that cannot work, named before a model is loaded."""
         setup.check_process_rewards_unread("Distillation")
         setup.check_micro_batch(self.micro_batch)
+        scales = {name: teacher.guidance_scale for name, teacher in self.teachers.items()}
+        for key, scale in {
+            "guidance_scale": self.guidance_scale,
+            **{f"teachers.{k}.guidance_scale": v for k, v in scales.items()},
+        }.items():
+            setup.check_guidance_scale(f"trainer.{key}", scale)
         self._teachers.check(self._own(setup.rollout), setup.roles, setup.prompts)
         if self.anchor is not None:
             setup.check_role("trainer.anchor.role", self.anchor.role)

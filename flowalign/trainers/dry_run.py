@@ -15,7 +15,7 @@ from flowalign.rollouts.sources import roles_of
 from flowalign.rollouts.task import Rollout
 from flowalign.trainers.base import Setup
 from flowalign.trainers.signal import Signal
-from samplers import Forest, generator, sampled
+from samplers import Forest, Path, even_sigmas, generator, sampled
 
 ITERATIONS = 8  # where windows and selections move, one iteration may have nothing to train
 
@@ -26,7 +26,7 @@ def dry_run(signal: Signal, step_weight: StepWeight, setup: Setup) -> None:
     At most two groups, no network. Where a plan selects, the dry run takes all its states."""
     reason = ""
     for iteration in range(ITERATIONS):
-        forest = _forest(setup.rollout, iteration)
+        forest = _forest(setup.rollout, setup.path, iteration)
         if setup.path.rectified:
             _check_outer_steps(forest)
         for name in setup.state_channels:
@@ -39,7 +39,7 @@ def dry_run(signal: Signal, step_weight: StepWeight, setup: Setup) -> None:
     raise ValueError(f"nothing would be trained: {reason}")
 
 
-def _forest(rollout: Rollout, iteration: int) -> Forest:
+def _forest(rollout: Rollout, path: Path, iteration: int) -> Forest:
     """The plan's topology without states. ValueError for samples of a teacher or of a hinted student without a role."""
     steps, tree = rollout.num_inference_steps, grow(rollout, 0, iteration, range(min(2, rollout.groups)))
     roles_of(rollout, tree)
@@ -48,7 +48,7 @@ def _forest(rollout: Rollout, iteration: int) -> Forest:
     rollout.kernel.coefficients(half, half / 2, level)  # some kernels have a highest level
     count = len(tree)
     return Forest(
-        tree, torch.linspace(1, 0, steps + 1), rollout.kernel, torch.empty(0, 1), torch.full((count,), -1),
+        tree, even_sigmas(steps, path), rollout.kernel, torch.empty(0, 1), torch.full((count,), -1),
         torch.zeros(count), 0,
     )  # fmt: skip
 

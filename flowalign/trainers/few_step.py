@@ -108,6 +108,8 @@ class FewStep:
                 f"got rollout.guidance_scale={settings.guidance_scale}; expected 1: a few-step generator has the guidance in its "
                 "weights, and the teacher's is trainer.directions.guidance_scale"
             )
+        for name in ("guidance_scale", "reward_guidance_scale"):
+            setup.check_guidance_scale(f"trainer.directions.{name}", vars(self.directions)[name])
         setup.check_process_rewards_unread("FewStep")
         tree = grow(settings, 0, 0, [0])
         if len(tree.edges) or len(tree.leaves) != tree.num_roots or settings.plan.select(unscored) is not None:

@@ -22,7 +22,7 @@ from flowalign.trainers.samples import FromRollout, SampleBatch, Samples, Sample
 from flowalign.trainers.signal import Signal
 from flowalign.trainers.state_update import Draws, StateUpdate, roles_of
 from flowalign.trainers.update_engine import Measures, Part, States, TrainedRole, UpdateEngine
-from samplers import GridSigma, SampleKeys, SigmaLaw, generator
+from samplers import GridSigma, SampleKeys, SigmaLaw, even_sigmas, generator
 
 PULLED_DRAWS = 32  # at which the doctor measures anchors
 LEVELS = 6  # at which it measures samples
@@ -170,7 +170,7 @@ class ForwardProcess:
     def _dry_run(self, setup: Setup) -> None:
         """Signal and law on random scores. ValueError if nothing would be trained."""
         rollout, reason = setup.rollout, ""
-        grid = torch.linspace(1, 0, rollout.num_inference_steps + 1)
+        grid = even_sigmas(rollout.num_inference_steps, setup.path)
         SampleKeys(0, 0, ((0, 0, 0),)).sigmas(self.law, self.draws, grid, setup.path)
         for iteration in range(ITERATIONS):
             places = self.source.places(rollout, iteration, min(2, rollout.groups))

@@ -145,7 +145,7 @@ class PolicyGradient:
 
     def _check_combinations(self, setup: Setup) -> None:
         check_previews(setup.rollout)
-        if self.dynamic_clip is not None and not self.objective.has_clip_range:
+        if self.dynamic_clip is not None and self.objective.clip is None:
             raise ValueError(
                 f"got trainer.dynamic_clip with {self.objective}, which has no clip range: set dynamic_clip=null, or take "
                 "ClippedRatio or Guard"
@@ -157,7 +157,8 @@ class PolicyGradient:
         states = rollout.groups * cost.train
         rescored = states - states // share if self.anchor == "rescore" else 0
         before, scored = (0, 0) if self.calibration is None else self.calibration.forecast(rollout)
-        inspection = Inspection(replay=self, edges=self, pulls=self.pulls)
+        clip = self.objective.clip if self.dynamic_clip is None else self.dynamic_clip.clip
+        inspection = Inspection(replay=self, edges=self, pulls=self.pulls, clip=clip)
         return UpdateForecast(
             share, states, len(self.roles()) * states + rescored, before, scored, inspection=inspection,
             micro_batch=self.micro_batch,
@@ -256,7 +257,7 @@ class PolicyGradient:
         if self.anchor != "stored":
             least = self.max_drift * drift / limit
             return f"which would stop at trainer.max_drift: set it to at least {least:.1e}"
-        key = "objective.clip_range to" if self.objective.has_clip_range else "objective.max_kl so that the limit is"
+        key = "objective.clip_range to" if self.objective.clip is not None else "objective.max_kl so that the limit is"
         key = key if self.dynamic_clip is None else "dynamic_clip.low to"
         return f"which would stop at the clip range {limit:.1e}: set {key} at least {drift:.1e}"
 

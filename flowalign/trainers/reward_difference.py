@@ -14,11 +14,11 @@ from torch import Tensor
 from flowalign.data import PromptRecord
 from flowalign.models.roles import Role
 from flowalign.objectives.reward_difference import pairs_of
-from flowalign.objectives.transitions import check_elements, scale_of_clip_range
+from flowalign.objectives.transitions import ClipRange, check_elements, scale_of_clip_range
 from flowalign.rollouts.collect import ScoredRollout, collect
 from flowalign.rollouts.rolling import grow, leaves_per_group
 from flowalign.rollouts.task import Rollout, Task
-from flowalign.trainers.base import AdamWConfig, Setup, Update, UpdateForecast
+from flowalign.trainers.base import AdamWConfig, Inspection, Setup, Update, UpdateForecast
 from flowalign.trainers.dealt import Dealt
 from flowalign.trainers.edge_update import states_of
 from flowalign.trainers.pair_regression import PairRegression
@@ -134,8 +134,9 @@ class RewardDifference:
         passes = count + (count > 1 and self.anchor == "rescore")  # the reference, later first passes, the anchor
         groups = rollout.groups
         return UpdateForecast(
-            count, groups * count * chosen, groups * passes * every, notes=_notes(rollout), micro_batch=self.micro_batch
-        )
+            count, groups * count * chosen, groups * passes * every, notes=_notes(rollout), micro_batch=self.micro_batch,
+            inspection=Inspection(clip=ClipRange(self.clip_range, self.elements)),
+        )  # fmt: skip
 
     def prepare(self, task: Task, state: dict[str, Any] | None) -> None:
         self.task = task

@@ -44,16 +44,8 @@ REFUSED: dict[tuple[str, str], str] = {
 # (method, model) of other trainers -> {override: what is said without it}, in the order in which they are refused
 NEEDED: dict[tuple[str, str], dict[str, str]] = {
     ("tdm_r1", model): {"rollout.guidance_scale=1": "has the guidance in its weights"}
-    for model in (
-        "sd35_medium",
-        "flux1_dev",
-        "flux1_kontext",
-        "hunyuan_video",
-        "flux2_klein",
-        "wan21_1_3b",
-        "wan21_i2v",
-        "wan22",
-    )  # fmt: skip
+    for model in MODELS
+    if model not in DISCRETE and model != "glyphs"
 }
 
 # what the complete files glyphs_flow_grpo, glyphs_flow_grpo_fast and sd15_ddpo said before they became layers

@@ -114,7 +114,7 @@ def test_it_works_without_what_it_does_not_ask_for(cls: type) -> None:
         assert torch.equal(alone, plain)
     wide = torch.full((3, 2, 2), 1e3, dtype=F64)
     wider = Transitions(transitions.step, steps.arrived, steps.old, wide)
-    assert torch.equal(objective.loss(log_prob, old, steps.advantages, wider), plain) != objective.has_clip_range
+    assert torch.equal(objective.loss(log_prob, old, steps.advantages, wider), plain) != (objective.clip is not None)
 
 
 # ---------------------------------------------------------------------------------------------- step weights

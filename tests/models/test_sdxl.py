@@ -44,7 +44,7 @@ def test_the_negative_prompt_is_empty_as_in_the_pipelines_call_without_one(zeros
     family = changed("sdxl", tmp_path / "pipe", "model_index.json", force_zeros_for_empty_prompt=zeros)
     sampling = Sampling(3, 4.0, family.size)
     policy, noise, ours = sampled(family, sampling, "")
-    pipeline = family.pipeline(policy.pipeline_setup())
+    pipeline = family.pipeline(policy.pipeline_setup(), policy)
     call = {
         "prompt": [record.prompt for record in family.records()], "latents": noise, "height": 32, "width": 64,
         "num_inference_steps": 3, "guidance_scale": 4.0, "output_type": "latent", "return_dict": False,
@@ -62,9 +62,11 @@ def test_one_call_cannot_have_empty_negative_prompts_beside_others() -> None:
     policy = subject("sdxl").policy(trainable="none", negative_prompt="")
     first, *others = subject("sdxl").records()
     with pytest.raises(ValueError, match='got negative prompts "" beside others'):
-        policy.pipeline_inputs([replace(first, negative_prompt="a word"), *others], 4.0)
-    assert policy.pipeline_inputs([first], 4.0)["negative_prompt"] is None
-    assert policy.pipeline_inputs([replace(first, negative_prompt="a word")], 4.0)["negative_prompt"] == ["a word"]
+        policy.pipeline_inputs([replace(first, negative_prompt="a word"), *others], 4.0, subject("sdxl").size)
+    assert policy.pipeline_inputs([first], 4.0, subject("sdxl").size)["negative_prompt"] is None
+    assert policy.pipeline_inputs([replace(first, negative_prompt="a word")], 4.0, subject("sdxl").size)[
+        "negative_prompt"
+    ] == ["a word"]
 
 
 def test_one_step_is_that_of_the_released_ancestral_scheduler() -> None:
@@ -94,7 +96,9 @@ def test_v_prediction_is_followed(zero_snr: bool, tmp_path: Path) -> None:
     sampling = Sampling(4, 4.0, family.size)
     policy, noise, ours = sampled(family, sampling, "a word")
     with torch.no_grad():
-        theirs = pipeline_latents(family.pipeline(policy.pipeline_setup()), policy, family.records(), noise, sampling)
+        theirs = pipeline_latents(
+            family.pipeline(policy.pipeline_setup(), policy), policy, family.records(), noise, sampling
+        )
     assert relative(ours, theirs) <= (1e-4 if zero_snr else 2e-6)  # Euler's states are 4096 times as large there
 
 

@@ -9,15 +9,18 @@ import torch
 from diffusers import UniPCMultistepScheduler
 from torch import Tensor
 
+from flowalign.diagnostics.doctor import diagnose
 from flowalign.models import LoRA, Sampling, Size, load_policy
 from flowalign.models.families import wan
 from flowalign.models.flow_multistep import flow_multistep_sigmas
 from flowalign.models.grid import pipeline_call, pipeline_latents
+from flowalign.models.load import read_pipeline
 from flowalign.models.sampling import sample
 from flowalign.testing import tiny_pipeline
 from tests.helpers.families import subject
+from tests.helpers.tiny_run import CONFIG
 
-LEVELS = torch.tensor([0.9375, 0.3125, 0.875, 0.8749])  # timesteps 937, 312, 875, 874: high, low, high, low
+LEVELS = torch.tensor([0.3125, 0.9375, 0.875, 0.8749])  # timesteps 312, 937, 875, 874: low, high, high, low
 
 
 def watched(policy: Any) -> list[tuple[str, Tensor]]:
@@ -65,7 +68,7 @@ def test_the_second_scale_reaches_only_the_network_of_low_noise() -> None:
     )
     assert conditions.negative is not None
     plain, uncond = (policy.velocity(x, LEVELS, rows) for rows in (conditions, conditions.negative))
-    scale = torch.tensor([3.0, 6.0, 3.0, 6.0]).reshape(-1, 1, 1, 1, 1)
+    scale = torch.tensor([6.0, 3.0, 3.0, 6.0]).reshape(-1, 1, 1, 1, 1)
     guided = second.velocity(x, LEVELS, conditions, guidance_scale=3.0)
     torch.testing.assert_close(guided, uncond + scale * (plain - uncond), rtol=1e-5, atol=1e-5)
     assert torch.equal(second.velocity(x, LEVELS, conditions), plain)
@@ -78,7 +81,9 @@ def test_with_a_second_scale_it_is_still_the_pipelines_call() -> None:
     policy = family.policy(trainable="none", sampling=sampling, options={"guidance_scale_2": 6.0})
     records, noise = family.records(2), state(policy, 2)
     with torch.no_grad():
-        theirs = pipeline_latents(family.pipeline(pipeline_call(policy, sampling)[0]), policy, records, noise, sampling)
+        theirs = pipeline_latents(
+            family.pipeline(pipeline_call(policy, sampling)[0], policy), policy, records, noise, sampling
+        )
     conditions = policy.encode(records, negative=True, together=True)
     assert torch.equal(sample(policy, conditions, noise, 4, 3.0), theirs)
 
@@ -185,7 +190,8 @@ def test_both_adapters_come_back_in_plain_diffusers_and_in_a_policy(tmp_path: Pa
     for number, (_, parameter) in enumerate(policy.trainable_parameters()):
         parameter.data = 0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
     policy.save_lora(tmp_path)
-    pipeline = family.pipeline([*policy.pipeline_setup(), *family.family.load_lora(repr(str(tmp_path)))])
+    pipeline = read_pipeline(family.folder)
+    exec("\n".join(family.family.load_lora(repr(str(tmp_path)))), {"pipe": pipeline})
     records, noise = family.records(2), state(policy, 2)
     with torch.no_grad():
         theirs = pipeline_latents(pipeline, policy, records, noise, sampling)
@@ -195,3 +201,16 @@ def test_both_adapters_come_back_in_plain_diffusers_and_in_a_policy(tmp_path: Pa
     again = load_policy(family.folder, lora=str(tmp_path))
     pairs = zip(policy.trainable_parameters(), again.trainable_parameters(), strict=True)
     assert all(name == other and torch.equal(a, b) for (name, a), (other, b) in pairs)
+
+
+@pytest.mark.slow
+def test_the_doctor_finds_both_networks_healthy() -> None:
+    """Also that every adapter is reached, though a state reaches those of one network only."""
+    reward = "{class_path: rewards.OnFrames, init_args: {reward: rewards.JPEGCompressibility}}"
+    size = subject("wan22").size
+    findings = diagnose(CONFIG, [
+        f"policy.path={subject('wan22').folder}", "policy.lora.targets=null", f"policy.height={size.height}",
+        f"policy.width={size.width}", f"policy.frames={size.frames}", "policy.fps=16", f"reward={reward}",
+        f"evaluation.rewards=[{reward}]", "rollout.num_inference_steps=4", "rollout.plan=samplers.Chain",
+    ])  # fmt: skip
+    assert [str(finding) for finding in findings if finding.ok is not True] == []

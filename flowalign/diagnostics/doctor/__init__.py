@@ -22,6 +22,7 @@ from flowalign.data import PromptRecord, load_prompts
 from flowalign.diagnostics.device import elapsed, mark
 from flowalign.diagnostics.doctor.base import Finding, guarded
 from flowalign.diagnostics.doctor.cost import check_cost, check_memory, check_reward, check_time, fixture
+from flowalign.diagnostics.doctor.guards import check_clip, check_distilled, check_grid, check_guidance, check_noise
 from flowalign.diagnostics.doctor.network import (
     check_adapters,
     check_conditions,
@@ -120,6 +121,11 @@ def examine(config: TrainConfig, policy: Policy) -> Iterator[Finding]:
     def ask(name: str, check: Callable[[], Finding], *needs: str) -> Finding:
         return guarded(name, check, failed, needs)
 
+    yield ask("distilled", partial(check_distilled, config))
+    yield ask("guidance", partial(check_guidance, config, task))
+    yield ask("grid", partial(check_grid, config, task))
+    yield ask("noise", partial(check_noise, task))
+    yield ask("clip range", partial(check_clip, task, inspection.clip))
     yield ask("adapters", partial(check_adapters, policy, settings))
     yield ask("modes", partial(check_modes, policy))
     yield ask("parity", partial(check_parity, task, settings, prompts), "modes")

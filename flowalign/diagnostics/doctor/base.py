@@ -9,7 +9,7 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Finding:
     """What a check found. ok None: skipped, since a check it depends on failed. `figure`: what was measured. `advice`: one
-    sentence that says what to do, empty when all is well."""
+    sentence that says what to do, empty when all is well; where ok is True, a warning."""
 
     name: str
     ok: bool | None
@@ -17,7 +17,7 @@ class Finding:
     advice: str = ""
 
     def __str__(self) -> str:
-        mark = {True: "ok  ", False: "FAIL", None: "skip"}[self.ok]
+        mark = "warn" if self.ok and self.advice else {True: "ok  ", False: "FAIL", None: "skip"}[self.ok]
         return f"{mark}  {self.name:<20} {self.figure}" + (f"\n      → {self.advice}" if self.advice else "")
 
 

@@ -125,28 +125,36 @@ def check_gradient(task: Task, found: dict[str, Tensor]) -> Finding:
 
 def check_reached(task: Task, batch: ScoredRollout, found: dict[str, Tensor]) -> Finding:
     """After one optimizer step every trained tensor gets gradient (LoRA's A gets none while B is 0). Left out: tensors
-    from which no path leads to the velocity, such as the last query of SD3's text stream."""
-    can = _names_that_can_act(task, batch)
-    missed = [name for name in can if name not in found or not bool(found[name].any())]
-    dead = len(task.policy.trainable_parameters()) - len(can)
-    figure = f"{len(can) - len(missed)} of {len(can)} tensors, {dead} more cannot act on the velocity"
+    from which no path leads to the velocity, such as the last query of SD3's text stream, and those of a network that works at
+    other levels than these steps."""
+    tree = batch.forest.tree
+    steps = range(tree.num_steps if len(task.policy.modules()) > 1 else 1)  # one network: the same at every level
+    acting = [_names_that_can_act(task, batch, step) for step in steps]
+    trained = set(tree.index[tree.parent[tree.edges]].tolist()) or set(steps)
+    anywhere, here = set().union(*acting), set().union(*(names for k, names in enumerate(acting) if k in trained))
+    here = here if len(steps) > 1 else anywhere
+    named = [name for name, _ in task.policy.trainable_parameters()]
+    missed = [name for name in named if name in here and (name not in found or not bool(found[name].any()))]
+    dead, elsewhere = len(named) - len(anywhere), len(anywhere - here)
+    figure = f"{len(here) - len(missed)} of {len(here)} tensors, {dead} more cannot act on the velocity"
+    figure += f", {elsewhere} act at other steps only" if elsewhere else ""
     advice = ""
     if missed:
         advice = f"the loss does not reach {missed[0]}{f' and {len(missed) - 1} more' if missed[1:] else ''}: look for detach"
-    elif dead > 0.1 * (len(can) + dead):
+    elif dead > 0.1 * len(named):
         advice = "many trained tensors cannot change the velocity: take their layers out of policy.lora.targets"
     return Finding("reached", not advice, figure, advice)
 
 
-def _names_that_can_act(task: Task, batch: ScoredRollout) -> list[str]:
-    """The trained tensors on which the velocity of a start state depends."""
+def _names_that_can_act(task: Task, batch: ScoredRollout, step: int) -> set[str]:
+    """The trained tensors on which the velocity of a start state, at the level of a step, depends."""
     forest = batch.forest
     root = torch.zeros(1, dtype=torch.int64)
     rows = batch.conditions.rows(forest.tree.group[root])
-    velocity = task.policy.velocity(forest.at(root), forest.sigma(root), rows)
+    velocity = task.policy.velocity(forest.at(root), forest.sigmas[step : step + 1], rows)
     names, parameters = zip(*task.policy.trainable_parameters(), strict=True)
     grads = torch.autograd.grad(velocity.square().sum(), parameters, allow_unused=True)
-    return [name for name, grad in zip(names, grads, strict=True) if grad is not None and bool(grad.any())]
+    return {name for name, grad in zip(names, grads, strict=True) if grad is not None and bool(grad.any())}
 
 
 def check_merged(

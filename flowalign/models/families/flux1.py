@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 from flowalign.data import PromptRecord
-from flowalign.models.base import Configs, Family, Network, Size, check_image, vae_reduction
+from flowalign.models.base import Configs, Distilled, Family, Network, Size, check_image, vae_reduction
 from flowalign.models.conditions import Conditions
 from flowalign.models.flow_match import flow_match_call, flow_match_path, flow_match_sigmas
 from flowalign.models.packing import pack_2x2, unpack_2x2
@@ -179,6 +179,11 @@ def _latent_shape(size: Size, configs: Configs) -> tuple[int, ...]:
     return (transformer["in_channels"] // 4, size.height // factor, size.width // factor)
 
 
+def _distilled(configs: Configs) -> Distilled:
+    """schnell is the one without an input for the scale; 1 to 4 steps, says its card."""
+    return Distilled() if configs["transformer"]["guidance_embeds"] else Distilled(4, ignores_guidance=True)
+
+
 def _tiny(guided: bool, **scheduler: Any) -> dict[str, Any]:
     return {
         "transformer": (FluxTransformer2DModel, {
@@ -213,6 +218,7 @@ FAMILY = Family(
     path=flow_match_path,
     latent_shape=_latent_shape,
     rows_per_state=lambda guidance_scale: 1,
+    distilled=_distilled,
     tiny={
         "flux1_dev": _tiny(True, **DYNAMIC),
         "flux1_schnell": _tiny(False, shift=1.0, use_dynamic_shifting=False),

@@ -21,7 +21,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from transformers import Qwen2TokenizerFast, Qwen3ForCausalLM
 
 from flowalign.data import PromptRecord
-from flowalign.models.base import Configs, Family, Network, Size, check_image, vae_reduction
+from flowalign.models.base import Configs, Distilled, Family, Network, Size, check_image, vae_reduction
 from flowalign.models.conditions import Conditions
 from flowalign.models.flow_match import flow_match_call, flow_match_path, flow_match_sigmas
 from flowalign.models.guidance import classifier_free_apart, classifier_free_rows
@@ -158,8 +158,11 @@ def _latent_shape(size: Size, configs: Configs) -> tuple[int, ...]:
 
 
 def _variant(index: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a distilled checkpoint, which is never guided."""
-    return {"rows_per_state": lambda guidance_scale: 1} if index.get("is_distilled") else {}
+    """Of a distilled checkpoint, which is never guided; 4 steps, says its card."""
+    if not index.get("is_distilled"):
+        return {}
+    distilled = Distilled(4, ignores_guidance=True)
+    return {"rows_per_state": lambda guidance_scale: 1, "distilled": lambda configs: distilled}
 
 
 # released: "chat_template" of Qwen3, whose thinking is switched off by an empty one

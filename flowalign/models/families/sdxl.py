@@ -27,7 +27,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from flowalign.data import PromptRecord
 from flowalign.models import discrete, scaled_vae
-from flowalign.models.base import Family, Network, Size, prompts_and_negatives, vae_reduction
+from flowalign.models.base import Configs, Distilled, Family, Network, Size, prompts_and_negatives, vae_reduction
 from flowalign.models.conditions import Conditions
 from flowalign.models.guidance import classifier_free, classifier_free_rows
 from samplers import ODE, VariancePreserving
@@ -187,6 +187,13 @@ def _path(scheduler: dict[str, Any]) -> VariancePreserving:
     return VariancePreserving(euler(scheduler).alphas_cumprod)
 
 
+def _distilled(configs: Configs) -> Distilled:
+    """Of the two that are released only sdxl-turbo has an ancestral scheduler with trailing steps; 1 to 4 of them (2311.17042)."""
+    scheduler = configs["scheduler"]
+    turbo = "Ancestral" in scheduler["_class_name"] and scheduler.get("timestep_spacing") == "trailing"
+    return Distilled(4 if turbo else None)
+
+
 # the released scheduler_config.json of stabilityai/stable-diffusion-xl-base-1.0; of stabilityai/sdxl-turbo with another spacing
 SCHEDULE = {
     "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000,
@@ -228,6 +235,7 @@ FAMILY = Family(
     path=_path,
     latent_shape=discrete.latent_shape,
     rows_per_state=classifier_free_rows,
+    distilled=_distilled,
     load_arguments=lambda index: {"add_watermarker": False},
     tiny={"sdxl": TINY, "sdxl_turbo": TINY_TURBO},
 )

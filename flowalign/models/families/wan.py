@@ -129,7 +129,7 @@ class WanModel:
         high = partial(guided, "transformer", guidance_scale)
         if len(networks) == 1:
             return high(x, sigma, conditions, negative)
-        # a sigma that is on a device would be waited for here; PipelinePolicy leaves it where it is
+        # a sigma on a device is waited for: milliseconds beside a call of 14B
         is_high = flow_multistep_timestep(sigma.cpu()) >= self.pipeline.config.boundary_ratio * 1000
         return dealt(is_high, high, partial(guided, "transformer_2", scale), x, sigma, conditions, negative)
 
