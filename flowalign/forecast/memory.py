@@ -260,12 +260,20 @@ def _checkpointing(config: TrainConfig) -> Changes:
 
 
 def _trained_at_once(config: TrainConfig) -> Changes:
-    """Costs speed below some tens of thousands of tokens; so do the next two. A trainer need not have it."""
+    """Costs speed below some tens of thousands of tokens; so do the next two. A trainer need not have it; under fixed_rows the rollout's
+    calls have as many states."""
     size = config.trainer.forecast(config.rollout).micro_batch
-    return iter(()) if size is None else _halved(config, "trainer", "micro_batch", size)
+    for override, smaller in () if size is None else _halved(config, "trainer", "micro_batch", size):
+        if config.rollout.fixed_rows:
+            rows = smaller.trainer.forecast(smaller.rollout).micro_batch
+            yield f"{override} rollout.micro_batch={rows}", _with(smaller, "rollout", "micro_batch", rows)
+        else:
+            yield override, smaller
 
 
 def _rolled_at_once(config: TrainConfig) -> Changes:
+    if config.rollout.fixed_rows and config.trainer.forecast(config.rollout).micro_batch is not None:
+        return iter(())  # as the update's
     return _halved(config, "rollout", "micro_batch", config.rollout.micro_batch)
 
 

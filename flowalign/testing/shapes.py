@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,8 @@ QWEN25_VL_7B = {  # Qwen/Qwen2.5-VL-7B-Instruct
     },
     "tie_word_embeddings": False,
 }  # fmt: skip
+PIXELS = {"shortest_edge": 4 * 28 * 28, "longest_edge": 16384 * 28 * 28}  # of its images
+SQUARE_224 = {"size": {"shortest_edge": 224}, "crop_size": {"height": 224, "width": 224}}  # of CLIP's
 GEMMA2_2B = {  # google/gemma-2-2b-it, in SANA
     "vocab_size": 256000, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "num_attention_heads": 8,
     "num_key_value_heads": 4, "head_dim": 256,
@@ -134,10 +136,11 @@ WAN_I2V = {**WAN_14B, "in_channels": 36, "image_dim": 1280, "added_kv_proj_dim":
 @dataclass(frozen=True)
 class Shape:
     """A released model: the tiny pipeline of its family, whose tokenizers, scheduler and model_index.json stand in for its own, and the
-    configurations of its networks by component."""
+    configurations of its networks by component; and what the processor of source images has of its own."""
 
     tiny: str
-    configs: Mapping[str, Config] = field(default_factory=dict)
+    configs: Mapping[str, Config]
+    image_processor: Config = field(default_factory=dict)
 
 
 def _flux(tiny: str, **transformer: Any) -> Shape:
@@ -148,6 +151,10 @@ def _flux(tiny: str, **transformer: Any) -> Shape:
 
 def _sdxl(tiny: str) -> Shape:
     return Shape(tiny, {"unet": SDXL, "vae": {**KL, "sample_size": 1024}, "text_encoder": CLIP_L, "text_encoder_2": CLIP_G})
+
+
+def _qwen(tiny: str, **image_processor: Any) -> Shape:
+    return Shape(tiny, {"transformer": QWEN_IMAGE, "vae": {}, "text_encoder": QWEN25_VL_7B}, image_processor)
 
 
 def _wan(tiny: str, transformer: Config, **others: Config) -> Shape:
@@ -163,7 +170,9 @@ SHAPES = {
     "hunyuan_video": Shape(
         "hunyuan_video", {"transformer": HUNYUAN, "vae": {}, "text_encoder": LLAMA3_8B, "text_encoder_2": CLIP_L}
     ),
-    "qwen_image": Shape("qwen_image", {"transformer": QWEN_IMAGE, "vae": {}, "text_encoder": QWEN25_VL_7B}),
+    "qwen_image": _qwen("qwen_image"),
+    "qwen_image_edit": _qwen("qwen_image_edit", size=PIXELS),
+    "qwen_image_edit_plus": _qwen("qwen_image_edit_plus", size=PIXELS),
     "sana_1600m": Shape("sana", {"transformer": SANA_1600M, "vae": DC_32, "text_encoder": GEMMA2_2B}),
     "sd15": Shape("sd15", {"unet": SD15, "vae": KL, "text_encoder": CLIP_L}),
     "sd21": Shape("sd21", {"unet": SD21, "vae": {**KL, "sample_size": 768}, "text_encoder": CLIP_H}),
@@ -173,7 +182,7 @@ SHAPES = {
     "sdxl": _sdxl("sdxl"),
     "sdxl_turbo": _sdxl("sdxl_turbo"),
     "wan21_1_3b": _wan("wan21", WAN_1_3B),
-    "wan21_i2v": _wan("wan21_i2v", WAN_I2V, image_encoder=CLIP_H_IMAGES),
+    "wan21_i2v": replace(_wan("wan21_i2v", WAN_I2V, image_encoder=CLIP_H_IMAGES), image_processor=SQUARE_224),
     "wan22": _wan("wan22", WAN_14B, transformer_2=WAN_14B),
     "z_image": Shape("z_image", {"transformer": Z_IMAGE, "vae": KL_FLUX, "text_encoder": QWEN3_4B}),
 }  # fmt: skip
@@ -187,6 +196,9 @@ def shapes_folder(name: str, folder: Path, depth: int | None = None) -> Path:
     depth: blocks of each kind in the networks and in T5, in place of the released numbers: for a test of what is built, in a second."""
     shape = SHAPES[name]
     pipeline = tiny_pipeline(shape.tiny)
+    images = pipeline.components.get("image_processor") or getattr(pipeline.components.get("processor"), "image_processor", None)
+    for key, value in shape.image_processor.items():
+        setattr(images, key, value)
     pipeline.save_pretrained(folder)
     for file in folder.glob("*/*.safetensors*"):
         file.unlink()
