@@ -189,7 +189,7 @@ def check(memory: Memory, room: float) -> None:
     """ConfigError if a phase cannot fit into `room` bytes, with the first switch, or the fewest, that would make it fit."""
     if not memory.beyond(room):
         return
-    phase, found = max(memory.phases, key=lambda phase: phase.needed), fitting(memory, room)
+    phase, (found, _) = max(memory.phases, key=lambda phase: phase.needed), fitting(memory, room)
     always = sum(memory.always.values())
     advice = f"set {' '.join(found)}" if found else (
         "none of decode_batch, offload, gradient_checkpointing, smaller batches, chunk and quantization is enough: take a larger device or "
@@ -201,28 +201,28 @@ def check(memory: Memory, room: float) -> None:
     )
 
 
-def fitting(memory: Memory, room: float) -> list[str]:
-    """The overrides with which it fits: the first switch that is enough alone, the cheapest first and each as little as needed; else
-    several, of which the costliest is taken as little as the cheaper ones allow. Accuracy is given up only where all others are not
-    enough. [] if all together are not enough."""
-    return _fewest(memory, room, EXACT) or _fewest(memory, room, (*EXACT, _quantization))
+def fitting(memory: Memory, room: float) -> tuple[list[str], Memory]:
+    """The overrides with which it fits, and the memory with them: the first switch that is enough alone, the cheapest first and each as little
+    as needed; else several, of which the costliest is taken as little as the cheaper ones allow. Accuracy is given up only where all others
+    are not enough. None, and the memory as it was, if all together are not enough."""
+    return _fewest(memory, room, EXACT) or _fewest(memory, room, (*EXACT, _quantization)) or ([], memory)
 
 
-def _fewest(memory: Memory, room: float, switches: Sequence[Switch]) -> list[str]:
+def _fewest(memory: Memory, room: float, switches: Sequence[Switch]) -> tuple[list[str], Memory] | None:
     for switch in switches:
         for override, config in switch(memory.config):
             if not memory.changed(config).beyond(room):
-                return [override]
+                return [override], memory.changed(config)
     steps = [len(list(switch(memory.config))) for switch in switches]
     taken = list(steps)
     if _with_all(memory, switches, taken)[1].beyond(room):
-        return []
+        return None
     for place in reversed(range(len(switches))):
         for number in range(steps[place] + 1):
             taken[place] = number
             if not _with_all(memory, switches, taken)[1].beyond(room):
                 break
-    return _with_all(memory, switches, taken)[0]
+    return _with_all(memory, switches, taken)
 
 
 def _with_all(memory: Memory, switches: Sequence[Switch], taken: Sequence[int]) -> tuple[list[str], Memory]:
