@@ -63,9 +63,10 @@ def test_the_recorded_footprint_is_the_measured_one(model: str, large_machine: N
     ],
 )
 def test_a_layer_on_a_card_is_accepted_or_refused_with_the_switches(
-    model: str, card: str, tmp_path: Path, large_machine: None
+    model: str, card: str, tmp_path: Path, large_machine: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Loaded and checked as by `flowalign forecast`; what the refusal proposes is accepted, as configuration and as forecast."""
+    monkeypatch.setattr("flowalign.models.quantization.find_spec", lambda name: name)  # bitsandbytes is an extra
     place, own, row = SCRIPT["stand_in"](model, tmp_path, depth=2), footprint(model), TABLE[model]["cards"][card]
     config = SCRIPT["load"](model, card, place)
     assert SCRIPT["on_card"](config, own) == row
