@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from diffusers import ModelMixin
+from diffusers.loaders.lora_base import LoraBaseMixin
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn import Parameter
@@ -318,7 +319,10 @@ class PipelinePolicy:
             stale.unlink()
         layers = {name: adapter_state(network) for name, network in networks.items()}
         settings = {name: ordered(network.peft_config[ADAPTER].to_dict()) for name, network in networks.items()}
-        self.model.save_lora(folder, layers, settings)
+        LoraBaseMixin.write_lora_layers(
+            _prefixed(layers), folder, is_main_process=True, weight_name=None, save_function=None, safe_serialization=True,
+            lora_adapter_metadata=_prefixed(settings),
+        )  # fmt: skip
         for name, network in networks.items():
             save_peft(network, folder / name if len(networks) > 1 else folder)
         for file in sorted(folder.rglob("*.safetensors")):
@@ -354,6 +358,11 @@ class PipelinePolicy:
 
     def pipeline_sigmas(self, sigmas: Tensor) -> tuple[list[str], dict[str, Any]]:
         return self.model.pipeline_sigmas(sigmas)
+
+
+def _prefixed(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """All in one, with the network's name before each key: as the pipelines' `load_lora_weights` reads it."""
+    return {f"{name}.{key}": value for name, part in parts.items() for key, value in part.items()}
 
 
 def _unsharded(network: ModelMixin, keep: bool) -> ModelMixin:
