@@ -35,7 +35,9 @@ Offloadable = Literal["encoders", "vae"]
 DECODE_BATCH = 4  # a decoder's activations are large: 64 images of 512² take 24 GiB
 PROMPT_STORE_BYTES = 2 * 2**30  # 500 prompts of 512 tokens of T5-XXL in bf16; those of CLIP all fit
 # most pipelines decode latents of the network's dtype as they are, which a VAE of another dtype refuses
-CAST = "pipe.vae.decode = lambda x, decode=pipe.vae.decode, **more: decode(x.to(pipe.vae.dtype), **more)  # its own dtype"
+CAST = (
+    "pipe.vae.decode = lambda x, decode=pipe.vae.decode, **more: decode(x.to(pipe.vae.dtype), **more)  # its own dtype"
+)
 
 
 class PipelinePolicy:
