@@ -11,7 +11,7 @@ from flowalign.config.settings import TrainConfig, evaluation_schedule
 from flowalign.config.sizes import check_sizes
 from flowalign.data import PromptRecord, load_prompts
 from flowalign.errors import ConfigError
-from flowalign.models.base import check_negative_prompts, check_source_images
+from flowalign.models.base import Family, check_negative_prompts, check_source_images
 from flowalign.models.checkpoints import inspect_checkpoint
 from flowalign.models.checks import (
     check_checkpoint,
@@ -49,6 +49,7 @@ def check(config: TrainConfig) -> None:
     check_checkpoint(policy.path, policy.family)
     family = inspect_checkpoint(policy.path, policy.family)[1]
     check_options(family, policy.max_sequence_length, policy.options)
+    _check_uncond(rollout, family)
     latent_shape = check_image_size(policy.path, policy.size, policy.family)
     if policy.decode_batch is not None and policy.decode_batch < 1:
         raise ConfigError(f"policy.decode_batch={policy.decode_batch}: expected at least 1, or null")
@@ -124,13 +125,18 @@ def _check_numbers(rollout: Rollout, evaluation_scale: float) -> None:
     for key, scale in (("rollout", rollout.guidance_scale), ("evaluation", evaluation_scale)):
         if not 1 <= scale < math.inf:  # at 0 the prompt would be ignored, where diffusers means no guidance
             raise ConfigError(f"{key}.guidance_scale={scale}: expected a number from 1 (no guidance)")
-    if rollout.detach_uncond and rollout.guidance_scale == 1:
-        raise ConfigError(
-            "got rollout.detach_uncond=true with rollout.guidance_scale=1, which has no unconditional half: it would "
-            "silently do nothing; set detach_uncond=false, or a guidance_scale above 1"
-        )
     if rollout.branch_scale is not None and not 0 < rollout.branch_scale < math.inf:
         raise ConfigError(f"rollout.branch_scale={rollout.branch_scale}: expected a number above 0, or null")
+
+
+def _check_uncond(rollout: Rollout, family: Family) -> None:
+    """ConfigError for a gradient that is to be kept from an unconditional half which is not there."""
+    if rollout.detach_uncond and family.rows_per_state(rollout.guidance_scale) == 1:
+        raise ConfigError(
+            f"got rollout.detach_uncond=true with rollout.guidance_scale={rollout.guidance_scale} for a {family.pipeline.__name__}, which "
+            "evaluates one row per state there and has no unconditional half: it would silently do nothing; set detach_uncond=false, or "
+            "take a guidance_scale above 1 where guidance takes two rows"
+        )
 
 
 def _check_branch_scale(rollout: Rollout) -> None:

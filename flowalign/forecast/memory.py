@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -12,6 +12,7 @@ from flowalign.config import TrainConfig
 from flowalign.distributed.stepper import Sharding
 from flowalign.errors import ConfigError
 from flowalign.forecast.footprint import FP32, Footprint
+from flowalign.forecast.recorded import RecordedFootprint
 from flowalign.models.pipeline_policy import DECODE_BATCH
 from flowalign.rollouts.rolling import outline
 from flowalign.rollouts.task import may_overlap
@@ -41,7 +42,7 @@ class Memory:
     buckets of several processes come on top."""
 
     config: TrainConfig
-    footprint: Footprint
+    footprint: Footprint | RecordedFootprint
     devices: int = 1
     sharding: Sharding = "none"
 
@@ -188,7 +189,7 @@ def check(memory: Memory, room: float) -> None:
     """ConfigError if a phase cannot fit into `room` bytes, with the first switch, or the fewest, that would make it fit."""
     if not memory.beyond(room):
         return
-    phase, found = max(memory.phases, key=lambda phase: phase.needed), fitting(memory, room)
+    phase, (found, _) = max(memory.phases, key=lambda phase: phase.needed), fitting(memory, room)
     always = sum(memory.always.values())
     advice = f"set {' '.join(found)}" if found else (
         "none of decode_batch, offload, gradient_checkpointing, smaller batches, chunk and quantization is enough: take a larger device or "
@@ -200,32 +201,44 @@ def check(memory: Memory, room: float) -> None:
     )
 
 
-def fitting(memory: Memory, room: float) -> list[str]:
-    """The overrides with which it fits: the first switch that is enough alone, the cheapest first and each as little as needed; else
-    switches on top of each other, in this order, without those that help nothing. [] if all together are not enough."""
-    for switch in SWITCHES:
+def fitting(memory: Memory, room: float) -> tuple[list[str], Memory]:
+    """The overrides with which it fits, and the memory with them: the first switch that is enough alone, the cheapest first and each as little
+    as needed; else several, of which the costliest is taken as little as the cheaper ones allow. Accuracy is given up only where all others
+    are not enough. None, and the memory as it was, if all together are not enough."""
+    return _fewest(memory, room, EXACT) or _fewest(memory, room, (*EXACT, _quantization)) or ([], memory)
+
+
+def _fewest(memory: Memory, room: float, switches: Sequence[Switch]) -> tuple[list[str], Memory] | None:
+    for switch in switches:
         for override, config in switch(memory.config):
             if not memory.changed(config).beyond(room):
-                return [override]
-    chosen, best = list[str](), memory
-    for switch in SWITCHES:
-        last: tuple[str, Memory] | None = None
-        for override, config in switch(best.config):
-            tried = best.changed(config)
-            if tried.beyond(room) < (best if last is None else last[1]).beyond(room):
-                last = override, tried
-            if not tried.beyond(room):
+                return [override], memory.changed(config)
+    steps = [len(list(switch(memory.config))) for switch in switches]
+    taken = list(steps)
+    if _with_all(memory, switches, taken)[1].beyond(room):
+        return None
+    for place in reversed(range(len(switches))):
+        for number in range(steps[place] + 1):
+            taken[place] = number
+            if not _with_all(memory, switches, taken)[1].beyond(room):
                 break
-        if last is not None:
-            chosen, best = [*chosen, last[0]], last[1]
-            if not best.beyond(room):
-                return chosen
-    return []
+    return _with_all(memory, switches, taken)
+
+
+def _with_all(memory: Memory, switches: Sequence[Switch], taken: Sequence[int]) -> tuple[list[str], Memory]:
+    """With each switch as many steps far as `taken` says; 0: not at all."""
+    chosen = []
+    for switch, number in zip(switches, taken, strict=True):
+        if number:
+            override, config = list(switch(memory.config))[number - 1]
+            chosen, memory = [*chosen, override], memory.changed(config)
+    return chosen, memory
 
 
 # ------------------------------------------------------------------------------------------ switches
 
 Changes = Iterator[tuple[str, TrainConfig]]
+Switch = Callable[[TrainConfig], Changes]
 
 
 def _decode_batch(config: TrainConfig) -> Changes:
@@ -247,12 +260,20 @@ def _checkpointing(config: TrainConfig) -> Changes:
 
 
 def _trained_at_once(config: TrainConfig) -> Changes:
-    """Costs speed below some tens of thousands of tokens; so do the next two. A trainer need not have it."""
+    """Costs speed below some tens of thousands of tokens; so do the next two. A trainer need not have it; under fixed_rows the rollout's
+    calls have as many states."""
     size = config.trainer.forecast(config.rollout).micro_batch
-    return iter(()) if size is None else _halved(config, "trainer", "micro_batch", size)
+    for override, smaller in () if size is None else _halved(config, "trainer", "micro_batch", size):
+        if config.rollout.fixed_rows:
+            rows = smaller.trainer.forecast(smaller.rollout).micro_batch
+            yield f"{override} rollout.micro_batch={rows}", _with(smaller, "rollout", "micro_batch", rows)
+        else:
+            yield override, smaller
 
 
 def _rolled_at_once(config: TrainConfig) -> Changes:
+    if config.rollout.fixed_rows and config.trainer.forecast(config.rollout).micro_batch is not None:
+        return iter(())  # as the update's
     return _halved(config, "rollout", "micro_batch", config.rollout.micro_batch)
 
 
@@ -276,9 +297,9 @@ def _quantization(config: TrainConfig) -> Changes:
             yield f"policy.quantization={kind}", _with(config, "policy", "quantization", kind)
 
 
-# from the cheapest, as in docs/gpu.md
-SWITCHES: tuple[Callable[[TrainConfig], Changes], ...] = (
-    _decode_batch, _offload, _checkpointing, _trained_at_once, _rolled_at_once, _evaluated_at_once, _chunk, _quantization,
+# from the cheapest, as in docs/gpu.md; results are the same but for rounding
+EXACT: tuple[Switch, ...] = (
+    _decode_batch, _offload, _checkpointing, _trained_at_once, _rolled_at_once, _evaluated_at_once, _chunk,
 )  # fmt: skip
 
 

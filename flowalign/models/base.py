@@ -274,13 +274,6 @@ class Model(Protocol):
         undoes it; in the dtype of the VAE."""
         ...
 
-    def save_lora(
-        self, folder: Path, layers: Mapping[str, dict[str, Tensor]], metadata: Mapping[str, dict[str, Any]]
-    ) -> None:
-        """pytorch_lora_weights.safetensors as the pipeline's `load_lora_weights` reads it; tensors and LoRA settings by
-        network."""
-        ...
-
     def pipeline_setup(self) -> list[str]:
         """See Policy."""
         ...
@@ -339,7 +332,7 @@ class Family:
     distilled: see there; from the components' configurations, the scheduler's too (with "_class_name").
     own_fit: whether the pipeline fits source images itself, each in its own aspect ratio; if not, they are fitted to what is generated.
     negative_prompts: whether the pipeline's call takes a negative prompt; if not, guidance starts from "".
-    load_arguments: extra arguments of `from_pretrained`, from model_index.json. load_lora: Python that loads what `Model.save_lora` wrote
+    load_arguments: extra arguments of `from_pretrained`, from model_index.json. load_lora: Python that loads what `Policy.save_lora` wrote
     into a folder, given as Python, into `pipe`. variant: fields of this which a checkpoint's model_index.json changes, such as the rows of a
     distilled one. takes_levels: whether the call of a pipeline of flows can step over levels that are not its scheduler's own (see
     `Model.pipeline_sigmas`). tiny: very small pipelines of the family for tests, by name: component -> (class, configuration), or

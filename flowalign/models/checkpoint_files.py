@@ -13,7 +13,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from accelerate import init_empty_weights
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -172,7 +172,7 @@ def _header(file: Path) -> Iterator[tuple[str, _Entry]]:
 def _shapes(library: str, kind: str, config: str) -> dict[str, tuple[int, ...]]:
     """The shape of each tensor of a component, from its configuration as JSON; what is tied to another is left out."""
     cls, settings = getattr(importlib.import_module(library), kind), json.loads(config)
-    with init_empty_weights():
+    with torch.device("meta"):
         model = cls.from_config(settings) if library == "diffusers" else cls(cls.config_class.from_dict(settings))
     tied = set(getattr(model, "_tied_weights_keys", None) or ())  # of transformers
     return {key: tuple(tensor.shape) for key, tensor in model.named_parameters() if key not in tied}

@@ -6,7 +6,7 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-from accelerate import init_empty_weights
+import torch
 from diffusers import DiffusionPipeline, ModelMixin
 
 from flowalign.models.base import Family
@@ -90,5 +90,5 @@ def _import_family(name: str) -> Family:
 
 def empty_networks(path: str, family: Family) -> dict[str, ModelMixin]:
     configs = {name: kind.load_config(resolve(path), subfolder=name) for name, kind in family.networks.items()}
-    with init_empty_weights():
+    with torch.device("meta"):  # the tables of positions too: that of SD3 is a gigabyte and takes seconds
         return {name: kind.from_config(configs[name]) for name, kind in family.networks.items()}

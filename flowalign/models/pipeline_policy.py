@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from diffusers import ModelMixin
+from diffusers.loaders.lora_base import LoraBaseMixin
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn import Parameter
@@ -33,6 +34,10 @@ from samplers import Schedule
 Offloadable = Literal["encoders", "vae"]
 DECODE_BATCH = 4  # a decoder's activations are large: 64 images of 512² take 24 GiB
 PROMPT_STORE_BYTES = 2 * 2**30  # 500 prompts of 512 tokens of T5-XXL in bf16; those of CLIP all fit
+# most pipelines decode latents of the network's dtype as they are, which a VAE of another dtype refuses
+CAST = (
+    "pipe.vae.decode = lambda x, decode=pipe.vae.decode, **more: decode(x.to(pipe.vae.dtype), **more)  # its own dtype"
+)
 
 
 class PipelinePolicy:
@@ -318,7 +323,10 @@ class PipelinePolicy:
             stale.unlink()
         layers = {name: adapter_state(network) for name, network in networks.items()}
         settings = {name: ordered(network.peft_config[ADAPTER].to_dict()) for name, network in networks.items()}
-        self.model.save_lora(folder, layers, settings)
+        LoraBaseMixin.write_lora_layers(
+            _prefixed(layers), folder, is_main_process=True, weight_name=None, save_function=None, safe_serialization=True,
+            lora_adapter_metadata=_prefixed(settings),
+        )  # fmt: skip
         for name, network in networks.items():
             save_peft(network, folder / name if len(networks) > 1 else folder)
         for file in sorted(folder.rglob("*.safetensors")):
@@ -336,7 +344,9 @@ class PipelinePolicy:
 
     def pipeline_setup(self) -> list[str]:
         tiles = ["pipe.vae.enable_tiling()"] if self._vae_tiling else []
-        return [*self.model.pipeline_setup(), *tiles]
+        dtypes = {self._autocast or network.dtype for network in self.model.networks.values()}
+        casts = [CAST] if dtypes != {self.model.vae.dtype} else []
+        return [*self.model.pipeline_setup(), *tiles, *casts]
 
     def pipeline_arguments(self, guidance_scale: float, size: Size) -> dict[str, Any]:
         return self.model.pipeline_arguments(guidance_scale, size, self.negative_prompt)
@@ -354,6 +364,11 @@ class PipelinePolicy:
 
     def pipeline_sigmas(self, sigmas: Tensor) -> tuple[list[str], dict[str, Any]]:
         return self.model.pipeline_sigmas(sigmas)
+
+
+def _prefixed(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """All in one, with the network's name before each key: as the pipelines' `load_lora_weights` reads it."""
+    return {f"{name}.{key}": value for name, part in parts.items() for key, value in part.items()}
 
 
 def _unsharded(network: ModelMixin, keep: bool) -> ModelMixin:

@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 from diffusers import ModelMixin, attention_backend
+from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import AttentionBackendName
+from diffusers.models.attention_processor import Attention
 from torch import nn
 from torch._dynamo.exc import FailOnRecompileLimitHit
 
@@ -121,7 +123,8 @@ def _check_attention(name: str, network: ModelMixin, what: str) -> None:
         raise ValueError(
             f"got policy.attention={name!r}, which has no backward; expected one that trains, such as native or flash"
         )
-    own = [type(processor).__name__ for processor in network.attn_processors.values() if not _dispatches(processor)]
+    layers = [part for part in network.modules() if isinstance(part, (Attention, AttentionModuleMixin))]
+    own = [type(layer.processor).__name__ for layer in layers if not _dispatches(layer.processor)]
     if own and name != AttentionBackendName.NATIVE.value:
         raise ValueError(
             f"got policy.attention={name!r} for a {what}, whose {own[0]} calls torch's own attention and no other; expected "

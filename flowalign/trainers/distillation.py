@@ -139,9 +139,10 @@ class Distillation:
         self._teachers.check(self._own(setup.rollout), setup.roles, setup.prompts)
         if self.anchor is not None:
             setup.check_role("trainer.anchor.role", self.anchor.role)
-        if setup.rollout.detach_uncond and self.guidance_scale == 1:
+        scale = self._own(setup.rollout).guidance_scale
+        if setup.rollout.detach_uncond and setup.rows_per_state(scale) == 1:
             raise ValueError(
-                "got rollout.detach_uncond=true with trainer.guidance_scale=1, which has no unconditional half; expected false"
+                f"got rollout.detach_uncond=true with trainer.guidance_scale={scale}, which has no unconditional half; expected false"
             )
         check_combinations(self, setup)
 

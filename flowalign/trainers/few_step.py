@@ -103,7 +103,7 @@ class FewStep:
             raise ValueError(
                 f"got trainer.boundaries={self.boundaries} for {settings.num_inference_steps} steps; expected at most one for each"
             )
-        if settings.guidance_scale != 1:
+        if setup.rows_per_state(settings.guidance_scale) > 1:
             raise ValueError(
                 f"got rollout.guidance_scale={settings.guidance_scale}; expected 1: a few-step generator has the guidance in its "
                 "weights, and the teacher's is trainer.directions.guidance_scale"

@@ -101,14 +101,14 @@ class ForwardProcess:
         self.source.check(setup)
         setup.check_process_rewards_unread("ForwardProcess")
         setup.check_micro_batch(self.micro_batch)
-        if rollout.detach_uncond and self.guidance_scale == 1:
+        if rollout.detach_uncond and setup.rows_per_state(self.guidance_scale) == 1:
             raise ValueError(
-                "got rollout.detach_uncond=true with trainer.guidance_scale=1, which has no unconditional half; expected false"
+                f"got rollout.detach_uncond=true with trainer.guidance_scale={self.guidance_scale}, which has no unconditional half; expected false"
             )
         setup.check_equal_parts(self.updates_per_rollout)
-        if self.guidance_scale != 1 and rollout.guidance_scale == 1:
+        if setup.rows_per_state(self.guidance_scale) > setup.rows_per_state(rollout.guidance_scale):
             raise ValueError(
-                f"got trainer.guidance_scale={self.guidance_scale} with rollout.guidance_scale=1, whose prompts have no negatives and "
+                f"got trainer.guidance_scale={self.guidance_scale} with rollout.guidance_scale={rollout.guidance_scale}, whose prompts have no negatives and "
                 "whose samples are not those of a guided velocity; expected 1 too, or a guided rollout"
             )
         self._check_anchors(setup)

@@ -70,7 +70,8 @@ def test_silent_on_flow_grpo_with_the_layer_of_sd35(large_machine: None) -> None
 def test_silent_on_the_few_steps_of_a_distilled_model(steps: int) -> None:
     few = [f"rollout.num_inference_steps={steps}", f"evaluation.num_inference_steps={steps}"]
     assert warned(flow("flux1_schnell", *few, f"rollout.plan.init_args.high={steps - 1}")) == []
-    assert warned(unet("sdxl_turbo", *few)) == []
+    findings = unet("sdxl_turbo", *few)
+    assert warned(findings) == [] and findings["grid"].figure.endswith("of a model distilled for 4")
 
 
 # ------------------------------------------------------------------------------------------ distilled models

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from flowalign.models.families.sd3 import TARGETS
 from flowalign.models.live_bytes import LiveBytes, forward_bytes, fused_attention, update_bytes
-from tests.helpers.shapes import FLUX_1, SD35_MEDIUM, WAN_1_3B
+from flowalign.testing.shapes import FLUX_1, SD3_MEDIUM, WAN_1_3B
 
 GIB = 2**30
 BF16 = torch.bfloat16
@@ -101,7 +101,7 @@ def gib(network: ModelMixin, call: Callable[[], Tensor]) -> tuple[float, float, 
 def sd35_medium(dtype: torch.dtype) -> tuple[ModelMixin, Callable[[], Tensor]]:
     """At 512×512: 1024 tokens beside 77 + 256 of the text."""
     with torch.device("meta"):
-        network = with_lora(SD3Transformer2DModel(**SD35_MEDIUM), TARGETS, dtype)
+        network = with_lora(SD3Transformer2DModel(**SD3_MEDIUM), TARGETS, dtype)
     return network, lambda: network(
         hidden_states=empty(1, 16, 64, 64, dtype=BF16), timestep=empty(1), return_dict=False,
         encoder_hidden_states=empty(1, 333, 4096, dtype=BF16), pooled_projections=empty(1, 2048, dtype=BF16),

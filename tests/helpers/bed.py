@@ -147,11 +147,6 @@ class BedModel:
     def encode_images(self, images: Tensor) -> Tensor:
         return images[:, :2] / self.vae.scale
 
-    def save_lora(
-        self, folder: Path, layers: Mapping[str, dict[str, Tensor]], metadata: Mapping[str, dict[str, Any]]
-    ) -> None:
-        raise AssertionError("the bed trains full weights")
-
     def pipeline_setup(self) -> list[str]:
         return []
 

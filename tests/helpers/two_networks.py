@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
@@ -130,14 +129,6 @@ class EditModel:
 
     def encode_images(self, images: Tensor) -> Tensor:
         return self.vae.encode(images).latent_dist.mode()
-
-    def save_lora(
-        self, folder: Path, layers: Mapping[str, dict[str, Tensor]], metadata: Mapping[str, dict[str, Any]]
-    ) -> None:
-        tensors = {f"{name}.{key}": value for name, part in layers.items() for key, value in part.items()}
-        alphas = {f"{name}.lora_alpha": part["lora_alpha"] for name, part in metadata.items()}
-        file = folder / "pytorch_lora_weights.safetensors"
-        save_file(tensors, file, metadata={"lora_adapter_metadata": json.dumps(alphas)})
 
     def pipeline_setup(self) -> list[str]:
         return []

@@ -63,6 +63,41 @@ def test_an_embedded_scale_in_a_window_of_few_steps_is_no_classifier_free_guidan
         load_config(layers, [f"policy.path={subject('sd3').folder}"])
 
 
+@pytest.mark.parametrize(
+    ("family", "scales", "said"),
+    [
+        ("flux1_dev", "rollout.guidance_scale=3.5", "no unconditional half: it would silently do nothing"),
+        ("sd3", "rollout.guidance_scale=1", "no unconditional half: it would silently do nothing"),
+        ("sd3", "rollout.guidance_scale=3.5", None),
+    ],
+)
+def test_a_gradient_is_kept_from_an_unconditional_half_only_where_there_is_one(
+    family: str, scales: str, said: str | None
+) -> None:
+    """One row per state has none, whatever the scale."""
+    settings = [
+        f"policy.path={subject(family).folder}",
+        "policy.lora.targets=null",
+        "policy.height=32",
+        "policy.width=64",
+    ]
+    settings += [scales, "rollout.allow_cfg_update=true", "rollout.detach_uncond=true"]
+    if said is None:
+        load_config("tests/data/tiny.yaml", settings)
+        return
+    with pytest.raises(ConfigError, match=said):
+        load_config("tests/data/tiny.yaml", settings)
+
+
+def test_an_update_of_another_embedded_scale_needs_no_negatives(large_machine: None) -> None:
+    """DiffusionNFT at guidance 3.5 on a rollout without: with classifier-free guidance its prompts would lack negatives."""
+    layers = [f"configs/{layer}.yaml" for layer in ("methods/nft", "models/flux1_dev", "rewards/jpeg")]
+    scales = ["trainer.guidance_scale=3.5", "rollout.guidance_scale=1"]
+    load_config(layers, [f"policy.path={subject('flux1_dev').folder}", *scales])
+    with pytest.raises(ConfigError, match="whose prompts have no negatives"):
+        load_config(layers, [f"policy.path={subject('sd3').folder}", *scales])
+
+
 def picture(folder: Path, name: str, sides: tuple[int, int]) -> Path:
     pixels = torch.rand(*sides, 3, generator=torch.Generator().manual_seed(sides[0]))
     Image.fromarray((pixels * 255).byte().numpy()).save(folder / name)

@@ -20,6 +20,7 @@ from flowalign.trainers.base import Update
 from flowalign.trainers.boundaries import Boundaries
 from samplers import plain_sigmas
 from tests.helpers.bed_run import Bed
+from tests.helpers.families import subject
 from tests.helpers.gaussian_roles import GaussianRoles, clean_mean, task_of
 from tests.helpers.thread_processes import on_processes
 
@@ -370,6 +371,12 @@ def test_it_costs_thirteen_forwards_and_three_backwards_of_a_sample_and_step() -
     assert (frozen, trained) == (10 * 2, 3 * 2)
     assert setting.policy.evaluations - before == forecast.frozen + forecast.trained == (10 + 3) * 2 * 6
     assert forecast.updates == 3
+
+
+def test_a_scale_that_the_generator_takes_as_an_input_is_allowed(large_machine: None) -> None:
+    layers = [f"configs/{layer}.yaml" for layer in ("methods/tdm_r1", "models/flux1_dev", "rewards/jpeg")]
+    config, _ = load_config(layers, [f"policy.path={subject('flux1_dev').folder}"])
+    assert config.rollout.guidance_scale == 3.5
 
 
 @pytest.mark.parametrize(

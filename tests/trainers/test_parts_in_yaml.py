@@ -116,8 +116,3 @@ def test_two_terms_of_a_loss_have_two_names(tmp_path: Path, parts: dict, named: 
     """By one name one of them would be left out without a word."""
     with pytest.raises(ConfigError, match=named):
         trainer(tmp_path, roles={"old": {"update": "ema"}}, **parts)
-
-
-def test_an_epsilon_model_takes_steps_that_do_not_divide_its_levels(tiny_sd15_pipeline: Path) -> None:
-    file = str(Path(__file__).parents[1] / "data" / "tiny_sd15.yaml")
-    load_config(file, [f"policy.path={tiny_sd15_pipeline}", "rollout.num_inference_steps=7"])

@@ -21,9 +21,7 @@ from samplers import TransitionContext, Tree, plain_sigmas
 MORE_STEPS = 2.0  # times as many as a checkpoint was distilled for
 LARGEST_STEP = 0.5  # of all levels. SD3's own grid: 0.42 of 6 steps, 0.49 of 5, 0.59 of 4
 LEAST_COVER = 0.02  # of all levels, by a sample's stochastic steps together. The first two of SD3's ten: 0.05
-MOST_NOISE = (
-    0.3  # standard deviations of the data, after the last stochastic step. Flow-GRPO's ten steps of SD3.5: 0.23
-)
+MOST_NOISE = 0.3  # in deviations of the data, left by the last stochastic step. Flow-GRPO's ten steps of SD3.5: 0.23
 OTHER_CLIP = 3.0  # factor of a clip range for latents of PAPER_ELEMENTS
 PAPER_ELEMENTS = 65536  # 16·64·64
 NAMES = ("turbo", "lightning", "schnell", "hyper", "lcm", "distill")  # only ever a hint

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -80,7 +79,7 @@ class Flux2KleinModel:
         timestep = sigma.to(x.device, torch.float32) * self.pipeline.scheduler.config.num_train_timesteps
         velocity: Tensor = network(
             hidden_states=patches.flatten(2).mT.to(self.dtype),
-            timestep=timestep / 1000,
+            timestep=timestep.to(self.dtype) / 1000,  # rounds twice, as the pipeline's call
             guidance=None,
             encoder_hidden_states=embeds,
             txt_ids=_positions(1, 1, embeds.shape[1], x.device),
@@ -107,14 +106,6 @@ class Flux2KleinModel:
         norm = self.vae.bn
         std = torch.sqrt(norm.running_var.view(1, -1, 1, 1) + self.vae.config.batch_norm_eps)
         return norm.running_mean.view(1, -1, 1, 1).to(self.vae.dtype), std.to(self.vae.dtype)
-
-    def save_lora(
-        self, folder: Path, layers: Mapping[str, dict[str, Tensor]], metadata: Mapping[str, dict[str, Any]]
-    ) -> None:
-        Flux2KleinPipeline.save_lora_weights(
-            folder, transformer_lora_layers=layers["transformer"],
-            transformer_lora_adapter_metadata=metadata["transformer"],
-        )  # fmt: skip
 
     def pipeline_setup(self) -> list[str]:
         return []

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -86,14 +85,6 @@ class HunyuanVideoModel:
     def encode_images(self, images: Tensor) -> Tensor:
         videos = images if images.ndim == 5 else images.unsqueeze(1)
         return scaled_vae.encode(self.vae, videos.transpose(1, 2))
-
-    def save_lora(
-        self, folder: Path, layers: Mapping[str, dict[str, Tensor]], metadata: Mapping[str, dict[str, Any]]
-    ) -> None:
-        HunyuanVideoPipeline.save_lora_weights(
-            folder, transformer_lora_layers=layers["transformer"],
-            transformer_lora_adapter_metadata=metadata["transformer"],
-        )  # fmt: skip
 
     def pipeline_setup(self) -> list[str]:
         return []

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 from flowalign.data import PromptRecord, open_image
+from flowalign.models import scaled_vae
 from flowalign.models.base import Configs, Family, Network, Size, check_image, prompts_and_negatives
 from flowalign.models.conditions import Conditions
 from flowalign.models.flow_match import flow_match_call, flow_match_path, flow_match_sigmas
@@ -152,31 +152,15 @@ class QwenImageModel:
 
     def decode(self, latents: Tensor) -> Tensor:
         latents = latents.to(self.vae.device, self.vae.dtype)[:, :, None]
-        mean, deviation = self._statistics(latents)
-        image: Tensor = self.vae.decode(latents / (1 / deviation) + mean, return_dict=False)[0][:, :, 0]
+        mean, std = scaled_vae.channel_statistics(self.vae, latents)
+        image: Tensor = self.vae.decode(latents / (1.0 / std) + mean, return_dict=False)[0][:, :, 0]
         return image
 
     def encode_images(self, images: Tensor) -> Tensor:
         found = self.vae.encode(images.to(self.vae.device, self.vae.dtype)[:, :, None]).latent_dist.mode()
-        mean, deviation = self._statistics(found)
-        latents: Tensor = ((found - mean) / deviation)[:, :, 0]
+        mean, std = scaled_vae.channel_statistics(self.vae, found)
+        latents: Tensor = ((found - mean) / std)[:, :, 0]
         return latents
-
-    def _statistics(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and deviation of the VAE's latents, [1, C, 1, 1, 1], beside these."""
-        config = self.vae.config
-        mean, deviation = (
-            torch.tensor(values).view(1, -1, 1, 1, 1) for values in (config.latents_mean, config.latents_std)
-        )
-        return mean.to(latents), deviation.to(latents)
-
-    def save_lora(
-        self, folder: Path, layers: Mapping[str, dict[str, Tensor]], metadata: Mapping[str, dict[str, Any]]
-    ) -> None:
-        QwenImagePipeline.save_lora_weights(
-            folder, transformer_lora_layers=layers["transformer"],
-            transformer_lora_adapter_metadata=metadata["transformer"],
-        )  # fmt: skip
 
     def pipeline_setup(self) -> list[str]:
         return []

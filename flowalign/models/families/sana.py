@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -99,14 +98,6 @@ class SanaModel:
         vae = self.vae
         latents: Tensor = vae.encode(images.to(vae.device, vae.dtype), return_dict=False)[0]  # it has no noise
         return latents * vae.config.scaling_factor
-
-    def save_lora(
-        self, folder: Path, layers: Mapping[str, dict[str, Tensor]], metadata: Mapping[str, dict[str, Any]]
-    ) -> None:
-        SanaPipeline.save_lora_weights(
-            folder, transformer_lora_layers=layers["transformer"],
-            transformer_lora_adapter_metadata=metadata["transformer"],
-        )  # fmt: skip
 
     def pipeline_setup(self) -> list[str]:
         return []

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -95,13 +94,6 @@ class SD15Model:
 
     def encode_images(self, images: Tensor) -> Tensor:
         return scaled_vae.encode(self.vae, images)
-
-    def save_lora(
-        self, folder: Path, layers: Mapping[str, dict[str, Tensor]], metadata: Mapping[str, dict[str, Any]]
-    ) -> None:
-        StableDiffusionPipeline.save_lora_weights(
-            folder, unet_lora_layers=layers["unet"], unet_lora_adapter_metadata=metadata["unet"]
-        )
 
     def pipeline_setup(self) -> list[str]:
         return [

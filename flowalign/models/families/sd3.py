@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 from flowalign.data import PromptRecord
+from flowalign.models import scaled_vae
 from flowalign.models.base import Configs, Family, Network, Size, check_image, prompts_and_negatives, vae_reduction
 from flowalign.models.conditions import Conditions
 from flowalign.models.flow_match import flow_match_call, flow_match_path, flow_match_sigmas
@@ -84,23 +84,10 @@ class SD3Model:
         return velocity
 
     def decode(self, latents: Tensor) -> Tensor:
-        vae = self.vae
-        latents = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
-        image: Tensor = vae.decode(latents, return_dict=False)[0]
-        return image
+        return scaled_vae.decode(self.vae, latents)
 
     def encode_images(self, images: Tensor) -> Tensor:
-        vae = self.vae
-        mean: Tensor = vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mode()
-        return (mean - vae.config.shift_factor) * vae.config.scaling_factor
-
-    def save_lora(
-        self, folder: Path, layers: Mapping[str, dict[str, Tensor]], metadata: Mapping[str, dict[str, Any]]
-    ) -> None:
-        StableDiffusion3Pipeline.save_lora_weights(
-            folder, transformer_lora_layers=layers["transformer"],
-            transformer_lora_adapter_metadata=metadata["transformer"],
-        )  # fmt: skip
+        return scaled_vae.encode(self.vae, images)
 
     def pipeline_setup(self) -> list[str]:
         return []

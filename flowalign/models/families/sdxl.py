@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,6 +49,11 @@ class SDXLModel:
 
     def __init__(self, pipeline: StableDiffusionXLPipeline, max_sequence_length: int | None = None) -> None:
         discrete.check_unet(pipeline.unet, pipeline.tokenizer.model_max_length, max_sequence_length)
+        if pipeline.vae.dtype == torch.float16 and pipeline.vae.config.force_upcast:
+            raise ValueError(
+                "got a VAE in fp16 whose force_upcast says that it overflows there; expected fp32 or bf16, as the pipeline's call decodes in "
+                "fp32: pipe.vae.to(torch.float32)"
+            )
         self.pipeline = pipeline
         self.networks = {"unet": pipeline.unet}
         self.vae = pipeline.vae
@@ -121,13 +125,6 @@ class SDXLModel:
 
     def encode_images(self, images: Tensor) -> Tensor:
         return scaled_vae.encode(self.vae, images)
-
-    def save_lora(
-        self, folder: Path, layers: Mapping[str, dict[str, Tensor]], metadata: Mapping[str, dict[str, Any]]
-    ) -> None:
-        StableDiffusionXLPipeline.save_lora_weights(
-            folder, unet_lora_layers=layers["unet"], unet_lora_adapter_metadata=metadata["unet"]
-        )
 
     def pipeline_setup(self) -> list[str]:
         return [

@@ -11,7 +11,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPVisionModel, T5Tokenizer, UMT5EncoderModel
 
 from flowalign.data import PromptRecord
+from flowalign.models import scaled_vae
 from flowalign.models.base import Configs, Family, Network, Size, check_video, prompts_and_negatives
 from flowalign.models.conditions import Conditions
 from flowalign.models.flow_multistep import (
@@ -148,34 +148,15 @@ class WanModel:
     def decode(self, latents: Tensor) -> Tensor:
         """The VAE itself clamps to [-1, 1]: no gradient passes where it does."""
         latents = latents.to(self.vae.device, self.vae.dtype)
-        mean, inverse_std = self._latent_statistics(latents)
-        video: Tensor = self.vae.decode(latents / inverse_std + mean, return_dict=False)[0]
+        mean, std = scaled_vae.channel_statistics(self.vae, latents)
+        video: Tensor = self.vae.decode(latents / (1.0 / std) + mean, return_dict=False)[0]
         return video.transpose(1, 2)
 
     def encode_images(self, images: Tensor) -> Tensor:
         videos = images if images.ndim == 5 else images[:, None]  # an image is a video of one frame
         mode: Tensor = self.vae.encode(videos.transpose(1, 2).to(self.vae.device, self.vae.dtype)).latent_dist.mode()
-        mean, inverse_std = self._latent_statistics(mode)
-        return (mode - mean) * inverse_std
-
-    def _latent_statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and 1/std of each channel, [C, 1, 1, 1], rounded as the pipeline rounds them."""
-        mean, std = (
-            torch.tensor(self.vae.config[key]).view(-1, 1, 1, 1).to(like.device, like.dtype)
-            for key in ("latents_mean", "latents_std")
-        )
-        return mean, 1.0 / std
-
-    def save_lora(
-        self, folder: Path, layers: Mapping[str, dict[str, Tensor]], metadata: Mapping[str, dict[str, Any]]
-    ) -> None:
-        """One file for both networks. The pipeline's `load_lora_weights` reads of it what is the first's."""
-        tensors = {f"{name}.{key}": value for name, part in layers.items() for key, value in part.items()}
-        settings = {f"{name}.{key}": value for name, part in metadata.items() for key, value in part.items()}
-        WanPipeline.write_lora_layers(
-            tensors, folder, is_main_process=True, weight_name=None, save_function=None, safe_serialization=True,
-            lora_adapter_metadata=settings,
-        )  # fmt: skip
+        mean, std = scaled_vae.channel_statistics(self.vae, mode)
+        return (mode - mean) / std
 
     def pipeline_setup(self) -> list[str]:
         return []

@@ -10,7 +10,6 @@ differs: here, as in every family, it means none, for which the pipeline has 0.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor
 from transformers import Qwen2Tokenizer, Qwen3Model
 
 from flowalign.data import PromptRecord
+from flowalign.models import scaled_vae
 from flowalign.models.base import (
     Configs,
     Distilled,
@@ -138,23 +138,10 @@ class ZImageModel:
         return -torch.stack([row.float() for row in found]).squeeze(2)
 
     def decode(self, latents: Tensor) -> Tensor:
-        vae = self.vae
-        latents = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
-        image: Tensor = vae.decode(latents, return_dict=False)[0]
-        return image
+        return scaled_vae.decode(self.vae, latents)
 
     def encode_images(self, images: Tensor) -> Tensor:
-        vae = self.vae
-        mean: Tensor = vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mode()
-        return (mean - vae.config.shift_factor) * vae.config.scaling_factor
-
-    def save_lora(
-        self, folder: Path, layers: Mapping[str, dict[str, Tensor]], metadata: Mapping[str, dict[str, Any]]
-    ) -> None:
-        ZImagePipeline.save_lora_weights(
-            folder, transformer_lora_layers=layers["transformer"],
-            transformer_lora_adapter_metadata=metadata["transformer"],
-        )  # fmt: skip
+        return scaled_vae.encode(self.vae, images)
 
     def pipeline_setup(self) -> list[str]:
         return []
