@@ -75,7 +75,12 @@ def test_a_gradient_is_kept_from_an_unconditional_half_only_where_there_is_one(
     family: str, scales: str, said: str | None
 ) -> None:
     """One row per state has none, whatever the scale."""
-    settings = [f"policy.path={subject(family).folder}", "policy.lora.targets=null", "policy.height=32", "policy.width=64"]
+    settings = [
+        f"policy.path={subject(family).folder}",
+        "policy.lora.targets=null",
+        "policy.height=32",
+        "policy.width=64",
+    ]
     settings += [scales, "rollout.allow_cfg_update=true", "rollout.detach_uncond=true"]
     if said is None:
         load_config("tests/data/tiny.yaml", settings)
