@@ -42,7 +42,7 @@ class RecordedFootprint:
         for name, checkpointing in (("plain", False), ("checkpointed", True)):
             states[str(rollout.guidance_scale)][name] = own.trained_state(rollout.guidance_scale, checkpointing)
         kinds: tuple[Quantization | None, ...] = (None, "8bit", "4bit")
-        networks = {kind or "none": own.weights(replace(policy, quantization=kind)) for kind in kinds}
+        networks: dict[str, int] = {kind or "none": own.weights(replace(policy, quantization=kind)) for kind in kinds}
         return RecordedFootprint(
             own.has_lora, own.numbers, own.copy, own.vae, own.encoders, own.latent, own.pixels, own.row, own.encode, own.decode,
             own.decode_with_gradient, networks, states,
