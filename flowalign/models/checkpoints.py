@@ -27,6 +27,7 @@ FAMILIES = {
     "SanaPipeline": "flowalign.models.families.sana.FAMILY",
     "StableDiffusionXLPipeline": "flowalign.models.families.sdxl.FAMILY",
     "HunyuanVideoPipeline": "flowalign.models.families.hunyuan_video.FAMILY",
+    "LTXPipeline": "flowalign.models.families.ltx_video.FAMILY",
     "WanPipeline": "flowalign.models.families.wan.FAMILY",
     "WanImageToVideoPipeline": "flowalign.models.families.wan.IMAGE_TO_VIDEO",
 }

@@ -58,6 +58,6 @@ def flow_multistep_timestep(sigma: Tensor) -> Tensor:
 def no_levels(sigmas: Tensor) -> tuple[list[str], dict[str, Any]]:
     """`Model.pipeline_sigmas` of a pipeline whose scheduler makes its levels itself."""
     raise ValueError(
-        "got levels for a pipeline whose multistep scheduler makes its own and takes none; expected none: set schedule=null in rollout and "
+        "got levels for a pipeline whose call takes none, since its scheduler makes its own; expected none: set schedule=null in rollout and "
         "evaluation"
     )

@@ -89,10 +89,10 @@ def _with_words(tokenizer: PreTrainedTokenizerBase, settings: Mapping[str, Any])
 
 @torch.no_grad()
 def _shaken(network: nn.Module) -> nn.Module:
-    """The network in eval mode with every weight moved, and statistics of norms that are not 0 and 1."""
+    """The network in eval mode with every weight moved, and statistics, of norms or latents, that are not 0 and 1."""
     for parameter in network.parameters():
         parameter.add_(SHAKE * torch.randn_like(parameter))
     for name, buffer in network.named_buffers():
-        if name.endswith(("running_mean", "running_var")):
+        if name.endswith(("_mean", "_var", "_std")):
             buffer.copy_(torch.rand_like(buffer) + 0.5)
     return network.eval()
