@@ -183,6 +183,9 @@ SHAPES = {
     "hunyuan_video": Shape(
         "hunyuan_video", {"transformer": HUNYUAN, "vae": {}, "text_encoder": LLAMA3_8B, "text_encoder_2": CLIP_L}
     ),
+    "ltx_video": Shape(  # 0.9: the defaults of the classes, as scripts/convert_ltx_to_diffusers.py of diffusers has them
+        "ltx_video", {"transformer": {"num_layers": 28}, "vae": {}, "text_encoder": T5_XXL}
+    ),
     "qwen_image": _qwen("qwen_image"),
     "qwen_image_edit": _qwen("qwen_image_edit", size=PIXELS),
     "qwen_image_edit_plus": _qwen("qwen_image_edit_plus", size=PIXELS),

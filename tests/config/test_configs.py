@@ -30,7 +30,9 @@ FEW_STEPS = {
 }  # fmt: skip
 KL_OF_FLOWS = {"flow_grpo", "flow_grpo_fast", "densegrpo", "preview_select"}  # form exact_times_h is that of an SDE
 # model layer of videos -> tiny pipeline in its place; one of texts where prompts would need images
-VIDEOS = {"hunyuan_video": "hunyuan_video", "wan21_1_3b": "wan21", "wan21_i2v": "wan21", "wan22": "wan22"}
+VIDEOS = {
+    "hunyuan_video": "hunyuan_video", "ltx_video": "ltx_video", "wan21_1_3b": "wan21", "wan21_i2v": "wan21", "wan22": "wan22",
+}  # fmt: skip
 DISCRETE = {"sd15", "sd21", "sdxl", "sdxl_turbo"}  # ε- and v-models, whose chain (DDIM) takes the place of the method's
 IN_FOUR_STEPS = {"sdxl_turbo"}  # few plans of the methods fit, so more are taken here
 # (method, model) -> what is said of those that never go together

@@ -28,7 +28,7 @@ RECIPES = ("sd35_medium", "flux1_dev", "flux2_klein", "qwen_image", "z_image", "
 # billions of numbers as their authors publish them: all trained networks, all text and image encoders
 PUBLISHED = {
     "flux1_dev": (11.9, 4.89), "flux1_kontext": (11.9, 4.89), "flux1_schnell": (11.9, 4.89), "flux2_klein": (3.88, 4.02),
-    "hunyuan_video": (12.8, 7.63), "qwen_image": (20.4, 8.29), "qwen_image_edit": (20.4, 8.29), "qwen_image_edit_plus": (20.4, 8.29),
+    "hunyuan_video": (12.8, 7.63), "ltx_video": (1.92, 4.76), "qwen_image": (20.4, 8.29), "qwen_image_edit": (20.4, 8.29), "qwen_image_edit_plus": (20.4, 8.29),
     "sana_1600m": (1.60, 2.61), "sd15": (0.86, 0.123), "sd21": (0.866, 0.340), "sd35_medium": (2.47, 5.58), "sdxl": (2.57, 0.82),
     "sdxl_turbo": (2.57, 0.82), "wan21_1_3b": (1.42, 5.68), "wan21_i2v": (16.4, 6.31), "wan22": (28.6, 5.68), "z_image": (6.15, 4.02),
 }  # fmt: skip

@@ -36,9 +36,7 @@ class LTXVideoModel:
 
     path = RectifiedFlow()
 
-    def __init__(
-        self, pipeline: LTXPipeline, max_sequence_length: int | None = None, frame_rate: float = 25
-    ) -> None:
+    def __init__(self, pipeline: LTXPipeline, max_sequence_length: int | None = None, frame_rate: float = 25) -> None:
         flow_match_path({**pipeline.scheduler.config, "_class_name": type(pipeline.scheduler).__name__})
         _check_networks({"transformer": pipeline.transformer.config, "vae": pipeline.vae.config})
         if not 0 < frame_rate < math.inf:
@@ -104,9 +102,7 @@ class LTXVideoModel:
 
     def encode_images(self, images: Tensor) -> Tensor:
         videos = images if images.ndim == 5 else images.unsqueeze(1)
-        latents: Tensor = self.vae.encode(
-            videos.transpose(1, 2).to(self.vae.device, self.vae.dtype)
-        ).latent_dist.mode()
+        latents: Tensor = self.vae.encode(videos.transpose(1, 2).to(self.vae.device, self.vae.dtype)).latent_dist.mode()
         mean, std = _statistics(self.vae, latents)
         return (latents - mean) * self.vae.config.scaling_factor / std
 
@@ -161,7 +157,9 @@ def _check_networks(configs: Configs) -> None:
         )
     patches = transformer["patch_size"], transformer["patch_size_t"]
     if patches != (1, 1):
-        raise ValueError(f"got an LTX-Video transformer with patches of {patches}; expected (1, 1): take a released one")
+        raise ValueError(
+            f"got an LTX-Video transformer with patches of {patches}; expected (1, 1): take a released one"
+        )
 
 
 def _latent_shape(size: Size, configs: Configs) -> tuple[int, ...]:
