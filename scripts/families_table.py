@@ -3,8 +3,8 @@
 `python scripts/families_table.py --output docs/results/families`
 
 Runs the conformance tests of the families, slow ones too, on their tiny random pipelines (fp32, CPU), and keeps what each check
-noted: {family: {check: value}}, of several numbers the largest. Nothing is written unless all tests pass. From a checkout, with
-the extra `dev`.
+noted: {family: {check: value}}, of several numbers the largest. Nothing is written unless all tests pass. `--only klein` (pytest's -k) runs a
+part of them and replaces what these noted before. From a checkout, with the extra `dev`.
 """
 
 import argparse
@@ -28,9 +28,7 @@ def main() -> int:
     """The tests, then the two files and the table on the screen."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="path of the .json and .md without its ending")
-    parser.add_argument(
-        "--only", default="", help="pytest's -k: a part of the families or checks, which is shown and not written"
-    )
+    parser.add_argument("--only", default="", help="pytest's -k: a part of the families or checks")
     parser.add_argument("--processes", type=int, default=2)
     arguments = parser.parse_args()
     with TemporaryDirectory() as folder:
@@ -39,10 +37,18 @@ def main() -> int:
         code = subprocess.run([sys.executable, "-m", "pytest", *TESTS, *options], cwd=ROOT).returncode
         found = read(report)
     print(table(found))
-    if code == 0 and not arguments.only:
-        write_atomic(arguments.output.with_suffix(".json"), (json.dumps(found, indent=1) + "\n").encode())
-        write_atomic(arguments.output.with_suffix(".md"), page(found).encode())
+    if code == 0:
+        path = arguments.output.with_suffix(".json")
+        found = updated(json.loads(path.read_text()), found) if arguments.only and path.exists() else found
+        write_atomic(path, (json.dumps(found, indent=1) + "\n").encode())
+        write_atomic(path.with_suffix(".md"), page(found).encode())
     return code
+
+
+def updated(known: Found, found: Found) -> Found:
+    """`known` with the values that were found anew."""
+    names = sorted({*known, *found})
+    return {name: {**known.get(name, {}), **found.get(name, {})} for name in names}
 
 
 def read(report: Path) -> Found:
@@ -97,8 +103,8 @@ pipelines of the real classes with the released schedulers, in fp32 on a CPU.
 * **evaluations per image**: counted in one iteration of Flow-GRPO of 3 steps, equal to the formula.
 * **log ratio**: the largest |log ratio| of an unchanged policy on its own rollout; **tree** the same for BranchGRPO's.
 * **tensors moved**: LoRA tensors of all networks, all of which the iteration changed.
-* **LoRA in plain diffusers**: latents of the exported LoRA in the pipeline against the policy's; **warm start**: velocity of a policy
-  from a LoRA that diffusers wrote against the pipeline's. Both relative to the largest value.
+* **LoRA in plain diffusers**: latents of the pipeline with the exported LoRA against the policy's, as parity; **warm start**: velocity of
+  a policy from a LoRA that diffusers wrote against the pipeline's, relative to the norm.
 * **bf16**: relative distance of the velocity of a bf16 network from that in fp32.
 * **gradient checkpointing**: the largest difference of a gradient.
 

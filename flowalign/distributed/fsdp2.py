@@ -136,8 +136,8 @@ class Lockstep:
             self._answer(turn)
         if number not in self._rows:
             autocast = torch.is_autocast_enabled(self._kind)
-            named = {name: _first(value) for name, value in kwargs.items()}
-            self._rows[number] = tuple(_first(a) for a in args), named, autocast
+            rows = len(args[0] if args else next(iter(kwargs.values())))
+            self._rows[number] = _first(args, rows), _first(kwargs, rows), autocast
 
     def _answer(self, turn: int | None) -> None:
         """Calls the network whose turn it is, for the other processes' sake."""
@@ -166,5 +166,15 @@ class Lockstep:
         return turn
 
 
-def _first(value: Any) -> Any:
-    return value[:1].detach().clone() if isinstance(value, Tensor) and value.ndim else value
+def _first(value: Any, rows: int) -> Any:
+    """Of the arguments of a call of `rows` rows those of the first; what has no rows, such as the positions of tokens, as it is. A
+    list has a row in each place."""
+    if isinstance(value, dict):
+        return {name: _first(each, rows) for name, each in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_first(each, rows) for each in value)
+    if isinstance(value, list):
+        return [each.detach().clone() if isinstance(each, Tensor) else each for each in value[:1]]
+    if not isinstance(value, Tensor):
+        return value
+    return (value[:1] if value.ndim and len(value) == rows else value).detach().clone()

@@ -46,11 +46,22 @@ def path_of(path: str, family: str | None = None) -> NoisingPath:
 
 def check_image_size(path: str, size: Size, family: str | None = None) -> tuple[int, ...]:
     """The shape of one latent; ValueError unless the model can make images of this size. From configurations alone."""
-    _, known = inspect_checkpoint(path, family)
-    read = next(iter(known.networks.values())).load_config  # reads the file of any model
-    return known.latent_shape(
-        size, {name: dict(read(resolve(path), subfolder=name)) for name in (*known.networks, "vae")}
-    )
+    index, known = inspect_checkpoint(path, family)
+    kinds = {**known.networks, "vae": _class_of(index["vae"])}
+    return known.latent_shape(size, {name: _settings(path, name, kind) for name, kind in kinds.items()})
+
+
+def _class_of(entry: Sequence[str]) -> Any:
+    library, kind = entry
+    return getattr(importlib.import_module(library), kind)
+
+
+def _settings(path: str, name: str, kind: Any) -> dict[str, Any]:
+    """The configuration of a component as a loaded one has it: what its file does not say, since it is older than the option say, is
+    the default of its class."""
+    parameters = inspect.signature(kind.__init__).parameters.values()
+    defaults = {each.name: each.default for each in parameters if each.default is not each.empty}
+    return {**defaults, **kind.load_config(resolve(path), subfolder=name)}
 
 
 def rows_per_state(path: str, guidance_scale: float, family: str | None = None) -> int:
@@ -164,8 +175,7 @@ def check_switches(path: str, switches: Switches, family: str | None = None) -> 
 def check_vae_tiling(path: str, tiling: bool, family: str | None = None) -> None:
     """ValueError for tiles of a VAE that has none; by its class in model_index.json alone."""
     if tiling:
-        library, kind = inspect_checkpoint(path, family)[0]["vae"]
-        check_tiling(getattr(importlib.import_module(library), kind))
+        check_tiling(_class_of(inspect_checkpoint(path, family)[0]["vae"]))
 
 
 def check_options(family: Family, max_sequence_length: int | None, options: Mapping[str, Any]) -> dict[str, Any]:

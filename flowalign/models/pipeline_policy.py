@@ -34,6 +34,10 @@ from samplers import Schedule
 Offloadable = Literal["encoders", "vae"]
 DECODE_BATCH = 4  # a decoder's activations are large: 64 images of 512² take 24 GiB
 PROMPT_STORE_BYTES = 2 * 2**30  # 500 prompts of 512 tokens of T5-XXL in bf16; those of CLIP all fit
+# most pipelines decode latents of the network's dtype as they are, which a VAE of another dtype refuses
+CAST = (
+    "pipe.vae.decode = lambda x, decode=pipe.vae.decode, **more: decode(x.to(pipe.vae.dtype), **more)  # its own dtype"
+)
 
 
 class PipelinePolicy:
@@ -340,7 +344,9 @@ class PipelinePolicy:
 
     def pipeline_setup(self) -> list[str]:
         tiles = ["pipe.vae.enable_tiling()"] if self._vae_tiling else []
-        return [*self.model.pipeline_setup(), *tiles]
+        dtypes = {self._autocast or network.dtype for network in self.model.networks.values()}
+        casts = [CAST] if dtypes != {self.model.vae.dtype} else []
+        return [*self.model.pipeline_setup(), *tiles, *casts]
 
     def pipeline_arguments(self, guidance_scale: float, size: Size) -> dict[str, Any]:
         return self.model.pipeline_arguments(guidance_scale, size, self.negative_prompt)

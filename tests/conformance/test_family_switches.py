@@ -21,11 +21,15 @@ from flowalign.models.load_call import load_call
 from flowalign.models.lora import matched_modules
 from flowalign.models.sampling import sample
 from flowalign.models.switches import compile_blocks, repeated_blocks
-from tests.helpers.families import Subject
+from tests.helpers.families import Subject, parity
 from tests.helpers.family_run import SMALL, gradient, sampling_of, shaken, velocity
 
 pytestmark = pytest.mark.slow
 Note = Callable[..., None]
+
+
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours - theirs).norm() / theirs.norm())
 
 
 def test_the_lora_makes_the_same_latents_in_plain_diffusers(family: Subject, note: Note, tmp_path: Path) -> None:
@@ -46,9 +50,8 @@ def test_the_lora_makes_the_same_latents_in_plain_diffusers(family: Subject, not
     negative = policy.rows_per_state(sampling.guidance_scale) > 1
     conditions = policy.encode(records, negative=negative, together=True, size=family.size)
     ours = sample(policy, conditions, noise, sampling.num_inference_steps, sampling.guidance_scale)
-    difference = float((ours - theirs).abs().max() / theirs.abs().max())
-    assert difference <= 1e-6 and float((base - theirs).abs().max()) > 1e-3 * float(theirs.abs().max())
-    note("LoRA in plain diffusers", difference)
+    note("LoRA in plain diffusers", parity(family, ours, theirs))
+    assert relative(base, theirs) > 1e-3
 
 
 def test_a_policy_starts_from_a_lora_that_diffusers_wrote(family: Subject, note: Note, tmp_path: Path) -> None:
@@ -75,9 +78,8 @@ def test_a_policy_starts_from_a_lora_that_diffusers_wrote(family: Subject, note:
         theirs = velocity(family, load_policy(pipeline, trainable="none", negative_prompt=policy.negative_prompt))
         with policy.role("reference"):
             base = velocity(family, policy)
-    difference = float((ours - theirs).abs().max() / theirs.abs().max())
-    assert difference <= 1e-6 and float((base - theirs).abs().max()) > 1e-3 * float(theirs.abs().max())
-    note("warm start", difference)
+    assert relative(ours, theirs) <= 1e-6 and relative(base, theirs) > 1e-3
+    note("warm start", relative(ours, theirs))
 
 
 def test_kept_prompts_are_those_encoded_anew(family: Subject, note: Note) -> None:
@@ -107,10 +109,9 @@ def test_a_base_in_bf16(family: Subject, note: Note) -> None:
     with torch.no_grad():
         ours, theirs = (velocity(family, policy, 1.0) for policy in (rounded, exact))
     assert ours.dtype == torch.float32 and bool(ours.isfinite().all())
-    difference = float((ours - theirs).norm() / theirs.norm())
-    assert 0 < difference < 0.05
+    assert 0 < relative(ours, theirs) < 0.05
     assert all(bool(found.isfinite().all()) for found in gradient(family, rounded, 1.0).values())
-    note("bf16", float(f"{difference:.0e}"))
+    note("bf16", float(f"{relative(ours, theirs):.0e}"))
 
 
 def test_recomputed_activations_give_the_plain_gradient(family: Subject, note: Note) -> None:

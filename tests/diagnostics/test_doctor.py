@@ -25,6 +25,8 @@ from flowalign.objectives import Hinge
 from flowalign.rollouts import collect
 from rewards import RewardBatch, RewardOutput, RewardSpec
 from samplers import rollout
+from tests.helpers import family_run
+from tests.helpers.families import subject
 
 DATA = Path(__file__).parents[1] / "data"
 CONFIG = str(DATA / "tiny.yaml")
@@ -97,6 +99,18 @@ def test_a_healthy_policy_is_all_green(tiny_pipeline: Path, overrides: list[str]
 def test_an_epsilon_model_is_all_green(tiny_sd15_pipeline: Path) -> None:
     findings = list(diagnose(str(DATA / "tiny_sd15.yaml"), [f"policy.path={tiny_sd15_pipeline}"]))
     assert [str(finding) for finding in findings if finding.ok is not True] == []
+
+
+def test_of_two_networks_that_of_the_trained_steps_is_asked(tmp_path: Path) -> None:
+    """Of Wan 2.2 the first network, at σ = 1; the other one is not reached, and need not be."""
+    window = "rollout.plan={class_path: samplers.Window, init_args: {size: 1, low: 0, high: 1}}"
+    own = [*family_run.arguments(subject("wan22"), tmp_path), "rollout.guidance_scale=1"]
+    findings = list(diagnose(family_run.CONFIG, [*own, window]))
+    assert [str(finding) for finding in findings if finding.ok is not True] == []
+    assert (
+        "32 of 32 tensors, 0 more cannot act on the velocity, 32 are of networks that work at other steps"
+        in found(findings, "reached").figure
+    )
 
 
 def test_a_trainer_with_roles_is_all_green(tiny_pipeline: Path) -> None:

@@ -19,6 +19,7 @@ from flowalign.distributed.processes import Processes
 from flowalign.errors import ConfigError
 from flowalign.models import Size, load_policy
 from flowalign.storage.metrics_log import read_rows, without_time
+from flowalign.testing import tiny_pipeline as tiny
 from tests.helpers.forks import Forks
 from tests.helpers.two_networks import save_pipeline, save_prompts
 
@@ -116,6 +117,25 @@ def test_calls_are_answered_under_the_autocast_of_a_call(monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda sent: sent.add_(torch.tensor(next(others))))
     lockstep.level()
     assert lockstep.dummy_calls == 1
+
+
+@pytest.mark.parametrize("name", ["flux1_dev", "flux2_klein_base", "sdxl", "z_image", "qwen_image", "sd3"])
+def test_any_network_is_answered_with_one_row(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Positions of tokens have no rows, those of SDXL's sizes are in a dictionary, those of Z-Image in lists."""
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda sent: None)
+    policy = load_policy(tiny(name), trainable="none")
+    (network,) = policy.networks()
+    lockstep = Lockstep([network], "cpu")
+    answers: list[object] = []
+    x = torch.randn(3, *policy.latent_shape(Size(64, 64)))
+    conditions = policy.encode(as_records(["a", "bc", "def"]))
+    with torch.no_grad():
+        policy.velocity(x, torch.full((3,), 0.5), conditions)
+    others = iter([[1.0, 0.0], [0.0, 0.0]])
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda sent: sent.add_(torch.tensor(next(others))))
+    network.register_forward_hook(lambda module, args, output: answers.append(output[0]))
+    lockstep.level()
+    assert [len(answer) for answer in answers] == [1]  # type: ignore[arg-type]
 
 
 def test_processes_that_call_different_networks_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:

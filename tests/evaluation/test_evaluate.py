@@ -38,6 +38,9 @@ class StraightPolicy:
     def latent_shape(self, size):
         return (3, size.height // 8, size.width // 8)
 
+    def rows_per_state(self, guidance_scale: float) -> int:
+        return 1 if guidance_scale == 1 else 2
+
     def encode(self, records, *, negative=False, size=None):
         drift = [float(record.prompt.split()[1]) + self.shift for record in records]
         return Conditions({"drift": torch.tensor(drift)})

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
+from torch import Tensor
 
 from flowalign.data import PromptRecord
-from flowalign.models import Family, Policy, Size, inspect_checkpoint, load_policy
+from flowalign.models import Family, Policy, Size, inspect_checkpoint, load_policy, path_of
 from flowalign.models.checks import check_image_size
 from flowalign.models.load import read_pipeline
 from flowalign.testing import tiny_pipeline
@@ -80,6 +81,16 @@ class Subject:
         pipeline = read_pipeline(self.folder, **networks)
         exec("\n".join(setup), {"pipe": pipeline})
         return pipeline
+
+
+def parity(family: Subject, ours: Tensor, theirs: Tensor) -> float:
+    """The largest difference, which is 0; of a model on discrete levels relative to the norm, at most 1e-6."""
+    if path_of(family.folder).rectified:
+        found, allowed = float((ours - theirs).abs().max()), 0.0
+    else:
+        found, allowed = float((ours - theirs).norm() / theirs.norm()), 1e-6
+    assert found <= allowed
+    return found
 
 
 @functools.cache

@@ -11,6 +11,7 @@ from torch import Tensor
 from flowalign.config import TrainConfig, load_config
 from flowalign.loop import train
 from flowalign.models import LoRA, Policy, Sampling, path_of
+from flowalign.models.checks import guidance_of
 from flowalign.storage import checkpoint
 from flowalign.storage.metrics_log import read_rows
 from rewards import FunctionReward
@@ -45,7 +46,7 @@ def reward_of(family: Subject) -> FunctionReward:
 
 def arguments(family: Subject, output: Path) -> list[str]:
     """What family.yaml leaves open."""
-    size, video = family.size, family.size.frames > 1
+    size, video, scale = family.size, family.size.frames > 1, scale_of(family)
     reward = json.dumps({"class_path": "rewards.FunctionReward", "init_args": reward_arguments(family)})
     rows = [{"prompt": record.prompt, "images": [str(path) for path in record.images]} for record in family.records(2)]
     prompts = output / "prompts.json"
@@ -53,8 +54,14 @@ def arguments(family: Subject, output: Path) -> list[str]:
     return [
         f"run.output={output}", f"prompts={prompts}", f"evaluation.prompts={prompts}", f"reward={reward}",
         f"evaluation.rewards=[{reward}]", f"policy.path={family.folder}", f"policy.height={size.height}",
-        f"policy.width={size.width}", f"policy.frames={size.frames}", *(["policy.fps=8"] if video else []),
+        f"policy.width={size.width}", f"policy.frames={size.frames}",
+        f"rollout.guidance_scale={scale}", f"evaluation.guidance_scale={scale}", *(["policy.fps=8"] if video else []),
     ]  # fmt: skip
+
+
+def scale_of(family: Subject) -> float:
+    """Of the guidance, 1 where the model ignores it."""
+    return 1.0 if guidance_of(family.folder) == "none" else 3.0
 
 
 def stochastic(family: Subject) -> str:

@@ -54,6 +54,9 @@ class GaussianRoles:
     def latent_shape(self, size: Size) -> tuple[int, ...]:
         return SHAPE
 
+    def rows_per_state(self, guidance_scale: float) -> int:
+        return 1 if guidance_scale == 1 else 2
+
     def encode(
         self,
         records: Sequence[PromptRecord],

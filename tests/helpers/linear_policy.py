@@ -32,6 +32,9 @@ class LinearPolicy:
     def latent_shape(self, size: Size) -> tuple[int, ...]:
         return (1, 1, len(self.weight))
 
+    def rows_per_state(self, guidance_scale: float) -> int:
+        return 1 if guidance_scale == 1 else 2
+
     def encode(self, records, *, negative=False, together=False, size=None) -> Conditions:
         self.encoded += len(records)
         return Conditions({"row": torch.zeros(len(records), 1)})

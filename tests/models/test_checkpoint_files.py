@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ from flowalign.config import load_config
 from flowalign.errors import ConfigError
 from flowalign.models import load_policy
 from flowalign.models.checkpoint_files import check_files
-from flowalign.models.checks import check_checkpoint
+from flowalign.models.checks import check_checkpoint, check_image_size
+from tests.helpers.families import subject
 
 CONFIG = str(Path(__file__).parents[1] / "data" / "tiny.yaml")
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
@@ -250,3 +252,27 @@ def test_shards_are_read_together(tiny_pipeline: Path, tmp_path: Path) -> None:
     second = [key for key, file in index.items() if "00002-of" in file]
     save_file({key: tensors[key] for key in second}, folder / "transformer" / "a-00002-of-00002.safetensors")
     check_checkpoint(str(folder))
+
+
+@pytest.mark.parametrize("name", ["wan21", "hunyuan_video", "sana", "sd3"])
+def test_the_size_of_a_configuration_that_leaves_defaults_out(name: str, tmp_path: Path) -> None:
+    """As of a checkpoint that is older than an option: the VAE of Wan 2.1 says no scale_factor_spatial."""
+    family = subject(name)
+    expected = check_image_size(family.folder, family.size)
+    shutil.copytree(family.folder, tmp_path, dirs_exist_ok=True)
+    pipe = DiffusionPipeline.from_pretrained(family.folder)
+    for part, kind in {"transformer": type(pipe.transformer), "vae": type(pipe.vae)}.items():
+        file = tmp_path / part / "config.json"
+        defaults = {key: each.default for key, each in signature(kind.__init__).parameters.items()}
+        said = json.loads(file.read_text())
+        file.write_text(
+            json.dumps(
+                {
+                    key: value
+                    for key, value in said.items()
+                    if json.dumps(value) != json.dumps(defaults.get(key), default=str)
+                }
+            )
+        )
+        assert len(json.loads(file.read_text())) < len(said)
+    assert check_image_size(str(tmp_path), family.size) == expected

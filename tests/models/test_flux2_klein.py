@@ -47,3 +47,23 @@ def test_encoded_images_are_normalized_as_the_pipeline_does_with_its_references(
     assert torch.equal(ours, theirs)
     statistics = policy.model.vae.bn
     assert float(statistics.running_mean.min()) > 0.4 and float(statistics.running_var.std()) > 0.1  # they matter here
+
+
+def test_levels_are_rounded_to_bf16_as_by_the_pipeline() -> None:
+    """Twice: 1000·σ, and that by 1000."""
+    policy = policy_of("flux2_klein", dtype="bf16")
+    network, seen = policy.modules()["transformer"], []
+    network.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["timestep"].to(torch.bfloat16)), with_kwargs=True
+    )
+    records = subject("flux2_klein").records(1)
+    policy.model.pipeline(
+        **policy.pipeline_arguments(1.0, SIZE), **policy.pipeline_inputs(records, 1.0, SIZE), num_inference_steps=8, output_type="latent"
+    )  # fmt: skip
+    theirs = torch.cat(seen)
+    seen.clear()
+    sigmas = policy.sigmas(8, policy.latent_shape(SIZE))[:-1]
+    x = torch.randn(8, *policy.latent_shape(SIZE))
+    policy.velocity(x, sigmas, policy.encode(records).rows(torch.zeros(8, dtype=torch.long)))
+    assert torch.equal(seen[0], theirs)
+    assert not torch.equal(sigmas.to(torch.bfloat16), theirs)

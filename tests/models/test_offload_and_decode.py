@@ -12,8 +12,10 @@ from flowalign.glyphs import PIPELINE
 from flowalign.glyphs.renderer import render
 from flowalign.models import load_policy
 from flowalign.models.families.sd3 import FAMILY
+from flowalign.models.load import read_pipeline
 from flowalign.models.pipeline_policy import PipelinePolicy
 from flowalign.models.trained_networks import TrainedNetworks
+from tests.helpers.families import subject
 
 LATENTS = torch.randn(3, 3, 24, 48, generator=torch.Generator().manual_seed(0))
 
@@ -27,7 +29,9 @@ def offloaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[PipelinePo
     for name, module in (("encoder", model.encoders[0]), ("encoder 2", model.encoders[1]), ("vae", model.vae)):
         monkeypatch.setattr(module, "to", lambda device, name=name: log.append(f"{name} {torch.device(device).type}"))
     for name, method in (("encode", model.encode), ("decode", model.decode)):
-        monkeypatch.setattr(model, name, lambda given, method=method, name=name: log.append(name) or method(given))
+        monkeypatch.setattr(
+            model, name, lambda given, *how, method=method, name=name: log.append(name) or method(given, *how)
+        )
     policy = PipelinePolicy(
         model, FAMILY, TrainedNetworks(model.networks, has_lora=False), device="meta", offload=("encoders", "vae")
     )
@@ -139,3 +143,20 @@ def test_the_vae_has_a_dtype_of_its_own(tiny_pipeline: Path) -> None:
     )
     policy.velocity(LATENTS[:1], torch.tensor([0.5]), policy.encode(as_records(["KITE"])))
     assert dtypes == [torch.bfloat16]
+
+
+@pytest.mark.parametrize("name", ["sd3", "sdxl", "flux1_dev"])
+def test_the_reported_call_decodes_with_a_vae_of_another_dtype(name: str) -> None:
+    """Their calls give the VAE bf16 latents as they are."""
+    family = subject(name)
+    records = family.records(1)
+    policy: Any = load_policy(family.folder, dtype="bf16", vae_dtype="fp32", trainable="none")
+    pipe = read_pipeline(family.folder, dtype="bf16", vae_dtype="fp32")
+    arguments = {**policy.pipeline_arguments(2.0, family.size), **policy.pipeline_inputs(records, 2.0, family.size)}
+    call = {**arguments, "num_inference_steps": 2, "output_type": "pt"}
+    with pytest.raises(RuntimeError, match="should be the same"):
+        pipe(**call)
+    exec("\n".join(policy.pipeline_setup()), {"pipe": pipe})
+    assert pipe(**call).images.dtype == torch.float32
+    same: Any = load_policy(family.folder, dtype="bf16", trainable="none")
+    assert not [line for line in same.pipeline_setup() if "pipe.vae" in line]

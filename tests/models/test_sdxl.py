@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowalign.models import Sampling, path_of
+from flowalign.models import Sampling, load_policy, path_of
 from flowalign.models.checks import check_checkpoint
 from flowalign.models.grid import pipeline_latents
 from flowalign.models.load import read_pipeline
 from flowalign.models.sampling import sample
+from flowalign.testing import tiny_pipeline
 from tests.helpers.families import Subject, subject
 
 
@@ -128,3 +129,14 @@ def test_timesteps_in_between_are_refused(tmp_path: Path) -> None:
     assert policy.sigmas(28, (4, 4, 8)).shape == (29,)  # 999 / 27 is whole
     with pytest.raises(ValueError, match="num_inference_steps=5 with timestep_spacing=linspace"):
         policy.sigmas(5, (4, 4, 8))
+
+
+def test_a_vae_that_overflows_in_fp16_is_refused() -> None:
+    """The pipeline's own call would decode in fp32."""
+    pipe = tiny_pipeline("sdxl")
+    assert pipe.vae.config.force_upcast
+    pipe.vae.to(torch.float16)
+    with pytest.raises(ValueError, match=r"got a VAE in fp16 .*expected fp32 or bf16"):
+        load_policy(pipe, trainable="none")
+    pipe.vae.to(torch.bfloat16)
+    load_policy(pipe, trainable="none")

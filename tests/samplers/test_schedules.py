@@ -14,6 +14,7 @@ from samplers import (
     Schedule,
     check_schedule,
     diffusers_sigmas,
+    even_sigmas,
     shift,
     sigmas_of,
 )
@@ -90,3 +91,12 @@ def test_discrete_levels_take_their_own_grid_only(schedule: Schedule) -> None:
         check_schedule(schedule, 1, VP)
     for fitting in (None, FamilyGrid()):
         check_schedule(fitting, 1, VP)
+
+
+def test_equal_steps_are_on_levels_that_the_path_knows() -> None:
+    """Thirds of a thousand are no level of a model on discrete ones."""
+    assert even_sigmas(4, FLOW).tolist() == [1, 0.75, 0.5, 0.25, 0]
+    known = len(VP.alphas_cumprod)
+    levels = even_sigmas(3, VP).double() * known
+    assert levels.tolist() == pytest.approx([known, round(2 * known / 3), round(known / 3), 0], abs=1e-3)
+    VP.alpha_bar(even_sigmas(3, VP))

@@ -39,6 +39,9 @@ class Bed:
     def sigmas(self, num_inference_steps: int, latent_shape: tuple[int, ...]) -> torch.Tensor:
         return plain_sigmas(num_inference_steps)
 
+    def rows_per_state(self, guidance_scale: float) -> int:
+        return 1 if guidance_scale == 1 else 2
+
     def encode(self, records, *, negative: bool = False, size: Size | None = None) -> Conditions:
         return Conditions({"rows": torch.zeros(len(records), 1)})
 

@@ -125,23 +125,22 @@ def check_gradient(task: Task, found: dict[str, Tensor]) -> Finding:
 
 def check_reached(task: Task, batch: ScoredRollout, found: dict[str, Tensor]) -> Finding:
     """After one optimizer step every trained tensor gets gradient (LoRA's A gets none while B is 0). Left out: tensors
-    from which no path leads to the velocity, such as the last query of SD3's text stream, and those of a network that works at
-    other levels than these steps."""
-    tree = batch.forest.tree
-    steps = range(tree.num_steps if len(task.policy.modules()) > 1 else 1)  # one network: the same at every level
-    acting = [_names_that_can_act(task, batch, step) for step in steps]
-    trained = set(tree.index[tree.parent[tree.edges]].tolist()) or set(steps)
-    anywhere, here = set().union(*acting), set().union(*(names for k, names in enumerate(acting) if k in trained))
-    here = here if len(steps) > 1 else anywhere
-    named = [name for name, _ in task.policy.trainable_parameters()]
-    missed = [name for name in named if name in here and (name not in found or not bool(found[name].any()))]
-    dead, elsewhere = len(named) - len(anywhere), len(anywhere - here)
-    figure = f"{len(here) - len(missed)} of {len(here)} tensors, {dead} more cannot act on the velocity"
-    figure += f", {elsewhere} act at other steps only" if elsewhere else ""
+    from which no path leads to the velocity, such as the last query of SD3's text stream, and networks that work at other
+    levels than the trained steps have."""
+    tree, named = batch.forest.tree, [name for name, _ in task.policy.trainable_parameters()]
+    several = len(task.policy.modules()) > 1  # they share the levels; a single one acts at all alike
+    steps = tree.index[tree.parent[tree.edges]].unique().tolist() if several else [0]
+    can = set[str]().union(*(_names_that_can_act(task, batch, step) for step in steps or range(tree.num_steps)))
+    working = {name.partition(".")[0] for name in can}
+    idle = sum(several and name.partition(".")[0] not in working for name in named)
+    missed = [name for name in named if name in can and (name not in found or not bool(found[name].any()))]
+    dead = len(named) - len(can) - idle
+    figure = f"{len(can) - len(missed)} of {len(can)} tensors, {dead} more cannot act on the velocity"
+    figure += f", {idle} are of networks that work at other steps" if idle else ""
     advice = ""
     if missed:
         advice = f"the loss does not reach {missed[0]}{f' and {len(missed) - 1} more' if missed[1:] else ''}: look for detach"
-    elif dead > 0.1 * len(named):
+    elif dead > 0.1 * (len(can) + dead):
         advice = "many trained tensors cannot change the velocity: take their layers out of policy.lora.targets"
     return Finding("reached", not advice, figure, advice)
 

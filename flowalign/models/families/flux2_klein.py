@@ -79,7 +79,7 @@ class Flux2KleinModel:
         timestep = sigma.to(x.device, torch.float32) * self.pipeline.scheduler.config.num_train_timesteps
         velocity: Tensor = network(
             hidden_states=patches.flatten(2).mT.to(self.dtype),
-            timestep=timestep / 1000,
+            timestep=timestep.to(self.dtype) / 1000,  # rounds twice, as the pipeline's call
             guidance=None,
             encoder_hidden_states=embeds,
             txt_ids=_positions(1, 1, embeds.shape[1], x.device),

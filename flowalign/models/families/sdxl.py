@@ -49,6 +49,11 @@ class SDXLModel:
 
     def __init__(self, pipeline: StableDiffusionXLPipeline, max_sequence_length: int | None = None) -> None:
         discrete.check_unet(pipeline.unet, pipeline.tokenizer.model_max_length, max_sequence_length)
+        if pipeline.vae.dtype == torch.float16 and pipeline.vae.config.force_upcast:
+            raise ValueError(
+                "got a VAE in fp16 whose force_upcast says that it overflows there; expected fp32 or bf16, as the pipeline's call decodes in "
+                "fp32: pipe.vae.to(torch.float32)"
+            )
         self.pipeline = pipeline
         self.networks = {"unet": pipeline.unet}
         self.vae = pipeline.vae
