@@ -58,7 +58,12 @@ def test_the_shapes_have_as_many_numbers_as_the_published_model(model: str) -> N
 @pytest.mark.slow
 @pytest.mark.parametrize("model", SHAPES)
 def test_the_recorded_footprint_is_the_measured_one(model: str, large_machine: None) -> None:
-    assert asdict(SCRIPT["measured"](model)) == TABLE[model]["footprint"]
+    """To a hundredth: a view more or less moves a peak by kilobytes."""
+    found, recorded = asdict(SCRIPT["measured"](model)), TABLE[model]["footprint"]
+    assert found.keys() == recorded.keys() and found["states"].keys() == recorded["states"].keys()
+    for name, value in found.items():
+        for scale, each in value.items() if name == "states" else [("", value)]:
+            assert each == pytest.approx(recorded[name][scale] if scale else recorded[name], rel=0.01), name
 
 
 @pytest.mark.parametrize(
