@@ -50,13 +50,11 @@ class LTXVideoModel:
         self.frame_rate = frame_rate
 
     def sigmas(self, num_inference_steps: int, latent_shape: Sequence[int]) -> Tensor:
-        scheduler = self.pipeline.scheduler
-        settings = scheduler.config
+        settings, tokens = self.pipeline.scheduler.config, math.prod(latent_shape[-3:])
         mu = calculate_shift(
-            math.prod(latent_shape[-3:]), settings.base_image_seq_len, settings.max_image_seq_len, settings.base_shift,
-            settings.max_shift,
-        )  # fmt: skip
-        return flow_match_sigmas(scheduler, num_inference_steps, mu=mu, linear=True)
+            tokens, settings.base_image_seq_len, settings.max_image_seq_len, settings.base_shift, settings.max_shift
+        )
+        return flow_match_sigmas(self.pipeline.scheduler, num_inference_steps, mu=mu, linear=True)
 
     def solver(self) -> ODE:
         return ODE()
@@ -102,9 +100,9 @@ class LTXVideoModel:
 
     def encode_images(self, images: Tensor) -> Tensor:
         videos = images if images.ndim == 5 else images.unsqueeze(1)
-        latents: Tensor = self.vae.encode(videos.transpose(1, 2).to(self.vae.device, self.vae.dtype)).latent_dist.mode()
-        mean, std = _statistics(self.vae, latents)
-        return (latents - mean) * self.vae.config.scaling_factor / std
+        mode: Tensor = self.vae.encode(videos.transpose(1, 2).to(self.vae.device, self.vae.dtype)).latent_dist.mode()
+        mean, std = _statistics(self.vae, mode)
+        return (mode - mean) * self.vae.config.scaling_factor / std
 
     def pipeline_setup(self) -> list[str]:
         return []
@@ -112,8 +110,7 @@ class LTXVideoModel:
     def pipeline_arguments(self, guidance_scale: float, size: Size, negative_prompt: str) -> dict[str, Any]:
         return {
             "height": size.height, "width": size.width, "num_frames": size.frames, "frame_rate": self.frame_rate,
-            "guidance_scale": guidance_scale, "negative_prompt": negative_prompt,
-            "max_sequence_length": self.max_sequence_length,
+            "guidance_scale": guidance_scale, "negative_prompt": negative_prompt, "max_sequence_length": self.max_sequence_length,
         }  # fmt: skip
 
     def pipeline_inputs(
