@@ -41,7 +41,11 @@ REFUSED: dict[tuple[str, str], str] = {
     **{("tdm_r1", model): "has the guidance in its weights" for model in DISCRETE},
     ("tdm_r1", "sdxl_turbo"): "expected Euler's steps of a rectified flow",
     # the images of these methods' tests have Glyphs' size
-    **{(method, "hunyuan_video"): "multiples of 16" for method in ("fm_sft", "diffusion_dpo_offline")},
+    **{
+        (method, model): f"multiples of {unit}"
+        for method in ("fm_sft", "diffusion_dpo_offline")
+        for model, unit in (("hunyuan_video", 16), ("ltx_video", 32))
+    },
 }
 # (method, model) of other trainers -> {override: what is said without it}, in the order in which they are refused
 NEEDED: dict[tuple[str, str], dict[str, str]] = {

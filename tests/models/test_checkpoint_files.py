@@ -254,7 +254,7 @@ def test_shards_are_read_together(tiny_pipeline: Path, tmp_path: Path) -> None:
     check_checkpoint(str(folder))
 
 
-@pytest.mark.parametrize("name", ["wan21", "hunyuan_video", "sana", "sd3"])
+@pytest.mark.parametrize("name", ["wan21", "hunyuan_video", "ltx_video", "sana", "sd3"])
 def test_the_size_of_a_configuration_that_leaves_defaults_out(name: str, tmp_path: Path) -> None:
     """As of a checkpoint that is older than an option: the VAE of Wan 2.1 says no scale_factor_spatial."""
     family = subject(name)
