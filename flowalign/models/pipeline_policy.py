@@ -17,8 +17,9 @@ from torch.nn import Parameter
 
 import samplers
 from flowalign.data import PromptRecord, as_records
-from flowalign.models.base import Family, Model, Network, Sampling, Size, check_negative_prompts, check_source_images
+from flowalign.models.base import Model, Network, Sampling, Size
 from flowalign.models.conditions import Conditions
+from flowalign.models.family import Family, check_negative_prompts, check_source_images
 from flowalign.models.images import Images
 from flowalign.models.lora import ADAPTER, adapter_state, save_peft
 from flowalign.models.lora_bytes import order_header, ordered
