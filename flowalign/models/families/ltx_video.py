@@ -17,8 +17,9 @@ from torch import Tensor
 from transformers import T5EncoderModel, T5Tokenizer
 
 from flowalign.data import PromptRecord
-from flowalign.models.base import Configs, Family, Network, Size, check_video, prompts_and_negatives
+from flowalign.models.base import Network, Size
 from flowalign.models.conditions import Conditions
+from flowalign.models.family import Configs, Family, check_video, prompts_and_negatives
 from flowalign.models.flow_match import flow_match_path, flow_match_sigmas
 from flowalign.models.flow_multistep import no_levels
 from flowalign.models.guidance import classifier_free, classifier_free_rows
