@@ -195,7 +195,9 @@ def _check_rewards(config: TrainConfig) -> tuple[str, ...]:
     if config.policy.fps is not None and not 0 < config.policy.fps < math.inf:
         raise ConfigError(f"policy.fps={config.policy.fps}: expected a number above 0, or null")
     if config.policy.frames > 1 and config.policy.fps is None:
-        raise ConfigError(f"policy.frames={config.policy.frames} with policy.fps=null; expected frames per second: set policy.fps=16, say")
+        raise ConfigError(
+            f"policy.frames={config.policy.frames} with policy.fps=null; expected frames per second: set policy.fps=16, say"
+        )
     states = tuple(channel for reward in config.process_rewards for channel in channels_of(reward))
     if len(set(states)) < len(states) or set(states) & set(channels_of(config.reward)):
         raise ConfigError(

@@ -89,7 +89,9 @@ def guidance_of(path: str, family: str | None = None) -> Guidance:
 def check_one_row(guidance: Guidance, negative_prompt: str, prompts: Iterable[PromptRecord]) -> None:
     """ValueError for a negative prompt, of the policy or of one of `prompts`, where guidance has no unconditional half."""
     given = [f"policy.negative_prompt={negative_prompt!r}"] if negative_prompt else []
-    given += [f"the negative prompt {each.negative_prompt!r} of {each.prompt!r}" for each in prompts if each.negative_prompt]
+    given += [
+        f"the negative prompt {each.negative_prompt!r} of {each.prompt!r}" for each in prompts if each.negative_prompt
+    ]
     if guidance != "classifier_free" and given:
         what = "is an input of its network" if guidance == "embedded" else "is ignored"
         raise ValueError(
@@ -186,7 +188,11 @@ def check_options(family: Family, max_sequence_length: int | None, options: Mapp
     if unknown := [name for name in options if name not in own]:
         raise ValueError(
             f"got policy.options with {', '.join(unknown)} for a {family.pipeline.__name__}; "
-            + (f"expected some of: {', '.join(own)}" if own else "expected none, since its model has no options: leave policy.options out")
+            + (
+                f"expected some of: {', '.join(own)}"
+                if own
+                else "expected none, since its model has no options: leave policy.options out"
+            )
         )
     length = {} if max_sequence_length is None else {"max_sequence_length": max_sequence_length}
     return {**options, **length}

@@ -6,7 +6,6 @@ of the conversion or of the class itself, it is said.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -94,7 +93,11 @@ SD3_MEDIUM = {  # stabilityai/stable-diffusion-3.5-medium
     "joint_attention_dim": 4096, "pooled_projection_dim": 2048, "pos_embed_max_size": 384, "patch_size": 2, "in_channels": 16,
     "out_channels": 16, "dual_attention_layers": list(range(13)), "qk_norm": "rms_norm",
 }  # fmt: skip
-SD15 = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}  # else the defaults of UNet2DConditionModel
+SD15 = {
+    "sample_size": 64,
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+}  # else the defaults of UNet2DConditionModel
 SD21 = {
     "sample_size": 96, "cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True,
 }  # fmt: skip
@@ -110,8 +113,16 @@ SANA_1600M = {  # Efficient-Large-Model/Sana_1600M_1024px_diffusers
     "num_cross_attention_heads": 20, "cross_attention_head_dim": 112, "cross_attention_dim": 2240, "caption_channels": 2304,
     "mlp_ratio": 2.5, "sample_size": 32, "patch_size": 1,
 }  # fmt: skip
-FLUX_1 = {"num_layers": 19, "num_single_layers": 38, "guidance_embeds": True}  # else the defaults of FluxTransformer2DModel
-HUNYUAN = {"num_layers": 20, "num_single_layers": 40, "guidance_embeds": True}  # else those of HunyuanVideoTransformer3DModel
+FLUX_1 = {
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "guidance_embeds": True,
+}  # else the defaults of FluxTransformer2DModel
+HUNYUAN = {
+    "num_layers": 20,
+    "num_single_layers": 40,
+    "guidance_embeds": True,
+}  # else those of HunyuanVideoTransformer3DModel
 KLEIN_4B = {  # scripts/convert_flux2_to_diffusers.py of diffusers: klein 4b
     "in_channels": 128, "num_layers": 5, "num_single_layers": 20, "attention_head_dim": 128, "num_attention_heads": 24,
     "joint_attention_dim": 7680, "guidance_embeds": False,
@@ -150,7 +161,9 @@ def _flux(tiny: str, **transformer: Any) -> Shape:
 
 
 def _sdxl(tiny: str) -> Shape:
-    return Shape(tiny, {"unet": SDXL, "vae": {**KL, "sample_size": 1024}, "text_encoder": CLIP_L, "text_encoder_2": CLIP_G})
+    return Shape(
+        tiny, {"unet": SDXL, "vae": {**KL, "sample_size": 1024}, "text_encoder": CLIP_L, "text_encoder_2": CLIP_G}
+    )
 
 
 def _qwen(tiny: str, **image_processor: Any) -> Shape:
@@ -196,7 +209,9 @@ def shapes_folder(name: str, folder: Path, depth: int | None = None) -> Path:
     depth: blocks of each kind in the networks and in T5, in place of the released numbers: for a test of what is built, in a second."""
     shape = SHAPES[name]
     pipeline = tiny_pipeline(shape.tiny)
-    images = pipeline.components.get("image_processor") or getattr(pipeline.components.get("processor"), "image_processor", None)
+    images = pipeline.components.get("image_processor") or getattr(
+        pipeline.components.get("processor"), "image_processor", None
+    )
     for key, value in shape.image_processor.items():
         setattr(images, key, value)
     pipeline.save_pretrained(folder)
@@ -224,5 +239,7 @@ def _shallow(config: Config, depth: int) -> dict[str, Any]:
 def _token_ids(tiny: Config, released: Config) -> dict[str, Any]:
     """The released settings with the numbers of special tokens in the tiny tokenizer."""
     ids = {key: value for key, value in tiny.items() if key.endswith("_token_id")}
-    text = {"text_config": _token_ids(tiny["text_config"], released["text_config"])} if "text_config" in released else {}
+    text = (
+        {"text_config": _token_ids(tiny["text_config"], released["text_config"])} if "text_config" in released else {}
+    )
     return {**released, **ids, **text}

@@ -66,7 +66,12 @@ def test_an_embedded_scale_in_a_window_of_few_steps_is_no_classifier_free_guidan
 
 def test_a_negative_prompt_that_an_embedded_scale_would_ignore_is_refused_wherever_it_stands(tmp_path: Path) -> None:
     """Of the policy, of the prompts that are trained on and of those held out; "" says nothing."""
-    settings = [f"policy.path={subject('flux1_dev').folder}", "policy.lora.targets=null", "policy.height=32", "policy.width=64"]
+    settings = [
+        f"policy.path={subject('flux1_dev').folder}",
+        "policy.lora.targets=null",
+        "policy.height=32",
+        "policy.width=64",
+    ]
     for negative in ("ugly", ""):
         (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "a cat", "negative_prompt": negative}) + "\n")
         for key, value in (
@@ -76,7 +81,9 @@ def test_a_negative_prompt_that_an_embedded_scale_would_ignore_is_refused_wherev
         ):
             changed = [*settings, f"{key}={value!r}", "evaluation.count=1"]
             if negative:
-                with pytest.raises(ConfigError, match="'ugly'.* no unconditional half, so that this would silently do nothing"):
+                with pytest.raises(
+                    ConfigError, match=r"'ugly'.* no unconditional half, so that this would silently do nothing"
+                ):
                     load_config("tests/data/tiny.yaml", changed)
             else:
                 load_config("tests/data/tiny.yaml", changed)
@@ -94,7 +101,12 @@ def test_a_gradient_is_kept_from_an_unconditional_half_only_where_there_is_one(
     family: str, scales: str, said: str | None
 ) -> None:
     """One row per state has none, whatever the scale."""
-    settings = [f"policy.path={subject(family).folder}", "policy.lora.targets=null", "policy.height=32", "policy.width=64"]
+    settings = [
+        f"policy.path={subject(family).folder}",
+        "policy.lora.targets=null",
+        "policy.height=32",
+        "policy.width=64",
+    ]
     settings += [scales, "rollout.allow_cfg_update=true", "rollout.detach_uncond=true"]
     if said is None:
         load_config("tests/data/tiny.yaml", settings)
