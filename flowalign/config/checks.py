@@ -11,7 +11,6 @@ from flowalign.config.settings import TrainConfig, evaluation_schedule
 from flowalign.config.sizes import check_sizes
 from flowalign.data import PromptRecord, load_prompts
 from flowalign.errors import ConfigError
-from flowalign.models.base import Family, check_negative_prompts, check_source_images
 from flowalign.models.checkpoints import inspect_checkpoint
 from flowalign.models.checks import (
     check_checkpoint,
@@ -27,6 +26,7 @@ from flowalign.models.checks import (
     guidance_of,
     path_of,
 )
+from flowalign.models.family import Family, check_negative_prompts, check_source_images
 from flowalign.models.quantization import check_quantization
 from flowalign.models.roles import check_roles
 from flowalign.rollouts.rolling import grow, leaves_per_group

@@ -227,7 +227,7 @@ def _fewest(memory: Memory, room: float, switches: Sequence[Switch]) -> tuple[li
 
 def _with_all(memory: Memory, switches: Sequence[Switch], taken: Sequence[int]) -> tuple[list[str], Memory]:
     """With each switch as many steps far as `taken` says; 0: not at all."""
-    chosen = []
+    chosen = list[str]()
     for switch, number in zip(switches, taken, strict=True):
         if number:
             override, config = list(switch(memory.config))[number - 1]

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from flowalign.config import PolicySettings, TrainConfig
-from flowalign.forecast.footprint import QUANTIZED, Footprint
+from flowalign.forecast.footprint import Footprint
+from flowalign.models.quantization import Quantization
 
 
 @dataclass(frozen=True)
@@ -35,14 +36,13 @@ class RecordedFootprint:
         """Measures all of it, as the LoRA, the size and the guidance scales of `config` have it."""
         own, policy, rollout = footprint, config.policy, config.rollout
         states: dict[str, dict[str, int]] = {
-            str(scale): {"forward": own.state(scale)} for scale in (rollout.guidance_scale, config.evaluation.guidance_scale)
+            str(scale): {"forward": own.state(scale)}
+            for scale in (rollout.guidance_scale, config.evaluation.guidance_scale)
         }
         for name, checkpointing in (("plain", False), ("checkpointed", True)):
             states[str(rollout.guidance_scale)][name] = own.trained_state(rollout.guidance_scale, checkpointing)
-        networks = {
-            str(kind or "none"): own.weights(replace(policy, quantization=kind))
-            for kind in (None, *QUANTIZED)
-        }
+        kinds: tuple[Quantization | None, ...] = (None, "8bit", "4bit")
+        networks: dict[str, int] = {kind or "none": own.weights(replace(policy, quantization=kind)) for kind in kinds}
         return RecordedFootprint(
             own.has_lora, own.numbers, own.copy, own.vae, own.encoders, own.latent, own.pixels, own.row, own.encode, own.decode,
             own.decode_with_gradient, networks, states,

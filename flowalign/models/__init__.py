@@ -1,9 +1,10 @@
 """Models: a diffusers pipeline seen as parts. One file per family."""
 
-from flowalign.models.base import Family, Model, Policy, Sampling, Size
+from flowalign.models.base import Model, Policy, Sampling, Size
 from flowalign.models.checkpoints import inspect_checkpoint
 from flowalign.models.checks import check_lora_targets, path_of
 from flowalign.models.conditions import Conditions
+from flowalign.models.family import Family
 from flowalign.models.images import Images
 from flowalign.models.load import load_policy
 from flowalign.models.lora import LoRA

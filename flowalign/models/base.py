@@ -1,13 +1,14 @@
-"""The contracts: what training asks of a Policy, and what a family's Model must offer to become one."""
+"""The contracts: what training asks of a Policy, and what a family's Model must offer to become one. What is known of a family before
+its weights are read is in `family.py`."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from diffusers import ModelMixin
 from torch import Tensor, nn
@@ -299,120 +300,3 @@ class Model(Protocol):
     def pipeline_sigmas(self, sigmas: Tensor) -> tuple[list[str], dict[str, Any]]:
         """See Policy."""
         ...
-
-
-# component of the pipeline -> its configuration: the trained networks and "vae"
-Configs = Mapping[str, Mapping[str, Any]]
-
-
-# what the guidance scale is: the weight of a second row, an input of the network, or nothing
-Guidance = Literal["classifier_free", "embedded", "none"]
-
-
-@dataclass(frozen=True)
-class Distilled:
-    """What a checkpoint's configuration says of its distillation. steps: the most that it was distilled for; None: it says nothing of
-    few steps. ignores_guidance: whether it has no input for the guidance scale and no second row."""
-
-    steps: int | None = None
-    ignores_guidance: bool = False
-
-
-@dataclass(frozen=True, eq=False)
-class Family:
-    """What must be known of a model family before its weights are read.
-
-    pipeline: the pipeline's class, named in model_index.json. model: makes the Model, `model(pipeline, **options)`, where the
-    options are `policy.options` and, if it is given, `max_sequence_length`; those that it takes are the arguments in its signature.
-    networks: name of each trained component -> its diffusers class; one that a checkpoint lacks (null in model_index.json) is left
-    out. targets: LoRA targets by default.
-    path: the noising law from the scheduler's configuration (with "_class_name"), ValueError for a scheduler whose steps the
-    rollout cannot repeat. latent_shape: of one latent, from the components' configurations; ValueError for a size that the
-    model cannot make. rows_per_state: see Policy. source_images: the least and the most of them that a record may have.
-    distilled: see there; from the components' configurations, the scheduler's too (with "_class_name").
-    own_fit: whether the pipeline fits source images itself, each in its own aspect ratio; if not, they are fitted to what is generated.
-    negative_prompts: whether the pipeline's call takes a negative prompt; if not, guidance starts from "".
-    load_arguments: extra arguments of `from_pretrained`, from model_index.json. load_lora: Python that loads what `Policy.save_lora` wrote
-    into a folder, given as Python, into `pipe`. variant: fields of this which a checkpoint's model_index.json changes, such as the rows of a
-    distilled one. takes_levels: whether the call of a pipeline of flows can step over levels that are not its scheduler's own (see
-    `Model.pipeline_sigmas`). tiny: very small pipelines of the family for tests, by name: component -> (class, configuration), or
-    another argument of the pipeline; the scheduler is the released one. See `flowalign.testing.tiny_pipeline`."""
-
-    pipeline: Any
-    model: Callable[..., Model]
-    networks: Mapping[str, Any]
-    targets: tuple[str, ...]
-    path: Callable[[dict[str, Any]], samplers.Path]
-    latent_shape: Callable[[Size, Configs], tuple[int, ...]]
-    rows_per_state: Callable[[float], int]
-    source_images: tuple[int, int] = (0, 0)
-    own_fit: bool = False
-    distilled: Callable[[Configs], Distilled] = lambda configs: Distilled()
-    negative_prompts: bool = True
-    load_arguments: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda index: {}
-    load_lora: Callable[[str], list[str]] = lambda folder: [f"pipe.load_lora_weights({folder})"]
-    variant: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda index: {}
-    takes_levels: bool = True
-    tiny: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-
-    def of(self, index: Mapping[str, Any]) -> Family:
-        """As it is for a checkpoint with this model_index.json, or a live pipeline with this configuration."""
-        there = {name for name in self.networks if name not in index or index[name][0] is not None}
-        networks = {name: kind for name, kind in self.networks.items() if name in there}
-        return replace(self, **{"networks": networks, **self.variant(index)})
-
-
-def check_source_images(records: Sequence[PromptRecord], family: Family) -> None:
-    """ValueError for a prompt with fewer or more source images than the model reads; those of a model of text alone would not
-    be seen."""
-    least, most = family.source_images
-    for record in records:
-        if not least <= len(record.images) <= most:
-            wanted = f"{least}" if least == most else f"{least} to {most}"
-            raise ValueError(
-                f"got the prompt {record.prompt!r} with {len(record.images)} source images for a {family.pipeline.__name__}; expected {wanted}: "
-                "give them under 'image' or 'images' in the prompt file, or take a model that reads as many"
-            )
-
-
-def check_negative_prompts(prompts: Iterable[str | None], family: Family) -> None:
-    """ValueError for a negative prompt with a text where the pipeline takes none; None and "" say nothing."""
-    given = [prompt for prompt in prompts if prompt]
-    if given and not family.negative_prompts:
-        raise ValueError(
-            f"got the negative prompt {given[0]!r} for a {family.pipeline.__name__}, whose call takes none; expected none: leave "
-            "policy.negative_prompt and those of the prompt files out"
-        )
-
-
-def check_image(size: Size, unit: int) -> None:
-    """ValueError unless `size` is one image whose height and width are positive multiples of `unit`."""
-    if min(size.height, size.width) < unit or size.height % unit or size.width % unit:
-        raise ValueError(
-            f"got image size {size.height}×{size.width}; expected positive multiples of {unit} for this model: change "
-            "policy.height and policy.width"
-        )
-    if size.frames != 1:
-        raise ValueError(f"got {size.frames} frames for a model of images; expected 1: leave policy.frames out")
-
-
-def vae_reduction(config: Mapping[str, Any]) -> int:
-    """Pixels per latent in each direction, of an AutoencoderKL's configuration."""
-    return 2 ** (len(config["block_out_channels"]) - 1)
-
-
-def check_video(size: Size, unit: int, frame_unit: int) -> None:
-    """ValueError unless height and width are positive multiples of `unit`, and the frames 1 or 1 more than a multiple of
-    `frame_unit`."""
-    check_image(Size(size.height, size.width), unit)
-    if size.frames < 1 or (size.frames - 1) % frame_unit:
-        raise ValueError(
-            f"got {size.frames} frames; expected 1 more than a multiple of {frame_unit} for this model, such as {4 * frame_unit + 1}: change "
-            "policy.frames"
-        )
-
-
-def prompts_and_negatives(records: Sequence[PromptRecord], negatives: Sequence[PromptRecord] | None) -> dict[str, Any]:
-    """`Model.pipeline_inputs` of a pipeline that takes `prompt` and `negative_prompt` and no images."""
-    own = {"prompt": [record.prompt for record in records]}
-    return own if negatives is None else own | {"negative_prompt": [record.prompt for record in negatives]}

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 
-from flowalign.models.base import Family
 from flowalign.models.checkpoint_files import read_index
+from flowalign.models.family import Family
 from flowalign.models.shipped import SHIPPED, resolve
 
 # pipeline class named in model_index.json -> its family, imported when it is used

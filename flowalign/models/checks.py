@@ -11,9 +11,10 @@ from typing import Any
 from diffusers import DDIMScheduler
 
 from flowalign.data import PromptRecord
-from flowalign.models.base import Distilled, Family, Guidance, Size
+from flowalign.models.base import Size
 from flowalign.models.checkpoint_files import check_files
 from flowalign.models.checkpoints import empty_networks, inspect_checkpoint
+from flowalign.models.family import Distilled, Family, Guidance
 from flowalign.models.lora import LoRA, linear_modules, matched_modules
 from flowalign.models.lora_file import read_lora
 from flowalign.models.lora_start import lora_files

@@ -13,7 +13,8 @@ import torch
 from diffusers import ModelMixin
 from torch import Tensor
 
-from flowalign.models.base import Configs, Size, check_image, vae_reduction
+from flowalign.models.base import Size
+from flowalign.models.family import Configs, check_image, vae_reduction
 from samplers import VariancePreserving
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")

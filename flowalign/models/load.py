@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 
-from flowalign.models.base import Family, Policy, Sampling
+from flowalign.models.base import Policy, Sampling
 from flowalign.models.checkpoint_files import check_finite
 from flowalign.models.checkpoints import empty_networks, family_of, inspect_checkpoint
 from flowalign.models.checks import (
@@ -21,6 +21,7 @@ from flowalign.models.checks import (
     check_vae_tiling,
     path_of,
 )
+from flowalign.models.family import Family
 from flowalign.models.lora import ADAPTER, LoRA, activate, base_adapters, lora_layers
 from flowalign.models.lora_start import add_policy_lora
 from flowalign.models.pipeline_policy import PROMPT_STORE_BYTES, Offloadable, PipelinePolicy

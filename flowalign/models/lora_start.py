@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from flowalign.models.base import Family
+from flowalign.models.family import Family
 from flowalign.models.lora import (
     LoRA,
     add_lora,

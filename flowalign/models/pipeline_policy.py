@@ -17,8 +17,9 @@ from torch.nn import Parameter
 
 import samplers
 from flowalign.data import PromptRecord, as_records
-from flowalign.models.base import Family, Model, Network, Sampling, Size, check_negative_prompts, check_source_images
+from flowalign.models.base import Model, Network, Sampling, Size
 from flowalign.models.conditions import Conditions
+from flowalign.models.family import Family, check_negative_prompts, check_source_images
 from flowalign.models.images import Images
 from flowalign.models.lora import ADAPTER, adapter_state, save_peft
 from flowalign.models.lora_bytes import order_header, ordered
@@ -35,7 +36,9 @@ Offloadable = Literal["encoders", "vae"]
 DECODE_BATCH = 4  # a decoder's activations are large: 64 images of 512² take 24 GiB
 PROMPT_STORE_BYTES = 2 * 2**30  # 500 prompts of 512 tokens of T5-XXL in bf16; those of CLIP all fit
 # most pipelines decode latents of the network's dtype as they are, which a VAE of another dtype refuses
-CAST = "pipe.vae.decode = lambda x, decode=pipe.vae.decode, **more: decode(x.to(pipe.vae.dtype), **more)  # its own dtype"
+CAST = (
+    "pipe.vae.decode = lambda x, decode=pipe.vae.decode, **more: decode(x.to(pipe.vae.dtype), **more)  # its own dtype"
+)
 
 
 class PipelinePolicy:

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from flowalign.data import PromptRecord
 from flowalign.glyphs import CALL_ARGS, FEW_STEP, FEW_STEP_SCHEDULE, GUIDANCE_SCALE, PIPELINE, STEPS
-from flowalign.models.base import Configs, Distilled, Policy, Sampling, Size
+from flowalign.models.base import Policy, Sampling, Size
 from flowalign.models.conditions import Conditions
+from flowalign.models.family import Configs, Distilled
 from flowalign.models.grid import grid
 from samplers import Schedule, Tree, normal, rollout, scattered
 

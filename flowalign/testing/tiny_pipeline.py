@@ -11,8 +11,8 @@ from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from flowalign.models.base import Family
 from flowalign.models.checkpoints import FAMILIES
+from flowalign.models.family import Family
 from flowalign.testing.tokenizers import tiny_tokenizer
 
 SHAKE = 0.05  # added to every weight: a layer that starts at 0 has to matter

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from flowalign.data import PromptRecord
-from flowalign.models.base import Guidance, Size
+from flowalign.models.base import Size
+from flowalign.models.family import Guidance
 from flowalign.models.guidance import classifier_free_rows
 from flowalign.models.roles import Role
 from flowalign.objectives import ClipRange, Regularizer

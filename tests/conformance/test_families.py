@@ -21,6 +21,10 @@ from tests.helpers.families import Subject, parity, subject
 
 NAMES = tiny_names()
 Note = Callable[..., None]
+# of one family in `make test`, of all in `make test-all`
+thorough = pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=() if name == "sd3" else pytest.mark.slow) for name in NAMES], indirect=True
+)
 
 
 def compared(family: Subject, sampling: Sampling, noise_seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -48,9 +52,11 @@ def test_every_module_has_a_tiny_pipeline() -> None:
     assert {subject(name).family.pipeline.__name__ for name in NAMES} == set(FAMILIES)
 
 
-@pytest.mark.parametrize("guidance", [1.0, 3.0], ids=["plain", "guided"])
-@pytest.mark.parametrize("steps", [1, 4])
-def test_the_deterministic_rollout_is_the_pipelines(family: Subject, guidance: float, steps: int, note: Note) -> None:
+@pytest.mark.parametrize(
+    ("steps", "guidance"),
+    [(1, 1.0), (4, 3.0), pytest.param(1, 3.0, marks=pytest.mark.slow), pytest.param(4, 1.0, marks=pytest.mark.slow)],
+)
+def test_the_deterministic_rollout_is_the_pipelines(family: Subject, steps: int, guidance: float, note: Note) -> None:
     """One step is refused where the pipeline's own level would be 0/0."""
     if steps == 1 and family.scheduler.get("shift_terminal"):
         policy = family.policy(trainable="none")
@@ -66,6 +72,7 @@ def test_so_it_is_at_other_sizes_and_numbers_of_frames(family: Subject, number: 
     note("parity", parity(family, *compared(family, Sampling(3, 2.0, family.sizes[number]))))
 
 
+@thorough
 @pytest.mark.parametrize("schedule", [PlainShift(1.7), Listed((1.0, 0.9, 0.31, 0.123))], ids=str)
 def test_the_exported_call_steps_over_the_levels_of_a_schedule(family: Subject, schedule: Schedule, note: Note) -> None:
     """Difference 0 to our rollout: the pipeline's scheduler would shift the levels again. Or the schedule is refused, here
@@ -84,6 +91,7 @@ def test_the_exported_call_steps_over_the_levels_of_a_schedule(family: Subject, 
     assert setup != pipeline_call(policy, plain)[0] == policy.pipeline_setup()
 
 
+@thorough
 def test_sizes_are_accepted_before_and_after_loading_alike_and_decode_gives_them(family: Subject, note: Note) -> None:
     policy, accepted, video = family.policy(trainable="none"), 0, family.size.frames > 1
     for height, width, frames in (
@@ -113,6 +121,7 @@ def test_sizes_are_accepted_before_and_after_loading_alike_and_decode_gives_them
     note("sizes")
 
 
+@thorough
 def test_images_are_the_pipelines_and_encode_images_leads_back(family: Subject, note: Note) -> None:
     """The pipeline's own decoding of the same latents; encoded again, the latents are those of `latent_shape`."""
     sampling = Sampling(2, 1.0, family.size)
@@ -143,6 +152,7 @@ def test_images_are_the_pipelines_and_encode_images_leads_back(family: Subject, 
     note("images", float((ours - theirs.float()).abs().max()))
 
 
+@thorough
 def test_encode_gives_one_row_per_prompt_in_their_order(family: Subject, note: Note) -> None:
     policy, records = family.policy(trainable="none", sampling=Sampling(4, 1.0, family.size)), family.records(3)
     conditions = policy.encode([*records, records[0]])
@@ -162,6 +172,7 @@ def test_the_default_lora_targets_match_and_all_of_it_is_trained(family: Subject
     note("LoRA layers", len(modules))
 
 
+@thorough
 def test_levels_and_path_are_known_from_the_configurations(family: Subject, note: Note) -> None:
     policy = family.policy(trainable="none", sampling=Sampling(4, 1.0, family.size))
     assert type(path_of(family.folder)) is type(policy.path)
@@ -174,6 +185,7 @@ def test_levels_and_path_are_known_from_the_configurations(family: Subject, note
     note("grid")
 
 
+@thorough
 def test_it_runs_on_shapes_alone(family: Subject, note: Note) -> None:
     """So that its memory is forecast: encoded as with weights, with a velocity forward and backward, and an image, also with gradient."""
     sampling = Sampling(4, 3.0, family.size)

@@ -18,7 +18,12 @@ from flowalign.testing.shapes import SHAPES
 ROOT = Path(__file__).parents[2]
 SCRIPT = runpy.run_path(str(ROOT / "scripts" / "model_memory.py"))
 TABLE = json.loads((ROOT / "docs" / "results" / "model_memory.json").read_text())["models"]
-PAGE = (ROOT / "docs" / "models.md").read_text().partition("### From a model and a card to a command")[2].partition("\n## ")[0]
+PAGE = (
+    (ROOT / "docs" / "models.md")
+    .read_text()
+    .partition("### From a model and a card to a command")[2]
+    .partition("\n## ")[0]
+)
 RECIPES = ("sd35_medium", "flux1_dev", "flux2_klein", "qwen_image", "z_image", "wan21_1_3b")
 # billions of numbers as their authors publish them: all trained networks, all text and image encoders
 PUBLISHED = {
@@ -34,7 +39,9 @@ def footprint(model: str) -> RecordedFootprint:
 
 
 def test_every_model_has_a_shape_and_every_layer_of_hardware_is_a_card() -> None:
-    folders = {kind: {path.stem for path in (ROOT / "configs" / kind).glob("*.yaml")} for kind in ("models", "hardware")}
+    folders = {
+        kind: {path.stem for path in (ROOT / "configs" / kind).glob("*.yaml")} for kind in ("models", "hardware")
+    }
     assert set(SHAPES) == set(TABLE) == folders["models"] - {"glyphs"}
     assert set(SCRIPT["CARDS"]) == folders["hardware"]
 
@@ -51,7 +58,12 @@ def test_the_shapes_have_as_many_numbers_as_the_published_model(model: str) -> N
 @pytest.mark.slow
 @pytest.mark.parametrize("model", SHAPES)
 def test_the_recorded_footprint_is_the_measured_one(model: str, large_machine: None) -> None:
-    assert asdict(SCRIPT["measured"](model)) == TABLE[model]["footprint"]
+    """To a hundredth: a view more or less moves a peak by kilobytes."""
+    found, recorded = asdict(SCRIPT["measured"](model)), TABLE[model]["footprint"]
+    assert found.keys() == recorded.keys() and found["states"].keys() == recorded["states"].keys()
+    for name, value in found.items():
+        for scale, each in value.items() if name == "states" else [("", value)]:
+            assert each == pytest.approx(recorded[name][scale] if scale else recorded[name], rel=0.01), name
 
 
 @pytest.mark.parametrize(

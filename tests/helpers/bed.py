@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from flowalign.data import PromptRecord
 from flowalign.models import Conditions, Family, Size
-from flowalign.models.base import Configs, Network, prompts_and_negatives
+from flowalign.models.base import Network
+from flowalign.models.family import Configs, prompts_and_negatives
 from flowalign.models.guidance import classifier_free, classifier_free_rows
 from rewards import RewardBatch, RewardOutput, RewardSpec
 from samplers import ODE, RectifiedFlow

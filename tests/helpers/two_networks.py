@@ -15,7 +15,8 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 from flowalign.data import PromptRecord
 from flowalign.glyphs import parts
 from flowalign.models import Conditions, Family, Size
-from flowalign.models.base import Configs, Network, check_image, prompts_and_negatives, vae_reduction
+from flowalign.models.base import Network
+from flowalign.models.family import Configs, check_image, prompts_and_negatives, vae_reduction
 from flowalign.models.guidance import classifier_free_rows
 from samplers import ODE, RectifiedFlow
 from tests.helpers.tiny import tiny_transformer

@@ -266,7 +266,13 @@ def test_the_size_of_a_configuration_that_leaves_defaults_out(name: str, tmp_pat
         defaults = {key: each.default for key, each in signature(kind.__init__).parameters.items()}
         said = json.loads(file.read_text())
         file.write_text(
-            json.dumps({key: value for key, value in said.items() if json.dumps(value) != json.dumps(defaults.get(key), default=str)})
+            json.dumps(
+                {
+                    key: value
+                    for key, value in said.items()
+                    if json.dumps(value) != json.dumps(defaults.get(key), default=str)
+                }
+            )
         )
         assert len(json.loads(file.read_text())) < len(said)
     assert check_image_size(str(tmp_path), family.size) == expected

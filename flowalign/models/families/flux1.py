@@ -26,8 +26,9 @@ from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokeniz
 
 from flowalign.data import PromptRecord
 from flowalign.models import scaled_vae
-from flowalign.models.base import Configs, Distilled, Family, Network, Size, check_image, vae_reduction
+from flowalign.models.base import Network, Size
 from flowalign.models.conditions import Conditions
+from flowalign.models.family import Configs, Distilled, Family, check_image, vae_reduction
 from flowalign.models.flow_match import flow_match_call, flow_match_path, flow_match_sigmas
 from flowalign.models.packing import pack_2x2, unpack_2x2
 from flowalign.models.source_images import fitted_images

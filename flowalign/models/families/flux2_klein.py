@@ -20,8 +20,9 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from transformers import Qwen2TokenizerFast, Qwen3ForCausalLM
 
 from flowalign.data import PromptRecord
-from flowalign.models.base import Configs, Distilled, Family, Network, Size, check_image, vae_reduction
+from flowalign.models.base import Network, Size
 from flowalign.models.conditions import Conditions
+from flowalign.models.family import Configs, Distilled, Family, check_image, vae_reduction
 from flowalign.models.flow_match import flow_match_call, flow_match_path, flow_match_sigmas
 from flowalign.models.guidance import classifier_free_apart, classifier_free_rows
 from samplers import ODE, RectifiedFlow

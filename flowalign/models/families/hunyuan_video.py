@@ -23,8 +23,9 @@ from transformers import CLIPTextModel, CLIPTokenizer, LlamaModel, LlamaTokenize
 
 from flowalign.data import PromptRecord
 from flowalign.models import scaled_vae
-from flowalign.models.base import Configs, Family, Network, Size, check_video
+from flowalign.models.base import Network, Size
 from flowalign.models.conditions import Conditions
+from flowalign.models.family import Configs, Family, check_video
 from flowalign.models.flow_match import flow_match_call, flow_match_path, flow_match_sigmas
 from samplers import ODE, RectifiedFlow
 

@@ -25,8 +25,9 @@ from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 from flowalign.data import PromptRecord, open_image
 from flowalign.models import scaled_vae
-from flowalign.models.base import Configs, Family, Network, Size, check_image, prompts_and_negatives
+from flowalign.models.base import Network, Size
 from flowalign.models.conditions import Conditions
+from flowalign.models.family import Configs, Family, check_image, prompts_and_negatives
 from flowalign.models.flow_match import flow_match_call, flow_match_path, flow_match_sigmas
 from flowalign.models.guidance import classifier_free_apart, classifier_free_rows
 from flowalign.models.packing import pack_2x2, unpack_2x2

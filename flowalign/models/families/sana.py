@@ -17,8 +17,9 @@ from torch import Tensor
 from transformers import Gemma2Model, GemmaTokenizer
 
 from flowalign.data import PromptRecord
-from flowalign.models.base import Configs, Family, Network, Size, check_image, prompts_and_negatives
+from flowalign.models.base import Network, Size
 from flowalign.models.conditions import Conditions
+from flowalign.models.family import Configs, Family, check_image, prompts_and_negatives
 from flowalign.models.flow_multistep import (
     flow_multistep_path,
     flow_multistep_sigmas,

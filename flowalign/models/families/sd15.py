@@ -19,8 +19,9 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from flowalign.data import PromptRecord
 from flowalign.models import discrete, scaled_vae
-from flowalign.models.base import Family, Network, Size, prompts_and_negatives
+from flowalign.models.base import Network, Size
 from flowalign.models.conditions import Conditions
+from flowalign.models.family import Family, prompts_and_negatives
 from flowalign.models.guidance import classifier_free, classifier_free_rows
 from samplers import ODE, VariancePreserving
 

@@ -18,8 +18,9 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderMo
 
 from flowalign.data import PromptRecord
 from flowalign.models import scaled_vae
-from flowalign.models.base import Configs, Family, Network, Size, check_image, prompts_and_negatives, vae_reduction
+from flowalign.models.base import Network, Size
 from flowalign.models.conditions import Conditions
+from flowalign.models.family import Configs, Family, check_image, prompts_and_negatives, vae_reduction
 from flowalign.models.flow_match import flow_match_call, flow_match_path, flow_match_sigmas
 from flowalign.models.guidance import classifier_free, classifier_free_rows
 from samplers import ODE, RectifiedFlow

@@ -26,8 +26,9 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from flowalign.data import PromptRecord
 from flowalign.models import discrete, scaled_vae
-from flowalign.models.base import Configs, Distilled, Family, Network, Size, prompts_and_negatives, vae_reduction
+from flowalign.models.base import Network, Size
 from flowalign.models.conditions import Conditions
+from flowalign.models.family import Configs, Distilled, Family, prompts_and_negatives, vae_reduction
 from flowalign.models.guidance import classifier_free, classifier_free_rows
 from samplers import ODE, VariancePreserving
 

@@ -26,8 +26,9 @@ from transformers import CLIPImageProcessor, CLIPVisionModel, T5Tokenizer, UMT5E
 
 from flowalign.data import PromptRecord
 from flowalign.models import scaled_vae
-from flowalign.models.base import Configs, Family, Network, Size, check_video, prompts_and_negatives
+from flowalign.models.base import Network, Size
 from flowalign.models.conditions import Conditions
+from flowalign.models.family import Configs, Family, check_video, prompts_and_negatives
 from flowalign.models.flow_multistep import (
     flow_multistep_path,
     flow_multistep_sigmas,

@@ -20,17 +20,9 @@ from transformers import Qwen2Tokenizer, Qwen3Model
 
 from flowalign.data import PromptRecord
 from flowalign.models import scaled_vae
-from flowalign.models.base import (
-    Configs,
-    Distilled,
-    Family,
-    Network,
-    Size,
-    check_image,
-    prompts_and_negatives,
-    vae_reduction,
-)
+from flowalign.models.base import Network, Size
 from flowalign.models.conditions import Conditions
+from flowalign.models.family import Configs, Distilled, Family, check_image, prompts_and_negatives, vae_reduction
 from flowalign.models.flow_match import flow_match_call, flow_match_path, levels_from
 from flowalign.models.guidance import classifier_free_rows, needed
 from samplers import ODE, RectifiedFlow
