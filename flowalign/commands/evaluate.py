@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
+from flowalign.commands.size import size_of
 from flowalign.config import load_judges, load_reward
 from flowalign.data import PromptRecord, load_prompts
 from flowalign.distributed.processes import Processes
@@ -160,7 +160,8 @@ def _request(given: argparse.Namespace, places: dict[str, Place]) -> _Request:
     names = [name for name in places if name != BASE] or list(places)
     output = Path(given.output or Path("runs", "evaluations", "-".join(names)[:100])).expanduser()
     return _Request(
-        _records(source, given, settings), _judges(given.rewards, judged), _size(given.size, run),
+        _records(source, given, settings), _judges(given.rewards, judged),
+        None if given.size is None else size_of(given.size, 1 if run is None else run.policy.frames),
         _first(given.seed, settings.get("seed"), SEED), _first(given.samples, settings.get("samples_per_prompt"), 1),
         _first(given.batch_size, settings.get("batch_size"), BATCH_SIZE), output,
     )  # fmt: skip
@@ -195,16 +196,6 @@ def _judges(named: Sequence[str] | None, judged: Judged | None) -> list[Reward]:
         for reward in [*listed, *([] if trained is None else [trained])]:
             judges = with_trained(judges, reward)
     return judges
-
-
-def _size(text: str | None, run: Place | None) -> Size | None:
-    """HEIGHTxWIDTH or HEIGHTxWIDTHxFRAMES; None is as the run. ConfigError for another form."""
-    if text is None:
-        return None
-    if not re.fullmatch(r"\d+x\d+(x\d+)?", text):
-        raise ConfigError(f"got --size {text}; expected HEIGHTxWIDTH such as 512x512, or with frames 480x832x81")
-    height, width, *frames = map(int, text.split("x"))
-    return Size(height, width, frames[0] if frames else 1 if run is None else run.policy.frames)
 
 
 def table(figures: dict[str, Any]) -> str:

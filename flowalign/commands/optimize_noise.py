@@ -6,13 +6,16 @@ import argparse
 import re
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from flowalign.commands.size import size_of
 from flowalign.config import load_reward
 from flowalign.data import PromptRecord, as_records, load_prompts
 from flowalign.errors import ConfigError, RunError
+from flowalign.models.checks import check_image_size
 from flowalign.noise_optimization import Ascent, Gradient, optimize_noise, read_noise
 from flowalign.noise_optimization.optimize import METHODS, check
 from flowalign.run.places import Place
@@ -21,7 +24,7 @@ from rewards import RewardError, close
 OPTIONS = {
     "--prompts": str, "--count": int, "--method": str, "--steps": int, "--learning-rate": float, "--seed": int,
     "--start": Path, "--sampling-steps": int, "--guidance": float, "--patience": int, "--batch-size": int,
-    "--device": str, "--output": Path,
+    "--size": str, "--fps": float, "--dtype": str, "--device": str, "--output": Path,
 }  # fmt: skip
 DEFAULTS = {"method": "gradient", "steps": 50, "seed": 0, "batch_size": 4}
 
@@ -29,7 +32,8 @@ DEFAULTS = {"method": "gradient", "steps": 50, "seed": 0, "batch_size": 4}
 def optimize(arguments: Sequence[str]) -> None:
     """Optimizes, prints a line per prompt and the folder. ConfigError before a model is loaded for what cannot be."""
     given = _parsed(arguments)
-    place, records = Place.of(given.model), _records(given)
+    place, records = _place(given), _records(given)
+    size = None if given.size is None else size_of(given.size, place.policy.frames)
     rewards = {load_reward([source]): weight for source, weight in _weighted(given)}
     held_out = [load_reward([source]) for source in given.held_out]
     try:
@@ -37,6 +41,8 @@ def optimize(arguments: Sequence[str]) -> None:
         ascent = Ascent() if given.learning_rate is None else Ascent(learning_rate=given.learning_rate)
         method = Gradient(ascent) if given.method == "gradient" else METHODS[given.method]()
         check(records, list(rewards.items()), held_out, method)
+        if size is not None:
+            check_image_size(place.policy.path, size, place.policy.family)
     except (ValueError, OSError) as error:
         raise ConfigError(f"flowalign optimize-noise: {error}") from error
     device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -48,7 +54,7 @@ def optimize(arguments: Sequence[str]) -> None:
             found = optimize_noise(
                 policy, records, rewards, steps=given.steps, method=method, held_out=held_out, seed=given.seed,
                 start=start, num_inference_steps=given.sampling_steps, guidance_scale=given.guidance,
-                patience=given.patience, batch_size=given.batch_size, checkpoint=given.checkpoint,
+                size=size, fps=given.fps, patience=given.patience, batch_size=given.batch_size, checkpoint=given.checkpoint,
             )  # fmt: skip
         except ValueError as error:
             raise ConfigError(f"flowalign optimize-noise: {error}") from error
@@ -106,6 +112,18 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
     except RuntimeError as error:
         raise ConfigError(f"got --device {given.device}; expected cpu, cuda or cuda:N") from error
     return given
+
+
+def _place(given: argparse.Namespace) -> Place:
+    """The model, a pipeline multiplying in --dtype (fp32). ConfigError for a run with another one."""
+    place = Place.of(given.model)
+    if given.dtype is None:
+        return place
+    if given.dtype not in ("fp32", "bf16") or place.saved is not None:
+        raise ConfigError(
+            f"got --dtype {given.dtype} for {given.model}; expected fp32 or bf16 for a pipeline, and none for a run, which has its own"
+        )
+    return replace(place, policy=replace(place.policy, dtype=given.dtype))
 
 
 def _records(given: argparse.Namespace) -> list[PromptRecord]:

@@ -60,7 +60,6 @@ def check(config: TrainConfig) -> None:
     check_vae_tiling(policy.path, policy.vae_tiling, policy.family)
     check_fixed_rows(policy.path, rollout.rows, policy.family)
     guidance = guidance_of(policy.path, policy.family)
-    check_one_row(guidance, policy.negative_prompt, rollout.detach_uncond)
     lora_numbers = 0
     if policy.trainable == "lora":
         lora_numbers = count_lora_numbers(policy.path, policy.lora, policy.family)
@@ -84,6 +83,7 @@ def check(config: TrainConfig) -> None:
         bound.reward_guidance.check(grow(bound, 0, 0, [0]), bound.kernel, path, config.process_rewards)
     prompts, held_out = load_prompts(config.prompts), load_prompts(config.evaluation.prompts)
     check_source_images([*prompts, *held_out], family)
+    check_one_row(guidance, policy.negative_prompt, [*prompts, *held_out])
     check_negative_prompts([policy.negative_prompt, *(each.negative_prompt for each in (*prompts, *held_out))], family)
     evaluated = [] if evaluation.allow_training_prompts else held_out[: evaluation.count]
     setup = Setup(
@@ -195,7 +195,9 @@ def _check_rewards(config: TrainConfig) -> tuple[str, ...]:
     if config.policy.fps is not None and not 0 < config.policy.fps < math.inf:
         raise ConfigError(f"policy.fps={config.policy.fps}: expected a number above 0, or null")
     if config.policy.frames > 1 and config.policy.fps is None:
-        raise ConfigError(f"policy.frames={config.policy.frames} with policy.fps=null: expected frames per second")
+        raise ConfigError(
+            f"policy.frames={config.policy.frames} with policy.fps=null; expected frames per second: set policy.fps=16, say"
+        )
     states = tuple(channel for reward in config.process_rewards for channel in channels_of(reward))
     if len(set(states)) < len(states) or set(states) & set(channels_of(config.reward)):
         raise ConfigError(
@@ -230,10 +232,15 @@ def _check_selecting(config: TrainConfig) -> None:
 def _check_overlap(config: TrainConfig) -> None:
     """ConfigError for chunks that are to overlap where they never do."""
     rollout = config.rollout
-    if rollout.overlap and (rollout.chunk is None or config.process_rewards or rollout.asks_on_its_way):
+    if rollout.overlap and (rollout.chunk is None or rollout.chunk >= rollout.groups):
         raise ConfigError(
-            "got rollout.overlap=true; expected a rollout.chunk, no process_rewards, no reward_guidance and no plan that selects, whose rollout "
-            "decodes and asks rewards itself: leave rollout.overlap out"
+            f"got rollout.overlap=true with rollout.chunk={'null' if rollout.chunk is None else rollout.chunk} and rollout.groups="
+            f"{rollout.groups}, all rolled out at once; expected a chunk of fewer groups: set it, or leave rollout.overlap out"
+        )
+    if rollout.overlap and (config.process_rewards or rollout.asks_on_its_way):
+        raise ConfigError(
+            "got rollout.overlap=true; expected no process_rewards, no reward_guidance and no plan that selects, whose rollout decodes "
+            "and asks rewards itself: leave rollout.overlap out"
         )
 
 

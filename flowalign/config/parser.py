@@ -103,4 +103,9 @@ def explain(message: str) -> str:
     text = re.sub(r"<class '([\w.]+)'>", r"\1", text)
     if found := re.fullmatch(r"Expected an? (.*?)\. Got value: (.*)", text):
         return f"got {key}={found[2]}; expected {found[1].removeprefix('typing.')}"
+    if found := re.fullmatch(
+        r".* Errors:((?: - Expected an? [^-]+)+) Given value type: \w+ Given value: (.*)", text
+    ):  # of a union
+        kinds = [kind.strip().removeprefix("typing.") for kind in re.split(r" - Expected an? ", found[1])[1:]]
+        return f"got {key}={found[2]}; expected {' or '.join('null' if kind == 'NoneType' else kind for kind in kinds)}"
     return f"{key}: {text}" if key else text

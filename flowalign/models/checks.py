@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from diffusers import DDIMScheduler
 
+from flowalign.data import PromptRecord
 from flowalign.models.base import Size
 from flowalign.models.checkpoint_files import check_files
 from flowalign.models.checkpoints import empty_networks, inspect_checkpoint
@@ -86,15 +87,17 @@ def guidance_of(path: str, family: str | None = None) -> Guidance:
     return "none" if distilled_of(path, family).ignores_guidance else "embedded"
 
 
-def check_one_row(guidance: Guidance, negative_prompt: str, detach_uncond: bool) -> None:
-    """ValueError for settings of an unconditional half where guidance has none."""
+def check_one_row(guidance: Guidance, negative_prompt: str, prompts: Iterable[PromptRecord]) -> None:
+    """ValueError for a negative prompt, of the policy or of one of `prompts`, where guidance has no unconditional half."""
     given = [f"policy.negative_prompt={negative_prompt!r}"] if negative_prompt else []
-    given += ["rollout.detach_uncond=true"] if detach_uncond else []
+    given += [
+        f"the negative prompt {each.negative_prompt!r} of {each.prompt!r}" for each in prompts if each.negative_prompt
+    ]
     if guidance != "classifier_free" and given:
         what = "is an input of its network" if guidance == "embedded" else "is ignored"
         raise ValueError(
-            f"got {', '.join(given)} for a model whose guidance scale {what}: it has no unconditional half, and they would silently do "
-            "nothing; expected neither: leave them out"
+            f"got {given[0]} for a model whose guidance scale {what}: it has no unconditional half, so that this would silently do "
+            "nothing; expected none: leave it out"
         )
 
 
@@ -185,7 +188,12 @@ def check_options(family: Family, max_sequence_length: int | None, options: Mapp
     own = [name for name in known if name != "max_sequence_length"]
     if unknown := [name for name in options if name not in own]:
         raise ValueError(
-            f"got policy.options with {', '.join(unknown)} for a {family.pipeline.__name__}; expected some of: {', '.join(own) or 'none'}"
+            f"got policy.options with {', '.join(unknown)} for a {family.pipeline.__name__}; "
+            + (
+                f"expected some of: {', '.join(own)}"
+                if own
+                else "expected none, since its model has no options: leave policy.options out"
+            )
         )
     length = {} if max_sequence_length is None else {"max_sequence_length": max_sequence_length}
     return {**options, **length}

@@ -112,7 +112,7 @@ def load_policy(
     device: "cpu" by default. network_device: the trained networks' device if it is not `device` (see
     flowalign.distributed.fsdp2); on "meta" they are not read. reference_copy: keeps a frozen copy of the networks, the reference of a full fine-tuning with
     a KL. offload, decode_batch, vae_tiling, prompt_store: see PipelinePolicy. sampling: how the policy generates where a call does not
-    say; by default as the pipeline's own call.
+    say; by default as the pipeline's own call, a distilled model in the steps that it was distilled for, without guidance.
 
     gradient_checkpointing: blocks of networks and VAE store no activations, their backward computes them again. compile: each
     repeated block of the networks is compiled, at its first call. attention: one of diffusers' back-ends, such as "flash".
@@ -176,8 +176,10 @@ def load_policy(
     )
     trained = TrainedNetworks(model.networks, has_lora=trainable == "lora", frozen=frozen, base=base)
     configs = {name: network.config for name, network in model.networks.items()}
+    steps = {**pipeline.scheduler.config, "_class_name": type(pipeline.scheduler).__name__}
+    distilled = known.distilled({**configs, "vae": model.vae.config, "scheduler": steps})
     return PipelinePolicy(
-        model, known, trained, sampling=sampling or defaults_of(pipeline, configs), negative_prompt=negative_prompt,
+        model, known, trained, sampling=sampling or defaults_of(pipeline, configs, distilled), negative_prompt=negative_prompt,
         device=device or model.vae.device, offload=offload, decode_batch=decode_batch, prompt_store=prompt_store,
         autocast=torch.bfloat16 if master_weights else None, switches=switches, fixed_rows=fixed_rows,
         vae_tiling=vae_tiling,

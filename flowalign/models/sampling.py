@@ -15,7 +15,7 @@ from flowalign.data import PromptRecord
 from flowalign.glyphs import CALL_ARGS, FEW_STEP, FEW_STEP_SCHEDULE, GUIDANCE_SCALE, PIPELINE, STEPS
 from flowalign.models.base import Policy, Sampling, Size
 from flowalign.models.conditions import Conditions
-from flowalign.models.family import Configs
+from flowalign.models.family import Configs, Distilled
 from flowalign.models.grid import grid
 from samplers import Schedule, Tree, normal, rollout, scattered
 
@@ -44,9 +44,10 @@ def settle(
     return replace(default, **given)
 
 
-def defaults_of(pipeline: DiffusionPipeline, networks: Configs) -> Sampling | None:
+def defaults_of(pipeline: DiffusionPipeline, networks: Configs, distilled: Distilled | None = None) -> Sampling | None:
     """What the pipeline's own call does unless told otherwise, by its signature and its configurations; None if it has no such
-    defaults. networks: configurations of the trained ones, by name."""
+    defaults. networks: configurations of the trained ones, by name. distilled: the signature is that of the base model: one of few
+    steps takes as many as it was distilled for, without guidance."""
     if (own := shipped_sampling(str(pipeline.name_or_path))) is not None:
         return own
     parameters = inspect.signature(type(pipeline).__call__).parameters
@@ -61,6 +62,8 @@ def defaults_of(pipeline: DiffusionPipeline, networks: Configs) -> Sampling | No
     height, width = call.get("height") or pixels[0], call.get("width") or pixels[1]
     if steps is None or guidance is None or height is None or width is None:
         return None
+    if distilled is not None and distilled.steps is not None:
+        steps, guidance = min(steps, distilled.steps), 1.0
     return Sampling(steps, float(guidance), Size(height, width, call.get("num_frames") or 1))
 
 

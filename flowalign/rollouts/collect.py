@@ -69,8 +69,8 @@ def collect(
     keep_velocities: the forest keeps the rollout's own velocities, as the role "old". roll: another engine with the
     arguments of `rollout`. Each process rolls out whole groups, its share; what is returned is the batch of all.
     A reward that is elsewhere scores some groups while the next are rolled out, and with rollout.chunk any reward may (see
-    rollout.overlap), unless the rollout asks rewards on its way itself (a plan that selects, reward guidance). Groups without the score of a leaf are rolled out again, with other noise,
-    up to rollout.refill times."""
+    rollout.overlap), unless the rollout asks rewards on its way itself (a plan that selects, reward guidance). Groups without the
+    score of a leaf are rolled out again, with other noise, up to rollout.refill times."""
     processes, rows_before, before = task.processes, task.policy.evaluations, replace(task.counts)
     share = processes.groups(len(prompts))
     rolling = Rolling(task, prompts, iteration, roll or rollout, keep_velocities)

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from flowalign import cli
 from flowalign.noise_optimization import read_noise
+from flowalign.testing import tiny_pipeline
 
 PROMPT = 'the word "KITE" in red on a yellow background'
 CLIP = "configs/rewards/clip_glyphs.yaml"
@@ -43,6 +45,33 @@ def test_a_run_is_a_model_and_prompts_may_come_from_a_file(finished_run: Path, t
     torch.testing.assert_close(history["total"], expected)
 
 
+def test_a_pipeline_in_the_size_and_dtype_that_are_named(
+    tmp_path: Path, finished_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = str(tmp_path / "flux")
+    tiny_pipeline("flux1_schnell").save_pretrained(model)
+    arguments = [
+        PROMPT,
+        "--rewards",
+        "rewards.JPEGCompressibility",
+        "--method",
+        "best-of-n",
+        "--steps",
+        "1",
+        "--dtype",
+        "bf16",
+    ]
+    assert cli.optimize_noise([model, *arguments, "--size", "32x64", "--output", str(tmp_path / "out")]) == 0
+    with Image.open(tmp_path / "out" / "image.png") as image:
+        assert image.size == (64, 32)
+    fp32 = [*arguments[:-1], "fp32", "--size", "32x64", "--output", str(tmp_path / "exact")]
+    assert cli.optimize_noise([model, *fp32]) == 0
+    first, second = (json.loads((tmp_path / name / "result.json").read_text())["total"][0] for name in ("out", "exact"))
+    assert first != second and first == pytest.approx(second, rel=0.05)
+    assert cli.optimize_noise([str(finished_run), *arguments]) == 2
+    assert "none for a run, which has its own" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
@@ -60,6 +89,12 @@ def test_a_run_is_a_model_and_prompts_may_come_from_a_file(finished_run: Path, t
         (["glyphs-1step", "--prompts", CLIP, "--rewards", CLIP, "--output", CLIP], "expected another folder"),
         (["glyphs-1step", "--prompts", PROMPTS, "--count", "-1", "--rewards", CLIP], "got --count -1; expected 1 to"),
         (["glyphs-1step", PROMPT, "--rewards", CLIP, "--device", "banana"], "expected cpu, cuda or cuda:N"),
+        (["glyphs", PROMPT, "--rewards", CLIP, "--size", "24"], "got --size 24; expected HEIGHTxWIDTH"),
+        (["glyphs", PROMPT, "--rewards", CLIP, "--size", "25x48"], "got image size 25×48"),
+        (
+            ["glyphs", PROMPT, "--rewards", CLIP, "--dtype", "fp16"],
+            "got --dtype fp16 for glyphs; expected fp32 or bf16",
+        ),
         (["glyphs-1step", PROMPT, "--rewards", CLIP, "--start", "nowhere"], "expected the folder of a saved result"),
         (["glyphs-1step", PROMPT, "--rewards", CLIP, "--stesp", "2"], "got --stesp 2"),
         (["glyphs-1step", PROMPT, "--rewards", CLIP, "--steps", "0"], "expected at least 1 of each"),

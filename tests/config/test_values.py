@@ -31,6 +31,9 @@ BAD = [
     (["trainer.optimizer.lr=fast"], "lr"),
     (["evaluation.count=none"], "count"),
     (["policy.lora.rank=1.5"], "rank"),
+    (["policy.quantization=nf4"], r"got policy.quantization=nf4; expected Literal['8bit', '4bit'] or null"),
+    (["rollout.chunk=many"], "got rollout.chunk=many; expected int or null"),
+    (["policy.options.guidence=3"], "expected none, since its model has no options"),
     # groups
     (["rollout.group_size=1"], "group_size=1"),
     (["rollout.group_size=0"], "group_size=0"),

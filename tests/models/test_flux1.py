@@ -1,5 +1,6 @@
 """FLUX.1: what the network is told of scale, level and source image; what schnell and Kontext do otherwise."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,31 @@ def test_an_embedded_scale_in_a_window_of_few_steps_is_no_classifier_free_guidan
     assert config.rollout.guidance_scale == 3.5 and not config.rollout.allow_cfg_update
     with pytest.raises(ConfigError, match="allow_cfg_update"):
         load_config(layers, [f"policy.path={subject('sd3').folder}"])
+
+
+def test_a_negative_prompt_that_an_embedded_scale_would_ignore_is_refused_wherever_it_stands(tmp_path: Path) -> None:
+    """Of the policy, of the prompts that are trained on and of those held out; "" says nothing."""
+    settings = [
+        f"policy.path={subject('flux1_dev').folder}",
+        "policy.lora.targets=null",
+        "policy.height=32",
+        "policy.width=64",
+    ]
+    for negative in ("ugly", ""):
+        (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "a cat", "negative_prompt": negative}) + "\n")
+        for key, value in (
+            ("policy.negative_prompt", negative),
+            ("prompts", f"{tmp_path}/prompts.jsonl"),
+            ("evaluation.prompts", f"{tmp_path}/prompts.jsonl"),
+        ):
+            changed = [*settings, f"{key}={value!r}", "evaluation.count=1"]
+            if negative:
+                with pytest.raises(
+                    ConfigError, match=r"'ugly'.* no unconditional half, so that this would silently do nothing"
+                ):
+                    load_config("tests/data/tiny.yaml", changed)
+            else:
+                load_config("tests/data/tiny.yaml", changed)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import flowalign as fa
 from flowalign.data import PromptRecord
 from flowalign.models.base import Sampling, Size
 from flowalign.models.sampling import defaults_of, sample
+from flowalign.testing import tiny_pipeline as random_pipeline
 from samplers import DPMSolver2M, Kernel, UniPC, normal
 
 PROMPT = 'the word "KITE" in red on a yellow background'
@@ -30,6 +31,17 @@ def test_the_defaults_are_those_of_the_pipelines_own_call(tiny_pipeline: Path, t
     assert fa.load_policy("glyphs", trainable="none").sampling == Sampling(6, 1.0, Size(24, 48))
     said = Sampling(2, 1.0, Size(24, 48))
     assert fa.load_policy(str(tiny_pipeline), trainable="none", sampling=said).sampling == said
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "guidance"),
+    [("flux1_dev", 28, 3.5), ("flux1_schnell", 4, 1.0), ("sdxl_turbo", 4, 1.0),
+     ("flux2_klein", 4, 1.0), ("flux2_klein_base", 50, 4.0)],
+)  # fmt: skip
+def test_a_distilled_checkpoint_defaults_to_its_few_steps(name: str, steps: int, guidance: float) -> None:
+    """Its pipeline's signature is that of the base model."""
+    sampling = fa.load_policy(random_pipeline(name), trainable="none").sampling
+    assert sampling is not None and (sampling.num_inference_steps, sampling.guidance_scale) == (steps, guidance)
 
 
 def test_a_live_pipeline_has_its_defaults_too() -> None:

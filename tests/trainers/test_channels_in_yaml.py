@@ -161,14 +161,16 @@ def test_a_run_with_channels_a_process_reward_and_an_evaluation_of_two(load, use
         (lambda user: {"rollout": {"plan": part("samplers.Selected", plan=part("samplers.Chain"), counts={"1": 2}),
                                    "refill": 1}},
          r"got rollout\.refill=1; expected at least 0, and 0 with a plan that selects"),
-        (lambda user: {"rollout": {"overlap": True}}, r"got rollout\.overlap=true; expected a rollout\.chunk"),
+        (lambda user: {"rollout": {"overlap": True}}, r"got rollout\.overlap=true with rollout\.chunk=null .* all rolled out at once"),
+        (lambda user: {"rollout": {"chunk": 2, "groups": 2, "overlap": True}},
+         r"got rollout\.overlap=true with rollout\.chunk=2 and rollout\.groups=2, all rolled out at once"),
         (lambda user: {"rollout": {"plan": part("samplers.Selected", plan=part("samplers.Chain"), counts={"1": 2}),
                                    "chunk": 1, "overlap": True}}, r"got rollout\.overlap=true; expected .* no plan that selects"),
     ],
     ids=["mix and gdpo", "mix of channels", "latent reward", "latent evaluation", "terminal process", "unread process",
          "one name", "selection", "evaluation names", "unknown input", "group of one", "group with probes",
          "preview reward without previews", "latent preview reward", "refill below 0", "refill of a selection",
-         "overlap without chunks", "overlap of a selection"],
+         "overlap without chunks", "overlap of one chunk", "overlap of a selection"],
 )  # fmt: skip
 def test_what_cannot_work_is_refused_before_loading(load, user, changes, named: str) -> None:
     with pytest.raises(ConfigError, match=named):
