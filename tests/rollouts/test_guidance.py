@@ -14,7 +14,7 @@ from flowalign.objectives import Guard, GuidanceDistillation
 from flowalign.rollouts.guidance import Probing, RewardGuidance
 from flowalign.run.preflight import forecast
 from rewards import RewardBatch, RewardError, RewardOutput, RewardSpec
-from samplers import Chain, DanceSDE, Deterministic, KeyedNoise, Selected, Tree, chain, window
+from samplers import Chain, DanceSDE, Deterministic, KeyedNoise, RectifiedFlow, Selected, Tree, chain, window
 from samplers.kernels.guided import GRADIENTS, RATE
 from tests.helpers.policy_gradient import PROMPTS, make, run_updates
 from tests.helpers.tiny_run import CONFIG, result
@@ -245,7 +245,7 @@ def test_what_cannot_guide_is_refused_before_loading(changed: dict[str, str], me
 
 def test_steps_without_noise_are_not_guided_by_their_noise() -> None:
     """score_half is a factor of s²: 0 in an ODE, which `scale` and full_tilt do move."""
-    tree, path = Deterministic().tree(4, 2, 0, None), None
+    tree, path = Deterministic().tree(4, 2, 0, None), RectifiedFlow()
     for guidance, count in (
         (RewardGuidance(Drift()), 0),
         (RewardGuidance(Drift(), scale=0.1), 8),
