@@ -102,7 +102,8 @@ pipelines of the real classes with the released schedulers, in fp32 on a CPU.
 * **images**: the largest difference of decoded pixels.
 * **evaluations per image**: counted in one iteration of Flow-GRPO of 3 steps, equal to the formula.
 * **log ratio**: the largest |log ratio| of an unchanged policy on its own rollout; **tree** the same for BranchGRPO's.
-* **tensors moved**: LoRA tensors of all networks, all of which the iteration changed.
+* **tensors moved**: LoRA tensors of all networks that the iteration changed. The others (SD3, Qwen-Image) lead to the last block's text
+  alone, which nothing reads: with random numbers in them the velocity keeps its bits.
 * **LoRA in plain diffusers**: latents of the pipeline with the exported LoRA against the policy's, as parity; **warm start**: velocity of
   a policy from a LoRA that diffusers wrote against the pipeline's, relative to the norm.
 * **bf16**: relative distance of the velocity of a bf16 network from that in fp32.
