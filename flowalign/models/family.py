@@ -29,39 +29,41 @@ class Distilled:
 
 @dataclass(frozen=True, eq=False)
 class Family:
-    """What must be known of a model family before its weights are read.
+    """What must be known of a model family before its weights are read: a value of this is what a family's file ends with."""
 
-    pipeline: the pipeline's class, named in model_index.json. model: makes the Model, `model(pipeline, **options)`, where the
-    options are `policy.options` and, if it is given, `max_sequence_length`; those that it takes are the arguments in its signature.
-    networks: name of each trained component -> its diffusers class; one that a checkpoint lacks (null in model_index.json) is left
-    out. targets: LoRA targets by default.
-    path: the noising law from the scheduler's configuration (with "_class_name"), ValueError for a scheduler whose steps the
-    rollout cannot repeat. latent_shape: of one latent, from the components' configurations; ValueError for a size that the
-    model cannot make. rows_per_state: see Policy. source_images: the least and the most of them that a record may have.
-    distilled: see there; from the components' configurations, the scheduler's too (with "_class_name").
-    own_fit: whether the pipeline fits source images itself, each in its own aspect ratio; if not, they are fitted to what is generated.
-    negative_prompts: whether the pipeline's call takes a negative prompt; if not, guidance starts from "".
-    load_arguments: extra arguments of `from_pretrained`, from model_index.json. load_lora: Python that loads what `Policy.save_lora` wrote
-    into a folder, given as Python, into `pipe`. variant: fields of this which a checkpoint's model_index.json changes, such as the rows of a
-    distilled one. takes_levels: whether the call of a pipeline of flows can step over levels that are not its scheduler's own (see
-    `Model.pipeline_sigmas`). tiny: very small pipelines of the family for tests, by name: component -> (class, configuration), or
-    another argument of the pipeline; the scheduler is the released one. See `flowalign.testing.tiny_pipeline`."""
-
+    # the pipeline's class, named in model_index.json
     pipeline: Any
+    # makes the Model: model(pipeline, **options), where the options are `policy.options` and, if given, `max_sequence_length`; it takes
+    # those in its signature
     model: Callable[..., Model]
+    # trained component -> its diffusers class; one that a checkpoint lacks (null in model_index.json) is left out
     networks: Mapping[str, Any]
+    # LoRA targets by default
     targets: tuple[str, ...]
+    # the noising law from the scheduler's configuration (with "_class_name"); ValueError for steps that the rollout cannot repeat
     path: Callable[[dict[str, Any]], samplers.Path]
+    # of one latent, from the components' configurations; ValueError for a size that the model cannot make
     latent_shape: Callable[[Size, Configs], tuple[int, ...]]
+    # see Policy
     rows_per_state: Callable[[float], int]
+    # the least and the most source images of a record
     source_images: tuple[int, int] = (0, 0)
+    # whether the pipeline fits source images itself, each in its own aspect ratio; if not, they are fitted to what is generated
     own_fit: bool = False
-    distilled: Callable[[Configs], Distilled] = lambda configs: Distilled()
+    # whether the pipeline's call takes a negative prompt; if not, guidance starts from ""
     negative_prompts: bool = True
-    load_arguments: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda index: {}
-    load_lora: Callable[[str], list[str]] = lambda folder: [f"pipe.load_lora_weights({folder})"]
-    variant: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda index: {}
+    # whether the pipeline's call can step over levels that are not its scheduler's own, see `Model.pipeline_sigmas`
     takes_levels: bool = True
+    # from the components' configurations, the scheduler's too (with "_class_name")
+    distilled: Callable[[Configs], Distilled] = lambda configs: Distilled()
+    # fields of this that a checkpoint's model_index.json changes, such as the rows of a distilled one
+    variant: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda index: {}
+    # extra arguments of `from_pretrained`, from model_index.json
+    load_arguments: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda index: {}
+    # lines of Python that load into `pipe` what `Policy.save_lora` wrote into a folder, given as Python
+    load_lora: Callable[[str], list[str]] = lambda folder: [f"pipe.load_lora_weights({folder})"]
+    # very small pipelines for tests (`flowalign.testing.tiny_pipeline`): name -> component -> (class, configuration), or another argument
+    # of the pipeline; the scheduler is the released one
     tiny: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def of(self, index: Mapping[str, Any]) -> Family:
