@@ -15,6 +15,7 @@ from flowalign.config.layers import merge, read_layer
 from flowalign.config.settings import RunSettings
 from flowalign.data import load_prompts
 from flowalign.errors import ConfigError
+from flowalign.models.checks import rows_per_state
 from flowalign.objectives import Transitions
 from rewards import RewardBatch, score
 from samplers import FlowSDE
@@ -190,7 +191,8 @@ def test_all_layers_combine(method: str, model: str, tiny: dict[str, str]) -> No
         needed["trainer.regularizers.kl.form=exact"] = r"regularizers\.kl: .*form=exact"
     if method == "dynamic_treerpo" and model in DISCRETE:  # the best leaf's velocity is that of a flow
         needed["trainer.supervision.layer_tuning.target=best_path_velocity"] = "take best_path_velocity"
-    if method in FEW_STEPS and content(f"configs/models/{model}.yaml")["rollout"].get("guidance_scale", 1.0) > 1:
+    scale = content(f"configs/models/{model}.yaml")["rollout"].get("guidance_scale", 1.0)
+    if method in FEW_STEPS and rows_per_state(tiny[model].removeprefix("policy.path="), scale) > 1:
         needed["rollout.allow_cfg_update=true"] = rf"allow_cfg_update=true.*{model}\.yaml, line"
     if method == "dynamic_treerpo" and model in DISCRETE:  # 1.5 times η = 1 would be more noise than there is
         needed["rollout.kernel.eta=0.6"] = "lower the level"
