@@ -26,7 +26,7 @@ from flowalign.models.checks import (
     guidance_of,
     path_of,
 )
-from flowalign.models.family import Family, check_negative_prompts, check_source_images
+from flowalign.models.family import Family, Guidance, check_negative_prompts, check_source_images
 from flowalign.models.quantization import check_quantization
 from flowalign.models.roles import check_roles
 from flowalign.rollouts.rolling import grow, leaves_per_group
@@ -46,19 +46,7 @@ def check(config: TrainConfig) -> None:
             raise ConfigError(f"run.trackers names {tracker!r}, which is not installed: install it, or leave it out")
     check_roles(config.roles)
     _check_trained_roles(config)
-    check_checkpoint(policy.path, policy.family)
-    family = inspect_checkpoint(policy.path, policy.family)[1]
-    check_options(family, policy.max_sequence_length, policy.options)
-    _check_uncond(rollout, family)
-    latent_shape = check_image_size(policy.path, policy.size, policy.family)
-    if policy.decode_batch is not None and policy.decode_batch < 1:
-        raise ConfigError(f"policy.decode_batch={policy.decode_batch}: expected at least 1, or null")
-    if policy.max_sequence_length is not None and policy.max_sequence_length < 0:
-        raise ConfigError(f"policy.max_sequence_length={policy.max_sequence_length}: expected at least 0, or null")
-    check_quantization(policy.quantization, policy.trainable)
-    check_switches(policy.path, policy.switches, policy.family)
-    check_vae_tiling(policy.path, policy.vae_tiling, policy.family)
-    check_fixed_rows(policy.path, rollout.rows, policy.family)
+    family, latent_shape = _check_policy(config)
     guidance = guidance_of(policy.path, policy.family)
     lora_numbers = 0
     if policy.trainable == "lora":
@@ -81,10 +69,7 @@ def check(config: TrainConfig) -> None:
     state_channels = _check_rewards(config)
     if bound.reward_guidance is not None:
         bound.reward_guidance.check(grow(bound, 0, 0, [0]), bound.kernel, path, config.process_rewards)
-    prompts, held_out = load_prompts(config.prompts), load_prompts(config.evaluation.prompts)
-    check_source_images([*prompts, *held_out], family)
-    check_one_row(guidance, policy.negative_prompt, [*prompts, *held_out])
-    check_negative_prompts([policy.negative_prompt, *(each.negative_prompt for each in (*prompts, *held_out))], family)
+    prompts, held_out = _prompts(config, family, guidance)
     evaluated = [] if evaluation.allow_training_prompts else held_out[: evaluation.count]
     setup = Setup(
         bound, path, channels_of(config.reward), policy.roles, state_channels, reward=spec_of(config.reward), size=policy.size,
@@ -113,6 +98,35 @@ def check(config: TrainConfig) -> None:
             f"evaluation.count={config.evaluation.count}: {config.evaluation.prompts} holds {len(held_out)} prompts"
         )
     _check_held_out(config, prompts, held_out[: config.evaluation.count])
+
+
+def _check_policy(config: TrainConfig) -> tuple[Family, tuple[int, ...]]:
+    """What the checkpoint's files and configurations tell of the policy. The family, and the shape of one latent."""
+    policy, rollout = config.policy, config.rollout
+    check_checkpoint(policy.path, policy.family)
+    family = inspect_checkpoint(policy.path, policy.family)[1]
+    check_options(family, policy.max_sequence_length, policy.options)
+    _check_uncond(rollout, family)
+    latent_shape = check_image_size(policy.path, policy.size, policy.family)
+    if policy.decode_batch is not None and policy.decode_batch < 1:
+        raise ConfigError(f"policy.decode_batch={policy.decode_batch}: expected at least 1, or null")
+    if policy.max_sequence_length is not None and policy.max_sequence_length < 0:
+        raise ConfigError(f"policy.max_sequence_length={policy.max_sequence_length}: expected at least 0, or null")
+    check_quantization(policy.quantization, policy.trainable)
+    check_switches(policy.path, policy.switches, policy.family)
+    check_vae_tiling(policy.path, policy.vae_tiling, policy.family)
+    check_fixed_rows(policy.path, rollout.rows, policy.family)
+    return family, latent_shape
+
+
+def _prompts(config: TrainConfig, family: Family, guidance: Guidance) -> tuple[list[PromptRecord], list[PromptRecord]]:
+    """Those that are trained on and those of the evaluation; ValueError for one that says what the model would not read."""
+    prompts, held_out = load_prompts(config.prompts), load_prompts(config.evaluation.prompts)
+    records, own = [*prompts, *held_out], config.policy.negative_prompt
+    check_source_images(records, family)
+    check_one_row(guidance, own, records)
+    check_negative_prompts([own, *(each.negative_prompt for each in records)], family)
+    return prompts, held_out
 
 
 def _check_numbers(rollout: Rollout, evaluation_scale: float) -> None:
