@@ -80,9 +80,3 @@ def latent_shape(size: Size, configs: Configs) -> tuple[int, ...]:
     factor = vae_reduction(configs["vae"])
     check_image(size, math.lcm(8, factor))
     return (configs["unet"]["in_channels"], size.height // factor, size.width // factor)
-
-
-def no_levels(sigmas: Tensor) -> tuple[list[str], dict[str, Any]]:
-    """`Model.pipeline_sigmas` of a network that knows no levels between its timesteps."""
-    raise ValueError("got levels for a pipeline with discrete timesteps; expected its scheduler's own, since it knows none in "
-                     "between: leave the schedule out")  # fmt: skip

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from torch import Tensor
+
 import samplers
 from flowalign.data import PromptRecord
 from flowalign.models.base import Model, Size
@@ -127,3 +129,11 @@ def prompts_and_negatives(records: Sequence[PromptRecord], negatives: Sequence[P
     """`Model.pipeline_inputs` of a pipeline that takes `prompt` and `negative_prompt` and no images."""
     own = {"prompt": [record.prompt for record in records]}
     return own if negatives is None else own | {"negative_prompt": [record.prompt for record in negatives]}
+
+
+def no_levels(sigmas: Tensor) -> tuple[list[str], dict[str, Any]]:
+    """`Model.pipeline_sigmas` of a pipeline whose call takes no levels: ValueError."""
+    raise ValueError(
+        "got levels for a pipeline whose call takes none, since its scheduler makes its own; expected none: set schedule=null in rollout and "
+        "evaluation"
+    )

@@ -53,11 +53,3 @@ def flow_multistep_sigmas(scheduler: SchedulerMixin, num_inference_steps: int) -
 def flow_multistep_timestep(sigma: Tensor) -> Tensor:
     """[n] int64: the timesteps that these schedulers give the network, ⌊1000·σ⌋; theirs for shifts of 3 to 12 and up to 100 steps."""
     return (sigma.double() * 1000).floor().long()
-
-
-def no_levels(sigmas: Tensor) -> tuple[list[str], dict[str, Any]]:
-    """`Model.pipeline_sigmas` of a pipeline whose scheduler makes its levels itself."""
-    raise ValueError(
-        "got levels for a pipeline whose call takes none, since its scheduler makes its own; expected none: set schedule=null in rollout and "
-        "evaluation"
-    )

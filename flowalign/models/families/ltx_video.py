@@ -19,9 +19,8 @@ from transformers import T5EncoderModel, T5Tokenizer
 from flowalign.data import PromptRecord
 from flowalign.models.base import Network, Size
 from flowalign.models.conditions import Conditions
-from flowalign.models.family import Configs, Family, check_video, prompts_and_negatives
+from flowalign.models.family import Configs, Family, check_video, no_levels, prompts_and_negatives
 from flowalign.models.flow_match import flow_match_path, flow_match_sigmas
-from flowalign.models.flow_multistep import no_levels
 from flowalign.models.guidance import classifier_free, classifier_free_rows
 from samplers import ODE, RectifiedFlow
 

@@ -19,12 +19,11 @@ from transformers import Gemma2Model, GemmaTokenizer
 from flowalign.data import PromptRecord
 from flowalign.models.base import Network, Size
 from flowalign.models.conditions import Conditions
-from flowalign.models.family import Configs, Family, check_image, prompts_and_negatives
+from flowalign.models.family import Configs, Family, check_image, no_levels, prompts_and_negatives
 from flowalign.models.flow_multistep import (
     flow_multistep_path,
     flow_multistep_sigmas,
     flow_multistep_timestep,
-    no_levels,
 )
 from flowalign.models.guidance import classifier_free, classifier_free_rows
 from samplers import DPMSolver2M, RectifiedFlow

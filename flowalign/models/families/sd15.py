@@ -21,7 +21,7 @@ from flowalign.data import PromptRecord
 from flowalign.models import discrete, scaled_vae
 from flowalign.models.base import Network, Size
 from flowalign.models.conditions import Conditions
-from flowalign.models.family import Family, prompts_and_negatives
+from flowalign.models.family import Family, no_levels, prompts_and_negatives
 from flowalign.models.guidance import classifier_free, classifier_free_rows
 from samplers import ODE, VariancePreserving
 
@@ -121,7 +121,7 @@ class SD15Model:
         return latents
 
     def pipeline_sigmas(self, sigmas: Tensor) -> tuple[list[str], dict[str, Any]]:
-        return discrete.no_levels(sigmas)
+        return no_levels(sigmas)
 
 
 def ddim(config: dict[str, Any]) -> DDIMScheduler:

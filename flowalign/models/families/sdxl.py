@@ -28,7 +28,7 @@ from flowalign.data import PromptRecord
 from flowalign.models import discrete, scaled_vae
 from flowalign.models.base import Network, Size
 from flowalign.models.conditions import Conditions
-from flowalign.models.family import Configs, Distilled, Family, prompts_and_negatives, vae_reduction
+from flowalign.models.family import Configs, Distilled, Family, no_levels, prompts_and_negatives, vae_reduction
 from flowalign.models.guidance import classifier_free, classifier_free_rows
 from samplers import ODE, VariancePreserving
 
@@ -164,7 +164,7 @@ class SDXLModel:
         return latents
 
     def pipeline_sigmas(self, sigmas: Tensor) -> tuple[list[str], dict[str, Any]]:
-        return discrete.no_levels(sigmas)
+        return no_levels(sigmas)
 
 
 def euler(config: dict[str, Any]) -> EulerDiscreteScheduler:

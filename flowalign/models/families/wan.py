@@ -28,12 +28,11 @@ from flowalign.data import PromptRecord
 from flowalign.models import scaled_vae
 from flowalign.models.base import Network, Size
 from flowalign.models.conditions import Conditions
-from flowalign.models.family import Configs, Family, check_video, prompts_and_negatives
+from flowalign.models.family import Configs, Family, check_video, no_levels, prompts_and_negatives
 from flowalign.models.flow_multistep import (
     flow_multistep_path,
     flow_multistep_sigmas,
     flow_multistep_timestep,
-    no_levels,
 )
 from flowalign.models.guidance import classifier_free_apart, classifier_free_rows
 from flowalign.models.noise_networks import dealt
