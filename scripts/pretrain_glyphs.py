@@ -18,8 +18,9 @@ from diffusers import StableDiffusion3Pipeline
 from flowalign.glyphs import LOAD_ARGS, held_out_prompts
 from flowalign.glyphs.card import model_card
 from flowalign.glyphs.judge import Figures, judge, sample_pictures
-from flowalign.glyphs.pretrain import TRAINED, Pretraining, pretrain, vae_error
+from flowalign.glyphs.pretrain import TRAINED, pretrain, vae_error
 from flowalign.glyphs.progress import progress_bars
+from flowalign.glyphs.training import Pretraining
 
 GRID = [(6, 1.0), (6, 1.5), (6, 2.0), (6, 3.0), (6, 4.0), (8, 1.0), (8, 2.0), (8, 3.0), (40, 1.0), (40, 3.0)]
 MEASURED = 256  # held-out prompts

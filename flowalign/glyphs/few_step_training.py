@@ -19,9 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from flowalign.glyphs import FEW_STEP_SCHEDULE
-from flowalign.glyphs.pretrain import load_training, sample_batch, save_training, train_step
+from flowalign.glyphs.pretrain import sample_batch
 from flowalign.glyphs.progress import Progress
 from flowalign.glyphs.schedule import set_rate
+from flowalign.glyphs.training import load_training, save_training, train_step
 from samplers import generator, normal
 
 Teacher = Callable[[Tensor, Sequence[str]], Tensor]  # start noise [n, *], prompts -> clean latents [n, *]

@@ -6,6 +6,7 @@ embeddings initialized at CLIP's position in the network but with a standard dev
 """
 
 import string
+from collections.abc import Iterable
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
@@ -26,7 +27,11 @@ SHIFT = 3.0  # of the sampling schedule; reads better than 1 at six steps
 
 
 def build_tokenizer() -> CLIPTokenizer:
-    """A CLIP tokenizer that knows the template's words and spells everything else.
+    return spelling_clip_tokenizer(TEMPLATE, TOKENS)
+
+
+def spelling_clip_tokenizer(template: Iterable[str], length: int) -> CLIPTokenizer:
+    """A CLIP tokenizer that knows the template's words and spells everything else; length: most tokens of a prompt.
 
     BPE without merges over lower-case letters: quoted capitals are lower-cased and split. The template's words are
     added tokens matched on the raw text (normalized=False), so lower-case `red` is one token and `"RED"` three.
@@ -34,9 +39,9 @@ def build_tokenizer() -> CLIPTokenizer:
     letters = string.ascii_lowercase
     tokens = ["<|startoftext|>", *letters, *(letter + "</w>" for letter in letters), '"', '"</w>', "<|endoftext|>"]
     tokenizer = CLIPTokenizer(
-        vocab={token: index for index, token in enumerate(tokens)}, merges=[], model_max_length=TOKENS
+        vocab={token: index for index, token in enumerate(tokens)}, merges=[], model_max_length=length
     )
-    tokenizer.add_tokens([AddedToken(word, single_word=True, normalized=False) for word in TEMPLATE])
+    tokenizer.add_tokens([AddedToken(word, single_word=True, normalized=False) for word in template])
     return tokenizer
 
 

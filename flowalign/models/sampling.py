@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from flowalign.data import PromptRecord
-from flowalign.glyphs import CALL_ARGS, FEW_STEP, FEW_STEP_SCHEDULE, GUIDANCE_SCALE, PIPELINE, STEPS
+from flowalign.glyphs import CALL_ARGS, FEW_STEP, FEW_STEP_SCHEDULE, GUIDANCE_SCALE, PIPELINE, STEPS, edit, video
 from flowalign.models.base import Policy, Sampling, Size
 from flowalign.models.conditions import Conditions
 from flowalign.models.family import Configs, Distilled
@@ -72,6 +72,13 @@ def shipped_sampling(folder: str) -> Sampling | None:
     size = Size(CALL_ARGS["height"], CALL_ARGS["width"])
     if folder == str(PIPELINE):
         return Sampling(STEPS, GUIDANCE_SCALE, size)
+    if folder == str(edit.PIPELINE):
+        return Sampling(edit.STEPS, GUIDANCE_SCALE, size)
+    if folder == str(video.PIPELINE):
+        call = video.CALL_ARGS
+        return Sampling(
+            video.STEPS, GUIDANCE_SCALE, Size(call["height"], call["width"], call["num_frames"]), fps=video.FPS
+        )
     steps = next((steps for steps, own in FEW_STEP.items() if folder == str(own)), None)
     return None if steps is None else Sampling(steps, GUIDANCE_SCALE, size, FEW_STEP_SCHEDULE)
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 
-from flowalign.glyphs import FEW_STEP, PIPELINE
+from flowalign.glyphs import FEW_STEP, PIPELINE, edit, video
 
-SHIPPED = {"glyphs": PIPELINE, **{f"glyphs-{steps}step": folder for steps, folder in FEW_STEP.items()}}
+SHIPPED = {
+    "glyphs": PIPELINE, "glyphs-video": video.PIPELINE, "glyphs-edit": edit.PIPELINE,
+    **{f"glyphs-{steps}step": folder for steps, folder in FEW_STEP.items()},
+}  # fmt: skip
 
 
 def resolve(path: str) -> str:

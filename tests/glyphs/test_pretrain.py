@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from flowalign.glyphs.parts import build_pipeline
-from flowalign.glyphs.pretrain import TRAINED, Pretraining, encode_text, pretrain
+from flowalign.glyphs.pretrain import TRAINED, encode_text, pretrain
+from flowalign.glyphs.training import Pretraining
 
 TINY = Pretraining(batch_size=2, vae_batch_size=2, vae_steps=2, steps=2, warmup=1, checkpoint_every=1, statistics=8)
 

@@ -1,0 +1,125 @@
+"""Pre-training of Glyphs-Video from random weights: first the VAE, then text encoder and transformer together, by rectified
+flow. A resumed run gives the same weights as an uninterrupted one (see `flowalign.glyphs.training`)."""
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan, WanPipeline
+from torch import Tensor, nn
+
+from flowalign.glyphs.progress import Progress
+from flowalign.glyphs.prompts import INKS, LETTERS, PAPERS
+from flowalign.glyphs.training import (
+    Pretraining,
+    dropped_out,
+    noised,
+    other_words,
+    palette,
+    step_generator,
+    train_flow,
+    train_vae,
+)
+from flowalign.glyphs.video.parts import TOKENS, build_pipeline, latent_statistics
+from flowalign.glyphs.video.prompts import DIRECTIONS, Scene, held_out_prompts, make_prompt
+from flowalign.glyphs.video.renderer import draw, ink_of_frames, paths
+
+TRAINED = ("transformer", "text_encoder")
+RECIPE = Pretraining(vae_batch_size=8, vae_steps=1500, vae_learning_rate=2e-3, anchor=0.0, statistics=128, steps=2000)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Scenes drawn at random: clips [N, F, 3, 32, 64] in [0, 1] and their prompts; actions [N, F - 1] as numbers of DIRECTIONS."""
+
+    clips: Tensor
+    prompts: list[str]
+    actions: Tensor
+
+
+def pretrain(recipe: Pretraining, folder: Path, progress: Progress) -> WanPipeline:
+    """Runs or resumes the recipe with checkpoints in `folder`; returns the pipeline with averaged weights, fp32."""
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(recipe.seed)  # initial weights
+    pipeline = build_pipeline()
+    train_vae(pipeline.vae, lambda generator: vae_loss(pipeline.vae, recipe, generator), recipe, folder, progress)
+    clips = sample_batch(recipe.statistics, step_generator(recipe.seed, 0, recipe.vae_steps)).clips
+    latent_statistics(pipeline.vae, encode_clips(pipeline.vae, clips))
+    model = nn.ModuleDict({name: pipeline.components[name] for name in TRAINED})
+    train_flow(model, lambda generator: flow_loss(pipeline, recipe, generator), recipe, folder, progress)
+    return pipeline
+
+
+def sample_batch(count: int, generator: torch.Generator) -> Batch:
+    """Uniformly random words that are not held out, colors, turns, directions and places."""
+    words = _words()
+    letters = words[torch.randint(len(words), (count,), generator=generator)]
+    ink, paper, last = (
+        torch.randint(len(names), (count,), generator=generator).tolist() for names in (INKS, PAPERS, INKS)
+    )
+    turns = (torch.rand(count, generator=generator) < 0.5).tolist()
+    last = [other if turn else own for other, turn, own in zip(last, turns, ink, strict=True)]
+    halves = torch.randint(len(DIRECTIONS), (count, 2), generator=generator)
+    inks, papers, names = list(INKS), list(PAPERS), list(DIRECTIONS)
+    scenes = [
+        Scene("".join(LETTERS[i] for i in word), inks[i], inks[end], papers[p], names[a], names[b])
+        for word, i, end, p, (a, b) in zip(letters.tolist(), ink, last, paper, halves.tolist(), strict=True)
+    ]
+    actions = torch.tensor([[names.index(action) for action in scene.actions] for scene in scenes])
+    colors = ink_of_frames(palette(INKS)[ink], palette(INKS)[last])
+    clips = draw(letters, colors, palette(PAPERS)[paper], paths(actions, generator=generator))
+    return Batch(clips, [make_prompt(scene) for scene in scenes], actions)
+
+
+@cache
+def _words() -> Tensor:
+    return other_words([record["target"] for record in held_out_prompts()])
+
+
+def vae_loss(vae: AutoencoderKLWan, recipe: Pretraining, generator: torch.Generator) -> Tensor:
+    """Mean absolute error of the reconstruction, of clips in [-1, 1], and a little KL."""
+    clips = sample_batch(recipe.vae_batch_size, generator).clips.transpose(1, 2) * 2 - 1
+    posterior = vae.encode(clips).latent_dist
+    decoded = vae.decode(posterior.sample(generator)).sample
+    return (decoded - clips).abs().mean() + recipe.kl * posterior.kl().mean()
+
+
+@torch.no_grad()
+def encode_clips(vae: AutoencoderKLWan, clips: Tensor) -> Tensor:
+    """The VAE's own latents [N, C, F', h, w] of clips [N, F, 3, H, W] in [0, 1]."""
+    latents: Tensor = vae.encode(clips.transpose(1, 2) * 2 - 1).latent_dist.mode()
+    return latents
+
+
+def scaled_latents(vae: AutoencoderKLWan, clips: Tensor) -> Tensor:
+    """Latents as the transformer sees them."""
+    mean, std = (
+        torch.tensor(values)[:, None, None, None] for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    return (encode_clips(vae, clips) - mean) / std
+
+
+def flow_loss(pipeline: WanPipeline, recipe: Pretraining, generator: torch.Generator) -> Tensor:
+    """Mean squared error of the velocity on one random batch."""
+    batch = sample_batch(recipe.batch_size, generator)
+    x0 = scaled_latents(pipeline.vae, batch.clips)
+    texts = encode_text(pipeline, dropped_out(batch.prompts, recipe.prompt_dropout, generator))
+    states, sigma, target = noised(x0, recipe, generator)
+    velocity: Tensor = pipeline.transformer(states, sigma * 1000, texts, return_dict=False)[0]
+    return (velocity - target).square().mean()
+
+
+def encode_text(pipeline: WanPipeline, prompts: list[str]) -> Tensor:
+    """What `WanPipeline.encode_prompt` gives with max_sequence_length=TOKENS, but with gradients: [N, TOKENS, 64], 0 after the end."""
+    tokens = pipeline.tokenizer(prompts, padding="max_length", max_length=TOKENS, return_tensors="pt")
+    embeds: Tensor = pipeline.text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
+    return embeds * tokens.attention_mask[..., None]
+
+
+@torch.no_grad()
+def vae_error(pipeline: WanPipeline) -> float:
+    """Mean absolute reconstruction error of the VAE, for clips in [-1, 1]."""
+    clips = sample_batch(64, torch.Generator().manual_seed(0)).clips
+    decoded = pipeline.vae.decode(encode_clips(pipeline.vae, clips)).sample.transpose(1, 2)
+    return (decoded - (clips * 2 - 1)).abs().mean().item()
