@@ -10,7 +10,8 @@ from typing import Any
 
 from PIL import Image
 
-from flowalign.data import PromptRecord, read_image, record_of
+from flowalign.data import PromptRecord, record_of
+from flowalign.media import read_image
 from flowalign.prompt_files import read_rows, short
 
 
@@ -111,7 +112,11 @@ def check_not_held_out(rows: Sequence[ImagePair | LabeledImage], held_out: Seque
 def digest_of(rows: Sequence[ImagePair | LabeledImage]) -> str:
     """SHA-256 of prompts, and of the content of images wherever they lie: by it a resumed run checks that its data are the same."""
     content = [
-        (row.record.prompt, row.record.negative_prompt, [_content(path) for path in (*row.files, *row.record.images)])
+        (
+            row.record.prompt,
+            row.record.negative_prompt,
+            [*map(_content, row.files), *(image.digest() for image in row.record.images)],
+        )
         for row in rows
     ]
     return hashlib.sha256(repr(content).encode()).hexdigest()

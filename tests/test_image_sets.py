@@ -9,6 +9,7 @@ from PIL import Image
 
 from flowalign.data import PromptRecord
 from flowalign.image_sets import check_images_of, check_not_held_out, digest_of, load_labeled, load_pairs
+from flowalign.media import source_image
 
 HEIGHT, WIDTH = 4, 6
 VOTE = {
@@ -53,7 +54,9 @@ def test_labeled_images_are_read_with_the_sources_of_an_edit(folder: Path) -> No
     found = load_labeled(write(folder, *rows))
     assert [each.image.parent.name for each in found] == ["a", "b", "a"] and found[0].files == (found[0].image,)
     assert found[0].record.images == () and found[1].record.negative_prompt == "blur"
-    assert found[2].record.images == (folder / "images/a/4-0.png",) and found[2].record.metadata == {"from": "us"}
+    assert found[2].record.images == (source_image(folder / "images/a/4-0.png"),) and found[2].record.metadata == {
+        "from": "us"
+    }
 
 
 @pytest.mark.parametrize(

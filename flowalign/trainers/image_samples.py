@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flowalign.data import PromptRecord, prompts_of_iteration, read_image
+from flowalign.data import PromptRecord, prompts_of_iteration
 from flowalign.image_sets import (
     ImagePair,
     LabeledImage,
@@ -22,6 +22,7 @@ from flowalign.image_sets import (
     load_pairs,
     request_of,
 )
+from flowalign.media import read_image
 from flowalign.models.grid import grid
 from flowalign.rollouts.gather import encoded, gather_output
 from flowalign.rollouts.judging import judge
