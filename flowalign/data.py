@@ -113,6 +113,11 @@ def record_of(place: str, uid: int, row: dict[str, Any], folder: Path) -> Prompt
         )
     for text in (row["prompt"], negative or ""):
         _check_text(place, text)
+    if "video" in row:
+        raise ValueError(
+            f"{place}: got 'video'={short(row['video'])}; expected none: no model here reads a source clip; a first frame goes under "
+            "'image', clips to train on into the file of a trainer.source, and what a reward reads under another name"
+        )
     if "image" in row and "images" in row:
         raise ValueError(f"{place}: got 'image' and 'images'; expected one of them: list all files under 'images'")
     given = [row["image"]] if "image" in row else row.get("images", [])

@@ -7,7 +7,7 @@ import io
 import os
 import tarfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -15,7 +15,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from flowalign.prompt_files import LFS
@@ -42,42 +42,52 @@ class SourceImage(Protocol):
 
 @dataclass(frozen=True)
 class ArchiveMember:
-    """A file within a .zip or an uncompressed .tar. name: its path there, without a leading "./"."""
+    """A file or folder within a .zip or an uncompressed .tar, with what a Path has of methods. member: its path there, without a leading
+    "./". OSError for an archive that is damaged."""
 
     archive: Path
-    name: str
+    member: str
 
     def __str__(self) -> str:
-        return str(self.archive / self.name)
+        return str(self.archive / self.member)
+
+    @property
+    def name(self) -> str:
+        return PurePosixPath(self.member).name
 
     def is_file(self) -> bool:
-        return self.name in _members(self.archive)
+        return self.member in _members(self.archive)
 
     def is_dir(self) -> bool:
-        return any(name.startswith(f"{self.name}/") for name in _members(self.archive))
+        return any(name.startswith(f"{self.member}/") for name in _members(self.archive))
+
+    def iterdir(self) -> Iterator[ArchiveMember]:
+        """The files of a folder; folders in it are left out."""
+        for name in _members(self.archive):
+            if str(PurePosixPath(name).parent) == self.member:
+                yield ArchiveMember(self.archive, name)
 
     def read_bytes(self) -> bytes:
-        """OSError for an archive without it, or a damaged one."""
         if not self.is_file():
-            raise OSError(f"{self.archive} has no member {self.name!r}")
-        return _members(self.archive)[self.name].read()
+            raise OSError(f"{self.archive} has no member {self.member!r}")
+        return _members(self.archive)[self.member].read()
+
+
+Place = Path | ArchiveMember
 
 
 @dataclass(frozen=True)
 class ImageFile:
     """An image in a file, or in a member of an archive."""
 
-    file: Path | ArchiveMember
+    file: Place
 
     def __str__(self) -> str:
         return str(self.file)
 
     def open(self) -> Image.Image:
         try:
-            content = self.file.read_bytes()
-            if content.startswith(LFS.encode()):
-                raise ValueError("a Git-LFS pointer: `git lfs pull` in its repository gets the image itself")
-            with Image.open(io.BytesIO(content)) as picture:
+            with picture_of(content_of(self.file)) as picture:
                 return picture.convert("RGB")
         except (
             OSError,
@@ -91,7 +101,7 @@ class ImageFile:
             ) from error
 
     def digest(self) -> str:
-        return hashlib.sha256(self.file.read_bytes()).hexdigest()
+        return digest_of_file(self.file)
 
     def missing(self) -> str | None:
         if self.file.is_file():
@@ -127,7 +137,7 @@ def source_image(given: object) -> SourceImage:
         case ImageFile() | ImageInMemory():
             return given
         case str() | Path():
-            return ImageFile(file_at(Path(given)))
+            return ImageFile(place_at(Path(given)))
         case Image.Image():
             try:
                 picture = given.convert("RGB")
@@ -139,12 +149,33 @@ def source_image(given: object) -> SourceImage:
     raise TypeError(f"got {given!r} as a source image; expected a path, or a picture of Pillow")
 
 
-def file_at(path: Path) -> Path | ArchiveMember:
-    """The file at a path, which may lead into an archive; whether it exists is not asked."""
+def place_at(path: Path) -> Place:
+    """The file or folder at a path, which may lead into an archive; whether it exists is not asked."""
     for parent in path.parents:
         if parent.suffix.lower() in ARCHIVES and parent.is_file():
             return ArchiveMember(parent, path.relative_to(parent).as_posix())
     return path
+
+
+def content_of(file: Place) -> bytes:
+    """OSError for a file that cannot be read, ValueError for a Git-LFS pointer in its place."""
+    content = file.read_bytes()
+    if content.startswith(LFS.encode()):
+        raise ValueError("a Git-LFS pointer: `git lfs pull` in its repository gets the file itself")
+    return content
+
+
+def picture_of(content: bytes) -> Image.Image:
+    """Opened, not decoded; ValueError for bytes that are no image."""
+    try:
+        return Image.open(io.BytesIO(content))
+    except UnidentifiedImageError as error:  # its message names the buffer
+        raise ValueError("it has no format that Pillow knows") from error
+
+
+def digest_of_file(file: Place) -> str:
+    """SHA-256 of its content."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def read_image(image: object) -> Tensor:

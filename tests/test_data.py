@@ -92,6 +92,7 @@ def test_a_line_may_name_source_images_and_a_negative_prompt(tmp_path):
         ('{"prompt": "a", "image": 3}', r"got images \[3\]; expected a path"),
         ('{"prompt": "a", "images": "a.png"}', "list of paths under 'images'"),
         ('{"prompt": "a", "image": "a.png", "images": []}', "expected one of them"),
+        ('{"prompt": "a", "video": "a.mp4"}', "got 'video'='a.mp4'; expected none: no model here reads a source clip"),
         ('{"prompt": "a", "negative_prompt": 1}', "negative_prompt=1; expected a text"),
     ],
 )
