@@ -16,7 +16,7 @@ from diffusers import FluxKontextPipeline
 
 from flowalign.glyphs.edit import held_out_prompts
 from flowalign.glyphs.edit.card import model_card
-from flowalign.glyphs.edit.judge import Figures, judge, sample_edits
+from flowalign.glyphs.edit.figures import Figures, judge, sample_edits
 from flowalign.glyphs.edit.pretrain import RECIPE, TRAINED, pretrain, vae_error
 from flowalign.glyphs.edit.prompts import Axis
 from flowalign.glyphs.export import export

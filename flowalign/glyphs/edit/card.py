@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from flowalign.glyphs.edit.judge import Figures
+from flowalign.glyphs.edit.figures import Figures
 from flowalign.glyphs.edit.prompts import Axis, held_out_prompts, train_prompts
 from flowalign.glyphs.export import parts_list
 
