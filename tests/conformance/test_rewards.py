@@ -206,8 +206,8 @@ def test_the_form_of_an_answer(reward: Reward) -> None:
 
 
 def test_a_batch_without_what_its_spec_reads_is_refused(reward: Reward) -> None:
-    assert reward.spec.inputs in (("images",), ("videos",))
-    with pytest.raises(RewardError, match=f"expected {reward.spec.inputs[0]}, which it reads"):
+    assert reward.spec.inputs in (("images",), ("videos",), ("images", "conditions"))
+    with pytest.raises(RewardError, match=f"expected {' and '.join(reward.spec.inputs)}, which it reads"):
         score(reward, RewardBatch(prompts=["p"]))
 
 
