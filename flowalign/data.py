@@ -38,7 +38,7 @@ class PromptRecord:
         object.__setattr__(self, "images", tuple(source_image(image) for image in self.images))
 
 
-Source = Image.Image | str | Path
+Source = SourceImage | Image.Image | str | Path
 Sources = Source | Sequence[Source | Sequence[Source]]
 
 
@@ -73,11 +73,11 @@ def with_images(records: Sequence[PromptRecord], images: Sources) -> list[Prompt
         raise ValueError(
             f"got {len(listed)} images for {len(records)} prompts; expected one for all, or one, or a list of them, for each"
         )
-    owned = [tuple(own) if isinstance(own, list | tuple) else (own,) for own in listed]
-    for own in owned:
-        for path in (Path(each) for each in own if isinstance(each, str | Path)):
-            if not path.is_file():
-                raise FileNotFoundError(f"the image {path} does not exist (working directory: {Path.cwd()})")
+    several = [own if isinstance(own, list | tuple) else (own,) for own in listed]
+    owned = [tuple(source_image(each) for each in own) for own in several]
+    for image in (image for own in owned for image in own):
+        if lacks := image.missing():
+            raise FileNotFoundError(f"image {image} {lacks} (working directory: {Path.cwd()}); expected an image file")
     return [replace(record, images=own) for record, own in zip(records, owned, strict=True)]
 
 

@@ -56,6 +56,8 @@ def contrast() -> ImageStatistics:
 def test_generate_edits_the_image_that_the_call_names(kontext: Policy, sources: list[Path]) -> None:
     one, other = (kontext.generate(TWICE[0], image=source).pixels for source in sources)
     assert one.shape == (1, 3, 32, 64) and not torch.equal(one, other)
+    with Image.open(sources[0]) as picture:
+        assert torch.equal(kontext.generate(TWICE[0], image=picture).pixels, one)
     both = kontext.generate([TWICE[0]] * 2, image=sources).pixels
     records = fa.as_records([TWICE[0]] * 2, sources)
     assert torch.equal(both, kontext.generate(records).pixels) and not torch.equal(both[0], both[1])

@@ -18,6 +18,7 @@ from torch.nn.functional import avg_pool2d, interpolate
 
 from flowalign.data import PromptRecord, Sources, as_records, digest, source_images
 from flowalign.distributed.processes import Processes
+from flowalign.media import read_image
 from flowalign.models.base import Policy, Sampling, Size
 from flowalign.models.sampling import Job, in_batches, settle
 from rewards import FunctionReward, Reward, RewardBatch, RewardError, labels_of, pictures, score
@@ -194,12 +195,10 @@ def kept_pixels(images: Tensor, count: int) -> Tensor:
 
 def kept_sources(records: Sequence[PromptRecord], height: int) -> dict[int, Tensor]:
     """{uid: uint8 [3, height, w]}: a prompt's source images beside each other, each in its own aspect ratio."""
-    found = source_images(records)
-    if found is None:
-        return {}
-    rows = zip(records, found, strict=True)
     return {
-        record.uid: torch.cat([_of_height(image, height) for image in images], 2) for record, images in rows if images
+        record.uid: torch.cat([_of_height(read_image(image), height) for image in record.images], 2)
+        for record in records
+        if record.images
     }
 
 
