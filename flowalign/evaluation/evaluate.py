@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
 
-from flowalign.data import PromptRecord, as_records, digest, source_images
+from flowalign.data import PromptRecord, Sources, as_records, digest, source_images
 from flowalign.distributed.processes import Processes
+from flowalign.media import read_image
 from flowalign.models.base import Policy, Sampling, Size
 from flowalign.models.sampling import Job, in_batches, settle
 from rewards import FunctionReward, Reward, RewardBatch, RewardError, labels_of, pictures, score
@@ -96,20 +97,21 @@ def evaluate(
     fps: float | None = None,
     seed: int = 0,
     batch_size: int = 8,
+    images: Sources | None = None,
     samples_per_prompt: int = 1,
     progress: Callable[[int], None] | None = None,
     processes: Processes | None = None,
 ) -> EvaluationResult:
     """Generates every prompt `samples_per_prompt` times by the policy's solver (never with SDE noise) and scores the images.
 
-    prompts: texts or records. rewards: also functions of (images, prompts), or their paths, see `rewards.FunctionReward`.
+    prompts: texts or records. images: source images of an edit, see `flowalign.data.with_images`. rewards: also functions of (images, prompts), or their paths, see `rewards.FunctionReward`.
     num_inference_steps, guidance_scale, size, schedule, fps: None is as `policy.sampling` says. Uses the weights as they are:
     wrap the call in `policy.role("reference")` for the base, in `ema.applied()` for the average. Scores do not depend on
     `batch_size` beyond rounding; a groupwise reward gets all samples of a prompt at once, however small that is.
     `progress(n)` is called after each batch of n. A reward of several channels is
     reported as several, `reward/channel`. A reward that fails, or gives no score for more than half of the images, is a
     RewardError; one sample without a score is nan. `processes` share the images, and each returns the whole result."""
-    records, judges = as_records(prompts), as_rewards(rewards)
+    records, judges = as_records(prompts, images), as_rewards(rewards)
     check_request(records, judges, batch_size, samples_per_prompt)
     settings = settle(
         policy.sampling, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, size=size, schedule=schedule,
@@ -132,12 +134,12 @@ def evaluate(
     batch_size = max(unit, batch_size // unit * unit)
     kept: list[Tensor] = []
     scores: dict[str, list[Tensor]] = {label: [] for reward in judges for label in labels_of(reward)}
-    for images, scored in generate_and_score(policy, own, judges, settings, seed, batch_size, first):
+    for made, scored in generate_and_score(policy, own, judges, settings, seed, batch_size, first):
         for name, part in scored.items():
             scores[name].append(part)
-        kept.append(kept_pixels(images, len(jobs)))
+        kept.append(kept_pixels(made, len(jobs)))
         if progress is not None:
-            progress(len(images))
+            progress(len(made))
     back = order.argsort()
     pixels = everyone.gather(torch.cat(kept))[back]
     complete = {name: everyone.gather(torch.cat(parts))[back] for name, parts in scores.items()}
@@ -193,12 +195,10 @@ def kept_pixels(images: Tensor, count: int) -> Tensor:
 
 def kept_sources(records: Sequence[PromptRecord], height: int) -> dict[int, Tensor]:
     """{uid: uint8 [3, height, w]}: a prompt's source images beside each other, each in its own aspect ratio."""
-    found = source_images(records)
-    if found is None:
-        return {}
-    rows = zip(records, found, strict=True)
     return {
-        record.uid: torch.cat([_of_height(image, height) for image in images], 2) for record, images in rows if images
+        record.uid: torch.cat([_of_height(read_image(image), height) for image in record.images], 2)
+        for record in records
+        if record.images
     }
 
 

@@ -88,7 +88,7 @@ def grid(
             f"grid got images {list(images_base.shape)} and {list(images_tuned.shape)} and {len(texts)} captions; "
             "expected equal shapes [k, 3, H, W] and k >= 1 captions"
         )
-    shown = {"source": sources, "base": images_base, "tuned": images_tuned}
+    shown: dict[str, Sequence[Tensor] | Tensor] = {"source": sources, "base": images_base, "tuned": images_tuned}
     tiles = {name: [_tile(image, images_base[0]) for image in shown[name]] for name in shown if len(shown[name])}
     widths, height = [max(tile.width for tile in each) for each in tiles.values()], tiles["base"][0].height
     frame = _scaled(_frames(images_base[0])[0], images_base[0]).width
