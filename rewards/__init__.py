@@ -34,7 +34,7 @@ from rewards.frames import OnFrames
 from rewards.function import FunctionReward
 from rewards.geneval import CLIPColors, ColorClassifier, Detections, Detector, GenEval, Mask2Former
 from rewards.guard import close, score
-from rewards.image import Aesthetic, CLIPScore, HPSv2, ImageReward, PickScore
+from rewards.image import Aesthetic, CLIPScore, HPSv2, ImageReward, PickScore, SourceSimilarity
 from rewards.inverse_dynamics import InverseDynamics, InverseDynamicsModel
 from rewards.jpeg import JPEGCompressibility, JPEGIncompressibility
 from rewards.judges import (
@@ -91,6 +91,7 @@ __all__ = [
     "PickScore",
     "HPSv2",
     "ImageReward",
+    "SourceSimilarity",
     "GenEval",
     "Detector",
     "ColorClassifier",

@@ -102,7 +102,7 @@ KINDS: dict[str, Rule] = {
     "image, without a network": lambda cls, spec, composed: True,
     "image, by a network": lambda cls, spec, composed: spec.memory != "cpu",
     "video": lambda cls, spec, composed: "videos" in spec.inputs,
-    "editing": lambda cls, spec, composed: cls.__name__.startswith(("Edit", "Source")),
+    "editing": lambda cls, spec, composed: "conditions" in spec.inputs,
     "objects, counts, colors and places": _in("geneval."),
     "text in the picture": _in("ocr."),
     "judges behind a chat endpoint": _in("judges."),

@@ -41,7 +41,7 @@ class SourceConsistency:
     @property
     def spec(self) -> RewardSpec:
         """Differentiable: the gradient is the sign of the difference, so 0 where nothing has changed."""
-        return RewardSpec(differentiable=True, range=(0, 1))
+        return RewardSpec(("images", "conditions"), differentiable=True, range=(0, 1))
 
     def load(self) -> None: ...
 

@@ -10,6 +10,7 @@ from PIL import Image
 from flowalign.config import load_config
 from flowalign.data import PromptRecord, digest, load_prompts, source_images
 from flowalign.errors import ConfigError
+from flowalign.media import source_image
 from flowalign.run.preflight import Prompts
 
 TINY = str(Path(__file__).parent / "data" / "tiny.yaml")
@@ -72,8 +73,16 @@ def test_a_line_may_name_source_images_and_a_negative_prompt(tmp_path):
         '{"prompt": "a", "image": "a.png", "kind": 1}\n{"prompt": "b", "images": ["a.png", "b.png"], "negative_prompt": ""}\n'
     )
     one, two = load_prompts(str(tmp_path / "edits.jsonl"))
-    assert one.images == (tmp_path / "a.png",) and one.metadata == {"kind": 1} and one.negative_prompt is None
-    assert two.images == (tmp_path / "a.png", tmp_path / "b.png") and two.metadata == {} and two.negative_prompt == ""
+    assert (
+        one.images == (source_image(tmp_path / "a.png"),)
+        and one.metadata == {"kind": 1}
+        and one.negative_prompt is None
+    )
+    assert (
+        two.images == tuple(source_image(tmp_path / name) for name in ("a.png", "b.png"))
+        and two.metadata == {}
+        and two.negative_prompt == ""
+    )
 
 
 @pytest.mark.parametrize(
@@ -83,6 +92,7 @@ def test_a_line_may_name_source_images_and_a_negative_prompt(tmp_path):
         ('{"prompt": "a", "image": 3}', r"got images \[3\]; expected a path"),
         ('{"prompt": "a", "images": "a.png"}', "list of paths under 'images'"),
         ('{"prompt": "a", "image": "a.png", "images": []}', "expected one of them"),
+        ('{"prompt": "a", "video": "a.mp4"}', "got 'video'='a.mp4'; expected none: no model here reads a source clip"),
         ('{"prompt": "a", "negative_prompt": 1}', "negative_prompt=1; expected a text"),
     ],
 )

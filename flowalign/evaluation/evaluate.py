@@ -9,12 +9,12 @@ import inspect
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool2d
+from torch.nn.functional import avg_pool2d, interpolate
 
 from flowalign.data import PromptRecord, as_records, digest, source_images
 from flowalign.distributed.processes import Processes
@@ -36,7 +36,8 @@ class EvaluationResult:
 
     scores {reward: float64 [N]}, nan where the reward was not valid; pixels uint8 [N, 3, h, w], of videos [N, F, 3, h, w]:
     height and width are reduced by a whole factor if all of them would be more than IMAGE_BYTES; fps: frames per second of
-    videos; digest: of the prompts with their metadata (`flowalign.data.digest`)."""
+    videos; digest: of the prompts with their metadata (`flowalign.data.digest`); sources {uid: uint8 [3, h, w']}: the source images
+    of each prompt of an edit beside each other, as high as `pixels`."""
 
     uids: list[int]
     prompts: list[str]
@@ -49,6 +50,7 @@ class EvaluationResult:
     seconds: float
     digest: str = ""
     fps: float | None = None
+    sources: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def images(self) -> Tensor:
@@ -137,13 +139,14 @@ def evaluate(
         if progress is not None:
             progress(len(images))
     back = order.argsort()
+    pixels = everyone.gather(torch.cat(kept))[back]
     complete = {name: everyone.gather(torch.cat(parts))[back] for name, parts in scores.items()}
     _check_valid(complete)
     return EvaluationResult(
         uids=[record.uid for record in records] * samples_per_prompt,
         prompts=[record.prompt for record in records] * samples_per_prompt,
         scores=complete,
-        pixels=everyone.gather(torch.cat(kept))[back],
+        pixels=pixels,
         seed=seed,
         num_inference_steps=settings.num_inference_steps,
         guidance_scale=settings.guidance_scale,
@@ -151,6 +154,7 @@ def evaluate(
         seconds=time.monotonic() - began,
         digest=digest(records),
         fps=settings.fps,
+        sources=kept_sources(records, pixels.shape[-2]),
     )
 
 
@@ -185,6 +189,23 @@ def kept_pixels(images: Tensor, count: int) -> Tensor:
     factor = min(factor, *images.shape[-2:])
     small = avg_pool2d(images.float().flatten(0, -4), factor)
     return (small.clamp(0, 1) * 255).round().to(torch.uint8).cpu().reshape(*images.shape[:-2], *small.shape[-2:])
+
+
+def kept_sources(records: Sequence[PromptRecord], height: int) -> dict[int, Tensor]:
+    """{uid: uint8 [3, height, w]}: a prompt's source images beside each other, each in its own aspect ratio."""
+    found = source_images(records)
+    if found is None:
+        return {}
+    rows = zip(records, found, strict=True)
+    return {
+        record.uid: torch.cat([_of_height(image, height) for image in images], 2) for record, images in rows if images
+    }
+
+
+def _of_height(image: Tensor, height: int) -> Tensor:
+    size = (height, max(1, round(image.shape[2] * height / image.shape[1])))
+    fitted = interpolate(image[None], size, mode="bilinear", antialias=True)[0] if image.shape[1] != height else image
+    return (fitted.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 def check_request(prompts: Sequence[PromptRecord], rewards: Sequence[Reward], batch_size: int, samples: int) -> None:

@@ -86,6 +86,7 @@ class EditReward:
     def spec(self) -> RewardSpec:
         own = self.model == "glyphs"
         return RewardSpec(
+            inputs=("images", "conditions"),
             channels=tuple(HEADS.values()) if self.pooling == "none" else (),
             differentiable=self.preprocess == "tensor",
             licence=f"code MIT; weights{' Apache-2.0' if own else ': see the card of the checkpoint'}",
@@ -113,11 +114,7 @@ class EditReward:
         return values.mean(1) if self.pooling == "mean" else values.amin(1)
 
     def _ask(self, regressor: Regressor, batch: RewardBatch) -> Answers:
-        if batch.conditions is None:
-            raise ValueError(
-                f"got a batch without conditions; expected the source image of each sample as its first condition, which "
-                f"{self.name} compares with: take prompts with an 'image'"
-            )
+        assert batch.conditions is not None
         eye, images = regressor.eye(self.pixels, self.pixels), batch.unit_images()
         seen = [self._see(eye, images[row], sources) for row, sources in enumerate(batch.conditions)]
         answers = []
