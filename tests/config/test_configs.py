@@ -30,7 +30,13 @@ FEW_STEPS = {
     "flow_grpo_fast", "mixgrpo", "mixgrpo_flash", "mixgrpo_flash_star", "branchgrpo_mix", "dynamic_treerpo", "flash_grpo",
     "preview_select",
 }  # fmt: skip
-KL_OF_FLOWS = {"flow_grpo", "flow_grpo_fast", "densegrpo", "preview_select"}  # form exact_times_h is that of an SDE
+KL_OF_FLOWS = {
+    "flow_grpo",
+    "flow_grpo_fast",
+    "densegrpo",
+    "preview_select",
+    "parm_select",
+}  # form exact_times_h is that of an SDE
 # model layer of videos -> tiny pipeline in its place; one of texts where prompts would need images
 VIDEOS = {
     "hunyuan_video": "hunyuan_video", "ltx_video": "ltx_video", "wan21_1_3b": "wan21", "wan21_i2v": "wan21", "wan22": "wan22",
