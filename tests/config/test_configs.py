@@ -17,7 +17,7 @@ from flowalign.data import load_prompts
 from flowalign.errors import ConfigError
 from flowalign.models.checks import rows_per_state
 from flowalign.objectives import Transitions
-from rewards import RewardBatch, score
+from rewards import RewardBatch, score, spec_of
 from samplers import FlowSDE
 from tests.helpers.families import subject
 from tests.helpers.method_layers import BY_REWARD_GRADIENT, METHODS, ON_GLYPHS, class_of, reward_of
@@ -294,6 +294,14 @@ def test_a_reward_can_score_its_own_prompts(reward: str, tiny: dict[str, str]) -
             metadata=[record.metadata for record in records],
         )
         assert bool(score(judge, batch).valid.all()), judge.name
+
+
+@pytest.mark.parametrize("reward", ["ocr_glyphs_video", "color_glyphs_video", "actions_glyphs_video"])
+def test_rewards_of_glyphs_video_go_with_a_model_of_videos(reward: str, tiny: dict[str, str]) -> None:
+    config, _ = load("wan21_1_3b", files("flow_grpo", "wan21_1_3b", reward), tiny)
+    assert {spec_of(judge).inputs for judge in (config.reward, *config.evaluation.rewards)} == {("videos",)}
+    names = ["ocr_exact", "color_first", "color_last", "actions_held_out", "motion", "video"]
+    assert [judge.name for judge in config.evaluation.rewards] == names
 
 
 def test_the_recipe_of_stable_diffusion_3_5_is_that_of_flow_grpo(tiny: dict[str, str]) -> None:
