@@ -43,8 +43,9 @@ class PARM:
     become one that does (2501.13926; ZiyuGuo99/Image-Generation-CoT).
 
     Of an intermediate image the judge is asked first whether it is clear enough, P(clear) >= 1/2, then, as if it had said yes,
-    for its potential. One that is not clear has no score; require_clear False takes its potential all the same (an early
-    step where nothing is clear would fail a run). P(yes) = p(yes) / (p(yes) + p(no)) of the answer's first token: one forward,
+    for its potential. One that is not clear has no score, or that of `unclear`: ½ ranks it behind those with potential and before those without, as a
+    selection of paths has it (an early step where nothing is clear would fail a run otherwise). require_clear False takes its
+    potential all the same. P(yes) = p(yes) / (p(yes) + p(no)) of the answer's first token: one forward,
     where the released code samples. Best of a group: `best_of`.
 
     sources: shows the judge the sample's source image (its first condition) before the picture; for edits, whose prompt says what to change.
@@ -60,6 +61,7 @@ class PARM:
     sigma: float | None = None
     sigma_key: str = "sigma"
     require_clear: bool = True
+    unclear: float | None = None
     sources: bool = False
     top: int = 20
     sampling: Sampling = field(default_factory=partial(Sampling, max_tokens=1))
@@ -70,6 +72,8 @@ class PARM:
     def __post_init__(self) -> None:
         if self.sigma is not None and not 0 <= self.sigma <= 1:
             raise ValueError(f"got sigma={self.sigma}; expected 0 (finished) to 1 (noise), or None")
+        if self.unclear is not None and not 0 <= self.unclear <= 1:
+            raise ValueError(f"got unclear={self.unclear}; expected 0 to 1, or None for no score")
         if self.top < 1:
             raise ValueError(f"got top={self.top}; expected at least 1, and 20 if the endpoint gives as many")
         self._templates = load_templates(self.templates, WORDINGS)
@@ -114,7 +118,9 @@ class PARM:
             "potential": scores.masked_fill(finished, torch.nan),
             "match": scores.masked_fill(~finished, torch.nan),
         }
-        return judged(scores, parts, info, self._templates, found[:, 1])
+        if self.unclear is not None and self.require_clear:
+            found = torch.where((clear[:, :1] < 0.5), torch.tensor([self.unclear, 0.0]), found)
+        return judged(found[:, 0], parts, info, self._templates, found[:, 1])
 
     def _shown(self, batch: RewardBatch) -> list[tuple[str, ...]]:
         """The pictures of each sample's questions."""

@@ -17,7 +17,7 @@ from flowalign.glyphs.video.dynamics_training import LAWS, STILL, Walks, accurac
 from flowalign.glyphs.video.inverse_dynamics import NETWORKS, GlyphsInverseDynamics, Weights, read_weights, weights_file
 from flowalign.glyphs.video.prompts import DIRECTIONS, Scene, VideoPrompt, held_out_prompts, parse_prompt
 from flowalign.glyphs.video.renderer import render
-from rewards import InverseDynamics, Reward, RewardBatch, close, load, score
+from rewards import InverseDynamics, Reward, RewardBatch, close, score
 
 LAYERS = ("ocr", "color", "actions")
 KINDS = list(NETWORKS)
@@ -70,7 +70,9 @@ def test_the_two_models_differ_and_are_small() -> None:
 
 
 @pytest.mark.parametrize("weights", KINDS)
-def test_a_row_depends_on_its_own_video_and_a_step_on_its_own_frames(weights: Weights, generator: torch.Generator) -> None:
+def test_a_row_depends_on_its_own_video_and_a_step_on_its_own_frames(
+    weights: Weights, generator: torch.Generator
+) -> None:
     model = GlyphsInverseDynamics(weights)
     videos = rendered(3, generator).videos
     assert videos is not None
@@ -97,7 +99,9 @@ def test_a_still_shows_no_direction(weights: Weights, generator: torch.Generator
 def test_soft_has_a_gradient_to_the_pixels(weights: Weights, generator: torch.Generator) -> None:
     batch = rendered(2, generator)
     assert batch.videos is not None
-    videos = (0.7 * batch.videos + 0.3 * torch.rand(batch.videos.shape, generator=generator)).requires_grad_()
+    videos = torch.lerp(
+        batch.videos[:, :1], batch.videos, 0.4
+    ).requires_grad_()  # a word beside its still copy: not sure
     direction = torch.randn(videos.shape, generator=generator)
 
     def at(pixels: Tensor, grad: bool = False) -> Tensor:
@@ -123,7 +127,7 @@ def test_a_walk_is_what_its_actions_say(generator: torch.Generator) -> None:
     walks = sample_walks(64, held_out_words(), 0.25, generator, changing=0.0)
     assert 0 <= float(walks.clips.min()) and float(walks.clips.max()) <= 1
     steps = torch.tensor([*DIRECTIONS.values(), (0, 0)]) * 2
-    masks = (walks.clips - walks.clips[:, :, :, :1, :1]).abs().sum(2) > 0.1  # against the paper
+    masks = (walks.clips - walks.clips[:, :, :, :1, :1]).abs().sum(2) > 1e-3  # against the paper
     for clip, actions in zip(masks, walks.actions, strict=True):
         for number, action in enumerate(actions.tolist()):
             moved = clip[number].roll(tuple(steps[action].tolist()), (0, 1))
@@ -160,7 +164,9 @@ def test_accuracy_counts_what_moves() -> None:
         def forward(self, clips: Tensor) -> Tensor:
             return torch.eye(4)[torch.zeros(clips.shape[0], clips.shape[1] - 1, dtype=torch.long)]
 
-    assert accuracy(Left(), Walks(torch.zeros(2, 3, 3, 4, 4), torch.tensor([[0, STILL], [1, 0]]))) == pytest.approx(2 / 3)
+    assert accuracy(Left(), Walks(torch.zeros(2, 3, 3, 4, 4), torch.tensor([[0, STILL], [1, 0]]))) == pytest.approx(
+        2 / 3
+    )
 
 
 # ------------------------------------------------------------------------------------------ the layers
@@ -180,7 +186,6 @@ def part(layer: str, key: str) -> Reward:
 def mean(layer: str, key: str, batch: RewardBatch) -> list[float]:
     """Mean scores of the channels; every sample has them."""
     reward = part(layer, key)
-    load(reward)
     output = score(reward, batch)
     close(reward)
     assert bool(output.valid.all())
@@ -200,7 +205,9 @@ def test_what_is_rendered_has_the_highest_score(layer: str, generator: torch.Gen
 
 
 def test_all_layers_evaluate_the_same() -> None:
-    sources = [Path(f"configs/rewards/{layer}_glyphs_video.yaml").read_text().split("evaluation:")[1] for layer in LAYERS]
+    sources = [
+        Path(f"configs/rewards/{layer}_glyphs_video.yaml").read_text().split("evaluation:")[1] for layer in LAYERS
+    ]
     lines = [{line.strip() for line in source.splitlines() if "palette" not in line} for source in sources]
     assert all(len(each ^ lines[0]) <= 3 for each in lines)  # the palette, written out once
 
@@ -227,7 +234,10 @@ def test_an_order_of_frames_that_is_not_that_of_time_loses_actions_and_consisten
         scenes = [parse_prompt(prompt) for prompt in batch.prompts]
         turned = [(a.second, a.first) for a in scenes]
         opposite = {"left": "right", "right": "left", "up": "down", "down": "up"}
-        right = [[opposite[b] == a for a, b in zip((s.first, s.second), t, strict=True)] for s, t in zip(scenes, turned, strict=True)]
+        right = [
+            [opposite[b] == a for a, b in zip((s.first, s.second), t, strict=True)]
+            for s, t in zip(scenes, turned, strict=True)
+        ]
         assert mean("actions", key, reversed_)[0] == pytest.approx(torch.tensor(right).float().mean().item(), abs=0.01)
     assert mean("actions", "video", shuffled)[0] > 1.5 * mean("actions", "video", batch)[0]
 
@@ -236,7 +246,10 @@ def test_other_actions_score_the_share_that_is_the_same(generator: torch.Generat
     """A clip moves as another prompt says: of its eight actions those count that both have."""
     records = held_out_prompts()[:64]
     scenes = [parse_prompt(record["prompt"]) for record in records]
-    moved = [scene._replace(first=other.first, second=other.second) for scene, other in zip(scenes, scenes[1:] + scenes[:1], strict=True)]
+    moved = [
+        scene._replace(first=other.first, second=other.second)
+        for scene, other in zip(scenes, scenes[1:] + scenes[:1], strict=True)
+    ]
     batch = batch_of(render(moved, torch.rand(64, 2, generator=generator)), records)
     expected = torch.tensor([_equal(scene, other) for scene, other in zip(scenes, moved, strict=True)])
     for key in ("train", "actions_held_out"):

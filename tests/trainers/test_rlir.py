@@ -19,7 +19,9 @@ from tests.helpers.affine_chain import Affine, AffinePolicy
 from tests.helpers.inverse_dynamics import CentroidShift, dots
 
 MOVES, REACH = 6, 4
-LAW = Affine(FlowSDE(0.7), steps=4, mean=0.6, std=0.25)  # what is generated misses each action by N(0.6, 0.25²), but for its steps
+LAW = Affine(
+    FlowSDE(0.7), steps=4, mean=0.6, std=0.25
+)  # what is generated misses each action by N(0.6, 0.25²), but for its steps
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def test_a_policy_gradient_on_recovered_actions_takes_the_bias_away() -> None:
     policy = AffinePolicy(LAW, MOVES)
     trainer = PolicyGradient(
         Signal(Normalized()), ClippedRatio(1.0), micro_batch=10**6,
-        optimizer=AdamWConfig(lr=0.1, weight_decay=0.0, max_grad_norm=1e9),
+        optimizer=AdamWConfig(lr=0.1, weight_decay=0.0, max_grad_norm=1e9, half_life=6),
     )  # fmt: skip
     drawn = torch.randint(-2, 3, (16, MOVES), generator=torch.Generator().manual_seed(0)) + REACH
     prompts = [PromptRecord(number, f"prompt {number}", {"actions": row}) for number, row in enumerate(drawn.tolist())]
@@ -64,6 +66,7 @@ def test_a_policy_gradient_on_recovered_actions_takes_the_bias_away() -> None:
     trainer.prepare(Task(policy, reward, rollout, 0, Size(1, 1), prompts=prompts), None)
     error = 4 * math.sqrt(0.25 / (16 * 16 * MOVES))
     for iteration in range(25):
+        print(iteration, LAW.moments(policy.theta.detach())[0])
         batch = trainer.collect(prompts, iteration)
         measured = float(batch.scores.mean())
         assert measured == pytest.approx(accuracy(policy.theta.detach()), abs=error)

@@ -19,7 +19,9 @@ from flowalign.glyphs.video.prompts import DIRECTIONS, FRAMES, held_out_prompts
 from flowalign.glyphs.video.renderer import draw, ink_of_frames, paths
 
 STILL = -1  # in place of an action: the word does not move
-Degradation = Callable[[Tensor, torch.Generator], Tensor]  # clips [N, F, 3, H, W] in [0, 1]; what comes may leave [0, 1]
+Degradation = Callable[
+    [Tensor, torch.Generator], Tensor
+]  # clips [N, F, 3, H, W] in [0, 1]; what comes may leave [0, 1]
 
 
 @dataclass(frozen=True, eq=False)

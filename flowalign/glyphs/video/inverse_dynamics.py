@@ -75,11 +75,15 @@ NETWORKS: Final[dict[Weights, type[FramePairs] | type[ShiftedFeatures]]] = {
 
 @dataclass(eq=False)
 class GlyphsInverseDynamics:
-    """An inverse dynamics model of Glyphs-Video (rewards.InverseDynamicsModel): classes left, right, up, down, the order of DIRECTIONS.
+    """An inverse dynamics model of Glyphs-Video, for rewards.InverseDynamics (RLIR 2509.23958): classes left, right, up, down, the order of
+    DIRECTIONS.
 
-    weights: "reward" (FramePairs), to train on, or "held_out" (ShiftedFeatures), to measure with: another architecture, another
-    seed, other clips. What only one of them reads is no motion. Any number of frames of any size; made for words that move by two pixels.
-    Differentiable."""
+    weights: "reward" (FramePairs, 39,828 numbers), to train on, or "held_out" (ShiftedFeatures, 4,816), to measure with: another
+    architecture, another seed, other walks and other degradations of the clips, so that what only one of them reads is doubtful. Both are
+    trained by scripts/train_inverse_dynamics.py, on rendered clips alone; docs/results/glyphs_inverse_dynamics.md has their accuracies. A
+    step is judged by its own two frames. Where nothing moves, all classes are about as probable. Differentiable.
+    Not kept: how far a word moves; half a step in a direction counts as a whole one, and so may any change of the frame that looks like it:
+    look at the held-out model, at MotionBand and at what can be read."""
 
     weights: Weights = "reward"
     _network: FramePairs | ShiftedFeatures | None = field(default=None, init=False, repr=False)

@@ -96,12 +96,12 @@ def principal_components(clips: Tensor) -> Tensor:
 
 @cache
 def _components() -> tuple[Tensor, Tensor]:
-    """(mean [96], basis [CHANNELS, 96]) of the blocks of some clips, scaled so that the first coefficient has variance 1."""
+    """(mean [96], basis [CHANNELS, 96]) of the blocks of some clips; each coefficient has variance 1."""
     blocks = _blocks(sample_batch(64, torch.Generator().manual_seed(0)).clips.transpose(1, 2) * 2 - 1)
     rows = blocks.transpose(0, 1).flatten(1)
     mean = rows.mean(1)
     values, vectors = torch.linalg.eigh((rows - mean[:, None]) @ (rows - mean[:, None]).T / rows.shape[1])
-    return mean, vectors[:, -CHANNELS:].T.flip(0) / values[-1].sqrt()
+    return mean, (vectors / values.sqrt())[:, -CHANNELS:].T.flip(0)
 
 
 def _blocks(clips: Tensor) -> Tensor:
