@@ -93,7 +93,8 @@ def test_an_evaluation_shows_the_source_in_a_column_of_its_own(
         colors = {color for _, color in grid.convert("RGB").getcolors(1 << 20)}
     assert {(255, 0, 0), (0, 0, 255)} <= colors
     alone = fa.evaluate(kontext, TWICE, [contrast()], images=sources, samples_per_prompt=2)
-    assert alone.sources.keys() == result.sources.keys() and torch.equal(alone.pixels, result.pixels)
+    assert alone.sources.keys() == result.sources.keys()
+    assert int((alone.pixels.int() - result.pixels.int()).abs().max()) <= 1
     save_result(tmp_path / "base.safetensors", alone)
     back = load_result(tmp_path / "base.safetensors")
     assert torch.equal(back.sources[1], alone.sources[1]) and back.scores.keys() == alone.scores.keys()

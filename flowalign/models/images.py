@@ -127,7 +127,8 @@ def image_bytes(pixels: Tensor, **settings: Any) -> bytes:
 
 
 def animation(frames: Tensor, fps: float, **settings: Any) -> bytes:
-    """A file that repeats frames [F, 3, H, W], uint8 or in [0, 1], `fps` of them per second; settings: of Pillow's save."""
+    """A file that repeats frames [F, 3, H, W], uint8 or in [0, 1], `fps` of them per second; settings: of Pillow's save.
+    Not kept: a frame that equals the one before, which is then shown longer instead."""
     file, (first, *others) = io.BytesIO(), [picture(frame) for frame in frames]
     first.save(file, save_all=True, append_images=others, duration=round(1000 / fps), loop=0, **settings)
     return file.getvalue()
