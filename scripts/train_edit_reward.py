@@ -1,10 +1,11 @@
 """Train a small EditReward on Glyphs edits, write it in the layout of the published checkpoint, and measure it as loaded.
 
-`python scripts/train_edit_reward.py --output runs/edit_reward`
+`python scripts/train_edit_reward.py --output rewards/qwen/glyphs_edit`
 
 Makes a Qwen2.5-VL of 64 channels with its tokenizer and templates, lets it learn to describe edits, then to rank pairs of them by
 EditReward's loss. The written folder is loaded by rewards.EditReward and scores pairs of words that were not trained on,
-in combinations of colors that were trained on, and in others. Six minutes of one core.
+in combinations of colors that were trained on, and in others. Six minutes of one core. `rewards.EditReward(model="glyphs")` is the one that
+comes with the package.
 """
 
 import argparse
