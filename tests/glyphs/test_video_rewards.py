@@ -125,7 +125,7 @@ def test_unknown_weights_are_refused() -> None:
 def test_a_walk_is_what_its_actions_say(generator: torch.Generator) -> None:
     """Where its word neither changes nor fades, a frame is the one before, moved by two pixels, or the same."""
     walks = sample_walks(64, held_out_words(), 0.25, generator, changing=0.0)
-    assert 0 <= float(walks.clips.min()) and float(walks.clips.max()) <= 1
+    assert float(walks.clips.min()) >= 0 and float(walks.clips.max()) <= 1
     steps = torch.tensor([*DIRECTIONS.values(), (0, 0)]) * 2
     masks = (walks.clips - walks.clips[:, :, :, :1, :1]).abs().sum(2) > 1e-3  # against the paper
     for clip, actions in zip(masks, walks.actions, strict=True):
