@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 
 from flowalign.glyphs import held_out_prompts, train_prompts
-from flowalign.glyphs.edit_checkpoint import load_folder, network_of, write_base, write_trained, write_untrained
-from flowalign.glyphs.edit_pairs import KINDS, draw_pairs
-from flowalign.glyphs.edit_training import Judged, judged, train
+from flowalign.glyphs.edit.reward_checkpoint import load_folder, network_of, write_base, write_trained, write_untrained
+from flowalign.glyphs.edit.reward_pairs import KINDS, draw_pairs
+from flowalign.glyphs.edit.reward_training import Judged, judged, train
 
 COLUMNS = ("overall", "instruction following", "quality")
 
