@@ -65,7 +65,9 @@ def main() -> None:
 
 def measured(folder: Path) -> str:
     """The card of the two files in a folder."""
-    words, models, figures = held_out_words(), [], []
+    words = held_out_words()
+    models: list[str] = []
+    figures: list[str] = []
     kinds = {"clean": sample_walks(CLIPS, words, 0.25, torch.Generator().manual_seed(0), changing=0.0)}
     for weights, law in LAWS.items():
         kinds[f"as {weights} was trained on"] = law.draw(CLIPS, words, torch.Generator().manual_seed(1))

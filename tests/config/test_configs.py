@@ -27,7 +27,8 @@ FOLDER = Path(__file__).parents[2] / "configs"
 MODELS, REWARDS = (
     sorted({path.stem for path in (FOLDER / kind).glob("*.yaml")} - RECIPE_REWARDS) for kind in ("models", "rewards")
 )
-EDITS = {name for name in REWARDS if name.startswith("edit_")}  # their prompts have source images
+# the rewards of images alone: of an edit, prompts have source images; of a video, models have frames
+OF_IMAGES = [name for name in REWARDS if not {"edit", "video"} & set(name.split("_"))]
 # steps that are few of the grid are refused with guidance, unless allow_cfg_update
 FEW_STEPS = {
     "flow_grpo_fast", "mixgrpo", "mixgrpo_flash", "mixgrpo_flash_star", "branchgrpo_mix", "dynamic_treerpo", "flash_grpo",
@@ -214,7 +215,7 @@ def test_all_layers_combine(method: str, model: str, tiny: dict[str, str]) -> No
         needed["rollout.kernel.eta=0.6"] = "lower the level"
     if method == "densegrpo" and model in DISCRETE:  # so would any level above 1 be
         needed["trainer.calibration.highest=1.0"] = "Lower highest"
-    for reward in ["clip_glyphs"] if model in VIDEOS else sorted({*REWARDS} - EDITS):
+    for reward in ["clip_glyphs"] if model in VIDEOS else OF_IMAGES:
         paths = files(method, model, reward)
         given = [*ON_GLYPHS.get(method, ()), *more]
         if method in BY_REWARD_GRADIENT and not has_gradient(reward, tiny):

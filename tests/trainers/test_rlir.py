@@ -53,11 +53,11 @@ def accuracy(shifts: Tensor) -> float:
 
 
 def test_a_policy_gradient_on_recovered_actions_takes_the_bias_away() -> None:
-    """Where it begins and where it ends, the mean score is the closed form; at the end, that of no bias."""
+    """All along, the mean score is the closed form; at the end, nearly that of no bias."""
     policy = AffinePolicy(LAW, MOVES)
     trainer = PolicyGradient(
         Signal(Normalized()), ClippedRatio(1.0), micro_batch=10**6,
-        optimizer=AdamWConfig(lr=0.1, weight_decay=0.0, max_grad_norm=1e9, half_life=6),
+        optimizer=AdamWConfig(lr=0.2, weight_decay=0.0, max_grad_norm=1e9, half_life=8),
     )  # fmt: skip
     drawn = torch.randint(-2, 3, (16, MOVES), generator=torch.Generator().manual_seed(0)) + REACH
     prompts = [PromptRecord(number, f"prompt {number}", {"actions": row}) for number, row in enumerate(drawn.tolist())]
@@ -65,8 +65,7 @@ def test_a_policy_gradient_on_recovered_actions_takes_the_bias_away() -> None:
     reward = Filmed(InverseDynamics(CentroidShift(REACH), batch_size=256))
     trainer.prepare(Task(policy, reward, rollout, 0, Size(1, 1), prompts=prompts), None)
     error = 4 * math.sqrt(0.25 / (16 * 16 * MOVES))
-    for iteration in range(25):
-        print(iteration, LAW.moments(policy.theta.detach())[0])
+    for iteration in range(30):
         batch = trainer.collect(prompts, iteration)
         measured = float(batch.scores.mean())
         assert measured == pytest.approx(accuracy(policy.theta.detach()), abs=error)
@@ -78,5 +77,5 @@ def test_a_policy_gradient_on_recovered_actions_takes_the_bias_away() -> None:
             update.after()
     bias, variance, _ = LAW.moments(policy.theta.detach())
     unbiased = math.erf(0.5 / math.sqrt(2 * float(variance)))
-    assert accuracy(torch.zeros(LAW.steps)) < 0.6 < 0.75 < unbiased
+    assert accuracy(torch.zeros(LAW.steps)) < 0.4 and unbiased > 0.95
     assert abs(float(bias)) < 0.1 and accuracy(policy.theta.detach()) > unbiased - 0.02
