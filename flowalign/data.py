@@ -6,7 +6,7 @@ import hashlib
 import importlib
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +38,47 @@ class PromptRecord:
         object.__setattr__(self, "images", tuple(source_image(image) for image in self.images))
 
 
-def as_records(prompts: str | PromptRecord | Sequence[str | PromptRecord]) -> list[PromptRecord]:
-    """A text or several as a prompt set, the place of each its uid; records stay as they are. TypeError for anything else."""
+Source = SourceImage | Image.Image | str | Path
+Sources = Source | Sequence[Source | Sequence[Source]]
+
+
+def as_records(
+    prompts: str | PromptRecord | Sequence[str | PromptRecord], images: Sources | None = None
+) -> list[PromptRecord]:
+    """A text or several as a prompt set, the place of each its uid; records stay as they are. TypeError for anything else.
+
+    images: source images, see `with_images`."""
     several = [prompts] if isinstance(prompts, str | PromptRecord) else list(prompts)
     if wrong := [prompt for prompt in several if not isinstance(prompt, str | PromptRecord)]:
         raise TypeError(
             f"got {wrong[0]!r} as a prompt; expected a text, or a PromptRecord for one with metadata or images "
             "(flowalign.data.load_prompts reads them from a file)"
         )
-    return [PromptRecord(uid, prompt) if isinstance(prompt, str) else prompt for uid, prompt in enumerate(several)]
+    records = [PromptRecord(uid, prompt) if isinstance(prompt, str) else prompt for uid, prompt in enumerate(several)]
+    return records if images is None else with_images(records, images)
+
+
+def with_images(records: Sequence[PromptRecord], images: Sources) -> list[PromptRecord]:
+    """The records with source images, pictures of Pillow or paths: one picture for all of them, or a list with one, or a list of several,
+    for each; for a single record the list is all of its own. ValueError for another number, for records that have images already, and
+    FileNotFoundError for a file that does not exist."""
+    if given := [record.prompt for record in records if record.images]:
+        raise ValueError(
+            f"got images for the prompt {given[0]!r}, which has source images of its own; expected one or the other"
+        )
+    listed = list(images) if isinstance(images, list | tuple) else [images] * len(records)
+    if len(records) == 1 and not any(isinstance(each, list | tuple) for each in listed):
+        listed = [listed]
+    if len(listed) != len(records):
+        raise ValueError(
+            f"got {len(listed)} images for {len(records)} prompts; expected one for all, or one, or a list of them, for each"
+        )
+    several = [own if isinstance(own, list | tuple) else (own,) for own in listed]
+    owned = [tuple(source_image(each) for each in own) for own in several]
+    for image in (image for own in owned for image in own):
+        if lacks := image.missing():
+            raise FileNotFoundError(f"image {image} {lacks} (working directory: {Path.cwd()}); expected an image file")
+    return [replace(record, images=own) for record, own in zip(records, owned, strict=True)]
 
 
 def load_prompts(source: str) -> list[PromptRecord]:

@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol, get_args
 import torch
 from torch import Tensor
 
-Input = Literal["images", "videos", "latents"]
+Input = Literal["images", "videos", "latents", "conditions"]
 Scope = Literal["terminal", "completion", "latent"]
 Memory = Literal["cpu", "S", "M", "L", "XL"]
 
@@ -27,7 +27,7 @@ class RewardError(RuntimeError):
 class RewardSpec:
     """What a reward reads and what it gives. ValueError for fields that contradict each other.
 
-    inputs: what a batch must have for it; () reads prompts and metadata only.
+    inputs: what a batch must have for it; () reads prompts and metadata only. "conditions": it compares with source images.
     scope: what it scores. "terminal": finished samples (their latents, if it reads them, have sigma 0). The other two are
       process rewards, of the states x_sigma of a rollout. "latent": the noisy state itself; "completion": what deterministic
       steps make of it.

@@ -56,7 +56,7 @@ class OnFrames:
                 f"got reduce={self.reduce!r}, share={self.share}; expected 'mean', 'min', 'max', 'top' or 'mean_positive', and a "
                 "share in (0, 1]"
             )
-        if spec_of(self.reward).inputs not in (("images",), ()):
+        if not set(spec_of(self.reward).inputs) <= {"images", "conditions"}:
             raise ValueError(
                 f"got reward {self.reward.name!r}, which reads {spec_of(self.reward).inputs}; expected a reward of images"
             )
@@ -68,7 +68,8 @@ class OnFrames:
     @property
     def spec(self) -> RewardSpec:
         """The reward's, of videos."""
-        spec = replace(spec_of(self.reward), inputs=("videos",))
+        spec = spec_of(self.reward)
+        spec = replace(spec, inputs=("videos", *(name for name in spec.inputs if name == "conditions")))
         if self.reduce != "mean_positive" or spec.range is None:
             return spec
         return replace(spec, range=(0.0, max(spec.range[1], 1e-9)))  # no frame above 0 scores 0

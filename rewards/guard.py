@@ -7,13 +7,13 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from rewards.answers import at_rows, no_answer
-from rewards.base import Reward, RewardBatch, RewardError, RewardOutput, channels_of, spec_of
+from rewards.base import Input, Reward, RewardBatch, RewardError, RewardOutput, channels_of, spec_of
 from rewards.duplicates import first_of_equals
 from rewards.isolation import isolated
 
@@ -134,13 +134,13 @@ def _copied(value: Any) -> Any:
 
 
 def _check_inputs(reward: Reward, batch: RewardBatch, *, grad: bool) -> None:
-    spec, given = spec_of(reward), batch.tensors()
+    spec, given = spec_of(reward), vars(batch)
     lacks = [name for name in spec.inputs if given[name] is None]
     if lacks:
-        has = [name for name in ("images", "videos", "latents") if given[name] is not None]
+        has = [name for name in get_args(Input) if given[name] is not None]
         raise RewardError(
             f"reward {reward.name!r}: got a batch with {' and '.join(has) or 'prompts only'}; expected "
-            f"{' and '.join(lacks)}, which it reads: take a reward for what the policy makes"
+            f"{' and '.join(lacks)}, which it reads: take a reward for what the policy makes, and for conditions prompts with an 'image'"
         )
     if grad and not spec.differentiable:
         raise RewardError(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 
+from flowalign.config.reads import check_rewards_read
 from flowalign.config.settings import TrainConfig, evaluation_schedule
 from flowalign.config.sizes import check_sizes
 from flowalign.data import PromptRecord, load_prompts
@@ -70,6 +71,7 @@ def check(config: TrainConfig) -> None:
     if bound.reward_guidance is not None:
         bound.reward_guidance.check(grow(bound, 0, 0, [0]), bound.kernel, path, config.process_rewards)
     prompts, held_out = _prompts(config, family, guidance)
+    check_rewards_read(config, prompts, held_out)
     evaluated = [] if evaluation.allow_training_prompts else held_out[: evaluation.count]
     setup = Setup(
         bound, path, channels_of(config.reward), policy.roles, state_channels, reward=spec_of(config.reward), size=policy.size,

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from flowalign.config import TrainConfig
+from flowalign.config.reads import check_reads
 from flowalign.data import PromptRecord, source_images
 from flowalign.errors import ConfigError
 from flowalign.models import Policy, Size
@@ -79,6 +80,7 @@ def try_judges(
 ) -> None:  # fmt: skip
     """The same for the rewards of an evaluation without a run, other than those that read latents."""
     for reward in judges:
+        check_reads("rewards", reward, size.frames, records)
         if "latents" not in reward.spec.inputs:
             candidate = _Candidate("rewards", reward, records)
             with _patience(f"trying {candidate.label} …", announce):

@@ -31,7 +31,7 @@ def sample_latents(config: TrainConfig, spec: RewardSpec, device: torch.device |
     noise = torch.randn(NOISE, *policy.latent_shape(config.policy.size), generator=_generator())
     latents = _with_empty(noise).to(device)
     sigma = torch.full((COUNT,), float(spec.scope == "latent"), device=device)
-    decoded = set(spec.inputs) != {"latents"}
+    decoded = {"images", "videos"} & set(spec.inputs)
     made = pictures(policy.decode(latents), config.policy.fps) if decoded else {}
     return {"latents": latents, "sigma": sigma, **made}
 

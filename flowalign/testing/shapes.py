@@ -141,6 +141,14 @@ WAN_1_3B = {  # Wan-AI/Wan2.1-T2V-1.3B-Diffusers
 WAN_14B = {  # Wan-AI/Wan2.1-T2V-14B-Diffusers, and both networks of Wan2.2-T2V-A14B
     "num_attention_heads": 40, "attention_head_dim": 128, "ffn_dim": 13824, "num_layers": 40, "text_dim": 4096,
 }  # fmt: skip
+WAN_5B = {  # Wan-AI/Wan2.2-TI2V-5B-Diffusers
+    "num_attention_heads": 24, "attention_head_dim": 128, "in_channels": 48, "out_channels": 48, "ffn_dim": 14336, "num_layers": 30,
+    "text_dim": 4096,
+}  # fmt: skip
+WAN_5B_VAE = {  # the same; latents are shifted and scaled by numbers of its own, of which the shapes need only how many there are
+    "base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "is_residual": True, "patch_size": 2, "in_channels": 12, "out_channels": 12,
+    "scale_factor_spatial": 16, "latents_mean": [0.0] * 48, "latents_std": [1.0] * 48,
+}  # fmt: skip
 WAN_I2V = {**WAN_14B, "in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120}  # Wan2.1-I2V-14B-480P
 
 
@@ -171,7 +179,7 @@ def _qwen(tiny: str, **image_processor: Any) -> Shape:
 
 
 def _wan(tiny: str, transformer: Config, **others: Config) -> Shape:
-    return Shape(tiny, {"transformer": transformer, "vae": {}, "text_encoder": UMT5_XXL, **others})
+    return Shape(tiny, {"transformer": transformer, "vae": {}, "text_encoder": UMT5_XXL} | others)
 
 
 # by the name of the layer in configs/models
@@ -197,9 +205,12 @@ SHAPES = {
     ),
     "sdxl": _sdxl("sdxl"),
     "sdxl_turbo": _sdxl("sdxl_turbo"),
+    "wan21_14b": _wan("wan21", WAN_14B),
     "wan21_1_3b": _wan("wan21", WAN_1_3B),
     "wan21_i2v": replace(_wan("wan21_i2v", WAN_I2V, image_encoder=CLIP_H_IMAGES), image_processor=SQUARE_224),
     "wan22": _wan("wan22", WAN_14B, transformer_2=WAN_14B),
+    "wan22_5b": _wan("wan22_5b", WAN_5B, vae=WAN_5B_VAE),
+    "wan22_i2v": _wan("wan22_i2v", {**WAN_14B, "in_channels": 36}, transformer_2={**WAN_14B, "in_channels": 36}),
     "z_image": Shape("z_image", {"transformer": Z_IMAGE, "vae": KL_FLUX, "text_encoder": QWEN3_4B}),
 }  # fmt: skip
 DEPTH = ("num_layers", "num_single_layers", "n_layers")  # of networks, and of T5

@@ -9,5 +9,6 @@ from rewards.image.clip_score import CLIPScore
 from rewards.image.hps import HPSv2
 from rewards.image.image_reward import ImageReward
 from rewards.image.pick_score import PickScore
+from rewards.image.source_similarity import SourceSimilarity
 
-__all__ = ["Aesthetic", "CLIPScore", "PickScore", "HPSv2", "ImageReward"]
+__all__ = ["Aesthetic", "CLIPScore", "PickScore", "HPSv2", "ImageReward", "SourceSimilarity"]

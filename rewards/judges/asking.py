@@ -30,14 +30,9 @@ def data_urls(images: Iterable[Tensor]) -> list[str]:
     return [known[key] for key in keys]
 
 
-def source_urls(batch: RewardBatch, name: str) -> list[str]:
-    """The first condition of each sample, "" where it has none. ValueError for a batch without conditions."""
-    if batch.conditions is None:
-        raise ValueError(
-            f"got a batch without conditions; expected the source image of each sample as its first condition, which "
-            f"{name} compares with: take prompts with an 'image'"
-        )
-    sources = [images[0] if images else None for images in batch.conditions]
+def source_urls(conditions: Sequence[Sequence[Tensor]]) -> list[str]:
+    """The first condition of each sample, "" where it has none."""
+    sources = [images[0] if images else None for images in conditions]
     # a batch of one image each, for its check and its rounding
     pixels = [RewardBatch(prompts=[""], images=one[None]).pixels()[0] for one in sources if one is not None]
     urls = iter(data_urls(pixels))

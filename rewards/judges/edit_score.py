@@ -87,6 +87,7 @@ class EditScore:
     @property
     def spec(self) -> RewardSpec:
         return RewardSpec(
+            inputs=("images", "conditions"),
             elsewhere=True,
             channels=PARTS if self.output == "parts" else (),
             range=(0, 1),
@@ -100,7 +101,8 @@ class EditScore:
     def close(self) -> None: ...
 
     def __call__(self, batch: RewardBatch) -> RewardOutput:
-        sources, results = source_urls(batch, self.name), data_urls(batch.pixels())
+        assert batch.conditions is not None
+        sources, results = source_urls(batch.conditions), data_urls(batch.pixels())
         questions: list[Question | str] = []
         for source, result, instruction in zip(sources, results, batch.prompts, strict=True):
             if not source:

@@ -29,7 +29,8 @@ from rewards.qwen.scoring import (
 )
 from rewards.qwen.weights import State, find_folder, merge_lora, read_shards, todays_names, unwrapped
 
-DIMENSIONS = ("VQ", "MQ", "TA")
+Dimension = Literal["VQ", "MQ", "TA"]
+DIMENSIONS: tuple[Dimension, ...] = get_args(Dimension)
 TOKENS = tuple(f"<|{dimension}_reward|>" for dimension in DIMENSIONS)
 WORDINGS = {
     "template": Wording(
@@ -50,7 +51,9 @@ class VideoAlign:
     std are those of its validation set. Tokens stand in the order VQ, MQ, TA and attention is causal, so only TA reads the
     prompt. Code: KwaiVGI/VideoAlign.
 
-    output: "overall" is one channel, their sum. Components: overall (of output "overall": the three), noncanonical_template.
+    dimensions: which of them; DanceGRPO (2505.07818) has VQ, MQ or both, and of image to video MQ alone.
+    output: "overall" is one channel, the sum of `dimensions`. Components: what of overall and the three is no channel,
+    noncanonical_template.
     sample_fps: frames that are seen per second, evenly spread over the video, an even number, from 4 (fewer of a shorter
     video) to 768; so the video's own fps matter, and RewardBatch asks for them. gray_motion: MQ is of a gray copy of the
     video, in a second pass (ModelTC/GenRL), so that color cannot raise it. min_pixels, max_pixels: of a frame.
@@ -66,6 +69,7 @@ class VideoAlign:
     model: str = "KwaiVGI/VideoReward"
     base: str = "Qwen/Qwen2-VL-2B-Instruct"
     output: Output = "dimensions"
+    dimensions: tuple[Dimension, ...] = DIMENSIONS
     mean: tuple[float, float, float] = (3.6757, 1.1646, 2.8105)
     std: tuple[float, float, float] = (2.2476, 1.3811, 2.5121)
     sample_fps: float = 2.0
@@ -89,6 +93,13 @@ class VideoAlign:
         check_settings(self)
         if self.output not in get_args(Output):
             raise ValueError(f"got output={self.output!r}; expected one of {get_args(Output)}")
+        named = set(self.dimensions)
+        if not named or not named <= set(DIMENSIONS) or len(named) < len(self.dimensions):
+            raise ValueError(f"got dimensions={self.dimensions}; expected one or several of {DIMENSIONS}, each once")
+        if self.gray_motion and "MQ" not in named:
+            raise ValueError(
+                f"got gray_motion with dimensions={self.dimensions}; expected MQ among them, which it changes"
+            )
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0 or self.sample_fps <= 0:
             raise ValueError(
                 f"got mean={self.mean}, std={self.std}, sample_fps={self.sample_fps}; expected three numbers each for {DIMENSIONS}, "
@@ -102,7 +113,7 @@ class VideoAlign:
     def spec(self) -> RewardSpec:
         return RewardSpec(
             inputs=("videos",),
-            channels=DIMENSIONS if self.output == "dimensions" else (),
+            channels=tuple(self.dimensions) if self.output == "dimensions" else (),
             differentiable=self.preprocess == "tensor",
             licence="code MIT; weights Apache-2.0",
             checkpoint=f"{self.model}; {self.base}",
@@ -119,15 +130,13 @@ class VideoAlign:
     def __call__(self, batch: RewardBatch) -> RewardOutput:
         values, info = in_chunks(self, batch, self._ask)
         scores = (values[..., 0] - values.new_tensor(self.mean)) / values.new_tensor(self.std)
-        overall = scores.sum(1)
+        chosen = scores[:, [DIMENSIONS.index(name) for name in self.dimensions]]
+        parts = {"overall": chosen.sum(1)} | dict(zip(DIMENSIONS, scores.unbind(1), strict=True))
+        channels = self.spec.channels or ("overall",)
+        answer = chosen if self.spec.channels else parts["overall"]
         return regressed(
-            scores if self.output == "dimensions" else overall, info, self._templates, self._parts(scores, overall)
+            answer, info, self._templates, {name: part for name, part in parts.items() if name not in channels}
         )
-
-    def _parts(self, scores: Tensor, overall: Tensor) -> dict[str, Tensor]:
-        if self.output == "dimensions":
-            return {"overall": overall}
-        return dict(zip(DIMENSIONS, scores.unbind(1), strict=True))
 
     def _ask(self, regressor: Regressor, batch: RewardBatch) -> Answers:
         if batch.videos is None or batch.fps is None:

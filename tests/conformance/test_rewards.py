@@ -18,6 +18,7 @@ from flowalign.glyphs.renderer import render
 from rewards import (
     OCR,
     CLIPScore,
+    ColorCloseness,
     Detections,
     JPEGCompressibility,
     RapidReader,
@@ -62,6 +63,7 @@ ARGUMENTS: dict[str, Callable[[], dict[str, object]]] = {
     "HPSv2": lambda: {"model": str(tiny.hps()), "architecture": str(tiny.hps() / "architecture.json")},
     "ImageReward": lambda: {"model": str(tiny.image_reward()), "tokenizer": str(tiny.image_reward())},
     "PickScore": lambda: {"model": str(tiny.clip())},
+    "SourceSimilarity": lambda: {"model": str(tiny.clip())},
     **{
         name: lambda: {"endpoint": bright_judge()}
         for name in ("DeQA", "EditScore", "Questions", "QwenVL", "UnifiedReward", "UnifiedWinRate", "WISE")
@@ -76,8 +78,11 @@ ARGUMENTS: dict[str, Callable[[], dict[str, object]]] = {
     "OCR": lambda: {"recognizer": RapidReader(workers=1)},
     "PARM": lambda: {"endpoint": bright_judge(), "sigma": 0.0},
     "Offloaded": lambda: {"reward": CLIPScore(str(tiny.open_clip_folder()))},
+    "Routed": lambda: {
+        "key": "ink", "rewards": {"red": ColorCloseness(), "green": JPEGCompressibility()}, "default": ColorCloseness("paper"),
+    },
     "WithTimeout": lambda: {"reward": JPEGCompressibility(), "timeout": 60.0, "batch_size": 2},
-}
+}  # fmt: skip
 
 
 def reward_classes() -> list[type]:
@@ -206,8 +211,8 @@ def test_the_form_of_an_answer(reward: Reward) -> None:
 
 
 def test_a_batch_without_what_its_spec_reads_is_refused(reward: Reward) -> None:
-    assert reward.spec.inputs in (("images",), ("videos",))
-    with pytest.raises(RewardError, match=f"expected {reward.spec.inputs[0]}, which it reads"):
+    assert reward.spec.inputs in (("images",), ("videos",), ("images", "conditions"))
+    with pytest.raises(RewardError, match=f"expected {' and '.join(reward.spec.inputs)}, which it reads"):
         score(reward, RewardBatch(prompts=["p"]))
 
 
@@ -226,7 +231,8 @@ def test_the_networks_with_a_gradient_are_those_that_have_a_test_of_it() -> None
     """In fp64, each against finite differences: tests/rewards/image/test_laws.py and tests/rewards/qwen/test_laws.py."""
     made_so = {found.__name__: made(found) for found in reward_classes()}
     assert {name for name, reward in made_so.items() if reward.spec.differentiable and "dtype" in vars(reward)} == {
-        "Aesthetic", "CLIPScore", "EditReward", "HPSv2", "HPSv3", "ImageReward", "PickScore", "VideoAlign",
+        "Aesthetic", "CLIPScore", "EditReward", "HPSv2", "HPSv3", "ImageReward", "PickScore", "SourceSimilarity",
+        "VideoAlign",
     }  # fmt: skip
 
 

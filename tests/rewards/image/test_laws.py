@@ -11,7 +11,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rewards import Aesthetic, CLIPScore, HPSv2, ImageReward, Mix, Offloaded, PickScore, RewardBatch, RewardError, score
+from rewards import (
+    Aesthetic,
+    CLIPScore,
+    HPSv2,
+    ImageReward,
+    Mix,
+    Offloaded,
+    PickScore,
+    RewardBatch,
+    RewardError,
+    SourceSimilarity,
+    score,
+)
 from tests.helpers import tiny_rewards as tiny
 
 PROMPTS = ["a red cat", 'the word "MOON"', "", "two dogs", "a cat"]
@@ -23,6 +35,7 @@ MAKERS: dict[str, Callable[..., Any]] = {
     "pick_score": lambda **s: PickScore(str(tiny.clip()), **s),
     "hps": lambda **s: HPSv2(model=str(tiny.hps()), architecture=str(tiny.hps() / "architecture.json"), **s),
     "image_reward": lambda **s: ImageReward(str(tiny.image_reward()), tokenizer=str(tiny.image_reward()), **s),
+    "source_similarity": lambda **s: SourceSimilarity(str(tiny.clip()), **s),
 }
 every = pytest.mark.parametrize("name", MAKERS)
 
@@ -45,7 +58,8 @@ def batch(height: int = 24, width: int = 48, count: int = 5, dtype: torch.dtype 
     """Smooth images, so that they still differ when they are made small."""
     coarse = torch.rand(count, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     images = F.interpolate(coarse, size=(height, width), mode="bilinear", align_corners=True)
-    return RewardBatch(prompts=PROMPTS[:count], images=images.to(dtype))
+    sources = [[image.flip(0).to(dtype)] for image in images]  # of other colors
+    return RewardBatch(prompts=PROMPTS[:count], images=images.to(dtype), conditions=sources)
 
 
 def total(reward: Any, images: Tensor) -> Tensor:
@@ -155,7 +169,7 @@ def test_an_offloaded_network_leaves_after_each_call_but_not_before_a_backward(n
 @every
 def test_the_spec_says_what_is_loaded(name: str) -> None:
     spec = MAKERS[name]().spec
-    assert spec.inputs == ("images",) and spec.licence and spec.checkpoint and spec.memory in ("S", "M")
+    assert spec.inputs[0] == "images" and spec.licence and spec.checkpoint and spec.memory in ("S", "M")
     assert spec.differentiable and not MAKERS[name](preprocess="pil").spec.differentiable
 
 

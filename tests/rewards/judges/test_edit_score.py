@@ -173,7 +173,7 @@ def test_a_batch_without_conditions_is_an_error_that_names_them():
     batch = RewardBatch(prompts=["p"], images=torch.zeros(1, 3, 4, 4))
     with (
         JudgeServer(by_seed) as judge,
-        pytest.raises(RewardError, match="without conditions; expected the source image"),
+        pytest.raises(RewardError, match="got a batch with images; expected conditions, which it reads"),
     ):
         score(EditScore(judge.endpoint()), batch)
     assert not judge.asked

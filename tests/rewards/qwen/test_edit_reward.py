@@ -65,7 +65,7 @@ def test_a_sample_without_a_source_has_no_score() -> None:
     assert output.valid[:, 0].tolist() == [False, True]
     assert output.info == ["no source image: its conditions are empty", ""]
     torch.testing.assert_close(output.scores[1], score(made(), BATCH).scores[1])
-    with pytest.raises(RewardError, match="got a batch without conditions; expected the source image"):
+    with pytest.raises(RewardError, match="got a batch with images; expected conditions, which it reads"):
         score(made(), replace(BATCH, conditions=None))
     with pytest.raises(RewardError, match=r"got a condition in -1..1; expected \[0, 1\]"):
         score(made(), replace(BATCH, conditions=[[torch.linspace(-1, 1, 3 * 64).view(3, 8, 8)], [SOURCES[1]]]))

@@ -164,6 +164,6 @@ def test_a_missing_checkpoint_says_what_to_get(made: Callable[..., Any]) -> None
 @every
 def test_images_in_other_ranges_are_refused(made: Callable[..., Any]) -> None:
     reward, given = made(), batch(2)
-    (name,) = reward.spec.inputs
+    name = reward.spec.inputs[0]
     with pytest.raises(RewardError, match=r"expected \[0, 1\]"):
         score(reward, replace(given, **{name: vars(given)[name] * 2 - 1}))

@@ -45,6 +45,22 @@ def test_channels_are_those_of_transformers_written_out(positions: Any) -> None:
     torch.testing.assert_close(overall.components["MQ"], expected[:, 1], rtol=1e-4, atol=1e-5)
 
 
+def test_dimensions_are_the_channels_or_what_is_summed() -> None:
+    whole = scored(made()).scores
+    swapped = scored(made(dimensions=("MQ", "VQ")))
+    assert swapped.channels == ("MQ", "VQ") and torch.equal(swapped.scores, whole[:, [1, 0]])
+    assert torch.equal(swapped.components["TA"], whole[:, 2]) and "MQ" not in swapped.components
+    torch.testing.assert_close(swapped.components["overall"], whole[:, 0] + whole[:, 1])
+    summed = scored(made(dimensions=("VQ", "MQ"), output="overall"))
+    assert summed.channels == ("video_align",) and {"VQ", "MQ", "TA"} <= summed.components.keys()
+    torch.testing.assert_close(summed.scores[:, 0], whole[:, 0] + whole[:, 1])
+    for wrong in ((), ("VQ", "VQ"), ("AQ",)):
+        with pytest.raises(ValueError, match="expected one or several of"):
+            made(dimensions=wrong)
+    with pytest.raises(ValueError, match="expected MQ among them"):
+        made(dimensions=("VQ",), gray_motion=True)
+
+
 def test_a_whole_peft_model_and_lora_beside_the_base_are_one_checkpoint() -> None:
     whole, lora = (read_video_reward(tiny.video_reward(layout), str(tiny.base())) for layout in ("whole", "lora"))
     assert whole.keys() == lora.keys() and all(torch.equal(whole[name], lora[name]) for name in whole)
