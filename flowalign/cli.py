@@ -12,10 +12,10 @@ from flowalign.commands.output import IgnoresBrokenPipe
 
 USAGE = """usage: flowalign train CONFIG.yaml [CONFIG.yaml ...] [key=value ...]
        flowalign evaluate [NAME=]MODEL ... [--no-base] [--prompts SOURCE] [--count N] [--samples N] [--seed N]
-                          [--rewards REWARD ...] [--steps N] [--guidance X] [--size HEIGHTxWIDTH] [--fps X]
-                          [--batch-size N] [--output FOLDER]
+                          [--image FILE ...] [--rewards REWARD ...] [--steps N] [--guidance X]
+                          [--size HEIGHTxWIDTH] [--fps X] [--batch-size N] [--output FOLDER]
        flowalign optimize-noise MODEL (PROMPT ... | --prompts SOURCE [--count N]) --rewards REWARD ... [--weights X ...]
-                          [--held-out REWARD ...] [--method NAME] [--steps N] [--learning-rate X] [--seed N]
+                          [--image FILE ...] [--held-out REWARD ...] [--method NAME] [--steps N] [--learning-rate X] [--seed N]
                           [--start FOLDER] [--sampling-steps N] [--guidance X] [--patience N] [--batch-size N]
                           [--size HEIGHTxWIDTH] [--fps X] [--dtype fp32|bf16] [--checkpoint] [--device NAME]
                           [--output FOLDER]

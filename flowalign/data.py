@@ -6,15 +6,15 @@ import hashlib
 import importlib
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from flowalign.media import SourceImage, read_image, source_image
 from flowalign.prompt_files import SUFFIXES, Row, read_rows, short
 from flowalign.prompt_sets import PLAIN, PROMPT_SETS, PromptSet, our_rows
 from samplers.noise import generator
@@ -24,34 +24,70 @@ from samplers.noise import generator
 class PromptRecord:
     """One prompt. uid: its row in the set (two rows of equal text are two prompts). metadata: for rewards.
 
-    images: files of the source images of an edit, none for text to image. negative_prompt: what guidance starts from; None
-    means the policy's own."""
+    images: the source images of an edit, none for text to image; a path, such as `cat.png` or `photos.zip/cat.png`, or a picture of
+    Pillow becomes a SourceImage. negative_prompt: what guidance starts from; None means the policy's own. TypeError for an image that is
+    none of these."""
 
     uid: int
     prompt: str
     metadata: dict[str, Any] = field(default_factory=dict)
-    images: tuple[Path, ...] = ()
+    images: tuple[SourceImage, ...] = ()
     negative_prompt: str | None = None
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "images", tuple(source_image(image) for image in self.images))
 
-def as_records(prompts: str | PromptRecord | Sequence[str | PromptRecord]) -> list[PromptRecord]:
-    """A text or several as a prompt set, the place of each its uid; records stay as they are. TypeError for anything else."""
+
+Source = SourceImage | Image.Image | str | Path
+Sources = Source | Sequence[Source | Sequence[Source]]
+
+
+def as_records(
+    prompts: str | PromptRecord | Sequence[str | PromptRecord], images: Sources | None = None
+) -> list[PromptRecord]:
+    """A text or several as a prompt set, the place of each its uid; records stay as they are. TypeError for anything else.
+
+    images: source images, see `with_images`."""
     several = [prompts] if isinstance(prompts, str | PromptRecord) else list(prompts)
     if wrong := [prompt for prompt in several if not isinstance(prompt, str | PromptRecord)]:
         raise TypeError(
             f"got {wrong[0]!r} as a prompt; expected a text, or a PromptRecord for one with metadata or images "
             "(flowalign.data.load_prompts reads them from a file)"
         )
-    return [PromptRecord(uid, prompt) if isinstance(prompt, str) else prompt for uid, prompt in enumerate(several)]
+    records = [PromptRecord(uid, prompt) if isinstance(prompt, str) else prompt for uid, prompt in enumerate(several)]
+    return records if images is None else with_images(records, images)
+
+
+def with_images(records: Sequence[PromptRecord], images: Sources) -> list[PromptRecord]:
+    """The records with source images, pictures of Pillow or paths: one picture for all of them, or a list with one, or a list of several,
+    for each; for a single record the list is all of its own. ValueError for another number, for records that have images already, and
+    FileNotFoundError for a file that does not exist."""
+    if given := [record.prompt for record in records if record.images]:
+        raise ValueError(
+            f"got images for the prompt {given[0]!r}, which has source images of its own; expected one or the other"
+        )
+    listed = list(images) if isinstance(images, list | tuple) else [images] * len(records)
+    if len(records) == 1 and not any(isinstance(each, list | tuple) for each in listed):
+        listed = [listed]
+    if len(listed) != len(records):
+        raise ValueError(
+            f"got {len(listed)} images for {len(records)} prompts; expected one for all, or one, or a list of them, for each"
+        )
+    several = [own if isinstance(own, list | tuple) else (own,) for own in listed]
+    owned = [tuple(source_image(each) for each in own) for own in several]
+    for image in (image for own in owned for image in own):
+        if lacks := image.missing():
+            raise FileNotFoundError(f"image {image} {lacks} (working directory: {Path.cwd()}); expected an image file")
+    return [replace(record, images=own) for record, own in zip(records, owned, strict=True)]
 
 
 def load_prompts(source: str) -> list[PromptRecord]:
     """Reads a prompt set from a file, a public set by name with its file, or a function.
 
     `FILE`: a .txt, .jsonl, .json, .csv or .tsv (`flowalign.prompt_files.read_rows`). A row has "prompt", and if wanted "image" or
-    "images", paths from the file's folder, and "negative_prompt"; all else is metadata. `NAME:FILE`, such as
+    "images", paths from the file's folder, which may lead into a .zip or .tar, and "negative_prompt"; all else is metadata. `NAME:FILE`, such as
     `drawbench:prompts/test.txt`: a set of `flowalign.prompt_sets.PROMPT_SETS`. `package.module:function`: of a callable that
-    returns texts or such rows, its image paths from the working directory. Raises ValueError or FileNotFoundError that names
+    returns texts or such rows, its images pictures of Pillow or paths from the working directory. Raises ValueError or FileNotFoundError that names
     the source and the line."""
     name, _, file = source.partition(":")
     if name in PROMPT_SETS or source.endswith(SUFFIXES):
@@ -109,17 +145,25 @@ def record_of(place: str, uid: int, row: dict[str, Any], folder: Path) -> Prompt
         )
     for text in (row["prompt"], negative or ""):
         _check_text(place, text)
+    if "video" in row:
+        raise ValueError(
+            f"{place}: got 'video'={short(row['video'])}; expected none: no model here reads a source clip; a first frame goes under "
+            "'image', clips to train on into the file of a trainer.source, and what a reward reads under another name"
+        )
     if "image" in row and "images" in row:
         raise ValueError(f"{place}: got 'image' and 'images'; expected one of them: list all files under 'images'")
-    names = [row["image"]] if "image" in row else row.get("images", [])
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+    given = [row["image"]] if "image" in row else row.get("images", [])
+    if not isinstance(given, list) or not all(isinstance(image, str | Image.Image) for image in given):
         raise ValueError(
-            f"{place}: got images {short(names)}; expected a path under 'image', or a list of paths under 'images'"
+            f"{place}: got images {short(given)}; expected a path under 'image', or a list of paths under 'images'"
         )
-    images = tuple(folder / name for name in names)
+    images = tuple(source_image(folder / image if isinstance(image, str) else image) for image in given)
     for image in images:
-        if not image.is_file():
-            lacks = "is a folder" if image.is_dir() else "does not exist"
+        try:
+            lacks = image.missing()
+        except OSError as error:
+            raise ValueError(f"{place}: image {image} cannot be read ({error}); expected an image file") from error
+        if lacks:
             raise FileNotFoundError(
                 f"{place}: image {image} {lacks} (working directory: {Path.cwd()}); expected an image file"
             )
@@ -178,7 +222,7 @@ def _content(record: PromptRecord) -> dict[str, Any]:
     """What must not change. Of images the bytes, wherever they lie; what a record does not have is left out."""
     content: dict[str, Any] = {"uid": record.uid, "prompt": record.prompt, "metadata": record.metadata}
     if record.images:
-        content["images"] = [hashlib.sha256(image.read_bytes()).hexdigest() for image in record.images]
+        content["images"] = [image.digest() for image in record.images]
     if record.negative_prompt is not None:
         content["negative_prompt"] = record.negative_prompt
     return content
@@ -196,35 +240,18 @@ def prompts_of_iteration(records: Sequence[PromptRecord], count: int, seed: int,
 
 
 def source_images(records: Sequence[PromptRecord], device: torch.device | str = "cpu") -> list[list[Tensor]] | None:
-    """The source images of each record, [3, H, W] in [0, 1] (alpha is dropped), each file read once; None if no record has
-    any."""
+    """The source images of each record, [3, H, W] in [0, 1] (alpha is dropped), each decoded once; None if no record has any."""
     if not any(record.images for record in records):
         return None
-    files = {
-        path: read_image(path).to(device)
-        for path in dict.fromkeys(path for record in records for path in record.images)
-    }
-    return [[files[path] for path in record.images] for record in records]
+    pixels = {image: read_image(image).to(device) for image in _distinct_images(records)}
+    return [[pixels[image] for image in record.images] for record in records]
 
 
 def check_images(records: Sequence[PromptRecord]) -> None:
     """ValueError for a source image that cannot be read; each is decoded once."""
-    for path in dict.fromkeys(path for record in records for path in record.images):
-        read_image(path)
+    for image in _distinct_images(records):
+        image.open()
 
 
-def read_image(path: Path) -> Tensor:
-    """[3, H, W] in [0, 1]; ValueError for a file that is damaged or no image."""
-    return torch.from_numpy(np.array(open_image(path))).permute(2, 0, 1).float() / 255
-
-
-def open_image(path: Path) -> Image.Image:
-    """Its pixels in RGB (alpha is dropped); ValueError for a file that is damaged or no image."""
-    try:
-        with Image.open(path) as picture:
-            return picture.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: of a broken PNG
-        raise ValueError(
-            f"got the image {path}, which cannot be read ({error}); expected a whole image file: replace it, or leave its "
-            "prompt out"
-        ) from error
+def _distinct_images(records: Sequence[PromptRecord]) -> list[SourceImage]:
+    return list(dict.fromkeys(image for record in records for image in record.images))

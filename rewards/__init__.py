@@ -5,9 +5,9 @@ A new reward is one new file, or a plain function named by its path; YAML names 
 base: the contract. guard: `score`, through which every caller asks a reward (isolation: what it may change; duplicates: equal
 samples are asked once; answers: parts of an answer). scoring: many batches, in a thread if the reward is elsewhere. listing: what
 rewards there are.
-mix, channels, ensembles, shaping, augmented, frames, completion, with_timeout, offloaded: rewards made of others (parts: what
+mix, channels, routed, ensembles, shaping, augmented, frames, completion, with_timeout, offloaded: rewards made of others (parts: what
 they share). function: a plain function. color, jpeg, monitors, motion, diversity: without a model (features: how alike two
-pictures are). inverse_dynamics: whether a video shows its actions. ctrl_u: losses weighted by certainty.
+pictures are; source_consistency: what an edit kept). inverse_dynamics: whether a video shows its actions. ctrl_u: losses weighted by certainty.
 image/: pretrained networks. qwen/: Qwen-VL with a regression head. judges/: vision-language models that are asked through a chat
 endpoint. ocr/, geneval/: reading text, checking objects. remote/: rewards in another process (workers/), or behind HTTP.
 """
@@ -25,7 +25,7 @@ from rewards.base import (
     spec_of,
 )
 from rewards.channels import Channels
-from rewards.color import ColorAccuracy
+from rewards.color import ColorAccuracy, ColorCloseness
 from rewards.completion import OnCompletion
 from rewards.diversity import GroupDiversity
 from rewards.ensembles import Ensemble
@@ -56,8 +56,10 @@ from rewards.ocr import OCR, Line, RapidReader, Recognizer
 from rewards.offloaded import Offloaded
 from rewards.qwen import EditReward, HPSv3, VideoAlign
 from rewards.remote import Http, InWorker
+from rewards.routed import Routed
 from rewards.scoring import Scoring
 from rewards.shaping import Capped, Gated, Standardized
+from rewards.source_consistency import SourceConsistency
 from rewards.with_timeout import WithTimeout
 
 PART_OF = "flowalign"
@@ -81,6 +83,7 @@ __all__ = [
     "RapidReader",
     "Line",
     "ColorAccuracy",
+    "ColorCloseness",
     "JPEGCompressibility",
     "JPEGIncompressibility",
     "Aesthetic",
@@ -103,11 +106,13 @@ __all__ = [
     "GroupDiversity",
     "Features",
     "Thumbnail",
+    "SourceConsistency",
     "HPSv3",
     "VideoAlign",
     "EditReward",
     "Mix",
     "Channels",
+    "Routed",
     "Ensemble",
     "Standardized",
     "Capped",

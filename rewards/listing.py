@@ -40,6 +40,9 @@ EXAMPLES: dict[str, Callable[[], dict[str, Any]]] = {
     "Offloaded": lambda: {"reward": rewards.CLIPScore()},
     "OnCompletion": lambda: {"reward": _statistics()},
     "OnFrames": lambda: {"reward": _statistics(), "frames": "first_last"},
+    "Routed": lambda: {
+        "key": "axis", "rewards": {"word": rewards.OCR(), "ink": rewards.ColorAccuracy()}, "default": rewards.ColorCloseness(),
+    },
     "Standardized": lambda: {"reward": _statistics(), "loc": 0.2, "scale": 0.1},
     **{
         name: lambda: {"endpoint": rewards.ChatEndpoint("http://127.0.0.1:8000/v1", "MODEL")}
@@ -171,7 +174,9 @@ def _of_parts(reward: Reward, parts: Sequence[Reward]) -> list[str]:
 def _parts(reward: Reward) -> list[Reward]:
     """The rewards that it is made of."""
     kept = vars(reward)
-    return [*kept.get("rewards", []), *(kept[name] for name in ("reward", "gate") if name in kept)]
+    several = kept.get("rewards", [])
+    several = several.values() if isinstance(several, dict) else several
+    return [*several, *(kept[name] for name in ("reward", "gate", "default") if kept.get(name) is not None)]
 
 
 def first_sentence(cls: type) -> str:

@@ -7,7 +7,6 @@ command goes on from the last checkpoint.
 """
 
 import argparse
-import json
 import os
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from diffusers import StableDiffusion3Pipeline
 
 from flowalign.glyphs import LOAD_ARGS, held_out_prompts
 from flowalign.glyphs.card import model_card
+from flowalign.glyphs.export import export
 from flowalign.glyphs.judge import Figures, judge, sample_pictures
 from flowalign.glyphs.pretrain import TRAINED, pretrain, vae_error
 from flowalign.glyphs.progress import progress_bars
@@ -49,18 +49,6 @@ def main() -> None:
         measured=MEASURED,
     )
     (arguments.output / "README.md").write_text(card, encoding="utf-8")
-
-
-def export(pipeline: StableDiffusion3Pipeline, folder: Path) -> None:
-    """Save the pipeline in fp16; loaded, it is fp32 unless asked otherwise."""
-    for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2):
-        tokenizer.backend_tokenizer.no_padding()  # training left its own padding in what would be saved
-    pipeline.to(dtype=torch.float16).save_pretrained(folder)
-    for name in ("text_encoder", "text_encoder_2"):
-        path = folder / name / "config.json"
-        config = json.loads(path.read_text(encoding="utf-8"))
-        config["dtype"] = "float32"  # transformers would load in the dtype written here, diffusers always in fp32
-        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def measure(pipeline: StableDiffusion3Pipeline) -> dict[tuple[int, float], Figures]:

@@ -1,10 +1,11 @@
 """Train a small EditReward on Glyphs edits, write it in the layout of the published checkpoint, and measure it as loaded.
 
-`python scripts/train_edit_reward.py --output runs/edit_reward`
+`python scripts/train_edit_reward.py --output rewards/qwen/glyphs_edit`
 
 Makes a Qwen2.5-VL of 64 channels with its tokenizer and templates, lets it learn to describe edits, then to rank pairs of them by
 EditReward's loss. The written folder is loaded by rewards.EditReward and scores pairs of words that were not trained on,
-in combinations of colors that were trained on, and in others. Six minutes of one core.
+in combinations of colors that were trained on, and in others. Six minutes of one core. `rewards.EditReward(model="glyphs")` is the one that
+comes with the package.
 """
 
 import argparse
@@ -15,9 +16,9 @@ from pathlib import Path
 import torch
 
 from flowalign.glyphs import held_out_prompts, train_prompts
-from flowalign.glyphs.edit_checkpoint import load_folder, network_of, write_base, write_trained, write_untrained
-from flowalign.glyphs.edit_pairs import KINDS, draw_pairs
-from flowalign.glyphs.edit_training import Judged, judged, train
+from flowalign.glyphs.edit.reward_checkpoint import load_folder, network_of, write_base, write_trained, write_untrained
+from flowalign.glyphs.edit.reward_pairs import KINDS, draw_pairs
+from flowalign.glyphs.edit.reward_training import Judged, judged, train
 
 COLUMNS = ("overall", "instruction following", "quality")
 

@@ -8,8 +8,9 @@ import pytest
 from PIL import Image
 
 from flowalign.config import load_config
-from flowalign.data import PromptRecord, digest, load_prompts, source_images
+from flowalign.data import PromptRecord, as_records, digest, load_prompts, source_images
 from flowalign.errors import ConfigError
+from flowalign.media import source_image
 from flowalign.run.preflight import Prompts
 
 TINY = str(Path(__file__).parent / "data" / "tiny.yaml")
@@ -72,8 +73,16 @@ def test_a_line_may_name_source_images_and_a_negative_prompt(tmp_path):
         '{"prompt": "a", "image": "a.png", "kind": 1}\n{"prompt": "b", "images": ["a.png", "b.png"], "negative_prompt": ""}\n'
     )
     one, two = load_prompts(str(tmp_path / "edits.jsonl"))
-    assert one.images == (tmp_path / "a.png",) and one.metadata == {"kind": 1} and one.negative_prompt is None
-    assert two.images == (tmp_path / "a.png", tmp_path / "b.png") and two.metadata == {} and two.negative_prompt == ""
+    assert (
+        one.images == (source_image(tmp_path / "a.png"),)
+        and one.metadata == {"kind": 1}
+        and one.negative_prompt is None
+    )
+    assert (
+        two.images == tuple(source_image(tmp_path / name) for name in ("a.png", "b.png"))
+        and two.metadata == {}
+        and two.negative_prompt == ""
+    )
 
 
 @pytest.mark.parametrize(
@@ -83,6 +92,7 @@ def test_a_line_may_name_source_images_and_a_negative_prompt(tmp_path):
         ('{"prompt": "a", "image": 3}', r"got images \[3\]; expected a path"),
         ('{"prompt": "a", "images": "a.png"}', "list of paths under 'images'"),
         ('{"prompt": "a", "image": "a.png", "images": []}', "expected one of them"),
+        ('{"prompt": "a", "video": "a.mp4"}', "got 'video'='a.mp4'; expected none: no model here reads a source clip"),
         ('{"prompt": "a", "negative_prompt": 1}', "negative_prompt=1; expected a text"),
     ],
 )
@@ -147,3 +157,24 @@ def test_a_broken_source_image_is_named_before_a_run(content: bytes, tmp_path: P
     config = replace(load_config(TINY)[0], prompts=source)
     with pytest.raises(ConfigError, match=r"bad\.png, which cannot be read"):
         Prompts.of(config)
+
+
+def test_images_of_a_call_are_one_for_all_or_one_or_several_for_each(tmp_path: Path) -> None:
+    red, blue = (Image.new("RGB", (4, 2), color) for color in ("red", "blue"))
+    red.save(tmp_path / "red.png")
+
+    def colors(prompts: str | list[str], images: object) -> list[list[tuple[int, ...]]]:
+        records = as_records(prompts, images)  # type: ignore[arg-type]
+        return [[image.open().getpixel((0, 0)) for image in record.images] for record in records]
+
+    r, b = (255, 0, 0), (0, 0, 255)
+    assert colors("a", red) == colors("a", str(tmp_path / "red.png")) == colors("a", [tmp_path / "red.png"]) == [[r]]
+    assert colors("a", [red, blue]) == colors("a", [[red, blue]]) == [[r, b]]
+    assert colors(["a", "b"], blue) == [[b], [b]] and colors(["a", "b"], [red, blue]) == [[r], [b]]
+    assert colors(["a", "b"], [[red, blue], blue]) == [[r, b], [b]]
+    with pytest.raises(ValueError, match="got 3 images for 2 prompts; expected one for all"):
+        as_records(["a", "b"], [red] * 3)
+    with pytest.raises(ValueError, match="'a', which has source images of its own"):
+        as_records(as_records("a", red), blue)
+    with pytest.raises(FileNotFoundError, match=r"no.png does not exist"):
+        as_records("a", tmp_path / "no.png")

@@ -9,6 +9,7 @@ from PIL import Image
 
 from flowalign.data import PromptRecord
 from flowalign.image_sets import check_images_of, check_not_held_out, digest_of, load_labeled, load_pairs
+from flowalign.media import source_image
 
 HEIGHT, WIDTH = 4, 6
 VOTE = {
@@ -53,7 +54,9 @@ def test_labeled_images_are_read_with_the_sources_of_an_edit(folder: Path) -> No
     found = load_labeled(write(folder, *rows))
     assert [each.image.parent.name for each in found] == ["a", "b", "a"] and found[0].files == (found[0].image,)
     assert found[0].record.images == () and found[1].record.negative_prompt == "blur"
-    assert found[2].record.images == (folder / "images/a/4-0.png",) and found[2].record.metadata == {"from": "us"}
+    assert found[2].record.images == (source_image(folder / "images/a/4-0.png"),) and found[2].record.metadata == {
+        "from": "us"
+    }
 
 
 @pytest.mark.parametrize(
@@ -65,7 +68,7 @@ def test_labeled_images_are_read_with_the_sources_of_an_edit(folder: Path) -> No
         ({"prompt": "a", "chosen": "images/b/4-0.png"}, "line 2: got None under 'rejected'"),
         ({**VOTE, "chosen": 3}, "line 2: got 3 under 'chosen'"),
         ({**VOTE, "rejected": "images/c.png"}, "line 2: the rejected image .*c.png does not exist .*from the folder"),
-        ({**VOTE, "rejected": "images"}, "line 2: the rejected image .*images is a folder"),
+        ({**VOTE, "rejected": "images"}, "line 2: the rejected image .*images is a folder without files"),
         ({**VOTE, "image": "images/a/4-0.png"}, "line 2: got 'image' beside 'chosen'; expected .* 'images'"),
         ({**VOTE, "prompt": "a dog", "rejected": VOTE["chosen"]}, "line 2: got .*one image; expected two: leave ties out"),
         (VOTE, "line 2: got the pair of images of line 1 again"),
@@ -109,8 +112,8 @@ def test_sizes_are_checked_and_nothing_is_resized(folder: Path) -> None:
     good = {"prompt": "a cat", "image": "images/a/3-0.png"}
     for name, said in (
         ("wide.png", rf"line 2: got .*wide.png of {HEIGHT}×{WIDTH + 1} pixels; expected {HEIGHT}×{WIDTH}, the policy's"),
-        ("broken.png", "line 2: got the image .*broken.png, which cannot be read"),
-        ("clip.webp", "line 2: got .*clip.webp, a clip of 2 frames"),
+        ("broken.png", r"line 2: got .*broken.png, which cannot be read \(it has no format"),
+        ("clip.webp", "line 2: got .*clip.webp, a clip of 2 frames; expected an image, as policy.frames says"),
     ):  # fmt: skip
         rows = load_labeled(write(folder, good, {"prompt": "a dog", "image": name}, {"prompt": "a cow", "image": name}))
         check_images_of(rows[:1], HEIGHT, WIDTH)

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
 from flowalign.commands.size import size_of
+from flowalign.commands.source import with_source
 from flowalign.config import load_judges, load_reward
 from flowalign.data import PromptRecord, load_prompts
 from flowalign.distributed.processes import Processes
@@ -89,6 +90,7 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("models", nargs="*")
     parser.add_argument("--no-base", dest="base", action="store_false")
     parser.add_argument("--rewards", nargs="+")
+    parser.add_argument("--image", nargs="+", type=Path)
     for option, kind in OPTIONS.items():
         parser.add_argument(option, type=kind)
     try:
@@ -98,7 +100,7 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
     if unknown or not given.models:
         raise ConfigError(
             f"flowalign evaluate: got {' '.join(unknown) or 'no model'}; expected models such as runs/a, runs/a@40 or glyphs, then "
-            f"--no-base, --rewards REWARD ..., {', '.join(OPTIONS)}"
+            f"--no-base, --rewards REWARD ..., --image FILE ..., {', '.join(OPTIONS)}"
         )
     for name in ("count", "samples", "steps", "batch_size"):
         if vars(given)[name] is not None and vars(given)[name] < 1:
@@ -179,7 +181,8 @@ def _records(source: str, given: argparse.Namespace, settings: dict[str, Any]) -
         raise ConfigError(f"--prompts: {error}") from error
     if given.count is not None and given.count > len(records):
         raise ConfigError(f"got --count {given.count}; expected at most the {len(records)} prompts of {source}")
-    return records[: given.count or (len(records) if given.prompts else settings.get("count", COUNT))]
+    chosen = records[: given.count or (len(records) if given.prompts else settings.get("count", COUNT))]
+    return with_source(chosen, given.image)
 
 
 def _judges(named: Sequence[str] | None, judged: Judged | None) -> list[Reward]:

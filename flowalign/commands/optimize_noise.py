@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from flowalign.commands.size import size_of
+from flowalign.commands.source import with_source
 from flowalign.config import load_reward
 from flowalign.data import PromptRecord, as_records, load_prompts
 from flowalign.errors import ConfigError, RunError
@@ -41,6 +42,7 @@ def optimize(arguments: Sequence[str]) -> None:
         ascent = Ascent() if given.learning_rate is None else Ascent(learning_rate=given.learning_rate)
         method = Gradient(ascent) if given.method == "gradient" else METHODS[given.method]()
         check(records, list(rewards.items()), held_out, method)
+        place.check_sources(records)
         if size is not None:
             check_image_size(place.policy.path, size, place.policy.family)
     except (ValueError, OSError) as error:
@@ -79,6 +81,7 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rewards", nargs="+", default=[])
     parser.add_argument("--weights", nargs="+", type=float)
     parser.add_argument("--held-out", nargs="+", default=[])
+    parser.add_argument("--image", nargs="+", type=Path)
     parser.add_argument("--checkpoint", action="store_true")
     for option, kind in OPTIONS.items():
         name = option.removeprefix("--").replace("-", "_")
@@ -127,16 +130,16 @@ def _place(given: argparse.Namespace) -> Place:
 
 
 def _records(given: argparse.Namespace) -> list[PromptRecord]:
-    """The texts, or the first --count prompts of the set."""
+    """The texts, or the first --count prompts of the set, with the source images of --image."""
     if given.prompt:
-        return as_records(given.prompt)
+        return with_source(as_records(given.prompt), given.image)
     try:
         records = load_prompts(given.prompts)
     except (ValueError, OSError) as error:
         raise ConfigError(f"--prompts: {error}") from error
     if given.count is not None and not 1 <= given.count <= len(records):
         raise ConfigError(f"got --count {given.count}; expected 1 to {len(records)}, the prompts of {given.prompts}")
-    return records[: given.count]
+    return with_source(records[: given.count], given.image)
 
 
 def _weighted(given: argparse.Namespace) -> list[tuple[str, float]]:

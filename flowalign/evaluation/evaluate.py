@@ -9,15 +9,16 @@ import inspect
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool2d
+from torch.nn.functional import avg_pool2d, interpolate
 
-from flowalign.data import PromptRecord, as_records, digest, source_images
+from flowalign.data import PromptRecord, Sources, as_records, digest, source_images
 from flowalign.distributed.processes import Processes
+from flowalign.media import read_image
 from flowalign.models.base import Policy, Sampling, Size
 from flowalign.models.sampling import Job, in_batches, settle
 from rewards import FunctionReward, Reward, RewardBatch, RewardError, labels_of, pictures, score
@@ -36,7 +37,8 @@ class EvaluationResult:
 
     scores {reward: float64 [N]}, nan where the reward was not valid; pixels uint8 [N, 3, h, w], of videos [N, F, 3, h, w]:
     height and width are reduced by a whole factor if all of them would be more than IMAGE_BYTES; fps: frames per second of
-    videos; digest: of the prompts with their metadata (`flowalign.data.digest`)."""
+    videos; digest: of the prompts with their metadata (`flowalign.data.digest`); sources {uid: uint8 [3, h, w']}: the source images
+    of each prompt of an edit beside each other, as high as `pixels`."""
 
     uids: list[int]
     prompts: list[str]
@@ -49,6 +51,7 @@ class EvaluationResult:
     seconds: float
     digest: str = ""
     fps: float | None = None
+    sources: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def images(self) -> Tensor:
@@ -94,20 +97,21 @@ def evaluate(
     fps: float | None = None,
     seed: int = 0,
     batch_size: int = 8,
+    images: Sources | None = None,
     samples_per_prompt: int = 1,
     progress: Callable[[int], None] | None = None,
     processes: Processes | None = None,
 ) -> EvaluationResult:
     """Generates every prompt `samples_per_prompt` times by the policy's solver (never with SDE noise) and scores the images.
 
-    prompts: texts or records. rewards: also functions of (images, prompts), or their paths, see `rewards.FunctionReward`.
+    prompts: texts or records. images: source images of an edit, see `flowalign.data.with_images`. rewards: also functions of (images, prompts), or their paths, see `rewards.FunctionReward`.
     num_inference_steps, guidance_scale, size, schedule, fps: None is as `policy.sampling` says. Uses the weights as they are:
     wrap the call in `policy.role("reference")` for the base, in `ema.applied()` for the average. Scores do not depend on
     `batch_size` beyond rounding; a groupwise reward gets all samples of a prompt at once, however small that is.
     `progress(n)` is called after each batch of n. A reward of several channels is
     reported as several, `reward/channel`. A reward that fails, or gives no score for more than half of the images, is a
     RewardError; one sample without a score is nan. `processes` share the images, and each returns the whole result."""
-    records, judges = as_records(prompts), as_rewards(rewards)
+    records, judges = as_records(prompts, images), as_rewards(rewards)
     check_request(records, judges, batch_size, samples_per_prompt)
     settings = settle(
         policy.sampling, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, size=size, schedule=schedule,
@@ -130,20 +134,21 @@ def evaluate(
     batch_size = max(unit, batch_size // unit * unit)
     kept: list[Tensor] = []
     scores: dict[str, list[Tensor]] = {label: [] for reward in judges for label in labels_of(reward)}
-    for images, scored in generate_and_score(policy, own, judges, settings, seed, batch_size, first):
+    for made, scored in generate_and_score(policy, own, judges, settings, seed, batch_size, first):
         for name, part in scored.items():
             scores[name].append(part)
-        kept.append(kept_pixels(images, len(jobs)))
+        kept.append(kept_pixels(made, len(jobs)))
         if progress is not None:
-            progress(len(images))
+            progress(len(made))
     back = order.argsort()
+    pixels = everyone.gather(torch.cat(kept))[back]
     complete = {name: everyone.gather(torch.cat(parts))[back] for name, parts in scores.items()}
     _check_valid(complete)
     return EvaluationResult(
         uids=[record.uid for record in records] * samples_per_prompt,
         prompts=[record.prompt for record in records] * samples_per_prompt,
         scores=complete,
-        pixels=everyone.gather(torch.cat(kept))[back],
+        pixels=pixels,
         seed=seed,
         num_inference_steps=settings.num_inference_steps,
         guidance_scale=settings.guidance_scale,
@@ -151,6 +156,7 @@ def evaluate(
         seconds=time.monotonic() - began,
         digest=digest(records),
         fps=settings.fps,
+        sources=kept_sources(records, pixels.shape[-2]),
     )
 
 
@@ -185,6 +191,21 @@ def kept_pixels(images: Tensor, count: int) -> Tensor:
     factor = min(factor, *images.shape[-2:])
     small = avg_pool2d(images.float().flatten(0, -4), factor)
     return (small.clamp(0, 1) * 255).round().to(torch.uint8).cpu().reshape(*images.shape[:-2], *small.shape[-2:])
+
+
+def kept_sources(records: Sequence[PromptRecord], height: int) -> dict[int, Tensor]:
+    """{uid: uint8 [3, height, w]}: a prompt's source images beside each other, each in its own aspect ratio."""
+    return {
+        record.uid: torch.cat([_of_height(read_image(image), height) for image in record.images], 2)
+        for record in records
+        if record.images
+    }
+
+
+def _of_height(image: Tensor, height: int) -> Tensor:
+    size = (height, max(1, round(image.shape[2] * height / image.shape[1])))
+    fitted = interpolate(image[None], size, mode="bilinear", antialias=True)[0] if image.shape[1] != height else image
+    return (fitted.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 def check_request(prompts: Sequence[PromptRecord], rewards: Sequence[Reward], batch_size: int, samples: int) -> None:

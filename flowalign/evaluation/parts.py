@@ -28,7 +28,7 @@ from flowalign.data import PromptRecord, digest
 from flowalign.distributed.processes import Processes
 from flowalign.errors import ConfigError
 from flowalign.evaluation.appearance import Appearance
-from flowalign.evaluation.evaluate import EvaluationResult, generate_and_score, kept_pixels, made_together
+from flowalign.evaluation.evaluate import EvaluationResult, generate_and_score, kept_pixels, kept_sources, made_together
 from flowalign.evaluation.image_files import image_path, write_image
 from flowalign.models.base import Policy, Sampling
 from flowalign.storage.files import read_json, reading, write_atomic
@@ -243,11 +243,12 @@ def read_column(store: Store, measurement: Measurement, column: str) -> tuple[Ev
     parts = [store.load(column, number) for number in measurement.chunks]
     samples, count = measurement.samples_per_prompt, len(measurement.records)
     order = torch.arange(count * samples).reshape(count, samples).T.flatten()
+    pixels = torch.cat([part.pixels for part in parts])[order]
     result = EvaluationResult(
         uids=[record.uid for record in measurement.records] * samples,
         prompts=[record.prompt for record in measurement.records] * samples,
         scores={name: torch.cat([part.scores[name] for part in parts])[order] for name in parts[0].scores},
-        pixels=torch.cat([part.pixels for part in parts])[order],
+        pixels=pixels,
         seed=measurement.seed,
         num_inference_steps=measurement.settings.num_inference_steps,
         guidance_scale=measurement.settings.guidance_scale,
@@ -255,5 +256,6 @@ def read_column(store: Store, measurement: Measurement, column: str) -> tuple[Ev
         seconds=sum(part.seconds for part in parts),
         digest=digest(measurement.records),
         fps=measurement.settings.fps,
+        sources=kept_sources(measurement.records, pixels.shape[-2]),
     )
     return result, Appearance.cat([part.appearance for part in parts]).rows(order)

@@ -12,12 +12,16 @@ from safetensors.torch import save
 from flowalign.evaluation.evaluate import EvaluationResult
 from flowalign.storage.files import append_line, reading, write_atomic
 
-_TENSORS = ("scores", "pixels")
+_TENSORS = ("scores", "pixels", "sources")
 
 
 def save_result(path: Path, result: EvaluationResult) -> None:
     """Writes everything of `result`."""
-    tensors = {"pixels": result.pixels.contiguous(), **{f"scores/{name}": s for name, s in result.scores.items()}}
+    tensors = {
+        "pixels": result.pixels.contiguous(),
+        **{f"scores/{name}": scores for name, scores in result.scores.items()},
+        **{f"sources/{uid}": source.contiguous() for uid, source in result.sources.items()},
+    }
     plain = {field.name: vars(result)[field.name] for field in fields(result) if field.name not in _TENSORS}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, save(tensors, metadata={"result": json.dumps(plain)}))
@@ -27,9 +31,13 @@ def load_result(path: Path) -> EvaluationResult:
     """Reads what `save_result` wrote. Raises DamagedFile naming the file if it is damaged."""
     with reading(path), safe_open(str(path), framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        pixels, plain = tensors.pop("pixels"), json.loads(file.metadata()["result"])
-        scores = {name.removeprefix("scores/"): value for name, value in tensors.items()}
-        return EvaluationResult(scores=scores, pixels=pixels, **plain)
+        plain = json.loads(file.metadata()["result"])
+        scores, sources = (
+            {name.removeprefix(kind): value for name, value in tensors.items() if name.startswith(kind)}
+            for kind in ("scores/", "sources/")
+        )
+        by_uid = {int(uid): source for uid, source in sources.items()}
+        return EvaluationResult(scores=scores, pixels=tensors["pixels"], sources=by_uid, **plain)
 
 
 def append_result(path: Path, step: int, label: str, result: EvaluationResult) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from flowalign.glyphs.export import parts_list
 from flowalign.glyphs.judge import Figures
 from flowalign.glyphs.prompts import INKS, PAPERS, held_out_prompts, train_prompts
 
@@ -83,10 +84,7 @@ def model_card(
 ) -> str:
     """README.md of the folder: parts, recipe and figures as measured."""
     return _CARD.format(
-        parts="\n".join(
-            f"- `{name}`: {type(part).__name__}, {sum(value.numel() for value in part.parameters()):,} parameters"
-            for name, part in parts.items()
-        ),
+        parts=parts_list(parts),
         vae_error=vae_error,
         measured=measured,
         inks=", ".join(INKS),

@@ -70,7 +70,7 @@ def judge(pictures: Tensor, records: Sequence[GlyphsPrompt]) -> Figures:
 
 
 def read_words(pictures: Tensor) -> list[str]:
-    """The words read in pictures [N, 3, 24, 48] in [0, 1], with "0" taken for "O"; "" where nothing is read."""
+    """The words read in pictures [N, 3, H, W] in [0, 1], with "0" taken for "O"; "" where nothing is read."""
     rgb = (pictures.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
     bgr = [np.ascontiguousarray(image[..., ::-1].repeat(2, 0).repeat(2, 1)) for image in rgb]
     texts = _engine().recognize_txt(bgr).txts
@@ -84,13 +84,18 @@ def name_colors(pictures: Tensor) -> list[tuple[str, str]]:
     Paper is the median of the three top and bottom rows, which no letter reaches; ink is the mean of the tenth of the
     pixels furthest from it.
     """
-    names = [*INKS, *PAPERS]
-    palette = torch.tensor([*INKS.values(), *PAPERS.values()], dtype=torch.float32) / 255
     paper = torch.cat([pictures[:, :, :3], pictures[:, :, -3:]], dim=2).flatten(2).median(dim=-1).values
     pixels = pictures.flatten(2)
     distance = (pixels - paper[:, :, None]).square().sum(1)
     furthest = distance.topk(distance.shape[-1] // 10).indices
     ink = pixels.gather(2, furthest[:, None, :].expand(-1, 3, -1)).mean(-1)
+    return nearest_names(ink, paper)
+
+
+def nearest_names(ink: Tensor, paper: Tensor) -> list[tuple[str, str]]:
+    """The names nearest to inks and papers [N, 3] in [0, 1], among all eight colors."""
+    names = [*INKS, *PAPERS]
+    palette = torch.tensor([*INKS.values(), *PAPERS.values()], dtype=torch.float32) / 255
     nearest = [torch.cdist(color, palette).argmin(1).tolist() for color in (ink, paper)]
     return [(names[i], names[p]) for i, p in zip(*nearest, strict=True)]
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 import samplers
-from flowalign.data import PromptRecord
+from flowalign.data import PromptRecord, Sources
 from flowalign.models.conditions import Conditions
 from flowalign.models.images import Images
 from flowalign.models.roles import Role
@@ -130,13 +130,14 @@ class Policy(Protocol):
     def generate(
         self, prompts: str | Sequence[str | PromptRecord], *, seed: int = 0, num_inference_steps: int | None = None,
         guidance_scale: float | None = None, size: Size | None = None, schedule: Schedule | None = None,
-        batch_size: int = 8, noise: Tensor | None = None,
+        batch_size: int = 8, noise: Tensor | None = None, image: Sources | None = None,
     ) -> Images:  # fmt: skip
         """One image, or video, per prompt, by the solver.
 
         What is None is as `sampling` says. The start noise is a function of the seed and the prompt's uid (its place in a list
         of texts), and the same as that of `flowalign.evaluation.evaluate`. noise: [N, *latent_shape] in its place, normal with
-        unit variance, such as an optimized one; the seed is then unused."""
+        unit variance, such as an optimized one; the seed is then unused. image: source images of an edit, see
+        `flowalign.data.with_images`."""
         ...
 
     def checkpointed(self) -> AbstractContextManager[None]:

@@ -14,7 +14,7 @@ from flowalign.data import PromptRecord
 from flowalign.models.base import Size
 from flowalign.models.checkpoint_files import check_files
 from flowalign.models.checkpoints import empty_networks, inspect_checkpoint
-from flowalign.models.family import Distilled, Family, Guidance
+from flowalign.models.family import Distilled, Family, Guidance, check_source_images
 from flowalign.models.lora import LoRA, linear_modules, matched_modules
 from flowalign.models.lora_file import read_lora
 from flowalign.models.lora_start import lora_files
@@ -64,6 +64,11 @@ def _settings(path: str, name: str, kind: Any) -> dict[str, Any]:
     parameters = inspect.signature(kind.__init__).parameters.values()
     defaults = {each.name: each.default for each in parameters if each.default is not each.empty}
     return {**defaults, **kind.load_config(resolve(path), subfolder=name)}
+
+
+def check_sources(path: str, records: Sequence[PromptRecord], family: str | None = None) -> None:
+    """ValueError for a prompt with fewer or more source images than the model reads; before a model is loaded."""
+    check_source_images(records, inspect_checkpoint(path, family)[1])
 
 
 def rows_per_state(path: str, guidance_scale: float, family: str | None = None) -> int:

@@ -81,10 +81,12 @@ def check_source_images(records: Sequence[PromptRecord], family: Family) -> None
     least, most = family.source_images
     for record in records:
         if not least <= len(record.images) <= most:
-            wanted = f"{least}" if least == most else f"{least} to {most}"
+            wanted, count = f"{least}" if least == most else f"{least} to {most}", len(record.images)
+            way = "image=… in the call, --image on the command line, or 'image' or 'images' in the prompt file"
             raise ValueError(
-                f"got the prompt {record.prompt!r} with {len(record.images)} source images for a {family.pipeline.__name__}; expected {wanted}: "
-                "give them under 'image' or 'images' in the prompt file, or take a model that reads as many"
+                f"got the prompt {record.prompt!r} with {count} source image{'s' * (count != 1)} for a {family.pipeline.__name__}; expected "
+                f"{wanted}: "
+                + (f"give them by {way}" if count < least else "leave them out, or take a model that reads as many")
             )
 
 

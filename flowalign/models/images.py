@@ -15,6 +15,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from flowalign.storage.files import write_atomic
+from flowalign.storage.mp4 import mp4_bytes
 
 # suffix -> arguments of Pillow's save
 IMAGE_FILES: dict[str, dict[str, Any]] = {
@@ -23,7 +24,8 @@ IMAGE_FILES: dict[str, dict[str, Any]] = {
     ".jpeg": JPEG,
     ".webp": {"format": "WEBP", "lossless": True},
 }
-VIDEO_FILES: dict[str, dict[str, Any]] = {".webp": {"format": "WEBP", "quality": 90}, ".gif": {"format": "GIF"}}
+ANIMATIONS: dict[str, dict[str, Any]] = {".webp": IMAGE_FILES[".webp"], ".gif": {"format": "GIF"}}
+VIDEO_FILES = (".mp4", *ANIMATIONS)
 SHOWN = 384  # pixels of the longer side up to which a notebook enlarges
 GAP = 2  # pixels between images in one picture
 
@@ -67,43 +69,66 @@ class Images:
     def save(self, path: str | Path) -> Path:
         """Writes one file and returns its path: an image at its own size, several side by side in rows.
 
-        Images: .png or .webp (both without loss) or .jpg; videos: an animated .webp or .gif. ValueError for another suffix, and
-        for videos without `fps`. The file is replaced as a whole, its folder made."""
-        path = Path(path).expanduser()
-        known = IMAGE_FILES if self.pixels.ndim == 4 else VIDEO_FILES
-        if path.suffix.lower() not in known:
-            kind = "images" if self.pixels.ndim == 4 else "videos"
-            raise ValueError(f"got {str(path)!r} for {kind}; expected a name that ends in {', '.join(known)}")
-        first, *others = self._pictures()
-        arguments = known[path.suffix.lower()]
-        if self.pixels.ndim == 5:
-            if self.fps is None:
-                raise ValueError(
-                    "got videos without fps; expected frames per second: dataclasses.replace(images, fps=16)"
-                )
-            arguments = {**arguments, "save_all": True, "append_images": others, "duration": 1000 / self.fps, "loop": 0}
-        file = io.BytesIO()
-        first.save(file, **arguments)
-        write_atomic(path, file.getvalue())
+        Images: .png or .webp (both without loss) or .jpg. Videos: .mp4 (H.264, to look at: lossy, small ones enlarged by a whole
+        factor, see `flowalign.storage.mp4`), an animated .webp (without loss: what is to be read again and scored) or .gif.
+        ValueError for another suffix, and for videos without `fps`. The file is replaced as a whole, its folder made."""
+        path, video = Path(path).expanduser(), self.pixels.ndim == 5
+        suffix, known = path.suffix.lower(), VIDEO_FILES if video else tuple(IMAGE_FILES)
+        if suffix not in known:
+            raise ValueError(
+                f"got {str(path)!r} for {'videos' if video else 'images'}; expected a name that ends in {', '.join(known)}"
+            )
+        if not video:
+            write_atomic(path, image_bytes(self._frames()[0], **IMAGE_FILES[suffix]))
+            return path
+        if self.fps is None:
+            raise ValueError("got videos without fps; expected frames per second: dataclasses.replace(images, fps=16)")
+        frames = self._frames()
+        write_atomic(
+            path,
+            mp4_bytes(frames, self.fps) if suffix == ".mp4" else animation(frames, self.fps, **ANIMATIONS[suffix]),
+        )
         return path
 
-    def _pictures(self) -> list[Image.Image]:
-        """All side by side: one picture, of videos one per frame."""
+    def _frames(self) -> Tensor:
+        """All side by side: uint8 [F, 3, H, W], of images F = 1."""
         frames = self.pixels.transpose(0, 1) if self.pixels.ndim == 5 else self.pixels[None]
         columns = math.ceil(math.sqrt(len(self)))
-        return [picture(make_grid(frame, columns, GAP, pad_value=1) if len(self) > 1 else frame[0]) for frame in frames]
+        return torch.stack(
+            [as_bytes(make_grid(frame, columns, GAP, pad_value=1) if len(self) > 1 else frame[0]) for frame in frames]
+        )
 
     def _repr_png_(self) -> bytes:
         """What a notebook shows: all, of videos the first frames; small ones enlarged by a whole factor, each pixel a square."""
-        picture = self._pictures()[0]
-        factor = max(1, SHOWN // max(picture.size))
+        shown = picture(self._frames()[0])
+        factor = max(1, SHOWN // max(shown.size))
         file = io.BytesIO()
-        picture.resize((factor * picture.width, factor * picture.height), Image.Resampling.NEAREST).save(file, "PNG")
+        shown.resize((factor * shown.width, factor * shown.height), Image.Resampling.NEAREST).save(file, "PNG")
         return file.getvalue()
+
+
+def as_bytes(pixels: Tensor) -> Tensor:
+    """uint8 of what is in [0, 1], on the CPU; uint8 as it is."""
+    if pixels.dtype != torch.uint8:
+        pixels = (pixels.float().clamp(0, 1) * 255).round().to(torch.uint8)
+    return pixels.detach().cpu()
 
 
 def picture(pixels: Tensor) -> Image.Image:
     """[3, H, W], uint8 or in [0, 1]."""
-    if pixels.dtype != torch.uint8:
-        pixels = (pixels.float().clamp(0, 1) * 255).round().to(torch.uint8)
-    return Image.fromarray(pixels.detach().cpu().permute(1, 2, 0).contiguous().numpy())
+    return Image.fromarray(as_bytes(pixels).permute(1, 2, 0).contiguous().numpy())
+
+
+def image_bytes(pixels: Tensor, **settings: Any) -> bytes:
+    """A file of [3, H, W], uint8 or in [0, 1]; settings: of Pillow's save, such as format="PNG"."""
+    file = io.BytesIO()
+    picture(pixels).save(file, **settings)
+    return file.getvalue()
+
+
+def animation(frames: Tensor, fps: float, **settings: Any) -> bytes:
+    """A file that repeats frames [F, 3, H, W], uint8 or in [0, 1], `fps` of them per second; settings: of Pillow's save.
+    Not kept: a frame that equals the one before, which is then shown longer instead."""
+    file, (first, *others) = io.BytesIO(), [picture(frame) for frame in frames]
+    first.save(file, save_all=True, append_images=others, duration=round(1000 / fps), loop=0, **settings)
+    return file.getvalue()

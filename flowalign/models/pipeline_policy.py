@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn import Parameter
 
 import samplers
-from flowalign.data import PromptRecord, as_records
+from flowalign.data import PromptRecord, Sources, as_records
 from flowalign.models.base import Model, Network, Sampling, Size
 from flowalign.models.conditions import Conditions
 from flowalign.models.family import Family, check_negative_prompts, check_source_images
@@ -189,13 +189,13 @@ class PipelinePolicy:
     def generate(
         self, prompts: str | Sequence[str | PromptRecord], *, seed: int = 0, num_inference_steps: int | None = None,
         guidance_scale: float | None = None, size: Size | None = None, schedule: Schedule | None = None,
-        batch_size: int = 8, noise: Tensor | None = None,
+        batch_size: int = 8, noise: Tensor | None = None, image: Sources | None = None,
     ) -> Images:  # fmt: skip
         settings = settle(
             self.sampling, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, size=size,
             schedule=schedule,
         )  # fmt: skip
-        records = as_records(prompts)
+        records = as_records(prompts, image)
         if not records:
             raise ValueError("got no prompts; expected at least one")
         parts = in_batches(self, [(record, 0) for record in records], settings, seed, batch_size, noise)

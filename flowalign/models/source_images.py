@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from PIL import Image
 
-from flowalign.data import PromptRecord, open_image
+from flowalign.data import PromptRecord
 from flowalign.models.base import Size
 
 
@@ -19,4 +19,4 @@ def fitted_images(records: Sequence[PromptRecord], size: Size | None) -> list[Im
             "with `sampling`"
         )
     sides = (size.width, size.height)
-    return [open_image(record.images[0]).resize(sides, Image.Resampling.LANCZOS) for record in records]
+    return [record.images[0].open().resize(sides, Image.Resampling.LANCZOS) for record in records]

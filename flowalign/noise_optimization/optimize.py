@@ -13,10 +13,11 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from flowalign.data import PromptRecord, as_records
+from flowalign.data import PromptRecord, Sources, as_records
 from flowalign.evaluation.evaluate import as_rewards
 from flowalign.models import Policy, load_policy
 from flowalign.models.base import Sampling, Size
+from flowalign.models.checks import check_sources
 from flowalign.models.sampling import settle, start_noise
 from flowalign.noise_optimization.ascent import SPSA, Gradient
 from flowalign.noise_optimization.objective import Method, Objective
@@ -39,7 +40,7 @@ def optimize_noise(
     seed: int = 0, start: Tensor | None = None, num_inference_steps: int | None = None,
     guidance_scale: float | None = None, size: Size | None = None, schedule: Schedule | None = None,
     fps: float | None = None, patience: int | None = None, min_gain: float = 0.0, batch_size: int = 4,
-    checkpoint: bool = False, progress: bool = True,
+    checkpoint: bool = False, progress: bool = True, image: Sources | None = None,
 ) -> NoiseResult:  # fmt: skip
     """Finds start noise whose sample the rewards like better; the model's weights stay as they are.
 
@@ -54,7 +55,7 @@ def optimize_noise(
     patience: a prompt stops once its best total has not risen by more than `min_gain` in so many iterations; None: never.
     batch_size: prompts optimized together, and candidates made together. checkpoint: stores no activations of the blocks of
     network and decoder, and of one sampling step at a time: less memory for one more forward. Prompts are encoded once. A
-    prompt's result does not depend on the others, beyond rounding.
+    prompt's result does not depend on the others, beyond rounding. image: source images of an edit, see `flowalign.data.with_images`.
 
     ValueError or TypeError for what cannot work, before anything is made. A prompt that never had a valid score keeps its first
     image, and its total is nan; RewardError if that is so for all."""
@@ -63,9 +64,11 @@ def optimize_noise(
             f"got method={method!r}, start={start!r}; expected an object such as method=fa.SPSA(), and noise such as found.noise or "
             "flowalign.noise_optimization.read_noise(folder)"
         )
-    records, weighted = as_records(prompts), _weighted(rewards)
+    records, weighted = as_records(prompts, image), _weighted(rewards)
     others, method = as_rewards(held_out), method or Gradient()
     check(records, weighted, others, method)
+    if isinstance(policy, str):
+        check_sources(policy, records)
     if steps < 1 or batch_size < 1 or (patience is not None and patience < 1):
         raise ValueError(
             f"got steps={steps}, batch_size={batch_size}, patience={patience}; expected at least 1 of each"

@@ -18,8 +18,9 @@ def progress_figure(title: str, history: Mapping[str, Tensor], start: float, str
     """history: {name: [steps]}, nan is a gap; the first is drawn with its best so far and `start`, its value before the
     iterations. strip: {title: uint8 [3, h, w]}."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(max(6.5, 1.1 * len(strip)), 1.5 * len(history) + 1.8), layout="constrained")
-        heights = [1.5] * len(history) + [1.2]
+        tall = max(1.2, min(2.4, max(pixels.shape[1] / pixels.shape[2] for pixels in strip.values())))  # inches
+        figure = Figure(figsize=(max(6.5, 1.1 * len(strip)), 1.5 * len(history) + tall + 0.6), layout="constrained")
+        heights = [1.5] * len(history) + [tall]
         grid = figure.add_gridspec(len(heights), len(strip), height_ratios=heights)
         for row, (name, values) in enumerate(history.items()):
             _curve(figure.add_subplot(grid[row, :]), name, values, start if row == 0 else None)

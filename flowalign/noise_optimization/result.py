@@ -13,13 +13,15 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from flowalign.data import PromptRecord
+from flowalign.evaluation.evaluate import kept_sources
 from flowalign.models.base import Sampling
-from flowalign.models.images import Images
+from flowalign.models.images import Images, as_bytes, image_bytes
 from flowalign.noise_optimization.objective import Trial
 from flowalign.noise_optimization.picture import png, progress_figure
 from flowalign.storage.files import reading, write_atomic
 
 SHOWN = 7  # iterations of which a result keeps images
+SPREAD = 3  # of a video's frames, evenly spread
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +33,8 @@ class NoiseResult:
     iteration that found the best one, 0 being the start.
     history: {name: [steps, P]}, of each iteration's best candidate "total", the scores by reward, and the "norm" of its noise;
     nan where a prompt had stopped or nothing was valid. held_out: {reward: (first [P], best [P])}.
-    strip: {iteration: uint8 [P, 3, h, w]}, the best images after it (of videos their first frames).
+    strip: {iteration: uint8 [P, 3, h, w]}, the best images after it (of videos SPREAD frames below each other: h is theirs together).
+    sources: {uid: uint8 [3, h, w']}, a prompt's source images beside each other; uids [P].
     evaluations: network rows, forwards alone; decoded: images made and scored."""
 
     images: Images
@@ -51,24 +54,29 @@ class NoiseResult:
     evaluations: int
     decoded: int
     seconds: float
+    sources: dict[int, Tensor]
+    uids: list[int]
 
     def __repr__(self) -> str:
         first, best = float(self.first_total.mean()), float(self.total.mean())
         return f"NoiseResult of {len(self.prompts)} prompts: mean total {first:.4g} → {best:.4g}"
 
     def save(self, folder: str | Path) -> Path:
-        """Writes image.png (each prompt's own if there are several: image-0.png, …), first.png likewise, noise.safetensors (`read_noise` reads
-        it), result.json (prompts, totals, history, settings) and progress.png (`plot`) into `folder`, and returns it;
-        a result that lies there is replaced."""
+        """Writes image.png (each prompt's own if there are several: image-0.png, …), first.png likewise, of an edit source.png, of videos
+        image.mp4 and first.mp4 (to look at: the noise gives the exact pixels again), noise.safetensors (`read_noise` reads it),
+        result.json (prompts, totals, history, settings) and progress.png (`plot`) into `folder`, and returns it; a result that lies
+        there is replaced."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        for stale in (*folder.glob("image*.*"), *folder.glob("first*.*")):
+        for stale in (path for name in ("image", "first", "source") for path in folder.glob(f"{name}*.*")):
             stale.unlink()
-        suffix = "png" if self.images.pixels.ndim == 4 else "webp"
+        suffix = "png" if self.images.pixels.ndim == 4 else "mp4"
         for number in range(len(self.prompts)):
             mark = f"-{number}" if len(self.prompts) > 1 else ""
             self.images[number].save(folder / f"image{mark}.{suffix}")
             self.first_images[number].save(folder / f"first{mark}.{suffix}")
+            if self.sources:
+                write_atomic(folder / f"source{mark}.png", image_bytes(self.sources[self.uids[number]], format="PNG"))
         tensors = {"noise": self.noise, "start": self.start, "latents": self.latents}
         write_atomic(folder / "noise.safetensors", save({name: each.contiguous() for name, each in tensors.items()}))
         write_atomic(folder / "result.json", json.dumps(self._plain(), indent=1, allow_nan=False).encode())
@@ -76,11 +84,13 @@ class NoiseResult:
         return folder
 
     def plot(self, prompt: int = 0) -> Figure:
-        """The rewards of one prompt over the iterations, above a strip of its best images on the way; matplotlib's figure."""
+        """The rewards of one prompt over the iterations, above a strip of its source image and its best images on the way, of videos
+        SPREAD frames of each; matplotlib's figure."""
         total = self.history["total"]
         shown = {"total": total, **{name: each for name, each in self.history.items() if not torch.equal(each, total)}}
         shown.pop("norm")
-        strip = {"start": _frames(self.first_images.pixels)[prompt]}
+        strip = {"source": self.sources[self.uids[prompt]]} if self.sources else {}
+        strip["start"] = _frames(self.first_images.pixels)[prompt]
         strip |= {f"{step}": images[prompt] for step, images in self.strip.items()}  # numbered as the axis is
         curves = {name: values[:, prompt] for name, values in shown.items()}
         return progress_figure(self.prompts[prompt], curves, float(self.first_total[prompt]), strip)
@@ -187,6 +197,7 @@ def joined(
         },
         strip={step: torch.cat([part.strip[step] for part in parts]) for step in sorted(parts[0].strip)},
         prompts=prompts, seed=seed, sampling=sampling, evaluations=evaluations, decoded=decoded, seconds=seconds,
+        sources=kept_sources(records, sampling.size.height), uids=[record.uid for record in records],
     )  # fmt: skip
 
 
@@ -195,6 +206,8 @@ def _plain(values: Tensor) -> list[float | None]:
 
 
 def _frames(images: Tensor) -> Tensor:
-    """uint8; of videos their first frames."""
-    frames = images if images.ndim == 4 else images[:, 0]
-    return (frames.clamp(0, 1) * 255).round().to(torch.uint8)
+    """uint8 [P, 3, h, w]; of videos SPREAD of their frames, below each other."""
+    if images.ndim == 5:
+        spread = torch.linspace(0, images.shape[1] - 1, min(SPREAD, images.shape[1])).round().long()
+        images = images[:, spread].transpose(1, 2).flatten(2, 3)
+    return as_bytes(images)

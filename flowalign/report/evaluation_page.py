@@ -51,10 +51,11 @@ def evaluation_page(
     metrics.json. runs: {name: rows of its metrics.jsonl}, whose curves are shown. fps: of clips, if the results hold
     videos and do not say it."""
     own = next(iter(columns.values())).fps
-    pictures = picture_urls([result.pixels for result in columns.values()], own or fps)
+    pixels = [result.pixels for result in columns.values()]
+    pictures = picture_urls(pixels, own or fps, sources=next(iter(columns.values())).sources)
     rows, runs = _rows(columns, pictures), runs or {}
     logged = [row for each in runs.values() for row in each]
-    data = _data(columns, rows, bool(pictures.clips))
+    data = _data(columns, rows, pictures)
     return template("flowalign.report", "evaluation.html").render(
         title=title, metrics=metrics, columns=list(columns), rewards=data["rewards"], data=data, static=rows[:STATIC],
         summary=_summary(metrics), notes=_notes(metrics), results=_results(metrics), monitors=_monitors(metrics),
@@ -80,11 +81,11 @@ def _rows(columns: Mapping[str, EvaluationResult], pictures: PictureURLs) -> lis
     ]  # fmt: skip
 
 
-def _data(columns: Mapping[str, EvaluationResult], rows: list[dict[str, Any]], clips: bool) -> dict[str, Any]:
+def _data(columns: Mapping[str, EvaluationResult], rows: list[dict[str, Any]], pictures: PictureURLs) -> dict[str, Any]:
     first = next(iter(columns.values()))
     content = {
-        "columns": list(columns), "rewards": list(first.scores), "seed": first.seed, "clips": clips,
-        "samples": len(first.uids) // len(set(first.uids)), "rows": rows,
+        "columns": list(columns), "rewards": list(first.scores), "seed": first.seed, "clips": bool(pictures.clips),
+        "samples": len(first.uids) // len(set(first.uids)), "rows": rows, "sources": pictures.sources,
     }  # fmt: skip
     digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]  # votes belong to these very images
     return {**content, "digest": digest}

@@ -1,6 +1,6 @@
 """The report of a run: one HTML file with everything inside, made from what the run folder holds and nothing else.
 
-Reads config.yaml, provenance.json, metrics.jsonl, summary.json, grids/*.png with grids/grids.json, trees/*.png, and
+Reads config.yaml, provenance.json, metrics.jsonl, summary.json, grids/*.png with grids/grids.json and clips, trees/*.png, and
 whether there is a lora/ or networks/; each may be missing. Nothing is loaded from elsewhere;
 without script it shows the same, less the values under the pointer.
 """
@@ -48,7 +48,7 @@ def write_report(run_folder: Path) -> Path:
 
 
 def _page(folder: Path, summary: dict[str, Any], rows: Sequence[Row]) -> str:
-    config, gains = folder / "config.yaml", summary.get("rewards", {})
+    config, gains, pairs = folder / "config.yaml", summary.get("rewards", {}), newest_pairs(folder / "grids")
     with reading(config):
         settings = config.read_text(encoding="utf-8") if config.exists() else None
     return template("flowalign.report", "report.html").render(
@@ -58,7 +58,8 @@ def _page(folder: Path, summary: dict[str, Any], rows: Sequence[Row]) -> str:
         results=_results(gains) if gains else [],
         doubts=doubts(gains, rows),
         first=summary.get("reward"),
-        groups=_groups(newest_pairs(folder / "grids")),
+        groups=_groups(pairs),
+        moves=any(pair.clips for pair in pairs),
         tree=trees[-1].read_bytes() if (trees := by_number(folder / "trees")) else b"",
         rewards=curves({"": rows}, reward_panels(rows)),
         health=curves({"": rows}, health_panels(rows)),

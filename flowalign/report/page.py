@@ -21,7 +21,7 @@ class Parts:
     @property
     def policy(self) -> str:
         return (
-            f"default-src 'none'; img-src data:; style-src '{_sha256(self.css)}'; script-src '{_sha256(self.js)}'; "
+            f"default-src 'none'; img-src data:; media-src data:; style-src '{_sha256(self.css)}'; script-src '{_sha256(self.js)}'; "
             "base-uri 'none'; form-action 'none'"
         )
 
@@ -33,16 +33,17 @@ def template(package: str, name: str) -> jinja2.Template:
         loader=jinja2.FunctionLoader(lambda file: _read("flowalign.report" if file.startswith("parts/") else package, file)),
     )  # fmt: skip
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
-    environment.filters["png_url"] = lambda data: data_url("png", data)
-    environment.filters["svg_url"] = lambda svg: data_url("svg+xml", svg.encode())
+    environment.filters["png_url"] = lambda data: data_url("image/png", data)
+    environment.filters["svg_url"] = lambda svg: data_url("image/svg+xml", svg.encode())
+    environment.globals["url"] = data_url
     css, js = (Markup(_read("flowalign.report", f"parts/page.{kind}")) for kind in ("css", "js"))
     environment.globals["parts"] = Parts(css, js)
     return environment.get_template(name)
 
 
 def data_url(kind: str, data: bytes) -> str:
-    """kind: of an image, such as "png"."""
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+    """kind: the MIME type, such as "image/png"."""
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def _read(package: str, name: str) -> str:

@@ -12,7 +12,7 @@ from typing import IO, Any
 
 import torch
 
-from flowalign.data import PromptRecord, as_records, check_images
+from flowalign.data import PromptRecord, Sources, as_records, check_images
 from flowalign.distributed.processes import Processes
 from flowalign.errors import ConfigError
 from flowalign.evaluation.columns import Evaluation
@@ -46,6 +46,7 @@ def evaluate_columns(
     fps: float | None = None,
     seed: int = 0,
     samples_per_prompt: int = 1,
+    images: Sources | None = None,
     batch_size: int = 8,
     trained: Collection[str] | None = None,
     device: str | torch.device = "cpu",
@@ -57,7 +58,7 @@ def evaluate_columns(
     columns: by name, a policy as it is, or a place: a pipeline, a run folder `runs/a`, a checkpoint `runs/a@40:raw`, or `base`
     (see flowalign.run.places). The first is what the others are compared with. A place is loaded when it is its turn, and let go
     of after it. What is None is as the first run evaluates, without a run as the first policy samples; all columns are made
-    alike. trained: labels of rewards that a column was trained on; None: what the runs say.
+    alike. images: source images of an edit, see `flowalign.data.with_images`. trained: labels of rewards that a column was trained on; None: what the runs say.
 
     output: a folder for metrics.json, scores.csv, images, grid and page; it also holds finished parts, so that the same call
     goes on where an earlier one stopped. Parts of other settings are refused. Several `processes` need one, and make the parts
@@ -69,17 +70,18 @@ def evaluate_columns(
     models = _Models.of(columns)
     default = models.sampling if size is not None else models.sampling_of_one_size()
     try:
-        records, judges = as_records(prompts), as_rewards(rewards)
+        records, judges = as_records(prompts, images), as_rewards(rewards)
         check_request(records, judges, batch_size, samples_per_prompt)
         check_images(records)
         settings = settle(
             default, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, size=size,
             schedule=schedule, fps=fps,
         )  # fmt: skip
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         raise ConfigError(str(error)) from error
     for place in models.places.values():
         place.check(settings)
+        place.check_sources(records)
     _check_rewards(judges, samples_per_prompt)
     known = models.trained(judges) if trained is None else frozenset(trained)
     measurement = Measurement(records, judges, settings, seed, samples_per_prompt, batch_size)

@@ -10,7 +10,7 @@ base                                   beside a run: the pipeline that the first
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import file_digest, sha256
@@ -20,10 +20,11 @@ from typing import Any
 import torch
 
 from flowalign.config import PolicySettings
+from flowalign.data import PromptRecord
 from flowalign.errors import ConfigError
 from flowalign.models import Policy, Sampling, load_policy
 from flowalign.models.checkpoints import inspect_checkpoint
-from flowalign.models.checks import check_checkpoint, check_image_size, check_vae_tiling, path_of
+from flowalign.models.checks import check_checkpoint, check_image_size, check_sources, check_vae_tiling, path_of
 from flowalign.models.sampling import shipped_sampling
 from flowalign.models.shipped import SHIPPED, resolve
 from flowalign.run.load import SavedRun
@@ -110,6 +111,13 @@ class Place:
                 f"got {self.text} in {levels[0]} steps on {levels[1] or 'the grid of its family'}; expected {own.num_inference_steps} on "
                 f"{own.schedule}, which alone it was trained on: name it first, or evaluate it by itself"
             )
+
+    def check_sources(self, records: Sequence[PromptRecord]) -> None:
+        """ConfigError for a prompt with fewer or more source images than the model reads."""
+        try:
+            check_sources(self.policy.path, records, self.policy.family)
+        except (ValueError, OSError) as error:
+            raise ConfigError(f"{self.text}: {error}") from error
 
     def load(self, settings: Sampling | None, device: str | torch.device) -> Policy:
         """The policy with its weights. CheckpointError for a damaged checkpoint, ConfigError for a pipeline that cannot be

@@ -1,4 +1,4 @@
-"""Images of files as samples: preferred pairs (offline Diffusion-DPO), and images that show their prompts (fine-tuning, RAFT)."""
+"""Images and clips of files as samples: preferred pairs (offline Diffusion-DPO), and those that show their prompts (fine-tuning, RAFT)."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from flowalign.data import PromptRecord, prompts_of_iteration, read_image
+from flowalign.clips import read_sample
+from flowalign.data import PromptRecord, prompts_of_iteration
 from flowalign.image_sets import (
     ImagePair,
     LabeledImage,
@@ -22,6 +22,7 @@ from flowalign.image_sets import (
     load_pairs,
     request_of,
 )
+from flowalign.media import Place
 from flowalign.models.grid import grid
 from flowalign.rollouts.gather import encoded, gather_output
 from flowalign.rollouts.judging import judge
@@ -36,28 +37,28 @@ _FREE = {f"cost/{name}_per_image": 0.0 for name in ("rollout", "decodes", "rewar
 
 
 class ImageLatents:
-    """The latents of image files, fp32 on the CPU: each file is encoded once by a process that needs it, and alone, since in a batch
+    """The latents of files of images or clips, fp32 on the CPU: each file is encoded once by a process that needs it, and alone, since in a batch
     its rounding would depend on the others; so a resumed run has the same bits. All are kept: 4 bytes per element, 256 KiB of an
     SD3 image of 512²."""
 
     def __init__(self) -> None:
-        self._known: dict[Path, Tensor] = {}
+        self._known: dict[Place, Tensor] = {}
 
     def clear(self) -> None:
         """Forgets all: another policy has another encoder."""
         self._known.clear()
 
-    def of(self, task: Task, files: Sequence[Path]) -> Tensor:
+    def of(self, task: Task, files: Sequence[Place]) -> Tensor:
         """[n, *] of n files."""
         for path in dict.fromkeys(files):
             if path not in self._known:
-                self._known[path] = task.policy.encode_images(read_image(path)[None])[0].cpu()
+                self._known[path] = task.policy.encode_images(read_sample(path)[None].float() / 255)[0].cpu()
         return torch.stack([self._known[path] for path in files])
 
 
 @dataclass(frozen=True, eq=False)
 class GivenSamples:
-    """Images of files as the batch of an iteration; nothing was rolled out."""
+    """Images or clips of files as the batch of an iteration; nothing was rolled out."""
 
     samples: Samples
     iteration: int
@@ -73,7 +74,7 @@ class GivenSamples:
 
 @dataclass(frozen=True)
 class FromPairs:
-    """Pairs of `file`, a .jsonl of {prompt, chosen, rejected} (flowalign.image_sets.load_pairs), such as the votes on a page of
+    """Pairs of `file`, a .jsonl of {prompt, chosen, rejected}, images or clips (flowalign.image_sets.load_pairs), such as the votes on a page of
     `flowalign evaluate`: each is a group of two samples with the scores 1, chosen, and 0 in the channel "chosen".
 
     For offline Diffusion-DPO (2311.12908): advantage BestAndWorst, objective GroupPreference, shared_draws. An iteration has
@@ -123,7 +124,7 @@ class FromPairs:
 
 @dataclass(frozen=True)
 class FromImages:
-    """Images of `file`, a .jsonl of {prompt, image} (flowalign.image_sets.load_labeled): for supervised fine-tuning (advantage
+    """Images of `file`, a .jsonl of {prompt, image} or clips of {prompt, video} (flowalign.image_sets.load_labeled): for supervised fine-tuning (advantage
     Constant, objective AdvantageWeighted), each a group of its own with the score 1 in the channel "image".
 
     scored: instead, a group is `rollout.group_size` images of one prompt, drawn anew each time, scored by the run's reward on
@@ -212,9 +213,7 @@ def _check(rows: Sequence[ImagePair | LabeledImage], setup: Setup) -> None:
                 f"got {key}={value} with a trainer.source of files, with which nothing is rolled out; expected it left out, and "
                 "rollout.plan=samplers.Deterministic"
             )
-    if size.frames != 1:
-        raise ValueError(f"got policy.frames={size.frames} with a trainer.source of images; expected 1")
-    check_images_of(rows, size.height, size.width)
+    check_images_of(rows, size.height, size.width, size.frames)
     check_not_held_out(rows, setup.held_out)
 
 
@@ -224,7 +223,7 @@ def _places(groups: int, size: int) -> Places:
 
 
 def _given(
-    task: Task, iteration: int, records: Sequence[PromptRecord], files: Sequence[Path], store: ImageLatents,
+    task: Task, iteration: int, records: Sequence[PromptRecord], files: Sequence[Place], store: ImageLatents,
     channels: tuple[str, ...], scores: Tensor | None,
 ) -> GivenSamples:  # fmt: skip
     """Groups of equally many files, a group for each record; scores None: those of the run's reward."""

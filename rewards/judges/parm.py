@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rewards.base import RewardBatch, RewardOutput, RewardSpec
-from rewards.judges.asking import ask, data_urls, judged
+from rewards.judges.asking import ask, data_urls, judged, source_urls
 from rewards.judges.client import Answer, ChatEndpoint, Question, Sampling
 from rewards.judges.parse import expectation
 from rewards.judges.template import Templates, Wording, load_templates
@@ -34,6 +34,8 @@ WORDINGS = {
     ),
 }
 
+SOURCES = "There are two pictures: the source, then the one that is meant, which is being edited from it.\n"
+
 
 @dataclass(eq=False)
 class PARM:
@@ -41,9 +43,12 @@ class PARM:
     become one that does (2501.13926; ZiyuGuo99/Image-Generation-CoT).
 
     Of an intermediate image the judge is asked first whether it is clear enough, P(clear) >= 1/2, then, as if it had said yes,
-    for its potential. One that is not clear has no score; require_clear False takes its potential all the same (an early
-    step where nothing is clear would fail a run). P(yes) = p(yes) / (p(yes) + p(no)) of the answer's first token: one forward,
+    for its potential. One that is not clear has no score, or that of `unclear`: ½ ranks it behind those with potential and before those without, as a
+    selection of paths has it (an early step where nothing is clear would fail a run otherwise). require_clear False takes its
+    potential all the same. P(yes) = p(yes) / (p(yes) + p(no)) of the answer's first token: one forward,
     where the released code samples. Best of a group: `best_of`.
+
+    sources: shows the judge the sample's source image (its first condition) before the picture; for edits, whose prompt says what to change.
 
     σ of a sample: metadata[sigma_key], else the batch's, else `sigma`; without any it is invalid. Uncertainty: how far P can
     be off by words outside the `top` likeliest tokens. Components: clear, potential, match (NaN where not asked),
@@ -56,6 +61,8 @@ class PARM:
     sigma: float | None = None
     sigma_key: str = "sigma"
     require_clear: bool = True
+    unclear: float | None = None
+    sources: bool = False
     top: int = 20
     sampling: Sampling = field(default_factory=partial(Sampling, max_tokens=1))
     templates: str | None = None
@@ -65,6 +72,8 @@ class PARM:
     def __post_init__(self) -> None:
         if self.sigma is not None and not 0 <= self.sigma <= 1:
             raise ValueError(f"got sigma={self.sigma}; expected 0 (finished) to 1 (noise), or None")
+        if self.unclear is not None and not 0 <= self.unclear <= 1:
+            raise ValueError(f"got unclear={self.unclear}; expected 0 to 1, or None for no score")
         if self.top < 1:
             raise ValueError(f"got top={self.top}; expected at least 1, and 20 if the endpoint gives as many")
         self._templates = load_templates(self.templates, WORDINGS)
@@ -85,22 +94,22 @@ class PARM:
 
     def __call__(self, batch: RewardBatch) -> RewardOutput:
         """Clarity is asked of all intermediate images at once, then what the others depend on."""
-        levels, urls = self._levels(batch), data_urls(batch.pixels())
+        levels, shown = self._levels(batch), self._shown(batch)
         clear, why = self._ask([
-            self._question(url, prompt, "clear") if isinstance(level, float) and level > 0 else "not asked"
-            for url, prompt, level in zip(urls, batch.prompts, levels, strict=True)
+            self._question(urls, prompt, "clear") if isinstance(level, float) and level > 0 else "not asked"
+            for urls, prompt, level in zip(shown, batch.prompts, levels, strict=True)
         ])  # fmt: skip
         questions: list[Question | str] = []
-        for row, (url, prompt, level) in enumerate(zip(urls, batch.prompts, levels, strict=True)):
+        for row, (urls, prompt, level) in enumerate(zip(shown, batch.prompts, levels, strict=True)):
             chance = float(clear[row, 0])
             if isinstance(level, str) or level == 0:
-                questions.append(level if isinstance(level, str) else self._question(url, prompt, "match"))
+                questions.append(level if isinstance(level, str) else self._question(urls, prompt, "match"))
             elif self.require_clear and not chance >= 0.5:
                 questions.append(
                     why[row] if chance != chance else f"not clear enough to judge: P(clear) = {chance:.2f}"
                 )
             else:
-                questions.append(self._question(url, prompt, "clear", "yes", "potential"))
+                questions.append(self._question(urls, prompt, "clear", "yes", "potential"))
         found, info = self._ask(questions)
         finished = torch.tensor([level == 0 for level in levels])
         scores = found[:, 0]
@@ -109,7 +118,16 @@ class PARM:
             "potential": scores.masked_fill(finished, torch.nan),
             "match": scores.masked_fill(~finished, torch.nan),
         }
-        return judged(scores, parts, info, self._templates, found[:, 1])
+        if self.unclear is not None and self.require_clear:
+            found = torch.where((clear[:, :1] < 0.5), torch.tensor([self.unclear, 0.0]), found)
+        return judged(found[:, 0], parts, info, self._templates, found[:, 1])
+
+    def _shown(self, batch: RewardBatch) -> list[tuple[str, ...]]:
+        """The pictures of each sample's questions."""
+        pictures = data_urls(batch.pixels())
+        if not self.sources:
+            return [(picture,) for picture in pictures]
+        return [*zip(source_urls(batch, self.name), pictures, strict=True)]
 
     def _levels(self, batch: RewardBatch) -> list[float | str]:
         """σ of each sample, or why it is not known."""
@@ -119,11 +137,13 @@ class PARM:
             for row, default in zip(batch.metadata, own, strict=True)
         ]
 
-    def _question(self, url: str, prompt: str, *turns: str) -> Question:
-        """turns: names of templates, and the answer that is taken as given."""
+    def _question(self, urls: tuple[str, ...], prompt: str, *turns: str) -> Question | str:
+        """turns: names of templates, and the answer that is taken as given. A text for a sample without a source."""
+        if not all(urls):
+            return "no source image: its conditions are empty"
         texts = self._templates.texts
-        filled = tuple(texts[name].replace("{prompt}", prompt) if name in texts else name for name in turns)
-        return Question((url,), filled, self.sampling, self.top)
+        first, *rest = (texts[name].replace("{prompt}", prompt) if name in texts else name for name in turns)
+        return Question(urls, (SOURCES * self.sources + first, *rest), self.sampling, self.top)
 
     def _ask(self, questions: Sequence[Question | str]) -> tuple[Tensor, list[str]]:
         return ask(self.endpoint, questions, _read, 2)

@@ -30,6 +30,7 @@ from rewards.qwen.scoring import (
 from rewards.qwen.vision import Eye, Patches
 from rewards.qwen.weights import find_first, todays_names, unwrapped
 
+GLYPHS = Path(__file__).parent / "glyphs_edit"  # made by scripts/train_edit_reward.py
 HEADS = {"head_0": "instruction_following", "head_1": "quality"}  # and the template that each was trained with
 PROMPTS = {
     "instruction_following": Wording("", ("da5bfc26898cc8e0",), "INSTRUCTION_EDIT_FOLLOWING", ("{text_prompt}",)),
@@ -50,7 +51,8 @@ class EditReward:
 
     Components: instruction_following, quality, noncanonical_template. model: hub id, folder or file of model.safetensors or
     model.pth. base: hub id or folder of the model it was trained from. templates: where its three texts are, which are not
-    shipped: the installed package "EditReward", or a folder with instruction_following.txt, quality.txt and suffix.txt.
+    shipped: the installed package "EditReward", or a folder with instruction_following.txt, quality.txt and suffix.txt. "glyphs", for all
+    three: a small one that comes with this package and knows changes of ink and paper of Glyphs, of 24 × 48 pixels (pixels=1152).
     pixels: of each image that it sees, about. positions to batch_size: see rewards.qwen.scoring.QwenReward. A sample without
     a source image, or whose prompt holds a special token, has no score. FileNotFoundError and ValueError say what to get.
     Not kept: heads on Qwen3-VL."""
@@ -82,19 +84,20 @@ class EditReward:
 
     @property
     def spec(self) -> RewardSpec:
+        own = self.model == "glyphs"
         return RewardSpec(
             inputs=("images", "conditions"),
             channels=tuple(HEADS.values()) if self.pooling == "none" else (),
             differentiable=self.preprocess == "tensor",
-            licence="code MIT; weights: see the card of the checkpoint",
+            licence=f"code MIT; weights{' Apache-2.0' if own else ': see the card of the checkpoint'}",
             checkpoint=f"{self.model}; {self.base}",
-            memory="L",
+            memory="cpu" if own else "L",
         )
 
     def build(self) -> Regressor:
-        path = find_first("model", self.model, ("model.safetensors", "model.pth"))
+        path = find_first("model", _place(self.model), ("model.safetensors", "model.pth"))
         return load_regressor(
-            todays_names(unwrapped(read_state(path))), str(path), self.base, [TOKEN], dict.fromkeys(HEADS, 2),
+            todays_names(unwrapped(read_state(path))), str(path), _place(self.base), [TOKEN], dict.fromkeys(HEADS, 2),
             positions=self.positions, rope=self.rope, dtype=DTYPES[self.dtype],
         )  # fmt: skip
 
@@ -133,8 +136,15 @@ class EditReward:
         return [eye(one[None], self.preprocess, self.quantize) for one in (sources[0].to(image), image)]
 
 
+def _place(name: str) -> str:
+    """Where a model or a base is."""
+    return str(GLYPHS) if name == "glyphs" else name
+
+
 def _load_templates(source: str) -> Templates:
     """From a folder of all three texts, or from a package, where they stand in two modules."""
+    if source == "glyphs":
+        return load_templates(str(GLYPHS / "templates"), PROMPTS | SUFFIX)
     if Path(source).exists():
         return load_templates(source, PROMPTS | SUFFIX)
     prompts = load_templates(f"{source}.dataset.prompts", PROMPTS)

@@ -17,7 +17,7 @@ from flowalign.data import load_prompts
 from flowalign.errors import ConfigError
 from flowalign.models.checks import rows_per_state
 from flowalign.objectives import Transitions
-from rewards import RewardBatch, score
+from rewards import RewardBatch, score, spec_of
 from samplers import FlowSDE
 from tests.helpers.families import subject
 from tests.helpers.method_layers import BY_REWARD_GRADIENT, METHODS, ON_GLYPHS, class_of, reward_of
@@ -27,12 +27,20 @@ FOLDER = Path(__file__).parents[2] / "configs"
 MODELS, REWARDS = (
     sorted({path.stem for path in (FOLDER / kind).glob("*.yaml")} - RECIPE_REWARDS) for kind in ("models", "rewards")
 )
+# the rewards of images alone: of an edit, prompts have source images; of a video, models have frames
+OF_IMAGES = [name for name in REWARDS if not {"edit", "video"} & set(name.split("_"))]
 # steps that are few of the grid are refused with guidance, unless allow_cfg_update
 FEW_STEPS = {
     "flow_grpo_fast", "mixgrpo", "mixgrpo_flash", "mixgrpo_flash_star", "branchgrpo_mix", "dynamic_treerpo", "flash_grpo",
     "preview_select",
 }  # fmt: skip
-KL_OF_FLOWS = {"flow_grpo", "flow_grpo_fast", "densegrpo", "preview_select"}  # form exact_times_h is that of an SDE
+KL_OF_FLOWS = {
+    "flow_grpo",
+    "flow_grpo_fast",
+    "densegrpo",
+    "preview_select",
+    "parm_select",
+}  # form exact_times_h is that of an SDE
 # model layer of videos -> tiny pipeline in its place; one of texts where prompts would need images
 VIDEOS = {
     "hunyuan_video": "hunyuan_video", "ltx_video": "ltx_video", "wan21_1_3b": "wan21", "wan21_14b": "wan21", "wan21_i2v": "wan21",
@@ -207,7 +215,7 @@ def test_all_layers_combine(method: str, model: str, tiny: dict[str, str]) -> No
         needed["rollout.kernel.eta=0.6"] = "lower the level"
     if method == "densegrpo" and model in DISCRETE:  # so would any level above 1 be
         needed["trainer.calibration.highest=1.0"] = "Lower highest"
-    for reward in ["clip_glyphs"] if model in VIDEOS else REWARDS:
+    for reward in ["clip_glyphs"] if model in VIDEOS else OF_IMAGES:
         paths = files(method, model, reward)
         given = [*ON_GLYPHS.get(method, ()), *more]
         if method in BY_REWARD_GRADIENT and not has_gradient(reward, tiny):
@@ -287,6 +295,14 @@ def test_a_reward_can_score_its_own_prompts(reward: str, tiny: dict[str, str]) -
             metadata=[record.metadata for record in records],
         )
         assert bool(score(judge, batch).valid.all()), judge.name
+
+
+@pytest.mark.parametrize("reward", ["ocr_glyphs_video", "color_glyphs_video", "actions_glyphs_video"])
+def test_rewards_of_glyphs_video_go_with_a_model_of_videos(reward: str, tiny: dict[str, str]) -> None:
+    config, _ = load("wan21_1_3b", files("flow_grpo", "wan21_1_3b", reward), tiny)
+    assert {spec_of(judge).inputs for judge in (config.reward, *config.evaluation.rewards)} == {("videos",)}
+    names = ["ocr_exact", "color_first", "color_last", "actions_held_out", "motion", "video"]
+    assert [judge.name for judge in config.evaluation.rewards] == names
 
 
 def test_the_recipe_of_stable_diffusion_3_5_is_that_of_flow_grpo(tiny: dict[str, str]) -> None:

@@ -118,6 +118,8 @@ COSTS: dict[str, tuple[int, int, int, int]] = {
     "flash_grpo": (8 * 20, 8, 8, 8),
     # prefix, previews of four steps, the other steps of those that stay: all leave one state by one stochastic step
     "preview_select": (2 + 96 * 4 + CHAIN * 7, 1, CHAIN, CHAIN),
+    # all to the first assessment, those that stay to the second, the others to the end; the last step is not stochastic
+    "parm_select": (CHAIN * 3 + 16 * 3 + 8 * 4, 8 * 9, 8 * 9, 8),
     # a probe of five steps shares its first; the states 6, 7 and 8 have four, three and two left
     "stepwise_flow_grpo": (CHAIN * (STEPS + 5 * 4 + 3 + 2 + 1), CHAIN * 8, CHAIN * 8, CHAIN * 9),
 }

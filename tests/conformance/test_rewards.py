@@ -18,6 +18,7 @@ from flowalign.glyphs.renderer import render
 from rewards import (
     OCR,
     CLIPScore,
+    ColorCloseness,
     Detections,
     JPEGCompressibility,
     RapidReader,
@@ -77,8 +78,11 @@ ARGUMENTS: dict[str, Callable[[], dict[str, object]]] = {
     "OCR": lambda: {"recognizer": RapidReader(workers=1)},
     "PARM": lambda: {"endpoint": bright_judge(), "sigma": 0.0},
     "Offloaded": lambda: {"reward": CLIPScore(str(tiny.open_clip_folder()))},
+    "Routed": lambda: {
+        "key": "ink", "rewards": {"red": ColorCloseness(), "green": JPEGCompressibility()}, "default": ColorCloseness("paper"),
+    },
     "WithTimeout": lambda: {"reward": JPEGCompressibility(), "timeout": 60.0, "batch_size": 2},
-}
+}  # fmt: skip
 
 
 def reward_classes() -> list[type]:

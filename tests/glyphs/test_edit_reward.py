@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from torch.nn.functional import logsigmoid
 
 from flowalign.glyphs import held_out_prompts
-from flowalign.glyphs.edit_checkpoint import load_folder, network_of, write_base, write_trained, write_untrained
-from flowalign.glyphs.edit_pairs import EditPairs, draw_pairs
-from flowalign.glyphs.edit_training import (
+from flowalign.glyphs.edit.reward_checkpoint import load_folder, network_of, write_base, write_trained, write_untrained
+from flowalign.glyphs.edit.reward_pairs import EditPairs, draw_pairs
+from flowalign.glyphs.edit.reward_training import (
     SPOILT,
     Judged,
     description_loss,

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from flowalign.data import read_image
 from flowalign.glyphs import parse_prompt, train_prompts
 from flowalign.glyphs.renderer import JITTER, render
 from flowalign.image_sets import load_labeled, load_pairs
+from flowalign.media import read_image
 from rewards import RewardBatch, RewardOutput
 from tests.helpers.plain_rewards import Plain
 

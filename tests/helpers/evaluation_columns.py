@@ -14,12 +14,16 @@ Columns = dict[str, EvaluationResult]
 
 def made_up(
     names: Sequence[str] = ("base", "tuned"), prompts: Sequence[str] | int = 10, rewards: Sequence[str] = ("ocr", "jpeg"),
-    size: tuple[int, int] = (12, 24), frames: int = 0, samples: int = 1,
+    size: tuple[int, int] = (12, 24), frames: int = 0, samples: int = 1, edits: bool = False,
 ) -> Columns:  # fmt: skip
-    """Later columns score higher by the first reward and lower by the others; one score of the last column is nan."""
+    """Later columns score higher by the first reward and lower by the others; one score of the last column is nan. edits: of source
+    images, twice as wide as the results."""
     generator = torch.Generator().manual_seed(0)
     texts = [f"the word {n} in red" for n in range(prompts)] if isinstance(prompts, int) else list(prompts)
     count = len(texts) * samples
+    sources = {
+        100 + place: torch.full((3, size[0], 2 * size[1]), place, dtype=torch.uint8) for place in range(len(texts))
+    }
     columns = {}
     for place, name in enumerate(names):
         scores = {
@@ -31,8 +35,9 @@ def made_up(
         shape = (count, frames, 3, *size) if frames else (count, 3, *size)
         pixels = (torch.rand(shape, generator=generator) * 255).to(torch.uint8)
         columns[name] = EvaluationResult(
-            list(range(100, 100 + len(texts))) * samples, texts * samples, scores, pixels, 7, 6, 1.0 + place, 6.0, 12.5
-        )
+            list(range(100, 100 + len(texts))) * samples, texts * samples, scores, pixels, 7, 6, 1.0 + place, 6.0, 12.5,
+            fps=5.0 if frames else None, sources=sources if edits else {},
+        )  # fmt: skip
     return columns
 
 

@@ -33,8 +33,8 @@ class Reader(HTMLParser):
         self.refers += str(given.get("aria-labelledby", "")).split()
         if str(given.get("href", "")).startswith("#"):
             self.refers.append(str(given["href"])[1:])
-        if tag == "img" and not given.get("alt"):
-            self.problems.append("an image has no alt")
+        if (tag == "img" and not given.get("alt")) or (tag == "video" and not given.get("aria-label")):
+            self.problems.append(f"<{tag}> has no text in its place")
         if tag in NAMED - {"button"} and "label" not in self.open and not given.get("aria-label"):
             self.problems.append(f"<{tag} {given}> has no name")
         if tag == "button":
@@ -78,7 +78,13 @@ def _policy(page: str) -> list[str]:
     if found is None:
         return ["no policy"]
     parts = dict(part.strip().split(" ", 1) for part in found.group(1).replace("&#39;", "'").split(";"))
-    expected = {"default-src": "'none'", "img-src": "data:", "base-uri": "'none'", "form-action": "'none'"}
+    expected = {
+        "default-src": "'none'",
+        "img-src": "data:",
+        "media-src": "data:",
+        "base-uri": "'none'",
+        "form-action": "'none'",
+    }
     for tag, name in (("style", "style-src"), ("script", "script-src")):
         texts = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.S)
         if len(texts) != 1:

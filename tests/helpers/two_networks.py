@@ -84,7 +84,7 @@ class EditModel:
             [record.prompt for record in records], padding="max_length", truncation=True, return_tensors="pt"
         )
         found = self.pipeline.text_encoder(tokens.input_ids)
-        images = torch.stack([pil_to_tensor(Image.open(record.images[0]).convert("RGB")) for record in records])
+        images = torch.stack([pil_to_tensor(record.images[0].open()) for record in records])
         source = self.encode_images(images.float() / 127.5 - 1)
         embeds = found.last_hidden_state
         return Conditions({

@@ -4,6 +4,7 @@ import io
 from dataclasses import replace
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -89,6 +90,26 @@ def test_a_video_moves(suffix: str, tmp_path: Path) -> None:
                 assert abs(int(np.asarray(picture.convert("RGB"))[4, 4, 0]) - shade) <= 4
 
 
+def test_a_webp_of_a_video_has_exactly_its_pixels(tmp_path: Path) -> None:
+    videos = some(1, 3, 3, 7, 11)
+    with Image.open(videos.save(tmp_path / "video.webp")) as picture:
+        for number, expected in enumerate(bytes_of(videos)[0]):
+            picture.seek(number)
+            assert np.array_equal(np.asarray(picture.convert("RGB")), expected)
+
+
+def test_a_video_is_saved_as_mp4(tmp_path: Path) -> None:
+    shades = torch.tensor([0.0, 0.5, 1.0])[None, :, None, None, None].expand(2, 3, 3, 32, 64)
+    videos = fa.Images(shades, ["a", "b"], fps=10)
+    for made, height, width in ((videos[0], 6 * 32, 6 * 64), (videos, 2 * (2 + 34), 2 * (2 + 2 * 66))):
+        with av.open(made.save(tmp_path / "clip.MP4")) as container:
+            assert container.streams.video[0].average_rate == 10 and container.streams.video[0].codec.name == "h264"
+            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        assert [frame.shape for frame in frames] == [(height, width, 3)] * 3
+        for frame, shade in zip(frames, (0, 128, 255), strict=True):
+            assert np.abs(frame[20:40, 20:40].astype(int) - shade).max() <= 4
+
+
 @pytest.mark.parametrize(
     ("shape", "name", "message"),
     [
@@ -99,7 +120,8 @@ def test_a_video_moves(suffix: str, tmp_path: Path) -> None:
         ),
         ((1, 3, 4, 4), "a.gif", r"for images; expected"),
         ((1, 3, 4, 4), "a", r"for images; expected"),
-        ((1, 2, 3, 4, 4), "a.png", r"for videos; expected a name that ends in \.webp, \.gif"),
+        ((1, 2, 3, 4, 4), "a.png", r"for videos; expected a name that ends in \.mp4, \.webp, \.gif"),
+        ((1, 3, 4, 4), "a.mp4", r"for images; expected"),
     ],
 )
 def test_another_suffix_is_refused(shape: tuple[int, ...], name: str, message: str, tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """The grid of prompts × models: which prompts, whose images, and the signs of the differences."""
 
+import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +10,8 @@ from PIL import Image
 
 from flowalign.evaluation.columns import Evaluation
 from flowalign.evaluation.evaluate import EvaluationResult
-from flowalign.report.grids import DOWN, GAP, UP, columns_grid
+from flowalign.report.grids import DOWN, GAP, UP, columns_grid, newest_pairs, pairs_grid
+from tests.helpers.evaluation_columns import made_up
 
 
 def result(scores: list[float], level: int) -> EvaluationResult:
@@ -44,3 +47,33 @@ def test_a_model_alone_and_images_without_a_score_are_drawn(tmp_path: Path) -> N
     assert "#323232" in found and not {UP, DOWN} & found
     none = Evaluation({"a": result([torch.nan], 50), "b": result([0.3], 50)})
     assert columns_grid(none, tmp_path / "none.png").exists()
+
+
+def test_a_video_is_a_strip_of_its_frames_and_the_source_stands_before(tmp_path: Path) -> None:
+    shades = torch.arange(0, 250, 25, dtype=torch.uint8)[None, :, None, None, None].expand(4, 10, 3, 32, 32)
+    plain = result([0.5] * 4, 0)
+    sources = {uid: torch.full((3, 32, 64), 7, dtype=torch.uint8) for uid in plain.uids}
+    clips = replace(plain, pixels=shades, sources=sources)
+    _, pixels = colors(columns_grid(Evaluation({"base": clips, "tuned": clips}), tmp_path / "strips.png"))
+    row, left = pixels[100, :, 0], GAP + 2 * 128 + GAP  # 32 pixels are enlarged four times
+    assert set(row[GAP : GAP + 2 * 128]) == {7}
+    for place, shade in enumerate((0, 75, 150, 225)):  # the frames 0, 3, 6 and 9
+        assert set(row[left + 130 * place : left + 130 * place + 128]) == {shade}
+        assert row[left + 130 * place + 128] in (255, 217)  # a seam, or the frame
+
+
+def test_pairs_of_clips_are_read_back_with_their_files(tmp_path: Path) -> None:
+    columns = made_up(prompts=3, frames=5, edits=True)
+    pairs_grid(*columns.values(), "ocr", tmp_path / "held_out.png")
+    pairs = newest_pairs(tmp_path)
+    for pair in pairs:
+        place = columns["base"].prompts.index(pair.caption[0])
+        assert list(pair.images) == ["source", "base", "tuned"]
+        with Image.open(io.BytesIO(pair.images["tuned"])) as still:
+            assert still.size == (6 * 24, 6 * 12)  # of the first frame
+            first = columns["tuned"].pixels[place, 0].permute(1, 2, 0).numpy()
+            np.testing.assert_array_equal(np.array(still)[3::6, 3::6], first)
+        kind, content = pair.clips["base"]
+        with Image.open(io.BytesIO(content)) as clip:
+            assert kind == "image/webp" and clip.n_frames == 5 and clip.size == (24, 12)  # type: ignore[attr-defined]
+    assert len({file.name for file in tmp_path.glob("held_out-*.webp")}) == 2 * len(pairs) > 2

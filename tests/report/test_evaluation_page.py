@@ -8,9 +8,9 @@ import re
 from dataclasses import replace
 from typing import Any
 
+import av
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from flowalign.report.evaluation_page import evaluation_page, figure, verdict
@@ -177,8 +177,34 @@ def test_videos_are_clips_with_their_first_frame() -> None:
     assert clip.format == "WEBP" and clip.n_frames == 3  # type: ignore[attr-defined]
     clip.load()
     assert clip.info["duration"] == 200
-    first = columns["tuned"].pixels[0, 0].permute(1, 2, 0)
-    assert torch.equal(torch.from_numpy(np.array(picture(urls.stills[1][0]))), first)
+    frames = columns["tuned"].pixels[0].permute(0, 2, 3, 1).numpy()
+    np.testing.assert_array_equal(np.array(picture(urls.stills[1][0])), frames[0])
+    for number, frame in enumerate(frames):
+        clip.seek(number)
+        np.testing.assert_array_equal(np.array(clip.convert("RGB")), frame)  # without loss
+
+
+def test_larger_videos_are_mp4_and_smaller_where_they_must_fit() -> None:
+    pixels = [each.pixels for each in made_up(prompts=2, frames=3, size=(96, 160)).values()]
+    urls = picture_urls(pixels, 5.0)
+    kind, _, content = urls.clips[1][0].partition(";base64,")
+    assert kind == "data:video/mp4" and not urls.tiny
+    with av.open(io.BytesIO(base64.b64decode(content))) as container:
+        assert [(frame.height, frame.width) for frame in container.decode(video=0)] == [(192, 320)] * 3
+        assert container.streams.video[0].average_rate == 5
+    fitted = picture_urls(pixels, 5.0, 1_000)
+    assert fitted.tiny and picture(fitted.clips[0][0]).size == (80, 48) and not fitted.lossless
+
+
+def test_the_source_of_an_edit_is_there_once_a_prompt() -> None:
+    columns = made_up(prompts=3, samples=2, edits=True)
+    data = data_of(page_of(columns))
+    assert list(data["sources"]) == ["100", "101", "102"]
+    np.testing.assert_array_equal(np.array(picture(data["sources"]["101"])), np.full((12, 48, 3), 1))
+    page = page_of(columns)
+    cards = page[page.index('id="cards"') : page.index('id="back"')]
+    assert cards.index('class="label">source') < cards.index('class="label">base') and "n3" in cards[:60]
+    assert data_of(page_of(made_up()))["sources"] == {} and ">source<" not in page_of(made_up())
 
 
 def test_clips_run_as_fast_as_they_were_made() -> None:

@@ -3,10 +3,12 @@
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from flowalign.report.evaluation_page import evaluation_page
 from flowalign.report.grids import pairs_grid
@@ -18,6 +20,14 @@ from tests.helpers.evaluation_columns import made_up, metrics_of
 pytestmark = pytest.mark.slow
 COLUMNS = made_up(("base", "tuned", "other"), 60)
 PAIR = made_up(prompts=5)
+EDITS = made_up(prompts=5, edits=True)
+COLORS = {"base": (200, 20, 30), "tuned": (20, 60, 210)}
+VIDEOS = {  # of one color each, and larger than an animated picture may be
+    name: replace(
+        result, pixels=torch.tensor(COLORS[name], dtype=torch.uint8)[:, None, None].expand(30, 10, 3, 96, 160)
+    )
+    for name, result in made_up(prompts=30, frames=1, edits=True).items()
+}
 ROWS = [{"step": step, "reward/ocr_mean": step / 30, "loss/kl": 0.0} for step in range(1, 31)]
 LEFT, RIGHT, ESCAPE, ENTER, SPACE, END = "\ue012", "\ue014", "\ue00c", "\ue007", " ", "\ue010"
 
@@ -32,7 +42,15 @@ def driver() -> Iterator[Any]:
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages")
     clips = made_up(prompts=3, frames=3)
-    for name, columns in {"three": COLUMNS, "pair": PAIR, "clips": clips, "one": made_up(("base",))}.items():
+    shown = {
+        "three": COLUMNS,
+        "pair": PAIR,
+        "clips": clips,
+        "one": made_up(("base",)),
+        "edits": EDITS,
+        "videos": VIDEOS,
+    }
+    for name, columns in shown.items():
         page = evaluation_page(columns, metrics_of(columns, ["ocr"]), title=name, runs={"a": ROWS, "b": ROWS[:20]})
         (folder / f"{name}.html").write_text(page)
     run = folder / "run"
@@ -41,7 +59,11 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         MetricsLog(run / "metrics.jsonl").append(row["step"], {k: v for k, v in row.items() if k != "step"})
     pairs_grid(*PAIR.values(), "ocr", run / "grids" / "held_out.png")
     write_report(run)
-    return {"report": run / "report.html"} | {path.stem: path for path in folder.glob("*.html")}
+    moving = folder / "moving"
+    pairs_grid(*VIDEOS.values(), "ocr", moving / "grids" / "held_out.png")
+    write_report(moving)
+    reports = {"report": run / "report.html", "moving": moving / "report.html"}
+    return reports | {path.stem: path for path in folder.glob("*.html")}
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +102,7 @@ def texts(driver: Any, selector: str) -> list[str]:
     return run(driver, f"[...document.querySelectorAll({json.dumps(selector)})].map((each) => each.textContent.trim())")
 
 
-PAGES = ("three", "pair", "clips", "one", "report")
+PAGES = ("three", "pair", "clips", "one", "edits", "videos", "report", "moving")
 
 
 @pytest.mark.parametrize("width", [390, 1200])
@@ -200,6 +222,83 @@ def test_clips_play_unless_less_motion_is_preferred(driver: Any, pages: dict[str
     assert set(run(driver, kinds)) == {"image/webp"} and "Stop" in texts(driver, ".play")[0]
 
 
+PLAYED = (
+    "[...document.querySelectorAll('video')].filter((each) => each.currentTime > 0 && each.readyState > 1)"
+    ".map((each) => [each.videoWidth, each.videoHeight, Math.round(10 * each.duration), each.muted, each.loop].join())"
+)
+
+
+@pytest.mark.parametrize("name", ["videos", "moving"])
+def test_videos_play_in_their_size_and_give_their_players_back(driver: Any, pages: dict[str, Path], name: str) -> None:
+    show(driver, pages[name], prefers_reduced_motion="reduce")
+    assert run(
+        driver, "[...document.querySelectorAll('video')].every((each) => !each.hasAttribute('src') && each.poster)"
+    )
+    show(driver, pages[name], prefers_reduced_motion="no-preference")
+    count = run(driver, "document.querySelectorAll('video').length")
+    run(driver, "document.querySelector('video').scrollIntoView({block: 'center'})")
+    until(driver, f"{PLAYED}.length >= 2", True)
+    assert set(run(driver, PLAYED)) == {"320,192,20,true,true"}  # twice as large, 10 frames, 5 a second
+    players = run(driver, "document.querySelectorAll('video[src]').length")
+    assert 2 <= players < count
+    shapes = "[...document.querySelectorAll('video')].map((each) => Math.abs(each.clientWidth / each.clientHeight - 5 / 3) < .1)"
+    assert all(run(driver, shapes))  # also those that are not loaded
+    last = "[...document.querySelectorAll('video')].at(-1)"
+    run(driver, f"{last}.scrollIntoView({{block: 'center'}})")
+    until(driver, f"{last}.currentTime > 0", True)
+    until(driver, "document.querySelector('video').hasAttribute('src')", False)
+    click(driver, ".play")
+    assert run(driver, "document.querySelectorAll('video[src]').length") == 0
+
+
+COLOR = (
+    "(() => { const canvas = document.createElement('canvas').getContext('2d'); "
+    "canvas.drawImage([...document.querySelectorAll('video')][%d], 0, 0, 8, 8); return [...canvas.getImageData(4, 4, 1, 1).data]; })()"
+)
+
+
+def test_videos_have_their_colors(driver: Any, pages: dict[str, Path]) -> None:
+    show(driver, pages["videos"], prefers_reduced_motion="no-preference")
+    run(driver, "document.querySelector('video').scrollIntoView({block: 'center'})")
+    until(driver, f"{PLAYED}.length >= 2", True)
+    for place, color in enumerate(COLORS.values()):
+        found = run(driver, COLOR % place)[:3]
+        assert max(abs(a - b) for a, b in zip(found, color, strict=True)) <= 10, (found, color)
+
+
+def test_clips_over_each_other_run_in_step(driver: Any, pages: dict[str, Path]) -> None:
+    both = "[...document.querySelectorAll('.frame video')]"
+    for name, opener in (("videos", ".open"), ("moving", ".pairs figure > button")):
+        show(driver, pages[name], prefers_reduced_motion="no-preference")
+        click(driver, opener)
+        run(driver, "document.querySelector('.frame').scrollIntoView({block: 'center'})")
+        until(driver, f"{both}.length === 2 && {both}.every((each) => each.currentTime > 0.3 && !each.paused)", True)
+        assert run(driver, f"Math.abs({both}[0].currentTime - {both}[1].currentTime)") < 0.1
+        cut = "getComputedStyle(document.querySelector('.frame').children[1]).clipPath"
+        assert run(driver, cut).startswith("inset(0px 0px 0px 50%")
+
+
+def test_the_source_of_an_edit_stands_before_the_results(driver: Any, pages: dict[str, Path]) -> None:
+    show(driver, pages["edits"])
+    first = "[...document.querySelector('.card').querySelectorAll('.label')].map((each) => each.textContent)"
+    assert run(driver, first) == ["source", "base", "tuned"]
+    size = "(({naturalWidth, naturalHeight}) => [naturalWidth, naturalHeight])(document.querySelector('%s img'))"
+    assert run(driver, size % ".card") == [48, 12] and run(driver, size % ".card .column + .column") == [24, 12]
+    click(driver, ".open")
+    click(driver, "#left option[value='-1']")
+    assert texts(driver, "#overlay .names span") == ["◂ source", "tuned ▸"]
+    assert run(driver, size % "#overlay") == [48, 12]
+    press(driver, ESCAPE)
+    run(driver, "localStorage.clear()")
+    show(driver, pages["edits"])
+    click(driver, "#vote-start")
+    shown = "document.querySelector('#vote-source img').src"
+    before = run(driver, shown)
+    press(driver, LEFT)
+    assert before.startswith("data:image/png") and run(driver, shown) != before  # of the next prompt
+    assert len(texts(driver, ".ballot button")) == 2
+
+
 SAVED = (
     "Promise.resolve().then(() => new Promise((done) => { const make = URL.createObjectURL; URL.createObjectURL = (blob) => { "
     "blob.text().then(done); return make(blob); }; document.querySelector('#vote-save').click(); }))"
@@ -258,6 +357,7 @@ def test_a_vote_works_where_nothing_may_be_stored(driver: Any, pages: dict[str, 
     press(driver, LEFT)
     assert texts(driver, "#vote-count") == ["1 of 5"]
     press(driver, ESCAPE)
+    until(driver, "document.querySelector('#vote-reveal').disabled", False)
     click(driver, "#vote-reveal")
     assert "in 1 votes" in texts(driver, "#vote-sentence")[0]
 
@@ -281,6 +381,7 @@ def test_votes_on_clips_name_their_files(driver: Any, pages: dict[str, Path]) ->
     click(driver, "#vote-start")
     press(driver, LEFT)
     press(driver, ESCAPE)
+    until(driver, "document.querySelector('#vote-reveal').disabled", False)
     click(driver, "#vote-reveal")
     [line] = [json.loads(line) for line in run(driver, SAVED).splitlines()]
     assert line["chosen"] == f"images/{line['chosen_column']}/{line['uid']}-0.webp"

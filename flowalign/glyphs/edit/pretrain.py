@@ -12,7 +12,7 @@ from torch.nn.functional import pixel_unshuffle
 from transformers import CLIPTokenizer, T5Tokenizer
 
 from flowalign.glyphs.edit.parts import TOKENS, build_pipeline
-from flowalign.glyphs.edit.prompts import AXES, Edit, draw_edits
+from flowalign.glyphs.edit.prompts import Axis, Edit, draw_edits
 from flowalign.glyphs.progress import Progress
 from flowalign.glyphs.prompts import INKS, LETTERS, PAPERS, Scene
 from flowalign.glyphs.prompts import held_out_prompts as held_out_scenes
@@ -29,6 +29,7 @@ from flowalign.glyphs.training import (
 
 TRAINED = ("transformer", "text_encoder", "text_encoder_2")
 RECIPE = Pretraining(vae_batch_size=32, vae_steps=1000, vae_learning_rate=2e-3, anchor=0.1, steps=2000)
+DRAWN: tuple[Axis, ...] = ("ink", "paper", "word", "word", "word", "word")  # colors are learnt soon, letters slowly
 GUIDANCE = (1.0, 4.0)  # scales that are drawn: the network learns that they mean nothing
 
 
@@ -73,11 +74,11 @@ def sample_batch(count: int, generator: torch.Generator) -> Batch:
     old, new = spelled(draw(len(words))), spelled(draw(len(words)))
     edits = []
     for word, other, ink, paper, axis, shift in zip(
-        old, new, draw(len(inks)), draw(len(papers)), draw(len(AXES)), draw(3), strict=True
+        old, new, draw(len(inks)), draw(len(papers)), draw(len(DRAWN)), draw(3), strict=True
     ):
         source = Scene(word, inks[ink], papers[paper])
         target = {"ink": inks[(ink + 1 + shift) % 4], "paper": papers[(paper + 1 + shift) % 4], "word": other}
-        edits.append(Edit(source, AXES[axis], target[AXES[axis]]))
+        edits.append(Edit(source, DRAWN[axis], target[DRAWN[axis]]))
     offsets = torch.randint(-JITTER, JITTER + 1, (count, 2), generator=generator)
     sources, results = draw_edits(edits, offsets)
     return Batch(edits, sources, results)

@@ -95,7 +95,7 @@ def _records(prompts: Sequence[GlyphsPrompt]) -> list[EditPrompt]:
         edits.append(Edit(source, axis, target))
     shifts = torch.randint(-JITTER, JITTER + 1, (len(edits), 2), generator=torch.Generator().manual_seed(len(edits)))
     sources, results = draw_edits(edits, shifts)
-    kept = (sources - results).abs().amax(1) < 1 / 255
+    kept = ((sources - results).abs().amax(1) < 1 / 255).byte() + ord("0")
     return [
         EditPrompt(
             prompt=edit.instruction,
@@ -106,7 +106,7 @@ def _records(prompts: Sequence[GlyphsPrompt]) -> list[EditPrompt]:
             paper=edit.result.paper,
             ink_rgb=INKS[edit.result.ink],
             paper_rgb=PAPERS[edit.result.paper],
-            keep=["".join(str(int(pixel)) for pixel in row) for row in rows.tolist()],
+            keep=[row.tobytes().decode() for row in rows.numpy()],
         )
         for edit, source, rows in zip(edits, sources, kept, strict=True)
     ]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline
+from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 from torch import Tensor, nn
 
 from flowalign.glyphs.progress import Progress
@@ -21,12 +22,12 @@ from flowalign.glyphs.training import (
     train_flow,
     train_vae,
 )
-from flowalign.glyphs.video.parts import TOKENS, build_pipeline, latent_statistics
+from flowalign.glyphs.video.parts import CHANNELS, TOKENS, build_pipeline, latent_statistics
 from flowalign.glyphs.video.prompts import DIRECTIONS, Scene, held_out_prompts, make_prompt
 from flowalign.glyphs.video.renderer import draw, ink_of_frames, paths
 
 TRAINED = ("transformer", "text_encoder")
-RECIPE = Pretraining(vae_batch_size=8, vae_steps=1500, vae_learning_rate=2e-3, anchor=0.0, statistics=128, steps=2000)
+RECIPE = Pretraining(vae_batch_size=8, vae_steps=1500, vae_learning_rate=2e-3, anchor=1.0, statistics=128, steps=2000)
 
 
 @dataclass(frozen=True)
@@ -78,11 +79,49 @@ def _words() -> Tensor:
 
 
 def vae_loss(vae: AutoencoderKLWan, recipe: Pretraining, generator: torch.Generator) -> Tensor:
-    """Mean absolute error of the reconstruction, of clips in [-1, 1], and a little KL."""
+    """Mean absolute and squared error of the reconstruction, of clips in [-1, 1], and a little KL."""
     clips = sample_batch(recipe.vae_batch_size, generator).clips.transpose(1, 2) * 2 - 1
     posterior = vae.encode(clips).latent_dist
-    decoded = vae.decode(posterior.sample(generator)).sample
-    return (decoded - clips).abs().mean() + recipe.kl * posterior.kl().mean()
+    error = decoded(vae, posterior.sample(generator)) - clips
+    anchor = (posterior.mean - principal_components(clips)).square().mean()
+    return error.abs().mean() + error.square().mean() + recipe.anchor * anchor + recipe.kl * posterior.kl().mean()
+
+
+def principal_components(clips: Tensor) -> Tensor:
+    """What latents are drawn towards, without which encoder and decoder find each other slowly: [N, CHANNELS, F', h, w], the
+    coefficients of each block of 4x4 pixels and two frames (of the first frame, itself twice) of clips [N, 3, F, H, W]."""
+    mean, basis = _components()
+    return torch.einsum("nbfhw,cb->ncfhw", _blocks(clips) - mean[:, None, None, None], basis)
+
+
+@cache
+def _components() -> tuple[Tensor, Tensor]:
+    """(mean [96], basis [CHANNELS, 96]) of the blocks of some clips; each coefficient has variance 1."""
+    blocks = _blocks(sample_batch(64, torch.Generator().manual_seed(0)).clips.transpose(1, 2) * 2 - 1)
+    rows = blocks.transpose(0, 1).flatten(1)
+    mean = rows.mean(1)
+    values, vectors = torch.linalg.eigh((rows - mean[:, None]) @ (rows - mean[:, None]).T / rows.shape[1])
+    return mean, (vectors / values.sqrt())[:, -CHANNELS:].T.flip(0)
+
+
+def _blocks(clips: Tensor) -> Tensor:
+    """[N, 96, F', h, w] of clips [N, 3, F, H, W]."""
+    pairs = torch.cat([clips[:, :, :1], clips], 2)
+    count, colors, frames, height, width = pairs.shape
+    parts = pairs.reshape(count, colors, frames // 2, 2, height // 4, 4, width // 4, 4)
+    return parts.permute(0, 1, 3, 5, 7, 2, 4, 6).reshape(count, -1, frames // 2, height // 4, width // 4)
+
+
+def decoded(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
+    """What `vae.decode` gives, before it is clamped: papers are saturated, and a clamped pixel would have no gradient."""
+    vae.clear_cache()
+    frames = vae.post_quant_conv(latents).split(1, dim=2)
+    chunks = []
+    for number, frame in enumerate(frames):
+        vae._conv_idx = [0]
+        chunks.append(vae.decoder(frame, feat_cache=vae._feat_map, feat_idx=vae._conv_idx, first_chunk=number == 0))
+    vae.clear_cache()
+    return unpatchify(torch.cat(chunks, 2), vae.config.patch_size)
 
 
 @torch.no_grad()
@@ -121,5 +160,5 @@ def encode_text(pipeline: WanPipeline, prompts: list[str]) -> Tensor:
 def vae_error(pipeline: WanPipeline) -> float:
     """Mean absolute reconstruction error of the VAE, for clips in [-1, 1]."""
     clips = sample_batch(64, torch.Generator().manual_seed(0)).clips
-    decoded = pipeline.vae.decode(encode_clips(pipeline.vae, clips)).sample.transpose(1, 2)
-    return (decoded - (clips * 2 - 1)).abs().mean().item()
+    found = pipeline.vae.decode(encode_clips(pipeline.vae, clips)).sample.transpose(1, 2)
+    return (found - (clips * 2 - 1)).abs().mean().item()

@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
-from flowalign.data import PromptRecord, open_image
+from flowalign.data import PromptRecord
 from flowalign.models import scaled_vae
 from flowalign.models.base import Network, Size
 from flowalign.models.conditions import Conditions
@@ -106,7 +106,7 @@ class QwenImageModel:
 
     def _encode_edit(self, fit: Fit, record: PromptRecord) -> Conditions:
         """source_0, …: latents of the images, in the shape into which they are fitted."""
-        seen, pixels = fit(self.pipeline.image_processor, [open_image(path) for path in record.images])
+        seen, pixels = fit(self.pipeline.image_processor, [image.open() for image in record.images])
         embeds, _ = self.pipeline.encode_prompt([record.prompt], seen, self.encoders[0].device)
         processor = self.pipeline.processor.image_processor
         patches = sum(processor.get_number_of_image_patches(image.height, image.width) for image in seen)
@@ -180,7 +180,7 @@ class QwenImageModel:
             return prompts_and_negatives(records, negatives)
         if len(records) != 1:
             raise ValueError(f"got {len(records)} records for a {type(self.pipeline).__name__}; expected one in a call")
-        images = [open_image(path) for path in records[0].images]
+        images = [image.open() for image in records[0].images]
         return {**prompts_and_negatives(records, negatives), "image": images if len(images) > 1 else images[0]}
 
     def to_pipeline(self, latents: Tensor) -> Tensor:

@@ -82,10 +82,58 @@ for (const chart of every("figure.chart")) {
   slider.addEventListener("blur", () => { cursor.remove(); output.textContent = ""; });
 }
 
+// ------------------------------------------------------------------------------------------------------- clips
+// A small one is an animated picture, another one a video. They stand still, as the first frame, if the system asks for less motion.
+
+let playing = !matchMedia("(prefers-reduced-motion: reduce)").matches;
+const seen = new IntersectionObserver((entries) => {
+  for (const { target, isIntersecting } of entries) { target.dataset.seen = isIntersecting; roll(target); }
+});
+
+function roll(element) { // a page has few players (Chromium 75): a video that is not seen gives its own back
+  const { clip, still } = element.dataset;
+  if (element.tagName === "IMG") { element.src = playing ? clip : still; return; }
+  const on = playing && element.dataset.seen === "true";
+  if (on === element.hasAttribute("src")) return;
+  if (on) { element.src = clip; } else { element.removeAttribute("src"); element.load(); }
+}
+
+function prepare(element) { // what has a clip
+  if (element.tagName === "VIDEO") {
+    Object.assign(element, { muted: true, autoplay: true, loop: true, playsInline: true });
+    seen.observe(element);
+  } else roll(element);
+  return element;
+}
+
+function picture(still, clip, alt) { // clip: undefined of images
+  if (!clip) return make("img", { alt, src: still });
+  const video = clip.startsWith("data:video");
+  const element = make(video ? "video" : "img", video ? { role: "img", "aria-label": alt, poster: still } : { alt });
+  Object.assign(element.dataset, { still, clip });
+  return prepare(element);
+}
+
+function together(elements) { // in step, also when one of them is loaded later
+  const videos = elements.filter((each) => each.tagName === "VIDEO");
+  for (const video of videos) video.addEventListener("loadeddata", () => { for (const each of videos) each.currentTime = 0; });
+}
+
+function play(on) {
+  playing = on;
+  for (const element of every("[data-clip]")) roll(element);
+  for (const button of every(".play")) button.textContent = on ? "❚❚ Stop the clips" : "▶ Play the clips";
+}
+
+for (const button of every(".play")) button.addEventListener("click", () => play(!playing));
+for (const element of every("[data-clip]")) prepare(element);
+play(playing);
+
 // ------------------------------------------------------------------------- two images over each other, and what cuts them
 
 function overlay(left, right, names) {
   const frame = make("div", { class: "frame" }, left, right);
+  together([left, right]);
   const slider = make("input", { type: "range", min: 0, max: 100, value: 50, "aria-label": `${names[0]} left of the cut, ${names[1]} right of it` });
   const cut = (value) => { slider.value = value; frame.style.setProperty("--cut", `${slider.value}%`); };
   slider.addEventListener("input", () => cut(slider.value));
@@ -99,13 +147,18 @@ function overlay(left, right, names) {
   return make("div", { class: "overlay" }, frame, slider, labels);
 }
 
+function copy(image) {
+  const { clip, still } = image.dataset;
+  return picture(still || image.poster || image.src, clip, image.alt || image.ariaLabel);
+}
+
 for (const pair of every(".pairs .pair")) { // of a training report
   const button = make("button", { type: "button", "aria-pressed": "false" }, "Lay over each other");
   let over = null;
   button.addEventListener("click", () => {
-    const images = every("img", pair).map((image) => image.cloneNode());
+    const images = every("img, video", pair).slice(-2), names = every("span", pair).slice(-2);
     if (over) over.remove();
-    over = over ? null : overlay(images[0], images[1], every("span", pair).map((name) => name.textContent));
+    over = over ? null : overlay(...images.map((image) => copy(image)), names.map((name) => name.textContent));
     pair.hidden = Boolean(over);
     if (over) pair.after(over);
     button.setAttribute("aria-pressed", String(Boolean(over)));
@@ -118,20 +171,15 @@ for (const pair of every(".pairs .pair")) { // of a training report
 const data = $("#data") && JSON.parse($("#data").textContent);
 if (data) evaluation(data);
 
-function evaluation({ columns, rewards, rows, seed, samples, digest, clips }) {
+function evaluation({ columns, rewards, rows, seed, samples, digest, clips, sources }) {
   const name = (row) => (samples > 1 ? `${row.uid}-${row.sample}` : `${row.uid}`);
   const difference = (row, column, reward) => {
     const [base, value] = [row.scores[0][reward], row.scores[column][reward]];
     return column === 0 || base === null || value === null ? null : value - base;
   };
   const meta = (row) => `uid ${row.uid}, ${samples > 1 ? `sample ${row.sample}, ` : ""}seed ${seed}`;
-  let playing = clips && !matchMedia("(prefers-reduced-motion: reduce)").matches;
-
-  function image(row, column, alt) {
-    const element = make("img", { alt, src: playing ? row.clips[column] : row.images[column] });
-    if (clips) Object.assign(element.dataset, { still: row.images[column], clip: row.clips[column] });
-    return element;
-  }
+  const label = (column) => (column < 0 ? "source" : columns[column]);
+  const image = (row, column, alt) => (column < 0 ? make("img", { alt, src: sources[row.uid] }) : picture(row.images[column], row.clips[column], alt));
 
   function change(value) { // in color, with a sign and an arrow
     const kind = value > 0 ? "better" : value < 0 ? "worse" : "soft";
@@ -148,8 +196,11 @@ function evaluation({ columns, rewards, rows, seed, samples, digest, clips }) {
   }
 
   function figures(row, wrap) {
-    const found = columns.map((column, place) => make("div", { class: "column" },
-      make("div", { class: "label" }, column), wrap(image(row, place, `${column}: ${row.prompt}`), column), values(row, place)));
+    const places = [...(sources[row.uid] ? [-1] : []), ...columns.keys()];
+    const images = places.map((place) => image(row, place, `${label(place)}: ${row.prompt}`));
+    together(images);
+    const found = places.map((place, number) => make("div", { class: "column" },
+      make("div", { class: "label" }, label(place)), wrap(images[number], label(place)), place < 0 ? "" : values(row, place)));
     return make("div", { class: "columns" }, ...found);
   }
 
@@ -198,17 +249,7 @@ function evaluation({ columns, rewards, rows, seed, samples, digest, clips }) {
     if (next) { next.focus(); event.preventDefault(); }
   });
 
-  const plays = every(".play");
-  function play(on) {
-    playing = on;
-    for (const picture of every("img[data-clip]")) picture.src = on ? picture.dataset.clip : picture.dataset.still;
-    for (const button of plays) button.textContent = on ? "❚❚ Stop the clips" : "▶ Play the clips";
-  }
-  for (const button of plays) {
-    button.hidden = !clips;
-    button.addEventListener("click", () => play(!playing));
-  }
-  play(playing);
+  for (const button of every(".play")) button.hidden = !clips;
 
   // ---- one prompt, large
   const detail = $("#detail");
@@ -231,8 +272,8 @@ function evaluation({ columns, rewards, rows, seed, samples, digest, clips }) {
   function lay() {
     if (columns.length < 2) return;
     const [left, right] = ["#left", "#right"].map((id) => Number($(id).value));
-    const pictures = [left, right].map((place) => image(current, place, `${columns[place]}: ${current.prompt}`));
-    $("#overlay").replaceChildren(overlay(...pictures, [columns[left], columns[right]]));
+    const pictures = [left, right].map((place) => image(current, place, `${label(place)}: ${current.prompt}`));
+    $("#overlay").replaceChildren(overlay(...pictures, [label(left), label(right)]));
   }
 
   function remember(hash) { // of a file some browsers do not allow it
@@ -261,12 +302,12 @@ function evaluation({ columns, rewards, rows, seed, samples, digest, clips }) {
   addEventListener("hashchange", follow);
   reorder();
   follow();
-  if (columns.length > 1) voting({ columns, rows, seed, digest, clips, name, image });
+  if (columns.length > 1) voting({ columns, rows, seed, digest, clips, sources, name, image });
 }
 
 // ----------------------------------------------------------------------------------------------------- the blind vote
 
-function voting({ columns, rows, seed, digest, clips, name, image }) {
+function voting({ columns, rows, seed, digest, clips, sources, name, image }) {
   const dialog = $("#vote");
   let pair, votes, queue; // votes: [name of the row, chosen column or −1 for a tie], in the order they were given
 
@@ -298,7 +339,10 @@ function voting({ columns, rows, seed, digest, clips, name, image }) {
     $("#vote-undo").disabled = !votes.length;
     if (!row) { dialog.close(); reveal(); return; }
     $("#vote-prompt").textContent = row.prompt;
-    ["left", "right"].forEach((side, place) => $(`#vote-${side}`).replaceChildren(image(row, sides(row)[place], `the ${side} image`), `${side}`));
+    if (sources[row.uid]) $("#vote-source").replaceChildren(image(row, -1, "the source"), make("figcaption", { class: "meta" }, "source"));
+    const images = ["left", "right"].map((side, place) => image(row, sides(row)[place], `the ${side} image`));
+    together(images);
+    ["left", "right"].forEach((side, place) => $(`#vote-${side}`).replaceChildren(images[place], side));
     $("#vote-prompt").focus(); // so that the space bar does not press the last button again
   }
   function give(place) {

@@ -7,7 +7,7 @@ import torch
 
 from rewards import RewardBatch, score
 from rewards.judges import PARM, WISE, DeQA, Questions, QwenVL, best_of
-from tests.helpers.judge_server import JudgeServer, Reply
+from tests.helpers.judge_server import JudgeServer, Reply, bright_judge
 
 VQA = [["Is there a cat?", "Yes"], ["How many dogs are there?", "three"]]
 
@@ -155,6 +155,22 @@ def test_parm_asks_by_the_noise_level_of_a_sample():
 def test_parm_without_the_need_of_clarity_scores_every_potential():
     output, _ = scored(PARM, stages, batch({"sigma": 0.6}), require_clear=False)
     assert output.scores.item() == pytest.approx(0.8) and output.components["clear"].item() == pytest.approx(0.3)
+
+
+def test_parm_ranks_what_is_not_clear_between_those_with_potential_and_those_without():
+    """So that a selection drops first what was judged to have none, and goes on with what it cannot judge yet."""
+
+    def potentials(asked):
+        return yes([0.9, 0.2, 0.7, 0.6][row(asked)]) if len(asked.turns) == 3 else yes(0.4 if row(asked) == 2 else 0.9)
+
+    given = batch({"sigma": 0.6}, {"sigma": 0.6}, {"sigma": 0.6}, {"sigma": 0.0})
+    output, asked = scored(PARM, lambda a: yes(0.1) if "exactly" in a.turns[0] else potentials(a), given, unclear=0.5)
+    assert output.scores[:, 0].tolist() == pytest.approx([0.9, 0.2, 0.5, 0.1]) and bool(output.valid.all())
+    assert output.components["potential"].isnan().tolist() == [False, False, True, True] and len(asked) == 3 + 2 + 1
+    failed, _ = scored(PARM, lambda a: Reply("Maybe", top={"Maybe": 1.0}), batch({"sigma": 0.6}), unclear=0.5)
+    assert not failed.valid.any()  # not judged is not the same as not clear
+    with pytest.raises(ValueError, match=r"unclear=2"):
+        PARM(bright_judge(), unclear=2)
 
 
 def test_parm_needs_a_noise_level():

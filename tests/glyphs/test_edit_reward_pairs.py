@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowalign.glyphs.edit_pairs import KINDS, LEVELS, Edit, EditPairs, all_edits, draw_pairs, drawn_results
+from flowalign.glyphs.edit.prompts import Edit
+from flowalign.glyphs.edit.reward_pairs import KINDS, LEVELS, EditPairs, all_edits, draw_pairs, drawn_results, is_unseen
 from flowalign.glyphs.prompts import INKS, PAPERS, Scene
 from flowalign.glyphs.renderer import render
 
@@ -89,11 +90,11 @@ def test_pairs_are_the_same_with_the_same_seed_only() -> None:
 
 def test_a_quarter_of_the_combinations_is_held_out_and_no_change_of_color_is_new() -> None:
     edits = all_edits()
-    assert len(edits) == len(set(edits)) == 96 and sum(edit.unseen for edit in edits) == 24
+    assert len(edits) == len(set(edits)) == 96 and sum(map(is_unseen, edits)) == 24
     changes = {(edit.axis, vars(edit)["source"]._asdict()[edit.axis], edit.target) for edit in edits}
-    seen = {(e.axis, e.source._asdict()[e.axis], e.target) for e in edits if not e.unseen}
+    seen = {(e.axis, e.source._asdict()[e.axis], e.target) for e in edits if not is_unseen(e)}
     assert seen == changes and len(changes) == 24
     for unseen in (False, True):
         pairs = draw_pairs(200, ["KITE"], torch.Generator().manual_seed(3), unseen=unseen)
-        assert {edit.unseen for edit in pairs.edits} == {unseen}
+        assert {is_unseen(edit) for edit in pairs.edits} == {unseen}
         assert all(edit.target not in edit.source for edit in pairs.edits)

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, pad
 
+from flowalign.glyphs.edit.prompts import Axis, Edit
 from flowalign.glyphs.prompts import INKS, PAPERS, Scene
 from flowalign.glyphs.renderer import JITTER, WIDTH, render
 
-Axis = Literal["ink", "paper"]
 # result -> (how far it follows the instruction, how clean it is); as asked is (1, 1)
 LEVELS = {
     "perfect": (1.0, 1.0),  # as asked
@@ -39,30 +38,6 @@ KINDS = {
     "half_or_nothing": ("half", "not_done"),
     "noisy_or_not_done": ("noisy", "not_done"),
 }
-
-
-@dataclass(frozen=True)
-class Edit:
-    """A scene and what is to be changed in it: its `axis`, to the color `target`."""
-
-    source: Scene
-    axis: Axis
-    target: str
-
-    @property
-    def instruction(self) -> str:
-        return f"write it in {self.target}" if self.axis == "ink" else f"put it on a {self.target} background"
-
-    def to(self, color: str) -> Scene:
-        """The scene with that color on the axis."""
-        return self.source._replace(**{self.axis: color})
-
-    @property
-    def unseen(self) -> bool:
-        """A quarter of all combinations of colors: any change of color is trained, but not beside each of the others."""
-        inks, papers = list(INKS), list(PAPERS)
-        names = inks if self.axis == "ink" else papers
-        return (inks.index(self.source.ink) + papers.index(self.source.paper) + names.index(self.target)) % 4 == 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +72,7 @@ def draw_pairs(
 ) -> EditPairs:
     """`count` pairs of `words`, the kinds in turn, of combinations of colors with that `unseen`; which of the two results comes
     first is left to chance."""
-    pool = [edit for edit in all_edits() if edit.unseen == unseen]
+    pool = [edit for edit in all_edits() if is_unseen(edit) == unseen]
     edits = [
         Edit(edit.source._replace(word=words[word]), edit.axis, edit.target)
         for edit, word in zip(
@@ -132,6 +107,13 @@ def all_edits(word: str = "KITE") -> list[Edit]:
     ]
 
 
+def is_unseen(edit: Edit) -> bool:
+    """A quarter of all combinations of colors: any change of color is trained, but not beside each of the others."""
+    inks, papers = list(INKS), list(PAPERS)
+    names = inks if edit.axis == "ink" else papers
+    return (inks.index(edit.source.ink) + papers.index(edit.source.paper) + names.index(edit.target)) % 4 == 0
+
+
 def drawn_results(edits: Sequence[Edit], results: Sequence[str], offsets: Tensor, generator: torch.Generator) -> Tensor:
     """[N, 3, 24, 48]: of each edit the result of that name (a key of LEVELS); offsets [N, 2] as the renderer's."""
     scenes = [_scene(edit, result, generator) for edit, result in zip(edits, results, strict=True)]
@@ -159,8 +141,8 @@ def _scene(edit: Edit, result: str, generator: torch.Generator) -> Scene:
     if result == "overdone":
         other = "paper" if edit.axis == "ink" else "ink"
         names = [name for name in palettes[other] if name not in edit.source]
-        return edit.to(edit.target)._replace(**{other: names[_random(len(names), 1, generator)[0]]})
-    return edit.to(edit.target)
+        return edit.result._replace(**{other: names[_random(len(names), 1, generator)[0]]})
+    return edit.result
 
 
 def _render(scenes: Sequence[Scene], offsets: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, logsigmoid
 
-from flowalign.glyphs.edit_checkpoint import TEMPLATES
-from flowalign.glyphs.edit_pairs import EditPairs, draw_pairs
+from flowalign.glyphs.edit.reward_checkpoint import TEMPLATES
+from flowalign.glyphs.edit.reward_pairs import EditPairs, draw_pairs
 from flowalign.glyphs.renderer import HEIGHT, WIDTH
 from flowalign.glyphs.schedule import set_rate
 from rewards import EditReward, RewardBatch, score

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from flowalign.glyphs.edit_pairs import all_edits
+from flowalign.glyphs.edit.reward_pairs import all_edits
 from flowalign.glyphs.renderer import HEIGHT, WIDTH
 from rewards import EditReward
 from rewards.qwen.edit_reward import HEADS
@@ -96,18 +96,18 @@ def write_untrained(folder: Path, seed: int = 0) -> None:
 
 
 def write_trained(regressor: Regressor, folder: Path) -> None:
-    """model.safetensors of a network that was loaded from `folder` and trained."""
-    _write(regressor.network["body"], regressor.network["heads"], folder)
+    """model.safetensors, in fp16, of a network that was loaded from `folder` and trained."""
+    _write(regressor.network["body"], regressor.network["heads"], folder, torch.float16)
 
 
-def _write(body: nn.Module, heads: nn.Module, folder: Path) -> None:
+def _write(body: nn.Module, heads: nn.Module, folder: Path, dtype: torch.dtype = torch.float32) -> None:
     """With the names of the published checkpoint: `model.*`, and heads that count the dropout after their first ReLU."""
     numbers = {"0": "0", "2": "3", "4": "5"}  # of a layer here -> there
     state = {f"model.{name}": tensor for name, tensor in body.state_dict().items()}
     for name, tensor in heads.state_dict().items():
         head, number, part = name.split(".")
         state[f"rm_heads.{head}.{numbers[number]}.{part}"] = tensor
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "model.safetensors")
+    save_file({name: tensor.contiguous().to(dtype) for name, tensor in state.items()}, folder / "model.safetensors")
 
 
 def load_folder(folder: Path) -> EditReward:
