@@ -20,7 +20,7 @@ from tests.helpers.recipe_files import RECIPE_REWARDS, write_recipe_files
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
-COMMANDS = dict(re.findall(r"^# ([\w-]+)\n(flowalign train .+(?:\\\n.+)*)", PAGE, re.MULTILINE))
+COMMANDS = dict(re.findall(r"^# ([\w-]+)\n(flowalign train .+(?:\n +.+)*)", PAGE, re.MULTILINE))
 ROWS = {row[0].strip(" `"): row[1:] for line in PAGE.splitlines() if len(row := line.strip("|").split(" | ")) == 8}
 FOOTPRINTS = json.loads((ROOT / "docs" / "results" / "model_memory.json").read_text())["models"]
 MODELS = ("flux1_kontext", "qwen_image_edit", "qwen_image_edit_plus", "wan21_1_3b", "wan21_14b", "wan21_i2v", "wan22", "wan22_5b",
