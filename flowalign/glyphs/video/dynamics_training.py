@@ -40,7 +40,7 @@ def sample_walks(count: int, words: Tensor, stay: float, generator: torch.Genera
     fresh, same = _integers(4, (count, FRAMES - 1), generator), _chance(stay, (count, FRAMES - 1), generator)
     since = torch.arange(FRAMES - 1).expand(count, -1).masked_fill(same, 0).cummax(1).values
     moves = fresh.gather(1, since)
-    places = paths(moves, generator=generator)
+    places = paths(moves, torch.rand(count, 2, generator=generator))
     halting = _chance(changing / 3, (count, 1), generator) & _chance(0.4, (count, FRAMES - 1), generator)
     done = torch.cat([torch.zeros(count, 1, dtype=torch.long), (~halting).long().cumsum(1)], 1)  # moves before a frame
     places = places.gather(1, done[..., None].expand(-1, -1, 2))
