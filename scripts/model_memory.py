@@ -28,7 +28,10 @@ ROOT = Path(__file__).parents[1]
 OUTPUT = ROOT / "docs" / "results" / "model_memory.json"
 CARDS = ("24gb", "40gb", "80gb", "8x80gb")
 DDPO = ("sd15", "sd21", "sdxl", "sdxl_turbo")  # ε- and v-models; the others are trained by Flow-GRPO
-OF_VIDEOS = ["reward={class_path: rewards.OnFrames, init_args: {reward: rewards.JPEGCompressibility}}", "evaluation.rewards=[rewards.VideoStatistics]"]
+OF_VIDEOS = [
+    "reward={class_path: rewards.OnFrames, init_args: {reward: rewards.JPEGCompressibility}}",
+    "evaluation.rewards=[rewards.VideoStatistics]",
+]
 NEEDED = {  # what the model's layer says that it needs beside it
     "sdxl": ["rollout.plan.train_last=false"],
     "sdxl_turbo": ["rollout.plan.train_last=false"],

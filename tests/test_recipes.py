@@ -162,7 +162,11 @@ def numbers_without_a_source(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "layer", [*(f"models/{model}" for model in (*MODELS, "ltx_video")), *(f"rewards/{reward}" for reward in sorted(RECIPE_REWARDS))]
+    "layer",
+    [
+        *(f"models/{model}" for model in (*MODELS, "ltx_video")),
+        *(f"rewards/{reward}" for reward in sorted(RECIPE_REWARDS)),
+    ],
 )
 def test_every_number_has_its_source_beside_it_or_in_the_head_of_its_file(layer: str) -> None:
     assert numbers_without_a_source((ROOT / "configs" / f"{layer}.yaml").read_text(encoding="utf-8")) == []

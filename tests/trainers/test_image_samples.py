@@ -281,7 +281,9 @@ def test_what_cannot_work_is_said_before_a_model_is_loaded(pipeline: Path, tmp_p
     refused(FromPairs(pairs), chain, "rollout.plan=Chain.*nothing is rolled out")
     refused(FromPairs(pairs), again, "rollout.refill=1 with")
     refused(FromPairs(pairs), two, "process_rewards=.*potential", state_channels=("potential",))
-    refused(FromPairs(pairs), two, "png, an image; expected a clip of 4 frames, as policy.frames says", size=Size(1, 1, 4))
+    refused(
+        FromPairs(pairs), two, "png, an image; expected a clip of 4 frames, as policy.frames says", size=Size(1, 1, 4)
+    )
     refused(FromPairs(pairs), two, "of 1×1 pixels; expected 8×1, the policy's", size=Size(8, 1))
     refused(FromPairs(wide), two, "line 1: got .*wide.png of 1×2 pixels; expected 1×1, the policy's")
     refused(FromPairs(str(tmp_path / "none.jsonl")), two, "none.jsonl does not exist")
