@@ -42,6 +42,10 @@ def loaded(folder: Path, name: str, content: str, prefix: str = "") -> list[Prom
     return load_prompts(f"{prefix}{folder / name}")
 
 
+def paths(record: PromptRecord) -> tuple[Path, ...]:
+    return tuple(image.file for image in record.images)
+
+
 @pytest.fixture
 def any_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a set a few rows will do."""
@@ -73,7 +77,7 @@ def test_a_file_is_read_by_its_suffix(name: str, content: str, expected: tuple[s
 def test_a_table_may_name_an_image_and_a_negative_prompt(tmp_path: Path) -> None:
     Image.new("RGB", (2, 2)).save(tmp_path / "a.png")
     one, two = loaded(tmp_path, "a.csv", "prompt,image,negative_prompt\na,a.png,dark\nb,,\n")
-    assert (one.images, one.negative_prompt) == ((tmp_path / "a.png",), "dark")
+    assert (paths(one), one.negative_prompt) == ((tmp_path / "a.png",), "dark")
     assert (two.images, two.negative_prompt, two.metadata) == ((), None, {})
 
 
@@ -173,15 +177,15 @@ def test_sources_of_edits(tmp_path: Path) -> None:
         return record
 
     found = one("flow_factory:", prompt="solve", image="one.png", clue=30)
-    assert (found.images, found.metadata) == ((tmp_path / "images/one.png",), {"clue": 30})
+    assert (paths(found), found.metadata) == ((tmp_path / "images/one.png",), {"clue": 30})
     media = [{"modality": "image", "role": "condition", "uri": "data/two.png"}]
     found = one("unirl_edit:", prompt="remove it", media=media, metadata={"source": "s", "edit_reward_score": 1.5})
-    assert (found.images, found.metadata) == ((tmp_path / "data/two.png",), {"source": "s", "edit_reward_score": 1.5})
+    assert (paths(found), found.metadata) == ((tmp_path / "data/two.png",), {"source": "s", "edit_reward_score": 1.5})
     found = one(
         "dancegrpo_edit:", target_image="images/1.jpg", source_image="images/one.png", instruction="add a tree",
         task_type=["add"], instruction_cn="加一棵树",
     )  # fmt: skip
-    assert (found.prompt, found.images) == ("add a tree", (tmp_path / "images/one.png",))
+    assert (found.prompt, paths(found)) == ("add a tree", (tmp_path / "images/one.png",))
     assert found.metadata == {"target_image": "images/1.jpg", "task_type": ["add"], "instruction_cn": "加一棵树"}
     found = one(
         "editscore:",
@@ -190,7 +194,7 @@ def test_sources_of_edits(tmp_path: Path) -> None:
         task_type="color",
     )
     assert (found.prompt, found.metadata) == ("make it blue", {"task_type": "color"})
-    assert found.images == (tmp_path / "images/one.png", tmp_path / "images/edit/three.png")
+    assert paths(found) == (tmp_path / "images/one.png", tmp_path / "images/edit/three.png")
 
 
 @pytest.mark.parametrize(
