@@ -48,7 +48,8 @@ class SourceConsistency:
     def close(self) -> None: ...
 
     def __call__(self, batch: RewardBatch) -> RewardOutput:
-        images, conditions = batch.unit_images(), batch.conditions or [[]] * len(batch)
+        images, conditions = batch.unit_images(), batch.conditions
+        assert conditions is not None
         scores, kept, info = [], [], []
         for image, sources, metadata in zip(images, conditions, batch.metadata, strict=True):
             try:
