@@ -69,11 +69,11 @@ def _decoded(file: Place) -> Iterator[np.ndarray]:
                 for frame in ImageSequence.Iterator(picture):
                     yield np.array(frame.convert("RGB"))
             return
-        with av.open(io.BytesIO(content)) as container:
-            for frame in container.decode(video=0):
-                if frame.rotation:
-                    raise ValueError(f"it is to be shown turned by {frame.rotation}°, which is not done here")
-                yield frame.to_ndarray(format="rgb24")
+        with av.open(io.BytesIO(content), "r") as container:
+            for image in container.decode(container.streams.video[0]):
+                if image.rotation:
+                    raise ValueError(f"it is to be shown turned by {image.rotation}°, which is not done here")
+                yield image.to_ndarray(format="rgb24")
     except (OSError, ValueError, SyntaxError, IndexError, Image.DecompressionBombError, av.FFmpegError) as error:
         raise ValueError(
             f"got {file}, which cannot be read ({error}); expected a whole image or clip: replace it, or leave its row out"
