@@ -12,7 +12,7 @@ from torch.nn.functional import logsigmoid
 
 from flowalign.glyphs import held_out_prompts
 from flowalign.glyphs.edit.reward_checkpoint import load_folder, network_of, write_base, write_trained, write_untrained
-from flowalign.glyphs.edit.reward_pairs import EditPairs, draw_pairs
+from flowalign.glyphs.edit.reward_pairs import KINDS, EditPairs, draw_pairs
 from flowalign.glyphs.edit.reward_training import (
     SPOILT,
     Judged,
@@ -25,6 +25,7 @@ from flowalign.glyphs.edit.reward_training import (
     values_of,
     win_probability,
 )
+from rewards import EditReward
 from tests.helpers import tiny_qwen
 
 ROOT = Path(__file__).parents[2]
@@ -197,6 +198,18 @@ def test_a_description_is_a_mean_over_its_own_tokens(folder: Path) -> None:
     assert len(set(counts)) == 2  # of an ink and of a paper
     expected = sum(count * loss for count, loss in zip(counts, alone, strict=True)) / sum(counts)
     torch.testing.assert_close(together, expected)
+
+
+def test_the_shipped_head_puts_the_better_edit_first() -> None:
+    """Of words and combinations of colors that it was not trained on; overdone edits are its weakness."""
+    reward = EditReward("glyphs", "glyphs", "glyphs", pixels=24 * 48, dtype="fp32", batch_size=32)
+    assert reward.spec.memory == "cpu" and "Apache-2.0" in reward.spec.licence
+    words = [record["target"] for record in held_out_prompts()]
+    found = judged(reward, draw_pairs(64, words, torch.Generator().manual_seed(7), unseen=True))
+    right, count = found.accuracy(0)
+    assert count == 56 and right / count > 0.85
+    others, of = (sum(found.accuracy(0, kind)[place] for kind in KINDS if kind != "overdone") for place in (0, 1))
+    assert others / of > 0.93
 
 
 @pytest.mark.slow
