@@ -78,7 +78,7 @@ def _frames_of_video(stream: BinaryIO) -> Iterator[np.ndarray]:
     import av  # half a second, which most uses need not wait
 
     try:
-        with av.open(stream) as container:
+        with av.open(stream, "r") as container:
             for frame in container.decode(video=0):
                 if frame.rotation:
                     raise ValueError(f"it is to be shown turned by {frame.rotation}°, which is not done here")

@@ -36,7 +36,7 @@ NEEDED = {  # what the model's layer says that it needs beside it
     "sdxl": ["rollout.plan.train_last=false"],
     "sdxl_turbo": ["rollout.plan.train_last=false"],
     **dict.fromkeys(("hunyuan_video", "ltx_video", "wan21_1_3b", "wan21_14b", "wan21_i2v", "wan22_5b"), OF_VIDEOS),
-    **dict.fromkeys(("wan22", "wan22_i2v"), [*OF_VIDEOS, "rollout.fixed_rows=false"]),  # two networks
+    **{model: [*OF_VIDEOS, "rollout.fixed_rows=false"] for model in ("wan22", "wan22_i2v")},  # two networks
 }
 HEAD = ("encode", "rollout", "decode", "update", "evaluation")
 

@@ -56,7 +56,7 @@ def measure(pipeline: FluxKontextPipeline) -> dict[int, Mapping[Axis, Figures]]:
     """Figures on the first MEASURED held-out edits, by sampling steps."""
     pipeline.set_progress_bar_config(disable=True)
     records = held_out_prompts()[:MEASURED]
-    figures = {}
+    figures: dict[int, Mapping[Axis, Figures]] = {}
     for steps in STEPS:
         figures[steps] = judge(sample_edits(pipeline, records, steps, 1.0), records)
         print(f"{steps} steps: {figures[steps]}", flush=True)

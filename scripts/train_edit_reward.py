@@ -41,7 +41,7 @@ def main() -> None:
     network = network_of(load_folder(arguments.output))
     words = [record["target"] for record in train_prompts()]
     train(network, words, steps=arguments.steps, base_steps=arguments.base_steps, seed=arguments.seed, report=show)
-    write_trained(network, arguments.output)
+    write_trained(network, arguments.output, torch.float16)
     size = sum(parameter.numel() for parameter in network.network.parameters())
     print(f"{size:,} weights, trained in {time.process_time() - began:.0f} s of one core")
     reward, words = load_folder(arguments.output), [record["target"] for record in held_out_prompts()]

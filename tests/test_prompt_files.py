@@ -266,9 +266,7 @@ def test_a_configuration_may_name_any_of_them(tmp_path: Path) -> None:
     (tmp_path / "edits.jsonl").write_text('{"instruction": "add a tree", "source_image": "one.png"}\n' * 4)
     (tmp_path / "held_out.tsv").write_text("Prompt\nred\n" + "blue\n" * 9)
     sources = f"dancegrpo_edit:{tmp_path}/edits.jsonl", f"{tmp_path}/held_out.tsv"
-    with pytest.raises(
-        ValueError, match="'add a tree' with 1 source image for a StableDiffusion3Pipeline; expected 0"
-    ):
+    with pytest.raises(ValueError, match="'add a tree' with 1 source image for a StableDiffusion3Pipeline; expected 0"):
         load_config(TINY, [f"prompts={sources[0]}"])
     config, _ = load_config(TINY, [f"evaluation.prompts={sources[1]}"])
     assert config.evaluation.prompts == sources[1]

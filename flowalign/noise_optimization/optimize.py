@@ -67,12 +67,12 @@ def optimize_noise(
     records, weighted = as_records(prompts, image), _weighted(rewards)
     others, method = as_rewards(held_out), method or Gradient()
     check(records, weighted, others, method)
-    if isinstance(policy, str):
-        check_sources(policy, records)
     if steps < 1 or batch_size < 1 or (patience is not None and patience < 1):
         raise ValueError(
             f"got steps={steps}, batch_size={batch_size}, patience={patience}; expected at least 1 of each"
         )
+    if isinstance(policy, str):
+        check_sources(policy, records)
     began, bar = time.monotonic(), tqdm(total=steps * len(records), unit="it", disable=not progress)
     with _as_policy(policy) as live, bar, live.checkpointed() if checkpoint else nullcontext():
         settings = settle(

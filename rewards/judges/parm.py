@@ -81,6 +81,7 @@ class PARM:
     @property
     def spec(self) -> RewardSpec:
         return RewardSpec(
+            inputs=("images", "conditions") if self.sources else ("images",),
             elsewhere=True,
             range=(0, 1),
             memory="XL",
@@ -127,7 +128,8 @@ class PARM:
         pictures = data_urls(batch.pixels())
         if not self.sources:
             return [(picture,) for picture in pictures]
-        return [*zip(source_urls(batch, self.name), pictures, strict=True)]
+        assert batch.conditions is not None
+        return [*zip(source_urls(batch.conditions), pictures, strict=True)]
 
     def _levels(self, batch: RewardBatch) -> list[float | str]:
         """σ of each sample, or why it is not known."""

@@ -5,10 +5,10 @@ from collections.abc import Callable
 import pytest
 
 from flowalign.testing import tiny_names
-from tests.helpers.families import Subject, subject
+from tests.helpers.families import SHIPPED_WORLDS, Subject, subject
 
 
-@pytest.fixture(params=tiny_names())
+@pytest.fixture(params=[*tiny_names(), *SHIPPED_WORLDS])
 def family(request: pytest.FixtureRequest) -> Subject:
     return subject(request.param)
 

@@ -242,7 +242,7 @@ def test_a_gradient_is_that_of_finite_differences(found: type) -> None:
     reward = found(CLIPScore(str(tiny.clip()), dtype="fp64")) if found is rewards.Offloaded else made(found)
     if not reward.spec.differentiable or "dtype" in vars(reward):
         return
-    (name,), draws, given = reward.spec.inputs, torch.Generator().manual_seed(0), batch().select([0, 2, 5])
+    (name, *_), draws, given = reward.spec.inputs, torch.Generator().manual_seed(0), batch().select([0, 2, 5])
     pixels = 0.1 + 0.7 * given.tensors()[name].double()
     pixels += 0.1 * torch.rand(pixels.shape, generator=draws, dtype=torch.float64)
 

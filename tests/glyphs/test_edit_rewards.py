@@ -100,7 +100,7 @@ def test_a_right_edit_with_another_color_changed_loses_consistency_alone(judges,
 def test_the_layers_train_on_both_or_on_the_instruction_alone() -> None:
     both, alone = (load_reward([str(FOLDER / f"{name}.yaml")]) for name in ("edit_glyphs", "edit_glyphs_instruction"))
     assert repr(both.rewards[0]) == repr(alone)
-    evaluations = [repr(load_judges(str(layer))[0]) for layer in sorted(FOLDER.glob("edit_*.yaml"))]
+    evaluations = [repr(load_judges(str(layer))[0]) for layer in sorted(FOLDER.glob("edit_*glyphs*.yaml"))]
     assert len(evaluations) > 2 and len(set(evaluations)) == 1  # whatever is trained on
     output: RewardOutput = score(both, batch_of([right(record) for record in RECORDS]))
     assert output.scores[:, 0].tolist() == pytest.approx([sum(both.weights)] * 6, abs=0.02)

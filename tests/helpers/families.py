@@ -19,6 +19,7 @@ from flowalign.data import PromptRecord
 from flowalign.models import Family, Policy, Size, inspect_checkpoint, load_policy, path_of
 from flowalign.models.checks import check_image_size
 from flowalign.models.load import read_pipeline
+from flowalign.models.shipped import SHIPPED
 from flowalign.testing import tiny_pipeline
 
 PROMPTS = ('the word "KITE" in red on a yellow background', "a word", "the word")
@@ -94,9 +95,14 @@ def parity(family: Subject, ours: Tensor, theirs: Tensor) -> float:
     return found
 
 
+SHIPPED_WORLDS = ("glyphs-edit", "glyphs-video")  # trained, and as small
+
+
 @functools.cache
 def subject(name: str) -> Subject:
-    """The tiny pipeline, saved once per process."""
+    """The tiny pipeline, saved once per process, or one that comes with flowalign."""
+    if name in SHIPPED_WORLDS:
+        return Subject(name, str(SHIPPED[name]))
     folder = _folder() / name
     tiny_pipeline(name).save_pretrained(folder)
     return Subject(name, str(folder))

@@ -204,7 +204,7 @@ def test_the_source_of_an_edit_is_there_once_a_prompt() -> None:
     page = page_of(columns)
     cards = page[page.index('id="cards"') : page.index('id="back"')]
     assert cards.index('class="label">source') < cards.index('class="label">base') and "n3" in cards[:60]
-    assert data_of(page_of(made_up()))["sources"] == {} and ">source<" not in page_of(made_up())
+    assert data_of(page_of(made_up()))["sources"] == {} and 'class="label">source' not in page_of(made_up())
 
 
 def test_clips_run_as_fast_as_they_were_made() -> None:

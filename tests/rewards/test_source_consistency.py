@@ -6,7 +6,7 @@ from PIL import Image
 
 from flowalign.glyphs.edit.prompts import AXES, Edit, draw_edits, held_out_prompts
 from flowalign.glyphs.prompts import Scene
-from rewards import RewardBatch, SourceConsistency, score
+from rewards import RewardBatch, RewardError, SourceConsistency, score
 
 KITE = Scene("KITE", "red", "white")
 NO_SHIFT = torch.zeros(1, 2, dtype=torch.long)
@@ -100,8 +100,8 @@ def test_without_a_source_there_is_no_score():
     images = torch.rand(2, 3, 2, 2)
     output = consistency(images, [images[0], None])
     assert output.valid[:, 0].tolist() == [True, False] and "no source image" in output.info[1]
-    nowhere = score(SourceConsistency(), RewardBatch(prompts=["p"], images=images[:1]), max_fail_rate=1.0)
-    assert not nowhere.valid.any()
+    with pytest.raises(RewardError, match="expected conditions, which it reads"):
+        score(SourceConsistency(), RewardBatch(prompts=["p"], images=images[:1]))
 
 
 def test_the_gradient_is_that_of_finite_differences_and_none_where_there_is_no_score():

@@ -44,8 +44,8 @@ reconstruction error (mean |difference| on [-1, 1]) is {vae_error:.4f}.
 
 ## How it was made
 
-`python scripts/pretrain_glyphs_edit.py --output flowalign/glyphs/edit/pipeline`, from random weights, on edits drawn on the fly: ink, paper and
-word are changed equally often. The words of the {held_out} held-out edits never occur in it; those of the {train} training edits are for
+`python scripts/pretrain_glyphs_edit.py --output flowalign/glyphs/edit/pipeline`, from random weights, on edits drawn on the fly, two
+of three of words, since colors are learnt soon. The words of the {held_out} held-out edits never occur in it; those of the {train} training edits are for
 alignment and get no special place.
 
 ```json

@@ -28,7 +28,7 @@ from flowalign.glyphs.training import (
 )
 
 TRAINED = ("transformer", "text_encoder", "text_encoder_2")
-RECIPE = Pretraining(vae_batch_size=32, vae_steps=1000, vae_learning_rate=2e-3, anchor=0.1, steps=2000)
+RECIPE = Pretraining(vae_batch_size=32, vae_steps=1000, vae_learning_rate=2e-3, anchor=0.1, steps=3000)
 DRAWN: tuple[Axis, ...] = ("ink", "paper", "word", "word", "word", "word")  # colors are learnt soon, letters slowly
 GUIDANCE = (1.0, 4.0)  # scales that are drawn: the network learns that they mean nothing
 

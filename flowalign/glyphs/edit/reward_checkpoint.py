@@ -95,9 +95,9 @@ def write_untrained(folder: Path, seed: int = 0) -> None:
     _write(body, nn.ModuleDict(heads), folder)
 
 
-def write_trained(regressor: Regressor, folder: Path) -> None:
-    """model.safetensors, in fp16, of a network that was loaded from `folder` and trained."""
-    _write(regressor.network["body"], regressor.network["heads"], folder, torch.float16)
+def write_trained(regressor: Regressor, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    """model.safetensors of a network that was loaded from `folder` and trained."""
+    _write(regressor.network["body"], regressor.network["heads"], folder, dtype)
 
 
 def _write(body: nn.Module, heads: nn.Module, folder: Path, dtype: torch.dtype = torch.float32) -> None:

@@ -26,6 +26,8 @@ from flowalign.glyphs.video.parts import CHANNELS, TOKENS, build_pipeline, laten
 from flowalign.glyphs.video.prompts import DIRECTIONS, Scene, held_out_prompts, make_prompt
 from flowalign.glyphs.video.renderer import draw, ink_of_frames, paths
 
+IMAGES = 0.75  # share of the batches
+CENTERED = 0.5  # share of the images whose word is in the middle: a letter's place is known there
 TRAINED = ("transformer", "text_encoder")
 RECIPE = Pretraining(vae_batch_size=8, vae_steps=1500, vae_learning_rate=2e-3, anchor=1.0, statistics=128, steps=2000)
 
@@ -52,8 +54,8 @@ def pretrain(recipe: Pretraining, folder: Path, progress: Progress) -> WanPipeli
     return pipeline
 
 
-def sample_batch(count: int, generator: torch.Generator) -> Batch:
-    """Uniformly random words that are not held out, colors, turns, directions and places."""
+def sample_batch(count: int, generator: torch.Generator, still: bool = False) -> Batch:
+    """Uniformly random words that are not held out, colors, turns, directions and places. still: clips of one frame."""
     words = _words()
     letters = words[torch.randint(len(words), (count,), generator=generator)]
     ink, paper, last = (
@@ -69,7 +71,13 @@ def sample_batch(count: int, generator: torch.Generator) -> Batch:
     ]
     actions = torch.tensor([[names.index(action) for action in scene.actions] for scene in scenes])
     colors = ink_of_frames(palette(INKS)[ink], palette(INKS)[last])
-    clips = draw(letters, colors, palette(PAPERS)[paper], paths(actions, generator=generator))
+    start = torch.rand(count, 2, generator=generator)
+    if still:
+        start[torch.rand(count, generator=generator) < CENTERED] = 0.5
+        colors, places = colors[:, :1], paths(actions[:, :0], start)
+    else:
+        places = paths(actions, start)
+    clips = draw(letters, colors, palette(PAPERS)[paper], places)
     return Batch(clips, [make_prompt(scene) for scene in scenes], actions)
 
 
@@ -140,8 +148,12 @@ def scaled_latents(vae: AutoencoderKLWan, clips: Tensor) -> Tensor:
 
 
 def flow_loss(pipeline: WanPipeline, recipe: Pretraining, generator: torch.Generator) -> Tensor:
-    """Mean squared error of the velocity on one random batch."""
-    batch = sample_batch(recipe.batch_size, generator)
+    """Mean squared error of the velocity on one random batch: of clips, or of images, by which letters are learnt sooner; Wan was trained
+    on both, too."""
+    if torch.rand((), generator=generator) < IMAGES:
+        batch = sample_batch(2 * recipe.batch_size, generator, still=True)
+    else:
+        batch = sample_batch(recipe.batch_size, generator)
     x0 = scaled_latents(pipeline.vae, batch.clips)
     texts = encode_text(pipeline, dropped_out(batch.prompts, recipe.prompt_dropout, generator))
     states, sigma, target = noised(x0, recipe, generator)

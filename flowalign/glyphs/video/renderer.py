@@ -38,17 +38,17 @@ def draw(letters: Tensor, inks: Tensor, papers: Tensor, places: Tensor) -> Tenso
     return papers[:, None, :, None, None] * (1 - mask) + inks[..., None, None] * mask
 
 
-def paths(actions: Tensor, start: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
+def paths(actions: Tensor, start: Tensor | None = None) -> Tensor:
     """Places [N, F, 2] of words that take `actions` [N, F - 1] (numbers of DIRECTIONS). start [N, 2] in [0, 1]: where, of all places from
-    which the whole path fits; None: drawn with `generator`, without one the middle."""
+    which the whole path fits; None: in the middle."""
     steps = torch.tensor(list(DIRECTIONS.values()))[actions] * STEP
-    path = torch.cat([torch.zeros_like(steps[:, :1]), steps.cumsum(1)], 1)
+    path = torch.cat([steps.new_zeros(len(steps), 1, 2), steps.cumsum(1)], 1)
     low = torch.tensor(LOWEST) - path.amin(1)
     high = torch.tensor(HIGHEST) - path.amax(1)
     if (low > high).any():
         raise ValueError("got a path that leaves the picture; expected one whose places all fit: turn back earlier")
     if start is None:
-        start = torch.full((len(path), 2), 0.5) if generator is None else torch.rand(len(path), 2, generator=generator)
+        start = torch.full((len(path), 2), 0.5)
     first = low + ((high - low + 1) * start).long().clamp(max=high - low)
     return first[:, None] + path
 
