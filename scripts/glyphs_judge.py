@@ -1,7 +1,7 @@
 """Serve a judge of Glyphs edits that measures by rules and answers as EditScore's and PARM's vision-language models do.
 
 `python scripts/glyphs_judge.py --port 8765`, and in another terminal
-`flowalign train configs/methods/flow_grpo.yaml configs/models/glyphs_edit.yaml configs/rewards/edit_score_glyphs.yaml`
+`flowalign train configs/glyphs_edit.yaml configs/rewards/edit_score_glyphs.yaml`
 
 So the protocol of those rewards can be trained through on a laptop. What it measures: flowalign/glyphs/edit/judge.py.
 """
