@@ -8,12 +8,22 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from diffusers import AutoencoderKLWan
 from jsonargparse import ArgumentParser
 from torch import Tensor
 
 from flowalign.config.layers import read_layer
-from flowalign.glyphs.video import FPS
-from flowalign.glyphs.video.dynamics_training import LAWS, STILL, Walks, accuracy, entropy, held_out_words, sample_walks
+from flowalign.glyphs.video import FPS, PIPELINE
+from flowalign.glyphs.video.dynamics_training import (
+    LAWS,
+    STILL,
+    Walks,
+    accuracy,
+    entropy,
+    held_out_words,
+    reconstructed,
+    sample_walks,
+)
 from flowalign.glyphs.video.inverse_dynamics import NETWORKS, GlyphsInverseDynamics, Weights, read_weights, weights_file
 from flowalign.glyphs.video.prompts import DIRECTIONS, Scene, VideoPrompt, held_out_prompts, parse_prompt
 from flowalign.glyphs.video.renderer import render
@@ -56,6 +66,14 @@ def test_the_models_read_clean_and_spoilt_clips_of_held_out_words(weights: Weigh
     assert accuracy(network, clean) >= 0.99
     for law in LAWS.values():
         assert accuracy(network, law.degrade(law.walk(96, held_out_words(), generator), generator)) >= 0.9
+
+
+@pytest.mark.parametrize("weights", KINDS)
+def test_the_models_read_what_the_vae_makes_of_clips(weights: Weights, generator: torch.Generator) -> None:
+    """Of the pipeline's own VAE, with noise in the latents: the smears of generated clips."""
+    vae = AutoencoderKLWan.from_pretrained(PIPELINE, subfolder="vae")
+    clean = sample_walks(48, held_out_words(), 0.25, generator, changing=0.0)
+    assert accuracy(read_weights(weights, weights_file(weights)), reconstructed(clean, vae, generator)) >= 0.95
 
 
 def test_the_two_models_differ_and_are_small() -> None:
