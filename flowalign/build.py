@@ -7,7 +7,6 @@ from dataclasses import replace
 import torch
 
 from flowalign.config import PolicySettings, TrainConfig, evaluation_schedule
-from flowalign.data import load_prompts
 from flowalign.distributed.processes import Processes
 from flowalign.errors import ConfigError
 from flowalign.models import Policy, Sampling, load_policy
@@ -31,7 +30,8 @@ def policy_of(
         policy = from_settings(
             settings, sampling, device, network_device, seed=config.run.seed, fixed_rows=config.rollout.rows
         )
-        policy.latent_shape(settings.size)
+        for size in config.sizes:
+            policy.latent_shape(size)
         policy.add_roles(config.roles)
     except ValueError as error:  # what only the weights can tell
         raise ConfigError(str(error)) from error
@@ -74,5 +74,5 @@ def task_of(
     )
     return Task(
         policy, config.reward, rollout, config.run.seed, config.policy.size, processes or Processes(), config.process_rewards,
-        config.policy.fps, load_prompts(config.prompts),
+        config.policy.fps, config.training_prompts(),
     )  # fmt: skip

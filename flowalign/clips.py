@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageSequence
+from PIL import ImageSequence
 from torch import Tensor
 
-from flowalign.media import Place, content_of, digest_of_file, picture_of
+from flowalign.media import UNREADABLE, Place, digest_of_file, opened, picture_of
 
 VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")  # read by PyAV, all else by Pillow
 
@@ -60,21 +60,28 @@ def _frames(folder: Place) -> list[Place]:
 
 def _decoded(file: Place) -> Iterator[np.ndarray]:
     """Frames [H, W, 3] uint8."""
-    import av  # half a second, which most uses need not wait
-
     try:
-        content = content_of(file)
-        if Path(file.name).suffix.lower() not in VIDEOS:
-            with picture_of(content) as picture:
-                for frame in ImageSequence.Iterator(picture):
-                    yield np.array(frame.convert("RGB"))
-            return
-        with av.open(io.BytesIO(content), "r") as container:
-            for image in container.decode(container.streams.video[0]):
-                if image.rotation:
-                    raise ValueError(f"it is to be shown turned by {image.rotation}°, which is not done here")
-                yield image.to_ndarray(format="rgb24")
-    except (OSError, ValueError, SyntaxError, IndexError, Image.DecompressionBombError, av.FFmpegError) as error:
+        with opened(file) as stream:
+            if Path(file.name).suffix.lower() in VIDEOS:
+                yield from _frames_of_video(stream)
+            else:
+                with picture_of(stream) as picture:
+                    for frame in ImageSequence.Iterator(picture):
+                        yield np.array(frame.convert("RGB"))
+    except UNREADABLE as error:
         raise ValueError(
             f"got {file}, which cannot be read ({error}); expected a whole image or clip: replace it, or leave its row out"
         ) from error
+
+
+def _frames_of_video(stream: BinaryIO) -> Iterator[np.ndarray]:
+    import av  # half a second, which most uses need not wait
+
+    try:
+        with av.open(stream, "r") as container:
+            for frame in container.decode(video=0):
+                if frame.rotation:
+                    raise ValueError(f"it is to be shown turned by {frame.rotation}°, which is not done here")
+                yield frame.to_ndarray(format="rgb24")
+    except (av.FFmpegError, IndexError) as error:  # IndexError: no stream of pictures
+        raise ValueError(str(error)) from error

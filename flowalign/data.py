@@ -1,4 +1,4 @@
-"""Prompt sets: where prompts come from, and which of them an iteration uses."""
+"""Prompt sets: where prompts come from, and what they say."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flowalign.media import SourceImage, read_image, source_image
+from flowalign.media import Size, SourceImage, read_image, source_image
 from flowalign.prompt_files import SUFFIXES, Row, read_rows, short
 from flowalign.prompt_sets import PLAIN, PROMPT_SETS, PromptSet, our_rows
-from samplers.noise import generator
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,8 @@ class PromptRecord:
     """One prompt. uid: its row in the set (two rows of equal text are two prompts). metadata: for rewards.
 
     images: the source images of an edit, none for text to image; a path, such as `cat.png` or `photos.zip/cat.png`, or a picture of
-    Pillow becomes a SourceImage. negative_prompt: what guidance starts from; None means the policy's own. TypeError for an image that is
+    Pillow becomes a SourceImage. negative_prompt: what guidance starts from; None means the policy's own. size: of what is generated from
+    it in training (`flowalign.buckets`); None means the policy's. TypeError for an image that is
     none of these."""
 
     uid: int
@@ -33,6 +33,7 @@ class PromptRecord:
     metadata: dict[str, Any] = field(default_factory=dict)
     images: tuple[SourceImage, ...] = ()
     negative_prompt: str | None = None
+    size: Size | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "images", tuple(source_image(image) for image in self.images))
@@ -92,7 +93,7 @@ def load_prompts(source: str) -> list[PromptRecord]:
     name, _, file = source.partition(":")
     if name in PROMPT_SETS or source.endswith(SUFFIXES):
         chosen, path = _file(source, name, file)
-        rows, folder = our_rows(chosen, source, read_rows(path)), path.parent / chosen.folder
+        rows, folder = our_rows(chosen, source, read_rows(path, lines=chosen.lines)), path.parent / chosen.folder
     elif ":" in source:
         rows, folder = _call(source), Path()
     else:
@@ -226,17 +227,6 @@ def _content(record: PromptRecord) -> dict[str, Any]:
     if record.negative_prompt is not None:
         content["negative_prompt"] = record.negative_prompt
     return content
-
-
-def prompts_of_iteration(records: Sequence[PromptRecord], count: int, seed: int, iteration: int) -> list[PromptRecord]:
-    """The `count` prompts of an iteration (0 is the first): the set is read in an order that is shuffled for each epoch, and
-    an iteration may span two epochs. A function of (seed, iteration) alone, so a resumed run needs no data position."""
-    chosen = []
-    for position in range(iteration * count, (iteration + 1) * count):
-        epoch, place = divmod(position, len(records))
-        order = generator(seed, "data", epoch).permutation(len(records))
-        chosen.append(records[int(order[place])])
-    return chosen
 
 
 def source_images(records: Sequence[PromptRecord], device: torch.device | str = "cpu") -> list[list[Tensor]] | None:

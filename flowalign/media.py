@@ -1,4 +1,4 @@
-"""What prompts show beside their text: images in files, in archives of files, or in memory."""
+"""What prompts show beside their text, images in files, in archives of files, or in memory; and sizes of images and videos."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import os
 import tarfile
 import zipfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import Protocol
+from typing import BinaryIO, Literal, Protocol
 
 import numpy as np
 import torch
@@ -21,6 +22,22 @@ from torch import Tensor
 from flowalign.prompt_files import LFS
 
 ARCHIVES = (".zip", ".tar")
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # SyntaxError: of a broken PNG
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is generated: `frames` images of height × width pixels; one frame is an image. The groups of an iteration have one size, so
+    the latents of a forest have one shape."""
+
+    height: int
+    width: int
+    frames: int = 1
+
+    @property
+    def pixels(self) -> int:
+        """Of all frames."""
+        return self.height * self.width * self.frames
 
 
 class SourceImage(Protocol):
@@ -29,6 +46,10 @@ class SourceImage(Protocol):
 
     def open(self) -> Image.Image:
         """Its pixels in RGB (alpha is dropped); ValueError for one that is damaged or no image."""
+        ...
+
+    def sides(self) -> tuple[int, int]:
+        """Its height and width in pixels, without decoding it; ValueError as from `open`."""
         ...
 
     def digest(self) -> str:
@@ -67,6 +88,9 @@ class ArchiveMember:
             if str(PurePosixPath(name).parent) == self.member:
                 yield ArchiveMember(self.archive, name)
 
+    def open(self, mode: Literal["rb"]) -> BinaryIO:
+        return io.BytesIO(self.read_bytes())
+
     def read_bytes(self) -> bytes:
         if not self.is_file():
             raise OSError(f"{self.archive} has no member {self.member!r}")
@@ -86,15 +110,19 @@ class ImageFile:
         return str(self.file)
 
     def open(self) -> Image.Image:
+        with self._opened() as picture:
+            return picture.convert("RGB")
+
+    def sides(self) -> tuple[int, int]:
+        with self._opened() as picture:
+            return picture.height, picture.width
+
+    @contextmanager
+    def _opened(self) -> Iterator[Image.Image]:
         try:
-            with picture_of(content_of(self.file)) as picture:
-                return picture.convert("RGB")
-        except (
-            OSError,
-            ValueError,
-            SyntaxError,
-            Image.DecompressionBombError,
-        ) as error:  # SyntaxError: of a broken PNG
+            with opened(self.file) as file, picture_of(file) as picture:
+                yield picture
+        except UNREADABLE as error:
             raise ValueError(
                 f"got the image {self}, which cannot be read ({error}); expected a whole image file: replace it, or leave its "
                 "prompt out"
@@ -123,6 +151,9 @@ class ImageInMemory:
     def open(self) -> Image.Image:
         return Image.frombytes("RGB", (self.width, self.height), self.pixels)
 
+    def sides(self) -> tuple[int, int]:
+        return self.height, self.width
+
     def digest(self) -> str:
         return hashlib.sha256(f"RGB {self.width} {self.height}\n".encode() + self.pixels).hexdigest()
 
@@ -141,7 +172,7 @@ def source_image(given: object) -> SourceImage:
         case Image.Image():
             try:
                 picture = given.convert("RGB")
-            except (OSError, ValueError, SyntaxError) as error:  # it reads its file only now
+            except UNREADABLE as error:  # it reads its file only now
                 raise ValueError(
                     f"got the picture {given!r}, which cannot be read ({error}); expected a whole one"
                 ) from error
@@ -157,18 +188,20 @@ def place_at(path: Path) -> Place:
     return path
 
 
-def content_of(file: Place) -> bytes:
-    """OSError for a file that cannot be read, ValueError for a Git-LFS pointer in its place."""
-    content = file.read_bytes()
-    if content.startswith(LFS.encode()):
-        raise ValueError("a Git-LFS pointer: `git lfs pull` in its repository gets the file itself")
-    return content
+@contextmanager
+def opened(file: Place) -> Iterator[BinaryIO]:
+    """Its bytes; OSError for a file that cannot be read, ValueError for a Git-LFS pointer in its place."""
+    with file.open("rb") as stream:
+        if stream.read(len(LFS)) == LFS.encode():
+            raise ValueError("a Git-LFS pointer: `git lfs pull` in its repository gets the file itself")
+        stream.seek(0)
+        yield stream
 
 
-def picture_of(content: bytes) -> Image.Image:
+def picture_of(file: BinaryIO) -> Image.Image:
     """Opened, not decoded; ValueError for bytes that are no image."""
     try:
-        return Image.open(io.BytesIO(content))
+        return Image.open(file)
     except UnidentifiedImageError as error:  # its message names the buffer
         raise ValueError("it has no format that Pillow knows") from error
 

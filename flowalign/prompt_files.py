@@ -14,25 +14,25 @@ LFS = "version https://git-lfs.github.com/spec/"  # how a Git-LFS pointer begins
 Row = tuple[str, dict[str, Any]]  # where it stands, for messages, and what it says
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_rows(path: Path, *, lines: bool = False) -> list[Row]:
     """The rows of a file, by its suffix; a text is {"prompt": text}.
 
     .txt: a line each. .jsonl: a JSON object a line. .json: a list of texts or objects. .csv: names in the first line, cells
     with commas in double quotes. .tsv: the same with tabs, and a double quote is a character like others, as PartiPrompts has
     it. Cells are texts; of a table an empty `image` or `negative_prompt` is left out, as is a column without a name. Blank
-    lines do not count. ValueError or FileNotFoundError that names the file and the line."""
+    lines do not count. lines: a .json is read like a .jsonl. ValueError or FileNotFoundError that names the file and the line."""
     if path.suffix not in SUFFIXES:
         raise ValueError(f"got the prompt file {path}; expected a name that ends in {', '.join(SUFFIXES)}")
     text = _read(path)
-    if path.suffix == ".json":
+    if path.suffix == ".json" and not lines:
         return _list(path, text)
     if path.suffix in (".csv", ".tsv"):
         return _table(path, text)
     # not splitlines: JSON texts may hold U+2028 and its like
-    lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    numbered = [(number, line.strip()) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if path.suffix == ".txt":
-        return [(f"{path}, line {number}", {"prompt": line}) for number, line in lines]
-    return [_object(f"{path}, line {number}", line) for number, line in lines]
+        return [(f"{path}, line {number}", {"prompt": line}) for number, line in numbered]
+    return [_object(f"{path}, line {number}", line) for number, line in numbered]
 
 
 def short(value: object) -> str:

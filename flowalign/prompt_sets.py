@@ -14,8 +14,8 @@ from flowalign.prompt_files import Row, parse, short
 class PromptSet:
     """origin: where to get the file. counts: numbers of prompts that its files have, () for any. prompt: the key, or column, of the
     prompt, the first that a row has. images: the key of the source images. folder: where those lie, from the file's folder.
-    decoded: cells that hold JSON. nested: a key whose object becomes metadata. unique: equal rows are one prompt. What else a
-    row says is metadata."""
+    decoded: cells that hold JSON. nested: a key whose object becomes metadata. unique: equal rows are one prompt. lines: a .json has an
+    object a line, as a .jsonl. What else a row says is metadata."""
 
     origin: str
     counts: tuple[int, ...] = ()
@@ -25,6 +25,7 @@ class PromptSet:
     decoded: tuple[str, ...] = ()
     nested: str | None = None
     unique: bool = False
+    lines: bool = False
 
 
 PLAIN = PromptSet("")  # a file without a name
@@ -48,6 +49,11 @@ PROMPT_SETS: Mapping[str, PromptSet] = {
         "datasets/video_eval_prompts/vbench.csv of github.com/KwaiVGI/VideoAlign",
         (946,),
     ),
+    "videogen_eval": PromptSet("datasets/video_eval_prompts/*.csv of github.com/KwaiVGI/VideoAlign, that of VideoGen-Eval", (400,)),
+    "ta_hard": PromptSet("datasets/video_eval_prompts/*.csv of github.com/KwaiVGI/VideoAlign, that of TA-Hard", (72,)),
+    "dancegrpo_video": PromptSet("assets/video_prompts.txt of github.com/XueZeyue/DanceGRPO", (50_000,)),
+    "flow_factory_video": PromptSet("dataset/vid_prompt/*.txt of github.com/X-GenGroup/Flow-Factory"),
+    "genrl_video": PromptSet("datasets/filtered_prompts/*.json of github.com/ModelTC/GenRL", lines=True),
     "flow_factory": PromptSet("dataset/*/*.jsonl of github.com/X-GenGroup/Flow-Factory, with images/ beside", folder="images"),
     "unirl_edit": PromptSet(
         "datasets/image_edit/*.jsonl of github.com/Tencent-Hunyuan/UniRL, with data/ beside", images="media", nested="metadata"
@@ -59,6 +65,20 @@ PROMPT_SETS: Mapping[str, PromptSet] = {
     "editscore": PromptSet(
         "rl.jsonl of the hub's dataset EditScore/EditScore-RL-Data, with images/ beside", prompt=("instruction",),
         images="input_images",
+    ),
+    "counting_edit": PromptSet("dataset/counting_edit/*.jsonl of github.com/yifan123/flow_grpo, with its images beside"),
+    # of those of the hub, whose images are bytes in a table, as rows of files: `row["input_image"].save(path)`, and the path in its place
+    "gedit_bench": PromptSet(
+        "the rows of the hub's dataset stepfun-ai/GEdit-Bench, of one language or both, as a .jsonl with input_image saved beside",
+        (606, 1212), ("instruction",), images="input_image",
+    ),
+    "editscore_editreward_bench": PromptSet(
+        "the rows of the hub's dataset EditScore/EditReward-Bench as a .jsonl with input_image saved beside", prompt=("instruction",),
+        images="input_image",
+    ),
+    "tiger_editreward_bench": PromptSet(
+        "the rows of the hub's dataset TIGER-Lab/EditReward-Bench as a .jsonl with source_image saved beside", (484,), ("instruction",),
+        images="source_image",
     ),
 }  # fmt: skip
 

@@ -141,6 +141,13 @@ def test_what_is_wrong_is_named_with_file_and_line(name: str, content: str, mess
         ("hpdv2:anime.json", '["a cat", "a dog"]', ["a cat", "a dog"], {}),
         ("imagereward:prompts.json", '[{"id": "1-2", "prompt": "a cat"}]', ["a cat"], {"id": "1-2"}),
         ("pickapic:test.txt", "a cat\na cat\n", ["a cat", "a cat"], {}),
+        (
+            "videogen_eval:videogen.csv", 'prompt,prompt_zh\n"A cat, running",猫\n', ["A cat, running"], {"prompt_zh": "猫"},
+        ),
+        ("ta_hard:ta.csv", "prompt\nA cat jumps and sleeps\n", ["A cat jumps and sleeps"], {}),
+        ("dancegrpo_video:video_prompts.txt", "A cat runs.\nA dog, in slow motion.\n", ["A cat runs.", "A dog, in slow motion."], {}),
+        ("flow_factory_video:train.txt", "A cat runs.\n", ["A cat runs."], {}),
+        ("genrl_video:test.json", '{"prompt": "A cat"}\n{"prompt": "A dog"}\n', ["A cat", "A dog"], {}),
         ("t2i_compbench:color_val.txt", "a green bench and a blue bowl\n", ["a green bench and a blue bowl"], {}),
     ],
 )  # fmt: skip
@@ -167,7 +174,7 @@ def test_repeated_lines_of_a_plain_file_are_prompts_of_their_own(tmp_path: Path)
 
 
 def test_sources_of_edits(tmp_path: Path) -> None:
-    """Of Flow-Factory, UniRL, DanceGRPO and EditScore."""
+    """Of Flow-Factory, UniRL, DanceGRPO, EditScore and flow_grpo."""
     for place in ("images/one.png", "data/two.png", "images/edit/three.png"):
         (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (2, 2)).save(tmp_path / place)
@@ -195,6 +202,24 @@ def test_sources_of_edits(tmp_path: Path) -> None:
     )
     assert (found.prompt, found.metadata) == ("make it blue", {"task_type": "color"})
     assert paths(found) == (tmp_path / "images/one.png", tmp_path / "images/edit/three.png")
+    found = one("counting_edit:", prompt="add one cow", t2i_prompt="two cows", image="images/one.png", tag="counting")
+    assert (found.prompt, found.metadata) == ("add one cow", {"t2i_prompt": "two cows", "tag": "counting"})
+    assert paths(found) == (tmp_path / "images/one.png",)
+
+
+def test_sources_of_edit_benchmarks(tmp_path: Path, any_count: None) -> None:
+    """Of GEdit-Bench and the two EditReward-Benches, as .jsonl."""
+    Image.new("RGB", (2, 2)).save(tmp_path / "one.png")
+    same = {"instruction": "add a tree", "task_type": "subject-add"}
+    for name, image, others in (
+        ("gedit_bench", "input_image", {"key": "k1", "instruction_language": "en", "Intersection_exist": True}),
+        ("editscore_editreward_bench", "input_image", {"key": ["k1", "k2"], "output_images": ["a.png", "b.png"]}),
+        ("tiger_editreward_bench", "source_image", {"id": "7", "dataset": "2pair", "ranking": [1, 2]}),
+    ):
+        row = {**same, image: "one.png", **others}
+        (found,) = loaded(tmp_path, "rows.jsonl", json.dumps(row), f"{name}:")
+        assert (found.prompt, paths(found)) == ("add a tree", (tmp_path / "one.png",))
+        assert found.metadata == {"task_type": "subject-add", **others}
 
 
 @pytest.mark.parametrize(
@@ -206,6 +231,8 @@ def test_sources_of_edits(tmp_path: Path) -> None:
         ("unigenbench:a.csv", "prompt,sub_dims\na,{b\n", r"a\.csv, line 2, sub_dims: not JSON"),
         ("drawbench:a.txt", DRAWBENCH, r"got 2 prompts in drawbench:.*a\.txt; expected 200: take dataset/drawbench/test\.txt of github"),
         ("pickapic:a.txt", "a\n", "got 1 prompts in .*; expected 2048 or 25432: .* leave the name out for a part"),
+        ("genrl_video:a.json", "version https://git-lfs.github.com/spec/v1\noid sha256:2\n", "a Git-LFS pointer; expected the prompts themselves: `git lfs pull`"),
+        ("tiger_editreward_bench:a.jsonl", '{"instruction": "a"}', "got 1 prompts in .*; expected 484: take .* TIGER-Lab/EditReward-Bench"),
         ("drawbench:a.parquet", "", r"got the prompt file .*a\.parquet; expected a name that ends in \.txt, "),
     ],
 )  # fmt: skip

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 
+from flowalign.buckets import bucketed
 from flowalign.config.reads import check_rewards_read
 from flowalign.config.settings import TrainConfig, evaluation_schedule
 from flowalign.config.sizes import check_sizes
@@ -54,7 +55,7 @@ def check(config: TrainConfig) -> None:
         lora_numbers = count_lora_numbers(policy.path, policy.lora, policy.family)
     evaluation = config.evaluation
     check_sizes(
-        rollout, policy.size, latent_shape, evaluated=evaluation.count * evaluation.samples_per_prompt,
+        rollout, config.largest_size, latent_shape, evaluated=evaluation.count * evaluation.samples_per_prompt,
         evaluation_steps=evaluation.num_inference_steps, evaluation_batch=evaluation.batch_size, lora_numbers=lora_numbers,
     )  # fmt: skip
     path = path_of(policy.path, policy.family)
@@ -100,16 +101,17 @@ def check(config: TrainConfig) -> None:
             f"evaluation.count={config.evaluation.count}: {config.evaluation.prompts} holds {len(held_out)} prompts"
         )
     _check_held_out(config, prompts, held_out[: config.evaluation.count])
+    _check_one_size(config, held_out[: config.evaluation.count])
 
 
 def _check_policy(config: TrainConfig) -> tuple[Family, tuple[int, ...]]:
-    """What the checkpoint's files and configurations tell of the policy. The family, and the shape of one latent."""
+    """What the checkpoint's files and configurations tell of the policy. The family, and the shape of its largest latent."""
     policy, rollout = config.policy, config.rollout
     check_checkpoint(policy.path, policy.family)
     family = inspect_checkpoint(policy.path, policy.family)[1]
     check_options(family, policy.max_sequence_length, policy.options)
     _check_uncond(rollout, family)
-    latent_shape = check_image_size(policy.path, policy.size, policy.family)
+    shapes = {size: check_image_size(policy.path, size, policy.family) for size in config.sizes}
     if policy.decode_batch is not None and policy.decode_batch < 1:
         raise ConfigError(f"policy.decode_batch={policy.decode_batch}: expected at least 1, or null")
     if policy.max_sequence_length is not None and policy.max_sequence_length < 0:
@@ -118,12 +120,12 @@ def _check_policy(config: TrainConfig) -> tuple[Family, tuple[int, ...]]:
     check_switches(policy.path, policy.switches, policy.family)
     check_vae_tiling(policy.path, policy.vae_tiling, policy.family)
     check_fixed_rows(policy.path, rollout.rows, policy.family)
-    return family, latent_shape
+    return family, shapes[config.largest_size]
 
 
 def _prompts(config: TrainConfig, family: Family, guidance: Guidance) -> tuple[list[PromptRecord], list[PromptRecord]]:
     """Those that are trained on and those of the evaluation; ValueError for one that says what the model would not read."""
-    prompts, held_out = load_prompts(config.prompts), load_prompts(config.evaluation.prompts)
+    prompts, held_out = config.training_prompts(), load_prompts(config.evaluation.prompts)
     records, own = [*prompts, *held_out], config.policy.negative_prompt
     check_source_images(records, family)
     check_one_row(guidance, own, records)
@@ -188,6 +190,22 @@ def _check_held_out(config: TrainConfig, prompts: Sequence[PromptRecord], held_o
             f"got {len(shared)} of the {len(held_out)} prompts of evaluation.prompts={config.evaluation.prompts} among those of "
             f"prompts={config.prompts}, such as {shared[0]!r}; expected prompts that are not trained on, or the gain would not be "
             "that of new ones: name others, or set evaluation.allow_training_prompts=true"
+        )
+
+
+def _check_one_size(config: TrainConfig, held_out: Sequence[PromptRecord]) -> None:
+    """ConfigError for prompts of the evaluation that belong to another bucket than the policy's size: an evaluation has one size."""
+    usual = config.policy.size
+    others = (
+        [each for each in bucketed(held_out, config.sizes, usual) if each.size != usual]
+        if config.rollout.buckets
+        else []
+    )
+    if others:
+        raise ConfigError(
+            f"got {len(others)} of the {len(held_out)} prompts of evaluation.prompts={config.evaluation.prompts} for other buckets than "
+            f"policy.height × policy.width = {usual.height}×{usual.width}, such as {others[0].prompt!r} for {others[0].size}; expected "
+            "prompts of that size, which an evaluation has: evaluate those alone"
         )
 
 

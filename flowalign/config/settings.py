@@ -6,7 +6,9 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from flowalign.models.base import Size
+from flowalign.buckets import bucketed
+from flowalign.data import PromptRecord, load_prompts
+from flowalign.media import Size
 from flowalign.models.lora import LoRA
 from flowalign.models.quantization import Quantization
 from flowalign.models.roles import Role
@@ -158,6 +160,27 @@ class TrainConfig:
     rollout: Rollout
     policy: PolicySettings = field(default_factory=PolicySettings)
     process_rewards: list[Reward] = field(default_factory=list)
+
+    @property
+    def sizes(self) -> list[Size]:
+        """Of what is trained on: of the rollout's buckets, or the policy's alone."""
+        return self.rollout.sizes(self.policy.size)
+
+    @property
+    def largest_size(self) -> Size:
+        """The one of `sizes` that takes the most memory."""
+        return max(self.sizes, key=lambda size: size.pixels)
+
+    def training_prompts(self) -> list[PromptRecord]:
+        """`prompts`, each with the size of its bucket where there are buckets; errors as of load_prompts and bucketed."""
+        records = load_prompts(self.prompts)
+        return bucketed(records, self.sizes, self.policy.size) if self.rollout.buckets else records
+
+    def largest_prompts(self) -> list[PromptRecord]:
+        """Those of `training_prompts` of the largest size that any has."""
+        sized = [(record, record.size or self.policy.size) for record in self.training_prompts()]
+        largest = max((size for _, size in sized), key=lambda size: size.pixels)
+        return [record for record, size in sized if size == largest]
 
     @property
     def roles(self) -> dict[str, Role]:

@@ -24,10 +24,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from flowalign.buckets import prompts_of_iteration
 from flowalign.build import policy_of, task_of
 from flowalign.config import TrainConfig, load_config
 from flowalign.config.layers import split_arguments
-from flowalign.data import PromptRecord, prompts_of_iteration
+from flowalign.data import PromptRecord
 from flowalign.diagnostics.device import elapsed, mark, peak, reset_peak, waits
 from flowalign.diagnostics.measure import count_calls, one_pass_per_edge
 from flowalign.errors import ConfigError

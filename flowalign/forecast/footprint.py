@@ -22,12 +22,12 @@ QUANTIZED = {"8bit": 1.0, "4bit": 0.5 + FP32 / 64}
 
 class Footprint:
     """The policy that a run would load, on the meta device: its weights are counted, and what it holds meanwhile is measured by the
-    family's own encode, velocity and decode, once, when it is first asked for. Per state, image and prompt: linear in their number.
+    family's own encode, velocity and decode of the largest bucket, once, when it is first asked for. Per state, image and prompt: linear in their number.
 
     numbers: that are trained. row: the conditions of one prompt, with those that guidance starts from."""
 
     def __init__(self, config: TrainConfig) -> None:
-        settings = config.policy
+        settings, size = config.policy, config.largest_size
         self.has_lora = settings.trainable == "lora"
         pipeline = empty_pipeline(settings.path, settings.family, dtype=settings.dtype, vae_dtype=settings.vae_dtype)
         self._policy = load_policy(  # "none" for full weights: as the network computes, whatever its master weights are
@@ -44,10 +44,10 @@ class Footprint:
         self.numbers = sum(parameter.numel() for parameter in self._parameters)
         self.vae = _nbytes(pipeline.vae)
         self.encoders = sum(_nbytes(part) for part in parts if part not in networks) - self.vae
-        self._latent = torch.empty(1, *self._policy.latent_shape(settings.size), device="meta")
+        self._latent = torch.empty(1, *self._policy.latent_shape(size), device="meta")
         self.latent = FP32 * self._latent.numel()
-        self.pixels = FP32 * 3 * settings.height * settings.width * settings.frames
-        self._size = settings.size
+        self.pixels = FP32 * 3 * size.pixels
+        self._size = size
         self._record = load_prompts(config.prompts)[0]
         self._states: dict[tuple[float, bool | None], int] = {}
 

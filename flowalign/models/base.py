@@ -16,20 +16,11 @@ from torch.nn import Parameter
 
 import samplers
 from flowalign.data import PromptRecord, Sources
+from flowalign.media import Size
 from flowalign.models.conditions import Conditions
 from flowalign.models.images import Images
 from flowalign.models.roles import Role
 from samplers import Schedule
-
-
-@dataclass(frozen=True)
-class Size:
-    """What is generated: `frames` images of height × width pixels; one frame is an image. One policy run has one size, so the
-    latents of a forest have one shape."""
-
-    height: int
-    width: int
-    frames: int = 1
 
 
 @dataclass(frozen=True)

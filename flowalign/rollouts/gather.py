@@ -58,7 +58,7 @@ def encoded(task: Task, prompts: Sequence[PromptRecord], *, negative: bool) -> C
     """The conditions of the prompts; each process encodes those of its share of them, see Conditions.row."""
     processes = task.processes
     share = [prompts[number] for number in processes.groups(len(prompts))]
-    own = task.policy.encode(share, negative=negative, size=task.size)
+    own = task.policy.encode(share, negative=negative, size=task.size_of(prompts))
     if processes.count == 1:
         return own
     here = processes.owners(torch.arange(len(prompts))) == processes.rank

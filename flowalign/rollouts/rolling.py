@@ -71,7 +71,7 @@ class Rolling:
         if settings.hint_key is not None:  # the rows of the hinted prompts follow those of the prompts
             hints = encoded(task, [hinted(record, settings.hint_key) for record in prompts], negative=negative)
             self._hinted = Conditions.cat([self.conditions, hints])
-        self._shape = policy.latent_shape(task.size)
+        self._shape = policy.latent_shape(task.size_of(prompts))
         self.device = policy.start(torch.empty(0, *self._shape)).device
         self._sigmas = grid(policy, settings.schedule, settings.num_inference_steps, self._shape)
 

@@ -36,7 +36,10 @@ class Rollout:
     reward_guidance: steps are drawn from a mean that a reward's gradient moves (Euphonium); None: from the kernel's own.
     preview_reward: by which a plan that selects (samplers.Selected) ranks its previews, PARM's potential, say; None: the
     run's reward. refill: how often a group that lacks the score of a sample is rolled out again in an iteration, with other
-    noise; a sample that lacks it then, or with 0, leaves its group's statistics and the update."""
+    noise; a sample that lacks it then, or with 0, leaves its group's statistics and the update.
+
+    buckets: sizes [height, width], or [height, width, frames], of which each prompt is trained in one (flowalign.buckets.bucketed), an
+    iteration in one; the policy's height, width and frames, which evaluations have, are among them. Without, all are of that size."""
 
     plan: Plan
     kernel: Kernel
@@ -58,6 +61,25 @@ class Rollout:
     preview_reward: Reward | None = None
     refill: int = 0
     fixed_rows: bool = False
+    buckets: list[list[int]] = field(default_factory=list)
+
+    def sizes(self, usual: Size) -> list[Size]:
+        """Of the buckets, `usual` alone without any; frames that a bucket does not say are those of `usual`. ValueError for a bucket that
+        is none, or comes twice, and unless `usual` is among them."""
+        if not self.buckets:
+            return [usual]
+        for bucket in self.buckets:
+            if len(bucket) not in (2, 3) or min(bucket) < 1:
+                raise ValueError(
+                    f"got {bucket} in rollout.buckets; expected [height, width] or [height, width, frames], each from 1"
+                )
+        found = [Size(height, width, *(frames or [usual.frames])) for height, width, *frames in self.buckets]
+        if len(set(found)) < len(found) or usual not in found:
+            raise ValueError(
+                f"got rollout.buckets={self.buckets}; expected different sizes, the policy's [{usual.height}, {usual.width}, "
+                f"{usual.frames}] among them, which is that of evaluations: change them, or policy.height, width and frames"
+            )
+        return found
 
     @property
     def rows(self) -> int | None:
@@ -94,7 +116,7 @@ class Counts:
 class Task:
     """What a trainer is given: the loaded policy, the reward, and the rollout with its kernel bound to the policy's path.
 
-    process_rewards: score states of the rollout, into Forest.scores. fps: frames per second of a policy that makes videos.
+    size: of what the policy makes where a prompt has none of its own. process_rewards: score states of the rollout, into Forest.scores. fps: frames per second of a policy that makes videos.
     prompts: the whole training set, for what a trainer does before its first iteration (calibration, cold start); empty:
     it does nothing. counts: of decodes and reward calls, beside `policy.evaluations`."""
 
@@ -108,3 +130,10 @@ class Task:
     fps: float | None = None
     prompts: Sequence[PromptRecord] = ()
     counts: Counts = field(default_factory=Counts)
+
+    def size_of(self, prompts: Sequence[PromptRecord]) -> Size:
+        """Of what is generated from these prompts of an iteration; ValueError for prompts of several buckets."""
+        found = {record.size or self.size for record in prompts}
+        if len(found) != 1:
+            raise ValueError(f"got {len(prompts)} prompts of {len(found)} sizes; expected those of one bucket")
+        return found.pop()

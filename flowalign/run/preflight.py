@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from flowalign.buckets import bucket_counts
 from flowalign.config import TrainConfig
 from flowalign.data import PromptRecord, check_images, digest, load_prompts
 from flowalign.distributed.processes import Processes
@@ -17,6 +18,7 @@ from flowalign.evaluation.evaluate import EvaluationResult
 from flowalign.evaluation.result_file import load_result
 from flowalign.forecast.counts import RunCounts
 from flowalign.forecast.memory import device_memory, state_memory
+from flowalign.media import Size
 from flowalign.models.checks import path_of
 from flowalign.rollouts.completions import cost_of_completions
 from flowalign.rollouts.rolling import grow, leaves_per_group
@@ -82,6 +84,9 @@ def _notes(config: TrainConfig, cost: Cost, samples: int, probes: int) -> list[s
     for limit, unit in ((run.max_evaluations, "network evaluations"), (run.max_seconds, "seconds of iterations")):
         if limit is not None:
             notes.append(f"ends before an iteration beyond {limit:,} {unit}")
+    if rollout.buckets:
+        counts = bucket_counts(config.training_prompts())
+        notes.append("buckets: " + ", ".join(f"{_said(size)} with {count:,} prompts" for size, count in counts.items()))
     if probes:
         notes.append(f"probes: {probes / samples:.2f} per image, decoded and scored but not counted as images")
     if cost.previews:
@@ -108,6 +113,10 @@ def _notes(config: TrainConfig, cost: Cost, samples: int, probes: int) -> list[s
     return notes
 
 
+def _said(size: Size | None) -> str:
+    return "" if size is None else f"{size.height}×{size.width}" + f"×{size.frames}" * (size.frames > 1)
+
+
 @dataclass(frozen=True)
 class Prompts:
     """The prompt sets of a run: what it trains on, and what it is evaluated on."""
@@ -119,7 +128,7 @@ class Prompts:
     def of(config: TrainConfig) -> Prompts:
         """ConfigError for source images that cannot be read."""
         held_out = load_prompts(config.evaluation.prompts)
-        prompts = Prompts(load_prompts(config.prompts), held_out[: config.evaluation.count])
+        prompts = Prompts(config.training_prompts(), held_out[: config.evaluation.count])
         try:
             check_images([*prompts.train, *prompts.held_out])
         except ValueError as error:

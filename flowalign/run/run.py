@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 from tqdm import tqdm
 
+from flowalign.buckets import prompts_of_iteration
 from flowalign.build import policy_of, task_of
 from flowalign.config import TrainConfig
-from flowalign.data import PromptRecord, prompts_of_iteration
+from flowalign.data import PromptRecord
 from flowalign.distributed.processes import Processes
 from flowalign.distributed.stepper import Stepper
 from flowalign.errors import ConfigError, RunError

@@ -146,7 +146,7 @@ class BackPropagation:
     def updates(self, batch: Unsampled) -> Iterable[Update]:
         """The one update of the iteration."""
         task, engine = self.task, UpdateEngine(self.task, batch.conditions, batch.images)
-        shape, steps = task.policy.latent_shape(task.size), task.rollout.num_inference_steps
+        shape, steps = task.policy.latent_shape(task.size_of(batch.prompts)), task.rollout.num_inference_steps
         update = RewardUpdate(
             engine, self.truncation, self.loss, self._active, batch.prompts, batch.tree, batch.iteration,
             grid(task.policy, task.rollout.schedule, steps, shape), shape, self.checkpoint,

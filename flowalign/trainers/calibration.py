@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from flowalign.buckets import prompts_of_iteration
 from flowalign.credit import Gain
-from flowalign.data import prompts_of_iteration
 from flowalign.models.grid import grid
 from flowalign.rollouts.collect import collect
 from flowalign.rollouts.rolling import grow

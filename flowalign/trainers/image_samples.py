@@ -10,8 +10,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from flowalign.buckets import prompts_of_iteration
 from flowalign.clips import read_sample
-from flowalign.data import PromptRecord, prompts_of_iteration
+from flowalign.data import PromptRecord
 from flowalign.image_sets import (
     ImagePair,
     LabeledImage,
@@ -205,6 +206,7 @@ def _check(rows: Sequence[ImagePair | LabeledImage], setup: Setup) -> None:
         "rollout.reward_guidance": rollout.reward_guidance,
         "rollout.preview_reward": rollout.preview_reward,
         "rollout.refill": rollout.refill,
+        "rollout.buckets": rollout.buckets,
         "process_rewards": setup.state_channels,
     }
     for key, value in unused.items():

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowalign.buckets import prompts_of_iteration
 from flowalign.build import policy_of, task_of
 from flowalign.config import TrainConfig, load_config
-from flowalign.data import load_prompts, prompts_of_iteration
+from flowalign.data import load_prompts
 from flowalign.distributed.stepper import Summed
 from flowalign.evaluation.evaluate import evaluate
 from flowalign.models import Policy

@@ -87,8 +87,9 @@ def examine(config: TrainConfig, policy: Policy) -> Iterator[Finding]:
     prompts = distinct_prompts(config, prompt_count(config))
     real = task_of(config, policy, groups=len(prompts))
     # without prompts a trainer leaves out what comes before its first iteration
-    videos = len(policy.latent_shape(settings.size)) == 4
-    task = replace(real, reward=StandIn(channels_of(config.reward), videos=videos), prompts=())
+    size = real.size_of(prompts)
+    videos = len(policy.latent_shape(size)) == 4
+    task = replace(real, reward=StandIn(channels_of(config.reward), videos=videos), prompts=(), size=size)
     inspection = trainer.forecast(task.rollout).inspection
 
     @cache
@@ -192,9 +193,9 @@ def prompt_count(config: TrainConfig) -> int:
 
 
 def distinct_prompts(config: TrainConfig, count: int) -> list[PromptRecord]:
-    """The first `count` training prompts of different text; ValueError if there are fewer."""
+    """The first `count` training prompts of different text, of the largest bucket; ValueError if there are fewer."""
     found: dict[str, PromptRecord] = {}
-    for record in load_prompts(config.prompts):
+    for record in config.largest_prompts():
         if len(found) < count:
             found.setdefault(record.prompt, record)
     if len(found) < count:

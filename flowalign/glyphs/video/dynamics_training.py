@@ -8,6 +8,7 @@ from functools import cache
 from typing import Final
 
 import torch
+from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, cross_entropy, interpolate
 
@@ -15,9 +16,11 @@ from flowalign.glyphs.prompts import INKS, LETTERS, PAPERS
 from flowalign.glyphs.schedule import set_rate
 from flowalign.glyphs.training import other_words, palette, step_generator, train_step
 from flowalign.glyphs.video.inverse_dynamics import NETWORKS, Weights
+from flowalign.glyphs.video.pretrain import encode_clips
 from flowalign.glyphs.video.prompts import DIRECTIONS, FRAMES, held_out_prompts
 from flowalign.glyphs.video.renderer import draw, ink_of_frames, paths
 
+RECONSTRUCTED = 768  # clips
 STILL = -1  # in place of an action: the word does not move
 Degradation = Callable[
     [Tensor, torch.Generator], Tensor
@@ -128,9 +131,21 @@ def crossfade(clips: Tensor, generator: torch.Generator) -> Tensor:
     return torch.lerp(clips, torch.cat([clips[:, :1], clips[:, :-1]], 1), weight)
 
 
+@torch.no_grad()
+def reconstructed(walks: Walks, vae: AutoencoderKLWan, generator: torch.Generator) -> Walks:
+    """Walks as the pipeline's VAE decodes them, with noise of up to 0.7 deviations in their latents: smeared as generated clips are."""
+    parts = []
+    for clips in walks.clips.split(32):
+        latents = encode_clips(vae, clips)
+        level = 0.7 * torch.rand(len(clips), 1, 1, 1, 1, generator=generator)
+        noise = torch.randn(latents.shape, generator=generator) * latents.std((0, 2, 3, 4), keepdim=True)
+        parts.append(vae.decode(latents + level * noise).sample.transpose(1, 2) / 2 + 0.5)
+    return Walks(torch.cat(parts).clamp(0, 1), walks.actions)
+
+
 @dataclass(frozen=True)
 class Law:
-    """Which clips a model is trained on: see `sample_walks`; each degradation is of half of them."""
+    """Which clips a model is trained on: see `sample_walks`. Half of them are `reconstructed`; each degradation is of half of them."""
 
     seed: int
     stay: float
@@ -139,11 +154,15 @@ class Law:
     steps: int
     rate: float
 
-    def draw(self, count: int, words: Tensor, generator: torch.Generator) -> Walks:
-        walks = sample_walks(count, words, self.stay, generator)
+    def walk(self, count: int, words: Tensor, generator: torch.Generator) -> Walks:
+        """Before any degradation."""
+        return sample_walks(count, words, self.stay, generator)
+
+    def degrade(self, walks: Walks, generator: torch.Generator) -> Walks:
+        """By some of the degradations."""
         clips = walks.clips
         for degradation in self.degradations:
-            chosen = _chance(0.5, (count, 1, 1, 1, 1), generator)
+            chosen = _chance(0.5, (len(clips), 1, 1, 1, 1), generator)
             clips = torch.where(chosen, degradation(clips, generator), clips)
         return Walks(clips.clamp(0, 1), walks.actions)
 
@@ -154,15 +173,22 @@ LAWS: Final[dict[Weights, Law]] = {
 }
 
 
-def train(weights: Weights, progress: Callable[[int, float], None]) -> nn.Module:
-    """The network of one law, by cross entropy. Where a word stands still, no direction is more probable than another."""
-    law = LAWS[weights]
+def train(weights: Weights, vae: AutoencoderKLWan, progress: Callable[[int, float], None]) -> nn.Module:
+    """The network of one law, by cross entropy. Where a word stands still, no direction is more probable than another.
+
+    vae: of the pipeline; RECONSTRUCTED clips go through it once, since it is slow, and are degraded anew each time."""
+    law, words = LAWS[weights], training_words()
+    once = step_generator(law.seed, 1, 0)
+    pool = reconstructed(law.walk(RECONSTRUCTED, words, once), vae, once)
     torch.manual_seed(law.seed)  # initial weights
     network = NETWORKS[weights]()
     optimizer = torch.optim.AdamW(network.parameters(), lr=law.rate, weight_decay=0.01)
     for step in range(law.steps):
         set_rate(optimizer, law.rate, step, law.steps, warmup=50)
-        walks = law.draw(law.batch, training_words(), step_generator(law.seed, 0, step))
+        generator = step_generator(law.seed, 0, step)
+        fresh, rows = law.walk(law.batch // 2, words, generator), _integers(RECONSTRUCTED, (law.batch // 2,), generator)
+        both = Walks(torch.cat([fresh.clips, pool.clips[rows]]), torch.cat([fresh.actions, pool.actions[rows]]))
+        walks = law.degrade(both, generator)
         loss = entropy(network(walks.clips), walks.actions)
         train_step(loss, optimizer, clip=1.0)
         progress(step + 1, loss.item())
