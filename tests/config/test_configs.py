@@ -46,6 +46,7 @@ VIDEOS = {
     "hunyuan_video": "hunyuan_video", "ltx_video": "ltx_video", "wan21_1_3b": "wan21", "wan21_14b": "wan21", "wan21_i2v": "wan21",
     "wan22": "wan22", "wan22_5b": "wan22_5b", "wan22_i2v": "wan21",
 }  # fmt: skip
+WAN = ("wan21_1_3b", "wan21_14b", "wan21_i2v", "wan22", "wan22_i2v")
 # what a layer of rewards of images needs with them, of which one then stands for all
 ON_FRAMES = (
     "reward={class_path: rewards.OnFrames, init_args: {reward: {class_path: rewards.CLIPScore, init_args: {model: glyphs}}}}",
@@ -62,7 +63,7 @@ REFUSED: dict[tuple[str, str], str] = {
     **{
         (method, model): f"multiples of {unit}"
         for method in ("fm_sft", "diffusion_dpo_offline")
-        for model, unit in (("hunyuan_video", 16), ("ltx_video", 32))
+        for model, unit in (("hunyuan_video", 16), ("ltx_video", 32), ("wan22_5b", 32), *((wan, 16) for wan in WAN))
     },
 }
 # (method, model) of other trainers -> {override: what is said without it}, in the order in which they are refused
