@@ -139,27 +139,37 @@ def arguments(folder: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def test_a_tiny_kontext_trains_in_two_buckets_and_resumes_bit_equal(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    family, seen = subject("flux1_kontext"), list[tuple[list[Size | None], tuple[int, ...]]]()
-    collect, latent_shape = PolicyGradient.collect, family.policy().latent_shape
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[Size | None], tuple[int, ...]]]:
+    """Of each iteration that is run: the sizes of its prompts, and the shape of its latents."""
+    collect, found = PolicyGradient.collect, list[tuple[list[Size | None], tuple[int, ...]]]()
 
     @wraps(collect)
     def noted(self: PolicyGradient, records: Sequence[PromptRecord], iteration: int, *others: Any) -> Any:
         batch = collect(self, records, iteration, *others)
-        seen.append(([each.size for each in records], tuple(batch.forest.states.shape[1:])))
+        found.append(([each.size for each in records], tuple(batch.forest.states.shape[1:])))
         return batch
 
-    own, (whole, parts) = arguments(tmp_path), (tmp_path / "whole", tmp_path / "parts")
-    whole.mkdir(), parts.mkdir()
     monkeypatch.setattr(PolicyGradient, "collect", noted)
-    row, weights = trained(family, whole, *own)
-    wide, tall = (latent_shape(size) for size in (WIDE, TALL))
+    return found
+
+
+def test_a_tiny_kontext_trains_in_two_buckets(tmp_path: Path, seen: list[Any]) -> None:
+    family = subject("flux1_kontext")
+    wide, tall = (family.policy().latent_shape(size) for size in (WIDE, TALL))
+    row, _ = trained(family, tmp_path, *arguments(tmp_path))
     assert seen == [([WIDE] * 2, wide), ([TALL] * 2, tall), ([WIDE] * 2, wide)] and wide != tall
-    assert row["cost/rollout_per_image"] == 3  # as forecast for any size
-    trained(family, parts, *own, "run.iterations=2")
-    again, resumed = trained(family, parts, *own)
+    assert row["cost/rollout_per_image"] == 3  # as forecast, for any size
+
+
+@pytest.mark.slow
+def test_a_run_with_buckets_resumes_bit_equal(tmp_path: Path, seen: list[Any]) -> None:
+    family, own, folders = subject("flux1_kontext"), arguments(tmp_path), (tmp_path / "whole", tmp_path / "parts")
+    for folder in folders:
+        folder.mkdir()
+    row, weights = trained(family, folders[0], *own)
+    trained(family, folders[1], *own, "run.iterations=2")
+    again, resumed = trained(family, folders[1], *own)
     assert seen[3:] == seen[:3] and again["reward/brightness_mean"] == row["reward/brightness_mean"]
     assert weights.keys() == resumed.keys() and all(torch.equal(weights[name], resumed[name]) for name in weights)
 
