@@ -1,7 +1,7 @@
 """The Glyphs-Video renderer: a word of three capitals that moves over plain paper, drawn by indexing.
 
-A clip is 9 frames of 32x64 pixels, RGB float in [0, 1]. The word moves by STEP pixels between a frame and the next; where it starts is
-drawn so that all frames hold it. Its ink goes evenly from the first color to the last.
+A clip is 9 frames of 32x64 pixels, RGB float in [0, 1]. The word starts in the middle, where any path of two halves fits, and moves by
+STEP pixels between a frame and the next. Its ink goes evenly from the first color to the last.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from flowalign.glyphs.renderer import CELL, letter_masks
 from flowalign.glyphs.video.prompts import DIRECTIONS, FRAMES, WORD_LENGTH, Scene
 
 HEIGHT, WIDTH = 32, 64
-STEP = 2  # pixels between a frame and the next
+STEP = 1  # pixels between a frame and the next
 ROWS = slice(4, 22)  # of a letter's mask: its 13 rows with one above, and the tail of a Q
 WORD_HEIGHT, WORD_WIDTH = ROWS.stop - ROWS.start, WORD_LENGTH * CELL
 # corners (down, right) of the masks at which a word may be: capitals stay inside, of a Q one row of its tail may not
@@ -58,13 +58,13 @@ def ink_of_frames(first: Tensor, last: Tensor, frames: int = FRAMES) -> Tensor:
     return torch.lerp(first[:, None], last[:, None], torch.linspace(0, 1, frames)[:, None])
 
 
-def render(scenes: Sequence[Scene], start: Tensor | None = None) -> Tensor:
-    """Clips [N, F, 3, HEIGHT, WIDTH] in [0, 1] of scenes; start as of `paths`."""
+def render(scenes: Sequence[Scene]) -> Tensor:
+    """Clips [N, F, 3, HEIGHT, WIDTH] in [0, 1] of scenes."""
     names = list(DIRECTIONS)
     actions = torch.tensor([[names.index(action) for action in scene.actions] for scene in scenes])
     letters = torch.tensor([[LETTERS.index(letter) for letter in scene.word] for scene in scenes])
     inks = ink_of_frames(_rgb([INKS[scene.ink] for scene in scenes]), _rgb([INKS[scene.last_ink] for scene in scenes]))
-    return draw(letters, inks, _rgb([PAPERS[scene.paper] for scene in scenes]), paths(actions, start))
+    return draw(letters, inks, _rgb([PAPERS[scene.paper] for scene in scenes]), paths(actions))
 
 
 def _rgb(colors: Sequence[tuple[int, int, int]]) -> Tensor:
