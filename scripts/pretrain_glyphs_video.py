@@ -2,7 +2,7 @@
 
 `python scripts/pretrain_glyphs_video.py --output flowalign/glyphs/video/pipeline`
 
-Two idle CPU cores need about half an hour. Stop it at any time; the same command goes on from the last checkpoint.
+Two idle CPU cores need about forty minutes. Stop it at any time; the same command goes on from the last checkpoint.
 """
 
 import argparse

@@ -59,8 +59,10 @@ def train_vae(vae: nn.Module, loss: Loss, recipe: Pretraining, folder: Path, pro
     vae.requires_grad_(False)
 
 
-def train_flow(model: nn.Module, loss: Loss, recipe: Pretraining, folder: Path, progress: Progress) -> None:
-    """Trains what `model` holds in place; on return it has the averaged weights."""
+def train_flow(
+    model: nn.Module, loss: Callable[[int, torch.Generator], Tensor], recipe: Pretraining, folder: Path, progress: Progress
+) -> None:
+    """Trains what `model` holds in place, by the loss of each step; on return it has the averaged weights."""
     saved = folder / "flow.safetensors"
     average = {name: value.detach().clone() for name, value in model.named_parameters()}
     optimizer = torch.optim.AdamW(
@@ -68,7 +70,7 @@ def train_flow(model: nn.Module, loss: Loss, recipe: Pretraining, folder: Path, 
     )
     for step in range(load_training(saved, model, average, optimizer, recipe.steps), recipe.steps):
         set_rate(optimizer, recipe.learning_rate, step, recipe.schedule_steps, recipe.warmup)
-        value = loss(step_generator(recipe.seed, 1, step))
+        value = loss(step, step_generator(recipe.seed, 1, step))
         train_step(value, optimizer, recipe.clip)
         decay = min(recipe.ema, (1 + step) / (10 + step))
         for name, weight in model.named_parameters():

@@ -56,7 +56,7 @@ def pretrain(recipe: Pretraining, folder: Path, progress: Progress) -> FluxKonte
     latents = encode_pictures(pipeline.vae, pictures)
     pipeline.vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
     model = nn.ModuleDict({name: pipeline.components[name] for name in TRAINED})
-    train_flow(model, lambda generator: flow_loss(pipeline, recipe, generator), recipe, folder, progress)
+    train_flow(model, lambda _, generator: flow_loss(pipeline, recipe, generator), recipe, folder, progress)
     return pipeline
 
 

@@ -47,7 +47,8 @@ channels; its reconstruction error (mean |difference| on [-1, 1]) is {vae_error:
 
 `python scripts/pretrain_glyphs_video.py --output flowalign/glyphs/video/pipeline`, from random weights, on clips drawn on the fly: three
 random capitals in DejaVu Sans Mono Bold, inks {inks}, papers {papers}; half of the words turn to another
-ink; 2 pixels from frame to frame in one direction for half of the clip, then in one for the other half. The {held_out} held-out words never
+ink; from the middle 1 pixel from frame to frame in one direction for half of the clip, then in one for the other half. Three of four
+batches of the first 2,000 steps are images, then one of five. The {held_out} held-out words never
 occur in it; the {train} words of the training prompts are for alignment and get no special place.
 
 ```json

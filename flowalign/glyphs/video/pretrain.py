@@ -26,7 +26,7 @@ from flowalign.glyphs.video.parts import CHANNELS, TOKENS, build_pipeline, laten
 from flowalign.glyphs.video.prompts import DIRECTIONS, FRAMES, Scene, held_out_prompts, make_prompt
 from flowalign.glyphs.video.renderer import draw, ink_of_frames, paths
 
-IMAGES = 0.75  # share of the batches
+LETTERS_FIRST = 2000  # steps in which most batches are images: letters are learnt there first, and how they move afterwards
 VAE_FRAMES = 5  # of a clip that the VAE is trained on: it sees no further than that anyway
 TRAINED = ("transformer", "text_encoder")
 RECIPE = Pretraining(vae_batch_size=8, vae_steps=1500, vae_learning_rate=2e-3, anchor=0.3, statistics=128, steps=3000)
@@ -50,7 +50,7 @@ def pretrain(recipe: Pretraining, folder: Path, progress: Progress) -> WanPipeli
     clips = sample_batch(recipe.statistics, step_generator(recipe.seed, 0, recipe.vae_steps)).clips
     latent_statistics(pipeline.vae, encode_clips(pipeline.vae, clips))
     model = nn.ModuleDict({name: pipeline.components[name] for name in TRAINED})
-    train_flow(model, lambda generator: flow_loss(pipeline, recipe, generator), recipe, folder, progress)
+    train_flow(model, lambda step, generator: flow_loss(pipeline, recipe, step, generator), recipe, folder, progress)
     return pipeline
 
 
@@ -146,10 +146,10 @@ def scaled_latents(vae: AutoencoderKLWan, clips: Tensor) -> Tensor:
     return (encode_clips(vae, clips) - mean) / std
 
 
-def flow_loss(pipeline: WanPipeline, recipe: Pretraining, generator: torch.Generator) -> Tensor:
-    """Mean squared error of the velocity on one random batch: of clips, or of images, by which letters are learnt sooner; Wan was trained
-    on both, too."""
-    if torch.rand((), generator=generator) < IMAGES:
+def flow_loss(pipeline: WanPipeline, recipe: Pretraining, step: int, generator: torch.Generator) -> Tensor:
+    """Mean squared error of the velocity on one random batch of clips, or of twice as many images: three of four batches until
+    LETTERS_FIRST, one of five afterwards. Wan was trained on both, too."""
+    if torch.rand((), generator=generator) < (0.75 if step < LETTERS_FIRST else 0.2):
         batch = sample_batch(2 * recipe.batch_size, generator, still=True)
     else:
         batch = sample_batch(recipe.batch_size, generator)
