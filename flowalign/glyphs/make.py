@@ -15,7 +15,7 @@ from flowalign.glyphs.progress import Progress, progress_bars
 from flowalign.glyphs.training import Pretraining
 
 
-class World(Protocol):
+class PretrainModule(Protocol):
     """A world's `pretrain` module. RECIPE: made the shipped pipeline; TRAINED: the parts that the flow trains."""
 
     @property
@@ -30,7 +30,7 @@ class World(Protocol):
 
 
 def make(
-    world: World, load: Callable[[Path], DiffusionPipeline], measure: Callable[[Any], Iterable[str]], *,
+    world: PretrainModule, load: Callable[[Path], DiffusionPipeline], measure: Callable[[Any], Iterable[str]], *,
     card: str, measured: int, checkpoints: str, description: str | None,
 ) -> None:  # fmt: skip
     """Trains, exports, measures what was exported and writes the card.

@@ -204,8 +204,8 @@ def _without_lora(networks: Mapping[str, ModelMixin], full: bool, reference_copy
     return TrainedNetworks(networks, has_lora=False, frozen=copies)
 
 
-def _own_sampling(pipeline: DiffusionPipeline, model: Model, family: Family) -> Sampling:
-    """As the pipeline's own call, of a distilled model as it was distilled."""
+def _own_sampling(pipeline: DiffusionPipeline, model: Model, family: Family) -> Sampling | None:
+    """As the pipeline's own call, of a distilled model as it was distilled; None where neither is known."""
     configs = {name: network.config for name, network in model.networks.items()}
     scheduler = {**pipeline.scheduler.config, "_class_name": type(pipeline.scheduler).__name__}
     distilled = family.distilled({**configs, "vae": model.vae.config, "scheduler": scheduler})

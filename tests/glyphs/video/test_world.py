@@ -64,7 +64,7 @@ def test_every_pair_of_directions_fits_wherever_it_starts() -> None:
     for start in (0.0, 1.0):
         paths(pairs, torch.full((16, 2), start))
     with pytest.raises(ValueError, match="turn back"):
-        paths(torch.zeros(1, 20, dtype=torch.long))
+        paths(torch.zeros(1, 40, dtype=torch.long))
 
 
 def test_what_is_rendered_is_judged_right() -> None:
