@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Final
 
 import torch
@@ -13,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, cross_entropy, interpolate
 
 from flowalign.glyphs.prompts import INKS, LETTERS, PAPERS
+from flowalign.glyphs.renderer import indexed, palette
 from flowalign.glyphs.schedule import set_rate
-from flowalign.glyphs.training import other_words, palette, step_generator, train_step
+from flowalign.glyphs.training import other_words, step_generator, train_step
 from flowalign.glyphs.video.inverse_dynamics import NETWORKS, Weights
 from flowalign.glyphs.video.pretrain import encode_clips
 from flowalign.glyphs.video.prompts import DIRECTIONS, FRAMES, held_out_prompts
@@ -177,7 +177,7 @@ def train(weights: Weights, vae: AutoencoderKLWan, progress: Callable[[int, floa
     """The network of one law, by cross entropy. Where a word stands still, no direction is more probable than another.
 
     vae: of the pipeline; RECONSTRUCTED clips go through it once, since it is slow, and are degraded anew each time."""
-    law, words = LAWS[weights], training_words()
+    law, words = LAWS[weights], other_words(held_out_prompts)
     once = step_generator(law.seed, 1, 0)
     pool = reconstructed(law.walk(RECONSTRUCTED, words, once), vae, once)
     torch.manual_seed(law.seed)  # initial weights
@@ -210,12 +210,6 @@ def accuracy(network: nn.Module, walks: Walks) -> float:
     return (found == walks.actions)[moving].float().mean().item()
 
 
-@cache
-def training_words() -> Tensor:
-    """[W, 3]: all words that are not held out."""
-    return other_words([record["target"] for record in held_out_prompts()])
-
-
 def held_out_words() -> Tensor:
     """[W, 3]"""
-    return torch.tensor([[LETTERS.index(letter) for letter in record["target"]] for record in held_out_prompts()])
+    return indexed(record["target"] for record in held_out_prompts())

@@ -11,13 +11,13 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 from torch import Tensor, nn
 
 from flowalign.glyphs.progress import Progress
-from flowalign.glyphs.prompts import INKS, LETTERS, PAPERS
+from flowalign.glyphs.prompts import INKS, PAPERS
+from flowalign.glyphs.renderer import palette, spelled
 from flowalign.glyphs.training import (
     Pretraining,
     dropped_out,
     noised,
     other_words,
-    palette,
     step_generator,
     train_flow,
     train_vae,
@@ -56,7 +56,7 @@ def pretrain(recipe: Pretraining, folder: Path, progress: Progress) -> WanPipeli
 
 def sample_batch(count: int, generator: torch.Generator, still: bool = False) -> Batch:
     """Uniformly random words that are not held out, colors, turns and directions. still: clips of one frame."""
-    words = _words()
+    words = other_words(held_out_prompts)
     letters = words[torch.randint(len(words), (count,), generator=generator)]
     ink, paper, last = (
         torch.randint(len(names), (count,), generator=generator).tolist() for names in (INKS, PAPERS, INKS)
@@ -66,8 +66,8 @@ def sample_batch(count: int, generator: torch.Generator, still: bool = False) ->
     halves = torch.randint(len(DIRECTIONS), (count, 2), generator=generator)
     inks, papers, names = list(INKS), list(PAPERS), list(DIRECTIONS)
     scenes = [
-        Scene("".join(LETTERS[i] for i in word), inks[i], inks[end], papers[p], names[a], names[b])
-        for word, i, end, p, (a, b) in zip(letters.tolist(), ink, last, paper, halves.tolist(), strict=True)
+        Scene(word, inks[i], inks[end], papers[p], names[a], names[b])
+        for word, i, end, p, (a, b) in zip(spelled(letters), ink, last, paper, halves.tolist(), strict=True)
     ]
     actions = torch.tensor([[names.index(action) for action in scene.actions] for scene in scenes])
     colors = ink_of_frames(palette(INKS)[ink], palette(INKS)[last])
@@ -76,11 +76,6 @@ def sample_batch(count: int, generator: torch.Generator, still: bool = False) ->
         colors, places = colors[:, :1], places[:, :1]
     clips = draw(letters, colors, palette(PAPERS)[paper], places)
     return Batch(clips, [make_prompt(scene) for scene in scenes], actions)
-
-
-@cache
-def _words() -> Tensor:
-    return other_words([record["target"] for record in held_out_prompts()])
 
 
 def vae_loss(vae: AutoencoderKLWan, recipe: Pretraining, generator: torch.Generator) -> Tensor:
