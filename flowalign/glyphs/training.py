@@ -62,7 +62,11 @@ def train_vae(vae: nn.Module, loss: Loss, recipe: Pretraining, folder: Path, pro
 
 
 def train_flow(
-    model: nn.Module, loss: Callable[[int, torch.Generator], Tensor], recipe: Pretraining, folder: Path, progress: Progress
+    model: nn.Module,
+    loss: Callable[[int, torch.Generator], Tensor],
+    recipe: Pretraining,
+    folder: Path,
+    progress: Progress,
 ) -> None:
     """Trains what `model` holds in place, by the loss of each step; on return it has the averaged weights."""
     saved = folder / "flow.safetensors"

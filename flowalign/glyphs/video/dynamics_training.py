@@ -17,8 +17,8 @@ from flowalign.glyphs.schedule import set_rate
 from flowalign.glyphs.training import other_words, step_generator, train_step
 from flowalign.glyphs.video.inverse_dynamics import NETWORKS, Weights
 from flowalign.glyphs.video.pretrain import encode_clips
-from flowalign.glyphs.video.prompts import DIRECTIONS, FRAMES, held_out_prompts
-from flowalign.glyphs.video.renderer import draw, ink_of_frames, paths
+from flowalign.glyphs.video.prompts import DIRECTIONS, FRAMES, held_out_prompts, parse_prompt
+from flowalign.glyphs.video.renderer import draw, ink_of_frames, paths, render
 
 RECONSTRUCTED = 768  # clips
 STILL = -1  # in place of an action: the word does not move
@@ -60,6 +60,13 @@ def sample_walks(count: int, words: Tensor, stay: float, generator: torch.Genera
     shown, other = (_draw_frames(letters, inks, papers, places) for letters in (first, last))
     becoming = _chance(changing, (count, 1), generator) * torch.linspace(0, 1, FRAMES)
     return Walks(torch.lerp(shown, other, becoming[..., None, None, None]), actions)
+
+
+def held_out_walks(count: int) -> Walks:
+    """The clips that the first held-out prompts ask for."""
+    scenes = [parse_prompt(record["prompt"]) for record in held_out_prompts()[:count]]
+    names = list(DIRECTIONS)
+    return Walks(render(scenes), torch.tensor([[names.index(action) for action in scene.actions] for scene in scenes]))
 
 
 def _draw_frames(letters: Tensor, inks: Tensor, papers: Tensor, places: Tensor) -> Tensor:

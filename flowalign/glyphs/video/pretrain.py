@@ -26,10 +26,14 @@ from flowalign.glyphs.video.parts import CHANNELS, TOKENS, build_pipeline, laten
 from flowalign.glyphs.video.prompts import DIRECTIONS, FRAMES, Scene, held_out_prompts, make_prompt
 from flowalign.glyphs.video.renderer import draw, ink_of_frames, paths
 
-LETTERS_FIRST = 2000  # steps in which most batches are images: letters are learnt there first, and how they move afterwards
+LETTERS_FIRST = (
+    2000  # steps in which most batches are images: letters are learnt there first, and how they move afterwards
+)
+MISTOLD_FROM = 3000  # step from which a share of the clips has a caption that tells other directions, as captions from the web may:
+MISTOLD = 0.3  # so the base follows an action mostly, and alignment has something to improve
 VAE_FRAMES = 5  # of a clip that the VAE is trained on: it sees no further than that anyway
 TRAINED = ("transformer", "text_encoder")
-RECIPE = Pretraining(vae_batch_size=8, vae_steps=1500, vae_learning_rate=2e-3, anchor=0.3, statistics=128, steps=3000)
+RECIPE = Pretraining(vae_batch_size=8, vae_steps=1500, vae_learning_rate=2e-3, anchor=0.3, statistics=128, steps=3600)
 
 
 @dataclass(frozen=True)
@@ -54,8 +58,9 @@ def pretrain(recipe: Pretraining, folder: Path, progress: Progress) -> WanPipeli
     return pipeline
 
 
-def sample_batch(count: int, generator: torch.Generator, still: bool = False) -> Batch:
-    """Uniformly random words that are not held out, colors, turns and directions. still: clips of one frame."""
+def sample_batch(count: int, generator: torch.Generator, still: bool = False, mistold: float = 0.0) -> Batch:
+    """Uniformly random words that are not held out, colors, turns and directions. still: clips of one frame. mistold: the share of
+    the clips whose prompts name two directions drawn anew."""
     words = other_words(held_out_prompts)
     letters = words[torch.randint(len(words), (count,), generator=generator)]
     ink, paper, last = (
@@ -75,6 +80,13 @@ def sample_batch(count: int, generator: torch.Generator, still: bool = False) ->
     if still:
         colors, places = colors[:, :1], places[:, :1]
     clips = draw(letters, colors, palette(PAPERS)[paper], places)
+    if mistold:
+        drawn = torch.randint(len(DIRECTIONS), (count, 2), generator=generator).tolist()
+        wrong = (torch.rand(count, generator=generator) < mistold).tolist()
+        scenes = [
+            scene._replace(first=names[a], second=names[b]) if other else scene
+            for scene, (a, b), other in zip(scenes, drawn, wrong, strict=True)
+        ]
     return Batch(clips, [make_prompt(scene) for scene in scenes], actions)
 
 
@@ -147,7 +159,7 @@ def flow_loss(pipeline: WanPipeline, recipe: Pretraining, step: int, generator: 
     if torch.rand((), generator=generator) < (0.75 if step < LETTERS_FIRST else 0.2):
         batch = sample_batch(2 * recipe.batch_size, generator, still=True)
     else:
-        batch = sample_batch(recipe.batch_size, generator)
+        batch = sample_batch(recipe.batch_size, generator, mistold=MISTOLD if step >= MISTOLD_FROM else 0.0)
     x0 = scaled_latents(pipeline.vae, batch.clips)
     texts = encode_text(pipeline, dropped_out(batch.prompts, recipe.prompt_dropout, generator))
     states, sigma, target = noised(x0, recipe, generator)
