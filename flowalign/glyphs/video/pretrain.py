@@ -39,7 +39,7 @@ RECIPE = Pretraining(
     vae_learning_rate=2e-3,
     anchor=0.3,
     statistics=128,
-    steps=6000,
+    steps=5000,
     schedule_steps=7000,
 )
 
