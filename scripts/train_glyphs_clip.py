@@ -25,6 +25,7 @@ from flowalign.glyphs.clip_training import ClipRecipe, Samples, is_held_out, sce
 from flowalign.glyphs.judge import read_words, sample_pictures
 from flowalign.glyphs.parts import TOKENS, build_tokenizer
 from flowalign.glyphs.prompts import LETTERS, WORD_LENGTH
+from flowalign.glyphs.renderer import indexed
 from rewards import OCR, RewardBatch, close, score
 from rewards.image.clip import load_clip
 
@@ -78,7 +79,7 @@ def collect(file: Path) -> Samples:
         four = torch.tensor([len(word) == WORD_LENGTH and {*word} <= {*LETTERS} for word in words])
         targets = [word if is_four else "AAAA" for word, is_four in zip(words, four.tolist(), strict=True)]
         read = asked.clone()
-        read[:, :WORD_LENGTH] = torch.tensor([[LETTERS.index(letter) for letter in word] for word in targets])
+        read[:, :WORD_LENGTH] = indexed(targets)
         judge = OCR(metric="soft", fold={"0": "O"})
         batch = RewardBatch(prompts=targets, images=pictures, metadata=[{"target": word} for word in targets])
         confident = score(judge, batch).scores[:, 0] > TRUSTED

@@ -119,28 +119,17 @@ def evaluate(
     )  # fmt: skip
     everyone = processes or Processes()
     began, rows_before = time.monotonic(), policy.evaluations
-    unit = made_together(judges, samples_per_prompt)
-    # the numbers of the result's images (all prompts, then all prompts again, …) in the order in which they are made
-    numbers = torch.arange(samples_per_prompt * len(records)).reshape(samples_per_prompt, len(records))
-    order = (numbers.T if unit > 1 else numbers).flatten()
-    jobs = [(records[number % len(records)], number // len(records)) for number in order.tolist()]
-    if len(jobs) // unit < everyone.count:
-        raise ValueError(
-            f"got {len(jobs) // unit} images (or groups of them) for {everyone.count} processes; expected at least one for each: "
-            "add prompts or samples"
-        )
-    share = everyone.share(len(jobs) // unit)
-    first, own = share.start * unit, jobs[share.start * unit : share.stop * unit]
+    count, unit = samples_per_prompt * len(records), made_together(judges, samples_per_prompt)
+    jobs, first, back = _shared_out(records, samples_per_prompt, unit, everyone)
     batch_size = max(unit, batch_size // unit * unit)
     kept: list[Tensor] = []
     scores: dict[str, list[Tensor]] = {label: [] for reward in judges for label in labels_of(reward)}
-    for made, scored in generate_and_score(policy, own, judges, settings, seed, batch_size, first):
+    for made, scored in generate_and_score(policy, jobs, judges, settings, seed, batch_size, first):
         for name, part in scored.items():
             scores[name].append(part)
-        kept.append(kept_pixels(made, len(jobs)))
+        kept.append(kept_pixels(made, count))
         if progress is not None:
             progress(len(made))
-    back = order.argsort()
     pixels = everyone.gather(torch.cat(kept))[back]
     complete = {name: everyone.gather(torch.cat(parts))[back] for name, parts in scores.items()}
     _check_valid(complete)
@@ -152,12 +141,29 @@ def evaluate(
         seed=seed,
         num_inference_steps=settings.num_inference_steps,
         guidance_scale=settings.guidance_scale,
-        evaluations_per_image=everyone.total(policy.evaluations - rows_before) / len(jobs),
+        evaluations_per_image=everyone.total(policy.evaluations - rows_before) / count,
         seconds=time.monotonic() - began,
         digest=digest(records),
         fps=settings.fps,
         sources=kept_sources(records, pixels.shape[-2]),
     )
+
+
+def _shared_out(
+    records: Sequence[PromptRecord], samples: int, unit: int, everyone: Processes
+) -> tuple[list[Job], int, Tensor]:
+    """(this process's jobs, the number of the first of them among all, [N] what puts the images of all into the result's order: all
+    prompts, then all prompts again, …). unit: as many images are made together, by one process. ValueError if one would have none."""
+    numbers = torch.arange(samples * len(records)).reshape(samples, len(records))
+    order = (numbers.T if unit > 1 else numbers).flatten()
+    jobs = [(records[number % len(records)], number // len(records)) for number in order.tolist()]
+    if len(jobs) // unit < everyone.count:
+        raise ValueError(
+            f"got {len(jobs) // unit} images (or groups of them) for {everyone.count} processes; expected at least one for each: "
+            "add prompts or samples"
+        )
+    share = everyone.share(len(jobs) // unit)
+    return jobs[share.start * unit : share.stop * unit], share.start * unit, order.argsort()
 
 
 def made_together(judges: Sequence[Reward], samples_per_prompt: int) -> int:

@@ -1,5 +1,5 @@
 """Glyphs: a tiny text-to-image world for alignment on a CPU: prompts, a renderer, a real Stable Diffusion 3 pipeline folder,
-and what made it (parts, pretrain, judge, card). Beside it, what made small rewards of it: process_*, clip_*, edit_*."""
+and what made it (parts, pretrain, judge, make, export, card). Beside it, what made small rewards of it: process_*, clip_*, edit_*."""
 
 from pathlib import Path
 from typing import Final, TypedDict

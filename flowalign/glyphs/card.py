@@ -1,15 +1,6 @@
 """The model card of an exported Glyphs pipeline."""
 
-import json
-from collections.abc import Mapping
-
-from torch import nn
-
-from flowalign.glyphs.export import parts_list
-from flowalign.glyphs.judge import Figures
-from flowalign.glyphs.prompts import INKS, PAPERS, held_out_prompts, train_prompts
-
-_CARD = """\
+CARD = """\
 ---
 license: apache-2.0
 library_name: diffusers
@@ -72,28 +63,3 @@ their place; colors: ink and paper both nearest to the named ones. The standard 
 
 Four capitals and 16 color pairs are all it can do. Figures depend on the number of sampling steps, as the table shows.
 """
-
-
-def model_card(
-    parts: Mapping[str, nn.Module],
-    recipe: dict[str, int | float],
-    figures: Mapping[tuple[int, float], Figures],
-    *,
-    vae_error: float,
-    measured: int,
-) -> str:
-    """README.md of the folder: parts, recipe and figures as measured."""
-    return _CARD.format(
-        parts=parts_list(parts),
-        vae_error=vae_error,
-        measured=measured,
-        inks=", ".join(INKS),
-        papers=", ".join(PAPERS),
-        held_out=len(held_out_prompts()),
-        train=len(train_prompts()),
-        recipe=json.dumps(recipe, indent=2),
-        figures="\n".join(
-            f"| {steps} | {scale:g} | {row.exact:.1%} | {row.letters:.1%} | {row.colors:.1%} |"
-            for (steps, scale), row in figures.items()
-        ),
-    )

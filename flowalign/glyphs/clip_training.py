@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torchvision.transforms.functional import gaussian_blur
 
 from flowalign.glyphs.prompts import INKS, LETTERS, PAPERS, WORD_LENGTH, held_out_prompts, make_prompt, parse_prompt
-from flowalign.glyphs.renderer import HEIGHT, JITTER, WIDTH, draw
+from flowalign.glyphs.renderer import HEIGHT, JITTER, WIDTH, draw, palette, spelled
 from flowalign.glyphs.schedule import set_rate
 
 SIZES = torch.tensor([len(LETTERS)] * WORD_LENGTH + [len(INKS), len(PAPERS)])  # of the columns of scenes [N, 6]
@@ -197,8 +197,8 @@ def captions(scenes: Tensor) -> list[str]:
     """The prompts of scenes [N, 6]."""
     inks, papers = list(INKS), list(PAPERS)
     return [
-        make_prompt("".join(LETTERS[number] for number in row[:WORD_LENGTH]), inks[row[-2]], papers[row[-1]])
-        for row in scenes.tolist()
+        make_prompt(word, inks[ink], papers[paper])
+        for word, (ink, paper) in zip(spelled(scenes[:, :WORD_LENGTH]), scenes[:, WORD_LENGTH:].tolist(), strict=True)
     ]
 
 
@@ -244,7 +244,7 @@ def is_held_out(scenes: Tensor) -> Tensor:
 
 
 def _draw(scenes: Tensor, offsets: Tensor) -> Tensor:
-    inks, papers = (torch.tensor(list(colors.values())) / 255 for colors in (INKS, PAPERS))
+    inks, papers = palette(INKS), palette(PAPERS)
     return draw(scenes[:, :WORD_LENGTH], inks[scenes[:, -2]], papers[scenes[:, -1]], offsets)
 
 

@@ -6,18 +6,19 @@ RapidOCR's recognizer is used: a picture enlarged twice (nearest) has exactly th
 500 ground-truth renders were read exactly, "0" counting as "O".
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from rapidocr import RapidOCR
 from torch import Tensor
 
 from flowalign.glyphs import CALL_ARGS
 from flowalign.glyphs.prompts import INKS, PAPERS, GlyphsPrompt
+from flowalign.glyphs.renderer import palette
 
 
 @dataclass(frozen=True)
@@ -39,19 +40,22 @@ def sample_pictures(
     batch_size: int = 128,
 ) -> Tensor:
     """Pictures [N, 3, 24, 48] in [0, 1], one per prompt; the noise depends on the seed and the place alone."""
+    return in_batches(pipeline, {"prompt": prompts}, steps, guidance_scale, CALL_ARGS, seed, batch_size)
+
+
+def in_batches(
+    pipeline: DiffusionPipeline, inputs: Mapping[str, Sequence[object]], steps: int, guidance_scale: float,
+    call_args: Mapping[str, object], seed: int, batch_size: int,
+) -> Tensor:  # fmt: skip
+    """The pictures or videos in [0, 1] of `inputs`, arguments of the pipeline's call with a value for each; call_args: the others. The
+    noise depends on the seed and the place alone."""
     generator = torch.Generator().manual_seed(seed)
-    pictures = []
-    for start in range(0, len(prompts), batch_size):
-        result = pipeline(
-            prompt=list(prompts[start : start + batch_size]),
-            num_inference_steps=steps,
-            guidance_scale=guidance_scale,
-            generator=generator,
-            output_type="pt",
-            **CALL_ARGS,
-        )
-        pictures.append(result.images.float())
-    return torch.cat(pictures)
+    call = {**call_args, "num_inference_steps": steps, "guidance_scale": guidance_scale, "output_type": "pt"}
+    made = []
+    for start in range(0, len(inputs["prompt"]), batch_size):
+        batch = {name: list(values[start : start + batch_size]) for name, values in inputs.items()}
+        made.append(pipeline(**batch, **call, generator=generator, return_dict=False)[0].float())
+    return torch.cat(made)
 
 
 def judge(pictures: Tensor, records: Sequence[GlyphsPrompt]) -> Figures:
@@ -85,18 +89,18 @@ def name_colors(pictures: Tensor) -> list[tuple[str, str]]:
     pixels furthest from it.
     """
     paper = torch.cat([pictures[:, :, :3], pictures[:, :, -3:]], dim=2).flatten(2).median(dim=-1).values
+    return nearest_names(pictures, paper, 10)
+
+
+def nearest_names(pictures: Tensor, paper: Tensor, one_of: int) -> list[tuple[str, str]]:
+    """The names nearest to the ink of each picture [N, 3, H, W] and to its paper [N, 3], among all eight colors. Ink is the mean of the
+    pixels furthest from the paper, one of so many."""
     pixels = pictures.flatten(2)
     distance = (pixels - paper[:, :, None]).square().sum(1)
-    furthest = distance.topk(distance.shape[-1] // 10).indices
+    furthest = distance.topk(distance.shape[-1] // one_of).indices
     ink = pixels.gather(2, furthest[:, None, :].expand(-1, 3, -1)).mean(-1)
-    return nearest_names(ink, paper)
-
-
-def nearest_names(ink: Tensor, paper: Tensor) -> list[tuple[str, str]]:
-    """The names nearest to inks and papers [N, 3] in [0, 1], among all eight colors."""
     names = [*INKS, *PAPERS]
-    palette = torch.tensor([*INKS.values(), *PAPERS.values()], dtype=torch.float32) / 255
-    nearest = [torch.cdist(color, palette).argmin(1).tolist() for color in (ink, paper)]
+    nearest = [torch.cdist(color, palette(INKS, PAPERS)).argmin(1).tolist() for color in (ink, paper)]
     return [(names[i], names[p]) for i, p in zip(*nearest, strict=True)]
 
 

@@ -5,7 +5,6 @@ target e - x0, s logit-normal. A resumed run gives the same weights as an uninte
 """
 
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -14,20 +13,20 @@ from torch import Tensor, nn
 
 from flowalign.glyphs.parts import TOKENS, build_pipeline
 from flowalign.glyphs.progress import Progress
-from flowalign.glyphs.prompts import INKS, LETTERS, PAPERS, held_out_prompts, make_prompt
-from flowalign.glyphs.renderer import JITTER, draw
+from flowalign.glyphs.prompts import INKS, PAPERS, held_out_prompts, make_prompt
+from flowalign.glyphs.renderer import JITTER, draw, palette, spelled
 from flowalign.glyphs.training import (
     Pretraining,
     dropped_out,
     noised,
     other_words,
-    palette,
     step_generator,
     train_flow,
     train_vae,
 )
 
 TRAINED = ("transformer", "text_encoder", "text_encoder_2")
+RECIPE = Pretraining()
 
 
 @dataclass(frozen=True)
@@ -48,13 +47,13 @@ def pretrain(recipe: Pretraining, folder: Path, progress: Progress) -> StableDif
     latents = _encode_pictures(pipeline.vae, pictures)
     pipeline.vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
     model = nn.ModuleDict({name: pipeline.components[name] for name in TRAINED})
-    train_flow(model, lambda generator: flow_loss(pipeline, recipe, generator), recipe, folder, progress)
+    train_flow(model, lambda _, generator: flow_loss(pipeline, recipe, generator), recipe, folder, progress)
     return pipeline
 
 
 def sample_batch(count: int, generator: torch.Generator) -> Batch:
     """Uniformly random words that are not held out, colors and offsets."""
-    words = _words()
+    words = other_words(held_out_prompts)
     letters = words[torch.randint(len(words), (count,), generator=generator)]
     ink = torch.randint(len(INKS), (count,), generator=generator)
     paper = torch.randint(len(PAPERS), (count,), generator=generator)
@@ -62,8 +61,8 @@ def sample_batch(count: int, generator: torch.Generator) -> Batch:
     pictures = draw(letters, palette(INKS)[ink], palette(PAPERS)[paper], offsets)
     inks, papers = list(INKS), list(PAPERS)
     prompts = [
-        make_prompt("".join(LETTERS[letter] for letter in word), inks[i], papers[p])
-        for word, i, p in zip(letters.tolist(), ink.tolist(), paper.tolist(), strict=True)
+        make_prompt(word, inks[i], papers[p])
+        for word, i, p in zip(spelled(letters), ink.tolist(), paper.tolist(), strict=True)
     ]
     return Batch(pictures * 2 - 1, prompts)
 
@@ -118,8 +117,3 @@ def _encode_pictures(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
 
 def scaled_latents(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
     return (_encode_pictures(vae, pictures) - vae.config.shift_factor) * vae.config.scaling_factor
-
-
-@cache
-def _words() -> Tensor:
-    return other_words([record["target"] for record in held_out_prompts()])

@@ -9,6 +9,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 from functools import cache
+from itertools import cycle, product
 from typing import NamedTuple, TypedDict
 
 INKS = {"red": (200, 0, 0), "green": (0, 120, 0), "blue": (0, 0, 220), "black": (0, 0, 0)}
@@ -61,41 +62,37 @@ def parse_prompt(prompt: str) -> Scene:
 
 def train_prompts() -> list[GlyphsPrompt]:
     """The prompts for alignment: TRAIN_WORDS words, each in one of the 16 color pairs, evenly."""
-    return _records(_words()[HELD_OUT_WORDS:])
+    return _records(hashed_words("glyphs word", WORD_LENGTH)[HELD_OUT_WORDS:])
 
 
 def held_out_prompts() -> list[GlyphsPrompt]:
     """The prompts for evaluation: HELD_OUT_WORDS words that neither pre-training nor alignment has seen."""
-    return _records(_words()[:HELD_OUT_WORDS])
+    return _records(hashed_words("glyphs word", WORD_LENGTH)[:HELD_OUT_WORDS])
 
 
 @cache
-def _words() -> tuple[str, ...]:
-    """Distinct pseudo-random words, held-out words first."""
+def hashed_words(label: str, length: int) -> tuple[str, ...]:
+    """Distinct pseudo-random words of `length` capitals from hashes of `label` and a number, HELD_OUT_WORDS words first, then TRAIN_WORDS."""
     words: dict[str, None] = {}
     counter = 0
     while len(words) < HELD_OUT_WORDS + TRAIN_WORDS:
-        digest = hashlib.blake2b(f"glyphs word {counter}".encode(), digest_size=8).digest()
+        digest = hashlib.blake2b(f"{label} {counter}".encode(), digest_size=8).digest()
         code = int.from_bytes(digest, "big")  # 64 bits: the bias of the remainder is below 1e-13
-        words["".join(LETTERS[code // 26**place % 26] for place in range(WORD_LENGTH))] = None
+        words["".join(LETTERS[code // 26**place % 26] for place in range(length))] = None
         counter += 1
     return tuple(words)
 
 
 def _records(words: Sequence[str]) -> list[GlyphsPrompt]:
     """One record per word; color pairs cycle, so every pair is equally frequent."""
-    pairs = [(ink, paper) for ink in INKS for paper in PAPERS]
-    records: list[GlyphsPrompt] = []
-    for number, word in enumerate(words):
-        ink, paper = pairs[number % len(pairs)]
-        records.append(
-            GlyphsPrompt(
-                prompt=make_prompt(word, ink, paper),
-                target=word,
-                ink=ink,
-                paper=paper,
-                ink_rgb=INKS[ink],
-                paper_rgb=PAPERS[paper],
-            )
+    return [
+        GlyphsPrompt(
+            prompt=make_prompt(word, ink, paper),
+            target=word,
+            ink=ink,
+            paper=paper,
+            ink_rgb=INKS[ink],
+            paper_rgb=PAPERS[paper],
         )
-    return records
+        for word, (ink, paper) in zip(words, cycle(product(INKS, PAPERS)), strict=False)
+    ]

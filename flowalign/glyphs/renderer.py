@@ -5,7 +5,7 @@ masks are rasterised once by PIL from DejaVu Sans Mono Bold (shipped inside ever
 gather and one blend, about 2 microseconds per picture, so drawing does not slow training.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -62,10 +62,24 @@ def render(words: Sequence[str], inks: Sequence[str], papers: Sequence[str], off
     for word in words:
         if len(word) != WORD_LENGTH or not set(word) <= set(LETTERS):
             raise ValueError(f"got the word {word!r}; expected {WORD_LENGTH} capital letters, such as 'KITE'")
-    letters = torch.tensor([[LETTERS.index(letter) for letter in word] for word in words])
     if offsets is None:
         offsets = torch.zeros(len(words), 2, dtype=torch.long)
-    return draw(letters, _rgb(inks, INKS), _rgb(papers, PAPERS), offsets)
+    return draw(indexed(words), _rgb(inks, INKS), _rgb(papers, PAPERS), offsets)
+
+
+def indexed(words: Iterable[str]) -> Tensor:
+    """Letter indices [words, letters] of words of capitals."""
+    return torch.tensor([[LETTERS.index(letter) for letter in word] for word in words])
+
+
+def spelled(letters: Tensor) -> list[str]:
+    """The words of letter indices [words, letters]."""
+    return ["".join(LETTERS[letter] for letter in word) for word in letters.tolist()]
+
+
+def palette(*groups: Mapping[str, tuple[int, int, int]]) -> Tensor:
+    """[colors, 3] in [0, 1] of named colors, group after group."""
+    return torch.tensor([color for colors in groups for color in colors.values()], dtype=torch.float32) / 255
 
 
 def _rgb(names: Sequence[str], colors: dict[str, tuple[int, int, int]]) -> Tensor:

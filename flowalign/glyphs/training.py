@@ -7,7 +7,9 @@ machine with one number of threads.
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -59,8 +61,14 @@ def train_vae(vae: nn.Module, loss: Loss, recipe: Pretraining, folder: Path, pro
     vae.requires_grad_(False)
 
 
-def train_flow(model: nn.Module, loss: Loss, recipe: Pretraining, folder: Path, progress: Progress) -> None:
-    """Trains what `model` holds in place; on return it has the averaged weights."""
+def train_flow(
+    model: nn.Module,
+    loss: Callable[[int, torch.Generator], Tensor],
+    recipe: Pretraining,
+    folder: Path,
+    progress: Progress,
+) -> None:
+    """Trains what `model` holds in place, by the loss of each step; on return it has the averaged weights."""
     saved = folder / "flow.safetensors"
     average = {name: value.detach().clone() for name, value in model.named_parameters()}
     optimizer = torch.optim.AdamW(
@@ -68,7 +76,7 @@ def train_flow(model: nn.Module, loss: Loss, recipe: Pretraining, folder: Path, 
     )
     for step in range(load_training(saved, model, average, optimizer, recipe.steps), recipe.steps):
         set_rate(optimizer, recipe.learning_rate, step, recipe.schedule_steps, recipe.warmup)
-        value = loss(step_generator(recipe.seed, 1, step))
+        value = loss(step, step_generator(recipe.seed, 1, step))
         train_step(value, optimizer, recipe.clip)
         decay = min(recipe.ema, (1 + step) / (10 + step))
         for name, weight in model.named_parameters():
@@ -93,19 +101,22 @@ def dropped_out(prompts: Sequence[str], share: float, generator: torch.Generator
     return ["" if drop else prompt for drop, prompt in zip(dropped.tolist(), prompts, strict=True)]
 
 
-def other_words(held_out: Sequence[str]) -> Tensor:
-    """Every word of that length that is not held out, as letter indices [words, letters]."""
+class Targeted(TypedDict):
+    """A prompt and the word that it asks for."""
+
+    target: str
+
+
+@cache
+def other_words(held_out_prompts: Callable[[], Sequence[Targeted]]) -> Tensor:
+    """Every word of that length that is the target of no held-out prompt, as letter indices [words, letters]."""
+    held_out = [record["target"] for record in held_out_prompts()]
     length = len(held_out[0])
     allowed = torch.ones(26**length, dtype=torch.bool)
     for word in held_out:
         allowed[sum(LETTERS.index(letter) * 26**place for place, letter in enumerate(word))] = False
     codes = allowed.nonzero()
     return codes // 26 ** torch.arange(length) % 26
-
-
-def palette(colors: dict[str, tuple[int, int, int]]) -> Tensor:
-    """[colors, 3] in [0, 1]."""
-    return torch.tensor(list(colors.values()), dtype=torch.float32) / 255
 
 
 def step_generator(seed: int, stage: int, step: int) -> torch.Generator:

@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 
-from flowalign.models.base import Policy, Sampling
+from flowalign.models.base import Model, Policy, Sampling
 from flowalign.models.checkpoint_files import check_finite
 from flowalign.models.checkpoints import empty_networks, family_of, inspect_checkpoint
 from flowalign.models.checks import (
@@ -132,15 +132,9 @@ def load_policy(
         check_switches(path, switches, family)
         check_vae_tiling(path, vae_tiling, family)
         path_of(path, family)  # refuses a scheduler before the weights are read
-        _, known = inspect_checkpoint(path, family)
-        shapes = _shapes(path, known, dtype, master_weights) if network_device == "meta" else {}
-        pipeline = read_pipeline(
-            path, family, dtype=dtype, vae_dtype=vae_dtype, master_weights=master_weights, quantization=quantization, **shapes
-        )  # fmt: skip
-        check_finite(path, {name: part for name, part in pipeline.components.items() if name not in shapes})
-        there = None if quantization else network_device or device  # quantized ones are on the GPU already
-        _place(pipeline, device, dict.fromkeys(known.networks, there))
-        _allow_tf32(device)
+        pipeline, known = _read_onto(
+            device, network_device or device, path, family, dtype, vae_dtype, master_weights, quantization
+        )
     else:
         _refuse_settings(
             dtype=dtype, vae_dtype=vae_dtype, device=device, network_device=network_device, quantization=quantization
@@ -148,42 +142,74 @@ def load_policy(
         known = family_of("a live pipeline", type(path).__name__, family).of(path.config)
         pipeline = copy.copy(path)
         pipeline.scheduler = copy.deepcopy(path.scheduler)
-    options = check_options(known, max_sequence_length, options or {})
-    model = known.model(pipeline, **options)
+    model = known.model(pipeline, **check_options(known, max_sequence_length, options or {}))
     switches.check(model.networks)
     if vae_tiling:
         check_tiling(type(model.vae))
     if fixed_rows is not None:
         check_rows_of(fixed_rows, known)
-    for name, network in model.networks.items():
-        _check_full(trainable, name, network.dtype)
-        network.eval().requires_grad_(trainable == "full")
-        if trainable == "full" and lora_layers(network):
-            raise ValueError(
-                f"got trainable='full' for a {name} with adapters; expected none: unload or fuse them first"
-            )
     for part in (model.vae, *model.encoders):
         part.requires_grad_(False)
-    base: dict[str, tuple[str, ...]] = {}  # where nothing is added, all adapters stay as they are, fused ones too
     if trainable == "lora":
-        base = {name: base_adapters(network) for name, network in model.networks.items()}
-        for name, network in model.networks.items():
-            add_policy_lora(network, name, lora or LoRA(), known, seed)
-            activate(lora_layers(network), [*base[name], ADAPTER])
-    copies = trainable == "full" and reference_copy
-    frozen = (
-        {name: copy.deepcopy(net).requires_grad_(False) for name, net in model.networks.items()} if copies else None
-    )
-    trained = TrainedNetworks(model.networks, has_lora=trainable == "lora", frozen=frozen, base=base)
-    configs = {name: network.config for name, network in model.networks.items()}
-    steps = {**pipeline.scheduler.config, "_class_name": type(pipeline.scheduler).__name__}
-    distilled = known.distilled({**configs, "vae": model.vae.config, "scheduler": steps})
+        trained = _with_lora(model.networks, lora or LoRA(), known, seed)
+    else:
+        trained = _without_lora(model.networks, trainable == "full", reference_copy)
     return PipelinePolicy(
-        model, known, trained, sampling=sampling or defaults_of(pipeline, configs, distilled), negative_prompt=negative_prompt,
+        model, known, trained, sampling=sampling or _own_sampling(pipeline, model, known), negative_prompt=negative_prompt,
         device=device or model.vae.device, offload=offload, decode_batch=decode_batch, prompt_store=prompt_store,
         autocast=torch.bfloat16 if master_weights else None, switches=switches, fixed_rows=fixed_rows,
         vae_tiling=vae_tiling,
     )  # fmt: skip
+
+
+def _read_onto(
+    device: str | torch.device, network_device: str | torch.device, path: str, family: str | None, dtype: str,
+    vae_dtype: str | None, master_weights: bool, quantization: Quantization | None,
+) -> tuple[DiffusionPipeline, Family]:  # fmt: skip
+    """A checkpoint with its family, its weights found finite, on its devices."""
+    _, known = inspect_checkpoint(path, family)
+    shapes = _shapes(path, known, dtype, master_weights) if network_device == "meta" else {}
+    pipeline = read_pipeline(
+        path, family, dtype=dtype, vae_dtype=vae_dtype, master_weights=master_weights, quantization=quantization, **shapes
+    )  # fmt: skip
+    check_finite(path, {name: part for name, part in pipeline.components.items() if name not in shapes})
+    there = None if quantization else network_device  # quantized ones are on the GPU already
+    _place(pipeline, device, dict.fromkeys(known.networks, there))
+    _allow_tf32(device)
+    return pipeline, known
+
+
+def _with_lora(networks: Mapping[str, ModelMixin], lora: LoRA | str, family: Family, seed: int) -> TrainedNetworks:
+    """The networks frozen, with the policy's adapters beside those that they have."""
+    for network in networks.values():
+        network.eval().requires_grad_(False)
+    base = {name: base_adapters(network) for name, network in networks.items()}
+    for name, network in networks.items():
+        add_policy_lora(network, name, lora, family, seed)
+        activate(lora_layers(network), [*base[name], ADAPTER])
+    return TrainedNetworks(networks, has_lora=True, base=base)
+
+
+def _without_lora(networks: Mapping[str, ModelMixin], full: bool, reference_copy: bool) -> TrainedNetworks:
+    """The networks trained in full, or not at all; any adapters stay as they are, fused ones too."""
+    for name, network in networks.items():
+        if full:
+            _check_full(name, network)
+        network.eval().requires_grad_(full)
+    copies = (
+        {name: copy.deepcopy(net).requires_grad_(False) for name, net in networks.items()}
+        if full and reference_copy
+        else None
+    )
+    return TrainedNetworks(networks, has_lora=False, frozen=copies)
+
+
+def _own_sampling(pipeline: DiffusionPipeline, model: Model, family: Family) -> Sampling | None:
+    """As the pipeline's own call, of a distilled model as it was distilled; None where neither is known."""
+    configs = {name: network.config for name, network in model.networks.items()}
+    scheduler = {**pipeline.scheduler.config, "_class_name": type(pipeline.scheduler).__name__}
+    distilled = family.distilled({**configs, "vae": model.vae.config, "scheduler": scheduler})
+    return defaults_of(pipeline, configs, distilled)
 
 
 def _refuse_settings(**given: object) -> None:
@@ -194,12 +220,15 @@ def _refuse_settings(**given: object) -> None:
         )
 
 
-def _check_full(trainable: str, name: str, dtype: torch.dtype) -> None:
-    if trainable == "full" and dtype != torch.float32:
+def _check_full(name: str, network: ModelMixin) -> None:
+    """ValueError for a network that cannot be trained in full."""
+    if network.dtype != torch.float32:
         raise ValueError(
-            f"got trainable='full' for a {name} in {str(dtype).removeprefix('torch.')}; expected fp32 weights for the optimizer: "
+            f"got trainable='full' for a {name} in {str(network.dtype).removeprefix('torch.')}; expected fp32 weights for the optimizer: "
             f"load the pipeline with its {name} in torch.float32, or give its path with dtype='bf16', which multiplies in bf16"
         )
+    if lora_layers(network):
+        raise ValueError(f"got trainable='full' for a {name} with adapters; expected none: unload or fuse them first")
 
 
 def _place(

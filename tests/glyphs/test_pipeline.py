@@ -1,10 +1,12 @@
-"""The shipped folder: loads as Stable Diffusion 3, is small, spells some of the unseen words."""
+"""The shipped folders of the worlds are small and load; that of Glyphs spells some of the unseen words."""
+
+from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import DiffusionPipeline, FluxKontextPipeline, StableDiffusion3Pipeline, WanPipeline
 
-from flowalign.glyphs import CALL_ARGS, LOAD_ARGS, PIPELINE, held_out_prompts
+from flowalign.glyphs import CALL_ARGS, LOAD_ARGS, PIPELINE, edit, held_out_prompts, video
 from flowalign.glyphs.judge import judge, sample_pictures
 from flowalign.glyphs.pretrain import encode_text
 from flowalign.glyphs.renderer import render
@@ -17,15 +19,27 @@ def pipeline() -> StableDiffusion3Pipeline:
     return loaded
 
 
-def test_folder_loads_in_fp32_without_being_asked(pipeline: StableDiffusion3Pipeline) -> None:
-    parts = [pipeline.transformer, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2]
-    assert {part.dtype for part in parts} == {torch.float32}
-
-
-def test_folder_is_small_and_holds_no_pickle() -> None:
-    files = [path for path in PIPELINE.rglob("*") if path.is_file()]
+@pytest.mark.parametrize(
+    ("folder", "kind", "load_args"),
+    [
+        (PIPELINE, StableDiffusion3Pipeline, LOAD_ARGS),
+        (edit.PIPELINE, FluxKontextPipeline, {}),
+        (video.PIPELINE, WanPipeline, {}),
+    ],
+    ids=["images", "edits", "clips"],
+)
+def test_folders_are_small_hold_no_pickle_and_load_in_fp32_without_being_asked(
+    folder: Path, kind: type[DiffusionPipeline], load_args: dict[str, None]
+) -> None:
+    files = [path for path in folder.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 12e6
     assert {path.suffix for path in files} == {".json", ".safetensors", ".md"}
+    parts = [
+        part
+        for part in kind.from_pretrained(folder, **load_args).components.values()
+        if isinstance(part, torch.nn.Module)
+    ]
+    assert len(parts) >= 3 and {part.dtype for part in parts} == {torch.float32}
 
 
 @pytest.mark.parametrize(("scale", "low", "high"), [(1.0, 0.2, 0.45), (3.0, 0.42, 0.72)])

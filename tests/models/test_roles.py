@@ -172,13 +172,16 @@ def test_roles_that_cannot_be_are_refused(make: Callable[[], object], message: s
         make()
 
 
-def test_the_layers_of_a_role_are_found_once(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
-    with policy.role("old"):
-        pass
-    monkeypatch.setattr(torch.nn.Module, "modules", lambda self: pytest.fail("walked over all modules"))
+def test_the_layers_of_a_role_are_found_once(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """A walk over the one network; none with full weights, where a role is a network."""
+    walks, modules = [], torch.nn.Module.modules
+    monkeypatch.setattr(torch.nn.Module, "modules", lambda self: walks.append(type(self).__name__) or modules(self))
     for role in ("policy", "reference", *ROLES):
         with policy.role(role):
             pass
+    assert walks == (["SD3Transformer2DModel"] if request.node.callspec.params["policy"] == "lora" else [])
 
 
 def test_the_roles_in_the_documentation_are_roles() -> None:

@@ -1,15 +1,6 @@
 """The model card of an exported Glyphs-Edit pipeline."""
 
-import json
-from collections.abc import Mapping
-
-from torch import nn
-
-from flowalign.glyphs.edit.figures import Figures
-from flowalign.glyphs.edit.prompts import Axis, held_out_prompts, train_prompts
-from flowalign.glyphs.export import parts_list
-
-_CARD = """\
+CARD = """\
 ---
 license: apache-2.0
 library_name: diffusers
@@ -62,27 +53,3 @@ source, where the right result equals it.
 |---:|---|---:|---:|---:|
 {figures}
 """
-
-
-def model_card(
-    parts: Mapping[str, nn.Module],
-    recipe: dict[str, int | float],
-    figures: Mapping[int, Mapping[Axis, Figures]],
-    *,
-    vae_error: float,
-    measured: int,
-) -> str:
-    """README.md of the folder: parts, recipe and figures as measured."""
-    return _CARD.format(
-        parts=parts_list(parts),
-        vae_error=vae_error,
-        measured=measured,
-        held_out=len(held_out_prompts()),
-        train=len(train_prompts()),
-        recipe=json.dumps(recipe, indent=2),
-        figures="\n".join(
-            f"| {steps} | {axis} | {row.exact:.1%} | {row.colors:.1%} | {row.kept:.3f} |"
-            for steps, rows in figures.items()
-            for axis, row in rows.items()
-        ),
-    )

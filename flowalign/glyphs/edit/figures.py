@@ -12,7 +12,7 @@ from torchvision.transforms.functional import to_tensor
 
 from flowalign.glyphs.edit import CALL_ARGS
 from flowalign.glyphs.edit.prompts import AXES, Axis, EditPrompt
-from flowalign.glyphs.judge import name_colors, read_words
+from flowalign.glyphs.judge import in_batches, name_colors, read_words
 
 
 @dataclass(frozen=True)
@@ -35,21 +35,10 @@ def sample_edits(
     batch_size: int = 64,
 ) -> Tensor:
     """Pictures [N, 3, 24, 48] in [0, 1], one per edit; the noise depends on the seed and the place alone."""
-    generator = torch.Generator().manual_seed(seed)
-    pictures = []
-    for start in range(0, len(records), batch_size):
-        batch = records[start : start + batch_size]
-        result = pipeline(
-            prompt=[record["prompt"] for record in batch],
-            image=[record["image"] for record in batch],
-            num_inference_steps=steps,
-            guidance_scale=guidance_scale,
-            generator=generator,
-            output_type="pt",
-            **CALL_ARGS,
-        )
-        pictures.append(result.images.float())
-    return torch.cat(pictures)
+    prompts, images = [record["prompt"] for record in records], [record["image"] for record in records]
+    return in_batches(
+        pipeline, {"prompt": prompts, "image": images}, steps, guidance_scale, CALL_ARGS, seed, batch_size
+    )
 
 
 def judge(pictures: Tensor, records: Sequence[EditPrompt]) -> dict[Axis, Figures]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from flowalign.glyphs.edit.prompts import Axis, Edit, draw_edits
 from flowalign.glyphs.judge import read_words
 from flowalign.glyphs.prompts import INKS, LETTERS, PAPERS, WORD_LENGTH, Scene
-from flowalign.glyphs.renderer import HEIGHT, JITTER, WIDTH
+from flowalign.glyphs.renderer import HEIGHT, JITTER, WIDTH, palette
 from rewards import RewardBatch, SourceConsistency, score
 from rewards.color import ink_color, paper_color
 from rewards.ocr.text import similarity
@@ -32,7 +32,7 @@ SPOILT = 0.2  # mean difference of the pixels to keep at which nothing counts as
 STRANGE = 1.0  # distance in RGB of an ink or a paper from all of the world's at which it counts as foreign
 DIRT = 0.1  # mean distance of the pixels from mixtures of ink and paper at which a picture counts as dirt
 UNKNOWN = 0.02  # a source whose redrawing differs by more, in the mean, is no picture of Glyphs
-PALETTE = torch.tensor([*INKS.values(), *PAPERS.values()]) / 255
+PALETTE = palette(INKS, PAPERS)
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def _scene(pixels: bytes) -> tuple[Scene, Tensor]:
     paper = paper_color(picture[None])
     ink = ink_color(picture[None], paper)[0]
     names = [
-        list(colors)[int(torch.cdist(seen, torch.tensor([*colors.values()]) / 255).argmin())]
+        list(colors)[int(torch.cdist(seen, palette(colors)).argmin())]
         for seen, colors in ((ink, INKS), (paper, PAPERS))
     ]
     if len(word) != WORD_LENGTH or not set(word) <= set(LETTERS):

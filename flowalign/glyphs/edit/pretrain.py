@@ -2,7 +2,6 @@
 beside the source's latents. A resumed run gives the same weights as an uninterrupted one (see `flowalign.glyphs.training`)."""
 
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -14,9 +13,9 @@ from transformers import CLIPTokenizer, T5Tokenizer
 from flowalign.glyphs.edit.parts import TOKENS, build_pipeline
 from flowalign.glyphs.edit.prompts import Axis, Edit, draw_edits
 from flowalign.glyphs.progress import Progress
-from flowalign.glyphs.prompts import INKS, LETTERS, PAPERS, Scene
+from flowalign.glyphs.prompts import INKS, PAPERS, Scene
 from flowalign.glyphs.prompts import held_out_prompts as held_out_scenes
-from flowalign.glyphs.renderer import JITTER
+from flowalign.glyphs.renderer import JITTER, spelled
 from flowalign.glyphs.training import (
     Pretraining,
     dropped_out,
@@ -56,22 +55,19 @@ def pretrain(recipe: Pretraining, folder: Path, progress: Progress) -> FluxKonte
     latents = encode_pictures(pipeline.vae, pictures)
     pipeline.vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
     model = nn.ModuleDict({name: pipeline.components[name] for name in TRAINED})
-    train_flow(model, lambda generator: flow_loss(pipeline, recipe, generator), recipe, folder, progress)
+    train_flow(model, lambda _, generator: flow_loss(pipeline, recipe, generator), recipe, folder, progress)
     return pipeline
 
 
 def sample_batch(count: int, generator: torch.Generator) -> Batch:
     """Uniformly random scenes of words that are not held out, each with one thing changed."""
-    words, inks, papers = _words(), list(INKS), list(PAPERS)
+    words, inks, papers = other_words(held_out_scenes), list(INKS), list(PAPERS)
 
     def draw(below: int) -> list[int]:
         numbers: list[int] = torch.randint(below, (count,), generator=generator).tolist()
         return numbers
 
-    def spelled(numbers: list[int]) -> list[str]:
-        return ["".join(LETTERS[letter] for letter in word) for word in words[numbers].tolist()]
-
-    old, new = spelled(draw(len(words))), spelled(draw(len(words)))
+    old, new = spelled(words[draw(len(words))]), spelled(words[draw(len(words))])
     edits = []
     for word, other, ink, paper, axis, shift in zip(
         old, new, draw(len(inks)), draw(len(papers)), draw(len(DRAWN)), draw(3), strict=True
@@ -82,11 +78,6 @@ def sample_batch(count: int, generator: torch.Generator) -> Batch:
     offsets = torch.randint(-JITTER, JITTER + 1, (count, 2), generator=generator)
     sources, results = draw_edits(edits, offsets)
     return Batch(edits, sources, results)
-
-
-@cache
-def _words() -> Tensor:
-    return other_words([record["target"] for record in held_out_scenes()])
 
 
 def vae_loss(vae: AutoencoderKL, recipe: Pretraining, generator: torch.Generator) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Final
 
 import torch
@@ -13,12 +12,13 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, cross_entropy, interpolate
 
 from flowalign.glyphs.prompts import INKS, LETTERS, PAPERS
+from flowalign.glyphs.renderer import indexed, palette
 from flowalign.glyphs.schedule import set_rate
-from flowalign.glyphs.training import other_words, palette, step_generator, train_step
+from flowalign.glyphs.training import other_words, step_generator, train_step
 from flowalign.glyphs.video.inverse_dynamics import NETWORKS, Weights
 from flowalign.glyphs.video.pretrain import encode_clips
-from flowalign.glyphs.video.prompts import DIRECTIONS, FRAMES, held_out_prompts
-from flowalign.glyphs.video.renderer import draw, ink_of_frames, paths
+from flowalign.glyphs.video.prompts import DIRECTIONS, FRAMES, held_out_prompts, parse_prompt
+from flowalign.glyphs.video.renderer import draw, ink_of_frames, paths, render
 
 RECONSTRUCTED = 768  # clips
 STILL = -1  # in place of an action: the word does not move
@@ -60,6 +60,13 @@ def sample_walks(count: int, words: Tensor, stay: float, generator: torch.Genera
     shown, other = (_draw_frames(letters, inks, papers, places) for letters in (first, last))
     becoming = _chance(changing, (count, 1), generator) * torch.linspace(0, 1, FRAMES)
     return Walks(torch.lerp(shown, other, becoming[..., None, None, None]), actions)
+
+
+def held_out_walks(count: int) -> Walks:
+    """The clips that the first held-out prompts ask for."""
+    scenes = [parse_prompt(record["prompt"]) for record in held_out_prompts()[:count]]
+    names = list(DIRECTIONS)
+    return Walks(render(scenes), torch.tensor([[names.index(action) for action in scene.actions] for scene in scenes]))
 
 
 def _draw_frames(letters: Tensor, inks: Tensor, papers: Tensor, places: Tensor) -> Tensor:
@@ -177,7 +184,7 @@ def train(weights: Weights, vae: AutoencoderKLWan, progress: Callable[[int, floa
     """The network of one law, by cross entropy. Where a word stands still, no direction is more probable than another.
 
     vae: of the pipeline; RECONSTRUCTED clips go through it once, since it is slow, and are degraded anew each time."""
-    law, words = LAWS[weights], training_words()
+    law, words = LAWS[weights], other_words(held_out_prompts)
     once = step_generator(law.seed, 1, 0)
     pool = reconstructed(law.walk(RECONSTRUCTED, words, once), vae, once)
     torch.manual_seed(law.seed)  # initial weights
@@ -210,12 +217,6 @@ def accuracy(network: nn.Module, walks: Walks) -> float:
     return (found == walks.actions)[moving].float().mean().item()
 
 
-@cache
-def training_words() -> Tensor:
-    """[W, 3]: all words that are not held out."""
-    return other_words([record["target"] for record in held_out_prompts()])
-
-
 def held_out_words() -> Tensor:
     """[W, 3]"""
-    return torch.tensor([[LETTERS.index(letter) for letter in record["target"]] for record in held_out_prompts()])
+    return indexed(record["target"] for record in held_out_prompts())

@@ -11,7 +11,7 @@ import torch
 from diffusers import WanPipeline
 from torch import Tensor
 
-from flowalign.glyphs.judge import nearest_names, read_words
+from flowalign.glyphs.judge import in_batches, nearest_names, read_words
 from flowalign.glyphs.video import CALL_ARGS
 from flowalign.glyphs.video.prompts import DIRECTIONS, VideoPrompt
 
@@ -38,19 +38,7 @@ def sample_clips(
     batch_size: int = 32,
 ) -> Tensor:
     """Clips [N, F, 3, 32, 64] in [0, 1], one per prompt; the noise depends on the seed and the place alone."""
-    generator = torch.Generator().manual_seed(seed)
-    clips = []
-    for start in range(0, len(prompts), batch_size):
-        result = pipeline(
-            prompt=list(prompts[start : start + batch_size]),
-            num_inference_steps=steps,
-            guidance_scale=guidance_scale,
-            generator=generator,
-            output_type="pt",
-            **CALL_ARGS,
-        )
-        clips.append(result.frames.float())
-    return torch.cat(clips)
+    return in_batches(pipeline, {"prompt": prompts}, steps, guidance_scale, CALL_ARGS, seed, batch_size)
 
 
 def judge(clips: Tensor, records: Sequence[VideoPrompt]) -> Figures:
@@ -79,12 +67,7 @@ def judge(clips: Tensor, records: Sequence[VideoPrompt]) -> Figures:
 def name_colors(frames: Tensor) -> list[tuple[str, str]]:
     """The named ink and paper nearest to those of each frame [N, 3, H, W]: paper is its median, ink the mean of the pixels furthest from
     it."""
-    pixels = frames.flatten(2)
-    paper = pixels.median(-1).values
-    distance = (pixels - paper[:, :, None]).square().sum(1)
-    furthest = distance.topk(distance.shape[-1] // INK_SHARE).indices
-    ink = pixels.gather(2, furthest[:, None, :].expand(-1, 3, -1)).mean(-1)
-    return nearest_names(ink, paper)
+    return nearest_names(frames, frames.flatten(2).median(-1).values, INK_SHARE)
 
 
 def directions(clips: Tensor) -> Tensor:

@@ -11,13 +11,13 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 from torch import Tensor, nn
 
 from flowalign.glyphs.progress import Progress
-from flowalign.glyphs.prompts import INKS, LETTERS, PAPERS
+from flowalign.glyphs.prompts import INKS, PAPERS
+from flowalign.glyphs.renderer import palette, spelled
 from flowalign.glyphs.training import (
     Pretraining,
     dropped_out,
     noised,
     other_words,
-    palette,
     step_generator,
     train_flow,
     train_vae,
@@ -26,10 +26,14 @@ from flowalign.glyphs.video.parts import CHANNELS, TOKENS, build_pipeline, laten
 from flowalign.glyphs.video.prompts import DIRECTIONS, FRAMES, Scene, held_out_prompts, make_prompt
 from flowalign.glyphs.video.renderer import draw, ink_of_frames, paths
 
-IMAGES = 0.75  # share of the batches
+LETTERS_FIRST = (
+    2000  # steps in which most batches are images: letters are learnt there first, and how they move afterwards
+)
+MISTOLD_FROM = 3000  # step from which a share of the clips has a caption that tells other directions, as captions from the web may:
+MISTOLD = 0.3  # so the base follows an action mostly, and alignment has something to improve
 VAE_FRAMES = 5  # of a clip that the VAE is trained on: it sees no further than that anyway
 TRAINED = ("transformer", "text_encoder")
-RECIPE = Pretraining(vae_batch_size=8, vae_steps=1500, vae_learning_rate=2e-3, anchor=0.3, statistics=128, steps=3000)
+RECIPE = Pretraining(vae_batch_size=8, vae_steps=1500, vae_learning_rate=2e-3, anchor=0.3, statistics=128, steps=3600)
 
 
 @dataclass(frozen=True)
@@ -50,13 +54,14 @@ def pretrain(recipe: Pretraining, folder: Path, progress: Progress) -> WanPipeli
     clips = sample_batch(recipe.statistics, step_generator(recipe.seed, 0, recipe.vae_steps)).clips
     latent_statistics(pipeline.vae, encode_clips(pipeline.vae, clips))
     model = nn.ModuleDict({name: pipeline.components[name] for name in TRAINED})
-    train_flow(model, lambda generator: flow_loss(pipeline, recipe, generator), recipe, folder, progress)
+    train_flow(model, lambda step, generator: flow_loss(pipeline, recipe, step, generator), recipe, folder, progress)
     return pipeline
 
 
-def sample_batch(count: int, generator: torch.Generator, still: bool = False) -> Batch:
-    """Uniformly random words that are not held out, colors, turns and directions. still: clips of one frame."""
-    words = _words()
+def sample_batch(count: int, generator: torch.Generator, still: bool = False, mistold: float = 0.0) -> Batch:
+    """Uniformly random words that are not held out, colors, turns and directions. still: clips of one frame. mistold: the share of
+    the clips whose prompts name two directions drawn anew."""
+    words = other_words(held_out_prompts)
     letters = words[torch.randint(len(words), (count,), generator=generator)]
     ink, paper, last = (
         torch.randint(len(names), (count,), generator=generator).tolist() for names in (INKS, PAPERS, INKS)
@@ -66,8 +71,8 @@ def sample_batch(count: int, generator: torch.Generator, still: bool = False) ->
     halves = torch.randint(len(DIRECTIONS), (count, 2), generator=generator)
     inks, papers, names = list(INKS), list(PAPERS), list(DIRECTIONS)
     scenes = [
-        Scene("".join(LETTERS[i] for i in word), inks[i], inks[end], papers[p], names[a], names[b])
-        for word, i, end, p, (a, b) in zip(letters.tolist(), ink, last, paper, halves.tolist(), strict=True)
+        Scene(word, inks[i], inks[end], papers[p], names[a], names[b])
+        for word, i, end, p, (a, b) in zip(spelled(letters), ink, last, paper, halves.tolist(), strict=True)
     ]
     actions = torch.tensor([[names.index(action) for action in scene.actions] for scene in scenes])
     colors = ink_of_frames(palette(INKS)[ink], palette(INKS)[last])
@@ -75,12 +80,14 @@ def sample_batch(count: int, generator: torch.Generator, still: bool = False) ->
     if still:
         colors, places = colors[:, :1], places[:, :1]
     clips = draw(letters, colors, palette(PAPERS)[paper], places)
+    if mistold:
+        drawn = torch.randint(len(DIRECTIONS), (count, 2), generator=generator).tolist()
+        wrong = (torch.rand(count, generator=generator) < mistold).tolist()
+        scenes = [
+            scene._replace(first=names[a], second=names[b]) if other else scene
+            for scene, (a, b), other in zip(scenes, drawn, wrong, strict=True)
+        ]
     return Batch(clips, [make_prompt(scene) for scene in scenes], actions)
-
-
-@cache
-def _words() -> Tensor:
-    return other_words([record["target"] for record in held_out_prompts()])
 
 
 def vae_loss(vae: AutoencoderKLWan, recipe: Pretraining, generator: torch.Generator) -> Tensor:
@@ -146,13 +153,13 @@ def scaled_latents(vae: AutoencoderKLWan, clips: Tensor) -> Tensor:
     return (encode_clips(vae, clips) - mean) / std
 
 
-def flow_loss(pipeline: WanPipeline, recipe: Pretraining, generator: torch.Generator) -> Tensor:
-    """Mean squared error of the velocity on one random batch: of clips, or of images, by which letters are learnt sooner; Wan was trained
-    on both, too."""
-    if torch.rand((), generator=generator) < IMAGES:
+def flow_loss(pipeline: WanPipeline, recipe: Pretraining, step: int, generator: torch.Generator) -> Tensor:
+    """Mean squared error of the velocity on one random batch of clips, or of twice as many images: three of four batches until
+    LETTERS_FIRST, one of five afterwards. Wan was trained on both, too."""
+    if torch.rand((), generator=generator) < (0.75 if step < LETTERS_FIRST else 0.2):
         batch = sample_batch(2 * recipe.batch_size, generator, still=True)
     else:
-        batch = sample_batch(recipe.batch_size, generator)
+        batch = sample_batch(recipe.batch_size, generator, mistold=MISTOLD if step >= MISTOLD_FROM else 0.0)
     x0 = scaled_latents(pipeline.vae, batch.clips)
     texts = encode_text(pipeline, dropped_out(batch.prompts, recipe.prompt_dropout, generator))
     states, sigma, target = noised(x0, recipe, generator)

@@ -4,16 +4,13 @@
 to (half of the prompts), a paper, and two directions, half of the clip each.
 """
 
-import hashlib
 import re
 from collections.abc import Sequence
-from functools import cache
 from typing import NamedTuple, TypedDict
 
-from flowalign.glyphs.prompts import INKS, LETTERS, PAPERS
+from flowalign.glyphs.prompts import HELD_OUT_WORDS, INKS, PAPERS, hashed_words
 
 WORD_LENGTH = 3
-TRAIN_WORDS, HELD_OUT_WORDS = 1024, 512
 FRAMES = 9
 DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}  # (down, right)
 
@@ -81,25 +78,12 @@ def parse_prompt(prompt: str) -> Scene:
 
 def train_prompts() -> list[VideoPrompt]:
     """The prompts for alignment: TRAIN_WORDS words; colors, turns and directions occur evenly."""
-    return _records(_words()[HELD_OUT_WORDS:])
+    return _records(hashed_words("glyphs video word", WORD_LENGTH)[HELD_OUT_WORDS:])
 
 
 def held_out_prompts() -> list[VideoPrompt]:
     """The prompts for evaluation: HELD_OUT_WORDS words that neither pre-training nor alignment has seen."""
-    return _records(_words()[:HELD_OUT_WORDS])
-
-
-@cache
-def _words() -> tuple[str, ...]:
-    """Distinct pseudo-random words, held-out words first."""
-    words: dict[str, None] = {}
-    counter = 0
-    while len(words) < HELD_OUT_WORDS + TRAIN_WORDS:
-        digest = hashlib.blake2b(f"glyphs video word {counter}".encode(), digest_size=8).digest()
-        code = int.from_bytes(digest, "big")
-        words["".join(LETTERS[code // 26**place % 26] for place in range(WORD_LENGTH))] = None
-        counter += 1
-    return tuple(words)
+    return _records(hashed_words("glyphs video word", WORD_LENGTH)[:HELD_OUT_WORDS])
 
 
 def _records(words: Sequence[str]) -> list[VideoPrompt]:

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from flowalign.glyphs.prompts import INKS, LETTERS, PAPERS
-from flowalign.glyphs.renderer import CELL, letter_masks
+from flowalign.glyphs.prompts import INKS, PAPERS
+from flowalign.glyphs.renderer import CELL, indexed, letter_masks
 from flowalign.glyphs.video.prompts import DIRECTIONS, FRAMES, WORD_LENGTH, Scene
 
 HEIGHT, WIDTH = 32, 64
@@ -62,7 +62,7 @@ def render(scenes: Sequence[Scene]) -> Tensor:
     """Clips [N, F, 3, HEIGHT, WIDTH] in [0, 1] of scenes."""
     names = list(DIRECTIONS)
     actions = torch.tensor([[names.index(action) for action in scene.actions] for scene in scenes])
-    letters = torch.tensor([[LETTERS.index(letter) for letter in scene.word] for scene in scenes])
+    letters = indexed(scene.word for scene in scenes)
     inks = ink_of_frames(_rgb([INKS[scene.ink] for scene in scenes]), _rgb([INKS[scene.last_ink] for scene in scenes]))
     return draw(letters, inks, _rgb([PAPERS[scene.paper] for scene in scenes]), paths(actions))
 

@@ -1,21 +1,16 @@
-"""Glyphs-Video: its grammar, its renderer on known clips, its pre-training, and what the shipped folder can do."""
-
-from dataclasses import replace
-from pathlib import Path
+"""Glyphs-Video: its grammar, its renderer on known clips, what pre-training draws, and what the shipped folder can do."""
 
 import pytest
 import torch
 from diffusers import WanPipeline
 
-from flowalign.glyphs.training import Pretraining
 from flowalign.glyphs.video import PIPELINE, held_out_prompts, make_prompt, parse_prompt, train_prompts
 from flowalign.glyphs.video.judge import directions, judge, sample_clips
 from flowalign.glyphs.video.parts import TOKENS, build_pipeline
-from flowalign.glyphs.video.pretrain import TRAINED, encode_text, pretrain, sample_batch, scaled_latents
+from flowalign.glyphs.video.pretrain import encode_text, sample_batch, scaled_latents
 from flowalign.glyphs.video.prompts import DIRECTIONS, FRAMES, Scene
 from flowalign.glyphs.video.renderer import HEIGHT, STEP, WIDTH, paths, render
 
-TINY = Pretraining(batch_size=2, vae_batch_size=1, vae_steps=2, steps=2, warmup=1, checkpoint_every=1, statistics=2)
 PROMPT = 'the word "CAT" in red turning blue on a white background moving left then up'
 SCENE = Scene("CAT", "red", "blue", "white", "left", "up")
 
@@ -69,7 +64,7 @@ def test_every_pair_of_directions_fits_wherever_it_starts() -> None:
     for start in (0.0, 1.0):
         paths(pairs, torch.full((16, 2), start))
     with pytest.raises(ValueError, match="turn back"):
-        paths(torch.zeros(1, 20, dtype=torch.long))
+        paths(torch.zeros(1, 40, dtype=torch.long))
 
 
 def test_what_is_rendered_is_judged_right() -> None:
@@ -81,19 +76,6 @@ def test_what_is_rendered_is_judged_right() -> None:
     share = sum(record["actions"].count("left") for record in records) / (8 * len(records))
     assert judge(clips, wrong).directions == pytest.approx(share)
     assert not torch.equal(directions(clips), directions(clips.flip(1)))
-
-
-def test_a_resumed_pretraining_is_the_one_that_was_never_stopped(tmp_path: Path) -> None:
-    def weights(pipeline: WanPipeline) -> dict[str, torch.Tensor]:
-        parts = {name: pipeline.components[name] for name in (*TRAINED, "vae")}
-        return {f"{part}.{name}": value for part, module in parts.items() for name, value in module.named_parameters()}
-
-    def silent(stage: str, step: int, loss: float) -> None: ...
-
-    straight = weights(pretrain(TINY, tmp_path / "straight", silent))
-    pretrain(replace(TINY, steps=1), tmp_path / "stopped", silent)
-    resumed = weights(pretrain(TINY, tmp_path / "stopped", silent))
-    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
 
 
 def test_text_features_are_those_of_the_pipeline() -> None:
@@ -110,13 +92,6 @@ def pipeline() -> WanPipeline:
     loaded = WanPipeline.from_pretrained(PIPELINE)
     loaded.set_progress_bar_config(disable=True)
     return loaded
-
-
-def test_the_folder_is_small_holds_no_pickle_and_loads_in_fp32(pipeline: WanPipeline) -> None:
-    files = [path for path in PIPELINE.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) <= 12e6
-    assert {path.suffix for path in files} == {".json", ".safetensors", ".md"}
-    assert {part.dtype for part in (pipeline.transformer, pipeline.vae, pipeline.text_encoder)} == {torch.float32}
 
 
 def test_the_vae_keeps_motion_and_its_latents_have_unit_variance(pipeline: WanPipeline) -> None:
