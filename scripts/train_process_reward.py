@@ -50,7 +50,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     world = WORLDS[arguments.world]
-    policy, judge = load_policy(world.policy, trainable="none"), OCR(metric="soft", fold={"0": "O"})
+    policy = load_policy(world.policy, trainable="none", max_sequence_length=world.max_sequence_length)
+    judge = OCR(metric="soft", fold={"0": "O"})
 
     def velocity(x: Tensor, sigma: Tensor, prompts: Sequence[str]) -> Tensor:
         return policy.velocity(x, sigma, policy.encode(as_records(prompts)))

@@ -78,11 +78,12 @@ class Source:
 class World:
     """What the training needs to know of a world of words.
 
-    policy: as `load_policy` takes it. shape: of a sample's latents. records, held_out_records: prompts of both sets. pictures: of
+    policy, max_sequence_length: as `load_policy` takes them. shape: of a sample's latents. records, held_out_records: prompts of both sets. pictures: of
     decoded samples [n, …] those that OCR is asked to read, [n, K, 3, H, W] in [0, 1]; a sample's score is their mean. moved: how many
     latents a state may be shifted by along its last two axes. sources: the rollouts that are trained on; held_out: those that are measured."""
 
     policy: str
+    max_sequence_length: int | None
     shape: tuple[int, ...]
     records: Callable[[], Sequence[Mapping[str, Any]]]
     held_out_records: Callable[[], Sequence[Mapping[str, Any]]]

@@ -53,6 +53,7 @@ def judged_frames(clips: Tensor) -> Tensor:
 WORLDS: Final = {
     "glyphs": World(
         policy="glyphs",
+        max_sequence_length=None,
         shape=(3, 24, 48),
         records=train_prompts,
         held_out_records=held_out_prompts,
@@ -67,6 +68,7 @@ WORLDS: Final = {
     ),
     "glyphs_video": World(
         policy="glyphs-video",
+        max_sequence_length=video.CALL_ARGS["max_sequence_length"],
         shape=(20, 5, 8, 16),
         records=video.train_prompts,
         held_out_records=video.held_out_prompts,
