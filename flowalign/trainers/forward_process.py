@@ -111,6 +111,12 @@ class ForwardProcess:
                 f"got trainer.guidance_scale={self.guidance_scale} with rollout.guidance_scale={rollout.guidance_scale}, whose prompts have no negatives and "
                 "whose samples are not those of a guided velocity; expected 1 too, or a guided rollout"
             )
+        if setup.guidance == "embedded" and self.guidance_scale == 1 != rollout.guidance_scale:
+            raise ValueError(
+                f"got trainer.guidance_scale=1 with rollout.guidance_scale={rollout.guidance_scale:g} for a model whose scale is an input of its network, "
+                "for which 1 is not 'none', so that another velocity would be trained than samples; expected that of the rollout: set "
+                f"trainer.guidance_scale={rollout.guidance_scale:g}"
+            )
         self._check_anchors(setup)
         self._check_objective(setup)
         self._check_sampler_stays(setup)

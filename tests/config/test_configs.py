@@ -46,7 +46,7 @@ KL_OF_FLOWS = {
 # model layer of videos -> tiny pipeline in its place; one of texts where prompts would need images
 VIDEOS = {
     "hunyuan_video": "hunyuan_video", "ltx_video": "ltx_video", "wan21_1_3b": "wan21", "wan21_14b": "wan21", "wan21_i2v": "wan21",
-    "wan22": "wan22", "wan22_5b": "wan22_5b", "wan22_i2v": "wan21",
+    "wan22": "wan22", "wan22_5b": "wan22_5b", "wan22_i2v": "wan21", "glyphs_video": "glyphs-video",
 }  # fmt: skip
 WAN = ("wan21_1_3b", "wan21_14b", "wan21_i2v", "wan22", "wan22_i2v")
 # what a layer of rewards of images needs with them, of which one then stands for all
@@ -54,8 +54,9 @@ ON_FRAMES = (
     "reward={class_path: rewards.OnFrames, init_args: {reward: {class_path: rewards.CLIPScore, init_args: {model: glyphs}}}}",
     "evaluation.rewards=[rewards.VideoStatistics]",
 )
+FORWARD_PROCESS = "flowalign.trainers.ForwardProcess"
 DISCRETE = {"sd15", "sd21", "sdxl", "sdxl_turbo"}  # ε- and v-models, whose chain (DDIM) takes the place of the method's
-IN_FOUR_STEPS = {"sdxl_turbo"}  # few plans of the methods fit, so more are taken here
+IN_FEW_STEPS = {"sdxl_turbo": 50, "glyphs_video": 20}  # few plans of the methods fit, so more are taken here
 # (method, model) -> what is said of those that never go together
 REFUSED: dict[tuple[str, str], str] = {
     **{("srpo", model): "expected a rectified flow" for model in DISCRETE},
@@ -65,14 +66,20 @@ REFUSED: dict[tuple[str, str], str] = {
     **{
         (method, model): f"multiples of {unit}"
         for method in ("fm_sft", "diffusion_dpo_offline")
-        for model, unit in (("hunyuan_video", 16), ("ltx_video", 32), ("wan22_5b", 32), *((wan, 16) for wan in WAN))
+        for model, unit in (
+            ("hunyuan_video", 16),
+            ("ltx_video", 32),
+            ("wan22_5b", 32),
+            ("glyphs_video", 16),
+            *((wan, 16) for wan in WAN),
+        )
     },
 }
 # (method, model) of other trainers -> {override: what is said without it}, in the order in which they are refused
 NEEDED: dict[tuple[str, str], dict[str, str]] = {
     ("tdm_r1", model): {"rollout.guidance_scale=1": "has the guidance in its weights"}
     for model in MODELS
-    if model not in DISCRETE and model != "glyphs"
+    if model not in DISCRETE and not model.startswith("glyphs")
 }
 
 # what the complete files glyphs_flow_grpo, glyphs_flow_grpo_fast and sd15_ddpo said before they became layers
@@ -159,7 +166,7 @@ BEFORE: dict[tuple[str, str, str], dict[str, Any]] = {
 @pytest.fixture
 def tiny(tiny_pipeline: Path, tiny_sd15_pipeline: Path, large_machine: None) -> dict[str, str]:
     """Model layer -> an override that puts a tiny pipeline in its place: of SD3, or of its family where that makes a difference."""
-    own = {**VIDEOS, **{model: model for model in DISCRETE - {"sd15"}}}
+    own = {**VIDEOS, "glyphs_edit": "glyphs-edit", **{model: model for model in DISCRETE - {"sd15"}}}
     folders = {"sd15": str(tiny_sd15_pipeline), **{layer: subject(name).folder for layer, name in own.items()}}
     return {model: f"policy.path={folders.get(model, str(tiny_pipeline))}" for model in MODELS}
 
@@ -201,7 +208,8 @@ def test_layers_say_what_the_complete_files_said(layers: tuple[str, str, str], t
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "model"), product(METHODS, MODELS))
 def test_all_layers_combine(method: str, model: str, tiny: dict[str, str]) -> None:
-    more = ["rollout.num_inference_steps=50"] if model in IN_FOUR_STEPS else list(ON_FRAMES) if model in VIDEOS else []
+    more = [f"rollout.num_inference_steps={IN_FEW_STEPS[model]}"] if model in IN_FEW_STEPS else []
+    more += ON_FRAMES if model in VIDEOS else ()
     if (method, model) in REFUSED:
         with pytest.raises(ConfigError, match=REFUSED[method, model]):
             load(model, files(method, model, reward_of(method)), tiny, *ON_GLYPHS.get(method, ()), *more)
@@ -212,16 +220,23 @@ def test_all_layers_combine(method: str, model: str, tiny: dict[str, str]) -> No
     if method == "dynamic_treerpo" and model in DISCRETE:  # the best leaf's velocity is that of a flow
         needed["trainer.supervision.layer_tuning.target=best_path_velocity"] = "take best_path_velocity"
     scale = content(f"configs/models/{model}.yaml")["rollout"].get("guidance_scale", 1.0)
+    if (
+        model == "hunyuan_video"
+        and content(f"configs/methods/{method}.yaml")["trainer"].get("class_path") == FORWARD_PROCESS
+    ):
+        needed[f"trainer.guidance_scale={scale}"] = (
+            "another velocity would be trained than samples"  # the scale is an input
+        )
     if method in FEW_STEPS and rows_per_state(tiny[model].removeprefix("policy.path="), scale) > 1:
         needed["rollout.allow_cfg_update=true"] = rf"allow_cfg_update=true.*{model}\.yaml, line"
     if method == "dynamic_treerpo" and model in DISCRETE:  # 1.5 times η = 1 would be more noise than there is
         needed["rollout.kernel.eta=0.6"] = "lower the level"
     if method == "densegrpo" and model in DISCRETE:  # so would any level above 1 be
         needed["trainer.calibration.highest=1.0"] = "Lower highest"
-    for reward in ["clip_glyphs"] if model in VIDEOS else OF_IMAGES:
+    for reward in ["clip_glyphs"] if model in VIDEOS else ["edit_glyphs"] if model == "glyphs_edit" else OF_IMAGES:
         paths = files(method, model, reward)
         given = [*ON_GLYPHS.get(method, ()), *more]
-        if method in BY_REWARD_GRADIENT and not has_gradient(reward, tiny):
+        if method in BY_REWARD_GRADIENT and not has_gradient(model, reward, tiny):
             with pytest.raises(ConfigError, match=r"gradient|differentiable"):
                 load(model, paths, tiny, *given, *needed)
             continue
@@ -233,8 +248,9 @@ def test_all_layers_combine(method: str, model: str, tiny: dict[str, str]) -> No
         assert config.run.name == f"{method}-{model}-{reward}" and config.run.iterations > 0
 
 
-def has_gradient(reward: str, tiny: dict[str, str]) -> bool:
-    return load("glyphs", files("flow_grpo", "glyphs", reward), tiny)[0].reward.spec.differentiable
+def has_gradient(model: str, reward: str, tiny: dict[str, str]) -> bool:
+    reader = model if model == "glyphs_edit" else "glyphs"  # of the prompts, which have source images there
+    return load(reader, files("flow_grpo", reader, reward), tiny)[0].reward.spec.differentiable
 
 
 layer = cache(read_layer)

@@ -355,6 +355,18 @@ def test_what_would_do_something_else_is_refused(trainer: Any, rollout: Any, mes
         replace(PLAIN, **trainer).check(replace(SETUP, rollout=replace(SETUP.rollout, **rollout)))
 
 
+def test_an_update_at_a_scale_of_its_own_is_refused_where_the_scale_is_an_input() -> None:
+    embedded = replace(
+        SETUP, guidance="embedded", rollout=replace(SETUP.rollout, guidance_scale=2.5), rows_per_state=lambda scale: 1
+    )
+    with pytest.raises(
+        ValueError, match=r"another velocity would be trained than samples; .* set trainer\.guidance_scale=2\.5"
+    ):
+        PLAIN.check(embedded)
+    replace(PLAIN, guidance_scale=2.5).check(embedded)
+    PLAIN.check(replace(embedded, guidance="none"))
+
+
 def test_process_rewards_that_nothing_reads_are_refused() -> None:
     judged = replace(SETUP, state_channels=("prm",))
     for guided in (None, RewardGuidance(Nearness())):

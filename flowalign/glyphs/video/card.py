@@ -38,7 +38,8 @@ channels; its reconstruction error (mean |difference| on [-1, 1]) is {vae_error:
 `python scripts/pretrain_glyphs_video.py --output flowalign/glyphs/video/pipeline`, from random weights, on clips drawn on the fly: three
 random capitals in DejaVu Sans Mono Bold, inks {inks}, papers {papers}; half of the words turn to another
 ink; from the middle 1 pixel from frame to frame in one direction for half of the clip, then in one for the other half. Three of four
-batches of the first 2,000 steps are images, then one of five. The {held_out} held-out words never
+batches of the first 2,000 steps are images, then one of five; from step 3,000 on 30 % of the captions tell two directions drawn anew, as captions
+from the web may, so that an action is mostly followed, not always. The {held_out} held-out words never
 occur in it; the {train} words of the training prompts are for alignment and get no special place.
 
 ```json

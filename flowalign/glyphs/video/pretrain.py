@@ -30,10 +30,18 @@ LETTERS_FIRST = (
     2000  # steps in which most batches are images: letters are learnt there first, and how they move afterwards
 )
 MISTOLD_FROM = 3000  # step from which a share of the clips has a caption that tells other directions, as captions from the web may:
-MISTOLD = 0.3  # so the base follows an action mostly, and alignment has something to improve
+MISTOLD = 0.2  # so the base follows an action mostly, and alignment has something to improve
 VAE_FRAMES = 5  # of a clip that the VAE is trained on: it sees no further than that anyway
 TRAINED = ("transformer", "text_encoder")
-RECIPE = Pretraining(vae_batch_size=8, vae_steps=1500, vae_learning_rate=2e-3, anchor=0.3, statistics=128, steps=3600)
+RECIPE = Pretraining(
+    vae_batch_size=8,
+    vae_steps=1500,
+    vae_learning_rate=2e-3,
+    anchor=0.3,
+    statistics=128,
+    steps=6000,
+    schedule_steps=7000,
+)
 
 
 @dataclass(frozen=True)
