@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, Protocol, TypeVar
 
 import torch
 from safetensors.torch import load_file
@@ -40,9 +40,23 @@ class Scenes:
         inks, papers = [list(INKS).index(scene.ink) for scene in found], [list(PAPERS).index(s.paper) for s in found]
         return Scenes(*(torch.tensor(column, device=device) for column in (letters, inks, papers)))
 
+    @staticmethod
+    def cat(parts: Sequence[Scenes]) -> Scenes:
+        """All of them."""
+        return Scenes(*(torch.cat([vars(part)[name] for part in parts]) for name in ("letters", "ink", "paper")))
+
+    @property
+    def places(self) -> Tensor:
+        """[N, 4] the letter asked for at each place that is read."""
+        return self.letters
+
     def at(self, rows: Tensor) -> Scenes:
         """Those of the rows [n]."""
         return Scenes(self.letters[rows], self.ink[rows], self.paper[rows])
+
+    def asking(self, letters: Tensor) -> Scenes:
+        """The same for other letters [N, 4]."""
+        return replace(self, letters=letters)
 
 
 class LetterReader(nn.Module):
@@ -52,11 +66,12 @@ class LetterReader(nn.Module):
     the two colors modulate. The letter that the prompt asks for adds to its own logit by σ: at σ = 1 the latents say
     nothing, and what the policy draws is mostly what it was asked for."""
 
-    def __init__(self) -> None:
+    def __init__(self, channels: int = 3, rows: int = HEIGHT, columns: int = SLOT) -> None:
+        """Of strips [channels, rows, columns], one letter in each; the defaults are those of Glyphs' latents."""
         super().__init__()
-        self.first = nn.Conv2d(3, CHANNELS, 5, stride=2, padding=2)
+        self.first = nn.Conv2d(channels, CHANNELS, 5, stride=2, padding=2)
         self.second = nn.Conv2d(CHANNELS, WIDE, 3, stride=2, padding=1)
-        self.hidden = nn.Linear(WIDE * (HEIGHT // 4) * ((SLOT + 3) // 4), HIDDEN)
+        self.hidden = nn.Linear(WIDE * ((rows + 3) // 4) * ((columns + 3) // 4), HIDDEN)
         self.dropout = nn.Dropout(0.1)
         self.out = nn.Linear(HIDDEN, CLASSES)
         self.ink, self.paper = nn.Embedding(len(INKS), 16), nn.Embedding(len(PAPERS), 16)
@@ -66,22 +81,26 @@ class LetterReader(nn.Module):
 
     def forward(self, x: Tensor, sigma: Tensor, scenes: Scenes) -> Tensor:
         """Logits [N, 4, CLASSES] of states x [N, 3, 24, 48] at σ [N]."""
+        strips = normalized(x, sigma).unfold(3, SLOT, CELL)[:, :, :, :WORD_LENGTH].permute(0, 3, 1, 2, 4)
+        return self.read(strips, sigma, scenes.letters, self.ink(scenes.ink), self.paper(scenes.paper))
+
+    def read(self, strips: Tensor, sigma: Tensor, letters: Tensor, ink: Tensor, paper: Tensor) -> Tensor:
+        """Logits [M, L, CLASSES] of the strips [M, L, channels, rows, columns] of M pictures of L letters each, at σ [M].
+
+        letters [M, L]: asked for; ink and paper [M, 16]: embeddings of the two colors."""
+        count, length = letters.shape
         level = silu(self.level(_waves(sigma)))
-        given = torch.cat([level, self.ink(scenes.ink), self.paper(scenes.paper)], 1)
+        given = torch.cat([level, ink, paper], 1)
         scale1, shift1, scale2, shift2 = (
             self.modulate(given)
-            .repeat_interleave(WORD_LENGTH, 0)[..., None, None]
+            .repeat_interleave(length, 0)[..., None, None]
             .split([CHANNELS, CHANNELS, WIDE, WIDE], 1)
         )
-        size = ((1 - sigma) ** 2 + sigma**2).sqrt()[:, None, None, None]
-        strips = (x / size).unfold(3, SLOT, CELL)[:, :, :, :WORD_LENGTH].permute(0, 3, 1, 2, 4).flatten(0, 1)
-        seen = silu(self.first(strips) * (1 + scale1) + shift1)
+        seen = silu(self.first(strips.flatten(0, 1)) * (1 + scale1) + shift1)
         seen = silu(self.second(seen) * (1 + scale2) + shift2)
-        logits = self.out(self.dropout(silu(self.hidden(self.dropout(seen.flatten(1)))))).view(
-            len(x), WORD_LENGTH, CLASSES
-        )
-        wanted = one_hot(scenes.letters, CLASSES).to(logits)
-        bonus = self.asked(level)[:, None].expand(-1, WORD_LENGTH, -1).gather(2, scenes.letters[..., None])
+        logits = self.out(self.dropout(silu(self.hidden(self.dropout(seen.flatten(1)))))).view(count, length, CLASSES)
+        wanted = one_hot(letters, CLASSES).to(logits)
+        bonus = self.asked(level)[:, None].expand(-1, length, -1).gather(2, letters[..., None])
         return logits + wanted * bonus
 
     def expected(self, x: Tensor, sigma: Tensor, scenes: Scenes) -> Tensor:
@@ -113,24 +132,46 @@ class GlyphsProcessReward:
 
     def load(self) -> None:
         if self._network is None:
-            self._network = read_weights(WEIGHTS if self.weights is None else Path(self.weights))
+            self._network = read_weights(WEIGHTS if self.weights is None else Path(self.weights), LetterReader())
 
     def close(self) -> None:
         self._network = None
 
     def __call__(self, batch: RewardBatch) -> RewardOutput:
         self.load()
-        assert self._network is not None and batch.latents is not None and batch.sigma is not None
-        network, x = self._network.to(batch.latents.device), batch.latents.float()
-        scores = network.expected(x, batch.sigma.to(x), Scenes.of(batch.prompts, x.device)).clamp(0, 1)
-        return RewardOutput(scores, torch.ones(len(batch), dtype=torch.bool, device=scores.device))
+        assert self._network is not None and batch.latents is not None
+        return scored(self._network.to(batch.latents.device), Scenes.of, batch)
 
 
-def read_weights(path: Path) -> LetterReader:
-    """The network of a file, in fp32 without gradients of its own."""
-    network = LetterReader()
+class Expects(Protocol):
+    """A network of some world as a process reward asks it."""
+
+    def expected(self, x: Tensor, sigma: Tensor, scenes: Any) -> Tensor: ...
+
+
+def scored(
+    network: Expects, scenes_of: Callable[[Sequence[str], torch.device], Any], batch: RewardBatch
+) -> RewardOutput:
+    """The expected scores of the states of a batch, with a graph to their latents."""
+    assert batch.latents is not None and batch.sigma is not None
+    x = batch.latents.float()
+    scores = network.expected(x, batch.sigma.to(x), scenes_of(batch.prompts, x.device)).clamp(0, 1)
+    return RewardOutput(scores, torch.ones(len(batch), dtype=torch.bool, device=scores.device))
+
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def read_weights(path: Path, network: Network) -> Network:
+    """The network with the weights of a file, in fp32 without gradients of its own."""
     network.load_state_dict({name: value.float() for name, value in load_file(path).items()})
     return network.eval().requires_grad_(False)
+
+
+def normalized(x: Tensor, sigma: Tensor) -> Tensor:
+    """States x [N, *] at σ [N] with about unit variance."""
+    size = ((1 - sigma) ** 2 + sigma**2).sqrt()
+    return x / size.reshape(-1, *[1] * (x.ndim - 1))
 
 
 def _waves(sigma: Tensor) -> Tensor:

@@ -1,23 +1,67 @@
-"""Training of the Glyphs process reward: states of the base model's own rollouts, labelled by what OCR reads at their end."""
+"""Training of a process reward of words: states of the base model's own rollouts, labelled by what OCR reads at their end.
+
+What differs between the worlds is a `World`: see `flowalign.glyphs.process_worlds`."""
 
 from __future__ import annotations
 
 from ast import literal_eval
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from flowalign.glyphs.process_reward import LetterReader, Scenes
-from flowalign.glyphs.prompts import LETTERS, WORD_LENGTH, GlyphsPrompt
+from flowalign.glyphs.process_reward import LetterReader
+from flowalign.glyphs.prompts import LETTERS
 from flowalign.glyphs.schedule import set_rate
 from rewards import OCR, RewardBatch, score
-from samplers import ODE, DanceSDE, FlowSDE, Forest, Kernel, KeyedNoise, chain, plain_sigmas, rollout
+from samplers import Forest, Kernel, KeyedNoise, chain, plain_sigmas, rollout
 
 Velocity = Callable[[Tensor, Tensor, Sequence[str]], Tensor]  # x [n, *], σ [n], prompts of the rows
-SHAPE, BATCH = (3, 24, 48), 64
+BATCH = 64
+
+
+class Asked(Protocol):
+    """What N prompts ask for, as numbers: tensors of N rows."""
+
+    @property
+    def letters(self) -> Tensor:
+        """[N, L] of the word."""
+
+    @property
+    def places(self) -> Tensor:
+        """[N, P] the letter asked for at each place that a network reads."""
+
+    @staticmethod
+    def cat(parts: Sequence[Any]) -> Any:
+        """All of them."""
+
+    def at(self, rows: Tensor) -> Self: ...
+
+    def asking(self, letters: Tensor) -> Self:
+        """The same for other letters [N, L]."""
+
+
+class Reader(Protocol):
+    """A network that reads states x [N, *] at σ [N] at P places, with the scenes of its world."""
+
+    __call__: Callable[..., Any]  # x, σ, scenes -> logits [N, P, letters + 1]
+
+    def score_of(self, logits: Tensor, scenes: Any) -> Tensor:
+        """[N] in [0, 1]."""
+
+    def expected(self, x: Tensor, sigma: Tensor, scenes: Any) -> Tensor:
+        """[N] `score_of` its own logits."""
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def eval(self) -> Self: ...
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self: ...
 
 
 @dataclass(frozen=True)
@@ -30,21 +74,36 @@ class Source:
     shift: float
 
 
-SOURCES = (
-    Source(1024, ODE(), 6, 3.0),
-    Source(512, DanceSDE(0.25), 10, 5.0),
-    Source(384, FlowSDE(0.7), 10, 3.0),
-)  # the ODE of an evaluation, Euphonium's SDE, Flow-GRPO's
+@dataclass(frozen=True)
+class World:
+    """What the training needs to know of a world of words.
+
+    policy, max_sequence_length: as `load_policy` takes them. shape: of a sample's latents. records, held_out_records: prompts of both sets. pictures: of
+    decoded samples [n, …] those that OCR is asked to read, [n, K, 3, H, W] in [0, 1]; a sample's score is their mean. moved: how many
+    latents a state may be shifted by along its last two axes. sources: the rollouts that are trained on; held_out: those that are measured."""
+
+    policy: str
+    max_sequence_length: int | None
+    shape: tuple[int, ...]
+    records: Callable[[], Sequence[Mapping[str, Any]]]
+    held_out_records: Callable[[], Sequence[Mapping[str, Any]]]
+    scenes: Callable[[Sequence[str]], Any]
+    network: Callable[[], Reader]
+    pictures: Callable[[Tensor], Tensor]
+    drawn: Callable[[], Drawn]
+    moved: int
+    sources: Sequence[Source]
+    held_out: Sequence[Source]
 
 
 @dataclass(frozen=True, eq=False)
 class States:
-    """N states of rollouts: x [N, 3, 24, 48] at σ [N], their scenes, the score [N] of the finished picture, the letters
-    [N, 4] that were read in it (-1 where not exactly four were), and the sample [N] that each is a state of."""
+    """N states of rollouts: x [N, *] at σ [N], their scenes, the score [N] of the finished sample, the letters [N, P] that were
+    read in it (-1 in a picture where not as many were as the word has), and the sample [N] that each is a state of."""
 
     x: Tensor
     sigma: Tensor
-    scenes: Scenes
+    scenes: Asked
     score: Tensor
     read: Tensor
     sample: Tensor
@@ -56,85 +115,95 @@ class States:
     def cat(parts: Sequence[States]) -> States:
         """All of them; samples are numbered on."""
         first = [sum(int(part.sample.max()) + 1 for part in parts[:number]) for number in range(len(parts))]
-        scenes = Scenes(*(torch.cat([vars(p.scenes)[n] for p in parts]) for n in ("letters", "ink", "paper")))
+        scenes = parts[0].scenes.cat([part.scenes for part in parts])
         x, sigma, of, read = (torch.cat([vars(p)[n] for p in parts]) for n in ("x", "sigma", "score", "read"))
         return States(x, sigma, scenes, of, read, torch.cat([p.sample + f for p, f in zip(parts, first, strict=True)]))
 
 
 @dataclass(frozen=True, eq=False)
 class Drawn:
-    """Words as the renderer draws them: latents [N, 3, 24, 48] without noise, and their scenes."""
+    """Words as the renderer draws them: latents [N, *] without noise, and their scenes."""
 
     x0: Tensor
-    scenes: Scenes
+    scenes: Asked
 
-    def loss(self, network: LetterReader, batch: int, generator: torch.Generator) -> Tensor:
+    def loss(self, network: Reader, batch: int, generator: torch.Generator) -> Tensor:
         """Cross entropy of the drawn letters from `batch` of them, noised. A quarter of their letters is asked for as
         another one, so that what is asked for does not say what is there."""
         rows = torch.randint(len(self.x0), (batch,), generator=generator)
         scenes, sigma = self.scenes.at(rows), torch.rand(batch, generator=generator)
         other = torch.randint(len(LETTERS), scenes.letters.shape, generator=generator)
         wrong = torch.rand(scenes.letters.shape, generator=generator) < 0.25
-        asked = Scenes(torch.where(wrong, other, scenes.letters), scenes.ink, scenes.paper)
+        asked = scenes.asking(torch.where(wrong, other, scenes.letters))
         logits = network(_noised(self.x0[rows], sigma, generator), sigma, asked)
-        return cross_entropy(logits.flatten(0, 1), scenes.letters.flatten())
+        return cross_entropy(logits.flatten(0, 1), scenes.places.flatten())
 
 
 def roll_out(
-    velocity: Velocity, decode: Callable[[Tensor], Tensor], judge: OCR, records: Sequence[GlyphsPrompt], source: Source,
-    seed: int,
+    world: World, velocity: Velocity, decode: Callable[[Tensor], Tensor], judge: OCR, records: Sequence[Mapping[str, Any]],
+    source: Source, seed: int,
 ) -> States:  # fmt: skip
     """All states of one rollout of each record, σ = 1 and 0 among them."""
     parts = [
-        _part(velocity, decode, judge, records[i : i + BATCH], source, seed + i) for i in range(0, len(records), BATCH)
+        _part(world, velocity, decode, judge, records[i : i + BATCH], source, seed + i)
+        for i in range(0, len(records), BATCH)
     ]
     return States.cat(parts)
 
 
 def _part(
-    velocity: Velocity, decode: Callable[[Tensor], Tensor], judge: OCR, records: Sequence[GlyphsPrompt], source: Source,
-    seed: int,
+    world: World, velocity: Velocity, decode: Callable[[Tensor], Tensor], judge: OCR, records: Sequence[Mapping[str, Any]],
+    source: Source, seed: int,
 ) -> States:  # fmt: skip
     prompts, tree = [record["prompt"] for record in records], chain(source.steps, len(records), shared_start=False)
-    noise = KeyedNoise(seed, 0, [0], SHAPE)
+    noise = KeyedNoise(seed, 0, [0], world.shape)
     forest: Forest = rollout(
         lambda x, sigma, root: velocity(x, sigma, [prompts[row] for row in root.tolist()]), noise.start(tree),
         plain_sigmas(source.steps, source.shift), tree, source.kernel, noise.step, keep="all",
     )  # fmt: skip
-    images = decode(forest.at(tree.leaves))
-    metadata = [{"target": record["target"]} for record in records]
-    output = score(judge, RewardBatch(prompts=prompts, images=images, metadata=metadata))
+    scores, letters = read(judge, world.pictures(decode(forest.at(tree.leaves))), [r["target"] for r in records])
     row_of_root = torch.empty(len(records), dtype=torch.int64)
     row_of_root[tree.root[tree.leaves]] = torch.arange(len(records))
     nodes, rows = torch.arange(len(tree)), row_of_root[tree.root]
-    letters = torch.tensor([_letters(text) for text in output.info])
     sample = torch.arange(len(records))[rows]
     return States(
-        forest.at(nodes), forest.sigma(nodes), Scenes.of([prompts[root] for root in tree.root.tolist()]),
-        output.scores[rows, 0], letters[rows], sample,
+        forest.at(nodes), forest.sigma(nodes), world.scenes([prompts[root] for root in tree.root.tolist()]),
+        scores[rows], letters[rows], sample,
     )  # fmt: skip
 
 
-def _letters(info: str) -> list[int]:
-    """Of `read 'KITE'`, four numbers; -1 each if it is not four capitals."""
+def read(judge: OCR, pictures: Tensor, words: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """The scores [n], means over the K pictures [n, K, 3, H, W] of each word, and the letters [n, K · L] that were read in them."""
+    count, each = pictures.shape[:2]
+    targets = [word for word in words for _ in range(each)]
+    batch = RewardBatch(
+        prompts=targets, images=pictures.flatten(0, 1), metadata=[{"target": target} for target in targets]
+    )
+    output = score(judge, batch)
+    letters = [_letters(text, len(target)) for text, target in zip(output.info, targets, strict=True)]
+    return output.scores.view(count, each).mean(1), torch.tensor(letters).view(count, -1)
+
+
+def _letters(info: str, length: int) -> list[int]:
+    """Of `read 'KITE'`, a number for each letter; -1 each if it is not `length` capitals."""
     text = str(literal_eval(info.removeprefix("read "))).replace("0", "O").upper()
-    if len(text) != WORD_LENGTH or not set(text) <= set(LETTERS):
-        return [-1] * WORD_LENGTH
+    if len(text) != length or not set(text) <= set(LETTERS):
+        return [-1] * length
     return [LETTERS.index(letter) for letter in text]
 
 
 def train(
-    states: States, drawn: Drawn, *, epochs: int = 5, batch: int = 96, rate: float = 2e-3, renoised: float = 0.5,
-    seed: int = 0,
-) -> LetterReader:  # fmt: skip
+    states: States, drawn: Drawn, build: Callable[[], Reader] = LetterReader, *, moved: int = 1, epochs: int = 5, batch: int = 96,
+    rate: float = 2e-3, renoised: float = 0.5, seed: int = 0,
+) -> Reader:  # fmt: skip
     """The network that predicts the score by least squares, so its expectation given the state, and by cross entropy the
     letters that were read, which say more than one number.
 
     renoised: this share of a batch are finished latents, noised again to σ < 0.7: near the data they are as good as states
     on the way, and never the same twice. drawn: as many words again: what letters look like, of which the pictures that
-    OCR has read are too few. All are moved by up to one pixel."""
+    OCR has read are too few. build: makes the network. moved: see World."""
     torch.manual_seed(seed)
-    network, generator = LetterReader(), torch.Generator().manual_seed(seed)
+    network, generator = build(), torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=0.05)
     finished, steps = (states.sigma == 0).nonzero().flatten(), epochs * (len(states) // batch)
     for step, rows in enumerate(_batches(len(states), batch, epochs, generator)):
@@ -144,9 +213,9 @@ def train(
         sigma = torch.zeros(batch)
         sigma[len(again) // 4 : len(again)] = 0.7 * torch.rand(len(again) - len(again) // 4, generator=generator)
         x, sigma = _noised(states.x[rows], sigma, generator), torch.where(sigma > 0, sigma, states.sigma[rows])
-        moved = torch.randint(-1, 2, (2,), generator=generator).tolist()
+        shift = torch.randint(-moved, moved + 1, (2,), generator=generator).tolist()
         scenes = states.scenes.at(rows)
-        logits = network(x.roll(moved, (2, 3)), sigma, scenes)
+        logits = network(x.roll(shift, (-2, -1)), sigma, scenes)
         squared = (network.score_of(logits, scenes) - states.score[rows]).square().mean()
         entropy = cross_entropy(logits.flatten(0, 1), states.read[rows].flatten(), ignore_index=-1)
         optimizer.zero_grad()
@@ -157,7 +226,7 @@ def train(
 
 def _noised(x0: Tensor, sigma: Tensor, generator: torch.Generator) -> Tensor:
     """x0 [n, *] at σ [n]; σ = 0 leaves it as it is."""
-    sigma = sigma[:, None, None, None]
+    sigma = sigma.reshape(-1, *[1] * (x0.ndim - 1))
     return (1 - sigma) * x0 + sigma * torch.randn(x0.shape, generator=generator)
 
 
@@ -167,7 +236,7 @@ def _batches(count: int, batch: int, epochs: int, generator: torch.Generator) ->
         yield from order[: count // batch * batch].split(batch)
 
 
-def agreement(network: LetterReader, states: States) -> dict[float, tuple[float, float]]:
+def agreement(network: Reader, states: States) -> dict[float, tuple[float, float]]:
     """By σ, from noise to data: the correlation of predicted and final scores over all samples, and the root mean square
     error. nan where one of them is the same for all."""
     predicted = torch.cat([

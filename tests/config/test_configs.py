@@ -15,8 +15,10 @@ from flowalign.config.layers import merge, read_layer
 from flowalign.config.settings import RunSettings
 from flowalign.data import load_prompts
 from flowalign.errors import ConfigError
+from flowalign.glyphs.video.process_reward import GlyphsVideoProcessReward
 from flowalign.models.checks import rows_per_state
 from flowalign.objectives import Transitions
+from flowalign.run.preflight import forecast
 from rewards import RewardBatch, score, spec_of
 from samplers import FlowSDE
 from tests.helpers.families import subject
@@ -261,15 +263,16 @@ def content(path: str, *later: str) -> Any:
 
 @pytest.mark.parametrize(("method", "model"), product(METHODS, MODELS))
 def test_only_layers_that_replace_kernel_or_schedule_depend_on_the_order(method: str, model: str) -> None:
-    """Its chain takes the place of the method's kernel, and the grid of others that of the method's, so they come after the method.
-    All other orders give the same."""
+    """Its chain takes the place of the method's kernel, and the grid of others that of the method's, so they come after the method, as
+    does a layer with a process reward, which takes the place of the method's. All other orders give the same."""
     for reward in REWARDS:
         layers = files(method, model, reward)
         orders = permutations(layers)
         merged = [
             content(*order)
             for order in orders
-            if "schedule" not in content(layers[1])["rollout"] or order.index(layers[0]) < order.index(layers[1])
+            if ("schedule" not in content(layers[1])["rollout"] or order.index(layers[0]) < order.index(layers[1]))
+            and ("process_rewards" not in content(layers[2]) or order.index(layers[0]) < order.index(layers[2]))
         ]
         assert all(each == merged[0] for each in merged[1:])
         kernel = "samplers.DDIM" if model in DISCRETE else class_of(content(layers[0])["rollout"]["kernel"])
@@ -320,6 +323,19 @@ def test_rewards_of_glyphs_video_go_with_a_model_of_videos(reward: str, tiny: di
     assert {spec_of(judge).inputs for judge in (config.reward, *config.evaluation.rewards)} == {("videos",)}
     names = ["ocr_exact", "color_first", "color_last", "actions_held_out", "motion", "video"]
     assert [judge.name for judge in config.evaluation.rewards] == names
+
+
+def test_euphonium_on_glyphs_video_is_guided_by_the_process_reward_of_its_world() -> None:
+    """The later half of its eight steps, with the outcome of ocr_glyphs_video, and distilled."""
+    paths = [*files("euphonium", "glyphs_video", "ocr_glyphs_video"), "configs/rewards/process_glyphs_video.yaml"]
+    config, plain = load_config(paths, [])
+    guidance = config.rollout.reward_guidance
+    assert guidance is not None and guidance.judge(config.process_rewards) == GlyphsVideoProcessReward()
+    assert config.reward.name == "ocr" and spec_of(config.reward).inputs == ("videos",)
+    values = flat(plain)
+    assert values["rollout.reward_guidance.start"] == values["trainer.signal.credit.parts.process.start"] == 4
+    assert [name for name, part in config.trainer.supervision.items() if part.needs_guidance] == ["distill"]
+    assert "at most 4.00 more scores per image" in forecast(config)
 
 
 def test_the_recipe_of_stable_diffusion_3_5_is_that_of_flow_grpo(tiny: dict[str, str]) -> None:

@@ -112,12 +112,12 @@ def vae_loss(vae: AutoencoderKLWan, recipe: Pretraining, generator: torch.Genera
 def principal_components(clips: Tensor) -> Tensor:
     """What latents are drawn towards, without which encoder and decoder find each other slowly: [N, CHANNELS, F', h, w], the
     coefficients of each block of 4x4 pixels and two frames (of the first frame, itself twice) of clips [N, 3, F, H, W]."""
-    mean, basis = _components()
+    mean, basis = components()
     return torch.einsum("nbfhw,cb->ncfhw", _blocks(clips) - mean[:, None, None, None], basis)
 
 
 @cache
-def _components() -> tuple[Tensor, Tensor]:
+def components() -> tuple[Tensor, Tensor]:
     """(mean [96], basis [CHANNELS, 96]) of the blocks of some clips; each coefficient has variance 1."""
     blocks = _blocks(sample_batch(64, torch.Generator().manual_seed(0)).clips.transpose(1, 2) * 2 - 1)
     rows = blocks.transpose(0, 1).flatten(1)
