@@ -108,7 +108,9 @@ def test_a_still_shows_no_direction(weights: Weights) -> None:
     still = replace(batch, videos=batch.videos[:, :1].expand(-1, 9, -1, -1, -1))
     reward = recovered(weights, soft=True)
     assert float(score(reward, batch).scores.mean()) > 0.97
-    assert float((score(reward, still).scores - 0.25).abs().max()) < 0.1
+    earned = score(reward, still).scores
+    assert float(earned.mean()) == pytest.approx(0.25, abs=0.03)
+    assert float((earned - 0.25).abs().max()) < 0.15
 
 
 @pytest.mark.parametrize("weights", KINDS)
@@ -258,7 +260,7 @@ def test_an_order_of_frames_that_is_not_that_of_time_loses_actions_and_consisten
     assert mean("actions", "video", shuffled)[0] > 1.5 * mean("actions", "video", batch)[0]
 
 
-def test_other_actions_score_the_share_that_is_the_same(generator: torch.Generator) -> None:
+def test_other_actions_score_the_share_that_is_the_same() -> None:
     """A clip moves as another prompt says: of its eight actions those count that both have."""
     records = held_out_prompts()[:64]
     scenes = [parse_prompt(record["prompt"]) for record in records]
@@ -266,7 +268,7 @@ def test_other_actions_score_the_share_that_is_the_same(generator: torch.Generat
         scene._replace(first=other.first, second=other.second)
         for scene, other in zip(scenes, scenes[1:] + scenes[:1], strict=True)
     ]
-    batch = batch_of(render(moved, torch.rand(64, 2, generator=generator)), records)
+    batch = batch_of(render(moved), records)
     expected = torch.tensor([_equal(scene, other) for scene, other in zip(scenes, moved, strict=True)])
     for key in ("train", "actions_held_out"):
         scores = score(part("actions", key), batch).scores[:, 0]
@@ -290,10 +292,11 @@ def test_colors_that_turn_to_another_lose_the_last_frame() -> None:
     assert mean("color", "color_first", batch) == [1.0] and mean("color", "color_last", batch) == [0.0]
 
 
-def test_another_word_has_the_letters_that_it_shares() -> None:
+def test_another_word_is_not_the_one_that_was_asked_for() -> None:
+    """One wrong letter of three: the reward is the geometric mean of their probabilities."""
     records = held_out_prompts()[:16]
     scenes = [parse_prompt(record["prompt"]) for record in records]
     other = [scene._replace(word="X" + scene.word[1:]) for scene in scenes if scene.word[0] != "X"]
     batch = batch_of(render(other), [record for record in records if record["target"][0] != "X"])
-    assert mean("ocr", "train", batch)[0] == pytest.approx(2 / 3, abs=0.02)
+    assert mean("ocr", "train", batch)[0] < 0.05
     assert mean("ocr", "ocr_exact", batch)[0] == 0.0

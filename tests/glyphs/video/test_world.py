@@ -105,11 +105,15 @@ def test_the_vae_keeps_motion_and_its_latents_have_unit_variance(pipeline: WanPi
     with torch.no_grad():
         decoded = pipeline.vae.decode(latents * std + mean).sample.transpose(1, 2) / 2 + 0.5
     figures = judge(decoded, records)
-    assert figures.directions >= 0.9
+    assert figures.directions >= 0.95
+    assert figures.exact >= 0.85
     assert 0.8 < latents.std() < 1.2
 
 
-def test_the_base_makes_clips_of_the_colors_asked_for(pipeline: WanPipeline) -> None:
+def test_the_base_is_good_and_not_perfect(pipeline: WanPipeline) -> None:
+    """Of these 16 clips 31 % of the words are read, 88 % of the colors and 89 % of the directions are right."""
     records = held_out_prompts()[:16]
     figures = judge(sample_clips(pipeline, [record["prompt"] for record in records], 8, 1.0), records)
-    assert figures.colors >= 0.5  # of 8 x 8 x 8 names; 78 % of 32
+    assert 0.15 <= figures.exact <= 0.5
+    assert figures.colors >= 0.7
+    assert figures.directions >= 0.75
