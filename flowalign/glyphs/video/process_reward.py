@@ -127,10 +127,12 @@ def cut(frames: Tensor, corners: Tensor) -> Tensor:
 class GlyphsVideoProcessReward:
     """The expected score of the clip that a noisy state of Glyphs-Video becomes: OCR (metric soft) of its first, middle and last frame.
 
-    Trained by scripts/train_process_reward.py --world glyphs_video; docs/results/glyphs_video_process.md has how far it agrees with the
-    outcome. Differentiable in the latents, for reward guidance (Euphonium 2602.04928).
-    Not kept: it looks for a word where the prompt says that it moves, and reads nothing elsewhere; a policy that has moved away from
-    the base makes clips that it has not seen, and its gradient can be climbed without becoming readable: look at the outcome reward.
+    A network of 165,000 numbers, trained on states of 1,024 rollouts of the base model by scripts/train_process_reward.py --world glyphs_video
+    (7 minutes of one core). Correlation with the outcome on 192 held-out words: .58 at σ = 1, .65 at .75, .78 at .5, .82 at 0 (all of them, and the
+    errors: docs/results/glyphs_video_process.md). Differentiable in the latents, for reward guidance (Euphonium 2602.04928).
+    Not kept: its mean, which is higher than the outcome's on held-out words (.54 beside .38 at σ = 0). It looks for a word where the prompt says
+    that it moves, and reads nothing elsewhere. A policy that has moved away from the base makes clips that it has not seen, and its
+    gradient can be climbed without becoming readable: look at the outcome reward.
     weights: a file of its own, by default the shipped."""
 
     name: str = "process"
