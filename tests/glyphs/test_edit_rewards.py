@@ -80,9 +80,11 @@ def test_the_source_keeps_all_and_follows_nothing(judges) -> None:
     assert found["consistency"].tolist() == [1] * 6 and found["instruction_exact"].tolist() == [0] * 6
     assert found["ocr_exact"].tolist() == [float(axis != "word") for axis in axes]
     assert found["color_both"].tolist() == [float(axis == "word") for axis in axes]
-    # as it is trained: the letters that both words have in one place, and how near the old color is
+    # as it is trained: how surely the new word is read, and how near the old color is
     assert found["instruction"].max() < 0.85
-    assert [float(found["instruction"][row]) for row, axis in enumerate(axes) if axis == "word"] == [0, 0]
+    assert [float(found["instruction"][row]) for row, axis in enumerate(axes) if axis == "word"] == pytest.approx(
+        [0, 0], abs=1e-5
+    )
 
 
 @pytest.mark.parametrize("axis", ["ink", "paper"])
